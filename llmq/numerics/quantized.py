@@ -1,0 +1,35 @@
+"""QuantizedWeight: what every quantizer returns and every format stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.recipe import Scheme
+
+
+@dataclass
+class QuantizedWeight:
+    """An integer-coded weight [out, in]: w ≈ (codes − zero) · scale, group by group along the input axis.
+
+    codes: int8 [out, in], in [scheme.qmin, scheme.qmax]; scale: [out, groups], in the dtype it is stored in;
+    zero: int8 [out, groups] in the range of the codes, or None when symmetric; notes: what fell back, for the report.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scheme: Scheme
+    notes: tuple[str, ...] = ()
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        rows, width = self.codes.shape
+        groups = self.scale.shape[1]
+        codes = self.codes.to(torch.float32).view(rows, groups, width // groups)
+        if self.zero is not None:
+            codes -= self.zero.to(torch.float32).unsqueeze(-1)
+        codes *= self.scale.to(torch.float32).unsqueeze(-1)
+        return codes.view(rows, width).to(dtype)
