@@ -1,0 +1,171 @@
+"""Sees every matrix product with a parameter of a block, and the statistics that methods ask for.
+
+Products are seen at the torch function, not at nn.Linear, so fused and sliced parameters are seen as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.bmm,
+    torch.Tensor.bmm,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.addmm,
+    torch.Tensor.addmm,
+    torch.baddbmm,
+    torch.einsum,
+}
+
+
+@dataclass
+class Matmul:
+    """One product seen: the parameter's name, the other operand, its rows, and whether the whole parameter was used."""
+
+    parameter: str
+    input: Tensor | None
+    tokens: int
+    whole: bool
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, module: nn.Module, seen: list[Matmul]) -> None:
+        super().__init__()
+        self.owners = {p.untyped_storage().data_ptr(): (n, p) for n, p in module.named_parameters() if p.numel()}
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in PRODUCTS:
+            self._note(func, [a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, func: Callable[..., Any], operands: list[Tensor]) -> None:
+        matrices = [t for t in operands if t.dim() >= 2]
+        for operand in matrices:
+            owner = self.owners.get(operand.untyped_storage().data_ptr())
+            others = [t for t in matrices if t is not operand]
+            if owner is None or not others:
+                continue
+            name, parameter = owner
+            whole = operand.shape == parameter.shape and func is torch.nn.functional.linear
+            x = others[0]
+            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    else:
+        yield value
+
+
+@contextmanager
+def watch_matmuls(module: nn.Module) -> Iterator[list[Matmul]]:
+    """Every product with one of the module's parameters, in order, while the context is open (inputs are kept alive)."""
+    seen: list[Matmul] = []
+    with _Watch(module, seen):
+        yield seen
+
+
+class Statistic(Protocol):
+    """What a method wants to know of a weight's input. Built with the input's width and the device to live on."""
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+
+
+class MeanSquare:
+    """E[x²] of each input channel, float32 [width]: the importance of a column."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.total += rows.square().sum(0)
+        self.count += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x²], float32 [width]."""
+        return (self.total / max(1, self.count)).float()
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+        return 8 * width
+
+
+class Hessian:
+    """E[x xᵀ] of a weight's input, float32 [width, width]: half the Hessian of its output error (Frantar et al., 2022, §3)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width], in any float dtype; products are summed in float32."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.total.addmm_(rows.t(), rows)
+        self.count += rows.shape[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """E[x xᵀ], float32 [width, width]."""
+        return self.total / max(1, self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x²], float32 [width]."""
+        return self.total.diagonal() / max(1, self.count)
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+        return 4 * width * width
+
+
+Stats = Mapping[type, Any]
+
+
+@contextmanager
+def collect(modules: Mapping[nn.Module, list[Statistic]]) -> Iterator[None]:
+    """Feed each module's input to its statistics while the context is open."""
+    hooks = []
+    for module, statistics in modules.items():
+
+        def feed(_: nn.Module, args: tuple[Any, ...], statistics: list[Statistic] = statistics) -> None:
+            for statistic in statistics:
+                statistic.update(args[0])
+
+        hooks.append(module.register_forward_pre_hook(feed))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

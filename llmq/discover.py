@@ -1,0 +1,424 @@
+"""What a model is made of, found by running it: decoder blocks, their weights, who shares an input. Never by name.
+
+The model is built without memory for its parameters; a structural run on zeros (a few tokens) shows the rest. See
+docs/design.md, "Facts that were tried".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.capture import Matmul, watch_matmuls
+from llmq.errors import LlmqError
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Linear weight of a block. name: its module's path in the model; rows × width: [out, in].
+
+    shares: an identifier that weights fed by the same tensor have in common (servers fuse those); splits_input: whether
+    a tensor-parallel server cuts it along its input (a weight fed by neither the block's input nor a norm).
+    """
+
+    name: str
+    rows: int
+    width: int
+    shares: int
+    splits_input: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block. left: parameters with two or more axes that stay as they are, each with the reason."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    left: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The blocks of a model in order, and the path of the list that holds them."""
+
+    path: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass
+class Call:
+    """How a block was called: arguments with the hidden states cut out; where they go; where they are in the result."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slot: int | str
+    element: int | None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for input `hidden` [batch, tokens, width]."""
+        device = hidden.device
+        args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
+        if isinstance(self.slot, int):
+            args[self.slot] = hidden
+        else:
+            kwargs[self.slot] = hidden
+        result = block(*args, **kwargs)
+        output: Tensor = result if self.element is None else result[self.element]
+        return output
+
+
+@dataclass
+class Recording:
+    """The skeleton pass: the input of the first block for each batch, and each block's own call for each batch."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(v, device) for v in value)
+    return value
+
+
+def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model of `folder` in eval mode: parameters on the meta device, buffers computed. Raises LlmqError."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        for part in _nested(config):
+            part._experts_implementation = "eager"
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+        raise LlmqError(f"{folder}: transformers cannot build this model: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _nested(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from _nested(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists of a model, heaviest first (by parameters); the outer one first where two weigh the same."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    return sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last block has been called."""
+
+
+@contextmanager
+def _forwards(modules: list[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    for i, module in enumerate(modules):
+        module.forward = make(i, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def record(model: nn.Module, blocks: list[nn.Module], batches: list[Tensor], *, whole: bool = False) -> Recording:
+    """Run the model once per batch of token ids [batch, tokens] with blocks that only note how they were called.
+
+    The first block runs once, to see what a block returns: its parameters and everything before the blocks must be
+    materialized. `whole` goes on past the last block up to the output embedding, to see blocks called again.
+    Raises LlmqError when the blocks are not called once each, in order, each on the hidden states the one before returned.
+    """
+    recording = Recording()
+    element: int | None = None
+    rest: tuple[Any, ...] = ()
+    kind: type | None = None
+    seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
+    hidden: Tensor | None = None
+
+    def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal element, rest, kind, hidden
+            if len(seen) >= len(blocks):
+                raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
+            seen.append((i, args, kwargs))
+            if i == 0 and kind is None:
+                result = original(*args, **kwargs)
+                kind, element, rest = _shape_of_result(result)
+                template = result if element is None else result[element]
+                hidden = _hidden_of(args, kwargs, template.shape)
+            elif i == 0:
+                assert recording.calls
+                slot = recording.calls[0][0].slot
+                hidden = args[slot] if isinstance(slot, int) else kwargs[slot]
+            if i == len(blocks) - 1 and not whole:
+                raise _Stop
+            if element is None:
+                return hidden
+            assert kind is not None
+            return kind((*rest[:element], hidden, *rest[element + 1 :]))
+
+        return forward
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    stoppers = [head] if isinstance(head, nn.Module) else []
+
+    def stop(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise _Stop
+
+        return forward
+
+    with torch.inference_mode(), _forwards(blocks, make), _forwards(stoppers, stop):
+        for batch in batches:
+            seen.clear()
+            try:
+                model(batch, use_cache=False)
+            except _Stop:
+                pass
+            if [i for i, _, _ in seen] != list(range(len(blocks))):
+                raise LlmqError("the blocks are not called once each, in order")
+            assert hidden is not None
+            recording.hidden.append(hidden)
+            calls = [_cut(args, kwargs, hidden, element) for _, args, kwargs in seen]
+            _share(calls, recording.calls[0] if recording.calls else None)
+            recording.calls.append(calls)
+    return recording
+
+
+def _shape_of_result(result: Any) -> tuple[type, int | None, tuple[Any, ...]]:
+    if isinstance(result, Tensor):
+        return Tensor, None, ()
+    if type(result) in (tuple, list):
+        for i, value in enumerate(result):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return type(result), i, tuple(result)
+    raise LlmqError(f"a block returns a {type(result).__name__}, in which llmq cannot find the hidden states")
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape:
+            return value
+    raise LlmqError("no argument of the blocks has the shape of what they return")
+
+
+def _cut(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, element: int | None) -> Call:
+    def same(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.data_ptr() == hidden.data_ptr() and value.shape == hidden.shape
+
+    for i, value in enumerate(args):
+        if same(value):
+            return Call((*args[:i], None, *args[i + 1 :]), dict(kwargs), i, element)
+    for key, value in kwargs.items():
+        if same(value):
+            return Call(args, {k: v for k, v in kwargs.items() if k != key}, key, element)
+    raise LlmqError("the model changes the hidden states between its blocks, which llmq cannot stream yet")
+
+
+def _share(calls: list[Call], first: list[Call] | None) -> None:
+    # Packed windows give every batch the same masks and position tables: one copy is kept.
+    for i, call in enumerate(calls):
+        for others in (calls[:1] if i else [], [first[i]] if first else []):
+            for other in others:
+                call.args = tuple(
+                    _same_or(a, other.args[j]) if j < len(other.args) else a for j, a in enumerate(call.args)
+                )
+                call.kwargs = {k: _same_or(v, other.kwargs.get(k)) for k, v in call.kwargs.items()}
+
+
+def _same_or(value: Any, other: Any) -> Any:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        same = value is other or (
+            value.shape == other.shape and value.dtype == other.dtype and bool(torch.equal(value, other))
+        )
+        return other if same else value
+    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+        return tuple(_same_or(v, o) for v, o in zip(value, other, strict=True))
+    return value
+
+
+def find(model: nn.Module) -> Structure:
+    """The model's blocks and their weights, by a structural run on zeros of a few tokens. Raises LlmqError."""
+    batch = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
+    reasons = []
+    for path, modules in candidates(model)[:4]:
+        blocks = list(modules)
+        inside = {id(p) for p in modules.parameters()}
+        outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        skip = set() if head is None else {id(p) for p in head.parameters()}
+        try:
+            with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
+                with zeros(blocks[0]):
+                    recording = record(model, blocks, [batch], whole=True)
+                found: dict[Any, Block] = {}
+                hidden = recording.hidden[0]
+                return Structure(
+                    path,
+                    tuple(
+                        _inspect(f"{path}.{i}", block, call, hidden, found)
+                        for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True))
+                    ),
+                )
+        except LlmqError as error:
+            reasons.append(f"{path}: {error}")
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+            reasons.append(f"{path}: {type(error).__name__}: {_first_line(error)}")
+    raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
+
+
+def _is_input(model: nn.Module, name: str) -> bool:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    parameter = model.get_parameter(name)
+    return embeddings is not None and any(p is parameter for p in embeddings.parameters())
+
+
+@contextmanager
+def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
+    """Give the named parameters (all of them by default) zeros, which cost no memory until written; then meta again."""
+    chosen = [n for n, _ in module.named_parameters()] if names is None else names
+    try:
+        for name in chosen:
+            parameter = module.get_parameter(name)
+            assign(module, name, torch.zeros(parameter.shape, dtype=parameter.dtype))
+        yield
+    finally:
+        for name in chosen:
+            empty(module, name)
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in place of a parameter or buffer, keeping ties: other owners of the same parameter see it as well."""
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    old = getattr(holder, leaf)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(value, requires_grad=False)
+        for other in module.modules():
+            for key, parameter in list(other._parameters.items()):
+                if parameter is old:
+                    other._parameters[key] = new
+    else:
+        holder._buffers[leaf] = value
+
+
+def empty(module: nn.Module, name: str) -> None:
+    """Send a parameter back to the meta device."""
+    parameter = module.get_parameter(name)
+    if parameter.device.type != "meta":
+        assign(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+
+
+def _inspect(name: str, block: nn.Module, call: Call, hidden: Tensor, found: dict[Any, Block]) -> Block:
+    # Blocks of the same make are run once.
+    make = (type(block), tuple((n, tuple(p.shape), p.dtype) for n, p in block.named_parameters()), _arguments(call))
+    if make not in found:
+        with zeros(block), watch_matmuls(block) as matmuls, torch.inference_mode():
+            norms = _norm_outputs(block, lambda: call.run(block, hidden))
+        found[make] = _weights_of(block, matmuls, hidden, norms)
+    known = found[make]
+    return Block(
+        name,
+        tuple(
+            Weight(f"{name}.{w.name}" if w.name else name, w.rows, w.width, w.shares, w.splits_input)
+            for w in known.weights
+        ),
+        {f"{name}.{key}": reason for key, reason in known.left.items()},
+    )
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape)
+        return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+
+    return tuple(kind(a) for a in call.args) + tuple((k, kind(v)) for k, v in call.kwargs.items())
+
+
+def _norm_outputs(block: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """The outputs of the block's modules whose own parameters are all vectors, while `run` runs."""
+    outputs: list[Tensor] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    def is_norm(module: nn.Module) -> bool:
+        own = list(module.parameters(recurse=False))
+        return not any(module.children()) and bool(own) and all(p.dim() == 1 for p in own)
+
+    hooks = [m.register_forward_hook(note) for m in block.modules() if is_norm(m)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _weights_of(block: nn.Module, matmuls: list[Matmul], hidden: Tensor, norms: list[Tensor]) -> Block:
+    owners = {f"{path}.weight" if path else "weight": m for path, m in block.named_modules() if isinstance(m, nn.Linear)}
+    shared = {t.untyped_storage().data_ptr() for t in [hidden, *norms]}
+    tokens = hidden.numel() // hidden.shape[-1]
+    inputs: dict[int, int] = {}
+    weights: list[Weight] = []
+    left: dict[str, str] = {}
+    for parameter, value in block.named_parameters():
+        if value.dim() < 2:
+            continue
+        uses = [m for m in matmuls if m.parameter == parameter]
+        listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
+        if (value.dim() > 2 and uses) or (
+            listed and parameter in owners and any(u.tokens < tokens for u in uses or [Matmul("", None, 0, False)])
+        ):
+            raise LlmqError(
+                f"mixture-of-experts blocks are not supported yet ({parameter} sees only the tokens routed to it)"
+            )
+        if not uses:
+            left[parameter] = "no matrix product with it was seen"
+        elif parameter not in owners:
+            left[parameter] = "it is not the weight of a Linear module, and loaders replace only those"
+        elif not all(u.whole for u in uses):
+            left[parameter] = "it is used in slices, not as one matrix"
+        elif len(uses) > 1:
+            left[parameter] = "it is used more than once in a block"
+        else:
+            pointer = uses[0].input.untyped_storage().data_ptr() if uses[0].input is not None else 0
+            weights.append(
+                Weight(
+                    parameter.removesuffix("weight").removesuffix("."),
+                    value.shape[0],
+                    value.shape[1],
+                    inputs.setdefault(pointer, len(inputs)),
+                    pointer not in shared,
+                )
+            )
+    return Block("", tuple(weights), left)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    parts = name.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        yield ".".join(parts[:i])
