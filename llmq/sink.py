@@ -1,0 +1,318 @@
+"""The output folder while it is written: one shard per finished unit, a journal, resume, index and config at the end.
+
+A file is written under `.llmq/`, synced, and renamed to its place, so that what has its name is whole; a line of the
+journal says that a unit is. Killed at any moment, the folder goes on from the last line. Nothing outside `.llmq/`
+depends on when or in how many runs it was written, and there is no index until everything is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from llmq.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
+from llmq.errors import LlmqError
+from llmq.safetensors_io import DTYPE_NAMES, TensorInfo, encode, read_header, read_tensor
+from llmq.source import INDEX
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_PARTIAL = ".partial"
+_PIECE = 1 << 24
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Sink:
+    """The output folder of one run. Made by Sink.open; close it, or use it as a context, to let go of its lock.
+
+    done: the payload of every committed unit, in order, as it was committed (after a trip through JSON).
+    finished: the index and config are written as well. notes: what was found damaged on resume, a line each.
+    """
+
+    def __init__(self, out: Path, units: int, lock: int) -> None:
+        self.out = out
+        self.units = units
+        self.done: dict[str, dict[str, Any]] = {}
+        self.finished = False
+        self.notes: list[str] = []
+        self._state = out / STATE
+        self._lock = lock
+        self._journal = -1
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._unit_of: dict[str, str] = {}
+
+    @classmethod
+    def open(cls, out: Path, fingerprint: Mapping[str, Any], units: int) -> Self:
+        """Take an empty or new folder, or go on in one that holds a run with the same fingerprint and number of units.
+
+        fingerprint: whatever decides the bytes, nested as you like, JSON only. Raises LlmqError when the folder holds
+        another run (naming what differs) or anything else, when another llmq is at it, or when it can not be written;
+        what was there is then untouched.
+        """
+        out = Path(out)
+        wanted = json.loads(json.dumps({**fingerprint, "blocks": units}))
+        created: list[Path] = []
+        sink: Self | None = None
+        try:
+            refuse_foreign(out)
+            for folder in (out, out / STATE):
+                if not folder.is_dir():
+                    folder.mkdir(parents=True)
+                    created.insert(0, folder)
+            sink = cls(out, units, take_lock(out))
+            stored = sink._state / FINGERPRINT
+            if stored.exists():
+                compare(out, wanted)
+            else:
+                refuse_foreign(out)
+                text = json.dumps(wanted, indent=2, sort_keys=True) + "\n"
+                sink._put(stored, [memoryview(text.encode())], len(text.encode()))
+            sink._recover()
+        except BaseException as error:
+            if sink is not None:
+                sink.close()
+            if created and not (out / STATE / FINGERPRINT).exists():
+                with contextlib.suppress(OSError):
+                    (out / STATE / "lock").unlink(missing_ok=True)
+                    for folder in created:
+                        folder.rmdir()
+            if isinstance(error, OSError):
+                raise LlmqError(f"cannot write to {out}: {error.strerror}; choose another folder") from error
+            raise
+        return sink
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock; the folder stays as it is."""
+        for fd in (self._journal, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._journal = self._lock = -1
+
+    def commit(self, unit: str, tensors: Mapping[str, Tensor], payload: Mapping[str, Any]) -> None:
+        """Write a unit's tensors as the next shard and its line in the journal: after this it survives anything.
+
+        Raises LlmqError when the disk is full or fails (nothing of this unit is left then, and the units before it are
+        kept), ValueError for a unit or a tensor that is already there, or one too many.
+        """
+        if unit in self._entries or len(self._entries) >= self.units:
+            raise ValueError(f"{unit} is committed already, or is one more than the {self.units} announced")
+        taken = self._unit_of.keys() & tensors.keys()
+        if taken:
+            raise ValueError(f"{unit}: {sorted(taken)} are in earlier units")
+        kept = json.loads(json.dumps(dict(payload)))
+        entry: dict[str, Any] = {"unit": unit, "shard": None, "size": 0, "sha256": "", "tensors": {}}
+        shard = self.out / f"model-{len(self._entries) + 1:05d}-of-{self.units:05d}.safetensors"
+        if tensors:
+            size, pieces = encode(tensors)
+            entry |= {"shard": shard.name, "size": size, "sha256": self._put(shard, pieces, size)}
+            for name in sorted(tensors):
+                tensor = tensors[name]
+                entry["tensors"][name] = [DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes]
+        try:
+            self._append({**entry, "payload": kept})
+        except LlmqError:
+            shard.unlink(missing_ok=True)
+            raise
+
+    def finish(self, config: Mapping[str, Any], aux: Sequence[Path], extra: Mapping[str, str | bytes]) -> None:
+        """Copy the files that go along, write extra files, config.json and, last, the index; then the run is finished.
+
+        An extra file replaces a copied one of the same name. Does nothing if the run is finished already.
+        Raises LlmqError when the disk is full or fails; the same call then goes on later.
+        """
+        if len(self._entries) != self.units:
+            raise ValueError(f"{len(self._entries)} of {self.units} units are committed")
+        if self.finished:
+            return
+        copied = [path for path in aux if path.name not in extra]
+        for path in copied:
+            size, pieces = _pieces_of(path)
+            self._put(self.out / path.name, pieces, size)
+        for name, content in extra.items():
+            self.write(name, content)
+        self.write("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        total = sum(nbytes for entry in self._entries.values() for _, _, nbytes in entry["tensors"].values())
+        weight_map = {name: self._entries[unit]["shard"] for name, unit in sorted(self._unit_of.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        self.write(INDEX, json.dumps(index, indent=2) + "\n")
+        self._append({"finished": sorted({path.name for path in copied} | set(extra) | {"config.json", INDEX})})
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write OUT/name, whole or not at all, replacing what had the name. Raises LlmqError as commit does."""
+        data = content.encode() if isinstance(content, str) else content
+        self._put(self.out / name, [memoryview(data)], len(data))
+
+    def infos(self, unit: str) -> dict[str, TensorInfo]:
+        """The tensors of a committed unit, as they are on disk. Raises KeyError for another, LlmqError if damaged."""
+        shard = self._entries[unit]["shard"]
+        return read_header(self.out / shard) if shard else {}
+
+    def read(self, unit: str) -> dict[str, Tensor]:
+        """The tensors of a committed unit, read back from disk. Raises as infos."""
+        return {name: read_tensor(info) for name, info in self.infos(unit).items()}
+
+    def read_tensor(self, name: str) -> Tensor:
+        """One tensor of any committed unit, read back from disk. Raises as infos."""
+        return read_tensor(self.infos(self._unit_of[name])[name])
+
+    def _recover(self) -> None:
+        """Read the journal up to the first line that does not hold, cut it there, and clear away what is not in it."""
+        path = self._state / "journal.jsonl"
+        self._journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        lines = path.read_bytes().splitlines(keepends=True)
+        good = 0
+        for number, line in enumerate(lines):
+            entry = _parse(line)
+            if entry is None:
+                if line.endswith(b"\n"):
+                    self.notes.append(f"line {number + 1} of {path} is damaged: it and what follows is done again")
+                break
+            if "finished" in entry:
+                self.finished = all((self.out / name).is_file() for name in entry["finished"])
+                good += len(line) if self.finished else 0
+                break
+            damage = self._damage(entry)
+            if damage:
+                self.notes.append(f"{damage}: {entry['unit']} and what follows is done again")
+                break
+            self._note(entry)
+            good += len(line)
+        if good < sum(map(len, lines)):
+            os.ftruncate(self._journal, good)
+            os.fsync(self._journal)
+        known = {entry["shard"] for entry in self._entries.values()}
+        for stray in [*self._state.glob("*" + _PARTIAL), *self.out.iterdir()]:
+            of_ours = stray.suffix == _PARTIAL or _SHARD.fullmatch(stray.name) or stray.name == INDEX
+            if of_ours and stray.name not in known and not (stray.name == INDEX and self.finished):
+                stray.unlink()
+        _sync_folder(self._state)
+
+    def _damage(self, entry: Mapping[str, Any]) -> str | None:
+        """What is wrong with a committed shard, or None."""
+        if entry["shard"] is None:
+            return None
+        path = self.out / entry["shard"]
+        if not path.is_file():
+            return f"{path} is missing"
+        size, pieces = _pieces_of(path)
+        if size != entry["size"]:
+            return f"{path} has {size} bytes instead of {entry['size']}"
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        return None if digest.hexdigest() == entry["sha256"] else f"{path} was changed since it was written"
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        self.done[entry["unit"]] = entry.pop("payload")
+        self._entries[entry["unit"]] = entry
+        self._unit_of |= dict.fromkeys(entry["tensors"], entry["unit"])
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        """Add a line to the journal, on disk when this returns; what is kept in memory is what a resume would read."""
+        line = json.dumps(entry).encode() + b"\n"
+        before = os.fstat(self._journal).st_size
+        try:
+            _write_all(self._journal, memoryview(line))
+            os.fsync(self._journal)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._journal, before)
+            raise self._failed("the journal", len(line), error) from error
+        if "unit" in entry:
+            self._note(json.loads(line))
+        else:
+            self.finished = True
+
+    def _put(self, path: Path, pieces: Iterable[memoryview], size: int) -> str:
+        """Write a file whole or not at all; returns its sha256. Raises LlmqError when the disk is full or fails."""
+        partial = self._state / (path.name + _PARTIAL)
+        digest = hashlib.sha256()
+        try:
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                for piece in pieces:
+                    _write_all(fd, piece)
+                    digest.update(piece)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            partial.rename(path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise self._failed(path.name, size, error) from error
+            raise
+        return digest.hexdigest()
+
+    def _failed(self, what: str, needed: int, error: OSError) -> LlmqError:
+        kept = f"{len(self._entries)} of {self.units} blocks are kept"
+        if error.errno in _NO_ROOM:
+            stat = os.statvfs(self.out)
+            free = stat.f_bavail * stat.f_frsize
+            return LlmqError(
+                f"disk full while writing {what} in {self.out}: {needed:,} bytes needed, {free:,} free; "
+                f"free some space and run the same command again: {kept}"
+            )
+        return LlmqError(
+            f"cannot write {what} in {self.out}: {error.strerror}; mend that and run the same command again: {kept}"
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal, or None if it is torn or damaged."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    whole = isinstance(entry, dict) and ("finished" in entry or {"unit", "shard", "size", "payload"} <= entry.keys())
+    return entry if whole else None
+
+
+def _pieces_of(path: Path) -> tuple[int, Iterator[memoryview]]:
+    """A file's size and content, piece by piece. Raises LlmqError when it can not be read."""
+
+    def pieces() -> Iterator[memoryview]:
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    yield memoryview(piece)
+        except OSError as error:
+            raise LlmqError(f"cannot read {path}: {error.strerror}") from error
+
+    try:
+        return path.stat().st_size, pieces()
+    except OSError as error:
+        raise LlmqError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put renames on disk; some file systems can not, and then the folder's order is theirs."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}:
+            raise
+    finally:
+        os.close(fd)

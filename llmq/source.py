@@ -1,0 +1,257 @@
+"""The checkpoint that is quantized: a folder of safetensors, checked at once and read lazily, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.safetensors_io import TensorInfo, read_header, read_rows, read_tensor
+
+__all__ = ["INDEX", "Source", "TensorInfo", "check_finite"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CARRIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm"}
+_CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
+# What speaks of the source's own weights would be untrue, or taken for true, beside the quantized ones.
+_LEFT = {"config.json", "params.json", "adapter_config.json", "quantize_config.json", "report.json"}
+_CARRIED_MAX = 128 << 20
+_CHUNK = 4096
+_CHUNKS = 64
+
+
+class Source:
+    """A model folder: its config, and its tensors by name.
+
+    Every check that needs no weight is made here, in well under a second per hundred shards. Raises LlmqError, one
+    line that names the file or tensor and the way out, when: the folder or its config.json is missing or unreadable;
+    the weights are pickles or missing; a shard is missing, truncated, too long or damaged; the index names a tensor
+    that its shard lacks; the model is already quantized (unless quantized_ok) or needs code of its own (unless
+    trust_remote_code).
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False, *, quantized_ok: bool = False) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            what = "is a file, not a model folder" if self.folder.exists() else "does not exist"
+            raise LlmqError(f"{self.folder} {what}: give the folder that holds config.json and the safetensors files")
+        self.config: dict[str, Any] = _read_config(self.folder)
+        if not quantized_ok:
+            _refuse_quantized(self.folder, self.config)
+        if not trust_remote_code:
+            _refuse_remote_code(self.folder, self.config)
+        self.index: Path | None = None
+        weight_map: dict[str, str] = {}
+        try:
+            shards = self._single()
+            if shards is None:
+                self.index = self.folder / INDEX
+                weight_map = _read_index(self.index)
+                shards = [self.folder / name for name in sorted(set(weight_map.values()))]
+        except OSError as error:
+            raise LlmqError(f"cannot read {self.folder}: {error.strerror}") from error
+        self.shards: list[Path] = shards
+        self._infos = self._headers(weight_map)
+
+    def _single(self) -> list[Path] | None:
+        """The one weights file, or None where an index names several."""
+        if (self.folder / SINGLE).exists():
+            return [self.folder / SINGLE]
+        if (self.folder / INDEX).exists():
+            return None
+        found = sorted(self.folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        if found:
+            raise LlmqError(
+                f"{self.folder} has {len(found)} safetensors files but no {INDEX} that says which are the model: "
+                "download the index as well"
+            )
+        pickles = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
+        if pickles:
+            raise LlmqError(
+                f"{self.folder} has its weights as pickles only ({pickles[0]}), which can run code when opened and are "
+                "not read: convert it once with transformers (from_pretrained, then save_pretrained to a new folder)"
+            )
+        raise LlmqError(f"{self.folder} has no weights: neither {INDEX} nor a safetensors file; download it again")
+
+    def _headers(self, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+        """All tensors in file order. Where two shards hold one, the index chooses; one that it forgot is kept."""
+        infos: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            if not shard.is_file():
+                raise LlmqError(f"shard {shard.name}, named by {self.index}, is missing: download it again")
+            for name, info in read_header(shard).items():
+                if name not in weight_map or self.folder / weight_map[name] == shard:
+                    infos[name] = info
+        for name, shard_name in weight_map.items():
+            if name not in infos:
+                raise LlmqError(
+                    f"{self.index} says that tensor {name} is in {shard_name}, and it is not: "
+                    "the index and the shards are of different models, download both again"
+                )
+        return infos
+
+    def names(self) -> list[str]:
+        """Every tensor, in the order in which it is cheapest to read them: by file, then by place."""
+        return list(self._infos)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor. Raises KeyError for a name that is not there."""
+        return self._infos[name]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, in memory of its own. Raises LlmqError if the file fails or was cut."""
+        return read_tensor(self._infos[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop−1 of a tensor, without reading the others. Raises as read, and IndexError out of range."""
+        return read_rows(self._infos[name], start, stop)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def aux_files(self) -> list[Path]:
+        """What goes along unchanged: tokenizer, generation and processor files, chat template, licence; sorted by name.
+
+        Weights, indexes, config.json, model cards and pickles stay behind, and so do subfolders. Python files go along
+        only where the config names them.
+        """
+        carried = _CARRIED | ({".py"} if "auto_map" in self.config else set())
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and not path.name.startswith(".")
+            and path.name not in _LEFT
+            and not path.name.endswith(".index.json")
+            and (path.suffix.lower() in carried or path.name.lower().startswith(_CARRIED_NAMES))
+            and path.stat().st_size <= _CARRIED_MAX
+        )
+
+    def fingerprint(self) -> str:
+        """A hash that tells this checkpoint from another, without reading all of it.
+
+        config.json, the index, and of every shard the name, size, header and 64 evenly spaced samples of 4 KiB (the
+        first and the last bytes included). Two checkpoints that differ in a few weights only may share it.
+        Raises LlmqError when a file can not be read.
+        """
+        digest = hashlib.sha256()
+
+        def add(data: bytes) -> None:
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+
+        for path in (self.folder / "config.json", self.index):
+            add(b"" if path is None else _read_bytes(path))
+        for shard in self.shards:
+            try:
+                with shard.open("rb") as file:
+                    size = shard.stat().st_size
+                    header = file.read(8)
+                    header += file.read(int.from_bytes(header, "little"))
+                    for part in (shard.name.encode(), str(size).encode(), header):
+                        add(part)
+                    last = max(size - _CHUNK, len(header))
+                    for step in range(_CHUNKS):
+                        file.seek(len(header) + (last - len(header)) * step // (_CHUNKS - 1))
+                        add(file.read(_CHUNK))
+            except OSError as error:
+                raise LlmqError(f"cannot read {shard}: {error.strerror}") from error
+        return digest.hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LlmqError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise LlmqError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise LlmqError(f"{path} is not a JSON object: download it again")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise LlmqError(f"{folder} is not a model folder: it has no config.json")
+    return _read_object(path)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LlmqError(f"{path} has no weight_map: download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise LlmqError(
+                f"{path} places tensor {name} in {shard!r}, which is no file of this folder: download it again"
+            )
+    return weight_map
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for part in nested:
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                method = part[key].get("quant_method") if isinstance(part[key], dict) else None
+                raise LlmqError(f"{folder} is already quantized ({method or key}): start from the unquantized model")
+
+
+def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
+    if not config.get("auto_map"):
+        return
+    # Only here, as it takes seconds to import. Many models name code of their own that transformers now has built in.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LlmqError(
+            f"{folder} needs Python code of its own (auto_map in config.json; transformers has no {kind!r}): "
+            "read that code, then say --trust-remote-code"
+        )
+
+
+def check_finite(tensor: Tensor, name: str, file: Path | None = None) -> None:
+    """Raises LlmqError, naming the weight, its file and the first bad place, if there is a NaN or an infinity.
+
+    Takes no memory to speak of: the smallest and largest value tell (a NaN spreads to both), at the speed of memory.
+    """
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return
+    flat = tensor.detach().reshape(-1)
+    step = flat.numel() if tensor.dtype.itemsize > 1 else 1 << 22  # 8-bit floats have no minimum: widened in pieces
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step]
+        if tensor.dtype.itemsize == 1:
+            piece = piece.float()
+        low, high = torch.aminmax(piece)
+        if bool(torch.isfinite(low) & torch.isfinite(high)):
+            continue
+        first = start + int(torch.isfinite(piece).logical_not_().to(torch.uint8).argmax())
+        place = [int(index) for index in torch.unravel_index(torch.tensor(first), tensor.shape)]
+        where = f" in {file}" if file else ""
+        raise LlmqError(
+            f"{name}{where} has {float(flat[first].float())} at {place}: the weight is broken, download or repair it"
+        )
