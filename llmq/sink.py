@@ -145,9 +145,8 @@ class Sink:
         for name, content in extra.items():
             self.write(name, content)
         self.write("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        total = sum(nbytes for entry in self._entries.values() for _, _, nbytes in entry["tensors"].values())
         weight_map = {name: self._entries[unit]["shard"] for name, unit in sorted(self._unit_of.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         self.write(INDEX, json.dumps(index, indent=2) + "\n")
         self._append({"finished": sorted({path.name for path in copied} | set(extra) | {"config.json", INDEX})})
 
@@ -161,13 +160,18 @@ class Sink:
         shard = self._entries[unit]["shard"]
         return read_header(self.out / shard) if shard else {}
 
-    def read(self, unit: str) -> dict[str, Tensor]:
+    def read_unit(self, unit: str) -> dict[str, Tensor]:
         """The tensors of a committed unit, read back from disk. Raises as infos."""
         return {name: read_tensor(info) for name, info in self.infos(unit).items()}
 
-    def read_tensor(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """One tensor of any committed unit, read back from disk. Raises as infos."""
         return read_tensor(self.infos(self._unit_of[name])[name])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all committed tensors."""
+        return sum(nbytes for entry in self._entries.values() for _, _, nbytes in entry["tensors"].values())
 
     def _recover(self) -> None:
         """Read the journal up to the first line that does not hold, cut it there, and clear away what is not in it."""

@@ -40,6 +40,7 @@ class Source:
 
     def __init__(self, folder: Path, trust_remote_code: bool = False, *, quantized_ok: bool = False) -> None:
         self.folder = Path(folder)
+        self.trust_remote_code = trust_remote_code
         if not self.folder.is_dir():
             what = "is a file, not a model folder" if self.folder.exists() else "does not exist"
             raise LlmqError(f"{self.folder} {what}: give the folder that holds config.json and the safetensors files")
