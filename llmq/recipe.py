@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,3 +96,91 @@ class Recipe:
     damping: float = 0.01
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("ragged", self.ragged, RAGGED),
+            ("range", self.range, RANGES),
+            ("act-order", self.act_order, ACT_ORDERS),
+        ):
+            if value not in allowed:
+                raise LlmqError(f"{name} {value!r} is not known: choose from {', '.join(allowed)}{nearest(value, allowed)}")
+        if self.calibration.samples < 1 or self.calibration.seqlen < 2:
+            raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
+        if not 0 < self.damping < 1:
+            raise LlmqError(f"damping must lie between 0 and 1, not {self.damping!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML and JSON hold it; Recipe.from_dict reads it back."""
+        data = dataclasses.asdict(self)
+        data["overrides"] = {pattern: dataclasses.asdict(scheme) for pattern, scheme in self.overrides}
+        return data | {"methods": list(self.methods), "keep": list(self.keep)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from plain data. Raises LlmqError at an unknown key (with the nearest one) or an impossible value."""
+        _check_keys(data, Recipe, where)
+        values: dict[str, Any] = dict(data)
+        scheme = _scheme(values.pop("scheme", {}), Scheme(), f"{where}: scheme")
+        overrides = values.pop("overrides", {}) or {}
+        if not isinstance(overrides, Mapping):
+            raise LlmqError(f"{where}: overrides must map patterns to schemes")
+        values["overrides"] = tuple(
+            (str(pattern), _scheme(change, scheme, f"{where}: overrides: {pattern}")) for pattern, change in overrides.items()
+        )
+        calibration = values.pop("calibration", {})
+        _check_keys(calibration, Calibration, f"{where}: calibration")
+        for name in ("methods", "keep"):
+            if name in values:
+                listed = values[name]
+                values[name] = tuple(listed.split("+")) if isinstance(listed, str) else tuple(listed)
+        try:
+            return Recipe(scheme=scheme, calibration=Calibration(**calibration), **values)
+        except TypeError as error:
+            raise LlmqError(f"{where}: {error}") from error
+
+    @staticmethod
+    def load(file: Path) -> Recipe:
+        """A recipe from a YAML file. Raises LlmqError naming the file."""
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise LlmqError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        return Recipe.from_dict(data or {}, str(file))
+
+
+def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
+    """'PATTERN=bits:8,group_size:64,symmetric:false' → the pattern and the base scheme so changed. Raises LlmqError."""
+    pattern, equals, changes = text.rpartition("=")
+    if not equals or not pattern:
+        raise LlmqError(f"--override {text!r}: write it as 'PATTERN=bits:8' or 'PATTERN=bits:8,group_size:64'")
+    values = {}
+    for change in changes.split(","):
+        key, colon, value = change.partition(":")
+        if not colon:
+            raise LlmqError(f"--override {text!r}: {change!r} is not key:value, as in bits:8")
+        values[key.strip()] = yaml.safe_load(value)
+    return pattern, _scheme(values, base, f"--override {text!r}")
+
+
+def _scheme(data: Any, base: Scheme, where: str) -> Scheme:
+    _check_keys(data, Scheme, where)
+    values = dict(data)
+    if values.get("group_size") == "channel":
+        values["group_size"] = None
+    return dataclasses.replace(base, **values)
+
+
+def _check_keys(data: Any, kind: type, where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise LlmqError(f"{where}: must be a mapping, not {data!r}")
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in data:
+        if key not in known:
+            raise LlmqError(f"{where}: unknown key {key!r}{nearest(str(key), known) or '; known: ' + ', '.join(known)}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint at the most similar known word, or nothing."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

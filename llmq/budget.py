@@ -1,0 +1,116 @@
+"""How much memory and disk a run will take, before it starts, and whether there is that much."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from llmq.errors import LlmqError
+
+FORWARD_COPIES = 6
+TRANSIENT = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Predicted peaks in bytes: resident host memory, device memory (0 on the host), and the output folder."""
+
+    memory: int
+    device_memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one block needs while it is quantized, in bytes: its parameters, packed result, statistics, and workspace."""
+
+    block: int
+    packed: int
+    statistics: int
+    workspace: int
+
+
+def predict(
+    model: nn.Module,
+    inside: list[str],
+    dtype: torch.dtype,
+    ids_shape: tuple[int, int],
+    batch: int,
+    loads: list[Load],
+    disk: int,
+    device: str,
+) -> Budget:
+    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block.
+
+    The host holds the activations (input, target and output of every window) whatever the device.
+    """
+    hidden = hidden_width(model)
+    activations = 3 * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
+    widest = max((max(p.shape) for n, p in model.named_parameters() if n in set(inside) and p.dim() > 1), default=hidden)
+    forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
+    embedding = sum(p.numel() for p in before_blocks(model, inside).values()) * dtype.itemsize
+    work = max(load.block + load.packed + load.statistics + max(load.workspace, forward) for load in loads)
+    recording = embedding + loads[0].block + forward
+    now = psutil.Process().memory_info().rss + TRANSIENT
+    if device == "cpu":
+        return Budget(now + activations + max(work, recording), 0, disk)
+    return Budget(now + activations + max(load.block + load.packed for load in loads) + recording, work, disk)
+
+
+def before_blocks(model: nn.Module, inside: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that a pass up to the last block needs besides the blocks': all but an untied output embedding."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    entry = model.get_input_embeddings()  # type: ignore[operator]
+    unused = set() if head is None else {id(p) for p in head.parameters()} - {id(p) for p in entry.parameters()}
+    blocks = set(inside)
+    return {n: p for n, p in model.named_parameters() if n not in blocks and id(p) not in unused}
+
+
+def hidden_width(model: nn.Module) -> int:
+    """The width of the hidden states, as far as the input embedding tells."""
+    entry = model.get_input_embeddings()  # type: ignore[operator]
+    return max((p.shape[-1] for p in entry.parameters()), default=1)
+
+
+def check_room(budget: Budget, out: Path | None) -> None:
+    """Raise LlmqError where the host's memory or the output's disk cannot hold the run."""
+    have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if budget.memory > have:
+        raise LlmqError(
+            f"this run needs about {gib(budget.memory)} of memory and {gib(have)} are free.\n"
+            "Ways out: fewer --samples or a shorter --seqlen, --method rtn, or a machine with more memory"
+        )
+    if out is None:
+        return
+    folder = existing(out)
+    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    if budget.disk > free:
+        raise LlmqError(
+            f"{out}: the result needs {gib(budget.disk)} on disk and {gib(free)} are free; "
+            "free some space or choose another output folder"
+        )
+
+
+def check_writable(out: Path) -> None:
+    """Raise LlmqError unless the output folder can be made or written to."""
+    folder = existing(out)
+    if not folder.is_dir():
+        raise LlmqError(f"{folder} is a file, not a folder; choose another -o")
+    if not os.access(folder, os.W_OK):
+        raise LlmqError(f"{folder}: no permission to write there; choose another -o")
+
+
+def existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+
+
+def gib(size: float) -> str:
+    """A size in bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

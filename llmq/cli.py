@@ -1,0 +1,276 @@
+"""The command line: parses, calls, prints. Every error a user can mend is a few lines of text and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from llmq.errors import LlmqError
+from llmq.recipe import Calibration, Recipe, parse_override
+
+app = typer.Typer(
+    name="llmq",
+    help="Quantize the weights of any causal language model, on a machine that could never hold it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, a hub id (org/name), or 'demo'.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes an unfinished run.")]
+Method = Annotated[str | None, typer.Option(help="gptq (needs calibration text, better) or rtn (round to nearest).")]
+Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4.")]
+Group = Annotated[
+    str | None, typer.Option("--group-size", help="Inputs that share a scale, or 'channel' (one scale a row). Default 128.")
+]
+Symmetric = Annotated[
+    bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points. Default symmetric.")
+]
+Range = Annotated[
+    str | None,
+    typer.Option("--range", help="How scales are found: weighted (by E[x²], default), mse, or minmax."),
+]
+ActOrder = Annotated[
+    str | None, typer.Option("--act-order", help="GPTQ's order of columns: static (default) or none.")
+]
+Calib = Annotated[
+    str | None,
+    typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens per calibration window. Default 2048, or the model's maximum.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options given beside it win.")]
+Override = Annotated[
+    list[str] | None, typer.Option(help="'PATTERN=bits:8,group_size:64': another scheme for matching weights. Repeatable.")
+]
+Keep = Annotated[list[str] | None, typer.Option(help="Leave the weights that match this pattern alone. Repeatable.")]
+Ragged = Annotated[
+    str | None,
+    typer.Option(help="Where the group size does not divide a width: error (default), smaller, channel or keep."),
+]
+Tp = Annotated[int, typer.Option(min=1, help="Refuse shapes that a server could not split over this many GPUs.")]
+Device = Annotated[str, typer.Option(help="Where a block is computed: cpu, cuda, cuda:1 …")]
+Seed = Annotated[int | None, typer.Option(help="Seed of anything drawn by chance. Default 0.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an LlmqError into its message and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except LlmqError as error:
+        err_console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err_console.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def make_recipe(
+    method: str | None,
+    bits: int | None,
+    group_size: str | None,
+    symmetric: bool | None,
+    range_: str | None,
+    act_order: str | None,
+    calib: str | None,
+    samples: int | None,
+    seqlen: int | None,
+    file: Path | None,
+    override: list[str] | None,
+    keep: list[str] | None,
+    ragged: str | None,
+    seed: int | None,
+) -> Recipe:
+    """The recipe file, or the defaults, changed by the options that were given."""
+    recipe = Recipe.load(file) if file else Recipe()
+    changes = {
+        "bits": bits,
+        "group_size": None if group_size is None else parse_group(group_size),
+        "symmetric": symmetric,
+    }
+    scheme = replace(recipe.scheme, **{k: v for k, v in changes.items() if v is not None})
+    if group_size == "channel":
+        scheme = replace(scheme, group_size=None)
+    text = {"text": calib, "samples": samples, "seqlen": seqlen}
+    calibration: Calibration = replace(recipe.calibration, **{k: v for k, v in text.items() if v is not None})
+    rest = {
+        "methods": None if method is None else tuple(method.split("+")),
+        "range": range_,
+        "act_order": act_order,
+        "overrides": tuple(parse_override(o, scheme) for o in override) if override else None,
+        "keep": tuple(keep) if keep else None,
+        "ragged": ragged,
+        "seed": seed,
+    }
+    return replace(
+        recipe, scheme=scheme, calibration=calibration, **{k: v for k, v in rest.items() if v is not None}
+    )
+
+
+def parse_group(text: str) -> int | None:
+    """'128' → 128, 'channel' → None. Raises LlmqError."""
+    if text == "channel":
+        return None
+    if not text.isdigit():
+        raise LlmqError(f"--group-size must be a whole number or 'channel', not {text!r}")
+    return int(text)
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Check this folder's disk as well.")] = None,
+    method: Method = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    symmetric: Symmetric = None,
+    range_: Range = None,
+    act_order: ActOrder = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    recipe: RecipeFile = None,
+    override: Override = None,
+    keep: Keep = None,
+    ragged: Ragged = None,
+    tp: Tp = 1,
+    device: Device = "cpu",
+    seed: Seed = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
+    with explained():
+        from llmq import job, render
+
+        chosen = make_recipe(
+            method, bits, group_size, symmetric, range_, act_order, calib, samples, seqlen,
+            recipe, override, keep, ragged, seed,
+        )  # fmt: skip
+        made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+        render.plan(out_console, made)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Out,
+    method: Method = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    symmetric: Symmetric = None,
+    range_: Range = None,
+    act_order: ActOrder = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    recipe: RecipeFile = None,
+    override: Override = None,
+    keep: Keep = None,
+    ragged: Ragged = None,
+    tp: Tp = 1,
+    device: Device = "cpu",
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize a model into a compressed-tensors folder that transformers and vLLM load as it is.
+
+    Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
+    """
+    with explained():
+        from llmq import job, render
+        from llmq.progress import Bars
+
+        chosen = make_recipe(
+            method, bits, group_size, symmetric, range_, act_order, calib, samples, seqlen,
+            recipe, override, keep, ragged, seed,
+        )  # fmt: skip
+        made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+        if dry_run:
+            render.plan(out_console, made)
+            return
+        render.summary(out_console, made)
+        try:
+            with Bars(err_console) as bars:
+                report = job.quantize(model, out, device=device, watch=bars, made=made)
+        except KeyboardInterrupt:
+            err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
+            raise typer.Exit(130) from None
+        render.report(out_console, report)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
+    base: Annotated[str | None, typer.Option(help="The unquantized model to measure beside them.")] = None,
+    text: Annotated[str, typer.Option(help="'demo' (held-out standard library) or a text file.")] = "demo",
+    window: Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity by the standard protocol, the base model beside it in the same run, the protocol printed."""
+    with explained():
+        from llmq_eval.perplexity import perplexity
+
+        from llmq import render
+        from llmq.hub import resolve
+
+        names = ([base] if base and base not in models else []) + models
+        results = [
+            perplexity(
+                resolve(name, trust_remote_code=trust_remote_code), text, window=window, max_windows=max_windows,
+                batch=batch, dtype=dtype, device=device,
+            )
+            for name in names
+        ]  # fmt: skip
+        render.perplexities(out_console, names, results, base)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Any quantized (or plain) model folder.")]) -> None:
+    """Every weight of a folder: bits, group size, error, bytes; whichever tool wrote it."""
+    with explained():
+        from llmq import render
+        from llmq.inspection import inspect_folder
+
+        render.inspection(out_console, inspect_folder(folder))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many new tokens.")] = 64,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Go on from a prompt, greedily: a quick look at what the model says."""
+    with explained():
+        from llmq.generate import generate as run
+        from llmq.hub import resolve
+
+        run(resolve(model, trust_remote_code=trust_remote_code), prompt, tokens, device=device)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(app())

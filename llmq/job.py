@@ -1,0 +1,139 @@
+"""One whole job: from a model's name to a finished folder and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq import hub, stream
+from llmq.budget import check_writable
+from llmq.errors import LlmqError
+from llmq.formats import compressed_tensors
+from llmq.plan import Plan, make_plan
+from llmq.progress import Silent
+from llmq.recipe import Calibration, Recipe, Scheme
+from llmq.report import REPORT, Report, make_report, model_card, versions
+from llmq.sink import Sink
+from llmq.source import Source
+
+
+def plan(
+    model: str,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    tp: int = 1,
+    device: str = "cpu",
+    ids: Tensor | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Everything `quantize` would do, checked and sized, with no work done. Raises LlmqError where it would refuse.
+
+    ids: calibration windows [samples, tokens] of token ids in place of the recipe's text.
+    """
+    recipe = recipe or Recipe()
+    check_device(device)
+    if out is not None:
+        check_writable(Path(out))
+    source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
+
+    def windows() -> tuple[Tensor, str, str, Iterable[str]]:
+        if ids is not None:
+            return ids, f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller", _digest(ids), []
+        return calibration_windows(source, recipe.calibration, recipe.seed)
+
+    return make_plan(source, recipe, windows, out=None if out is None else Path(out), tp=tp, device=device)
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    tp: int = 1,
+    device: str = "cpu",
+    ids: Tensor | None = None,
+    trust_remote_code: bool = False,
+    watch: stream.Watch | None = None,
+    made: Plan | None = None,
+) -> Report:
+    """Quantize a model folder, hub id or 'demo' into the folder `out`, and verify it.
+
+    Killed at any moment, the same call goes on where it stopped. `made` is a plan of the same arguments, if there is one
+    already. Raises LlmqError; finished blocks are kept.
+    """
+    began = time.perf_counter()
+    out = Path(out)
+    made = made or plan(
+        model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code
+    )
+    with Sink.open(out, fingerprint(made), units=len(stream.rest(made)) + len(made.structure.blocks)) as sink:
+        if sink.finished:
+            return Report.load(out)
+        stream.run(made, sink, torch.device(device), watch or Silent())
+        report = make_report(made, model, out, sink.done, time.perf_counter() - began, sink.total_bytes)
+        card = model_card(made, model, out.absolute().name)
+        sink.finish(config(made), made.source.aux_files(), {REPORT: report.to_json(), "README.md": card})
+    return report
+
+
+def config(made: Plan) -> dict[str, Any]:
+    """The source's config with the quantization's own section, naming modules as the model and as the checkpoint do."""
+    groups: dict[Scheme, list[str]] = {}
+    ignore: list[str] = []
+    linears = {n for n, m in made.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for item in made.items:
+        names = list(dict.fromkeys([item.module, item.name]))
+        if item.scheme is not None:
+            groups.setdefault(item.scheme, []).extend(names)
+            linears.discard(item.module)
+        elif item.module in linears:
+            ignore.extend(names)
+            linears.discard(item.module)
+    section = compressed_tensors.config(groups, [*ignore, *sorted(linears)])
+    return made.source.config | {"quantization_config": section}
+
+
+def fingerprint(made: Plan) -> dict[str, Any]:
+    """What must be the same for a run to go on in a folder: model, recipe, calibration text, versions that matter."""
+    return {
+        "source": made.source.fingerprint(),
+        "recipe": made.recipe.to_dict(),
+        "calibration": made.calibration_digest,
+        "versions": versions(),
+    }
+
+
+def calibration_windows(source: Source, calibration: Calibration, seed: int) -> tuple[Tensor, str, str, Iterable[str]]:
+    """The windows of calibration text, tokenized by the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    from llmq.calibration import windows
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {line}") from error
+    found = windows(calibration, tokenizer, seed=seed)
+    return found.ids, found.description, found.digest, found.notes
+
+
+def _digest(ids: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_device(device: str) -> None:
+    """Raise LlmqError where torch does not know or have the device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LlmqError(f"--device {device}: not usable here ({line}); --device cpu always is") from error

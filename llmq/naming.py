@@ -1,0 +1,44 @@
+"""Which tensor of the checkpoint fills which parameter of the model: transformers' own renaming rules, applied backwards.
+
+Checkpoints are written with the names they were read with, so every server that reads the source reads the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Links:
+    """source: parameter or buffer → tensor name; converted: parameter → why it is not one stored tensor; unused: the rest."""
+
+    source: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+def link(model: nn.Module, names: list[str]) -> Links:
+    """Match the checkpoint's tensor names to the model's parameters and buffers, as from_pretrained would."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules: list[Any] = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    state = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    links = Links()
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            links.unused.append(name)
+        elif pattern is not None:
+            links.converted[target] = f"transformers converts {name} while loading it"
+        else:
+            links.source[target] = name
+    return links

@@ -1,0 +1,51 @@
+"""A progress bar with time left for each stage of a run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Bars:
+    """Draws what a run tells its Watch: one bar per stage, on stderr, with time left; quiet where no one looks."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+        )
+        self.task = None
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+        self.task = self.progress.add_task(name, total=total, note="")
+
+    def step(self, text: str) -> None:
+        """One step is done."""
+        if self.task is not None:
+            self.progress.update(self.task, advance=1, note=text)
+
+
+class Silent:
+    """A Watch that shows nothing."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+
+    def step(self, text: str) -> None:
+        """One step is done."""

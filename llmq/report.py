@@ -1,0 +1,147 @@
+"""What a run did: report.json, the terminal's summary, and the model card that goes with the weights."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmq.budget import gib
+from llmq.errors import LlmqError
+from llmq.plan import Plan
+
+REPORT = "report.json"
+VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors")
+
+
+@dataclass
+class Report:
+    """Everything a run did. weights: one row per weight with two or more axes, kept ones with their reason.
+
+    error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes, times in
+    seconds, peak_memory the largest resident size of the process that finished the run.
+    """
+
+    model: str
+    out: str
+    recipe: dict[str, Any]
+    calibration: str
+    bits_per_weight: float
+    bits_per_weight_whole: float
+    source_bytes: int
+    bytes: int
+    peak_memory: int
+    predicted_memory: int
+    seconds: float
+    weights: list[dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    warnings: list[str]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Source bytes over written bytes."""
+        return self.source_bytes / max(1, self.bytes)
+
+    @property
+    def fallbacks(self) -> list[tuple[str, str]]:
+        """(weight, note) for everything that did not go the usual way."""
+        return [(row["name"], note) for row in self.weights for note in row.get("notes", [])]
+
+    def to_json(self) -> str:
+        """The text of report.json."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def load(folder: Path) -> Report:
+        """The report of a finished folder. Raises LlmqError where there is none."""
+        try:
+            return Report(**json.loads((folder / REPORT).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change the bytes written."""
+    return {name: version(name) for name in VERSIONS} | {"python": sys.version.split()[0]}
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds: float, written: int) -> Report:
+    """Put the rows of the blocks (from the sink's journal) together with what the plan left alone."""
+    blocks, weights = [], []
+    for index, block in enumerate(plan.structure.blocks):
+        payload = done[f"block {index}"]
+        blocks.append({"name": block.name, "error": payload["error"], "seconds": payload["seconds"]})
+        weights += [{**row, "block": index} for row in payload["weights"]]
+    for item in plan.items:
+        if item.scheme is None:
+            weights.append(
+                {
+                    "name": item.name,
+                    "shape": list(item.shape),
+                    "block": item.block,
+                    "scheme": None,
+                    "bytes": item.before,
+                    "error": 0.0,
+                    "kept": item.reason,
+                }
+            )
+    return Report(
+        model=model,
+        out=str(out),
+        recipe=plan.recipe.to_dict(),
+        calibration=plan.calibration,
+        bits_per_weight=plan.bits_per_weight,
+        bits_per_weight_whole=16 * written / max(1, plan.source.total_bytes) * plan.dtype.itemsize / 2,
+        source_bytes=plan.source.total_bytes,
+        bytes=written,
+        peak_memory=peak_memory(),
+        predicted_memory=plan.budget.memory,
+        seconds=round(seconds, 2),
+        weights=weights,
+        blocks=blocks,
+        warnings=plan.warnings,
+        versions=versions(),
+    )
+
+
+def model_card(plan: Plan, model: str, name: str) -> str:
+    """README.md of the written folder: what it is, how it was made, how to load it."""
+    recipe = plan.recipe
+    base = f"base_model: {model}\nbase_model_relation: quantized\n" if "/" in model and not Path(model).exists() else ""
+    kept = sorted({i.reason for i in plan.items if i.scheme is None})
+    return f"""---
+{base}library_name: transformers
+tags:
+- llmq
+- compressed-tensors
+---
+# {name}
+
+{Path(model).name if Path(model).exists() else model} with {recipe.scheme} weights by {"+".join(recipe.methods)}, \
+{plan.bits_per_weight:.2f} bits per quantized weight, written by [llmq](https://pypi.org/project/llmq/).
+
+- format: compressed-tensors `pack-quantized`, read by transformers (with `compressed-tensors` installed) and vLLM
+- calibration: {plan.calibration}
+- left alone: {"; ".join(kept) or "nothing"}
+- size: {gib(plan.source.total_bytes)} before, {gib(plan.budget.disk)} now
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
+```
+
+`report.json` has every weight's bits and error.
+"""
