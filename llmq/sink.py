@@ -48,6 +48,7 @@ class Sink:
         self._journal = -1
         self._entries: dict[str, dict[str, Any]] = {}
         self._unit_of: dict[str, str] = {}
+        self._infos: dict[str, dict[str, TensorInfo]] = {}
 
     @classmethod
     def open(cls, out: Path, fingerprint: Mapping[str, Any], units: int) -> Self:
@@ -157,8 +158,10 @@ class Sink:
 
     def infos(self, unit: str) -> dict[str, TensorInfo]:
         """The tensors of a committed unit, as they are on disk. Raises KeyError for another, LlmqError if damaged."""
-        shard = self._entries[unit]["shard"]
-        return read_header(self.out / shard) if shard else {}
+        if unit not in self._infos:
+            shard = self._entries[unit]["shard"]
+            self._infos[unit] = read_header(self.out / shard) if shard else {}
+        return self._infos[unit]
 
     def read_unit(self, unit: str) -> dict[str, Tensor]:
         """The tensors of a committed unit, read back from disk. Raises as infos."""
