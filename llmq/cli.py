@@ -156,14 +156,14 @@ def plan(
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
     with explained():
-        from llmq import job, render
+        from llmq import job, summary
 
         chosen = make_recipe(
             method, bits, group_size, symmetric, range_, act_order, calib, samples, seqlen,
             recipe, override, keep, ragged, seed,
         )  # fmt: skip
         made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
-        render.plan(out_console, made)
+        summary.plan(out_console, made)
 
 
 @app.command()
@@ -194,7 +194,7 @@ def quantize(
     Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
     """
     with explained():
-        from llmq import job, render
+        from llmq import job, summary
         from llmq.progress import Bars
 
         chosen = make_recipe(
@@ -203,16 +203,16 @@ def quantize(
         )  # fmt: skip
         made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
         if dry_run:
-            render.plan(out_console, made)
+            summary.plan(out_console, made)
             return
-        render.summary(out_console, made)
+        summary.summary(out_console, made)
         try:
             with Bars(err_console) as bars:
                 report = job.quantize(model, out, device=device, watch=bars, made=made)
         except KeyboardInterrupt:
             err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
             raise typer.Exit(130) from None
-        render.report(out_console, report)
+        summary.report(out_console, report)
 
 
 @app.command("eval")
@@ -274,3 +274,7 @@ def generate(
 def main() -> None:
     """The console script."""
     sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

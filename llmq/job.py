@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import hub, stream
+from llmq import stream
 from llmq.budget import check_writable
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
@@ -40,6 +40,8 @@ def plan(
     check_device(device)
     if out is not None:
         check_writable(Path(out))
+    from llmq import hub
+
     source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def windows() -> tuple[Tensor, str, str, Iterable[str]]:

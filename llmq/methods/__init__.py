@@ -27,7 +27,7 @@ def find(name: str) -> type[Method]:
         raise LlmqError(f"method {name!r} is not known: choose from {', '.join(names())}{nearest(name, names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    return next(c for c in own if hasattr(c, "quantize"))
+    return next(c for c in own if issubclass(c, Method))
 
 
 def make(recipe: Recipe) -> Method:
@@ -47,7 +47,7 @@ def needs(recipe: Recipe) -> tuple[type[Any], ...]:
 
 def quantize(recipe: Recipe, weight: Tensor, scheme: Scheme, statistics: Mapping[type[Any], Any]) -> QuantizedWeight:
     """Quantize one weight [out, in] of any float dtype; scales come in the weight's dtype. Raises LlmqError."""
-    return make(recipe).quantize(weight, scheme, statistics)
+    return make(recipe).quantize(weight, scheme, statistics, weight.dtype)
 
 
 def workspace(recipe: Recipe, shape: tuple[int, ...]) -> int:

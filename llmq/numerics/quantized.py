@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmq.recipe import Scheme
 
+CHUNK = 1 << 21
+
 
 @dataclass
 class QuantizedWeight:
@@ -28,8 +30,14 @@ class QuantizedWeight:
         """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""
         rows, width = self.codes.shape
         groups = self.scale.shape[1]
-        codes = self.codes.to(torch.float32).view(rows, groups, width // groups)
-        if self.zero is not None:
-            codes -= self.zero.to(torch.float32).unsqueeze(-1)
-        codes *= self.scale.to(torch.float32).unsqueeze(-1)
-        return codes.view(rows, width).to(dtype)
+        weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
+        # Some rows at a time, so that no float32 copy of the whole is made.
+        step = max(1, CHUNK // width)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            codes = self.codes[part].to(torch.float32).view(-1, groups, width // groups)
+            if self.zero is not None:
+                codes -= self.zero[part].to(torch.float32).unsqueeze(-1)
+            codes *= self.scale[part].to(torch.float32).unsqueeze(-1)
+            weight[part] = codes.view(-1, width)
+        return weight

@@ -1,0 +1,1 @@
+"""One file each: the bytes that a quantized weight is on disk, and nothing else."""

@@ -1,0 +1,233 @@
+"""GPTQ: rounding a weight column by column, each column making up for the rounding of those before it.
+
+Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a layer with inputs x and H = E[x xᵀ] it lowers
+tr((W − Ŵ) H (W − Ŵ)ᵀ), the mean squared change of the layer's output, instead of Σ(w − ŵ)².
+
+The paper keeps the Cholesky factor of H⁻¹. Here H itself is factored, from its last row upwards: H = R Rᵀ with R upper
+triangular, so R⁻¹ is the transpose-free factor of the paper's inverse, and the same recursion reads
+
+    w'ₖ = wₖ + Σ_{j<k} (wⱼ − ŵⱼ) R[j,k] / R[k,k],      ŵₖ = nearest grid point to w'ₖ,
+
+(the form of LDLQ: Chee et al. 2023, arXiv:2307.13304, §3, which proves the two equal). Nothing is inverted: a third of the
+arithmetic, one matrix in memory instead of three, and float32 goes further. It also shows what each column costs:
+the objective is exactly Σₖ R[k,k]² · ‖w'ₖ − ŵₖ‖², so R[k,k]² is the importance to find ranges with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.numerics.quantized import QuantizedWeight
+from llmq.numerics.ranges import check_range, find_range, round_to_grid
+from llmq.recipe import ACT_ORDERS, Scheme
+
+DAMPINGS = 4
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    *,
+    range_method: str = "weighted",
+    act_order: str = "static",
+    damping: float = 0.01,
+    block_size: int = 128,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    consume: bool = False,
+) -> QuantizedWeight:
+    """Quantizes a weight so that the layer's output on the calibration text changes least.
+
+    weight: any float [out, in], not changed; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, in any
+    unit; range_method: see `ranges`; act_order: 'none' takes columns as they stand and finds each group's range when its
+    turn comes, in what earlier columns have made of it; 'static' takes them by falling diag(H), with ranges found
+    beforehand, groups staying where they are (no permutation is stored); damping: a share of mean(diag H) added to the
+    diagonal; block_size: columns between two updates of all the rest; consume: the Hessian may be overwritten.
+
+    Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
+    When H has no Cholesky factor, damping grows tenfold up to 4 times, then negative eigenvalues are clipped, then plain
+    rounding is used; each is named in `notes`. Raises LlmqError for a weight or Hessian that is not finite, or options
+    that do not exist. At most two float32 [in, in] matrices are held besides the Hessian passed in (one with consume).
+    """
+    rows, width = weight.shape
+    check_range(range_method, scheme, width)
+    if act_order not in ACT_ORDERS:
+        raise LlmqError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
+    if tuple(hessian.shape) != (width, width):
+        raise LlmqError(f"a weight with {width} inputs needs a Hessian [{width}, {width}], not {[*hessian.shape]}")
+    if not bool(torch.isfinite(weight).all()):
+        raise LlmqError("the weight holds values that are not finite")
+    if not bool(torch.isfinite(hessian.diagonal()).all() and torch.isfinite(hessian.sum())):
+        raise LlmqError("the Hessian holds values that are not finite: the calibration text overflowed somewhere")
+    diagonal = hessian.diagonal().to(torch.float32).clone()
+    importance = diagonal.clamp_min(0)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order == "static" else None
+    factor, notes = factorize(hessian, order, damping, consume)
+    if factor is None:
+        scale, zero = find_range(weight, scheme, range_method, importance, scale_dtype)
+        return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme, notes)
+    pivots = factor.diagonal().square()
+    factor /= factor.diagonal().clone()
+    if order is not None:
+        pivots = torch.empty_like(pivots).index_copy_(0, order, pivots)
+    pivots[diagonal <= 0] = 0
+    solved = _Columns(weight, factor, order, scheme, range_method, pivots, scale_dtype).run(block_size)
+    return replace(solved, notes=notes)
+
+
+def factorize(
+    hessian: Tensor, order: Tensor | None, damping: float, consume: bool = False
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The upper triangular R with R Rᵀ = H + damping, in the given order of columns, and what had to be done for it.
+
+    hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the diagonal, or None when
+    nothing helped. Raises nothing.
+    """
+    width = hessian.shape[0]
+    diagonal = hessian.diagonal().to(torch.float32)
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    notes: list[str] = []
+    # R Rᵀ of H is the mirror image, in both axes, of L Lᵀ of H mirrored in both axes.
+    order = torch.arange(width, device=hessian.device) if order is None else order
+    mirror = order.flip(0)
+    amount = damping
+    for attempt in range(DAMPINGS + 1):
+        lower = _mirrored(hessian, mirror, dead, amount * mean)
+        if _cholesky(lower):
+            if attempt:
+                notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
+            return _mirror_into(lower, hessian if consume else None), tuple(notes)
+        amount = max(amount, 1e-3) * 10
+    notes.append(f"the Hessian was not positive definite even with damping {amount / 10:g}: its eigenvalues were clipped")
+    values, vectors = torch.linalg.eigh(_mirrored(hessian, mirror, dead, 0.0))
+    values.clamp_(min=max(damping, 1e-3) * mean)
+    lower = (vectors * values) @ vectors.t()
+    if _cholesky(lower):
+        return _mirror_into(lower, hessian if consume else None), tuple(notes)
+    notes.append("clipping its eigenvalues did not help: rounded to nearest instead of GPTQ")
+    return None, tuple(notes)
+
+
+def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> Tensor:
+    """A float32 copy of H with its columns in mirrored order, dead inputs cut off, and `amount` added to the diagonal."""
+    copy = torch.empty(hessian.shape, device=hessian.device)
+    for rows, where in zip(copy.split(256), mirror.split(256), strict=True):
+        rows.copy_(hessian[where][:, mirror])
+    gone = dead[mirror]
+    if bool(gone.any()):
+        copy[gone] = 0
+        copy[:, gone] = 0
+        copy.diagonal()[gone] = 1
+    copy.diagonal().add_(amount)
+    return copy
+
+
+def _mirror_into(lower: Tensor, out: Tensor | None) -> Tensor:
+    """The matrix mirrored in both axes, float32, written over `out` where there is one that fits: 256 rows at a time."""
+    if out is None or out.dtype != torch.float32:
+        out = torch.empty_like(lower)
+    for start in range(0, lower.shape[0], 256):
+        rows = lower[start : start + 256]
+        stop = lower.shape[0] - start
+        out[stop - rows.shape[0] : stop] = rows.flip(0, 1)
+    return out
+
+
+def _cholesky(matrix: Tensor) -> bool:
+    """Replaces a symmetric matrix by its lower Cholesky factor; False when it has none."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    return not int(info) and bool(torch.isfinite(matrix.diagonal()).all())
+
+
+class _Columns:
+    """The column loop. Weights are held transposed [in, out], in the order of processing, so that a column is contiguous."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        unit: Tensor,
+        order: Tensor | None,
+        scheme: Scheme,
+        range_method: str,
+        importance: Tensor,
+        scale_dtype: torch.dtype,
+    ) -> None:
+        self.scheme, self.unit, self.order, self.range_method = scheme, unit, order, range_method
+        self.weight, self.importance, self.scale_dtype = weight, importance, scale_dtype
+        rows, self.width = weight.shape
+        self.size = scheme.group_size or self.width
+        ordered = weight.t() if order is None else weight.t()[order]
+        self.columns = torch.empty(self.width, rows, device=weight.device).copy_(ordered)
+        self.codes = torch.empty(self.width, rows, dtype=torch.int8, device=weight.device)
+        self.scale = torch.empty(rows, self.width // self.size, dtype=scale_dtype, device=weight.device)
+        self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=torch.int8, device=weight.device)
+        if order is not None:
+            self.scale, self.zero = find_range(weight, scheme, range_method, importance, scale_dtype)
+
+    def run(self, block_size: int) -> QuantizedWeight:
+        """All blocks, left to right."""
+        bounds = self._bounds(block_size)
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            errors = self._block(start, stop)  # [stop − start, out]
+            if stop < self.width:
+                self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors)
+        codes = self.codes
+        if self.order is not None:
+            codes = torch.empty_like(codes).index_copy_(0, self.order, codes)
+        return QuantizedWeight(codes.t().contiguous(), self.scale, self.zero, self.scheme)
+
+    def _bounds(self, block_size: int) -> list[int]:
+        """Where blocks begin and end. Without an order they keep to the groups, so that a group's range sees every update."""
+        if self.order is not None or self.size <= block_size:
+            step = block_size if self.order is not None else block_size // self.size * self.size
+            return [*range(0, self.width, step), self.width]
+        starts = {start + inside for start in range(0, self.width, self.size) for inside in range(0, self.size, block_size)}
+        return [*sorted(starts), self.width]
+
+    def _block(self, start: int, stop: int) -> Tensor:
+        """Rounds columns [start, stop), each compensated for those before it; returns w − ŵ [stop − start, out]."""
+        block = self.columns[start:stop]
+        # What is owed to later columns is counted from the weight as it was, not from what compensation made of it.
+        errors = self.weight[:, start:stop] if self.order is None else self.weight[:, self.order[start:stop]]
+        errors = errors.to(torch.float32).t().contiguous()
+        unit = self.unit[start:stop, start:stop]
+        where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
+        qmin, qmax = self.scheme.qmin, self.scheme.qmax
+        scale = zero = block
+        held = -1
+        for k, column in enumerate(where):
+            group = column // self.size
+            if self.order is None and column % self.size == 0:
+                self._range(group, block[k:], start + k)
+            if group != held:
+                held = group
+                scale = self.scale[:, group].to(torch.float32)
+                if self.zero is not None:
+                    zero = self.zero[:, group].to(torch.float32)
+            code = (block[k] / scale).round_()
+            if self.zero is None:
+                self.codes[start + k] = code.clamp_(qmin, qmax)
+                value = code.mul_(scale)
+            else:
+                self.codes[start + k] = code.add_(zero).clamp_(qmin, qmax)
+                value = code.sub_(zero).mul_(scale)
+            errors[k] -= value
+            if k + 1 < len(where):
+                block[k + 1 :].addr_(unit[k, k + 1 :], errors[k])
+        return errors
+
+    def _range(self, group: int, block: Tensor, column: int) -> None:
+        """Finds the range of the group that begins at `column`, from its weights as they are now."""
+        current = self.columns[column : column + self.size].t().contiguous()
+        scheme = replace(self.scheme, group_size=None)
+        importance = self.importance[column : column + self.size]
+        scale, zero = find_range(current, scheme, self.range_method, importance, self.scale_dtype)
+        self.scale[:, group] = scale[:, 0]
+        if self.zero is not None and zero is not None:
+            self.zero[:, group] = zero[:, 0]

@@ -1,0 +1,66 @@
+"""Integer codes into a dense little-endian bit stream and back: the layout is told in `llmq_kernels.reference`.
+
+The stream is the one of compressed-tensors' pack-quantized format; the tests hold the two together bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from llmq_kernels.reference import lane_mask, unpack_codes
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+__all__ = ["pack_codes", "pack_columns", "packed_width", "unpack_codes", "unpack_columns"]
+
+CHUNK = 1 << 20
+
+
+def packed_width(n: int, bits: int) -> int:
+    """How many 32-bit words hold n codes."""
+    return -(-n * bits // 32)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packs each row of codes.
+
+    codes: int8 [rows, n] in [−2^(bits−1), 2^(bits−1) − 1]; bits: 1…8. Returns int32 [rows, ceil(n·bits/32)]; unused high
+    bits of the last word are 0. Works through a few MiB of rows at a time. Raises LlmqError on another dtype.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise LlmqError(f"codes to pack must be int8 with two axes, not {codes.dtype} {[*codes.shape]}")
+    rows, n = codes.shape
+    words = torch.empty(rows, packed_width(n, bits), dtype=torch.int32, device=codes.device)
+    step = max(1, CHUNK // max(n, 1))
+    for start in range(0, rows, step):
+        words[start : start + step] = _pack_rows(codes[start : start + step], bits)
+    return words
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """One chunk of `pack_codes`: the eight bytes of a 64-bit integer are pushed together in three steps."""
+    rows, n = codes.shape
+    octets, width = -(-n // 8), packed_width(n, bits)
+    stored = torch.zeros(rows, octets * 8, dtype=torch.uint8, device=codes.device)
+    # Two's complement plus the offset, modulo 2^bits, is the stored code: no wider integers are needed.
+    stored[:, :n] = codes.view(torch.uint8)
+    stored[:, :n] += 1 << (bits - 1)
+    stored[:, :n] &= (1 << bits) - 1
+    lanes = stored.view(torch.int64)
+    for lane in (8, 16, 32) if bits < 8 else ():
+        used = bits * lane // 8
+        low = lane_mask(used, 2 * lane)
+        lanes = (lanes & low) | ((lanes >> (lane - used)) & (low << used))
+    stream = torch.zeros(rows, max(octets * bits, width * 4), dtype=torch.uint8, device=codes.device)
+    stream[:, : octets * bits].unflatten(1, (octets, bits)).copy_(lanes.view(torch.uint8).unflatten(1, (-1, 8))[:, :, :bits])
+    return stream[:, : width * 4].reshape(-1).view(torch.int32).view(rows, width)
+
+
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """Packs each column: int8 [n, columns] → int32 [ceil(n·bits/32), columns]. Zero points are stored this way."""
+    return pack_codes(codes.t().contiguous(), bits).t().contiguous()
+
+
+def unpack_columns(words: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_columns`: int32 [ceil(n·bits/32), columns] → int8 [n, columns]."""
+    return unpack_codes(words.t().contiguous(), bits, n).t().contiguous()

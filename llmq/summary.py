@@ -1,0 +1,81 @@
+"""What a plan promises and what a run did, as tables for the terminal."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from math import prod
+
+from rich.console import Console
+from rich.table import Table
+
+from llmq.budget import gib
+from llmq.plan import Item, Plan
+from llmq.report import Report
+
+WORST = 5
+
+
+def plan(console: Console, made: Plan) -> None:
+    """Every weight's shape, scheme and bytes before and after, then the summary."""
+    table = Table(title=f"{made.source.folder}", title_justify="left")
+    for heading in ("weight", "shape", "scheme", "before", "after", "bits/weight"):
+        table.add_column(heading, justify="right" if heading in ("before", "after", "bits/weight") else "left")
+    for _, items in groupby(made.items, key=lambda i: i.block):
+        for item in items:
+            table.add_row(*_row(item))
+        table.add_section()
+    console.print(table)
+    summary(console, made)
+
+
+def _row(item: Item) -> list[str]:
+    what = str(item.scheme) if item.scheme else f"[dim]kept: {item.reason}[/]"
+    bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
+    return [item.name, " × ".join(map(str, item.shape)), what, gib(item.before), gib(item.after), bits]
+
+
+def summary(console: Console, made: Plan) -> None:
+    """A plan in a few lines: what is quantized, to which size, from which text, in how much memory and disk."""
+    chosen = [i for i in made.items if i.scheme is not None]
+    schemes = sorted({str(i.scheme) for i in chosen})
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
+    grid.add_row("method", "+".join(made.recipe.methods) + f", {made.recipe.range} ranges")
+    grid.add_row("size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight")
+    grid.add_row("calibration", made.calibration)
+    device = f", {gib(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
+    grid.add_row("needs", f"{gib(made.budget.memory)} of memory{device}, {gib(made.budget.disk)} of disk")
+    console.print(grid)
+    for warning in made.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def report(console: Console, done: Report) -> None:
+    """A finished run: a line per block, the weights that lost most, everything that fell back, and the headline."""
+    table = Table(title="blocks", title_justify="left")
+    for heading in ("block", "output error", "mean weight error", "bits", "seconds"):
+        table.add_column(heading, justify="left" if heading == "block" else "right")
+    quantized = [row for row in done.weights if row["scheme"] is not None]
+    for index, block in enumerate(done.blocks):
+        rows = [row for row in quantized if row["block"] == index]
+        bits = 8 * sum(r["bytes"] for r in rows) / max(1, sum(prod(r["shape"]) for r in rows))
+        mean = sum(r["error"] for r in rows) / max(1, len(rows))
+        table.add_row(block["name"], f"{block['error']:.2e}", f"{mean:.2e}", f"{bits:.2f}", f"{block['seconds']:.1f}")
+    console.print(table)
+    worst = sorted(quantized, key=lambda row: -row["error"])[:WORST]
+    console.print("largest errors: " + ", ".join(f"{r['name']} {r['error']:.2e}" for r in worst), highlight=False)
+    for name, note in done.fallbacks:
+        console.print(f"[yellow]{name}[/]: {note}", highlight=False)
+    kept = [row for row in done.weights if row["scheme"] is None]
+    for reason, rows in groupby(sorted(kept, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
+        names = [row["name"] for row in rows]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(f"kept ({reason}): {', '.join(names[:3])}{more}", highlight=False)
+    for warning in done.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    console.print(
+        f"[bold]{done.out}[/]: {gib(done.source_bytes)} → {gib(done.bytes)} ({done.ratio:.2f}× smaller), "
+        f"{done.bits_per_weight:.2f} bits per quantized weight, verified; "
+        f"{done.seconds:.1f} s, peak memory {gib(done.peak_memory)} (predicted {gib(done.predicted_memory)})",
+        highlight=False,
+    )

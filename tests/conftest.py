@@ -1,0 +1,80 @@
+"""What the tests share: a tiny random model with a byte-level tokenizer, a calibration text, a way to call the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange potions near old castles ".split()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of the 256 bytes, no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def write_tiny_model(folder: Path, *, layers: int = 3, shard: str = "200GB", dtype: str = "float32", **changes: int) -> Path:
+    """A random decoder of a few hundred kilobytes, saved by transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        **(sizes | changes),
+        num_hidden_layers=layers,
+        vocab_size=256,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model folder; do not change it."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some words: 40 kB of text."""
+    import random
+
+    rng = random.Random(0)
+    file = tmp_path_factory.mktemp("texts") / "words.txt"
+    file.write_text("\n".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(600)))
+    return file
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def llmq() -> Run:
+    """Call the command line in a process of its own: llmq('quantize', 'demo', …)."""
+
+    def run(*args: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmq.cli", *map(str, args)]
+        full = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | env
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=full, check=False)
+
+    return run

@@ -1,0 +1,112 @@
+"""Killed at any moment, the same command goes on, and the bytes are those of an unbroken run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, write_tiny_model
+
+DIFFER = {"report.json", "README.md"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of everything that must not depend on how often the run was broken."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.name not in DIFFER
+    }
+
+
+def command(model: Path, text: Path, out: Path) -> list[str]:
+    """A short GPTQ run."""
+    options = "--group-size 32 --samples 8 --seqlen 64".split()
+    return [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), "--calib", str(text), *options]
+
+
+def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", layers=6)
+    began = time.time()
+    subprocess.run(command(model, text_file, tmp_path / "whole"), check=True, capture_output=True)
+    whole = time.time() - began
+    rng = random.Random(1)
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            command(model, text_file, tmp_path / "broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(rng.uniform(0.3, 1.0) * whole)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run(command(model, text_file, tmp_path / "broken"), check=True, capture_output=True)
+    assert kills
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file: Path, stop_after: int) -> None:
+    import llmq
+    from llmq.recipe import Calibration, Recipe, Scheme
+
+    recipe = Recipe(scheme=Scheme(4, 32), calibration=Calibration(str(text_file), 4, 64))
+
+    class Stopping:
+        """A watch that presses Ctrl-C after some blocks."""
+
+        count = 0
+        name = ""
+
+        def stage(self, name: str, total: int) -> None:
+            self.name = name
+
+        def step(self, text: str) -> None:
+            self.count += self.name == "Quantizing"
+            if self.count == stop_after:
+                raise KeyboardInterrupt
+
+    llmq.quantize(str(tiny_model), tmp_path / "whole", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        llmq.quantize(str(tiny_model), tmp_path / "broken", recipe, watch=Stopping())
+    report = llmq.quantize(str(tiny_model), tmp_path / "broken", recipe)
+    assert len(report.blocks) == 3
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", layers=12, hidden_size=256, intermediate_size=512)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(model, text_file, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
+    while process.poll() is None and not list(out.glob("model-00003*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "same command goes on" in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path, tiny_model: Path, text_file: Path, llmq: Run) -> None:
+    args = ["quantize", tiny_model, "-o", tmp_path / "out", "--calib", text_file, "--group-size", "32", "--samples", "4"]
+    assert llmq(*args, "--seqlen", "64").returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
+    again = llmq(*args, "--seqlen", "64")
+    assert again.returncode == 0, again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
+    other = llmq(*args, "--seqlen", "64", "--bits", "3")
+    assert other.returncode == 2
+    assert "bits" in other.stderr
