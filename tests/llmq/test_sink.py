@@ -1,0 +1,507 @@
+"""Sink: whatever fails or kills it at whatever moment, the same calls end in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llmq.errors import LlmqError
+from llmq.sink import Sink
+from llmq.source import INDEX, Source
+
+PRINT = {"source": "ab" * 32, "recipe": {"methods": ["rtn"], "scheme": {"bits": 4, "group_size": None}}, "seed": 0}
+CONFIG = {"model_type": "anything", "quantization_config": {"quant_method": "x"}}
+UNITS = ["embeddings", "block 0", "block 1", "nothing", "block 2"]
+
+
+def tensors_of(unit: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(UNITS.index(unit))
+    if unit == "nothing":
+        return {}
+    return {
+        f"{unit}.codes": torch.randint(-100, 100, (16, 8), generator=generator, dtype=torch.int32),
+        f"{unit}.scale": torch.randn(16, 1, generator=generator).to(torch.bfloat16),
+        f"{unit}.flag": torch.ones(3, dtype=torch.bool),
+    }
+
+
+def aux(folder: Path) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text("{}" * 50)
+    (folder / "README.md").write_text("replaced by ours")
+    return [folder / "tokenizer.json", folder / "README.md"]
+
+
+def work(out: Path, carried: list[Path]) -> list[str]:
+    """The whole job, or what is left of it; returns the notes."""
+    with Sink.open(out, PRINT, len(UNITS)) as sink:
+        for number, unit in enumerate(UNITS):
+            if unit not in sink.done:
+                sink.commit(unit, tensors_of(unit), {"error": 0.1 * number, "rows": (number, None)})
+        report = json.dumps(sink.done)
+        sink.finish(CONFIG, carried, {"README.md": "card", "report.json": report})
+        return sink.notes
+
+
+def content(out: Path, state: bool = False) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and (state or ".llmq" not in path.parts)
+    }
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that is possible: these tests sync thousands of times."""
+    if os.access("/dev/shm", os.W_OK):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path
+
+
+@pytest.fixture
+def carried(tmp_path: Path) -> list[Path]:
+    return aux(tmp_path / "source")
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path, carried: list[Path]) -> dict[str, bytes]:
+    work(tmp_path / "unbroken", carried)
+    return content(tmp_path / "unbroken")
+
+
+def refused(call: Callable[[], object], *words: str) -> str:
+    with pytest.raises(LlmqError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def opened(out: Path, **changes: Any) -> None:
+    units = changes.pop("units", len(UNITS))
+    Sink.open(out, PRINT | changes, units).close()
+
+
+def test_what_is_written(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "unbroken"
+    shards = [f"model-{number:05d}-of-00005.safetensors" for number in (1, 2, 3, 5)]
+    assert sorted(unbroken) == sorted([*shards, "README.md", "config.json", "report.json", "tokenizer.json", INDEX])
+    assert unbroken["README.md"] == b"card" and json.loads(unbroken["config.json"]) == CONFIG
+    index = json.loads(unbroken[INDEX])
+    assert list(index["weight_map"]) == sorted(index["weight_map"])
+    assert index["metadata"]["total_size"] == 4 * (16 * 8 * 4 + 16 * 2 + 3)
+    source = Source(out, quantized_ok=True)
+    for unit, shard in zip([unit for unit in UNITS if unit != "nothing"], shards, strict=True):
+        loaded = load_file(out / shard)
+        for name, tensor in tensors_of(unit).items():
+            assert index["weight_map"][name] == shard
+            assert torch.equal(loaded[name], tensor) and torch.equal(source.read(name), tensor)
+
+
+def test_read_back(tmp_path: Path) -> None:
+    with Sink.open(tmp_path / "o", PRINT, 5) as sink:
+        for unit in UNITS[:4]:
+            sink.commit(unit, tensors_of(unit), {})
+        assert sink.total_bytes == 3 * (16 * 8 * 4 + 16 * 2 + 3)
+        for unit in UNITS[:4]:
+            read = sink.read_unit(unit)
+            assert read.keys() == tensors_of(unit).keys() == sink.infos(unit).keys()
+            assert all(torch.equal(read[name], tensor) for name, tensor in tensors_of(unit).items())
+        assert torch.equal(sink.read("block 1.codes"), tensors_of("block 1")["block 1.codes"])
+
+
+def test_finished_is_seen(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "unbroken"
+    with Sink.open(out, PRINT, 5) as sink:
+        assert sink.finished and list(sink.done) == UNITS and sink.done["block 1"]["rows"] == [2, None]
+    (out / "README.md").write_text("my own words")
+    assert work(out, carried) == [] and (out / "README.md").read_text() == "my own words"
+    (out / "config.json").unlink()
+    with Sink.open(out, PRINT, 5) as sink:
+        assert not sink.finished and not (out / INDEX).exists()
+    work(out, carried)
+    assert content(out) == unbroken
+
+
+def test_misuse(tmp_path: Path, carried: list[Path]) -> None:
+    with Sink.open(tmp_path / "o", PRINT, 2) as sink:
+        sink.commit("a", {"w": torch.ones(1)}, {})
+        with pytest.raises(ValueError, match="committed already"):
+            sink.commit("a", {}, {})
+        with pytest.raises(ValueError, match="earlier units"):
+            sink.commit("b", {"w": torch.ones(1)}, {})
+        with pytest.raises(ValueError, match="1 of 2"):
+            sink.finish({}, [], {})
+        with pytest.raises(TypeError):
+            sink.commit("b", {"v": torch.ones(1)}, {"x": object()})
+        refused(lambda: sink.commit("b", {"v": torch.ones(1, dtype=torch.complex128)}, {}), "v", "complex128")
+        sink.commit("b", {}, {})
+        with pytest.raises(ValueError, match="one more"):
+            sink.commit("c", {}, {})
+        refused(lambda: sink.finish({}, [tmp_path / "gone.json"], {}), "cannot read", "gone.json")
+    assert sorted(content(tmp_path / "o")) == ["model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("done", range(len(UNITS) + 1))
+def test_resume(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], done: int) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    with Sink.open(out, PRINT, 5) as sink:
+        for number, unit in enumerate(UNITS[:done]):
+            sink.commit(unit, tensors_of(unit), {"error": 0.1 * number, "rows": (number, None)})
+        before = sink.done
+    (out / ".llmq" / "model-00009-of-00005.safetensors.partial").write_bytes(b"torn")
+    (out / f"model-{done + 1:05d}-of-00005.safetensors").write_bytes(b"renamed, but not in the journal")
+    with Sink.open(out, PRINT, 5) as sink:
+        assert sink.done == before and list(sink.done) == UNITS[:done] and not sink.finished and not sink.notes
+    assert work(out, carried) == []
+    assert content(out) == unbroken
+    assert not list((out / ".llmq").glob("*.partial"))
+
+
+def damaged(path: Path, how: str) -> None:
+    raw = bytearray(path.read_bytes())
+    if how == "flipped":
+        raw[-5] ^= 1
+    path.write_bytes(raw[:-3] if how == "cut" else raw)
+    if how == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_shard(
+    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], how: str, finished: bool
+) -> None:
+    out = tmp_path / "unbroken"
+    if not finished:
+        (out / "config.json").unlink()
+    damaged(out / "model-00003-of-00005.safetensors", how)
+    with Sink.open(out, PRINT, 5) as sink:
+        assert list(sink.done) == UNITS[:2] and not sink.finished
+        (note,) = sink.notes
+        assert "model-00003-of-00005.safetensors" in note and "block 1" in note
+    assert not (out / "model-00005-of-00005.safetensors").exists() and not (out / INDEX).exists()
+    work(out, carried)
+    assert content(out) == unbroken
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 10**6), flip=st.booleans())
+def test_journal_torn_anywhere(
+    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], cut: int, flip: bool
+) -> None:
+    out = tmp_path / "unbroken"
+    journal = out / ".llmq" / "journal.jsonl"
+    raw = bytearray(journal.read_bytes())
+    cut %= len(raw) - 1  # the last newline, flipped, is a line torn off
+    if flip:
+        raw[cut] = 0
+    else:
+        del raw[cut:]
+    journal.write_bytes(raw)
+    notes = work(out, carried)
+    assert bool(notes) == flip, notes
+    assert content(out) == unbroken
+
+
+def test_another_run(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "unbroken"
+    before = content(out, state=True)
+    other = {"methods": ["rtn"], "scheme": {"bits": 3, "group_size": 64}}
+    refused(
+        lambda: opened(out, recipe=other),
+        "recipe: scheme.bits 4 → 3",
+        "recipe: scheme.group_size nothing → 64",
+        "another folder",
+        "delete",
+    )
+    refused(lambda: opened(out, units=7), "blocks 5 → 7")
+    refused(lambda: opened(out, source="cd" * 32), "source abababababab… → cdcdcdcdcdcd…")
+    refused(lambda: opened(out, versions={"torch": "9"}), "versions: torch nothing → 9")
+    refused(lambda: opened(out, **{f"k{i}": i for i in range(20)}), "and 12 more")
+    assert content(out, state=True) == before
+    opened(out)
+    (out / ".llmq" / "fingerprint.json").write_text("{")
+    refused(lambda: opened(out), "fingerprint.json is damaged", "delete")
+
+
+def test_not_ours(tmp_path: Path) -> None:
+    for names in (["notes.txt"], ["config.json", "model.safetensors"], [".git"], [".llmq", "x"]):
+        out = tmp_path / names[0].replace(".", "")
+        out.mkdir()
+        for name in names:
+            (out / name).mkdir() if name == ".llmq" else (out / name).write_text("mine")
+        before = sorted(map(str, out.rglob("*")))
+        refused(lambda out=out: opened(out), "holds other files", "choose")
+        assert sorted(map(str, out.rglob("*"))) == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    opened(empty)
+    begun = tmp_path / "killed before its fingerprint"
+    (begun / ".llmq").mkdir(parents=True)
+    (begun / ".llmq" / "lock").touch()
+    (begun / ".llmq" / "fingerprint.json.partial").touch()
+    opened(begun)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(lambda: opened(file), "is a file", "another folder")
+    refused(lambda: opened(file / "below"), "cannot write", "below", "another folder")
+    refused(lambda: opened(Path("/proc/llmq/out")), "cannot write", "/proc/llmq/out")
+    refused(lambda: opened(tmp_path / ("x" * 300)), "cannot write", "name too long")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    refused(lambda: opened(tmp_path / "dangling"), "cannot write")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"] and file.read_text() == "mine"
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder of another user's, and that user's rights while the test runs; root's would pass everything."""
+    if os.geteuid() != 0:
+        yield Path(tempfile.mkdtemp())
+        return
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    os.chown(folder, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_permission(as_nobody: Path) -> None:
+    locked = as_nobody / "locked"
+    locked.mkdir(mode=0o555)
+    refused(lambda: opened(locked / "out"), "cannot write", "Permission denied", "another folder")
+    refused(lambda: opened(locked), "cannot write", "Permission denied")
+    assert list(locked.iterdir()) == []
+    out = as_nobody / "out"
+    with Sink.open(out, PRINT, 2) as sink:
+        sink.commit("a", {"w": torch.ones(4)}, {})
+        (out / ".llmq").chmod(0o555)
+        refused(lambda: sink.commit("b", {"v": torch.ones(4)}, {}), "Permission denied", "1 of 2 blocks are kept")
+        (out / ".llmq").chmod(0o755)
+        sink.commit("b", {"v": torch.ones(4)}, {})
+    source = out / "model-00001-of-00002.safetensors"
+    source.chmod(0)
+    refused(lambda: opened(out, units=2), "cannot read", source.name)
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    with Sink.open(out, PRINT, 5) as sink:
+        sink.commit("embeddings", tensors_of("embeddings"), {})
+        before = content(out, state=True)
+        refused(lambda: opened(out), "another llmq", "another folder")
+        assert content(out, state=True) == before
+    opened(out)
+
+
+def test_no_locks_on_this_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    opened(tmp_path / "o")
+
+
+class Failing:
+    """Makes the n-th of the calls that change the disk fail, or kill the process, before or half-way through it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, code: int | None) -> None:
+        self.count, self.at, self.code, self.half = 0, at, code, False
+        for module, name in ((os, "write"), (os, "fsync"), (os, "open"), (os, "ftruncate"), (Path, "rename")):
+            monkeypatch.setattr(module, name, self.wrap(name, getattr(module, name)))
+
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                if name == "write" and len(args[1]) > 1:
+                    real(args[0], args[1][: len(args[1]) // 2])
+                if self.code is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                else:
+                    raise OSError(self.code, os.strerror(self.code))
+            return real(*args)
+
+        return call
+
+
+def in_child(job: Callable[[], object]) -> int:
+    """Run the job in a fork of this process; the signal that ended it, or its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def calls_of_a_run(tmp_path: Path, carried: list[Path]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        failing = Failing(patch, -1, None)
+        work(tmp_path / "counted", carried)
+        return failing.count
+
+
+def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
+    for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
+        out = tmp_path / f"killed{at}"
+
+        def job(out: Path = out, at: int = at) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                Failing(patch, at, None)
+                work(out, carried)
+
+        assert in_child(job) == -signal.SIGKILL
+        loadable = (out / INDEX).exists()
+        assert not loadable or Source(out, quantized_ok=True).names()
+        assert work(out, carried) == []
+        assert content(out) == unbroken, at
+
+
+def test_killed_again_and_again_at_random_moments(
+    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]
+) -> None:
+    rng = random.Random(0)
+    began = time.perf_counter()
+    work(tmp_path / "timed", carried)
+    took = time.perf_counter() - began
+    kills = 0
+    for number in range(15):
+        out = tmp_path / f"random{number}"
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    work(out, carried)
+                    code = 0
+                finally:
+                    os._exit(code)
+            time.sleep(rng.uniform(0, took * 0.6))
+            os.kill(child, signal.SIGKILL)
+            kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert work(out, carried) == []
+        assert content(out) == unbroken
+    assert kills > 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_every_call_fails_once(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], code: int) -> None:
+    for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
+        out = tmp_path / f"failed{at}"
+        with pytest.MonkeyPatch.context() as patch:
+            Failing(patch, at, code)
+            message = refused(lambda out=out: work(out, carried), str(out))
+        if "cannot write to" not in message:
+            assert ("disk full" in message) == (code != errno.EIO)
+            assert "run the same command again" in message and "of 5 blocks are kept" in message
+            assert not out.exists() or not list((out / ".llmq").glob("*.partial"))
+        assert work(out, carried) == []
+        assert content(out) == unbroken, at
+
+
+def test_a_failure_at_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Failing(patch, 3, errno.ENOSPC)
+        refused(lambda: opened(tmp_path / "o"), "disk full", "fingerprint.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def tmpfs(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
+    """A file system in memory at the folder; yields a function that remounts it with other options."""
+
+    def mount(extra: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", extra, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    folder.mkdir()
+    try:
+        if mount(options):
+            pytest.skip("mounting a tmpfs is not permitted here")
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    try:
+        yield lambda extra: None if mount(f"remount,{extra}") == 0 else pytest.fail("remount")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_then_room(tmp_path: Path, carried: list[Path]) -> None:
+    def run(out: Path) -> None:
+        with Sink.open(out, PRINT, 4) as sink:
+            for unit in ["a", "b", "c", "d"]:
+                if unit not in sink.done:
+                    sink.commit(unit, {f"{unit}.w": torch.full((100_000,), ord(unit))}, {})
+            sink.finish(CONFIG, carried, {})
+
+    run(tmp_path / "roomy")
+    with tmpfs(tmp_path / "disk", "size=2m") as remount:
+        out = tmp_path / "disk" / "out"
+        message = refused(lambda: run(out), "disk full while writing model-00003-of-00004.safetensors", "2 of 4 blocks")
+        assert "800,1" in message and "same command" in message
+        assert sorted(content(out)) == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2)]
+        assert not list((out / ".llmq").glob("*.partial"))
+        refused(lambda: run(out), "disk full", "2 of 4 blocks")
+        remount("size=8m")
+        run(out)
+        assert content(out) == content(tmp_path / "roomy")
+
+
+def test_read_only_disk(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", "size=2m") as remount:
+        opened(tmp_path / "disk" / "begun")
+        remount("ro")
+        refused(lambda: opened(tmp_path / "disk" / "out"), "Read-only file system", "another folder")
+        refused(lambda: opened(tmp_path / "disk" / "begun"), "Read-only file system")
+
+
+def test_writing_takes_no_memory(tmp_path: Path) -> None:
+    mib = 1 << 20
+    big = {f"w{i}": torch.ones(32 * mib, dtype=torch.uint8) for i in range(4)}
+
+    def resident(key: str) -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) // 1024
+
+    def job() -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = resident("VmRSS")
+        with Sink.open(tmp_path / "o", PRINT, 1) as sink:
+            sink.commit("all", big, {})
+        assert resident("VmHWM") - before < 24
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("reads /proc")
+    assert in_child(job) == 0
