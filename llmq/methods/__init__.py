@@ -47,7 +47,7 @@ def needs(recipe: Recipe) -> tuple[type[Any], ...]:
 
 def quantize(recipe: Recipe, weight: Tensor, scheme: Scheme, statistics: Mapping[type[Any], Any]) -> QuantizedWeight:
     """Quantize one weight [out, in] of any float dtype; scales come in the weight's dtype. Raises LlmqError."""
-    return make(recipe).quantize(weight, scheme, statistics, weight.dtype)
+    return make(recipe).quantize(weight, scheme, statistics)
 
 
 def workspace(recipe: Recipe, shape: tuple[int, ...]) -> int:
