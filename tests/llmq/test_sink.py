@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_not_ours(tmp_path: Path) -> None:
         for name in names:
             (out / name).mkdir() if name == ".llmq" else (out / name).write_text("mine")
         before = sorted(map(str, out.rglob("*")))
-        refused(lambda out=out: opened(out), "holds other files", "choose")
+        refused(partial(opened, out), "holds other files", "choose")
         assert sorted(map(str, out.rglob("*"))) == before
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -423,7 +424,7 @@ def test_every_call_fails_once(tmp_path: Path, carried: list[Path], unbroken: di
         out = tmp_path / f"failed{at}"
         with pytest.MonkeyPatch.context() as patch:
             Failing(patch, at, code)
-            message = refused(lambda out=out: work(out, carried), str(out))
+            message = refused(partial(work, out, carried), str(out))
         if "cannot write to" not in message:
             assert ("disk full" in message) == (code != errno.EIO)
             assert "run the same command again" in message and "of 5 blocks are kept" in message
