@@ -2,7 +2,8 @@
 
 Packed codes are the dense bit stream that compressed-tensors calls `pack-quantized`: element i of a row occupies bits
 [i·bits, (i+1)·bits) of the row, counted from the least significant bit of its first 32-bit word, and holds
-code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time are spread over the bytes of a 64-bit integer.
+code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time are spread over the bytes of a 64-bit
+integer.
 Words are little-endian, as on every machine torch supports in practice.
 """
 
@@ -27,7 +28,7 @@ def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
     if octets * bits > width * 4:
         stream = torch.nn.functional.pad(stream, (0, octets * bits - width * 4))
     lanes = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=words.device)
-    lanes[:, :, :bits] = stream[:, : octets * bits].unflatten(1, (octets, bits))
+    lanes[:, :, :bits] = stream[:, : octets * bits].reshape(rows, octets, bits)
     spread = lanes.view(torch.int64)
     for lane in (32, 16, 8) if bits < 8 else ():
         used = bits * lane // 8

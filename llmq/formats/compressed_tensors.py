@@ -5,7 +5,7 @@ What is stored for a weight [out, in] is listed in `spec`. Written against compr
 
 - transformers (compressed_tensors.utils.match): a module takes the scheme of its exact name before a pattern before its
   class, and `ignore` beats all of them.
-- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then class, and only then the parts of a fused layer.
+- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then class, and only then parts of a fused layer.
   So once the target "Linear" is there, it takes every fused layer whatever the names of its parts say.
 
 Hence one scheme is written as the target "Linear", and several are all written by name.
@@ -78,14 +78,14 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def refusal(scheme: Scheme) -> str | None:
-    """Why stock readers cannot load this scheme, in a sentence, or None: every scheme of 2–8 bits has its bytes here."""
+    """Why stock readers cannot load this scheme, in a sentence, or None: all of 2–8 bits have their bytes here."""
     return None
 
 
 def config(groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
-    groups: the module names of each scheme; ignore: the names of linear modules left alone. Names are as in the checkpoint,
+    groups: the module names of each scheme; ignore: the names of linear modules left alone. Names as in the checkpoint,
     without '.weight'. Raises LlmqError when nothing is quantized.
     """
     schemes = sorted((s for s, names in groups.items() if names), key=lambda s: (-len(groups[s]), str(s)))
@@ -135,8 +135,8 @@ def schemes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme
     """The scheme of each module, read back from a `quantization_config`; None for one that is not quantized.
 
     names: linear modules of the checkpoint, without '.weight'. Understands what stock readers do: exact names, 're:'
-    patterns (from the start of the name) and the class name Linear, in this order; `ignore` beats them. Raises LlmqError
-    when the format is not pack-quantized or a group has activations or a grid that is not this module's.
+    patterns (from the start of the name) and the class name Linear, in this order; `ignore` beats them. Raises
+    LlmqError when the format is not pack-quantized or a group has activations or a grid that is not this module's.
     """
     if config.get("format") != FORMAT:
         raise LlmqError(f"compressed-tensors format {config.get('format')!r} is not supported, only {FORMAT!r}")

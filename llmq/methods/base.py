@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from llmq.capture import Statistic
@@ -13,14 +13,14 @@ from llmq.errors import LlmqError
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Scheme
 
-Stats = Mapping[type[Statistic], Statistic]
-S = TypeVar("S", bound=Statistic)
+Stats = Mapping[type[Any], Any]
+S = TypeVar("S")
 
 
 class Method:
-    """A way to quantize: the three moments at which it may act; by default it does nothing, and rounds to nearest.
+    """A way to quantize: the three moments at which it may act. By default the first and last do nothing.
 
-    needs: the statistics taken of every weight's input before `quantize`; an instance may need fewer than its class.
+    needs: the statistics taken of every weight's input before `quantize`; which ones may depend on the options.
     """
 
     needs: tuple[type[Statistic], ...] = ()
@@ -28,18 +28,16 @@ class Method:
     def transform(self, block: Any) -> None:
         """Changes a block's weights without changing what it computes, before anything is rounded."""
 
-    def quantize(
-        self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype = torch.bfloat16
-    ) -> QuantizedWeight:
-        """Rounds one weight [out, in]; the scale is stored in scale_dtype. Raises LlmqError on values that are not finite."""
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
+        """Rounds one weight [out, in]; the scale is in the weight's dtype. Raises LlmqError on values not finite."""
         raise NotImplementedError
-
-    def workspace(self, shape: tuple[int, ...]) -> int:
-        """Bytes that `quantize` needs for a weight of this shape, beside the weight, its codes and its statistics."""
-        return 0
 
     def refine(self, block: Any) -> None:
         """Improves a block once all its weights are quantized."""
+
+    def workspace(self, shape: tuple[int, ...]) -> int:
+        """Bytes that `quantize` needs for a weight of this shape, beside the weight and its statistics."""
+        return 2 * math.prod(shape)
 
 
 def statistic(stats: Stats, kind: type[S]) -> S:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmq.capture import Hessian
@@ -24,9 +23,7 @@ class GPTQ(Method):
     def __init__(self, *, range: str = "weighted", act_order: str = "static", damping: float = 0.01) -> None:
         self.range, self.act_order, self.damping = range, act_order, damping
 
-    def quantize(
-        self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype = torch.bfloat16
-    ) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
         """See `Method.quantize`."""
         return solve(
             weight,
@@ -35,11 +32,11 @@ class GPTQ(Method):
             range_method=self.range,
             act_order=self.act_order,
             damping=self.damping,
-            scale_dtype=scale_dtype,
+            scale_dtype=weight.dtype,
             consume=True,
         )
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """The Hessian's copy and its factor, and the weight in float32."""
+        """Two more [in, in] matrices, and the weight in float32 with the codes transposed."""
         rows, width = shape
-        return 4 * (2 * width * width + rows * width)
+        return 8 * width * width + 8 * rows * width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmq.capture import MeanSquare
@@ -23,10 +22,8 @@ class RTN(Method):
         if range == "weighted":
             self.needs = (MeanSquare,)
 
-    def quantize(
-        self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype = torch.bfloat16
-    ) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
         """See `Method.quantize`."""
         importance = statistic(stats, MeanSquare).mean if self.range == "weighted" else None
-        scale, zero = find_range(weight, scheme, self.range, importance, scale_dtype)
+        scale, zero = find_range(weight, scheme, self.range, importance, weight.dtype)
         return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme)

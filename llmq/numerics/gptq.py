@@ -8,8 +8,8 @@ triangular, so R⁻¹ is the transpose-free factor of the paper's inverse, and t
 
     w'ₖ = wₖ + Σ_{j<k} (wⱼ − ŵⱼ) R[j,k] / R[k,k],      ŵₖ = nearest grid point to w'ₖ,
 
-(the form of LDLQ: Chee et al. 2023, arXiv:2307.13304, §3, which proves the two equal). Nothing is inverted: a third of the
-arithmetic, one matrix in memory instead of three, and float32 goes further. It also shows what each column costs:
+(the form of LDLQ: Chee et al. 2023, arXiv:2307.13304, §3, which proves the two equal). Nothing is inverted: a third of
+the arithmetic, one matrix in memory instead of three, and float32 goes further. It also shows what each column costs:
 the objective is exactly Σₖ R[k,k]² · ‖w'ₖ − ŵₖ‖², so R[k,k]² is the importance to find ranges with.
 """
 
@@ -43,13 +43,13 @@ def solve(
     """Quantizes a weight so that the layer's output on the calibration text changes least.
 
     weight: any float [out, in], not changed; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, in any
-    unit; range_method: see `ranges`; act_order: 'none' takes columns as they stand and finds each group's range when its
-    turn comes, in what earlier columns have made of it; 'static' takes them by falling diag(H), with ranges found
+    unit; range_method: see `ranges`; act_order: 'none' takes columns as they stand and finds each group's range when
+    its turn comes, in what earlier columns have made of it; 'static' takes them by falling diag(H), with ranges found
     beforehand, groups staying where they are (no permutation is stored); damping: a share of mean(diag H) added to the
     diagonal; block_size: columns between two updates of all the rest; consume: the Hessian may be overwritten.
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
-    When H has no Cholesky factor, damping grows tenfold up to 4 times, then negative eigenvalues are clipped, then plain
+    When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, then plain
     rounding is used; each is named in `notes`. Raises LlmqError for a weight or Hessian that is not finite, or options
     that do not exist. At most two float32 [in, in] matrices are held besides the Hessian passed in (one with consume).
     """
@@ -84,8 +84,8 @@ def factorize(
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """The upper triangular R with R Rᵀ = H + damping, in the given order of columns, and what had to be done for it.
 
-    hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the diagonal, or None when
-    nothing helped. Raises nothing.
+    hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the diagonal, or
+    None when nothing helped. Raises nothing.
     """
     width = hessian.shape[0]
     diagonal = hessian.diagonal().to(torch.float32)
@@ -103,7 +103,7 @@ def factorize(
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
             return _mirror_into(lower, hessian if consume else None), tuple(notes)
         amount = max(amount, 1e-3) * 10
-    notes.append(f"the Hessian was not positive definite even with damping {amount / 10:g}: its eigenvalues were clipped")
+    notes.append(f"the Hessian was not positive definite with damping {amount / 10:g}: its eigenvalues were clipped")
     values, vectors = torch.linalg.eigh(_mirrored(hessian, mirror, dead, 0.0))
     values.clamp_(min=max(damping, 1e-3) * mean)
     lower = (vectors * values) @ vectors.t()
@@ -114,10 +114,10 @@ def factorize(
 
 
 def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> Tensor:
-    """A float32 copy of H with its columns in mirrored order, dead inputs cut off, and `amount` added to the diagonal."""
+    """A float32 copy of H with its columns in mirrored order, dead inputs cut off, `amount` added to the diagonal."""
     copy = torch.empty(hessian.shape, device=hessian.device)
-    for rows, where in zip(copy.split(256), mirror.split(256), strict=True):
-        rows.copy_(hessian[where][:, mirror])
+    for start in range(0, len(mirror), 256):
+        copy[start : start + 256] = hessian[mirror[start : start + 256]][:, mirror]
     gone = dead[mirror]
     if bool(gone.any()):
         copy[gone] = 0
@@ -128,7 +128,7 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
 
 
 def _mirror_into(lower: Tensor, out: Tensor | None) -> Tensor:
-    """The matrix mirrored in both axes, float32, written over `out` where there is one that fits: 256 rows at a time."""
+    """The matrix mirrored in both axes, float32, written over `out` where that fits: 256 rows at a time."""
     if out is None or out.dtype != torch.float32:
         out = torch.empty_like(lower)
     for start in range(0, lower.shape[0], 256):
@@ -146,7 +146,7 @@ def _cholesky(matrix: Tensor) -> bool:
 
 
 class _Columns:
-    """The column loop. Weights are held transposed [in, out], in the order of processing, so that a column is contiguous."""
+    """The column loop. Weights are held transposed [in, out] in the order of processing: a column is contiguous."""
 
     def __init__(
         self,
@@ -183,12 +183,12 @@ class _Columns:
         return QuantizedWeight(codes.t().contiguous(), self.scale, self.zero, self.scheme)
 
     def _bounds(self, block_size: int) -> list[int]:
-        """Where blocks begin and end. Without an order they keep to the groups, so that a group's range sees every update."""
+        """Where blocks begin and end. Without an order they keep to the groups: a range sees every update."""
         if self.order is not None or self.size <= block_size:
             step = block_size if self.order is not None else block_size // self.size * self.size
             return [*range(0, self.width, step), self.width]
-        starts = {start + inside for start in range(0, self.width, self.size) for inside in range(0, self.size, block_size)}
-        return [*sorted(starts), self.width]
+        groups = range(0, self.width, self.size)
+        return [*(group + inside for group in groups for inside in range(0, self.size, block_size)), self.width]
 
     def _block(self, start: int, stop: int) -> Tensor:
         """Rounds columns [start, stop), each compensated for those before it; returns w − ŵ [stop − start, out]."""

@@ -24,8 +24,8 @@ def packed_width(n: int, bits: int) -> int:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs each row of codes.
 
-    codes: int8 [rows, n] in [−2^(bits−1), 2^(bits−1) − 1]; bits: 1…8. Returns int32 [rows, ceil(n·bits/32)]; unused high
-    bits of the last word are 0. Works through a few MiB of rows at a time. Raises LlmqError on another dtype.
+    codes: int8 [rows, n] in [−2^(bits−1), 2^(bits−1) − 1]; bits: 1…8. Returns int32 [rows, ceil(n·bits/32)]; unused
+    high bits of the last word are 0. Works through a few MiB of rows at a time. Raises LlmqError on another dtype.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise LlmqError(f"codes to pack must be int8 with two axes, not {codes.dtype} {[*codes.shape]}")
@@ -52,7 +52,8 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
         low = lane_mask(used, 2 * lane)
         lanes = (lanes & low) | ((lanes >> (lane - used)) & (low << used))
     stream = torch.zeros(rows, max(octets * bits, width * 4), dtype=torch.uint8, device=codes.device)
-    stream[:, : octets * bits].unflatten(1, (octets, bits)).copy_(lanes.view(torch.uint8).unflatten(1, (-1, 8))[:, :, :bits])
+    dense = lanes.view(torch.uint8).view(rows, octets, 8)[:, :, :bits]
+    stream[:, : octets * bits] = dense.reshape(rows, octets * bits)
     return stream[:, : width * 4].reshape(-1).view(torch.int32).view(rows, width)
 
 

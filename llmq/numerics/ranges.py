@@ -12,8 +12,8 @@ A symmetric grid of an even number of levels has one more on the negative side. 
 side; that is an ordinary value for every reader, and worth a third of a bit at 2 bits (auto-round does the same:
 Cheng et al. 2023, arXiv:2309.05516).
 
-Everything is in float32, on groups first brought to magnitude 1 by an exact power of two, so that neither half-precision
-weights nor tiny ones overflow or vanish when squared. Work goes through chunks that fit the processor's cache.
+Everything is in float32, on groups first brought to magnitude 1 by an exact power of two, so that
+neither half precision nor tiny weights overflow or vanish when squared. Work goes through chunks that fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sc
 
 
 def _root(importance: Tensor) -> Tensor:
-    """The square root of the importance [1, groups, size], its mean brought to 1 group by group; all 0 means all equal."""
+    """The root of the importance [1, groups, size], its mean brought to 1 in each group; all 0 means all equal."""
     mean = importance.mean(-1, keepdim=True)
     return torch.where(mean > 0, importance / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0).sqrt_()
 
@@ -205,7 +205,7 @@ def _coarse(groups: _Groups, top: Tensor, buffer: Tensor) -> _Best:
 
 
 def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor]:
-    """Zero points worth trying for a scale: all of them on the coarsest grids, else clipping above, below and evenly."""
+    """Zero points worth trying for a scale: all of them on the coarsest grids, else else the clip shared out."""
     if scheme.bits <= 3:
         return [torch.full_like(scale, float(zero)) for zero in range(scheme.qmin, scheme.qmax + 1)]
     below = scheme.qmin - low / scale
@@ -214,7 +214,7 @@ def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Ten
 
 
 def _refine(groups: _Groups, best: _Best, start: _Best, buffer: Tensor) -> None:
-    """From `start`: refit, round, choose codes anew; then finer scales and neighbouring zero points; `best` is updated."""
+    """From `start`: refit, round, choose codes anew; then finer scales, neighbouring zero points; updates `best`."""
     scheme = groups.scheme
     current = _Best(torch.full_like(best.error, torch.inf), groups.stored(start.scale), start.zero)
     for _ in range(ROUNDS):
@@ -266,4 +266,5 @@ def _norm2(values: Tensor, root: Tensor | None, out: Tensor | None) -> Tensor:
     """Σ (root·values)² over the last axis, kept."""
     if root is not None:
         values = torch.mul(values, root) if out is None else torch.mul(values, root, out=out)
-    return torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
+    size: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    return size.square_()
