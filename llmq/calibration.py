@@ -1,0 +1,186 @@
+"""Calibration text to token windows: packed, never padded, so that no statistic ever sees a padding token.
+
+A plain text is tokenized as a whole, cut into consecutive windows, and the wanted number of them is taken evenly
+spread. Rows (.jsonl, .parquet, a hub data set, which is streamed) are tokenized one after the other, joined with the
+end-of-text token between them, and cut into windows until there are enough: no more rows are read than that takes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.recipe import Calibration
+from llmq.rows import Row, RowReader, hub_rows, jsonl_rows, parquet_rows
+from llmq.tokens import encode, tokenize
+
+WHOLE = 64 << 20
+"""Bytes up to which a text file is tokenized as a whole. Of a larger one, only the places where windows are taken."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: int64 [samples, seqlen]; notes: what the user should know; description: what was used, for the report."""
+
+    ids: Tensor
+    notes: tuple[str, ...]
+    description: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the ids and their shape: the same windows, the same digest."""
+        ids = self.ids.contiguous()
+        return hashlib.sha256(str(tuple(ids.shape)).encode() + ids.numpy().tobytes()).hexdigest()
+
+
+def windows(calibration: Calibration, tokenizer: Any, *, seed: int = 0) -> Windows:
+    """The windows that the recipe asks for: `samples` of `seqlen` tokens, or as many as the text gives, with a note.
+
+    seed: for sources whose windows are drawn by chance; those here are all taken in order, so it changes nothing.
+    Raises LlmqError, naming the text and the way out, if it is missing, unreachable, empty, too short for one window,
+    not text, or has no column of text.
+    """
+    del seed
+    if calibration.samples < 1 or calibration.seqlen < 2:
+        raise LlmqError(
+            "calibration takes at least 1 sample of at least 2 tokens, "
+            f"not {calibration.samples} of {calibration.seqlen}: raise --samples or --seqlen"
+        )
+    if calibration.text == "demo":
+        from llmq import demo
+
+        return _from_text(demo.calibration_text(), "the demo text (standard library)", calibration, tokenizer)
+    file = Path(calibration.text).expanduser()
+    if file.is_dir():
+        raise LlmqError(f"calibration text {file} is a folder: give a .txt, .jsonl or .parquet file")
+    if not file.exists():
+        return _from_rows(hub_rows(calibration), calibration.text, calibration, tokenizer)
+    if file.suffix == ".jsonl":
+        return _from_rows(jsonl_rows(file), str(file), calibration, tokenizer)
+    if file.suffix == ".parquet":
+        return _from_rows(parquet_rows(file), str(file), calibration, tokenizer)
+    if file.stat().st_size > WHOLE:
+        return _from_places(file, calibration, tokenizer)
+    return _from_text(_decode(file, _read(file)), str(file), calibration, tokenizer)
+
+
+def _from_text(text: str, name: str, calibration: Calibration, tokenizer: Any) -> Windows:
+    """Consecutive windows of the whole text, evenly spread."""
+    if not text.strip():
+        raise LlmqError(f"calibration text {name} is empty: give a text of at least {calibration.seqlen} tokens")
+    ids = tokenize(text, tokenizer, progress=True)
+    length = calibration.seqlen
+    there = len(ids) // length
+    taken = min(calibration.samples, there)
+    picked = [i * there // taken for i in range(taken)]
+    return _made([ids[i * length : (i + 1) * length] for i in picked], len(ids), name, calibration, "evenly spread")
+
+
+def _from_places(file: Path, calibration: Calibration, tokenizer: Any) -> Windows:
+    """Of a file too large to tokenize: a window from the first line that begins after each of evenly spread places.
+
+    A window never reaches into the next one's place; where it would, it is left out.
+    """
+    size = file.stat().st_size
+    taken: list[Tensor] = []
+    tokens = 0
+    with file.open("rb") as source:
+        for i in range(calibration.samples):
+            begin, end = i * size // calibration.samples, (i + 1) * size // calibration.samples
+            length = 16 * calibration.seqlen
+            while True:
+                source.seek(begin)
+                raw = source.read(min(length, end - begin))
+                ids = tokenize(_decode(file, _from_line(raw) if begin else raw, begin), tokenizer)
+                if len(ids) >= calibration.seqlen or length >= end - begin:
+                    break
+                length *= 2
+            tokens += len(ids)
+            if len(ids) >= calibration.seqlen:
+                taken.append(ids[: calibration.seqlen])
+    return _made(taken, tokens, str(file), calibration, "at evenly spread places")
+
+
+def _from_line(raw: bytes) -> bytes:
+    """From the first line's beginning; where there is none, from the first character's."""
+    at = raw.find(b"\n") + 1
+    while not at and raw and raw[0] & 0xC0 == 0x80:
+        raw = raw[1:]
+    return raw[at:]
+
+
+def _from_rows(rows: Iterable[Row], name: str, calibration: Calibration, tokenizer: Any) -> Windows:
+    """Rows tokenized and joined, cut into windows as soon as there are enough tokens."""
+    reader = RowReader(name, calibration.column, tokenizer)
+    end = tokenizer.eos_token_id
+    between = encode("\n\n", tokenizer) if end is None else [end]
+    wanted = calibration.samples * calibration.seqlen
+    ids: list[int] = []
+    used = 0
+    for row in rows:
+        text = reader.text(row)
+        if not text:
+            continue
+        ids += encode(text, tokenizer)
+        if ids[-len(between) :] != between:
+            ids += between
+        used += 1
+        if len(ids) >= wanted:
+            break
+    if not used:
+        raise LlmqError(f"calibration text {name} is empty: no row holds any text" + reader.reasons())
+    kept = torch.tensor(ids[:wanted], dtype=torch.int64)
+    full = [kept[i : i + calibration.seqlen] for i in range(0, len(kept) - calibration.seqlen + 1, calibration.seqlen)]
+    how = f"the first {used} row{'s' * (used > 1)}"
+    return _made(full, len(ids), name, calibration, how, reader.notes())
+
+
+def _made(
+    taken: list[Tensor], tokens: int, name: str, calibration: Calibration, how: str, notes: tuple[str, ...] = ()
+) -> Windows:
+    length = calibration.seqlen
+    if not taken:
+        raise LlmqError(
+            f"calibration text {name} has only {tokens} tokens, and one window needs {length}: "
+            f"lower --seqlen to {max(tokens, 2)} or less, or give more text"
+        )
+    if len(taken) < calibration.samples:
+        notes = (
+            *notes,
+            f"calibration text {name} has {tokens} tokens: {len(taken)} windows of {length}, "
+            f"not the {calibration.samples} asked for",
+        )
+    windows_ = "window" if len(taken) == 1 else "windows"
+    return Windows(torch.stack(taken), notes, f"{name}: {len(taken)} {windows_} of {length} tokens, {how}")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise LlmqError(f"calibration text {file} cannot be read: {error.strerror}") from error
+
+
+def _decode(file: Path, raw: bytes, begin: int | None = None) -> str:
+    """UTF-8 text with its line ends made uniform, as Python opens text. Raises LlmqError for anything else.
+
+    begin: where in the file the bytes were cut out; then they may end in the middle of a character.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=begin is None)
+    except UnicodeDecodeError as error:
+        raise LlmqError(
+            f"calibration text {file} is not UTF-8 text (near byte {(begin or 0) + error.start}): "
+            "give a plain .txt, a .jsonl or a .parquet file"
+        ) from error
+    if "\0" in text:
+        raise LlmqError(f"calibration text {file} is binary, not text: give a plain .txt, a .jsonl or a .parquet file")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,77 @@
+"""A process of its own that talks to a hub: HF_ENDPOINT counts only where it is set before huggingface_hub is imported.
+
+Run as a script it answers JSON lines: {"do": "resolve" or "windows", …} → {"value": …} or {"error": …, "text": …}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class HubClient:
+    """`with HubClient(endpoint, cache) as client: client.ask(do="resolve", model="org/name")`."""
+
+    def __init__(self, endpoint: str, cache: Path) -> None:
+        path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "eval"))
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": path,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+
+    def __enter__(self) -> HubClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(10)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """One question, one answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+
+def _answer(question: dict[str, Any]) -> Any:
+    if question["do"] == "resolve":
+        from llmq.hub import resolve
+
+        return str(resolve(question["model"], trust_remote_code=question.get("trust_remote_code", False)))
+    import datasets.config
+    from transformers import AutoTokenizer
+
+    from llmq.calibration import windows
+    from llmq.recipe import Calibration
+
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.1
+    tokenizer = AutoTokenizer.from_pretrained(question["tokenizer"])
+    found = windows(Calibration(**question["calibration"]), tokenizer, seed=0)
+    return {"ids": found.ids.tolist(), "notes": found.notes, "description": found.description}
+
+
+if __name__ == "__main__":
+    out = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        try:
+            reply = {"value": _answer(json.loads(line))}
+        except Exception as error:
+            reply = {"error": type(error).__name__, "text": str(error)}
+        out.write(json.dumps(reply) + "\n")
+        out.flush()
