@@ -29,15 +29,35 @@ PRODUCTS = {
     torch.einsum,
 }
 
+CHOICES = {
+    torch.topk,
+    torch.Tensor.topk,
+    torch.argmax,
+    torch.Tensor.argmax,
+    torch.sort,
+    torch.Tensor.sort,
+    torch.argsort,
+    torch.Tensor.argsort,
+    torch.nonzero,
+    torch.Tensor.nonzero,
+    torch.nn.functional.one_hot,
+}
+
 
 @dataclass
 class Matmul:
-    """One product seen: the parameter's name, the other operand, its rows, and whether the whole parameter was used."""
+    """One product seen: the parameter's name, the other operand, its rows, and whether the whole parameter was used.
+
+    part: where in the parameter's memory the used part begins, and how many elements it has; chosen: whether something
+    was selected by its value (as a router selects experts) before this product.
+    """
 
     parameter: str
     input: Tensor | None
     tokens: int
     whole: bool
+    part: tuple[int, int]
+    chosen: bool
 
 
 class _Watch(TorchFunctionMode):
@@ -45,15 +65,17 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.owners = {p.untyped_storage().data_ptr(): (n, p) for n, p in module.named_parameters() if p.numel()}
         self.seen = seen
+        self.chosen = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.chosen = self.chosen or func in CHOICES
         if func in PRODUCTS:
-            self._note(func, [a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
+            self._note([a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
         return func(*args, **(kwargs or {}))
 
-    def _note(self, func: Callable[..., Any], operands: list[Tensor]) -> None:
+    def _note(self, operands: list[Tensor]) -> None:
         matrices = [t for t in operands if t.dim() >= 2]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
@@ -61,9 +83,9 @@ class _Watch(TorchFunctionMode):
             if owner is None or not others:
                 continue
             name, parameter = owner
-            whole = operand.shape == parameter.shape and func is torch.nn.functional.linear
-            x = others[0]
-            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole))
+            part = (int(operand.storage_offset()), operand.numel())
+            x, whole = others[0], parameter.dim() == 2 and operand.numel() == parameter.numel()
+            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole, part, self.chosen))
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -78,10 +100,45 @@ def _flat(value: Any) -> Iterator[Any]:
 
 @contextmanager
 def watch_matmuls(module: nn.Module) -> Iterator[list[Matmul]]:
-    """Every product with one of the module's parameters, in order, while the context is open (inputs are kept alive)."""
+    """Products with the module's parameters, in order, while the context is open (inputs are kept alive)."""
     seen: list[Matmul] = []
     with _Watch(module, seen):
         yield seen
+
+
+@dataclass
+class Modules:
+    """How often each Linear was called, and the outputs of the modules whose parameters are all vectors."""
+
+    linears: dict[str, int]
+    norms: list[Tensor]
+
+
+@contextmanager
+def watch_modules(module: nn.Module) -> Iterator[Modules]:
+    """Which of the module's parts are called while the context is open (outputs are kept alive)."""
+    seen = Modules({}, [])
+
+    def norm(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.norms.append(output)
+
+    hooks = []
+    for name, part in module.named_modules():
+        own = list(part.parameters(recurse=False))
+        if isinstance(part, nn.Linear):
+
+            def linear(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
+                seen.linears[name] = seen.linears.get(name, 0) + 1
+
+            hooks.append(part.register_forward_hook(linear))
+        elif own and not any(part.children()) and all(p.dim() == 1 for p in own):
+            hooks.append(part.register_forward_hook(norm))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Statistic(Protocol):
@@ -122,7 +179,7 @@ class MeanSquare:
 
 
 class Hessian:
-    """E[x xᵀ] of a weight's input, float32 [width, width]: half the Hessian of its output error (Frantar et al., 2022, §3)."""
+    """E[x xᵀ] of a weight's input, float32 [width, width]: half the Hessian of its output error (GPTQ, §3)."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)

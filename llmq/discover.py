@@ -6,8 +6,9 @@ docs/design.md, "Facts that were tried".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.capture import Matmul, watch_matmuls
+from llmq.capture import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.errors import LlmqError
+from llmq.parameters import assign as assign
+from llmq.parameters import empty as empty
+from llmq.parameters import zeros as zeros
 
 PROBE_TOKENS = 8
 
@@ -102,9 +106,10 @@ def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> 
         for part in _nested(config):
             part._experts_implementation = "eager"
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
+        getattr(model, "tie_weights", lambda: None)()  # construction without memory makes new parameters of tied ones
     except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
         raise LlmqError(f"{folder}: transformers cannot build this model: {_first_line(error)}") from error
     return model.eval()
@@ -131,8 +136,11 @@ class _Stop(Exception):
     """Ends a forward pass once the last block has been called."""
 
 
+Forward = Callable[..., Any]
+
+
 @contextmanager
-def _forwards(modules: list[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
     for i, module in enumerate(modules):
         module.forward = make(i, module.forward)
     try:
@@ -142,12 +150,12 @@ def _forwards(modules: list[nn.Module], make: Callable[[int, Callable[..., Any]]
             del module.__dict__["forward"]
 
 
-def record(model: nn.Module, blocks: list[nn.Module], batches: list[Tensor], *, whole: bool = False) -> Recording:
+def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor], *, whole: bool = False) -> Recording:
     """Run the model once per batch of token ids [batch, tokens] with blocks that only note how they were called.
 
     The first block runs once, to see what a block returns: its parameters and everything before the blocks must be
     materialized. `whole` goes on past the last block up to the output embedding, to see blocks called again.
-    Raises LlmqError when the blocks are not called once each, in order, each on the hidden states the one before returned.
+    Raises LlmqError when the blocks are not called once each, in order, each on what the one before returned.
     """
     recording = Recording()
     element: int | None = None
@@ -192,10 +200,8 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: list[Tensor], *, 
     with torch.inference_mode(), _forwards(blocks, make), _forwards(stoppers, stop):
         for batch in batches:
             seen.clear()
-            try:
+            with suppress(_Stop):
                 model(batch, use_cache=False)
-            except _Stop:
-                pass
             if [i for i, _, _ in seen] != list(range(len(blocks))):
                 raise LlmqError("the blocks are not called once each, in order")
             assert hidden is not None
@@ -264,7 +270,8 @@ def find(model: nn.Module) -> Structure:
     reasons = []
     for path, modules in candidates(model)[:4]:
         blocks = list(modules)
-        inside = {id(p) for p in modules.parameters()}
+        owners = Counter(id(p) for b in blocks for p in b.parameters())
+        inside = owners.keys()
         outside = [n for n, p in model.named_parameters() if id(p) not in inside]
         head = getattr(model, "get_output_embeddings", lambda: None)()
         skip = set() if head is None else {id(p) for p in head.parameters()}
@@ -277,13 +284,13 @@ def find(model: nn.Module) -> Structure:
                 return Structure(
                     path,
                     tuple(
-                        _inspect(f"{path}.{i}", block, call, hidden, found)
+                        _inspect(f"{path}.{i}", block, call, hidden, owners, found)
                         for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True))
                     ),
                 )
         except LlmqError as error:
             reasons.append(f"{path}: {error}")
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {_first_line(error)}")
     raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
 
@@ -294,58 +301,24 @@ def _is_input(model: nn.Module, name: str) -> bool:
     return embeddings is not None and any(p is parameter for p in embeddings.parameters())
 
 
-@contextmanager
-def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
-    """Give the named parameters (all of them by default) zeros, which cost no memory until written; then meta again."""
-    chosen = [n for n, _ in module.named_parameters()] if names is None else names
-    try:
-        for name in chosen:
-            parameter = module.get_parameter(name)
-            assign(module, name, torch.zeros(parameter.shape, dtype=parameter.dtype))
-        yield
-    finally:
-        for name in chosen:
-            empty(module, name)
-
-
-def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in place of a parameter or buffer, keeping ties: other owners of the same parameter see it as well."""
-    owner, _, leaf = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    old = getattr(holder, leaf)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(value, requires_grad=False)
-        for other in module.modules():
-            for key, parameter in list(other._parameters.items()):
-                if parameter is old:
-                    other._parameters[key] = new
-    else:
-        holder._buffers[leaf] = value
-
-
-def empty(module: nn.Module, name: str) -> None:
-    """Send a parameter back to the meta device."""
-    parameter = module.get_parameter(name)
-    if parameter.device.type != "meta":
-        assign(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
-
-
-def _inspect(name: str, block: nn.Module, call: Call, hidden: Tensor, found: dict[Any, Block]) -> Block:
-    # Blocks of the same make are run once.
-    make = (type(block), tuple((n, tuple(p.shape), p.dtype) for n, p in block.named_parameters()), _arguments(call))
+def _inspect(
+    name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, Block]
+) -> Block:
+    tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
+    # Blocks of the same make are run once, unless blocks leave something for later ones.
+    shapes = tuple((n, tuple(p.shape), p.dtype, n in tied) for n, p in block.named_parameters())
+    make = (type(block), shapes, _arguments(call), id(block) if _leaves_something(call) else 0)
     if make not in found:
-        with zeros(block), watch_matmuls(block) as matmuls, torch.inference_mode():
-            norms = _norm_outputs(block, lambda: call.run(block, hidden))
-        found[make] = _weights_of(block, matmuls, hidden, norms)
+        with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
+            call.run(block, hidden)
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied)
     known = found[make]
-    return Block(
-        name,
-        tuple(
-            Weight(f"{name}.{w.name}" if w.name else name, w.rows, w.width, w.shares, w.splits_input)
-            for w in known.weights
-        ),
-        {f"{name}.{key}": reason for key, reason in known.left.items()},
-    )
+    weights = tuple(Weight(f"{name}.{w.name}", w.rows, w.width, w.shares, w.splits_input) for w in known.weights)
+    return Block(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
+
+
+def _leaves_something(call: Call) -> bool:
+    return any(isinstance(value, (dict, list)) for value in (*call.args, *call.kwargs.values()))
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
@@ -357,31 +330,11 @@ def _arguments(call: Call) -> tuple[Any, ...]:
     return tuple(kind(a) for a in call.args) + tuple((k, kind(v)) for k, v in call.kwargs.items())
 
 
-def _norm_outputs(block: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
-    """The outputs of the block's modules whose own parameters are all vectors, while `run` runs."""
-    outputs: list[Tensor] = []
-
-    def note(_: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append(output)
-
-    def is_norm(module: nn.Module) -> bool:
-        own = list(module.parameters(recurse=False))
-        return not any(module.children()) and bool(own) and all(p.dim() == 1 for p in own)
-
-    hooks = [m.register_forward_hook(note) for m in block.modules() if is_norm(m)]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
-def _weights_of(block: nn.Module, matmuls: list[Matmul], hidden: Tensor, norms: list[Tensor]) -> Block:
-    owners = {f"{path}.weight" if path else "weight": m for path, m in block.named_modules() if isinstance(m, nn.Linear)}
-    shared = {t.untyped_storage().data_ptr() for t in [hidden, *norms]}
+def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidden: Tensor, tied: set[str]) -> Block:
+    linears = {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
     tokens = hidden.numel() // hidden.shape[-1]
+    chosen = any(m.chosen for m in matmuls)
     inputs: dict[int, int] = {}
     weights: list[Weight] = []
     left: dict[str, str] = {}
@@ -390,32 +343,43 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], hidden: Tensor, norms: 
             continue
         uses = [m for m in matmuls if m.parameter == parameter]
         listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
-        if (value.dim() > 2 and uses) or (
-            listed and parameter in owners and any(u.tokens < tokens for u in uses or [Matmul("", None, 0, False)])
-        ):
+        if chosen and _is_routed(value, uses, tokens, listed and parameter in linears):
             raise LlmqError(
                 f"mixture-of-experts blocks are not supported yet ({parameter} sees only the tokens routed to it)"
             )
-        if not uses:
-            left[parameter] = "no matrix product with it was seen"
-        elif parameter not in owners:
-            left[parameter] = "it is not the weight of a Linear module, and loaders replace only those"
-        elif not all(u.whole for u in uses):
-            left[parameter] = "it is used in slices, not as one matrix"
-        elif len(uses) > 1:
-            left[parameter] = "it is used more than once in a block"
+        reason = _reason(value, uses, modules.linears.get(linears[parameter], 0) if parameter in linears else None)
+        if parameter in tied:
+            left[parameter] = "it is shared with another block"
+        elif reason:
+            left[parameter] = reason
         else:
             pointer = uses[0].input.untyped_storage().data_ptr() if uses[0].input is not None else 0
-            weights.append(
-                Weight(
-                    parameter.removesuffix("weight").removesuffix("."),
-                    value.shape[0],
-                    value.shape[1],
-                    inputs.setdefault(pointer, len(inputs)),
-                    pointer not in shared,
-                )
-            )
+            shares = inputs.setdefault(pointer, len(inputs))
+            weights.append(Weight(linears[parameter], value.shape[0], value.shape[1], shares, pointer not in known))
     return Block("", tuple(weights), left)
+
+
+def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:
+    """Whether, in a block that selects by value, a parameter holds experts: a stack, a part used, one of a list."""
+    if value.dim() > 2:
+        return any(u.chosen for u in uses)
+    if listed:
+        return not uses or any(u.chosen and u.tokens < tokens for u in uses)
+    used = sum(size for _, size in {u.part for u in uses})
+    return any(u.chosen for u in uses) and used < value.numel()
+
+
+def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> str:
+    """Why a parameter stays as it is; empty when it is the weight of a Linear module called once."""
+    if not uses:
+        return "no matrix product with it was seen"
+    if calls is None:
+        return "it is not the weight of a Linear module, and loaders replace only those"
+    if not calls:
+        return "its module is never called: the model takes the weight out of it"
+    if not all(u.whole for u in uses):
+        return "it is used in slices, not as one matrix"
+    return "it is used more than once in a block" if len(uses) > 1 or calls > 1 else ""
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -1,0 +1,153 @@
+"""What is true of a checkpoint, found without llmq: by an ordinary forward pass with hooks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmq import discover
+
+MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
+
+
+def stock(folder: Path) -> PreTrainedModel:
+    """The checkpoint as stock transformers loads it, in float32."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return loaded.eval()
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The model's logits [batch, tokens, vocab]."""
+    with torch.no_grad():
+        result: Tensor = model(ids, use_cache=False).logits
+    return result
+
+
+def apart(value: Tensor, target: Tensor) -> float:
+    """‖value − target‖ / ‖target‖."""
+    return float((value.double() - target.double()).norm() / target.double().norm().clamp_min(1e-30))
+
+
+def depth(model: PreTrainedModel) -> int | None:
+    """How many layers the configuration says the decoder has."""
+    config = model.config.get_text_config(decoder=True)
+    config = getattr(config, "global_config", config)
+    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return None
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether any module is named or made as a mixture of experts."""
+    return any(
+        MIXTURE.search(name.rpartition(".")[2]) or re.search("Experts?$|TopKRouter|SparseMoe", type(module).__name__)
+        for name, module in model.named_modules()
+        if name
+    )
+
+
+@dataclass
+class Seen:
+    """An ordinary forward pass: each block's output, and how often each Linear within the blocks was called."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    linears: dict[str, int] = field(default_factory=dict)
+
+
+def watch(model: nn.Module, path: str, ids: Tensor) -> Seen:
+    """Run the model with hooks on the blocks of the list at `path` and on their Linear modules."""
+    seen = Seen()
+    hooks = []
+    seen_ids: dict[int, str] = {}
+    for i, block in enumerate(model.get_submodule(path).children()):
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else next(o for o in output if isinstance(o, Tensor))
+            seen.outputs.append(first.detach().clone())
+
+        hooks.append(block.register_forward_hook(note))
+        for name, module in block.named_modules():
+            full = f"{path}.{i}.{name}"
+            if isinstance(module, nn.Linear) and id(module) not in seen_ids:
+                seen_ids[id(module)] = full
+
+                def count(_: nn.Module, __: Any, ___: Any, full: str = full) -> None:
+                    seen.linears[full] = seen.linears.get(full, 0) + 1
+
+                hooks.append(module.register_forward_hook(count))
+    try:
+        logits(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def buffer_faults(built: nn.Module, real: nn.Module) -> list[str]:
+    """Buffers that differ between the model that llmq builds and the one from_pretrained gives."""
+    ours, theirs = dict(built.named_buffers()), dict(real.named_buffers())
+    faults = [f"buffer {n} only in one of the two" for n in ours.keys() ^ theirs.keys()]
+    stored = set(built.state_dict())
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        if a.device.type == "meta" or a.shape != b.shape or not torch.equal(a.float(), b.float()):
+            faults.append(f"buffer {name} differs" + (" (stored)" if name in stored else ""))
+    return sorted(faults)
+
+
+def faults(folder: Path, ids: Tensor, tolerance: float = 1e-5) -> tuple[discover.Structure, list[str]]:
+    """Everything in which discovery disagrees with an ordinary forward pass. Raises LlmqError where `find` refuses."""
+    real = stock(folder)
+    model = discover.build(folder, torch.float32)
+    structure = discover.find(model)
+    found: list[str] = []
+    if any(p.device.type != "meta" for p in model.parameters()):
+        found.append("find left parameters in memory")
+    if depth(real) != len(structure.blocks):
+        found.append(f"{len(structure.blocks)} blocks found, the configuration says {depth(real)}")
+    found += [f for f in buffer_faults(model, real) if "(stored)" not in f]
+    seen = watch(real, structure.path, ids)
+    found += _replay_faults(model, real, structure, seen, ids, tolerance)
+    named = {w.name for b in structure.blocks for w in b.weights}
+    reasons = {n: r for b in structure.blocks for n, r in b.left.items()}
+    for name, calls in seen.linears.items():
+        if name not in named and f"{name}.weight" not in reasons:
+            found.append(f"{name} was called {calls} times and is not in the structure")
+        if name in named and calls != 1:
+            found.append(f"{name} is called {calls} times in a forward pass")
+    found += [f"{name} is not a Linear that was called" for name in named - seen.linears.keys()]
+    return structure, found
+
+
+def _replay_faults(
+    model: nn.Module, real: nn.Module, structure: discover.Structure, seen: Seen, ids: Tensor, tolerance: float
+) -> list[str]:
+    blocks = list(model.get_submodule(structure.path).children())
+    fill(model, real)
+    recording = discover.record(model, blocks, [ids])
+    if len(seen.outputs) != len(blocks):
+        return [f"an ordinary forward pass calls the blocks {len(seen.outputs)} times"]
+    hidden = recording.hidden[0]
+    with torch.inference_mode():
+        for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True)):
+            hidden = call.run(block, hidden)
+            if not apart(hidden, seen.outputs[i]) <= tolerance:
+                return [f"block {i} replayed is {apart(hidden, seen.outputs[i]):.1e} off"]
+    return []
+
+
+def fill(model: nn.Module, real: nn.Module) -> None:
+    """Give a model on the meta device the parameters and stored buffers of a loaded one."""
+    for name, parameter in real.named_parameters():
+        discover.assign(model, name, parameter.detach().clone())
+    persistent = set(real.state_dict())
+    for name, buffer in real.named_buffers():
+        if name in persistent:
+            discover.assign(model, name, buffer.detach().clone())
