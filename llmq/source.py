@@ -41,24 +41,27 @@ class Source:
     def __init__(self, folder: Path, trust_remote_code: bool = False, *, quantized_ok: bool = False) -> None:
         self.folder = Path(folder)
         self.trust_remote_code = trust_remote_code
+        self.index: Path | None = None
+        try:
+            self._open(quantized_ok)
+        except OSError as error:
+            raise LlmqError(f"cannot read {error.filename or self.folder}: {error.strerror}") from error
+
+    def _open(self, quantized_ok: bool) -> None:
         if not self.folder.is_dir():
             what = "is a file, not a model folder" if self.folder.exists() else "does not exist"
             raise LlmqError(f"{self.folder} {what}: give the folder that holds config.json and the safetensors files")
         self.config: dict[str, Any] = _read_config(self.folder)
         if not quantized_ok:
             _refuse_quantized(self.folder, self.config)
-        if not trust_remote_code:
+        if not self.trust_remote_code:
             _refuse_remote_code(self.folder, self.config)
-        self.index: Path | None = None
         weight_map: dict[str, str] = {}
-        try:
-            shards = self._single()
-            if shards is None:
-                self.index = self.folder / INDEX
-                weight_map = _read_index(self.index)
-                shards = [self.folder / name for name in sorted(set(weight_map.values()))]
-        except OSError as error:
-            raise LlmqError(f"cannot read {self.folder}: {error.strerror}") from error
+        shards = self._single()
+        if shards is None:
+            self.index = self.folder / INDEX
+            weight_map = _read_index(self.index)
+            shards = [self.folder / name for name in sorted(set(weight_map.values()))]
         self.shards: list[Path] = shards
         self._infos = self._headers(weight_map)
 
