@@ -1,0 +1,119 @@
+"""The rules of docs/design.md that can be read off the source: imports, names, sizes, no pickle."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "llmq": ROOT / "llmq",
+    "llmq_kernels": ROOT / "kernels" / "llmq_kernels",
+    "llmq_eval": ROOT / "eval" / "llmq_eval",
+}
+MAY_IMPORT = {
+    "llmq": {"llmq", "llmq_kernels"},
+    "llmq_kernels": {"llmq_kernels"},
+    "llmq_eval": {"llmq_eval", "llmq"},
+}
+MODEL_NAMES = re.compile(
+    r"llama|mistral|mixtral|qwen|gemma|gpt2|gpt_neox|falcon|deepseek"
+    r"|q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|input_layernorm|self_attn"
+    r"|position_embeddings|attention_mask",
+    re.IGNORECASE,
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of every absolute import in the file, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def may_reach_everything(file: Path) -> bool:
+    relative = file.relative_to(ROOT)
+    return relative == Path("llmq/cli.py") or relative.is_relative_to("llmq/commands")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    wrong = {
+        str(file.relative_to(ROOT)): sorted(reached)
+        for file in sources(package)
+        if not may_reach_everything(file) and (reached := imports(file) & set(PACKAGES) - MAY_IMPORT[package])
+    }
+    assert not wrong
+
+
+def test_kernels_know_torch_and_nothing_above_it() -> None:
+    above = {"transformers", "accelerate", "datasets", "huggingface_hub", "compressed_tensors", "typer", "rich"}
+    wrong = {str(file.relative_to(ROOT)): found for file in sources("llmq_kernels") if (found := imports(file) & above)}
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", ["kernels", "eval"])
+def test_plain_folders_stay_plain(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists(), f"a regular package named {folder} shadows PyPI's"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str) -> None:
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_files_are_short() -> None:
+    long = {}
+    for folder in (*PACKAGES.values(), ROOT / "scripts", ROOT / "tests"):
+        for file in folder.rglob("*.py"):
+            limit = 199 if file.parent == ROOT / "llmq" / "methods" else 400
+            lines = len(file.read_text(encoding="utf-8").splitlines())
+            if lines > limit:
+                long[str(file.relative_to(ROOT))] = lines
+    assert not long
+
+
+def test_no_model_is_named() -> None:
+    named = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in sources("llmq")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if MODEL_NAMES.search(line)
+    ]
+    assert not named
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_pickle(package: str) -> None:
+    wrong = []
+    for file in sources(package):
+        if imports(file) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}:
+            wrong.append(f"{file.relative_to(ROOT)}: imports a pickler")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong
+
+
+def test_imports_without_triton() -> None:
+    """A machine without a GPU build of torch has no triton: all three packages must import there."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        f"sys.path[:0] = {[str(folder.parent) for folder in PACKAGES.values()]!r}\n"
+        "import llmq, llmq_kernels, llmq_eval\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
