@@ -28,7 +28,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Load:
-    """What one block needs while it is quantized, in bytes: its parameters, packed result, statistics, and workspace."""
+    """What one block needs while it is quantized, in bytes: its parameters, its result, statistics and workspace."""
 
     block: int
     packed: int
@@ -52,7 +52,8 @@ def predict(
     """
     hidden = hidden_width(model)
     activations = 3 * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
-    widest = max((max(p.shape) for n, p in model.named_parameters() if n in set(inside) and p.dim() > 1), default=hidden)
+    names = set(inside)
+    widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
     embedding = sum(p.numel() for p in before_blocks(model, inside).values()) * dtype.itemsize
     work = max(load.block + load.packed + load.statistics + max(load.workspace, forward) for load in loads)

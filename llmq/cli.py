@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from llmq.errors import LlmqError
-from llmq.recipe import Calibration, Recipe, parse_override
+from llmq.recipe import Recipe, parse_override
 
 app = typer.Typer(
     name="llmq",
@@ -26,12 +28,12 @@ app = typer.Typer(
 out_console = Console()
 err_console = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, a hub id (org/name), or 'demo'.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes an unfinished run.")]
+Model = Annotated[str, typer.Argument(help="A folder (config.json, safetensors), a hub id (org/name), or 'demo'.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes a broken run.")]
 Method = Annotated[str | None, typer.Option(help="gptq (needs calibration text, better) or rtn (round to nearest).")]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4.")]
 Group = Annotated[
-    str | None, typer.Option("--group-size", help="Inputs that share a scale, or 'channel' (one scale a row). Default 128.")
+    str | None, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'. Default 128.")
 ]
 Symmetric = Annotated[
     bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points. Default symmetric.")
@@ -40,18 +42,16 @@ Range = Annotated[
     str | None,
     typer.Option("--range", help="How scales are found: weighted (by E[x²], default), mse, or minmax."),
 ]
-ActOrder = Annotated[
-    str | None, typer.Option("--act-order", help="GPTQ's order of columns: static (default) or none.")
-]
+ActOrder = Annotated[str | None, typer.Option("--act-order", help="GPTQ's order of columns: static (default) or none.")]
 Calib = Annotated[
     str | None,
     typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens per calibration window. Default 2048, or the model's maximum.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options given beside it win.")]
 Override = Annotated[
-    list[str] | None, typer.Option(help="'PATTERN=bits:8,group_size:64': another scheme for matching weights. Repeatable.")
+    list[str] | None, typer.Option(help="'PATTERN=bits:8,group_size:64' for matching weights. Repeatable.")
 ]
 Keep = Annotated[list[str] | None, typer.Option(help="Leave the weights that match this pattern alone. Repeatable.")]
 Ragged = Annotated[
@@ -81,111 +81,94 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def make_recipe(
-    method: str | None,
-    bits: int | None,
-    group_size: str | None,
-    symmetric: bool | None,
-    range_: str | None,
-    act_order: str | None,
-    calib: str | None,
-    samples: int | None,
-    seqlen: int | None,
-    file: Path | None,
-    override: list[str] | None,
-    keep: list[str] | None,
-    ragged: str | None,
-    seed: int | None,
+def recipe_options(
+    method: Method = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    symmetric: Symmetric = None,
+    range: Range = None,
+    act_order: ActOrder = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    recipe: RecipeFile = None,
+    override: Override = None,
+    keep: Keep = None,
+    ragged: Ragged = None,
+    seed: Seed = None,
 ) -> Recipe:
-    """The recipe file, or the defaults, changed by the options that were given."""
-    recipe = Recipe.load(file) if file else Recipe()
-    changes = {
+    """The recipe file, or the defaults, changed by the options that were given. Raises LlmqError."""
+    given = {
+        "methods": method,
+        "range": range,
+        "act_order": act_order,
+        "keep": keep or None,
+        "ragged": ragged,
+        "seed": seed,
+    }
+    scheme = {
         "bits": bits,
         "group_size": None if group_size is None else parse_group(group_size),
         "symmetric": symmetric,
     }
-    scheme = replace(recipe.scheme, **{k: v for k, v in changes.items() if v is not None})
-    if group_size == "channel":
-        scheme = replace(scheme, group_size=None)
-    text = {"text": calib, "samples": samples, "seqlen": seqlen}
-    calibration: Calibration = replace(recipe.calibration, **{k: v for k, v in text.items() if v is not None})
-    rest = {
-        "methods": None if method is None else tuple(method.split("+")),
-        "range": range_,
-        "act_order": act_order,
-        "overrides": tuple(parse_override(o, scheme) for o in override) if override else None,
-        "keep": tuple(keep) if keep else None,
-        "ragged": ragged,
-        "seed": seed,
-    }
-    return replace(
-        recipe, scheme=scheme, calibration=calibration, **{k: v for k, v in rest.items() if v is not None}
-    )
+    calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
+    data = (Recipe.load(recipe) if recipe else Recipe()).to_dict()
+    for part, changes in ((data, given), (data["scheme"], scheme), (data["calibration"], calibration)):
+        part |= {key: value for key, value in changes.items() if value is not None}
+    made = Recipe.from_dict(data)
+    changed = tuple(parse_override(text, made.scheme) for text in override or ())
+    return replace(made, overrides=(*made.overrides, *changed))
 
 
-def parse_group(text: str) -> int | None:
-    """'128' → 128, 'channel' → None. Raises LlmqError."""
-    if text == "channel":
-        return None
-    if not text.isdigit():
+def parse_group(text: str) -> int | str:
+    """'128' → 128; 'channel' stays. Raises LlmqError."""
+    if text != "channel" and not text.isdigit():
         raise LlmqError(f"--group-size must be a whole number or 'channel', not {text!r}")
-    return int(text)
+    return text if text == "channel" else int(text)
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a recipe, and hand it the Recipe made of them."""
+    own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "chosen"]
+    options = list(signature(recipe_options, eval_str=True).parameters.values())
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        with explained():
+            chosen = recipe_options(**{p.name: given.pop(p.name) for p in options})
+            command(chosen=chosen, **given)
+
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*own, *options)]
+    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
 
 
 @app.command()
+@with_recipe
 def plan(
     model: Model,
+    chosen: Recipe,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Check this folder's disk as well.")] = None,
-    method: Method = None,
-    bits: Bits = None,
-    group_size: Group = None,
-    symmetric: Symmetric = None,
-    range_: Range = None,
-    act_order: ActOrder = None,
-    calib: Calib = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    recipe: RecipeFile = None,
-    override: Override = None,
-    keep: Keep = None,
-    ragged: Ragged = None,
     tp: Tp = 1,
     device: Device = "cpu",
-    seed: Seed = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
-    with explained():
-        from llmq import job, summary
+    from llmq import job, summary
 
-        chosen = make_recipe(
-            method, bits, group_size, symmetric, range_, act_order, calib, samples, seqlen,
-            recipe, override, keep, ragged, seed,
-        )  # fmt: skip
-        made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
-        summary.plan(out_console, made)
+    made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    summary.plan(out_console, made)
 
 
 @app.command()
+@with_recipe
 def quantize(
     model: Model,
     out: Out,
-    method: Method = None,
-    bits: Bits = None,
-    group_size: Group = None,
-    symmetric: Symmetric = None,
-    range_: Range = None,
-    act_order: ActOrder = None,
-    calib: Calib = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    recipe: RecipeFile = None,
-    override: Override = None,
-    keep: Keep = None,
-    ragged: Ragged = None,
+    chosen: Recipe,
     tp: Tp = 1,
     device: Device = "cpu",
-    seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -193,26 +176,21 @@ def quantize(
 
     Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
     """
-    with explained():
-        from llmq import job, summary
-        from llmq.progress import Bars
+    from llmq import job, summary
+    from llmq.progress import Bars
 
-        chosen = make_recipe(
-            method, bits, group_size, symmetric, range_, act_order, calib, samples, seqlen,
-            recipe, override, keep, ragged, seed,
-        )  # fmt: skip
-        made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
-        if dry_run:
-            summary.plan(out_console, made)
-            return
-        summary.summary(out_console, made)
-        try:
-            with Bars(err_console) as bars:
-                report = job.quantize(model, out, device=device, watch=bars, made=made)
-        except KeyboardInterrupt:
-            err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
-            raise typer.Exit(130) from None
-        summary.report(out_console, report)
+    made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    if dry_run:
+        summary.plan(out_console, made)
+        return
+    summary.summary(out_console, made)
+    try:
+        with Bars(err_console) as bars:
+            report = job.quantize(model, out, device=device, watch=bars, made=made)
+    except KeyboardInterrupt:
+        err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
+        raise typer.Exit(130) from None
+    summary.report(out_console, report)
 
 
 @app.command("eval")

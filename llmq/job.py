@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import stream
+from llmq import hub, stream
 from llmq.budget import check_writable
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
@@ -40,8 +40,6 @@ def plan(
     check_device(device)
     if out is not None:
         check_writable(Path(out))
-    from llmq import hub
-
     source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def windows() -> tuple[Tensor, str, str, Iterable[str]]:
@@ -66,14 +64,12 @@ def quantize(
 ) -> Report:
     """Quantize a model folder, hub id or 'demo' into the folder `out`, and verify it.
 
-    Killed at any moment, the same call goes on where it stopped. `made` is a plan of the same arguments, if there is one
-    already. Raises LlmqError; finished blocks are kept.
+    Killed at any moment, the same call goes on where it stopped. `made` is a plan of the same arguments, where there is
+    one already. Raises LlmqError; finished blocks are kept.
     """
     began = time.perf_counter()
     out = Path(out)
-    made = made or plan(
-        model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code
-    )
+    made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
     with Sink.open(out, fingerprint(made), units=len(stream.rest(made)) + len(made.structure.blocks)) as sink:
         if sink.finished:
             return Report.load(out)

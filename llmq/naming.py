@@ -1,4 +1,4 @@
-"""Which tensor of the checkpoint fills which parameter of the model: transformers' own renaming rules, applied backwards.
+"""Which tensor of the checkpoint fills which parameter of the model, by transformers' own renaming rules.
 
 Checkpoints are written with the names they were read with, so every server that reads the source reads the result.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass
 class Links:
-    """source: parameter or buffer → tensor name; converted: parameter → why it is not one stored tensor; unused: the rest."""
+    """source: parameter or buffer → tensor; converted: parameter → why it is no stored tensor; unused: the rest."""
 
     source: dict[str, str] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
@@ -25,7 +25,7 @@ def link(model: nn.Module, names: list[str]) -> Links:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules: list[Any] = get_model_conversion_mapping(model)
+    rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     state = model.state_dict()

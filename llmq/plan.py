@@ -1,4 +1,4 @@
-"""The checks of the first seconds: every weight's scheme, memory, disk. Refuses before any work, or the run finishes."""
+"""The checks of the first seconds: every weight's scheme, memory, disk. It refuses now, or the run finishes."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _model_dtype(source: Source) -> torch.dtype:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern means a weight: 're:' and a regular expression, a shell glob, or whole dotted parts of its name."""
+    """Whether a pattern means a weight: 're:' and a regular expression, a shell glob, or dotted parts of a name."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     if any(c in pattern for c in "*?["):
@@ -212,20 +212,20 @@ def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason="kept by --keep")
     rows, width = item.shape
-    if scheme.group_size is not None and width % scheme.group_size:
+    group = scheme.group_size
+    if group and width % group:
+        if recipe.ragged == "error":
+            return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
-            return replace(item, reason=f"group size {scheme.group_size} does not divide its width {width}")
-        if recipe.ragged == "channel":
-            scheme = replace(scheme, group_size=None)
-        elif recipe.ragged == "smaller":
-            scheme = replace(scheme, group_size=_smaller(width, scheme.group_size))
-    sizes = compressed_tensors.spec((rows, width), scheme, dtype) if scheme.groups(width) else {}
+            return replace(item, reason=f"group size {group} does not divide its width {width}")
+        scheme = replace(scheme, group_size=_smaller(width, group) if recipe.ragged == "smaller" else None)
+    sizes = compressed_tensors.spec((rows, width), scheme, dtype)
     after = sum(prod(shape) * kind.itemsize for kind, shape in sizes.values())
     return replace(item, scheme=scheme, after=after)
 
 
 def _smaller(width: int, group: int) -> int | None:
-    """The largest group size below `group` that divides the width, not under 16; None (per channel) where there is none."""
+    """The largest group size below `group` that divides the width, not under 16, or None (per channel)."""
     return next((g for g in range(group - 1, SMALLEST_GROUP - 1, -1) if width % g == 0), None)
 
 
@@ -242,7 +242,7 @@ def _check_patterns(recipe: Recipe, items: list[Item]) -> None:
     for pattern, _ in recipe.overrides:
         if not any(matches(pattern, i.name) and (i.scheme or "--keep" in i.reason) for i in items):
             one = next(i for i in items if matches(pattern, i.name))
-            raise LlmqError(f"--override {pattern!r} matches only weights that are left alone: {one.name} ({one.reason})")
+            raise LlmqError(f"--override {pattern!r} matches only what is left alone: {one.name} ({one.reason})")
 
 
 def _check_items(items: list[Item], recipe: Recipe, tp: int) -> None:
@@ -298,7 +298,7 @@ def _warnings(items: list[Item]) -> list[str]:
     inside = [i for i in items if i.block is not None]
     share = sum(prod(i.shape) for i in inside if i.scheme) / max(1, sum(prod(i.shape) for i in inside))
     if share < 0.9:
-        warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` lists the rest with reasons")
+        warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
     asymmetric = {i.scheme.bits for i in items if i.scheme is not None and not i.scheme.symmetric}
     if asymmetric:
         warnings.append(
@@ -306,4 +306,3 @@ def _warnings(items: list[Item]) -> list[str]:
             "vLLM and CompressedTensorsConfig(dequantize=True) read them"
         )
     return warnings
-

@@ -46,12 +46,12 @@ class Scheme:
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return int(2 ** (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def groups(self, width: int) -> int:
         """How many groups a row of `width` inputs has; the group size must divide the width."""
@@ -83,7 +83,7 @@ class Recipe:
     """Everything that decides the bytes that come out, apart from the model.
 
     overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A pattern
-    is a shell glob against the weight's name in the checkpoint (without '.weight'), or 're:' and a regular expression.
+    is dotted parts of a weight's name in the checkpoint, a shell glob for all of it, or 're:' and a regular expression.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -104,7 +104,8 @@ class Recipe:
             ("act-order", self.act_order, ACT_ORDERS),
         ):
             if value not in allowed:
-                raise LlmqError(f"{name} {value!r} is not known: choose from {', '.join(allowed)}{nearest(value, allowed)}")
+                choices = f"choose from {', '.join(allowed)}{nearest(value, allowed)}"
+                raise LlmqError(f"{name} {value!r} is not known: {choices}")
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
         if not 0 < self.damping < 1:
@@ -118,7 +119,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from plain data. Raises LlmqError at an unknown key (with the nearest one) or an impossible value."""
+        """A recipe from plain data. Raises LlmqError at an unknown key or an impossible value."""
         _check_keys(data, Recipe, where)
         values: dict[str, Any] = dict(data)
         scheme = _scheme(values.pop("scheme", {}), Scheme(), f"{where}: scheme")
@@ -126,7 +127,7 @@ class Recipe:
         if not isinstance(overrides, Mapping):
             raise LlmqError(f"{where}: overrides must map patterns to schemes")
         values["overrides"] = tuple(
-            (str(pattern), _scheme(change, scheme, f"{where}: overrides: {pattern}")) for pattern, change in overrides.items()
+            (str(p), _scheme(change, scheme, f"{where}: overrides: {p}")) for p, change in overrides.items()
         )
         calibration = values.pop("calibration", {})
         _check_keys(calibration, Calibration, f"{where}: calibration")

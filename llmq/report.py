@@ -22,8 +22,8 @@ VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors"
 class Report:
     """Everything a run did. weights: one row per weight with two or more axes, kept ones with their reason.
 
-    error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes, times in
-    seconds, peak_memory the largest resident size of the process that finished the run.
+    error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes,
+    times in seconds, peak_memory the largest resident size of the process that finished the run.
     """
 
     model: str

@@ -5,8 +5,9 @@ Read this file first. `run` is the data flow of docs/design.md; everything else 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -61,7 +62,8 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
         calls = [batch[index] for batch in recording.calls]
         block = fill(plan, index, device)
         target, statistics = observe(plan, index, block, hidden, calls, device)
-        tensors, rows = {}, []
+        tensors: dict[str, Tensor] = {}
+        rows = []
         for item in plan.of_block(index):
             packed, row = quantize_weight(plan, item, block, index, statistics)
             tensors |= packed
@@ -79,13 +81,14 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
 
 def skeleton(plan: Plan, device: torch.device, watch: Watch) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the host."""
-    model, first = plan.model, plan.structure.blocks[0].name
+    model = plan.model
     blocks = [model.get_submodule(block.name) for block in plan.structure.blocks]
-    inside = [f"{b.name}.{n}" for b, m in zip(plan.structure.blocks, blocks, strict=True) for n, _ in m.named_parameters()]
-    needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(first + "."))]
+    paths = [block.name for block in plan.structure.blocks]
+    inside = [f"{path}.{n}" for path, m in zip(paths, blocks, strict=True) for n, _ in m.named_parameters()]
+    needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(paths[0] + "."))]
     for name in needed:
         load(plan, name, torch.device("cpu"))
-    batches = list(plan.ids.split(plan.batch))
+    batches = list(torch.split(plan.ids, plan.batch))
     watch.stage("Recording calls", len(batches))
     recording = discover.record(model, blocks, _ticking(batches, watch))
     for name in needed:
@@ -162,11 +165,11 @@ def observe(
     """One pass of the unquantized block: its outputs, and the statistics of each distinct weight input."""
     needs = methods.needs(plan.recipe)
     statistics: dict[int, dict[type[Statistic], Statistic]] = {}
-    fed: dict[nn.Module, Iterable[Statistic]] = {}
+    fed: dict[nn.Module, list[Statistic]] = {}
     for item in plan.of_block(index):
         if item.shares not in statistics:
             statistics[item.shares] = {need: need(item.shape[1], device) for need in needs}
-            fed[plan.model.get_submodule(item.module)] = statistics[item.shares].values()
+            fed[plan.model.get_submodule(item.module)] = list(statistics[item.shares].values())
     with collect(fed):
         target = forward(block, hidden, calls, device)
     if not all(bool(torch.isfinite(t).all()) for t in target):
@@ -184,12 +187,11 @@ def quantize_weight(
     began = time.perf_counter()
     assert item.scheme is not None
     module = plan.model.get_submodule(item.module)
-    weight = module.weight.detach()
-    assert isinstance(weight, Tensor)
+    weight = module.get_parameter("weight").detach()
     try:
         quantized = methods.quantize(plan.recipe, weight, item.scheme, statistics[item.shares])
-    except LlmqError as error:
-        raise LlmqError(f"{item.tensor}: {error}") from error
+    except LlmqError as problem:
+        raise LlmqError(f"{item.tensor}: {problem}") from problem
     value = quantized.dequantize(plan.dtype)
     error = relative_error([value], [weight])
     discover.assign(plan.model, f"{item.module}.weight", value)
@@ -242,11 +244,11 @@ def relative_error(values: list[Tensor], targets: list[Tensor]) -> float:
     """‖values − targets‖ / ‖targets‖ over all of them, summed in float64 a few rows at a time."""
     apart = whole = 0.0
     for value, target in zip(values, targets, strict=True):
-        for v, t in zip(value.flatten().split(CHUNK), target.flatten().split(CHUNK), strict=True):
+        for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
             exact = t.float()
             apart += float((v.float() - exact).square_().sum(dtype=torch.float64))
             whole += float(exact.square_().sum(dtype=torch.float64))
-    return (apart / whole) ** 0.5 if whole else apart**0.5
+    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
 def probe(hidden: Tensor) -> list[float]:

@@ -41,7 +41,9 @@ def summary(console: Console, made: Plan) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
     grid.add_row("method", "+".join(made.recipe.methods) + f", {made.recipe.range} ranges")
-    grid.add_row("size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight")
+    grid.add_row(
+        "size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
+    )
     grid.add_row("calibration", made.calibration)
     device = f", {gib(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     grid.add_row("needs", f"{gib(made.budget.memory)} of memory{device}, {gib(made.budget.disk)} of disk")
@@ -67,8 +69,8 @@ def report(console: Console, done: Report) -> None:
     for name, note in done.fallbacks:
         console.print(f"[yellow]{name}[/]: {note}", highlight=False)
     kept = [row for row in done.weights if row["scheme"] is None]
-    for reason, rows in groupby(sorted(kept, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
-        names = [row["name"] for row in rows]
+    for reason, alike in groupby(sorted(kept, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
+        names = [row["name"] for row in alike]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         console.print(f"kept ({reason}): {', '.join(names[:3])}{more}", highlight=False)
     for warning in done.warnings:

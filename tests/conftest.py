@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random model with a byte-level tokenizer, a calibration text, a way to call the command line."""
+"""What the tests share: a tiny random model with a byte-level tokenizer, a text, a way to call the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange potions near old castles ".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "wizards", "brew", "potions")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -27,7 +27,9 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def write_tiny_model(folder: Path, *, layers: int = 3, shard: str = "200GB", dtype: str = "float32", **changes: int) -> Path:
+def write_tiny_model(
+    folder: Path, *, layers: int = 3, shard: str = "200GB", dtype: str = "float32", **changes: int
+) -> Path:
     """A random decoder of a few hundred kilobytes, saved by transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -29,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def command(model: Path, text: Path, out: Path) -> list[str]:
     """A short GPTQ run."""
-    options = "--group-size 32 --samples 8 --seqlen 64".split()
+    options = ["--group-size", "32", "--samples", "8", "--seqlen", "64"]
     return [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), "--calib", str(text), *options]
 
 
@@ -101,7 +101,18 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path, tiny_model: Path, text_file: Path, llmq: Run) -> None:
-    args = ["quantize", tiny_model, "-o", tmp_path / "out", "--calib", text_file, "--group-size", "32", "--samples", "4"]
+    args = [
+        "quantize",
+        tiny_model,
+        "-o",
+        tmp_path / "out",
+        "--calib",
+        text_file,
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+    ]
     assert llmq(*args, "--seqlen", "64").returncode == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
     again = llmq(*args, "--seqlen", "64")
