@@ -26,11 +26,16 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.recipe import RANGES, Scheme
 
-CHUNK = 1 << 17
-COARSE = 18
-ROUNDS = 4
-# The smallest scale tried, as a share of min-max: the coarser the grid, the more clipping can pay.
+CHUNK = 1 << 16
+COARSE = 10
+ROUNDS = 2
+# From this many bits on, the extra level goes to the side of the largest weight without trying the other.
+SIDED = 5
+# The largest and smallest scale tried, as shares of min-max: the coarser the grid, the more clipping can pay.
+LARGEST = 1.1
 SMALLEST = {2: 0.30, 3: 0.35, 4: 0.45, 5: 0.55, 6: 0.65, 7: 0.75, 8: 0.80}
+# Steps around the best scale, at last: at 8 bits a change of half a percent moves the largest codes by a whole one.
+FINE = {bits: (0.97, 1.03) if bits < 6 else (0.99, 0.995, 1.005, 1.01) for bits in range(2, 9)}
 
 
 class _Groups(NamedTuple):
@@ -146,91 +151,83 @@ def _root(importance: Tensor) -> Tensor:
 def _search(groups: _Groups, method: str) -> _Best:
     """Min-max, and what searching around it improves."""
     scheme, weight = groups.scheme, groups.weight
+    low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     if scheme.symmetric:
-        span = weight.abs().amax(-1, keepdim=True) * 2
-        scale = groups.stored(span / (2**scheme.bits - 1))
+        scale = groups.stored(torch.maximum(high, -low) * (2 / (2**scheme.bits - 1)))
         zero = torch.zeros_like(scale)
     else:
-        low = weight.amin(-1, keepdim=True).clamp_(max=0)
-        span = weight.amax(-1, keepdim=True).clamp_(min=0) - low
-        scale = groups.stored(span / (2**scheme.bits - 1))
-        zero = (scheme.qmin - low / scale).round_().clamp_(scheme.qmin, scheme.qmax)
+        bottom = low.clamp(max=0)
+        scale = groups.stored((high.clamp(min=0) - bottom) / (2**scheme.bits - 1))
+        zero = (scheme.qmin - bottom / scale).round_().clamp_(scheme.qmin, scheme.qmax)
     if method == "minmax":
         return _Best(scale, scale, zero)
-    buffer = torch.empty_like(weight)
+    buffer, other = torch.empty_like(weight), torch.empty_like(weight)
     best = _Best(_error(groups, scale, zero, buffer), scale.clone(), zero.clone())
-    coarse = _coarse(groups, scale, buffer)
-    _refine(groups, best, coarse, buffer)
+    start, zero = _coarse(groups, scale, low, high, buffer, other)
+    for _ in range(ROUNDS):
+        start = groups.stored(start)
+        error, fit = _error_and_fit(groups, start, zero, buffer, other)
+        best.take(error, start, zero)
+        start = fit
+    for shift in (0,) if scheme.symmetric else (0, -1, 1):
+        zero = (best.zero + shift).clamp_(scheme.qmin, scheme.qmax)
+        center = best.scale.clone()
+        if shift:
+            center = groups.stored(_error_and_fit(groups, center, zero, buffer, other)[1])
+            best.take(_error(groups, center, zero, buffer), center, zero)
+        for factor in FINE[scheme.bits]:
+            scale = groups.stored(center * factor)
+            best.take(_error(groups, scale, zero, buffer), scale, zero)
     return best
 
 
-def _coarse(groups: _Groups, top: Tensor, buffer: Tensor) -> _Best:
-    """The best of the log-spaced scales, judged by what their codes could reach with the best scale for them.
+def _coarse(
+    groups: _Groups, top: Tensor, low: Tensor, high: Tensor, buffer: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best of the log-spaced scales and its zero point, judged by what its codes could reach with any scale.
 
     For codes c − z = k and weights a, Σ a(w − s·k)² is least at s = Σ a·w·k / Σ a·k², where it is
-    Σ a·w² − (Σ a·w·k)² / Σ a·k²: two sums tell both the scale and its error, whatever the scale is.
+    Σ a·w² − (Σ a·w·k)² / Σ a·k²: two sums tell both the best scale for these codes and its error.
     """
     scheme, root = groups.scheme, groups.root
-    pull = groups.weight if root is None else groups.weight * root.square()
-    other = torch.empty_like(buffer)
-    best = _Best(torch.full_like(top, torch.inf), top.clone(), torch.zeros_like(top))
+    pull = groups.weight if root is None else groups.weight * root
+    ratio = (SMALLEST[scheme.bits] / LARGEST) ** (1 / (COARSE - 1))
+    scales = [top * (LARGEST * ratio**index) for index in range(COARSE)]
+    zeros = [_zeros(scheme, low, high, scale) for scale in scales]
+    dots = top.new_empty((COARSE * len(zeros[0]), *top.shape))
+    sizes = torch.empty_like(dots)
+    for index, scale in enumerate(scales):
+        torch.mul(groups.weight, scale.reciprocal(), out=other).round_()
+        for inside, zero in enumerate(zeros[index]):
+            torch.clamp(other, scheme.qmin - zero, scheme.qmax - zero, out=buffer)
+            if root is not None:
+                buffer *= root
+            place = index * len(zeros[0]) + inside
+            torch.linalg.vector_norm(buffer, dim=-1, keepdim=True, out=sizes[place])
+            buffer *= pull
+            torch.sum(buffer, -1, keepdim=True, out=dots[place])
+    sizes.square_()
+    dots /= sizes.clamp_min(torch.finfo(torch.float32).tiny)
+    winner = sizes.mul_(dots).mul_(dots).argmax(0, keepdim=True)
+    scale = dots.gather(0, winner)[0]
+    zero = torch.stack([z.expand_as(top) for each in zeros for z in each]).gather(0, winner)[0]
     if scheme.symmetric:
-        zeros: list[Tensor] = [torch.zeros_like(top)]
-        # Sign +1 has its extra level below, −1 above; k runs over the same integers, mirrored.
-        spans = [(scheme.qmin, scheme.qmax), (-scheme.qmax, -scheme.qmin)]
-    else:
-        low, high = groups.weight.amin(-1, keepdim=True), groups.weight.amax(-1, keepdim=True)
-        zeros, spans = [], [(scheme.qmin, scheme.qmax)]
-    largest = 1.1
-    ratio = (SMALLEST[scheme.bits] / largest) ** (1 / (COARSE - 1))
-    for index in range(COARSE):
-        scale = top * (largest * ratio**index)
-        levels = torch.mul(groups.weight, scale.reciprocal(), out=other).round_()
-        if not scheme.symmetric:
-            zeros = _zeros(scheme, low, high, scale)
-        for zero in zeros:
-            for bottom, ceiling in spans:
-                if scheme.symmetric:
-                    torch.clamp(levels, bottom, ceiling, out=buffer)
-                else:
-                    torch.clamp(levels, scheme.qmin - zero, scheme.qmax - zero, out=buffer)
-                size = _norm2(buffer, root, None)
-                torch.mul(buffer, pull, out=buffer)
-                dot = buffer.sum(-1, keepdim=True)
-                found = size > 0
-                fit = torch.where(found, dot / size.clamp_min(1e-30), scale)
-                sign = -1.0 if scheme.symmetric and ceiling != scheme.qmax else 1.0
-                best.take(torch.where(found, -dot * fit, 0.0), fit * sign, zero)
-    return best
+        # Level −k of the mirrored grid is level k of the plain one with a negative scale.
+        scale, zero = torch.where(zero < 0, -scale, scale), torch.zeros_like(zero)
+    return torch.where(scale == 0, top, scale), zero
 
 
 def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor]:
-    """Zero points worth trying for a scale: all of them on the coarsest grids, else else the clip shared out."""
-    if scheme.bits <= 3:
-        return [torch.full_like(scale, float(zero)) for zero in range(scheme.qmin, scheme.qmax + 1)]
-    below = scheme.qmin - low / scale
-    above = scheme.qmax - high / scale
-    return [z.round_().clamp_(scheme.qmin, scheme.qmax) for z in ((below + above) / 2, below, above)]
+    """Zero points worth trying for a scale: those that share the clip between both ends, more or less.
 
-
-def _refine(groups: _Groups, best: _Best, start: _Best, buffer: Tensor) -> None:
-    """From `start`: refit, round, choose codes anew; then finer scales, neighbouring zero points; updates `best`."""
-    scheme = groups.scheme
-    current = _Best(torch.full_like(best.error, torch.inf), groups.stored(start.scale), start.zero)
-    for _ in range(ROUNDS):
-        error, fit = _error_and_fit(groups, current.scale, current.zero, buffer)
-        best.take(error, current.scale, current.zero)
-        current = _Best(error, groups.stored(fit), current.zero)
-    shifts = (0,) if scheme.symmetric else (0, -1, 1)
-    for shift in shifts:
-        center = best.scale.clone()
-        zero = (best.zero + shift).clamp_(scheme.qmin, scheme.qmax)
-        for factor in (0.96, 0.98, 1.02, 1.04):
-            scale = groups.stored(center * factor)
-            error, fit = _error_and_fit(groups, scale, zero, buffer)
-            best.take(error, scale, zero)
-            scale = groups.stored(fit)
-            best.take(_error(groups, scale, zero, buffer), scale, zero)
+    Symmetric: 0, and −1 for the mirrored grid, whose levels are those of a zero point of −1.
+    """
+    if scheme.symmetric:
+        if scheme.bits >= SIDED:
+            return [(high > -low).to(torch.float32).neg_()]
+        return [scale.new_zeros(1), scale.new_full((1,), -1.0)]
+    below, above = scheme.qmin - low / scale, scheme.qmax - high / scale
+    return [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in ((below + above) / 2, below, above)]
 
 
 def _levels(groups: _Groups, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
@@ -244,27 +241,28 @@ def _levels(groups: _Groups, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor
 def _error(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> Tensor:
     """Σ importance·(w − ŵ)² of each group [rows, groups, 1]."""
     levels = _levels(groups, scale, zero, buffer)
-    torch.addcmul(groups.weight, levels, scale, value=-1, out=buffer)
-    return _norm2(buffer, groups.root, buffer)
+    left = torch.addcmul(groups.weight, levels, scale, value=-1, out=buffer)
+    if groups.root is not None:
+        left *= groups.root
+    return _norm2(left)
 
 
-def _error_and_fit(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+def _error_and_fit(
+    groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
     """The error of a scale, and the least-squares scale for the codes it chose: both [rows, groups, 1]."""
     levels = _levels(groups, scale, zero, buffer)
-    left = torch.addcmul(groups.weight, levels, scale, value=-1)
+    left = torch.addcmul(groups.weight, levels, scale, value=-1, out=other)
     if groups.root is not None:
         left *= groups.root
         levels *= groups.root
-    error = _norm2(left, None, None)
-    size = _norm2(levels, None, None)
+    error, size = _norm2(left), _norm2(levels)
     # The correction to the scale is fitted to what the scale left over: no cancellation, even at 8 bits.
     change = left.mul_(levels).sum(-1, keepdim=True)
-    return error, scale + torch.where(size > 0, change / size.clamp_min(1e-30), 0.0)
+    return error, change.div_(size.clamp_min_(torch.finfo(torch.float32).tiny)).add_(scale)
 
 
-def _norm2(values: Tensor, root: Tensor | None, out: Tensor | None) -> Tensor:
-    """Σ (root·values)² over the last axis, kept."""
-    if root is not None:
-        values = torch.mul(values, root) if out is None else torch.mul(values, root, out=out)
+def _norm2(values: Tensor) -> Tensor:
+    """Σ values² over the last axis, kept."""
     size: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     return size.square_()
