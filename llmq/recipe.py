@@ -82,8 +82,8 @@ class Calibration:
 class Recipe:
     """Everything that decides the bytes that come out, apart from the model.
 
-    overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A pattern
-    is dotted parts of a weight's name in the checkpoint, a shell glob for all of it, or 're:' and a regular expression.
+    overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A
+    pattern is dotted parts of a weight's name in the checkpoint, a shell glob for all of it, or 're:' and a regular expression.
     """
 
     methods: tuple[str, ...] = ("gptq",)

@@ -247,7 +247,7 @@ def relative_error(values: list[Tensor], targets: list[Tensor]) -> float:
         for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
             exact = t.float()
             apart += float((v.float() - exact).square_().sum(dtype=torch.float64))
-            whole += float(exact.square_().sum(dtype=torch.float64))
+            whole += float(exact.square().sum(dtype=torch.float64))
     return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
