@@ -132,6 +132,10 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
 
 
+class _Experts(LlmqError):
+    """The blocks are those of a mixture of experts."""
+
+
 class _Stop(Exception):
     """Ends a forward pass once the last block has been called."""
 
@@ -288,6 +292,8 @@ def find(model: nn.Module) -> Structure:
                         for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True))
                     ),
                 )
+        except _Experts as error:
+            raise LlmqError(f"{path}: {error}") from error
         except LlmqError as error:
             reasons.append(f"{path}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
@@ -344,8 +350,8 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
         uses = [m for m in matmuls if m.parameter == parameter]
         listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
         if chosen and _is_routed(value, uses, tokens, listed and parameter in linears):
-            raise LlmqError(
-                f"mixture-of-experts blocks are not supported yet ({parameter} sees only the tokens routed to it)"
+            raise _Experts(
+                f"mixture-of-experts models are not supported yet: {parameter} sees only the tokens routed to it"
             )
         reason = _reason(value, uses, modules.linears.get(linears[parameter], 0) if parameter in linears else None)
         if parameter in tied:

@@ -151,3 +151,51 @@ def fill(model: nn.Module, real: nn.Module) -> None:
     for name, buffer in real.named_buffers():
         if name in persistent:
             discover.assign(model, name, buffer.detach().clone())
+
+
+@dataclass
+class Quantized:
+    """A checkpoint quantized, loaded again by stock transformers and compared.
+
+    error: how far its logits are from those of llmq's weights in memory; moved: how far those are from the source's;
+    share: quantized of all 2-D weights in the blocks; left: why the others were left.
+    """
+
+    error: float
+    moved: float
+    share: str
+    left: list[str]
+
+
+def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq") -> Quantized:
+    """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory."""
+    import llmq
+    from llmq import stream
+
+    kept: dict[str, Tensor] = {}
+    original = stream.quantize_weight
+
+    def remember(plan: Any, item: Any, *rest: Any) -> Any:
+        result = original(plan, item, *rest)
+        kept[item.module] = plan.model.get_submodule(item.module).weight.detach().clone()
+        return result
+
+    recipe = llmq.Recipe(methods=(method,), scheme=llmq.Scheme(4, 32, True), ragged="channel")
+    stream.quantize_weight = remember
+    try:
+        plan = llmq.plan(str(source), recipe, out=out, ids=windows)
+        llmq.quantize(str(source), out, recipe, ids=windows, made=plan)
+    finally:
+        stream.quantize_weight = original
+    reference = stock(source)
+    before = logits(reference, ids)
+    with torch.no_grad():
+        for module, weight in kept.items():
+            reference.get_submodule(module).weight.copy_(weight)  # type: ignore[operator, union-attr]
+    target = logits(reference, ids)
+    inside = [i for i in plan.items if i.block is not None and len(i.shape) == 2]
+    chosen = [i for i in inside if i.scheme is not None]
+    count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
+    share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
+    left = sorted({i.reason for i in inside if i.scheme is None})
+    return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)

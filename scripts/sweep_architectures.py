@@ -1,0 +1,198 @@
+"""Try every causal-LM type of transformers on a tiny random checkpoint, and write docs/architectures.md.
+
+For each type: make it, hold discovery against an ordinary forward pass, quantize it to 4 bits with GPTQ, load the result
+with stock transformers, and compare its logits with those of the source model holding llmq's weights from memory.
+Results are kept in a JSON file, so that `--failed` or `--only TYPE` runs no more than it must.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "architectures")]
+
+RESULTS = ("works", "refused", "not built", "fails")
+HEAD = """# Architectures
+
+Every causal-LM type of transformers {version}, as a tiny random checkpoint (written by `scripts/sweep_architectures.py`).
+
+**works**: the plan was made, GPTQ wrote 4-bit weights (group size 32, one scale per row where 32 does not divide the
+width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
+most 1e-3, float32). Before that, discovery was held against an ordinary forward pass: as many blocks as the
+configuration has layers, each block replayed alone gives its own output, and every Linear called in a block is known.
+**refused**: `llmq plan` says so before any work. **not built**: transformers could not make a tiny model of the type.
+
+{counts}
+
+| type | kind | blocks | quantized of 2-D block weights | result |
+|---|---|---|---|---|
+"""
+
+
+def check(name: str) -> dict[str, Any]:
+    """One type, from nothing to a line of the table."""
+    import checks
+    import tiny
+    import torch
+
+    import llmq
+
+    row: dict[str, Any] = {"type": name, "kind": "", "blocks": "", "share": "", "result": "not built", "words": ""}
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch, "source"), Path(scratch, "out")
+        try:
+            tiny.make(name, source)
+            real = checks.stock(source)
+            before = checks.logits(real, tiny.tokens())
+        except Exception as error:  # whatever a model's code raises
+            return row | {"words": first_line(error)}
+        row["kind"] = "experts" if checks.is_mixture(real) else "dense"
+        if not bool(torch.isfinite(before).all()):
+            return row | {"words": "its logits are not finite"}
+        try:
+            structure, faults = checks.faults(source, tiny.tokens())
+            row["blocks"] = len(structure.blocks)
+            if faults:
+                return row | {"result": "fails", "words": "discovery: " + "; ".join(faults[:3])}
+            done = checks.quantized(source, out, tiny.tokens(8, 64, seed=2), tiny.tokens())
+        except llmq.LlmqError as error:
+            return row | {"result": "refused", "words": str(error)}
+        except Exception as error:  # the table says what happened; the next type goes on
+            return row | {"result": "fails", "words": first_line(error)}
+    row |= {"share": done.share, "error": done.error, "moved": done.moved}
+    if not done.error <= 1e-3:
+        return row | {"result": "fails", "words": f"logits {done.error:.1e} apart after loading"}
+    return row | {"result": "works", "words": "; ".join(done.left)}
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+
+
+def serve(pipe: Connection) -> None:
+    """A worker: type names in, rows out."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    pipe.send("ready")
+    while True:
+        pipe.send(check(pipe.recv()))
+
+
+class Worker:
+    """A process that checks one type after another, and is started anew when one hangs or dies."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin with a fresh process, its imports done."""
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        self.pipe.recv()
+
+    def check(self, name: str, limit: float) -> dict[str, Any]:
+        """The row of one type, within `limit` seconds."""
+        row = {"type": name, "kind": "", "blocks": "", "share": "", "result": "fails"}
+        try:
+            self.pipe.send(name)
+            if self.pipe.poll(limit):
+                answer: dict[str, Any] = self.pipe.recv()
+                return answer
+            words = f"no result within {limit:.0f} s"
+        except (EOFError, OSError):
+            words = "the process died"
+        self.process.kill()
+        self.process.join()
+        self.start()
+        return row | {"words": words}
+
+
+def sweep(names: list[str], workers: int, limit: float, rows: dict[str, dict[str, Any]], cache: Path) -> None:
+    """Check the types on a few processes; each row is kept as soon as it is there."""
+    todo, lock = list(reversed(names)), threading.Lock()
+
+    def work() -> None:
+        worker = Worker()
+        while True:
+            with lock:
+                if not todo:
+                    worker.process.kill()
+                    return
+                name = todo.pop()
+            began = time.perf_counter()
+            row = worker.check(name, limit)
+            row["seconds"] = round(time.perf_counter() - began, 1)
+            with lock:
+                rows[name] = row
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                cache.write_text(json.dumps(rows, indent=1, sort_keys=True))
+                print(f"{row['result']:9} {name:26} {row['seconds']:5.1f} s  {row['words'][:200]}", flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown page."""
+    import transformers
+
+    kinds = {k: [r for r in rows if r["kind"] == k] for k in ("dense", "experts", "")}
+    counts = []
+    for kind, label in (("dense", "dense types"), ("experts", "mixture-of-experts types"), ("", "types not built")):
+        parts = [f"{sum(r['result'] == x for r in kinds[kind])} {x}" for x in RESULTS]
+        counts.append(f"{len(kinds[kind])} {label}: " + ", ".join(p for p in parts if not p.startswith("0 ")) + ".")
+    text = HEAD.format(version=transformers.__version__, counts="\n".join(counts))
+    for row in rows:
+        words = " ".join(str(row["words"]).replace("|", "/").split())
+        result = f"**{row['result']}**" + (f": {words[:240]}" if words else "")
+        text += f"| {row['type']} | {row['kind']} | {row['blocks']} | {row['share']} | {result} |\n"
+    return text
+
+
+def main() -> None:
+    """The command line."""
+    from tiny import TYPES
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", metavar="TYPE", help="these types")
+    parser.add_argument("--failed", action="store_true", help="the types that did not work last time, and new ones")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=60, help="seconds for one type")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "architectures.json")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "architectures.md")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    names = list(options.only or TYPES)
+    if options.failed:
+        names = [n for n in names if rows.get(n, {}).get("result") != "works"]
+    began = time.perf_counter()
+    sweep(names, options.workers, options.limit, rows, options.cache)
+    options.table.write_text(table([rows[n] for n in TYPES if n in rows]))
+    results = [r["result"] for r in rows.values()]
+    print({r: results.count(r) for r in RESULTS}, f"{time.perf_counter() - began:.0f} s, {options.table}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Puts this folder's helpers (tiny, checks) on the path, for its tests and their workers."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
