@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def plan(
         check_writable(Path(out))
     source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
-    def windows() -> tuple[Tensor, str, str, Iterable[str]]:
+    def windows(longest: int | None) -> tuple[Tensor, str, str, Iterable[str]]:
         if ids is not None:
             return ids, f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller", _digest(ids), []
-        return calibration_windows(source, recipe.calibration, recipe.seed)
+        return calibration_windows(source, recipe.calibration, recipe.seed, longest)
 
     return make_plan(source, recipe, windows, out=None if out is None else Path(out), tp=tp, device=device)
 
@@ -107,8 +108,10 @@ def fingerprint(made: Plan) -> dict[str, Any]:
     }
 
 
-def calibration_windows(source: Source, calibration: Calibration, seed: int) -> tuple[Tensor, str, str, Iterable[str]]:
-    """The windows of calibration text, tokenized by the model's own tokenizer."""
+def calibration_windows(
+    source: Source, calibration: Calibration, seed: int, longest: int | None
+) -> tuple[Tensor, str, str, Iterable[str]]:
+    """The windows of calibration text by the model's own tokenizer, no longer than the model takes."""
     from transformers import AutoTokenizer
 
     from llmq.calibration import windows
@@ -118,6 +121,8 @@ def calibration_windows(source: Source, calibration: Calibration, seed: int) -> 
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {line}") from error
+    if longest is not None:
+        calibration = replace(calibration, seqlen=min(calibration.seqlen, longest))
     found = windows(calibration, tokenizer, seed=seed)
     return found.ids, found.description, found.digest, found.notes
 

@@ -88,13 +88,14 @@ class Plan:
 def make_plan(
     source: Source,
     recipe: Recipe,
-    windows: Callable[[], tuple[Tensor, str, str, Iterable[str]]],
+    windows: Callable[[int | None], tuple[Tensor, str, str, Iterable[str]]],
     *,
     out: Path | None = None,
     tp: int = 1,
     device: str = "cpu",
 ) -> Plan:
-    """Look at everything and promise, or refuse. `windows` gives (ids [samples, tokens], description, digest, notes).
+    """Look at everything and promise, or refuse. `windows` is told the most tokens
+    the model takes, where known, and gives (ids [samples, tokens], description, digest, notes).
 
     Raises LlmqError with every offending weight (the first few by name) and the ways out.
     """
@@ -105,7 +106,7 @@ def make_plan(
     items = _items(source, recipe, model, structure, links, dtype)
     _check_patterns(recipe, items)
     _check_items(items, recipe, tp)
-    ids, description, digest, notes = windows()
+    ids, description, digest, notes = windows(_longest(model))
     if not methods.needs(recipe):
         ids, description = ids[:1, :CHECK_TOKENS], f"none needed; one window of {description} checks each block"
     plan = Plan(source, recipe, model, structure, links, dtype, items, ids, description, digest)
@@ -113,6 +114,12 @@ def make_plan(
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out)
     return plan
+
+
+def _longest(model: nn.Module) -> int | None:
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _budget(plan: Plan, device: str) -> Budget:

@@ -68,7 +68,7 @@ class Calibration:
     """Which text the statistics are taken from, and how much of it.
 
     text: 'demo' (the interpreter's own standard library), a .txt/.jsonl/.parquet file, or a hub data set id.
-    samples × seqlen tokens, packed, never padded.
+    samples × seqlen tokens, packed, never padded; seqlen is cut to the most the model takes.
     """
 
     text: str = "demo"
@@ -83,7 +83,7 @@ class Recipe:
     """Everything that decides the bytes that come out, apart from the model.
 
     overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A
-    pattern is dotted parts of a weight's name in the checkpoint, a shell glob for all of it, or 're:' and a regular expression.
+    pattern is dotted parts of a weight's name in the checkpoint, a shell glob, or 're:' and a regular expression.
     """
 
     methods: tuple[str, ...] = ("gptq",)
