@@ -1,0 +1,45 @@
+"""The reference operators against arithmetic that can be done in the head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmq_kernels import dequantize, linear, unpack_codes
+
+
+def test_unpack_reads_the_lowest_bits_first() -> None:
+    # 3 bits: stored 0, 1, 2 … 7, 0, 1, 2: element 10 straddles the first two words.
+    stored = [k % 8 for k in range(11)]
+    stream = sum(value << (3 * k) for k, value in enumerate(stored))
+    words = torch.tensor([[stream & 0xFFFFFFFF, stream >> 32]], dtype=torch.int64).to(torch.int32)
+    assert unpack_codes(words, 3, 11).tolist() == [[value - 4 for value in stored]]
+
+
+@pytest.mark.parametrize(("dtype", "width", "n"), [(torch.int64, 1, 8), (torch.int32, 2, 8), (torch.int32, 1, 9)])
+def test_unpack_refuses_what_does_not_fit(dtype: torch.dtype, width: int, n: int) -> None:
+    with pytest.raises(ValueError, match="codes of 4 bits need int32"):
+        unpack_codes(torch.zeros(3, width, dtype=dtype), 4, n)
+
+
+def test_dequantize_subtracts_the_zero_point_and_scales_each_group() -> None:
+    codes = torch.tensor([[-2, 1, 0, 1]], dtype=torch.int8)
+    scale = torch.tensor([[0.5, -2.0]], dtype=torch.bfloat16)
+    assert dequantize(codes, scale).tolist() == [[-1.0, 0.5, 0.0, -2.0]]
+    assert dequantize(codes, scale, torch.tensor([[1, -1]], dtype=torch.int8)).tolist() == [[-1.5, 0.0, -2.0, -4.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_is_the_product_with_the_dequantized_weight(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(0, 16, (5, 16), generator=generator)
+    words = torch.stack(
+        [(stored[:, :8] << torch.arange(0, 32, 4)).sum(1), (stored[:, 8:] << torch.arange(0, 32, 4)).sum(1)]
+    )
+    words = words.t().to(torch.int32).contiguous()
+    scale = torch.rand(5, 2, generator=generator) + 0.1
+    x = torch.randn(2, 3, 16, generator=generator).to(dtype)
+    weight = ((stored - 8).view(5, 2, 8) * scale.unsqueeze(-1)).view(5, 16)
+    got = linear(x, words, scale, None, 4, 16)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, x @ weight.to(dtype).t())
