@@ -25,7 +25,7 @@ SINGLE = "model.safetensors"
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 ATTEMPTS = 4
-"""Tries of a download; the waits between them are 1, 2 and 4 seconds. Each goes on where the last one broke off."""
+"""Tries of a download; the waits between them are 1, 2 and 4 seconds. Finished files are not fetched again."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
@@ -241,8 +241,8 @@ def _retried(download: Callable[[], str], name: str) -> str:
                 raise explain(error, name, "model") from error
             if attempt == ATTEMPTS - 1:
                 raise LlmqError(
-                    f"{name}: the connection to the hub broke {ATTEMPTS} times ({type(error).__name__}); what was "
-                    "fetched is kept, run the same command again"
+                    f"{name}: the connection to the hub broke {ATTEMPTS} times ({type(error).__name__}); finished "
+                    "files are kept, run the same command again"
                 ) from error
             time.sleep(2**attempt)
     raise AssertionError("unreachable")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -67,16 +70,28 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., "Done"]
+
+
+@dataclass
+class Done:
+    """What a call of the command line came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture
 def llmq() -> Run:
-    """Call the command line in a process of its own: llmq('quantize', 'demo', …)."""
+    """Call the command line in this process: llmq('quantize', 'demo', …). An unforeseen exception is a traceback."""
 
-    def run(*args: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llmq.cli", *map(str, args)]
-        full = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | env
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=full, check=False)
+    def run(*args: object) -> Done:
+        from llmq.cli import app
+
+        result = CliRunner().invoke(app, [str(a) for a in args])
+        unforeseen = result.exception is not None and not isinstance(result.exception, SystemExit)
+        trace = "".join(traceback.format_exception(result.exception)) if unforeseen else ""
+        return Done(result.exit_code, result.stdout, result.stderr + trace)
 
     return run
