@@ -132,7 +132,8 @@ def test_dropped_connection_goes_on(hub: HubServer, client: HubClient, name: str
     folder = Path(client.ask(do="resolve", model=name)["value"])
     assert (folder / "model.safetensors").read_bytes() == repo.files["model.safetensors"]
     assert not repo.drops["model.safetensors"]
-    assert hub.ranges  # resumed, not begun again
+    # huggingface_hub itself goes on after an orderly close; after a reset it gives up, and llmq tries again.
+    assert hub.ranges == [] if repo.reset else hub.ranges[0].removeprefix("bytes=").split("-")[0] != "0"
 
 
 @pytest.mark.parametrize(

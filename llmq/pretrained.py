@@ -1,0 +1,145 @@
+"""A model folder to a model, through `from_pretrained` only; what stock transformers lets pass in silence is refused.
+
+Transformers loads a checkpoint whose quantization it does not know, or whose tensors do not fit, with a warning and
+random weights. A number measured on those means nothing, so here both are errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.errors import LlmqError
+
+# quantization method in config.json → the package that transformers needs to read it
+PACKAGES = {
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "quanto": "optimum.quanto",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Any:
+    """The model in evaluation mode on `device`, ready to run: what a format unpacks at the first forward is unpacked.
+
+    dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: say on stderr what is going on.
+
+    Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
+    unknown to transformers, or tensors are missing or misshapen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_readable(folder)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+    kind = dtype if dtype == "auto" else DTYPES[dtype]
+    try:
+        with _status(f"loading {folder}", progress):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=kind,
+                device_map=device,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+            loaded[0].eval()
+            with torch.inference_mode():
+                loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        raise LlmqError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LlmqError(
+            f"{folder} lacks {len(missing)} tensors that its architecture needs, such as {missing[0]}: "
+            "transformers would fill them with random numbers; download or write the checkpoint again"
+        )
+    misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
+    if misshapen:
+        raise LlmqError(f"{folder}: {misshapen[0]} has another shape than config.json says; write the checkpoint again")
+    return model
+
+
+@contextlib.contextmanager
+def _status(text: str, shown: bool) -> Iterator[None]:
+    """One line with a spinner in place of the five progress bars that loading a quantized checkpoint draws."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr if shown else io.StringIO())
+    with console.status(text), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's own tokenizer. Raises LlmqError if it has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise LlmqError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def check_readable(folder: Path) -> dict[str, Any]:
+    """config.json, after checking that transformers can read the folder's quantization. Raises LlmqError."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LlmqError(f"{folder} has no config.json: give the folder of a model") from error
+    except (OSError, ValueError) as error:
+        raise LlmqError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return config
+    method = str(quantization.get("quant_method", ""))
+    if not method and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if not _known(method):
+        raise LlmqError(
+            f"{folder} is quantized with {method!r}, which transformers would load as random weights: "
+            "load it with the tool that wrote it"
+        )
+    package = PACKAGES.get(method)
+    if package and not _installed(package):
+        raise LlmqError(
+            f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}"
+        )
+    return config
+
+
+def _known(method: str) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return method in AUTO_QUANTIZER_MAPPING or f"{method}_4bit" in AUTO_QUANTIZER_MAPPING
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

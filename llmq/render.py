@@ -1,0 +1,103 @@
+"""What the command line prints for `inspect` and `eval`: tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmq.inspection import Inspection, Row
+
+
+class Measured(Protocol):
+    """What is shown of a perplexity, wherever it was measured."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def stderr(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def protocol(self) -> str: ...
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a unit: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def inspection(console: Console, found: Inspection) -> None:
+    """A line for each weight, then what they come to."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    for name in ("shape", "stored as", "bits", "group", "error", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        error = "" if row.error is None else f"{row.error:.4f}"
+        shape = " × ".join(map(str, row.shape)) or "1"
+        bits = "" if row.bits is None else str(row.bits)
+        style = "dim" if row.bits is None else None
+        table.add_row(escape(row.name), shape, _kind(row), bits, _group(row), error, size(row.nbytes), style=style)
+    console.print(table)
+    console.print()
+    totals = Table.grid(padding=(0, 2))
+    totals.add_row("quantized with", escape(" ".join(filter(None, (found.method, found.format))) or "nothing"))
+    schemes = Counter(f"{row.bits}-bit {_kind(row)} {_group(row)}" for row in found.quantized)
+    totals.add_row(
+        "quantized", ", ".join(f"{count} weights {scheme}" for scheme, count in schemes.most_common()) or "none"
+    )
+    kept = len(found.rows) - len(found.quantized)
+    totals.add_row("left alone", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}")
+    if found.bits_per_quantized_weight is not None:
+        totals.add_row("bits per quantized weight", f"{found.bits_per_quantized_weight:.3f}")
+    totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")
+    errors = [(row.error, row.name) for row in found.rows if row.error is not None]
+    if errors:
+        totals.add_row("largest error", f"{max(errors)[0]:.4f} {escape(max(errors)[1])}")
+    totals.add_row("size", f"{size(found.nbytes)}, {found.size / 1e6:.2f} million numbers")
+    console.print(totals, highlight=False)
+
+
+def _kind(row: Row) -> str:
+    if row.kind != "int":
+        return row.dtype if row.kind == "plain" else row.kind
+    return "symmetric" if row.symmetric else "asymmetric"
+
+
+def _group(row: Row) -> str:
+    if row.group is None:
+        return ""
+    return str(row.group) if row.group else "channel"
+
+
+def perplexities(console: Console, names: Sequence[str], results: Sequence[Measured], base: str | None = None) -> None:
+    """A line for each model, with its difference to the one named `base` if that is among them; the protocol below."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for column in ("perplexity", "± standard error", "to base", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    reference = next((result for name, result in zip(names, results, strict=True) if name == base), None)
+    for name, result in zip(names, results, strict=True):
+        to_base = ""
+        if reference is not None:
+            to_base = "base" if result is reference else f"{100 * (result.value / reference.value - 1):+.2f} %"
+        spread = "" if math.isnan(result.stderr) else f"{result.stderr:.2f}"
+        speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f}"
+        table.add_row(escape(name), f"{result.value:.4f}", spread, to_base, speed)
+    console.print(table, highlight=False)
+    # Models of other lengths may have had other windows: each protocol that occurs is printed once.
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        console.print(f"protocol: {protocol}", style="dim", highlight=False, markup=False)
