@@ -21,6 +21,7 @@ from llmq.errors import LlmqError
 from llmq.parameters import assign as assign
 from llmq.parameters import empty as empty
 from llmq.parameters import zeros as zeros
+from llmq.stock import unpackable
 
 PROBE_TOKENS = 8
 
@@ -284,14 +285,9 @@ def find(model: nn.Module) -> Structure:
                 with zeros(blocks[0]):
                     recording = record(model, blocks, [batch], whole=True)
                 found: dict[Any, Block] = {}
-                hidden = recording.hidden[0]
-                return Structure(
-                    path,
-                    tuple(
-                        _inspect(f"{path}.{i}", block, call, hidden, owners, found)
-                        for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True))
-                    ),
-                )
+                hidden, calls = recording.hidden[0], recording.calls[0]
+                seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
+            return Structure(path, tuple(_packable(model, seen)))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
         except LlmqError as error:
@@ -299,6 +295,14 @@ def find(model: nn.Module) -> Structure:
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {_first_line(error)}")
     raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
+
+
+def _packable(model: nn.Module, blocks: list[Block]) -> Iterator[Block]:
+    bad = unpackable(model, [w.name for b in blocks for w in b.weights])
+    reason = "stock transformers cannot load it packed: the model's own code takes hold of it while loading"
+    for block in blocks:
+        left = block.left | {f"{w.name}.weight": reason for w in block.weights if w.name in bad}
+        yield Block(block.name, tuple(w for w in block.weights if w.name not in bad), left)
 
 
 def _is_input(model: nn.Module, name: str) -> bool:

@@ -1,0 +1,56 @@
+"""What stock transformers does to a model while loading it, as far as it decides which weights can be stored packed.
+
+A packed module has no `weight` of its own until the model first runs. Loading still calls each model's own routine for
+fresh weights on every module, and some of those reach for `weight` without looking: loading then ends in an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def unpackable(model: nn.Module, names: list[str]) -> set[str]:
+    """Those of the Linear modules `names` that the model's own loading code fails on once their weight is packed.
+
+    Found by doing it: the model must be on the meta device, where fresh weights cost nothing.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    if any(p.device.type != "meta" for p in model.parameters()):
+        return set()
+    held = {id(m): (name, m, dict(m._parameters)) for name, m in modules.items()}
+    found: set[str] = set()
+    for module in modules.values():
+        del module._parameters["weight"]
+    try:
+        for owner, module in _owners(model, None):
+            while True:
+                try:
+                    owner._init_weights(module)  # type: ignore[operator]
+                except AttributeError as error:
+                    if error.name == "weight" and id(error.obj) in held:
+                        name, reached, parameters = held.pop(id(error.obj))
+                        _restore(reached, parameters)
+                        found.add(name)
+                        continue
+                except Exception:  # noqa: S110  whatever else a model's code cannot do without memory is no matter here
+                    pass
+                break
+    finally:
+        for _, module, parameters in held.values():
+            _restore(module, parameters)
+    return found
+
+
+def _restore(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
+    module._parameters.clear()
+    module._parameters.update(parameters)
+
+
+def _owners(module: nn.Module, owner: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        yield from _owners(child, owner)
+    if owner is not None:
+        yield owner, module
