@@ -196,7 +196,9 @@ def quantize(
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
-    base: Annotated[str | None, typer.Option(help="The unquantized model to measure beside them.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unquantized model to measure beside them. Default: the one in report.json.")
+    ] = None,
     text: Annotated[str, typer.Option(help="'demo' (held-out standard library) or a text file.")] = "demo",
     window: Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
@@ -207,20 +209,27 @@ def evaluate(
 ) -> None:
     """Perplexity by the standard protocol, the base model beside it in the same run, the protocol printed."""
     with explained():
-        from llmq_eval.perplexity import perplexity
-
-        from llmq import render
+        from llmq import render, summary
         from llmq.hub import resolve
+        from llmq.report import Report
+        from llmq_eval import perplexities
 
-        names = ([base] if base and base not in models else []) + models
-        results = [
-            perplexity(
-                resolve(name, trust_remote_code=trust_remote_code), text, window=window, max_windows=max_windows,
-                batch=batch, dtype=dtype, device=device,
-            )
-            for name in names
-        ]  # fmt: skip
+        reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
+        base = base or next((report.model for report in reports.values()), None)
+        names = list(dict.fromkeys([base, *models] if base else models))
+        results = perplexities(
+            [resolve(name, trust_remote_code=trust_remote_code) for name in names],
+            text,
+            window=window,
+            max_windows=max_windows,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         render.perplexities(out_console, names, results, base)
+        for report in reports.values():
+            summary.headline(out_console, report)
 
 
 @app.command()
@@ -246,7 +255,8 @@ def generate(
         from llmq.generate import generate as run
         from llmq.hub import resolve
 
-        run(resolve(model, trust_remote_code=trust_remote_code), prompt, tokens, device=device)
+        folder = resolve(model, trust_remote_code=trust_remote_code)
+        run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)
 
 
 def main() -> None:

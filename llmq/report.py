@@ -57,6 +57,11 @@ class Report:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @staticmethod
+    def there(folder: Path) -> bool:
+        """Whether the folder has a report."""
+        return (folder / REPORT).is_file()
+
+    @staticmethod
     def load(folder: Path) -> Report:
         """The report of a finished folder. Raises LlmqError where there is none."""
         try:

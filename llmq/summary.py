@@ -75,6 +75,11 @@ def report(console: Console, done: Report) -> None:
         console.print(f"kept ({reason}): {', '.join(names[:3])}{more}", highlight=False)
     for warning in done.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    headline(console, done)
+
+
+def headline(console: Console, done: Report) -> None:
+    """Size, bits, time and memory in a line."""
     console.print(
         f"[bold]{done.out}[/]: {gib(done.source_bytes)} → {gib(done.bytes)} ({done.ratio:.2f}× smaller), "
         f"{done.bits_per_weight:.2f} bits per quantized weight, verified; "
