@@ -72,9 +72,13 @@ def quantize(
     out = Path(out)
     made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
     with Sink.open(out, fingerprint(made), units=len(stream.rest(made)) + len(made.structure.blocks)) as sink:
+        watch = watch or Silent()
+        for note in sink.notes:
+            watch.note(note)
         if sink.finished:
+            watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
-        stream.run(made, sink, torch.device(device), watch or Silent())
+        stream.run(made, sink, torch.device(device), watch)
         report = make_report(made, model, out, sink.done, time.perf_counter() - began, sink.total_bytes)
         card = model_card(made, model, out.absolute().name)
         sink.finish(config(made), made.source.aux_files(), {REPORT: report.to_json(), "README.md": card})

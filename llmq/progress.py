@@ -46,6 +46,10 @@ class Bars:
         if self.task is not None:
             self.progress.update(self.task, advance=1, note=text)
 
+    def note(self, text: str) -> None:
+        """Something the user should know happened."""
+        self.progress.console.print(text, highlight=False, markup=False)
+
 
 class Silent:
     """A Watch that shows nothing."""
@@ -55,3 +59,6 @@ class Silent:
 
     def step(self, text: str) -> None:
         """One step is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know happened."""

@@ -39,6 +39,9 @@ class Watch(Protocol):
     def step(self, text: str) -> None:
         """One step is done."""
 
+    def note(self, text: str) -> None:
+        """Something the user should know happened."""
+
 
 def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     """Quantize every block of the plan into the sink, resuming where it stopped, then verify what was written.

@@ -244,6 +244,9 @@ def test_full_disk_then_room(tmp_path: Path, text_file: Path, llmq: Run) -> None
                     while True:
                         filler.write(b"x" * 4096)
 
+        def note(self, text: str) -> None:
+            pass
+
     recipe = Recipe(scheme=Scheme(4, 32), calibration=Calibration(str(text_file), 2, 32))
     command = ("quantize", model, "-o", disk / "out", "--calib", text_file, *SHORT)
     try:

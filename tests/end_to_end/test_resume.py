@@ -77,6 +77,9 @@ def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file:
             if self.count == stop_after:
                 raise KeyboardInterrupt
 
+        def note(self, text: str) -> None:
+            pass
+
     llmq.quantize(str(tiny_model), tmp_path / "whole", recipe)
     with pytest.raises(KeyboardInterrupt):
         llmq.quantize(str(tiny_model), tmp_path / "broken", recipe, watch=Stopping())
