@@ -40,7 +40,10 @@ Symmetric = Annotated[
 ]
 Range = Annotated[
     str | None,
-    typer.Option("--range", help="How scales are found: weighted (by E[x²], default), mse, or minmax."),
+    typer.Option(
+        "--range",
+        help="How scales are found: minmax, mse, or weighted by E of x². Default: mse for rtn, else weighted.",
+    ),
 ]
 ActOrder = Annotated[str | None, typer.Option("--act-order", help="GPTQ's order of columns: static (default) or none.")]
 Calib = Annotated[

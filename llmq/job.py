@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmq import hub, stream
 from llmq.budget import check_writable
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.formats import compressed_tensors
 from llmq.plan import Plan, make_plan
 from llmq.progress import Silent
@@ -123,8 +123,7 @@ def calibration_windows(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {line}") from error
+        raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if longest is not None:
         calibration = replace(calibration, seqlen=min(calibration.seqlen, longest))
     found = windows(calibration, tokenizer, seed=seed)
@@ -142,5 +141,4 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LlmqError(f"--device {device}: not usable here ({line}); --device cpu always is") from error
+        raise LlmqError(f"--device {device}: not usable here ({first_line(error)}); --device cpu always is") from error

@@ -84,6 +84,7 @@ class Recipe:
 
     overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A
     pattern is dotted parts of a weight's name in the checkpoint, a shell glob, or 're:' and a regular expression.
+    range: 'auto' is the method's own choice.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -91,7 +92,7 @@ class Recipe:
     overrides: tuple[tuple[str, Scheme], ...] = ()
     keep: tuple[str, ...] = ()
     ragged: str = "error"
-    range: str = "weighted"
+    range: str = "auto"
     act_order: str = "static"
     damping: float = 0.01
     calibration: Calibration = field(default_factory=Calibration)
@@ -100,7 +101,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("ragged", self.ragged, RAGGED),
-            ("range", self.range, RANGES),
+            ("range", self.range, ("auto", *RANGES)),
             ("act-order", self.act_order, ACT_ORDERS),
         ):
             if value not in allowed:

@@ -40,7 +40,7 @@ def summary(console: Console, made: Plan) -> None:
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
     grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
-    grid.add_row("method", "+".join(made.recipe.methods) + f", {made.recipe.range} ranges")
+    grid.add_row("method", "+".join(made.recipe.methods) + f", {made.recipe.range} range")
     grid.add_row(
         "size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )

@@ -37,6 +37,8 @@ def make(recipe: Recipe) -> Method:
     kind = find(recipe.methods[0])
     taken = inspect.signature(kind).parameters
     options: dict[str, Any] = {k: getattr(recipe, k) for k in ("range", "act_order", "damping") if k in taken}
+    if options.get("range") == "auto":
+        del options["range"]  # each method's default is what measures best for it
     return kind(**options)
 
 
