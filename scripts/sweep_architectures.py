@@ -1,7 +1,7 @@
 """Try every causal-LM type of transformers on a tiny random checkpoint, and write docs/architectures.md.
 
-For each type: make it, hold discovery against an ordinary forward pass, quantize it to 4 bits with GPTQ, load the result
-with stock transformers, and compare its logits with those of the source model holding llmq's weights from memory.
+For each type: make it, hold discovery against an ordinary forward pass, quantize it to 4 bits with GPTQ, load the
+result with stock transformers, and compare its logits with those of the source model given llmq's weights from memory.
 Results are kept in a JSON file, so that `--failed` or `--only TYPE` runs no more than it must.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import threading
@@ -24,7 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "architectures")]
 RESULTS = ("works", "refused", "not built", "fails")
 HEAD = """# Architectures
 
-Every causal-LM type of transformers {version}, as a tiny random checkpoint (written by `scripts/sweep_architectures.py`).
+Every causal-LM type of transformers {version}, as a tiny random checkpoint.
+This page is written by `scripts/sweep_architectures.py`.
 
 **works**: the plan was made, GPTQ wrote 4-bit weights (group size 32, one scale per row where 32 does not divide the
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
@@ -82,7 +84,8 @@ def first_line(error: BaseException) -> str:
 
 
 def serve(pipe: Connection) -> None:
-    """A worker: type names in, rows out."""
+    """A worker: type names in, rows out. Its standard error is progress bars and warnings, and goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import torch
     import transformers
 

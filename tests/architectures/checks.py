@@ -170,7 +170,7 @@ class Quantized:
 def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq") -> Quantized:
     """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory."""
     import llmq
-    from llmq import stream
+    from llmq import job, stream
 
     kept: dict[str, Tensor] = {}
     original = stream.quantize_weight
@@ -183,8 +183,8 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     recipe = llmq.Recipe(methods=(method,), scheme=llmq.Scheme(4, 32, True), ragged="channel")
     stream.quantize_weight = remember
     try:
-        plan = llmq.plan(str(source), recipe, out=out, ids=windows)
-        llmq.quantize(str(source), out, recipe, ids=windows, made=plan)
+        plan = job.plan(str(source), recipe, out=out, ids=windows)
+        job.quantize(str(source), out, recipe, ids=windows, made=plan)
     finally:
         stream.quantize_weight = original
     reference = stock(source)

@@ -1,4 +1,4 @@
-"""Discovery against an ordinary forward pass, on types chosen for their variety; scripts/sweep_architectures.py has all."""
+"""Discovery against an ordinary forward pass, on types chosen for variety; scripts/sweep_architectures.py has all."""
 
 from __future__ import annotations
 
