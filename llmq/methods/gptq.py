@@ -14,14 +14,18 @@ from llmq.recipe import Scheme
 class GPTQ(Method):
     """Rounds column by column; later columns make up for earlier ones, as the inputs' second moments allow.
 
-    range: how a group's grid is chosen ('minmax', 'mse', 'weighted'); act_order: 'static' takes the most active inputs
-    first, 'none' takes them as they stand; damping: a share of the mean diagonal added to the Hessian's diagonal.
+    range: how a group's grid is chosen ('minmax', 'mse', 'weighted'); act_order: 'static' takes the most active
+    inputs first, 'grouped' the most active groups, 'none' takes inputs as they stand; damping: a share of the mean
+    diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are revisited once all are there (0 is
+    the paper's GPTQ).
     """
 
     needs = (Hessian,)
 
-    def __init__(self, *, range: str = "weighted", act_order: str = "static", damping: float = 0.01) -> None:
-        self.range, self.act_order, self.damping = range, act_order, damping
+    def __init__(
+        self, *, range: str = "weighted", act_order: str = "static", damping: float = 0.01, sweeps: int = 2
+    ) -> None:
+        self.range, self.act_order, self.damping, self.sweeps = range, act_order, damping, sweeps
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
         """See `Method.quantize`."""
@@ -32,11 +36,12 @@ class GPTQ(Method):
             range_method=self.range,
             act_order=self.act_order,
             damping=self.damping,
+            sweeps=self.sweeps,
             scale_dtype=weight.dtype,
             consume=True,
         )
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """Two more [in, in] matrices, and the weight in float32 with the codes transposed."""
+        """Three more [in, in] matrices, and four of the weight's size in float32."""
         rows, width = shape
-        return 8 * width * width + 8 * rows * width
+        return 12 * width * width + 16 * rows * width

@@ -3,14 +3,13 @@
 Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a layer with inputs x and H = E[x xᵀ] it lowers
 tr((W − Ŵ) H (W − Ŵ)ᵀ), the mean squared change of the layer's output, instead of Σ(w − ŵ)².
 
-The paper keeps the Cholesky factor of H⁻¹. Here H itself is factored, from its last row upwards: H = R Rᵀ with R upper
-triangular, so R⁻¹ is the transpose-free factor of the paper's inverse, and the same recursion reads
+The recursion needs the upper triangular U with UᵀU = H⁻¹ (the paper's §3.3, step 3). It is found without inverting H:
+from its last row upwards H = R Rᵀ with R upper triangular, and U = R⁻¹, which costs half as much and keeps more of
+float32. Then, column after column,
 
-    w'ₖ = wₖ + Σ_{j<k} (wⱼ − ŵⱼ) R[j,k] / R[k,k],      ŵₖ = nearest grid point to w'ₖ,
+    ŵₖ = nearest grid point to wₖ,      wⱼ ← wⱼ − (wₖ − ŵₖ) U[k,j] / U[k,k]  for j > k,
 
-(the form of LDLQ: Chee et al. 2023, arXiv:2307.13304, §3, which proves the two equal). Nothing is inverted: a third of
-the arithmetic, one matrix in memory instead of three, and float32 goes further. It also shows what each column costs:
-the objective is exactly Σₖ R[k,k]² · ‖w'ₖ − ŵₖ‖², so R[k,k]² is the importance to find ranges with.
+after which the objective has grown by exactly ‖wₖ − ŵₖ‖² / U[k,k]²: this is the importance that ranges are found with.
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.numerics.descent import improve
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.numerics.ranges import check_range, find_range, round_to_grid
-from llmq.recipe import ACT_ORDERS, Scheme
+from llmq.recipe import Scheme
 
 DAMPINGS = 4
+ORDERS = ("none", "static", "grouped")
 
 
 def solve(
@@ -37,55 +38,73 @@ def solve(
     act_order: str = "static",
     damping: float = 0.01,
     block_size: int = 128,
+    sweeps: int = 0,
     scale_dtype: torch.dtype = torch.bfloat16,
     consume: bool = False,
 ) -> QuantizedWeight:
     """Quantizes a weight so that the layer's output on the calibration text changes least.
 
     weight: any float [out, in], not changed; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, in any
-    unit; range_method: see `ranges`; act_order: 'none' takes columns as they stand and finds each group's range when
-    its turn comes, in what earlier columns have made of it; 'static' takes them by falling diag(H), with ranges found
-    beforehand, groups staying where they are (no permutation is stored); damping: a share of mean(diag H) added to the
-    diagonal; block_size: columns between two updates of all the rest; consume: the Hessian may be overwritten.
+    unit; range_method: see `ranges`. act_order: 'none' takes columns as they stand and finds each group's range when
+    its turn comes, in what earlier columns have made of it; 'static' takes columns by falling diag(H), with all ranges
+    found beforehand; 'grouped' takes groups by falling Σ diag(H), columns inside them likewise, and finds each group's
+    range when its turn comes. Groups stay where they are: no permutation is stored. damping: a share of mean(diag H)
+    added to the diagonal; block_size: columns between two updates of all the rest; sweeps: how often scales and codes
+    are revisited afterwards (see `descent`; 0 is the paper's GPTQ); consume: the Hessian may be overwritten.
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
     When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, then plain
     rounding is used; each is named in `notes`. Raises LlmqError for a weight or Hessian that is not finite, or options
-    that do not exist. At most two float32 [in, in] matrices are held besides the Hessian passed in (one with consume).
+    that do not exist. Two float32 [in, in] matrices are held besides the Hessian (one, with consume and no sweeps).
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
-    if act_order not in ACT_ORDERS:
-        raise LlmqError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
+    if act_order not in ORDERS:
+        raise LlmqError(f"act_order must be one of {', '.join(ORDERS)}, not {act_order!r}")
     if tuple(hessian.shape) != (width, width):
         raise LlmqError(f"a weight with {width} inputs needs a Hessian [{width}, {width}], not {[*hessian.shape]}")
     if not bool(torch.isfinite(weight).all()):
         raise LlmqError("the weight holds values that are not finite")
-    if not bool(torch.isfinite(hessian.diagonal()).all() and torch.isfinite(hessian.sum())):
+    if not bool(torch.isfinite(hessian).all()):
         raise LlmqError("the Hessian holds values that are not finite: the calibration text overflowed somewhere")
     diagonal = hessian.diagonal().to(torch.float32).clone()
     importance = diagonal.clamp_min(0)
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order == "static" else None
-    factor, notes = factorize(hessian, order, damping, consume)
+    order = _order(diagonal, scheme, act_order)
+    factor, notes = factorize(hessian, order, damping, consume and not sweeps)
     if factor is None:
         scale, zero = find_range(weight, scheme, range_method, importance, scale_dtype)
         return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme, notes)
-    pivots = factor.diagonal().square()
-    factor /= factor.diagonal().clone()
-    if order is not None:
-        pivots = torch.empty_like(pivots).index_copy_(0, order, pivots)
-    pivots[diagonal <= 0] = 0
-    solved = _Columns(weight, factor, order, scheme, range_method, pivots, scale_dtype).run(block_size)
-    return replace(solved, notes=notes)
+    pivots = factor.diagonal() ** -2
+    factor /= factor.diagonal().clone()[:, None]
+    pivots[(diagonal if order is None else diagonal[order]) <= 0] = 0
+    solved = _Columns(weight, factor, order, scheme, range_method, pivots, scale_dtype)
+    if act_order == "static":
+        solved.range_all()
+    q = replace(solved.run(block_size), notes=notes)
+    del factor, solved
+    return improve(q, weight, hessian, sweeps=sweeps, damping=damping, block_size=block_size)
+
+
+def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
+    """The order in which columns are taken, int64 [in], or None for as they stand."""
+    if act_order == "none":
+        return None
+    falling = torch.argsort(diagonal, descending=True, stable=True)
+    if act_order == "static" or scheme.group_size is None:
+        return falling
+    groups = diagonal.view(-1, scheme.group_size)
+    columns = torch.arange(len(diagonal), device=diagonal.device).view_as(groups)
+    inside = columns.gather(1, torch.argsort(groups, dim=1, descending=True, stable=True))
+    return inside[torch.argsort(groups.sum(1), descending=True, stable=True)].flatten()
 
 
 def factorize(
     hessian: Tensor, order: Tensor | None, damping: float, consume: bool = False
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The upper triangular R with R Rᵀ = H + damping, in the given order of columns, and what had to be done for it.
+    """The upper triangular U with UᵀU = (H + damping)⁻¹, in the given order of columns, and what was done for it.
 
-    hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the diagonal, or
-    None when nothing helped. Raises nothing.
+    hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the
+    diagonal, or None when nothing helped.
     """
     width = hessian.shape[0]
     diagonal = hessian.diagonal().to(torch.float32)
@@ -101,14 +120,14 @@ def factorize(
         if _cholesky(lower):
             if attempt:
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
-            return _mirror_into(lower, hessian if consume else None), tuple(notes)
+            return _invert(lower, hessian if consume else None), tuple(notes)
         amount = max(amount, 1e-3) * 10
     notes.append(f"the Hessian was not positive definite with damping {amount / 10:g}: its eigenvalues were clipped")
     values, vectors = torch.linalg.eigh(_mirrored(hessian, mirror, dead, 0.0))
     values.clamp_(min=max(damping, 1e-3) * mean)
     lower = (vectors * values) @ vectors.t()
     if _cholesky(lower):
-        return _mirror_into(lower, hessian if consume else None), tuple(notes)
+        return _invert(lower, hessian if consume else None), tuple(notes)
     notes.append("clipping its eigenvalues did not help: rounded to nearest instead of GPTQ")
     return None, tuple(notes)
 
@@ -127,15 +146,17 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
     return copy
 
 
-def _mirror_into(lower: Tensor, out: Tensor | None) -> Tensor:
-    """The matrix mirrored in both axes, float32, written over `out` where that fits: 256 rows at a time."""
+def _invert(lower: Tensor, out: Tensor | None) -> Tensor:
+    """The inverse of a lower triangular matrix, mirrored in both axes. Overwrites both where `out` fits."""
     if out is None or out.dtype != torch.float32:
         out = torch.empty_like(lower)
+    out.zero_().diagonal().fill_(1)
+    torch.linalg.solve_triangular(lower, out, upper=False, out=out)
     for start in range(0, lower.shape[0], 256):
-        rows = lower[start : start + 256]
+        rows = out[start : start + 256]
         stop = lower.shape[0] - start
-        out[stop - rows.shape[0] : stop] = rows.flip(0, 1)
-    return out
+        lower[stop - rows.shape[0] : stop] = rows.flip(0, 1)
+    return lower
 
 
 def _cholesky(matrix: Tensor) -> bool:
@@ -167,8 +188,15 @@ class _Columns:
         self.codes = torch.empty(self.width, rows, dtype=torch.int8, device=weight.device)
         self.scale = torch.empty(rows, self.width // self.size, dtype=scale_dtype, device=weight.device)
         self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=torch.int8, device=weight.device)
-        if order is not None:
-            self.scale, self.zero = find_range(weight, scheme, range_method, importance, scale_dtype)
+        self.ranged = False
+
+    def range_all(self) -> None:
+        """Finds all ranges at once, from the original weights: for an order that visits groups more than once."""
+        importance = self.importance
+        if self.order is not None:
+            importance = torch.empty_like(importance).index_copy_(0, self.order, importance)
+        self.scale, self.zero = find_range(self.weight, self.scheme, self.range_method, importance, self.scale_dtype)
+        self.ranged = True
 
     def run(self, block_size: int) -> QuantizedWeight:
         """All blocks, left to right."""
@@ -176,7 +204,7 @@ class _Columns:
         for start, stop in zip(bounds, bounds[1:], strict=False):
             errors = self._block(start, stop)  # [stop − start, out]
             if stop < self.width:
-                self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors)
+                self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors, alpha=-1)
         codes = self.codes
         if self.order is not None:
             codes = torch.empty_like(codes).index_copy_(0, self.order, codes)
@@ -184,8 +212,8 @@ class _Columns:
 
     def _bounds(self, block_size: int) -> list[int]:
         """Where blocks begin and end. Without an order they keep to the groups: a range sees every update."""
-        if self.order is not None or self.size <= block_size:
-            step = block_size if self.order is not None else block_size // self.size * self.size
+        if self.ranged or self.size <= block_size:
+            step = block_size if self.ranged else block_size // self.size * self.size
             return [*range(0, self.width, step), self.width]
         groups = range(0, self.width, self.size)
         return [*(group + inside for group in groups for inside in range(0, self.size, block_size)), self.width]
@@ -193,9 +221,7 @@ class _Columns:
     def _block(self, start: int, stop: int) -> Tensor:
         """Rounds columns [start, stop), each compensated for those before it; returns w − ŵ [stop − start, out]."""
         block = self.columns[start:stop]
-        # What is owed to later columns is counted from the weight as it was, not from what compensation made of it.
-        errors = self.weight[:, start:stop] if self.order is None else self.weight[:, self.order[start:stop]]
-        errors = errors.to(torch.float32).t().contiguous()
+        errors = torch.empty_like(block)
         unit = self.unit[start:stop, start:stop]
         where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
         qmin, qmax = self.scheme.qmin, self.scheme.qmax
@@ -203,7 +229,7 @@ class _Columns:
         held = -1
         for k, column in enumerate(where):
             group = column // self.size
-            if self.order is None and column % self.size == 0:
+            if not self.ranged and (start + k) % self.size == 0:
                 self._range(group, block[k:], start + k)
             if group != held:
                 held = group
@@ -217,9 +243,9 @@ class _Columns:
             else:
                 self.codes[start + k] = code.add_(zero).clamp_(qmin, qmax)
                 value = code.sub_(zero).mul_(scale)
-            errors[k] -= value
+            torch.sub(block[k], value, out=errors[k])
             if k + 1 < len(where):
-                block[k + 1 :].addr_(unit[k, k + 1 :], errors[k])
+                block[k + 1 :].addr_(unit[k, k + 1 :], errors[k], alpha=-1)
         return errors
 
     def _range(self, group: int, block: Tensor, column: int) -> None:

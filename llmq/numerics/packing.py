@@ -6,10 +6,10 @@ The stream is the one of compressed-tensors' pack-quantized format; the tests ho
 from __future__ import annotations
 
 import torch
-from llmq_kernels.reference import lane_mask, unpack_codes
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq_kernels.reference import lane_mask, unpack_codes
 
 __all__ = ["pack_codes", "pack_columns", "packed_width", "unpack_codes", "unpack_columns"]
 
