@@ -143,7 +143,7 @@ def _quantized(
     codes = parts.get("weight_packed") or parts["weight"]
     scale = parts.get("weight_scale") or parts["weight_scale_inv"]
     scheme = _scheme(module, config)
-    kind = str(scheme.get("type") or ("float" if "F8" in _dtype(codes) else "int"))
+    kind = str(scheme.get("type") or ("float" if codes.dtype.is_floating_point else "int"))
     bits = int(scheme.get("num_bits") or (4 if codes is parts.get("weight_packed") else 8 * codes.dtype.itemsize))
     shape = codes.shape
     if codes is parts.get("weight_packed"):

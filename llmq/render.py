@@ -43,22 +43,19 @@ def inspection(console: Console, found: Inspection) -> None:
     """A line for each weight, then what they come to."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("weight", overflow="fold")
-    for name in ("shape", "stored as", "bits", "group", "error", "size"):
+    for name in ("shape", "stored as", "error", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found.rows:
         error = "" if row.error is None else f"{row.error:.4f}"
-        shape = " × ".join(map(str, row.shape)) or "1"
-        bits = "" if row.bits is None else str(row.bits)
-        style = "dim" if row.bits is None else None
-        table.add_row(escape(row.name), shape, _kind(row), bits, _group(row), error, size(row.nbytes), style=style)
+        shape = "×".join(map(str, row.shape)) or "1"
+        name = escape(row.name.removesuffix(".weight"))
+        table.add_row(name, shape, scheme(row), error, size(row.nbytes), style="dim" if row.bits is None else None)
     console.print(table)
     console.print()
     totals = Table.grid(padding=(0, 2))
     totals.add_row("quantized with", escape(" ".join(filter(None, (found.method, found.format))) or "nothing"))
-    schemes = Counter(f"{row.bits}-bit {_kind(row)} {_group(row)}" for row in found.quantized)
-    totals.add_row(
-        "quantized", ", ".join(f"{count} weights {scheme}" for scheme, count in schemes.most_common()) or "none"
-    )
+    schemes = Counter(scheme(row) for row in found.quantized)
+    totals.add_row("quantized", ", ".join(f"{count} × {what}" for what, count in schemes.most_common()) or "none")
     kept = len(found.rows) - len(found.quantized)
     totals.add_row("left alone", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}")
     if found.bits_per_quantized_weight is not None:
@@ -71,16 +68,12 @@ def inspection(console: Console, found: Inspection) -> None:
     console.print(totals, highlight=False)
 
 
-def _kind(row: Row) -> str:
-    if row.kind != "int":
-        return row.dtype if row.kind == "plain" else row.kind
-    return "symmetric" if row.symmetric else "asymmetric"
-
-
-def _group(row: Row) -> str:
-    if row.group is None:
-        return ""
-    return str(row.group) if row.group else "channel"
+def scheme(row: Row) -> str:
+    """How a weight is stored: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64' …"""
+    if row.bits is None:
+        return row.dtype
+    kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
+    return f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
 
 
 def perplexities(console: Console, names: Sequence[str], results: Sequence[Measured], base: str | None = None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.pretrained import load_model, load_tokenizer
+from llmq.pretrained import check_readable, load_model, load_tokenizer
 from llmq.tokens import tokenize
 
 WINDOW = 2048
@@ -118,6 +118,7 @@ def _tokens(
     folder: Path, text: str, special_tokens: bool, trust_remote_code: bool, progress: bool
 ) -> tuple[Tensor, str]:
     """The ids of the text, and what to call it."""
+    check_readable(folder)
     content, name = _text(text)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     ids = tokenize(content, tokenizer, special_tokens=special_tokens, progress=progress)
