@@ -3,8 +3,8 @@
     python scripts/kill_resume.py --kills 20 demo
     python scripts/kill_resume.py --kills 3 MODEL --group-size 128 --samples 4 --seqlen 256
 
-Everything after MODEL goes to `llmq quantize`. Each kill is SIGKILL after a random share of an unbroken run's time; when
-a run ends before its kill, the result is compared and a new folder is begun. Prints a line per kill, the verdict last.
+Everything after MODEL goes to `llmq quantize`. Each kill is SIGKILL after a random share of an unbroken run's time;
+when a run ends before its kill, the result is compared and a new folder is begun. The verdict is printed last.
 """
 
 from __future__ import annotations
