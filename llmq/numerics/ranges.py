@@ -162,19 +162,19 @@ def _search(groups: _Groups, method: str) -> _Best:
         zero = (scheme.qmin - bottom / scale).round_().clamp_(scheme.qmin, scheme.qmax)
     if method == "minmax":
         return _Best(scale, scale, zero)
-    buffer, other = torch.empty_like(weight), torch.empty_like(weight)
+    buffer, other, third = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(weight)
     best = _Best(_error(groups, scale, zero, buffer), scale.clone(), zero.clone())
-    start, zero = _coarse(groups, scale, low, high, buffer, other)
+    start, zero = _coarse(groups, scale, low, high, buffer, other, third)
     for _ in range(ROUNDS):
         start = groups.stored(start)
-        error, fit = _error_and_fit(groups, start, zero, buffer, other)
+        error, fit = _error_and_fit(groups, start, zero, buffer, other, third)
         best.take(error, start, zero)
         start = fit
     for shift in (0,) if scheme.symmetric else (0, -1, 1):
         zero = (best.zero + shift).clamp_(scheme.qmin, scheme.qmax)
         center = best.scale.clone()
         if shift:
-            center = groups.stored(_error_and_fit(groups, center, zero, buffer, other)[1])
+            center = groups.stored(_error_and_fit(groups, center, zero, buffer, other, third)[1])
             best.take(_error(groups, center, zero, buffer), center, zero)
         for factor in FINE[scheme.bits]:
             scale = groups.stored(center * factor)
@@ -183,7 +183,7 @@ def _search(groups: _Groups, method: str) -> _Best:
 
 
 def _coarse(
-    groups: _Groups, top: Tensor, low: Tensor, high: Tensor, buffer: Tensor, other: Tensor
+    groups: _Groups, top: Tensor, low: Tensor, high: Tensor, buffer: Tensor, other: Tensor, third: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The best of the log-spaced scales and its zero point, judged by what its codes could reach with any scale.
 
@@ -200,25 +200,24 @@ def _coarse(
     for index, scale in enumerate(scales):
         torch.mul(groups.weight, scale.reciprocal(), out=other).round_()
         for inside, zero in enumerate(zeros[index]):
-            torch.clamp(other, scheme.qmin - zero, scheme.qmax - zero, out=buffer)
+            _clip(other, scheme, zero, buffer)
             if root is not None:
                 buffer *= root
             place = index * len(zeros[0]) + inside
-            torch.linalg.vector_norm(buffer, dim=-1, keepdim=True, out=sizes[place])
-            buffer *= pull
-            torch.sum(buffer, -1, keepdim=True, out=dots[place])
-    sizes.square_()
+            torch.sum(torch.mul(buffer, buffer, out=third), -1, keepdim=True, out=sizes[place])
+            torch.sum(torch.mul(buffer, pull, out=third), -1, keepdim=True, out=dots[place])
     dots /= sizes.clamp_min(torch.finfo(torch.float32).tiny)
     winner = sizes.mul_(dots).mul_(dots).argmax(0, keepdim=True)
     scale = dots.gather(0, winner)[0]
-    zero = torch.stack([z.expand_as(top) for each in zeros for z in each]).gather(0, winner)[0]
+    tried = [torch.as_tensor(zero, device=top.device).expand_as(top) for each in zeros for zero in each]
+    zero = torch.stack(tried).gather(0, winner)[0]
     if scheme.symmetric:
         # Level −k of the mirrored grid is level k of the plain one with a negative scale.
         scale, zero = torch.where(zero < 0, -scale, scale), torch.zeros_like(zero)
     return torch.where(scale == 0, top, scale), zero
 
 
-def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor]:
+def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor | float]:
     """Zero points worth trying for a scale: those that share the clip between both ends, more or less.
 
     Symmetric: 0, and −1 for the mirrored grid, whose levels are those of a zero point of −1.
@@ -226,7 +225,7 @@ def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Ten
     if scheme.symmetric:
         if scheme.bits >= SIDED:
             return [(high > -low).to(torch.float32).neg_()]
-        return [scale.new_zeros(1), scale.new_full((1,), -1.0)]
+        return [0.0, -1.0]
     below, above = scheme.qmin - low / scale, scheme.qmax - high / scale
     return [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in ((below + above) / 2, below, above)]
 
@@ -234,9 +233,16 @@ def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Ten
 def _levels(groups: _Groups, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
     """code − zero of every weight on the grid of `scale` and `zero`, as float32, into `out`."""
     torch.div(groups.weight, scale, out=out).round_()
-    if groups.scheme.symmetric:
-        return out.clamp_(groups.scheme.qmin, groups.scheme.qmax)
-    return torch.clamp(out, groups.scheme.qmin - zero, groups.scheme.qmax - zero, out=out)
+    return _clip(out, groups.scheme, 0.0 if groups.scheme.symmetric else zero, out)
+
+
+def _clip(levels: Tensor, scheme: Scheme, zero: Tensor | float, out: Tensor) -> Tensor:
+    """The levels that the grid with this zero point has, nearest to those given, into `out`."""
+    if isinstance(zero, float):
+        return torch.clamp(levels, scheme.qmin - zero, scheme.qmax - zero, out=out)
+    # torch.clamp with bounds that are tensors takes four times as long.
+    torch.maximum(levels, scheme.qmin - zero, out=out)
+    return torch.minimum(out, scheme.qmax - zero, out=out)
 
 
 def _error(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> Tensor:
@@ -245,11 +251,11 @@ def _error(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> Tens
     left = torch.addcmul(groups.weight, levels, scale, value=-1, out=buffer)
     if groups.root is not None:
         left *= groups.root
-    return _norm2(left)
+    return left.square_().sum(-1, keepdim=True)
 
 
 def _error_and_fit(
-    groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor, other: Tensor
+    groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor, other: Tensor, third: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The error of a scale, and the least-squares scale for the codes it chose: both [rows, groups, 1]."""
     levels = _levels(groups, scale, zero, buffer)
@@ -257,13 +263,7 @@ def _error_and_fit(
     if groups.root is not None:
         left *= groups.root
         levels *= groups.root
-    error, size = _norm2(left), _norm2(levels)
     # The correction to the scale is fitted to what the scale left over: no cancellation, even at 8 bits.
-    change = left.mul_(levels).sum(-1, keepdim=True)
-    return error, change.div_(size.clamp_min_(torch.finfo(torch.float32).tiny)).add_(scale)
-
-
-def _norm2(values: Tensor) -> Tensor:
-    """Σ values² over the last axis, kept."""
-    size: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    return size.square_()
+    change = torch.mul(left, levels, out=third).sum(-1, keepdim=True)
+    size = levels.square_().sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    return left.square_().sum(-1, keepdim=True), change.div_(size).add_(scale)
