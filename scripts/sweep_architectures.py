@@ -32,7 +32,7 @@ This page is written by `scripts/sweep_architectures.py`.
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
 most 1e-3, float32). Before that, discovery was held against an ordinary forward pass: as many blocks as the
 configuration has layers, each block replayed alone gives its own output, and every Linear called in a block is known.
-**refused**: `llmq plan` says so before any work. **not built**: transformers could not make a tiny model of the type.
+**refused**: `llmq plan` says so before any work. **fails**: anything else. **not built**: transformers could not make a tiny model of the type.
 
 {counts}
 
@@ -169,7 +169,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     text = HEAD.format(version=transformers.__version__, counts="\n".join(counts))
     for row in rows:
         words = " ".join(str(row["words"]).replace("|", "/").split())
-        result = f"**{row['result']}**" + (f": {words[:240]}" if words else "")
+        before = "; left alone: " if row["result"] == "works" else ": "
+        result = f"**{row['result']}**" + (before + words[:240] if words else "")
         text += f"| {row['type']} | {row['kind']} | {row['blocks']} | {row['share']} | {result} |\n"
     return text
 

@@ -153,6 +153,10 @@ def fill(model: nn.Module, real: nn.Module) -> None:
             discover.assign(model, name, buffer.detach().clone())
 
 
+class Stopped(Exception):
+    """A run ended in an error after the plan had promised that it would not."""
+
+
 @dataclass
 class Quantized:
     """A checkpoint quantized, loaded again by stock transformers and compared.
@@ -168,7 +172,10 @@ class Quantized:
 
 
 def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq") -> Quantized:
-    """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory."""
+    """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
+
+    Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
+    """
     import llmq
     from llmq import job, stream
 
@@ -181,10 +188,12 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
         return result
 
     recipe = llmq.Recipe(methods=(method,), scheme=llmq.Scheme(4, 32, True), ragged="channel")
+    plan = job.plan(str(source), recipe, out=out, ids=windows)
     stream.quantize_weight = remember
     try:
-        plan = job.plan(str(source), recipe, out=out, ids=windows)
         job.quantize(str(source), out, recipe, ids=windows, made=plan)
+    except llmq.LlmqError as error:
+        raise Stopped(str(error).replace(str(source), "the source")) from error
     finally:
         stream.quantize_weight = original
     reference = stock(source)
