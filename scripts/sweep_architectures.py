@@ -32,7 +32,8 @@ This page is written by `scripts/sweep_architectures.py`.
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
 most 1e-3, float32). Before that, discovery was held against an ordinary forward pass: as many blocks as the
 configuration has layers, each block replayed alone gives its own output, and every Linear called in a block is known.
-**refused**: `llmq plan` says so before any work. **fails**: anything else. **not built**: transformers could not make a tiny model of the type.
+**refused**: `llmq plan` says so before any work. **fails**: anything else.
+**not built**: transformers could not make a tiny model of the type.
 
 {counts}
 
