@@ -179,7 +179,10 @@ class MeanSquare:
 
 
 class Hessian:
-    """E[x xᵀ] of a weight's input, float32 [width, width]: half the Hessian of its output error (GPTQ, §3)."""
+    """Σ x xᵀ of a weight's input: the Hessian of its output error up to a factor (Frantar et al., 2022, §3.1).
+
+    total: float32 [width, width]; count: tokens summed.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -190,16 +193,6 @@ class Hessian:
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.count += rows.shape[0]
-
-    @property
-    def matrix(self) -> Tensor:
-        """E[x xᵀ], float32 [width, width]."""
-        return self.total / max(1, self.count)
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x²], float32 [width]."""
-        return self.total.diagonal() / max(1, self.count)
 
     @classmethod
     def nbytes(cls, width: int) -> int:

@@ -15,7 +15,7 @@ from llmq import hub, stream
 from llmq.budget import check_writable
 from llmq.errors import LlmqError, first_line
 from llmq.formats import compressed_tensors
-from llmq.plan import Plan, make_plan
+from llmq.planning import Plan, make_plan
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe, Scheme
 from llmq.report import REPORT, Report, make_report, model_card, versions

@@ -41,4 +41,11 @@ def link(model: nn.Module, names: list[str]) -> Links:
             links.converted[target] = f"transformers converts {name} while loading it"
         else:
             links.source[target] = name
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        stored = next((links.source[name] for name in names if name in links.source), None)
+        if stored is not None:
+            links.source |= {name: stored for name in names if name not in links.source}
     return links

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmq.budget import gib
 from llmq.errors import LlmqError
-from llmq.plan import Plan
+from llmq.planning import Plan
 
 REPORT = "report.json"
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors")

@@ -20,7 +20,7 @@ from llmq.capture import Statistic, collect
 from llmq.discover import Call, Recording
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
-from llmq.plan import Item, Plan
+from llmq.planning import Item, Plan
 from llmq.sink import Sink
 from llmq.source import check_finite
 
@@ -212,8 +212,9 @@ def quantize_weight(
 
 
 def untouched(plan: Plan, index: int) -> dict[str, Tensor]:
-    """The block's other tensors, byte for byte as the checkpoint has them."""
+    """The block's other tensors, unless an earlier block shares them, byte for byte as the checkpoint has them."""
     chosen = {item.tensor for item in plan.of_block(index)}
+    chosen |= {tensor for earlier in range(index) for tensor in members(plan, earlier).values()}
     return {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq.budget import gib
-from llmq.plan import Item, Plan
+from llmq.planning import Item, Plan
 from llmq.report import Report
 
 WORST = 5

@@ -31,17 +31,16 @@ class GPTQ(Method):
         """See `Method.quantize`."""
         return solve(
             weight,
-            statistic(stats, Hessian).matrix,
+            statistic(stats, Hessian).total,
             scheme,
             range_method=self.range,
             act_order=self.act_order,
             damping=self.damping,
             sweeps=self.sweeps,
             scale_dtype=weight.dtype,
-            consume=True,
         )
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """Three more [in, in] matrices, and four of the weight's size in float32."""
+        """Two more [in, in] matrices while factoring, then four of the weight's size, all float32."""
         rows, width = shape
-        return 12 * width * width + 16 * rows * width
+        return max(8 * width * width + 4 * rows * width, 4 * width * width + 16 * rows * width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import discover, methods
-from llmq.budget import Budget, Load, check_room, predict
+from llmq.budget import Budget, Load, before_blocks, check_room, predict
 from llmq.discover import Structure
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
@@ -104,6 +104,7 @@ def make_plan(
     structure = discover.find(model)
     links = link(model, source.names())
     items = _items(source, recipe, model, structure, links, dtype)
+    _check_sources(model, structure, links)
     _check_patterns(recipe, items)
     _check_items(items, recipe, tp)
     ids, description, digest, notes = windows(_longest(model))
@@ -118,8 +119,8 @@ def make_plan(
 
 def _longest(model: nn.Module) -> int | None:
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    longest = getattr(config, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
+    limits = [v for k, v in config.to_dict().items() if k.startswith("max_position") and isinstance(v, int) and v > 0]
+    return min(limits, default=None)
 
 
 def _budget(plan: Plan, device: str) -> Budget:
@@ -234,6 +235,16 @@ def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
 def _smaller(width: int, group: int) -> int | None:
     """The largest group size below `group` that divides the width, not under 16, or None (per channel)."""
     return next((g for g in range(group - 1, SMALLEST_GROUP - 1, -1) if width % g == 0), None)
+
+
+def _check_sources(model: nn.Module, structure: Structure, links: Links) -> None:
+    inside = [
+        f"{block.name}.{n}" for block in structure.blocks for n, _ in model.get_submodule(block.name).named_parameters()
+    ]
+    for name in [*inside, *before_blocks(model, inside)]:
+        if name not in links.source:
+            reason = links.converted.get(name, "the checkpoint has no tensor for it")
+            raise LlmqError(f"{name} cannot be read one to one ({reason}), which llmq does not support yet")
 
 
 def _check_patterns(recipe: Recipe, items: list[Item]) -> None:
