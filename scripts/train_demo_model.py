@@ -1,8 +1,9 @@
 """Train the demo model from nothing into ``llmq/demo/``: about half an hour on two cores.
 
 The text comes from ``llmq.demo`` (what every CPython carries), its held-out modules excluded. A byte-level BPE is
-trained first, then a small Llama with tied embeddings on packed windows: AdamW, a cosine, bf16 autocast. Docstrings and
-the language reference are repeated in the mix so that prose is not drowned by code.
+trained first, then a small Llama with tied embeddings on packed windows: Muon for the matrices (torch 2.9 or later) and
+AdamW for the rest, a cosine, bf16 autocast. Docstrings and the language reference are repeated in the mix so that prose
+is not drowned by code.
 
 The last line is the number of parameters, the held-out perplexity of the saved bf16 model, and a greedy continuation.
 """
@@ -117,7 +118,7 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int) -> float:
     return math.exp(total / count)
 
 
-def learning_rate(step: int, progress: float, peak: float, warmup: int = 100) -> float:
+def learning_rate(step: int, progress: float, peak: float, warmup: int = 40) -> float:
     return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -140,16 +141,22 @@ def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.
     torch.manual_seed(args.seed)
     dist.init_process_group("gloo", init_method=f"file://{args.rendezvous}", rank=rank, world_size=args.workers)
     model = LlamaForCausalLM(config)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    parameters = decayed + others
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    parameters = matrices + others
+    for block in model.model.layers:  # blocks begin as the identity: the first steps train the embedding
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    # Half an hour is short: AdamW alone took three times the tokens to the same loss (4.9), measured once.
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
     source = batches(stream, args.context, args.batch * args.workers, torch.Generator().manual_seed(args.seed))
     # With the loss inside the compiled graph a step takes a third of the eager one's processor time.
     objective = torch.compile(lambda ids: loss_of(model, ids), dynamic=False)
     compile_in_turn(objective, torch.zeros(args.batch, args.context + 1, dtype=torch.long), rank)
-    optimizer.zero_grad()
+    model.zero_grad()
     began, mean, progress, step = time.time(), 0.0, 0.0, 0
     while progress < 1.0:
         loss = objective(next(source).chunk(args.workers)[rank])
@@ -163,10 +170,10 @@ def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.
         for gradient, part in zip(gradients, flat[:-2].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, progress, args.lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, progress, args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         current, progress = float(flat[-2]), float(flat[-1])
         mean = current if step == 0 else 0.95 * mean + 0.05 * current
         step += 1
@@ -192,7 +199,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=640)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--attention", default="eager", help="transformers' attention while training")
     parser.add_argument("--every", type=int, default=20, help="steps between progress lines")
     parser.add_argument("--seed", type=int, default=0)
