@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from llmq.errors import LlmqError
 from llmq.safetensors_io import encode, read_header, read_tensor
 from llmq.source import INDEX, Source, check_finite
+from tests.llmq.refusal import refused
 
 CONFIG = {"model_type": "anything", "hidden_size": 8}
 DTYPES = [
@@ -59,17 +57,6 @@ def sharded(folder: Path) -> Path:
     where = {name: shard for shard, names in parts.items() for name in names}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
-
-
-def refused(call: Callable[[], object], *words: str) -> str:
-    """The message of the LlmqError that the call raises: one line that has all these words."""
-    with pytest.raises(LlmqError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def with_header(path: Path, header: object, data: bytes = b"") -> None:
@@ -405,30 +392,3 @@ def test_check_finite_lets_extremes_integers_and_nothing_pass() -> None:
     check_finite(torch.zeros(0, 4), "w")
     refused(lambda: check_finite(torch.tensor(float("nan")), "scalar"), "scalar")
     refused(lambda: check_finite(torch.full((4, 3), float("inf")).T, "view"), "view", "[0, 0]")
-
-
-RSS = """
-import resource, sys, torch
-from pathlib import Path
-from llmq.source import Source, check_finite
-
-def resident(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) // 1024
-
-source = Source(Path(sys.argv[1]))
-check_finite(source.read("w0")[:8], "warm")
-before = resident("VmRSS")
-for name in source.names():
-    check_finite(source.read(name), name)
-print(resident("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_reading_costs_one_tensor_and_maps_nothing(tmp_path: Path) -> None:
-    mib = 1 << 20
-    folder = one(tmp_path / "m", {f"w{i}": torch.ones(16 * mib // 2, dtype=torch.bfloat16) for i in range(12)})
-    output = subprocess.run(
-        [sys.executable, "-c", RSS, str(folder)], capture_output=True, text=True, check=True, env={**os.environ}
-    ).stdout
-    assert int(output) < 48, "MiB above the start, for 12 tensors of 16 MiB"

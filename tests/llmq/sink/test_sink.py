@@ -6,16 +6,11 @@ import errno
 import fcntl
 import json
 import os
-import random
-import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,86 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llmq.errors import LlmqError
 from llmq.sink import Sink
 from llmq.source import INDEX, Source
-
-PRINT = {"source": "ab" * 32, "recipe": {"methods": ["rtn"], "scheme": {"bits": 4, "group_size": None}}, "seed": 0}
-CONFIG = {"model_type": "anything", "quantization_config": {"quant_method": "x"}}
-UNITS = ["embeddings", "block 0", "block 1", "nothing", "block 2"]
-
-
-def tensors_of(unit: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(UNITS.index(unit))
-    if unit == "nothing":
-        return {}
-    return {
-        f"{unit}.codes": torch.randint(-100, 100, (16, 8), generator=generator, dtype=torch.int32),
-        f"{unit}.scale": torch.randn(16, 1, generator=generator).to(torch.bfloat16),
-        f"{unit}.flag": torch.ones(3, dtype=torch.bool),
-    }
-
-
-def aux(folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text("{}" * 50)
-    (folder / "README.md").write_text("replaced by ours")
-    return [folder / "tokenizer.json", folder / "README.md"]
-
-
-def work(out: Path, carried: list[Path]) -> list[str]:
-    """The whole job, or what is left of it; returns the notes."""
-    with Sink.open(out, PRINT, len(UNITS)) as sink:
-        for number, unit in enumerate(UNITS):
-            if unit not in sink.done:
-                sink.commit(unit, tensors_of(unit), {"error": 0.1 * number, "rows": (number, None)})
-        report = json.dumps(sink.done)
-        sink.finish(CONFIG, carried, {"README.md": "card", "report.json": report})
-        return sink.notes
-
-
-def content(out: Path, state: bool = False) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and (state or ".llmq" not in path.parts)
-    }
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible: these tests sync thousands of times."""
-    if os.access("/dev/shm", os.W_OK):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path
-
-
-@pytest.fixture
-def carried(tmp_path: Path) -> list[Path]:
-    return aux(tmp_path / "source")
-
-
-@pytest.fixture
-def unbroken(tmp_path: Path, carried: list[Path]) -> dict[str, bytes]:
-    work(tmp_path / "unbroken", carried)
-    return content(tmp_path / "unbroken")
-
-
-def refused(call: Callable[[], object], *words: str) -> str:
-    with pytest.raises(LlmqError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
-
-
-def opened(out: Path, **changes: Any) -> None:
-    units = changes.pop("units", len(UNITS))
-    Sink.open(out, PRINT | changes, units).close()
+from tests.llmq.refusal import refused
+from tests.llmq.sink.job import CONFIG, PRINT, UNITS, content, in_child, opened, tensors_of, work
 
 
 def test_what_is_written(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
@@ -329,164 +248,6 @@ def test_no_locks_on_this_file_system(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     opened(tmp_path / "o")
-
-
-class Failing:
-    """Makes the n-th of the calls that change the disk fail, or kill the process, before or half-way through it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, code: int | None) -> None:
-        self.count, self.at, self.code, self.half = 0, at, code, False
-        for module, name in ((os, "write"), (os, "fsync"), (os, "open"), (os, "ftruncate"), (Path, "rename")):
-            monkeypatch.setattr(module, name, self.wrap(name, getattr(module, name)))
-
-    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            self.count += 1
-            if self.count == self.at:
-                if name == "write" and len(args[1]) > 1:
-                    real(args[0], args[1][: len(args[1]) // 2])
-                if self.code is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                else:
-                    raise OSError(self.code, os.strerror(self.code))
-            return real(*args)
-
-        return call
-
-
-def in_child(job: Callable[[], object]) -> int:
-    """Run the job in a fork of this process; the signal that ended it, or its exit code."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def calls_of_a_run(tmp_path: Path, carried: list[Path]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        failing = Failing(patch, -1, None)
-        work(tmp_path / "counted", carried)
-        return failing.count
-
-
-def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
-    for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
-        out = tmp_path / f"killed{at}"
-
-        def job(out: Path = out, at: int = at) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                Failing(patch, at, None)
-                work(out, carried)
-
-        assert in_child(job) == -signal.SIGKILL
-        loadable = (out / INDEX).exists()
-        assert not loadable or Source(out, quantized_ok=True).names()
-        assert work(out, carried) == []
-        assert content(out) == unbroken, at
-
-
-def test_killed_again_and_again_at_random_moments(
-    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]
-) -> None:
-    rng = random.Random(0)
-    began = time.perf_counter()
-    work(tmp_path / "timed", carried)
-    took = time.perf_counter() - began
-    kills = 0
-    for number in range(15):
-        out = tmp_path / f"random{number}"
-        for _ in range(4):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    work(out, carried)
-                    code = 0
-                finally:
-                    os._exit(code)
-            time.sleep(rng.uniform(0, took * 0.6))
-            os.kill(child, signal.SIGKILL)
-            kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        assert work(out, carried) == []
-        assert content(out) == unbroken
-    assert kills > 5
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_every_call_fails_once(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], code: int) -> None:
-    for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
-        out = tmp_path / f"failed{at}"
-        with pytest.MonkeyPatch.context() as patch:
-            Failing(patch, at, code)
-            message = refused(partial(work, out, carried), str(out))
-        if "cannot write to" not in message:
-            assert ("disk full" in message) == (code != errno.EIO)
-            assert "run the same command again" in message and "of 5 blocks are kept" in message
-            assert not out.exists() or not list((out / ".llmq").glob("*.partial"))
-        assert work(out, carried) == []
-        assert content(out) == unbroken, at
-
-
-def test_a_failure_at_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        Failing(patch, 3, errno.ENOSPC)
-        refused(lambda: opened(tmp_path / "o"), "disk full", "fingerprint.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def tmpfs(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
-    """A file system in memory at the folder; yields a function that remounts it with other options."""
-
-    def mount(extra: str) -> int:
-        command = ["mount", "-t", "tmpfs", "-o", extra, "tmpfs", str(folder)]
-        return subprocess.run(command, capture_output=True).returncode
-
-    folder.mkdir()
-    try:
-        if mount(options):
-            pytest.skip("mounting a tmpfs is not permitted here")
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    try:
-        yield lambda extra: None if mount(f"remount,{extra}") == 0 else pytest.fail("remount")
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_full_disk_then_room(tmp_path: Path, carried: list[Path]) -> None:
-    def run(out: Path) -> None:
-        with Sink.open(out, PRINT, 4) as sink:
-            for unit in ["a", "b", "c", "d"]:
-                if unit not in sink.done:
-                    sink.commit(unit, {f"{unit}.w": torch.full((100_000,), ord(unit))}, {})
-            sink.finish(CONFIG, carried, {})
-
-    run(tmp_path / "roomy")
-    with tmpfs(tmp_path / "disk", "size=2m") as remount:
-        out = tmp_path / "disk" / "out"
-        message = refused(lambda: run(out), "disk full while writing model-00003-of-00004.safetensors", "2 of 4 blocks")
-        assert "800,1" in message and "same command" in message
-        assert sorted(content(out)) == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2)]
-        assert not list((out / ".llmq").glob("*.partial"))
-        refused(lambda: run(out), "disk full", "2 of 4 blocks")
-        remount("size=8m")
-        run(out)
-        assert content(out) == content(tmp_path / "roomy")
-
-
-def test_read_only_disk(tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "disk", "size=2m") as remount:
-        opened(tmp_path / "disk" / "begun")
-        remount("ro")
-        refused(lambda: opened(tmp_path / "disk" / "out"), "Read-only file system", "another folder")
-        refused(lambda: opened(tmp_path / "disk" / "begun"), "Read-only file system")
 
 
 def test_writing_takes_no_memory(tmp_path: Path) -> None:
