@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests.llmq.test_source import one
 
 RSS = """
 import resource, sys, torch
