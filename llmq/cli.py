@@ -45,7 +45,12 @@ Range = Annotated[
         help="How scales are found: minmax, mse, or weighted by E of x². Default: mse for rtn, else weighted.",
     ),
 ]
-ActOrder = Annotated[str | None, typer.Option("--act-order", help="GPTQ's order of columns: static (default) or none.")]
+ActOrder = Annotated[
+    str | None, typer.Option("--act-order", help="GPTQ's order of columns: grouped (default), static or none.")
+]
+Sweeps = Annotated[
+    int | None, typer.Option(help="How often GPTQ's scales and codes are revisited. Default 2; 0 is the paper's GPTQ.")
+]
 Calib = Annotated[
     str | None,
     typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
@@ -91,6 +96,7 @@ def recipe_options(
     symmetric: Symmetric = None,
     range: Range = None,
     act_order: ActOrder = None,
+    sweeps: Sweeps = None,
     calib: Calib = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -105,6 +111,7 @@ def recipe_options(
         "methods": method,
         "range": range,
         "act_order": act_order,
+        "sweeps": sweeps,
         "keep": keep or None,
         "ragged": ragged,
         "seed": seed,

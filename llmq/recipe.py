@@ -18,7 +18,7 @@ from llmq.errors import LlmqError
 
 RANGES = ("minmax", "mse", "weighted")
 RAGGED = ("error", "smaller", "channel", "keep")
-ACT_ORDERS = ("none", "static")
+ACT_ORDERS = ("none", "static", "grouped")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Recipe:
 
     overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A
     pattern is dotted parts of a weight's name in the checkpoint, a shell glob, or 're:' and a regular expression.
-    range: 'auto' is the method's own choice.
+    range, act_order: 'auto' is what measures best for the method. damping, sweeps: GPTQ's, see llmq.methods.gptq.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -93,8 +93,9 @@ class Recipe:
     keep: tuple[str, ...] = ()
     ragged: str = "error"
     range: str = "auto"
-    act_order: str = "static"
+    act_order: str = "auto"
     damping: float = 0.01
+    sweeps: int = 2
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
@@ -102,13 +103,15 @@ class Recipe:
         for name, value, allowed in (
             ("ragged", self.ragged, RAGGED),
             ("range", self.range, ("auto", *RANGES)),
-            ("act-order", self.act_order, ACT_ORDERS),
+            ("act-order", self.act_order, ("auto", *ACT_ORDERS)),
         ):
             if value not in allowed:
                 choices = f"choose from {', '.join(allowed)}{nearest(value, allowed)}"
                 raise LlmqError(f"{name} {value!r} is not known: {choices}")
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
+        if self.sweeps < 0:
+            raise LlmqError(f"sweeps must be 0 or more, not {self.sweeps!r}")
         if not 0 < self.damping < 1:
             raise LlmqError(f"damping must lie between 0 and 1, not {self.damping!r}")
 

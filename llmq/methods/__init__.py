@@ -36,10 +36,9 @@ def make(recipe: Recipe) -> Method:
         raise LlmqError(f"method {'+'.join(recipe.methods)!r}: one method at a time is supported")
     kind = find(recipe.methods[0])
     taken = inspect.signature(kind).parameters
-    options: dict[str, Any] = {k: getattr(recipe, k) for k in ("range", "act_order", "damping") if k in taken}
-    if options.get("range") == "auto":
-        del options["range"]  # each method's default is what measures best for it
-    return kind(**options)
+    options: dict[str, Any] = {k: getattr(recipe, k) for k in ("range", "act_order", "damping", "sweeps")}
+    # What is left on auto is the method's own default: what measures best for it.
+    return kind(**{k: v for k, v in options.items() if k in taken and v != "auto"})
 
 
 def needs(recipe: Recipe) -> tuple[type[Any], ...]:

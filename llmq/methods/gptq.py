@@ -23,7 +23,7 @@ class GPTQ(Method):
     needs = (Hessian,)
 
     def __init__(
-        self, *, range: str = "weighted", act_order: str = "static", damping: float = 0.01, sweeps: int = 2
+        self, *, range: str = "weighted", act_order: str = "grouped", damping: float = 0.01, sweeps: int = 2
     ) -> None:
         self.range, self.act_order, self.damping, self.sweeps = range, act_order, damping, sweeps
 

@@ -23,10 +23,9 @@ from llmq.errors import LlmqError
 from llmq.numerics.descent import improve
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.numerics.ranges import check_range, find_range, round_to_grid
-from llmq.recipe import Scheme
+from llmq.recipe import ACT_ORDERS, Scheme
 
 DAMPINGS = 4
-ORDERS = ("none", "static", "grouped")
 
 
 def solve(
@@ -59,8 +58,8 @@ def solve(
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
-    if act_order not in ORDERS:
-        raise LlmqError(f"act_order must be one of {', '.join(ORDERS)}, not {act_order!r}")
+    if act_order not in ACT_ORDERS:
+        raise LlmqError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
     if tuple(hessian.shape) != (width, width):
         raise LlmqError(f"a weight with {width} inputs needs a Hessian [{width}, {width}], not {[*hessian.shape]}")
     if not bool(torch.isfinite(weight).all()):
