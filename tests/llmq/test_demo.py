@@ -89,4 +89,4 @@ def test_the_model_has_learned(model: PreTrainedModel) -> None:
     ids = tokenizer(demo.evaluation_text(), return_tensors="pt", verbose=False).input_ids[0, : WINDOWS * window]
     batch = ids.view(WINDOWS, window)
     perplexity = math.exp(float(model(input_ids=batch, labels=batch).loss))
-    assert perplexity < 40, "an untrained model is at the size of its vocabulary"
+    assert perplexity < 25, "the shipped weights give 12.4 here; an untrained model is at the size of its vocabulary"
