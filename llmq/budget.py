@@ -84,7 +84,7 @@ def check_room(budget: Budget, out: Path | None) -> None:
     have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if budget.memory > have:
         raise LlmqError(
-            f"this run needs about {gib(budget.memory)} of memory and {gib(have)} are free.\n"
+            f"this run needs about {gib(budget.memory)} of memory and {gib(have)} are free. "
             "Ways out: fewer --samples or a shorter --seqlen, --method rtn, or a machine with more memory"
         )
     if out is None:

@@ -275,14 +275,14 @@ def _check_items(items: list[Item], recipe: Recipe, tp: int) -> None:
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:
         raise LlmqError(
-            f"the group size does not divide the width of {_name_some(ragged)}.\n"
+            f"the group size does not divide the width of {_name_some(ragged)}. "
             "Ways out: --group-size with a divisor, --ragged smaller (a smaller group there), "
             "--ragged channel (one scale per row there), --ragged keep (leave them alone), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
     if torn:
         raise LlmqError(
-            f"--tp {tp}: a server cannot split {_name_some(torn)}.\n"
+            f"--tp {tp}: a server cannot split {_name_some(torn)}. "
             "Ways out: a smaller --group-size, --group-size channel, --keep PATTERN, or fewer parts"
         )
 

@@ -1,0 +1,84 @@
+"""Recipes: YAML and back, unknown keys with a hint, values out of range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq.errors import LlmqError
+from llmq.recipe import ACT_ORDERS, RAGGED, RANGES, Calibration, Recipe, Scheme, parse_override
+from tests.llmq.refusal import refused
+
+schemes = st.builds(Scheme, st.integers(2, 8), st.sampled_from([None, 16, 32, 64, 128]), st.booleans())
+recipes = st.builds(
+    Recipe,
+    methods=st.sampled_from([("rtn",), ("gptq",)]),
+    scheme=schemes,
+    overrides=st.dictionaries(st.text(min_size=1, max_size=8), schemes, max_size=3).map(lambda d: tuple(d.items())),
+    keep=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
+    ragged=st.sampled_from(RAGGED),
+    range=st.sampled_from(("auto", *RANGES)),
+    act_order=st.sampled_from(("auto", *ACT_ORDERS)),
+    damping=st.floats(0.001, 0.5),
+    sweeps=st.integers(0, 5),
+    calibration=st.builds(Calibration, st.text(min_size=1), st.integers(1, 512), st.integers(2, 4096)),
+    seed=st.integers(0, 9),
+)
+
+
+@given(recipes)
+def test_plain_data_and_back(recipe: Recipe) -> None:
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_from_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "methods: rtn\nscheme: {bits: 3, group_size: channel}\noverrides: {down: {bits: 8}}\nkeep: [head]\n"
+    )
+    recipe = Recipe.load(file)
+    assert recipe.methods == ("rtn",)
+    assert recipe.scheme == Scheme(3, None)
+    assert recipe.overrides == (("down", Scheme(8, None)),)
+    assert recipe.keep == ("head",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("methds: [rtn]", ("methds", "did you mean 'methods'")),
+        ("scheme: {bit: 3}", ("scheme", "did you mean 'bits'")),
+        ("scheme: 3", ("scheme", "mapping")),
+        ("scheme: {bits: 12}", ("from 2 to 8",)),
+        ("scheme: {bits: '4'}", ("bits",)),
+        ("calibration: {seqlen: 1}", ("--seqlen",)),
+        ("calibration: {txt: a}", ("did you mean 'text'",)),
+        ("overrides: [a]", ("overrides",)),
+        ("range: mean", ("range",)),
+        ("damping: 2", ("damping",)),
+        ("sweeps: -1", ("sweeps",)),
+        ("a: [", ("YAML",)),
+    ],
+)
+def test_mistakes(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    refused(lambda: Recipe.load(file), *words)
+
+
+def test_overrides_from_the_command_line() -> None:
+    assert parse_override("a=b*=bits:8,group_size:channel,symmetric:false", Scheme()) == (
+        "a=b*",
+        Scheme(8, None, False),
+    )
+    for wrong in ("bits:8", "=bits:8", "a=bits", "a=bots:8", "a=bits:99"):
+        with pytest.raises(LlmqError):
+            parse_override(wrong, Scheme())
+
+
+def test_bits_per_weight() -> None:
+    assert Scheme(4, 128).bits_per_weight(256, 1024) == 4 + 16 / 128
+    assert Scheme(4, 128, False).bits_per_weight(256, 1024) == 4 + 20 / 128
