@@ -317,10 +317,9 @@ def _warnings(items: list[Item]) -> list[str]:
     share = sum(prod(i.shape) for i in inside if i.scheme) / max(1, sum(prod(i.shape) for i in inside))
     if share < 0.9:
         warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
-    asymmetric = {i.scheme.bits for i in items if i.scheme is not None and not i.scheme.symmetric}
-    if asymmetric:
+    if any(i.scheme is not None and not i.scheme.symmetric for i in items):
         warnings.append(
-            "asymmetric schemes: stock transformers 5.18 and later fail to load packed zero points of some shapes; "
-            "vLLM and CompressedTensorsConfig(dequantize=True) read them"
+            "asymmetric weights: vLLM reads them, stock transformers 5.23 with compressed-tensors 0.20 fails on them "
+            "unless it is given CompressedTensorsConfig(dequantize=True)"
         )
     return warnings
