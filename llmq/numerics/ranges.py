@@ -27,7 +27,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.recipe import RANGES, Scheme
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 COARSE = 10
 ROUNDS = 2
 # From this many bits on, the extra level goes to the side of the largest weight without trying the other.
