@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.gptq import ORDERS, factorize, solve
+from llmq.numerics.gptq import factorize, solve
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.numerics.ranges import find_range, round_to_grid
-from llmq.recipe import Scheme
+from llmq.recipe import ACT_ORDERS, Scheme
 
 
 def objective(weight: Tensor, q: QuantizedWeight, hessian: Tensor) -> float:
@@ -83,7 +83,7 @@ def follow(weight: Tensor, hessian: Tensor, q: QuantizedWeight, act_order: str, 
     assert total == pytest.approx(objective(weight, q, damped), rel=1e-5)
 
 
-CASES = list(itertools.product((True, False), ORDERS, (8, 24, None), (False, True)))
+CASES = list(itertools.product((True, False), ACT_ORDERS, (8, 24, None), (False, True)))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -99,7 +99,7 @@ def test_every_code_and_range_is_the_papers(bits: int) -> None:
         follow(weight, hessian, q, act_order, method)
 
 
-@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
 def test_block_size_does_not_matter(act_order: str) -> None:
     weight, hessian = problem(0, 8, 96, True)
     options = {"range_method": "mse", "act_order": act_order, "scale_dtype": torch.float32}
@@ -108,7 +108,7 @@ def test_block_size_does_not_matter(act_order: str) -> None:
     assert costs == pytest.approx([costs[0]] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
 def test_better_than_rounding_to_nearest(act_order: str) -> None:
     weight, hessian = problem(1, 16, 96, True)
     scheme = Scheme(3, 32)
@@ -130,7 +130,7 @@ def test_half_precision_weights_are_left_as_they_were(dtype: torch.dtype) -> Non
     assert torch.equal(consumed.codes, q.codes) and torch.equal(consumed.scale, q.scale)
 
 
-@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_dead_inputs_are_rounded_and_change_nothing_else(act_order: str, symmetric: bool) -> None:
     weight, hessian = problem(3, 6, 64, True)
