@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -19,6 +20,15 @@ from llmq.errors import LlmqError
 RANGES = ("minmax", "mse", "weighted")
 RAGGED = ("error", "smaller", "channel", "keep")
 ACT_ORDERS = ("none", "static", "grouped")
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,10 @@ class Scheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        _check_types(self)
+        if not 2 <= self.bits <= 8:
             raise LlmqError(f"bits must be a whole number from 2 to 8, not {self.bits!r}")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 2):
+        if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
 
     def __str__(self) -> str:
@@ -77,6 +88,9 @@ class Calibration:
     split: str = "train"
     column: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -100,6 +114,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, value, allowed in (
             ("ragged", self.ragged, RAGGED),
             ("range", self.range, ("auto", *RANGES)),
@@ -124,34 +139,33 @@ class Recipe:
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """A recipe from plain data. Raises LlmqError at an unknown key or an impossible value."""
-        _check_keys(data, Recipe, where)
-        values: dict[str, Any] = dict(data)
+        values = _checked_keys(data, Recipe, where)
         scheme = _scheme(values.pop("scheme", {}), Scheme(), f"{where}: scheme")
-        overrides = values.pop("overrides", {}) or {}
+        overrides = values.pop("overrides", {})
         if not isinstance(overrides, Mapping):
-            raise LlmqError(f"{where}: overrides must map patterns to schemes")
+            raise LlmqError(f"{where}: overrides must map patterns to schemes, as in {{'*.down': {{bits: 8}}}}")
         values["overrides"] = tuple(
-            (str(p), _scheme(change, scheme, f"{where}: overrides: {p}")) for p, change in overrides.items()
+            (pattern, _scheme(change, scheme, f"{where}: overrides: {pattern}"))
+            for pattern, change in overrides.items()
         )
-        calibration = values.pop("calibration", {})
-        _check_keys(calibration, Calibration, f"{where}: calibration")
-        for name in ("methods", "keep"):
-            if name in values:
-                listed = values[name]
-                values[name] = tuple(listed.split("+")) if isinstance(listed, str) else tuple(listed)
-        try:
-            return Recipe(scheme=scheme, calibration=Calibration(**calibration), **values)
-        except TypeError as error:
-            raise LlmqError(f"{where}: {error}") from error
+        at = f"{where}: calibration"
+        calibration = _checked_keys(values.pop("calibration", {}), Calibration, at)
+        values["calibration"] = _made(lambda: Calibration(**calibration), at)
+        if isinstance(values.get("methods"), str):
+            values["methods"] = values["methods"].split("+")
+        if isinstance(values.get("keep"), str):
+            values["keep"] = [values["keep"]]
+        values |= {name: tuple(values[name]) for name in ("methods", "keep") if isinstance(values.get(name), list)}
+        return _made(lambda: Recipe(scheme=scheme, **values), where)
 
     @staticmethod
     def load(file: Path) -> Recipe:
         """A recipe from a YAML file. Raises LlmqError naming the file."""
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise LlmqError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-        return Recipe.from_dict(data or {}, str(file))
+        return Recipe.from_dict({} if data is None else data, str(file))
 
 
 def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
@@ -164,25 +178,71 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         key, colon, value = change.partition(":")
         if not colon:
             raise LlmqError(f"--override {text!r}: {change!r} is not key:value, as in bits:8")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise LlmqError(f"--override {text!r}: {value!r} is no value for {key.strip()}") from error
     return pattern, _scheme(values, base, f"--override {text!r}")
 
 
 def _scheme(data: Any, base: Scheme, where: str) -> Scheme:
-    _check_keys(data, Scheme, where)
-    values = dict(data)
+    values = _checked_keys(data, Scheme, where)
     if values.get("group_size") == "channel":
         values["group_size"] = None
-    return dataclasses.replace(base, **values)
+    return _made(lambda: dataclasses.replace(base, **values), where)
 
 
-def _check_keys(data: Any, kind: type, where: str) -> None:
+def _made(make: Callable[[], T], where: str) -> T:
+    """What `make` returns; an LlmqError from it says where."""
+    try:
+        return make()
+    except LlmqError as error:
+        raise LlmqError(f"{where}: {error}") from error
+
+
+def _checked_keys(data: Any, kind: type, where: str) -> dict[str, Any]:
+    """A copy of a mapping with no other keys than the fields of a dataclass."""
     if not isinstance(data, Mapping):
         raise LlmqError(f"{where}: must be a mapping, not {data!r}")
     known = [f.name for f in dataclasses.fields(kind)]
     for key in data:
         if key not in known:
             raise LlmqError(f"{where}: unknown key {key!r}{nearest(str(key), known) or '; known: ' + ', '.join(known)}")
+    return dict(data)
+
+
+def _check_types(made: Any) -> None:
+    """Every field of a dataclass holds what its annotation says. Raises LlmqError naming the field."""
+    for name, hint in get_type_hints(type(made)).items():
+        value = getattr(made, name)
+        if not _fits(value, hint):
+            raise LlmqError(f"{name} must be {_words(hint)}, not {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: true and false are no numbers, a whole number is a number."""
+    inner = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(each) == len(value) and all(map(_fits, value, each))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """An annotated type in words."""
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_words, get_args(hint)))
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"a list, each item {_words(get_args(hint)[0])}"
+    if get_origin(hint) is tuple:
+        return f"({', '.join(map(_words, get_args(hint)))})"
+    return _WORDS.get(hint, f"a {hint.__name__}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

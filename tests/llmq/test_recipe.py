@@ -61,6 +61,25 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("damping: 2", ("damping",)),
         ("sweeps: -1", ("sweeps",)),
         ("a: [", ("YAML",)),
+        ("a: 2024-13-45", ("YAML",)),
+        ("[a]", ("mapping",)),
+        ("keep: null", ("recipe.yaml", "keep must be a list", "None")),
+        ("keep: 5", ("keep must be a list",)),
+        ("keep: [head, 5]", ("keep must be a list, each item text",)),
+        ("methods: 5", ("methods must be a list",)),
+        ("overrides: null", ("overrides must map",)),
+        ("overrides: {5: {bits: 8}}", ("overrides",)),
+        ("overrides: {down: {bits: high}}", ("overrides: down: bits must be a whole number", "'high'")),
+        ("scheme: {symmetric: 'no'}", ("scheme: symmetric must be true or false", "'no'")),
+        ("scheme: {bits: true}", ("bits must be a whole number",)),
+        ("scheme: {group_size: 32.0}", ("group_size must be a whole number or null",)),
+        ("calibration: {samples: 1.5}", ("calibration: samples must be a whole number",)),
+        ("calibration: {text: 5}", ("calibration: text must be text",)),
+        ("sweeps: 1.5", ("sweeps must be a whole number",)),
+        ("seed: abc", ("seed must be a whole number",)),
+        ("seed: true", ("seed must be a whole number",)),
+        ("damping: much", ("damping must be a number",)),
+        ("range: [mse]", ("range must be text",)),
     ],
 )
 def test_mistakes(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
@@ -69,12 +88,24 @@ def test_mistakes(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
     refused(lambda: Recipe.load(file), *words)
 
 
+@pytest.mark.parametrize("keep", ["'re:layers\\.\\d+\\.mlp'", "['re:layers\\.\\d+\\.mlp']"])
+def test_a_pattern_is_not_split(keep: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"keep: {keep}")
+    assert Recipe.load(file).keep == (r"re:layers\.\d+\.mlp",)
+
+
+def test_types_are_checked_without_yaml_too() -> None:
+    refused(lambda: Calibration(samples=True), "samples")
+    refused(lambda: Recipe(keep="head"), "keep")  # type: ignore[arg-type]
+
+
 def test_overrides_from_the_command_line() -> None:
     assert parse_override("a=b*=bits:8,group_size:channel,symmetric:false", Scheme()) == (
         "a=b*",
         Scheme(8, None, False),
     )
-    for wrong in ("bits:8", "=bits:8", "a=bits", "a=bots:8", "a=bits:99"):
+    for wrong in ("bits:8", "=bits:8", "a=bits", "a=bots:8", "a=bits:99", "a=bits:{", "a=symmetric:2"):
         with pytest.raises(LlmqError):
             parse_override(wrong, Scheme())
 
