@@ -79,13 +79,18 @@ def hidden_width(model: nn.Module) -> int:
     return max((p.shape[-1] for p in entry.parameters()), default=1)
 
 
-def check_room(budget: Budget, out: Path | None) -> None:
-    """Raise LlmqError where the host's memory or the output's disk cannot hold the run."""
+def check_room(budget: Budget, out: Path | None, device: str) -> None:
+    """Raise LlmqError where the memory of the host or the device, or the output's disk, cannot hold the run."""
     have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if budget.memory > have:
         raise LlmqError(
             f"this run needs about {gib(budget.memory)} of memory and {gib(have)} are free. "
             "Ways out: fewer --samples or a shorter --seqlen, --method rtn, or a machine with more memory"
+        )
+    if torch.device(device).type == "cuda" and budget.device_memory > torch.cuda.mem_get_info(device)[0]:
+        raise LlmqError(
+            f"this run needs about {gib(budget.device_memory)} on {device} and "
+            f"{gib(torch.cuda.mem_get_info(device)[0])} are free. Ways out: --method rtn, or --device cpu"
         )
     if out is None:
         return

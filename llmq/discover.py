@@ -1,15 +1,14 @@
 """What a model is made of, found by running it: decoder blocks, their weights, who shares an input. Never by name.
 
 The model is built without memory for its parameters; a structural run on zeros (a few tokens) shows the rest. See
-docs/design.md, "Facts that were tried".
+docs/design.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq.capture import Matmul, Modules, watch_matmuls, watch_modules
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.parameters import assign as assign
 from llmq.parameters import empty as empty
 from llmq.parameters import zeros as zeros
+from llmq.record import Call, record
 from llmq.stock import unpackable
 
 PROBE_TOKENS = 8
@@ -58,44 +58,6 @@ class Structure:
     blocks: tuple[Block, ...]
 
 
-@dataclass
-class Call:
-    """How a block was called: arguments with the hidden states cut out; where they go; where they are in the result."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    slot: int | str
-    element: int | None
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states for input `hidden` [batch, tokens, width]."""
-        device = hidden.device
-        args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
-        if isinstance(self.slot, int):
-            args[self.slot] = hidden
-        else:
-            kwargs[self.slot] = hidden
-        result = block(*args, **kwargs)
-        output: Tensor = result if self.element is None else result[self.element]
-        return output
-
-
-@dataclass
-class Recording:
-    """The skeleton pass: the input of the first block for each batch, and each block's own call for each batch."""
-
-    hidden: list[Tensor] = field(default_factory=list)
-    calls: list[list[Call]] = field(default_factory=list)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(v, device) for v in value)
-    return value
-
-
 def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model of `folder` in eval mode: parameters on the meta device, buffers computed. Raises LlmqError."""
     from accelerate import init_empty_weights
@@ -111,8 +73,8 @@ def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> 
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         getattr(model, "tie_weights", lambda: None)()  # construction without memory makes new parameters of tied ones
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
-        raise LlmqError(f"{folder}: transformers cannot build this model: {_first_line(error)}") from error
+    except Exception as error:  # a config can be wrong in any way, and then any line of the model's code can fail
+        raise LlmqError(f"{folder}: transformers cannot build this model: {first_line(error)}") from error
     return model.eval()
 
 
@@ -123,10 +85,6 @@ def _nested(config: Any) -> Iterator[Any]:
             yield from _nested(value)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The module lists of a model, heaviest first (by parameters); the outer one first where two weigh the same."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
@@ -135,138 +93,6 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 class _Experts(LlmqError):
     """The blocks are those of a mixture of experts."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the last block has been called."""
-
-
-Forward = Callable[..., Any]
-
-
-@contextmanager
-def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    for i, module in enumerate(modules):
-        module.forward = make(i, module.forward)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__["forward"]
-
-
-def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor], *, whole: bool = False) -> Recording:
-    """Run the model once per batch of token ids [batch, tokens] with blocks that only note how they were called.
-
-    The first block runs once, to see what a block returns: its parameters and everything before the blocks must be
-    materialized. `whole` goes on past the last block up to the output embedding, to see blocks called again.
-    Raises LlmqError when the blocks are not called once each, in order, each on what the one before returned.
-    """
-    recording = Recording()
-    element: int | None = None
-    rest: tuple[Any, ...] = ()
-    kind: type | None = None
-    seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
-    hidden: Tensor | None = None
-
-    def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal element, rest, kind, hidden
-            if len(seen) >= len(blocks):
-                raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
-            seen.append((i, args, kwargs))
-            if i == 0 and kind is None:
-                result = original(*args, **kwargs)
-                kind, element, rest = _shape_of_result(result)
-                template = result if element is None else result[element]
-                hidden = _hidden_of(args, kwargs, template.shape)
-            elif i == 0:
-                assert recording.calls
-                slot = recording.calls[0][0].slot
-                hidden = args[slot] if isinstance(slot, int) else kwargs[slot]
-            if i == len(blocks) - 1 and not whole:
-                raise _Stop
-            if element is None:
-                return hidden
-            assert kind is not None
-            return kind((*rest[:element], hidden, *rest[element + 1 :]))
-
-        return forward
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    stoppers = [head] if isinstance(head, nn.Module) else []
-
-    def stop(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            raise _Stop
-
-        return forward
-
-    with torch.inference_mode(), _forwards(blocks, make), _forwards(stoppers, stop):
-        for batch in batches:
-            seen.clear()
-            with suppress(_Stop):
-                model(batch, use_cache=False)
-            if [i for i, _, _ in seen] != list(range(len(blocks))):
-                raise LlmqError("the blocks are not called once each, in order")
-            assert hidden is not None
-            recording.hidden.append(hidden)
-            calls = [_cut(args, kwargs, hidden, element) for _, args, kwargs in seen]
-            _share(calls, recording.calls[0] if recording.calls else None)
-            recording.calls.append(calls)
-    return recording
-
-
-def _shape_of_result(result: Any) -> tuple[type, int | None, tuple[Any, ...]]:
-    if isinstance(result, Tensor):
-        return Tensor, None, ()
-    if type(result) in (tuple, list):
-        for i, value in enumerate(result):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return type(result), i, tuple(result)
-    raise LlmqError(f"a block returns a {type(result).__name__}, in which llmq cannot find the hidden states")
-
-
-def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tensor:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape:
-            return value
-    raise LlmqError("no argument of the blocks has the shape of what they return")
-
-
-def _cut(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, element: int | None) -> Call:
-    def same(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.data_ptr() == hidden.data_ptr() and value.shape == hidden.shape
-
-    for i, value in enumerate(args):
-        if same(value):
-            return Call((*args[:i], None, *args[i + 1 :]), dict(kwargs), i, element)
-    for key, value in kwargs.items():
-        if same(value):
-            return Call(args, {k: v for k, v in kwargs.items() if k != key}, key, element)
-    raise LlmqError("the model changes the hidden states between its blocks, which llmq cannot stream yet")
-
-
-def _share(calls: list[Call], first: list[Call] | None) -> None:
-    # Packed windows give every batch the same masks and position tables: one copy is kept.
-    for i, call in enumerate(calls):
-        for others in (calls[:1] if i else [], [first[i]] if first else []):
-            for other in others:
-                call.args = tuple(
-                    _same_or(a, other.args[j]) if j < len(other.args) else a for j, a in enumerate(call.args)
-                )
-                call.kwargs = {k: _same_or(v, other.kwargs.get(k)) for k, v in call.kwargs.items()}
-
-
-def _same_or(value: Any, other: Any) -> Any:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        same = value is other or (
-            value.shape == other.shape and value.dtype == other.dtype and bool(torch.equal(value, other))
-        )
-        return other if same else value
-    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
-        return tuple(_same_or(v, o) for v, o in zip(value, other, strict=True))
-    return value
 
 
 def find(model: nn.Module) -> Structure:
@@ -293,7 +119,7 @@ def find(model: nn.Module) -> Structure:
         except LlmqError as error:
             reasons.append(f"{path}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-            reasons.append(f"{path}: {type(error).__name__}: {_first_line(error)}")
+            reasons.append(f"{path}: {type(error).__name__}: {first_line(error)}")
     raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import hub, stream
+from llmq import hub, methods, stream
+from llmq.blocks import rest
 from llmq.budget import check_writable
+from llmq.claim import refuse_foreign
 from llmq.errors import LlmqError, first_line
 from llmq.formats import compressed_tensors
 from llmq.planning import Plan, make_plan
@@ -39,8 +41,10 @@ def plan(
     """
     recipe = recipe or Recipe()
     check_device(device)
+    methods.make(recipe)
     if out is not None:
         check_writable(Path(out))
+        refuse_foreign(Path(out))
     source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def windows(longest: int | None) -> tuple[Tensor, str, str, Iterable[str]]:
@@ -71,7 +75,7 @@ def quantize(
     began = time.perf_counter()
     out = Path(out)
     made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
-    with Sink.open(out, fingerprint(made), units=len(stream.rest(made)) + len(made.structure.blocks)) as sink:
+    with Sink.open(out, fingerprint(made, device), units=len(rest(made)) + len(made.structure.blocks)) as sink:
         watch = watch or Silent()
         for note in sink.notes:
             watch.note(note)
@@ -79,7 +83,9 @@ def quantize(
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
         stream.run(made, sink, torch.device(device), watch)
-        report = make_report(made, model, out, sink.done, time.perf_counter() - began, sink.total_bytes)
+        # A folder is named by its whole path, so that the report can be used from anywhere.
+        name = str(Path(model).absolute()) if Path(model).exists() else model
+        report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes)
         card = model_card(made, model, out.absolute().name)
         sink.finish(config(made), made.source.aux_files(), {REPORT: report.to_json(), "README.md": card})
     return report
@@ -102,13 +108,14 @@ def config(made: Plan) -> dict[str, Any]:
     return made.source.config | {"quantization_config": section}
 
 
-def fingerprint(made: Plan) -> dict[str, Any]:
+def fingerprint(made: Plan, device: str) -> dict[str, Any]:
     """What must be the same for a run to go on in a folder: model, recipe, calibration text, versions that matter."""
     return {
         "source": made.source.fingerprint(),
         "recipe": made.recipe.to_dict(),
         "calibration": made.calibration_digest,
         "versions": versions(),
+        "device": torch.device(device).type,
     }
 
 

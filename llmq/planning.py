@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import discover, methods
-from llmq.budget import Budget, Load, before_blocks, check_room, predict
+from llmq.budget import Budget, Load, check_room, predict
 from llmq.discover import Structure
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
@@ -104,16 +104,24 @@ def make_plan(
     structure = discover.find(model)
     links = link(model, source.names())
     items = _items(source, recipe, model, structure, links, dtype)
-    _check_sources(model, structure, links)
+    _check_sources(source, model, links)
     _check_patterns(recipe, items)
     _check_items(items, recipe, tp)
-    ids, description, digest, notes = windows(_longest(model))
-    if not methods.needs(recipe):
-        ids, description = ids[:1, :CHECK_TOKENS], f"none needed; one window of {description} checks each block"
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if methods.needs(recipe):
+        ids, description, digest, notes = windows(_longest(model))
+    else:
+        ids = (torch.arange(min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)) % vocabulary)[None]
+        description, digest, notes = "none needed; one window of token ids in a row checks each block", "", []
+    if int(ids.max()) >= vocabulary:
+        raise LlmqError(
+            f"{source.folder}: the tokenizer gives id {int(ids.max())}, the model has {vocabulary} embeddings: "
+            "they do not belong together"
+        )
     plan = Plan(source, recipe, model, structure, links, dtype, items, ids, description, digest)
     plan.warnings = [*notes, *_warnings(items)]
     plan.budget = _budget(plan, device)
-    check_room(plan.budget, out)
+    check_room(plan.budget, out, device)
     return plan
 
 
@@ -151,7 +159,7 @@ def _model_dtype(source: Source) -> torch.dtype:
     for name in source.names():
         info = source.info(name)
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    dtype = max(sizes, key=lambda d: sizes[d])
+    dtype = max(sizes, key=lambda d: sizes[d], default=None)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise LlmqError(f"{source.folder}: its weights are {dtype}; llmq reads float32, float16 and bfloat16 sources")
     return dtype
@@ -202,6 +210,10 @@ def _items(
         if value.dim() >= 2 and parameter not in planned:
             tensor = links.source.get(parameter, parameter)
             items.append(_left(parameter, tensor, tuple(value.shape), dtype, "outside the decoder blocks", None))
+    for tensor in links.unused:
+        shape = source.info(tensor).shape
+        if len(shape) >= 2:
+            items.append(_left(tensor, tensor, shape, dtype, "transformers does not load it: copied as it is", None))
     return items
 
 
@@ -237,14 +249,20 @@ def _smaller(width: int, group: int) -> int | None:
     return next((g for g in range(group - 1, SMALLEST_GROUP - 1, -1) if width % g == 0), None)
 
 
-def _check_sources(model: nn.Module, structure: Structure, links: Links) -> None:
-    inside = [
-        f"{block.name}.{n}" for block in structure.blocks for n, _ in model.get_submodule(block.name).named_parameters()
-    ]
-    for name in [*inside, *before_blocks(model, inside)]:
-        if name not in links.source:
-            reason = links.converted.get(name, "the checkpoint has no tensor for it")
-            raise LlmqError(f"{name} cannot be read one to one ({reason}), which llmq does not support yet")
+def _check_sources(source: Source, model: nn.Module, links: Links) -> None:
+    for name, parameter in model.named_parameters():
+        tensor = links.source.get(name)
+        if tensor is None:
+            reason = links.converted.get(
+                name, "the checkpoint has no tensor for it: it is incomplete, or another model's"
+            )
+            raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
+        stored = source.info(tensor).shape
+        if stored != tuple(parameter.shape):
+            raise LlmqError(
+                f"{source.folder}: {tensor} is {[*stored]} in the checkpoint and {[*parameter.shape]} by config.json: "
+                "they do not belong together"
+            )
 
 
 def _check_patterns(recipe: Recipe, items: list[Item]) -> None:
@@ -291,7 +309,8 @@ def _splits(item: Item, tp: int) -> bool:
     rows, width = item.shape
     assert item.scheme is not None
     if not item.splits_input:
-        return rows % tp == 0
+        # Zero points are packed along the output.
+        return rows % tp == 0 and (item.scheme.symmetric or rows // tp * item.scheme.bits % 32 == 0)
     part = width // tp
     return width % tp == 0 and part % (item.scheme.group_size or 1) == 0 and part * item.scheme.bits % 32 == 0
 

@@ -14,19 +14,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq import discover, methods
+from llmq import methods
+from llmq.blocks import discard, fill, load, release, rest, restore, untouched
 from llmq.budget import before_blocks
 from llmq.capture import Statistic, collect
-from llmq.discover import Call, Recording
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
+from llmq.parameters import assign, empty
 from llmq.planning import Item, Plan
+from llmq.record import Call, Recording, record
 from llmq.sink import Sink
 from llmq.source import check_finite
 
-REST_BYTES = 2**30
 CHUNK = 1 << 21
-PROBE_VALUES = 64
+PROBE_VALUES = 256
 PROBE_TOLERANCE = 1e-3
 
 
@@ -55,31 +56,43 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     todo = [i for i, unit in enumerate(units) if unit not in sink.done]
     watch.stage("Quantizing", len(units))
     for index in range(todo[0] if todo else 0):
-        block = restore(plan, sink, index, device)
-        hidden = forward(block, hidden, [calls[index] for calls in recording.calls], device)
-        check_probe(sink.done[units[index]], hidden[0], plan.structure.blocks[index].name)
-        discard(block)
+        hidden = replay(plan, sink, index, hidden, [calls[index] for calls in recording.calls], device)
         watch.step(f"{units[index]} was already done")
     for index in todo:
-        began = time.perf_counter()
-        calls = [batch[index] for batch in recording.calls]
-        block = fill(plan, index, device)
-        target, statistics = observe(plan, index, block, hidden, calls, device)
-        tensors: dict[str, Tensor] = {}
-        rows = []
-        for item in plan.of_block(index):
-            packed, row = quantize_weight(plan, item, block, index, statistics)
-            tensors |= packed
-            rows.append(row)
-        tensors |= untouched(plan, index)
-        hidden = forward(block, hidden, calls, device)
-        payload = {"weights": rows, "error": relative_error(hidden, target), "probe": probe(hidden[0])}
-        payload["seconds"] = round(time.perf_counter() - began, 3)
-        discard(block)
-        sink.commit(units[index], tensors, payload)
-        watch.step(f"{units[index]}: output error {payload['error']:.2e}")
+        hidden = quantize_block(plan, sink, index, hidden, [calls[index] for calls in recording.calls], device)
+        release()
+        watch.step(f"{units[index]}: output error {sink.done[units[index]]['error']:.2e}")
     del hidden
     verify(plan, sink, recording, device, watch)
+
+
+def quantize_block(
+    plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
+) -> list[Tensor]:
+    """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input."""
+    began = time.perf_counter()
+    block = fill(plan, index, device)
+    target, statistics = observe(plan, index, block, hidden, calls, device)
+    tensors, rows = quantize_weights(plan, index, statistics)
+    tensors |= untouched(plan, index)
+    output = forward(block, hidden, calls, device)
+    check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
+    payload = {"weights": rows, "error": relative_error(output, target), "probe": probe(output[0])}
+    payload["seconds"] = round(time.perf_counter() - began, 3)
+    discard(block)
+    sink.commit(f"block {index}", tensors, payload)
+    return output
+
+
+def replay(
+    plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
+) -> list[Tensor]:
+    """The output of a block as it was written, compared with the one it had in memory."""
+    block = restore(plan, sink, index, device)
+    output = forward(block, hidden, calls, device)
+    check_probe(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
+    discard(block)
+    return output
 
 
 def skeleton(plan: Plan, device: torch.device, watch: Watch) -> Recording:
@@ -93,9 +106,9 @@ def skeleton(plan: Plan, device: torch.device, watch: Watch) -> Recording:
         load(plan, name, torch.device("cpu"))
     batches = list(torch.split(plan.ids, plan.batch))
     watch.stage("Recording calls", len(batches))
-    recording = discover.record(model, blocks, _ticking(batches, watch))
+    recording = record(model, blocks, _ticking(batches, watch))
     for name in needed:
-        discover.empty(model, name)
+        empty(model, name)
     return recording
 
 
@@ -103,57 +116,6 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         watch.step("")
-
-
-def load(plan: Plan, name: str, device: torch.device) -> None:
-    """Fill one parameter or buffer of the model from the checkpoint, checked to be finite."""
-    tensor = plan.links.source.get(name)
-    if tensor is None:
-        raise LlmqError(f"{plan.source.folder}: the checkpoint has no tensor for {name}")
-    value = plan.source.read(tensor)
-    if value.is_floating_point():
-        check_finite(value, tensor, plan.source.info(tensor).file)
-        value = value.to(plan.dtype)
-    discover.assign(plan.model, name, value.to(device))
-
-
-def members(plan: Plan, index: int) -> dict[str, str]:
-    """Parameters and buffers of a block, by full name, with the checkpoint's name for each."""
-    prefix = plan.structure.blocks[index].name + "."
-    return {name: tensor for name, tensor in plan.links.source.items() if name.startswith(prefix)}
-
-
-def fill(plan: Plan, index: int, device: torch.device) -> nn.Module:
-    """The block with its weights read from the checkpoint."""
-    name = plan.structure.blocks[index].name
-    block = plan.model.get_submodule(name)
-    for parameter, _ in block.named_parameters():
-        load(plan, f"{name}.{parameter}", device)
-    for buffer in members(plan, index).keys() - {f"{name}.{p}" for p, _ in block.named_parameters()}:
-        load(plan, buffer, device)
-    return block.to(device)
-
-
-def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> nn.Module:
-    """The block as it was written: every tensor read back from the output folder, quantized ones dequantized."""
-    block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    chosen = {f"{item.module}.weight": item for item in plan.of_block(index)}
-    for name, tensor in members(plan, index).items():
-        item = chosen.get(name)
-        if item is None or item.scheme is None:
-            value = sink.read(tensor)
-        else:
-            suffixes = compressed_tensors.spec(item.shape, item.scheme, plan.dtype)
-            stored = {suffix: sink.read(f"{item.name}.{suffix}") for suffix in suffixes}
-            value = compressed_tensors.unpack(stored, item.scheme).dequantize(plan.dtype)
-        discover.assign(plan.model, name, (value.to(plan.dtype) if value.is_floating_point() else value).to(device))
-    return block.to(device)
-
-
-def discard(block: nn.Module) -> None:
-    """Give the block's memory back."""
-    for name, _ in list(block.named_parameters()):
-        discover.empty(block, name)
 
 
 def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
@@ -164,7 +126,7 @@ def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: t
 
 def observe(
     plan: Plan, index: int, block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device
-) -> tuple[list[Tensor], Mapping[int, dict[type[Statistic], Statistic]]]:
+) -> tuple[list[Tensor], dict[int, dict[type[Statistic], Statistic]]]:
     """One pass of the unquantized block: its outputs, and the statistics of each distinct weight input."""
     needs = methods.needs(plan.recipe)
     statistics: dict[int, dict[type[Statistic], Statistic]] = {}
@@ -175,16 +137,35 @@ def observe(
             fed[plan.model.get_submodule(item.module)] = list(statistics[item.shares].values())
     with collect(fed):
         target = forward(block, hidden, calls, device)
-    if not all(bool(torch.isfinite(t).all()) for t in target):
-        raise LlmqError(
-            f"{plan.structure.blocks[index].name}: its output is not finite before any quantization; "
-            f"the checkpoint overflows {plan.dtype}, or its weights are damaged"
-        )
+    check_output(plan, index, target, "before any quantization: it overflows its dtype, or its weights are damaged")
     return target, statistics
 
 
+def check_output(plan: Plan, index: int, output: list[Tensor], when: str) -> None:
+    """Raise LlmqError where a block's output is not finite."""
+    if not all(bool(torch.isfinite(t).all()) for t in output):
+        raise LlmqError(f"{plan.structure.blocks[index].name}: its output is not finite {when}")
+
+
+def quantize_weights(
+    plan: Plan, index: int, statistics: dict[int, dict[type[Statistic], Statistic]]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Quantize a block's weights in place: the tensors to write, the lines of the report. Statistics go once used."""
+    items = plan.of_block(index)
+    last = {item.shares: item for item in items}
+    tensors: dict[str, Tensor] = {}
+    rows = []
+    for item in items:
+        packed, row = quantize_weight(plan, item, statistics[item.shares])
+        tensors |= packed
+        rows.append(row)
+        if last[item.shares] is item:
+            del statistics[item.shares]
+    return tensors, rows
+
+
 def quantize_weight(
-    plan: Plan, item: Item, block: nn.Module, index: int, statistics: Mapping[int, Mapping[type[Statistic], Statistic]]
+    plan: Plan, item: Item, statistics: Mapping[type[Statistic], Statistic]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize one weight in place: the tensors to write and its line of the report."""
     began = time.perf_counter()
@@ -192,12 +173,12 @@ def quantize_weight(
     module = plan.model.get_submodule(item.module)
     weight = module.get_parameter("weight").detach()
     try:
-        quantized = methods.quantize(plan.recipe, weight, item.scheme, statistics[item.shares])
+        quantized = methods.quantize(plan.recipe, weight, item.scheme, statistics)
     except LlmqError as problem:
         raise LlmqError(f"{item.tensor}: {problem}") from problem
     value = quantized.dequantize(plan.dtype)
     error = relative_error([value], [weight])
-    discover.assign(plan.model, f"{item.module}.weight", value)
+    assign(plan.model, f"{item.module}.weight", value)
     packed = compressed_tensors.pack(quantized)
     row = {
         "name": item.name,
@@ -211,37 +192,17 @@ def quantize_weight(
     return {f"{item.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}, row
 
 
-def untouched(plan: Plan, index: int) -> dict[str, Tensor]:
-    """The block's other tensors, unless an earlier block shares them, byte for byte as the checkpoint has them."""
-    chosen = {item.tensor for item in plan.of_block(index)}
-    chosen |= {tensor for earlier in range(index) for tensor in members(plan, earlier).values()}
-    return {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
-
-
 def copy_rest(plan: Plan, sink: Sink, watch: Watch) -> None:
-    """Write everything that belongs to no block, as it is, in shards of about 1 GiB."""
+    """Write everything that belongs to no block, as it is, in shards of up to 256 MiB."""
     units = rest(plan)
     watch.stage("Copying", len(units))
     for unit, names in units.items():
         if unit not in sink.done:
-            sink.commit(unit, {name: plan.source.read(name) for name in names}, {})
+            tensors = {name: plan.source.read(name) for name in names}
+            for name, tensor in tensors.items():
+                check_finite(tensor, name, plan.source.info(name).file)
+            sink.commit(unit, tensors, {})
         watch.step(unit)
-
-
-def rest(plan: Plan) -> dict[str, list[str]]:
-    """The checkpoint's tensors outside the blocks, in units of about 1 GiB."""
-    inside = {t for i in range(len(plan.structure.blocks)) for t in members(plan, i).values()}
-    units: dict[str, list[str]] = {}
-    size = REST_BYTES
-    for name in plan.source.names():
-        if name not in inside:
-            nbytes = plan.source.info(name).nbytes
-            if size + nbytes > REST_BYTES:
-                units[f"rest {len(units)}"] = []
-                size = 0
-            size += nbytes
-            units[f"rest {len(units) - 1}"].append(name)
-    return units
 
 
 def relative_error(values: list[Tensor], targets: list[Tensor]) -> float:
@@ -256,19 +217,22 @@ def relative_error(values: list[Tensor], targets: list[Tensor]) -> float:
 
 
 def probe(hidden: Tensor) -> list[float]:
-    """A few evenly spread values of a block's output, to know it again by."""
+    """A block's output to be known again by: its norm, and values at places drawn by a fixed seed."""
     flat = hidden.flatten()
-    return [float(v) for v in flat[:: max(1, flat.numel() // PROBE_VALUES)][:PROBE_VALUES].float()]
+    places = torch.randint(flat.numel(), (PROBE_VALUES,), generator=torch.Generator().manual_seed(0))
+    return [float(torch.linalg.vector_norm(flat.float())), *flat[places].float().tolist()]
 
 
 def check_probe(payload: Mapping[str, Any], hidden: Tensor, name: str) -> None:
     """Raise LlmqError when a block read back gives another output than it gave in memory."""
     then, now = torch.tensor(payload["probe"]), torch.tensor(probe(hidden))
-    apart = float((then - now).norm() / then.norm().clamp_min(1e-30))
+    apart = float((then - now)[1:].norm() / then[1:].norm().clamp_min(1e-30))
+    apart = max(apart, abs(float(now[0] / then[0].clamp_min(1e-30)) - 1))
     if not apart <= PROBE_TOLERANCE:
         raise LlmqError(
             f"{name}: read back from disk it gives another output than in memory (relative difference {apart:.1e}); "
-            "the disk or memory is faulty, or another program changed the folder: delete it and run again"
+            "the disk or memory is faulty, another program changed the folder, or the run began on another machine: "
+            "delete the folder and run again"
         )
 
 
@@ -276,9 +240,6 @@ def verify(plan: Plan, sink: Sink, recording: Recording, device: torch.device, w
     """Reopen every block that was written and compare its output on the first batch with the one it had in memory."""
     hidden = recording.hidden[:1]
     watch.stage("Verifying", len(plan.structure.blocks))
-    for index, info in enumerate(plan.structure.blocks):
-        block = restore(plan, sink, index, device)
-        hidden = forward(block, hidden, [recording.calls[0][index]], device)
-        check_probe(sink.done[f"block {index}"], hidden[0], info.name)
-        discard(block)
+    for index in range(len(plan.structure.blocks)):
+        hidden = replay(plan, sink, index, hidden, [recording.calls[0][index]], device)
         watch.step("")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq import discover
+from llmq.record import record
+from llmq.record import record
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
@@ -131,7 +133,7 @@ def _replay_faults(
 ) -> list[str]:
     blocks = list(model.get_submodule(structure.path).children())
     fill(model, real)
-    recording = discover.record(model, blocks, [ids])
+    recording = record(model, blocks, [ids])
     if len(seen.outputs) != len(blocks):
         return [f"an ordinary forward pass calls the blocks {len(seen.outputs)} times"]
     hidden = recording.hidden[0]

@@ -1,0 +1,98 @@
+"""A block's weights: from the checkpoint, from the output folder, and away again."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.formats import compressed_tensors
+from llmq.parameters import assign, empty
+from llmq.planning import Plan
+from llmq.sink import Sink
+from llmq.source import check_finite
+
+REST_BYTES = 2**28
+
+
+def load(plan: Plan, name: str, device: torch.device) -> None:
+    """Fill one parameter or buffer of the model from the checkpoint, checked to be finite."""
+    tensor = plan.links.source.get(name)
+    if tensor is None:
+        raise LlmqError(f"{plan.source.folder}: the checkpoint has no tensor for {name}")
+    value = plan.source.read(tensor)
+    if value.is_floating_point():
+        value = value.to(plan.dtype)
+        check_finite(value, tensor, plan.source.info(tensor).file)
+    assign(plan.model, name, value.to(device))
+
+
+def members(plan: Plan, index: int) -> dict[str, str]:
+    """Parameters and buffers of a block, by full name, with the checkpoint's name for each."""
+    prefix = plan.structure.blocks[index].name + "."
+    return {name: tensor for name, tensor in plan.links.source.items() if name.startswith(prefix)}
+
+
+def fill(plan: Plan, index: int, device: torch.device) -> nn.Module:
+    """The block with its weights read from the checkpoint."""
+    name = plan.structure.blocks[index].name
+    block = plan.model.get_submodule(name)
+    for parameter, _ in block.named_parameters():
+        load(plan, f"{name}.{parameter}", device)
+    for buffer in members(plan, index).keys() - {f"{name}.{p}" for p, _ in block.named_parameters()}:
+        load(plan, buffer, device)
+    return block.to(device)
+
+
+def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> nn.Module:
+    """The block as it was written: every tensor read back from the output folder, quantized ones dequantized."""
+    block = plan.model.get_submodule(plan.structure.blocks[index].name)
+    chosen = {f"{item.module}.weight": item for item in plan.of_block(index)}
+    for name, tensor in members(plan, index).items():
+        item = chosen.get(name)
+        if item is None or item.scheme is None:
+            value = sink.read(tensor)
+        else:
+            suffixes = compressed_tensors.spec(item.shape, item.scheme, plan.dtype)
+            stored = {suffix: sink.read(f"{item.name}.{suffix}") for suffix in suffixes}
+            value = compressed_tensors.unpack(stored, item.scheme).dequantize(plan.dtype)
+        assign(plan.model, name, (value.to(plan.dtype) if value.is_floating_point() else value).to(device))
+    return block.to(device)
+
+
+def release() -> None:
+    """Hand freed memory back to the system: glibc keeps what it may need again, which adds up over blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def discard(block: nn.Module) -> None:
+    """Give the block's memory back."""
+    for name, _ in list(block.named_parameters()):
+        empty(block, name)
+
+
+def untouched(plan: Plan, index: int) -> dict[str, Tensor]:
+    """The block's other tensors, unless an earlier block shares them, byte for byte as the checkpoint has them."""
+    chosen = {item.tensor for item in plan.of_block(index)}
+    chosen |= {tensor for earlier in range(index) for tensor in members(plan, earlier).values()}
+    return {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
+
+
+def rest(plan: Plan) -> dict[str, list[str]]:
+    """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or one tensor."""
+    inside = {t for i in range(len(plan.structure.blocks)) for t in members(plan, i).values()}
+    units: dict[str, list[str]] = {}
+    size = REST_BYTES
+    for name in plan.source.names():
+        if name not in inside:
+            nbytes = plan.source.info(name).nbytes
+            if size + nbytes > REST_BYTES:
+                units[f"rest {len(units)}"] = []
+                size = 0
+            size += nbytes
+            units[f"rest {len(units) - 1}"].append(name)
+    return units

@@ -1,0 +1,70 @@
+"""The loop: what is verified after writing, what is refused on the way, what is kept of a tied head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import llmq
+from llmq import stream
+from llmq.planning import Plan
+from llmq.recipe import Recipe, Scheme
+from llmq.sink import Sink
+from tests.conftest import write_tiny_model
+from tests.llmq.refusal import refused
+
+IDS = torch.randint(256, (3, 64), generator=torch.Generator().manual_seed(0))
+RECIPE = Recipe(scheme=Scheme(4, 32))
+
+
+def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stream.restore
+
+    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> nn.Module:
+        block = real(plan, sink, index, device)
+        if index == 2:
+            block.get_parameter("mlp.down_proj.weight").data[1:] = 0
+        return block
+
+    monkeypatch.setattr(stream, "restore", wrong)
+    refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.2", "read back")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_output_that_overflows_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stream.quantize_weights
+
+    def huge(plan: Plan, index: int, statistics: object) -> object:
+        found = real(plan, index, statistics)  # type: ignore[arg-type]
+        if index == 1:
+            plan.model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(stream, "quantize_weights", huge)
+    refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.1", "after quantization")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_source_dtype(dtype: str, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", dtype=dtype, shard="100KB")
+    report = llmq.quantize(str(model), tmp_path / "out", RECIPE, ids=IDS)
+    assert len(report.weights) == 23 and not report.fallbacks
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    with safe_open(tmp_path / "out" / index[name], "pt") as shard:
+        assert shard.get_tensor(name).dtype == getattr(torch, dtype)
+
+
+def test_everything_is_in_the_report(tiny_model: Path, tmp_path: Path) -> None:
+    report = llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS)
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {row["name"] for row in written["weights"]} == {row["name"] for row in report.weights}
+    for row in written["weights"]:
+        assert row["kept"] if row["scheme"] is None else 0 < row["error"] < 0.3
+    assert all(0 < block["error"] < 0.5 for block in written["blocks"])
+    assert written["peak_memory"] > 0 and written["bits_per_weight"] == pytest.approx(report.bits_per_weight)
