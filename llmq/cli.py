@@ -51,6 +51,10 @@ ActOrder = Annotated[
 Sweeps = Annotated[
     int | None, typer.Option(help="How often GPTQ's scales and codes are revisited. Default 2; 0 is the paper's GPTQ.")
 ]
+Damping = Annotated[
+    float | None,
+    typer.Option(help="Share of the mean diagonal that GPTQ adds to its Hessian's diagonal. Default 0.01."),
+]
 Calib = Annotated[
     str | None,
     typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
@@ -97,6 +101,7 @@ def recipe_options(
     range: Range = None,
     act_order: ActOrder = None,
     sweeps: Sweeps = None,
+    damping: Damping = None,
     calib: Calib = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -112,6 +117,7 @@ def recipe_options(
         "range": range,
         "act_order": act_order,
         "sweeps": sweeps,
+        "damping": damping,
         "keep": keep or None,
         "ragged": ragged,
         "seed": seed,

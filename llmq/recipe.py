@@ -98,7 +98,8 @@ class Recipe:
 
     overrides: (pattern, scheme) pairs, the last match wins; keep: patterns of weights left in their own dtype. A
     pattern is dotted parts of a weight's name in the checkpoint, a shell glob, or 're:' and a regular expression.
-    range, act_order: 'auto' is what measures best for the method. damping, sweeps: GPTQ's, see llmq.methods.gptq.
+    range, act_order: 'auto', and damping, sweeps: None, are the method's own defaults, what measures best for it. One
+    that is given to a method that does not take it is refused. damping, sweeps: see llmq.methods.gptq.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -108,8 +109,8 @@ class Recipe:
     ragged: str = "error"
     range: str = "auto"
     act_order: str = "auto"
-    damping: float = 0.01
-    sweeps: int = 2
+    damping: float | None = None
+    sweeps: int | None = None
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
@@ -125,9 +126,9 @@ class Recipe:
                 raise LlmqError(f"{name} {value!r} is not known: {choices}")
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
-        if self.sweeps < 0:
+        if self.sweeps is not None and self.sweeps < 0:
             raise LlmqError(f"sweeps must be 0 or more, not {self.sweeps!r}")
-        if not 0 < self.damping < 1:
+        if self.damping is not None and not 0 < self.damping < 1:
             raise LlmqError(f"damping must lie between 0 and 1, not {self.damping!r}")
 
     def to_dict(self) -> dict[str, Any]:

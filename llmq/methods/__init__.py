@@ -15,6 +15,9 @@ from llmq.methods.base import Method
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Recipe, Scheme, nearest
 
+OPTIONS = ("range", "act_order", "damping", "sweeps")
+"""The fields of a Recipe that go to the method, where it takes them."""
+
 
 def names() -> list[str]:
     """The methods there are: the files beside this one."""
@@ -31,14 +34,22 @@ def find(name: str) -> type[Method]:
 
 
 def make(recipe: Recipe) -> Method:
-    """The recipe's quantizer, with those of the recipe's options that it takes."""
+    """The recipe's quantizer. Raises LlmqError where the recipe gives an option that it does not take."""
     if len(recipe.methods) != 1:
         raise LlmqError(f"method {'+'.join(recipe.methods)!r}: one method at a time is supported")
     kind = find(recipe.methods[0])
     taken = inspect.signature(kind).parameters
-    options: dict[str, Any] = {k: getattr(recipe, k) for k in ("range", "act_order", "damping", "sweeps")}
-    # What is left on auto is the method's own default: what measures best for it.
-    return kind(**{k: v for k, v in options.items() if k in taken and v != "auto"})
+    options: dict[str, Any] = {k: getattr(recipe, k) for k in OPTIONS}
+    # What is left on auto, or not given, is the method's own default: what measures best for it.
+    given = {k: v for k, v in options.items() if v not in (None, "auto")}
+    for name in given:
+        if name not in taken:
+            fitting = [other for other in names() if name in inspect.signature(find(other)).parameters]
+            raise LlmqError(
+                f"{name} {given[name]!r} (--{name.replace('_', '-')}) is no option of method {recipe.methods[0]!r}: "
+                f"leave it out, or choose a method that has it ({', '.join(fitting)})"
+            )
+    return kind(**given)
 
 
 def needs(recipe: Recipe) -> tuple[type[Any], ...]:

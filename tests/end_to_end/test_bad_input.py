@@ -133,7 +133,7 @@ def test_damaged_source(damage: Callable[[Path], str], model: Path, tmp_path: Pa
     assert not list(tmp_path.glob("out/config.json"))
 
 
-def test_mended_weight_goes_on(model: Path, tmp_path: Path, text_file: Path, llmq: Run) -> None:
+def test_mended_weight_is_another_model(model: Path, tmp_path: Path, text_file: Path, llmq: Run) -> None:
     """A NaN in block 1 stops the run; it is another model once mended, so the folder is refused, by name."""
     pristine = Path(shutil.copytree(model, tmp_path / "pristine"))
     not_a_number(model)
@@ -159,6 +159,9 @@ def test_mended_weight_goes_on(model: Path, tmp_path: Path, text_file: Path, llm
         (["--override", "lm_head=bits:8"], "left alone"),
         (["--method", "gtpq"], "did you mean 'gptq'"),
         (["--range", "mean"], "range"),
+        (["--method", "rtn", "--act-order", "static"], "--act-order"),
+        (["--damping", "1.5"], "damping"),
+        (["--override", "up_proj=bits:{"], "--override"),
         (["--ragged", "sometimes"], "ragged"),
         (["--tp", "3"], "--tp 3"),
         (["--device", "warp"], "--device warp"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmq import methods
 from llmq.errors import LlmqError
 from llmq.recipe import ACT_ORDERS, RAGGED, RANGES, Calibration, Recipe, Scheme, parse_override
 from tests.llmq.refusal import refused
@@ -22,8 +24,8 @@ recipes = st.builds(
     ragged=st.sampled_from(RAGGED),
     range=st.sampled_from(("auto", *RANGES)),
     act_order=st.sampled_from(("auto", *ACT_ORDERS)),
-    damping=st.floats(0.001, 0.5),
-    sweeps=st.integers(0, 5),
+    damping=st.none() | st.floats(0.001, 0.5),
+    sweeps=st.none() | st.integers(0, 5),
     calibration=st.builds(Calibration, st.text(min_size=1), st.integers(1, 512), st.integers(2, 4096)),
     seed=st.integers(0, 9),
 )
@@ -98,6 +100,24 @@ def test_a_pattern_is_not_split(keep: str, tmp_path: Path) -> None:
 def test_types_are_checked_without_yaml_too() -> None:
     refused(lambda: Calibration(samples=True), "samples")
     refused(lambda: Recipe(keep="head"), "keep")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"act_order": "static"}, ("act_order 'static'", "--act-order", "'rtn'", "gptq")),
+        ({"sweeps": 0}, ("sweeps 0", "--sweeps", "'rtn'")),
+        ({"damping": 0.1}, ("damping 0.1", "--damping", "'rtn'")),
+    ],
+)
+def test_an_option_of_another_method(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    refused(lambda: methods.make(Recipe(methods=("rtn",), **options)), *words)
+    assert vars(methods.make(Recipe(methods=("gptq",), **options))).items() >= options.items()
+
+
+def test_the_defaults_are_the_methods_own() -> None:
+    assert vars(methods.make(Recipe(methods=("rtn",)))) == {"range": "mse"}
+    assert vars(methods.make(Recipe())) == vars(methods.find("gptq")())
 
 
 def test_overrides_from_the_command_line() -> None:
