@@ -53,8 +53,10 @@ def solve(
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
     When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, then plain
-    rounding is used; each is named in `notes`. Raises LlmqError for a weight or Hessian that is not finite, or options
-    that do not exist. Two float32 [in, in] matrices are held besides the Hessian (one, with consume and no sweeps).
+    rounding is used; each is named in `notes`. Nothing is revisited then, nor when an input that never fired has other
+    entries in H: without a minimum, descent need not end near the weight. Raises LlmqError for a weight or Hessian that
+    is not finite, or options that do not exist. Two float32 [in, in] matrices are held besides the Hessian (one, with
+    consume and no sweeps).
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
@@ -81,6 +83,8 @@ def solve(
         solved.range_all()
     q = replace(solved.run(block_size), notes=notes)
     del factor, solved
+    if notes or bool(hessian[diagonal <= 0].any()):
+        return q
     return improve(q, weight, hessian, sweeps=sweeps, damping=damping, block_size=block_size)
 
 

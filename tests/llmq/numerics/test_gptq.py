@@ -150,20 +150,42 @@ def test_dead_inputs_are_rounded_and_change_nothing_else(act_order: str, symmetr
     assert solve(weight, torch.zeros(64, 64), Scheme(4, 8, symmetric), act_order=act_order).notes == ()
 
 
-def test_damping_grows_when_the_hessian_is_not_positive_definite() -> None:
-    weight, _ = problem(4, 6, 32)
-    hessian = torch.eye(32) - 1.05 / 32
-    q = solve(weight, hessian, Scheme(4, 8))
+def nearest(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedWeight:
+    scale, zero = find_range(weight, scheme, "weighted", hessian.diagonal())
+    return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme)
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_damping_grows_when_the_hessian_is_not_positive_definite(sweeps: int) -> None:
+    weight, hessian = problem(4, 6, 32, True)
+    hessian /= torch.outer(hessian.diagonal(), hessian.diagonal()).sqrt()
+    values, vectors = torch.linalg.eigh(hessian)
+    hessian -= (values[0] + 0.05) * torch.outer(vectors[:, 0], vectors[:, 0])
+    q = solve(weight, hessian, Scheme(4, 8), sweeps=sweeps)
     assert q.notes == ("the Hessian was not positive definite: damping raised from 0.01 to 0.1",)
-    assert bool(torch.isfinite(q.dequantize(torch.float32)).all())
+    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(32)
+    assert objective(weight, q, damped) <= objective(weight, nearest(weight, hessian, q.scheme), damped)
+    assert float((q.dequantize(torch.float32) - weight).norm() / weight.norm()) < 0.2
 
 
-def test_eigenvalues_are_clipped_when_no_damping_helps() -> None:
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_eigenvalues_are_clipped_when_no_damping_helps(sweeps: int) -> None:
     weight, hessian = problem(5, 6, 32)
     hessian = hessian - 3000 * torch.ones(32, 32) + 3000 * torch.eye(32)
-    q = solve(weight, hessian, Scheme(4, 8))
+    q = solve(weight, hessian, Scheme(4, 8), sweeps=sweeps)
     assert q.notes == ("the Hessian was not positive definite with damping 100: its eigenvalues were clipped",)
-    assert bool(torch.isfinite(q.dequantize(torch.float32)).all())
+    values, vectors = torch.linalg.eigh(hessian.double())
+    clipped = (vectors * values.clamp_min(0.01 * float(hessian.diagonal().mean()))) @ vectors.t()
+    assert objective(weight, q, clipped) <= objective(weight, nearest(weight, hessian, q.scheme), clipped)
+    assert float((q.dequantize(torch.float32) - weight).norm() / weight.norm()) < 0.5
+
+
+@pytest.mark.parametrize("entry", [-5.0, 0.0])
+def test_a_diagonal_that_no_inputs_give_is_not_descended(entry: float) -> None:
+    weight, hessian = problem(9, 6, 32, True)
+    hessian[3, 3] = entry
+    plain, swept = (solve(weight, hessian, Scheme(4, 8), sweeps=sweeps) for sweeps in (0, 2))
+    assert torch.equal(swept.codes, plain.codes) and torch.equal(swept.scale, plain.scale)
 
 
 def test_rounding_to_nearest_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
