@@ -59,14 +59,26 @@ class _Descent:
         width = self.codes.shape[0]
         for _ in range(sweeps):
             for start in range(0, width, self.size):
-                self._rescale(start)
+                group = slice(start, start + self.size)
+                shift = self._rescale(start)
+                if self.size <= block_size:
+                    # Scale and codes move the rest of the gradient together: one large product instead of two.
+                    local = self.gradient[group] - self.hessian[group, group] @ shift
+                    self._move(group, shift.add_(self._recode(start, start + self.size, local)))
+                    continue
+                self._move(group, shift)
                 for inside in range(start, start + self.size, block_size):
-                    self._recode(inside, min(inside + block_size, start + self.size))
+                    part = slice(inside, min(inside + block_size, start + self.size))
+                    self._move(part, self._recode(part.start, part.stop, self.gradient[part].clone()))
         codes = self.codes.to(torch.int8).t().contiguous()
         return replace(self.q, codes=codes, scale=self.scale.t().to(self.q.scale.dtype).contiguous())
 
-    def _rescale(self, start: int) -> None:
-        """The best scale of the group that begins at a column, for its codes."""
+    def _move(self, part: slice, shift: Tensor) -> None:
+        """Bring the gradient up to date with a shift [columns, out] of Ŵ in a part of the columns."""
+        self.gradient.addmm_(self.hessian[:, part], shift, alpha=-1)
+
+    def _rescale(self, start: int) -> Tensor:
+        """The best scale of the group that begins at a column, for its codes; returns by how much Ŵ shifts there."""
         group, part = start // self.size, slice(start, start + self.size)
         levels = self.codes[part] if self.zero is None else self.codes[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels
@@ -78,13 +90,16 @@ class _Descent:
         fine = torch.isfinite(new) & (new.abs() >= torch.finfo(self.q.scale.dtype).tiny) & (new * old > 0)
         change = torch.where(fine & (change * (2 * slope - change * bend) > 0), change, 0.0)
         self.scale[group] += change
-        self.gradient.addmm_(self.hessian[:, part], levels * change, alpha=-1)
+        return levels * change
 
-    def _recode(self, start: int, stop: int) -> None:
-        """The best code of each column in [start, stop), one after another."""
+    def _recode(self, start: int, stop: int, gradient: Tensor) -> Tensor:
+        """The best code of each column in [start, stop), one after another; returns by how much Ŵ shifts there.
+
+        gradient: float32 [stop − start, out], G of these columns; overwritten.
+        """
         group, part = start // self.size, slice(start, stop)
         scale, scheme = self.scale[group], self.q.scheme
-        gradient, hessian = self.gradient[part].clone(), self.hessian[part, part]
+        hessian = self.hessian[part, part]
         moved = torch.empty_like(gradient)
         # An input that never fired has no curvature, and no reason to move.
         steps = (self.curvature[part, None] * scale).reciprocal_().nan_to_num_(0, 0, 0)
@@ -95,4 +110,4 @@ class _Descent:
             torch.mul(change, scale, out=moved[k])
             if k + 1 < stop - start:
                 gradient[k + 1 :].addr_(hessian[k, k + 1 :], moved[k], alpha=-1)
-        self.gradient.addmm_(self.hessian[:, part], moved, alpha=-1)
+        return moved
