@@ -52,11 +52,11 @@ def solve(
     are revisited afterwards (see `descent`; 0 is the paper's GPTQ); consume: the Hessian may be overwritten.
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
-    When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, then plain
-    rounding is used; each is named in `notes`. Nothing is revisited then, nor when an input that never fired has other
-    entries in H: without a minimum, descent need not end near the weight. Raises LlmqError for a weight or Hessian that
-    is not finite, or options that do not exist. Two float32 [in, in] matrices are held besides the Hessian (one, with
-    consume and no sweeps).
+    When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, and if that fails
+    plain rounding is used; each is named in `notes`. Nothing is revisited then, nor when an input that never fired has
+    other entries in H: without a minimum, descent need not end near the weight. Raises LlmqError for a weight or
+    Hessian that is not finite, or options that do not exist. Two float32 [in, in] matrices are held besides the Hessian
+    (one, with consume and no sweeps).
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
@@ -125,9 +125,16 @@ def factorize(
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
             return _invert(lower, hessian if consume else None), tuple(notes)
         amount = max(amount, 1e-3) * 10
-    notes.append(f"the Hessian was not positive definite with damping {amount / 10:g}: its eigenvalues were clipped")
-    values, vectors = torch.linalg.eigh(_mirrored(hessian, mirror, dead, 0.0))
+    found = f"the Hessian was not positive definite with damping {amount / 10:g}"
+    try:
+        values, vectors = torch.linalg.eigh(_mirrored(hessian, mirror, dead, 0.0))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # No convergence, or too wide for LAPACK.
+        reason = str(error).partition("\n")[0]
+        return None, (f"{found} and its eigenvalues were not found ({reason}): rounded to nearest instead of GPTQ",)
     values.clamp_(min=max(damping, 1e-3) * mean)
+    notes.append(f"{found}: its eigenvalues were clipped")
     lower = (vectors * values) @ vectors.t()
     if _cholesky(lower):
         return _invert(lower, hessian if consume else None), tuple(notes)

@@ -197,6 +197,24 @@ def test_rounding_to_nearest_is_the_last_resort(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(q.codes, round_to_grid(weight, scale, zero, q.scheme))
 
 
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError, RuntimeError])
+def test_eigenvalues_that_are_not_found_mean_rounding_to_nearest(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def eigh(matrix: Tensor) -> None:
+        raise error("failed to converge\nand more")
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    weight, hessian = problem(5, 6, 32)
+    hessian = hessian - 3000 * torch.ones(32, 32) + 3000 * torch.eye(32)
+    q = solve(weight, hessian, Scheme(4, 8), sweeps=2)
+    assert q.notes == (
+        "the Hessian was not positive definite with damping 100 and its eigenvalues were not found (failed to "
+        "converge): rounded to nearest instead of GPTQ",
+    )
+    assert torch.equal(q.codes, nearest(weight, hessian, q.scheme).codes)
+
+
 def test_factor_is_that_of_the_inverse() -> None:
     _, hessian = problem(7, 1, 300)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
