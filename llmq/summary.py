@@ -6,8 +6,10 @@ from itertools import groupby
 from math import prod
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from llmq import methods
 from llmq.budget import gib
 from llmq.planning import Item, Plan
 from llmq.report import Report
@@ -17,21 +19,24 @@ WORST = 5
 
 def plan(console: Console, made: Plan) -> None:
     """Every weight's shape, scheme and bytes before and after, then the summary."""
-    table = Table(title=f"{made.source.folder}", title_justify="left")
-    for heading in ("weight", "shape", "scheme", "before", "after", "bits/weight"):
-        table.add_column(heading, justify="right" if heading in ("before", "after", "bits/weight") else "left")
-    for _, items in groupby(made.items, key=lambda i: i.block):
-        for item in items:
-            table.add_row(*_row(item))
-        table.add_section()
+    title = escape(str(made.source.folder))
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("scheme")
+    for heading in ("before", "after", "bits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for item in made.items:
+        table.add_row(*_row(item))
     console.print(table)
+    console.print()
     summary(console, made)
 
 
 def _row(item: Item) -> list[str]:
-    what = str(item.scheme) if item.scheme else f"[dim]kept: {item.reason}[/]"
+    what = str(item.scheme) if item.scheme else f"[dim]kept: {escape(str(item.reason))}[/]"
     bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
-    return [item.name, " × ".join(map(str, item.shape)), what, gib(item.before), gib(item.after), bits]
+    return [escape(item.name), " × ".join(map(str, item.shape)), what, gib(item.before), gib(item.after), bits]
 
 
 def summary(console: Console, made: Plan) -> None:
@@ -40,16 +45,17 @@ def summary(console: Console, made: Plan) -> None:
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
     grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
-    grid.add_row("method", "+".join(made.recipe.methods) + f", {made.recipe.range} range")
+    used = getattr(methods.make(made.recipe), "range", None)
+    grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
     grid.add_row(
         "size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )
-    grid.add_row("calibration", made.calibration)
+    grid.add_row("calibration", escape(made.calibration))
     device = f", {gib(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     grid.add_row("needs", f"{gib(made.budget.memory)} of memory{device}, {gib(made.budget.disk)} of disk")
     console.print(grid)
     for warning in made.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
 
 def report(console: Console, done: Report) -> None:
@@ -62,26 +68,29 @@ def report(console: Console, done: Report) -> None:
         rows = [row for row in quantized if row["block"] == index]
         bits = 8 * sum(r["bytes"] for r in rows) / max(1, sum(prod(r["shape"]) for r in rows))
         mean = sum(r["error"] for r in rows) / max(1, len(rows))
-        table.add_row(block["name"], f"{block['error']:.2e}", f"{mean:.2e}", f"{bits:.2f}", f"{block['seconds']:.1f}")
+        table.add_row(
+            escape(block["name"]), f"{block['error']:.2e}", f"{mean:.2e}", f"{bits:.2f}", f"{block['seconds']:.1f}"
+        )
     console.print(table)
     worst = sorted(quantized, key=lambda row: -row["error"])[:WORST]
-    console.print("largest errors: " + ", ".join(f"{r['name']} {r['error']:.2e}" for r in worst), highlight=False)
+    losses = ", ".join(f"{escape(r['name'])} {r['error']:.2e}" for r in worst)
+    console.print(f"largest errors: {losses}", highlight=False)
     for name, note in done.fallbacks:
-        console.print(f"[yellow]{name}[/]: {note}", highlight=False)
+        console.print(f"[yellow]{escape(name)}[/]: {escape(note)}", highlight=False)
     kept = [row for row in done.weights if row["scheme"] is None]
     for reason, alike in groupby(sorted(kept, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
         names = [row["name"] for row in alike]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        console.print(f"kept ({reason}): {', '.join(names[:3])}{more}", highlight=False)
+        console.print(escape(f"kept ({reason}): {', '.join(names[:3])}{more}"), highlight=False)
     for warning in done.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     headline(console, done)
 
 
 def headline(console: Console, done: Report) -> None:
     """Size, bits, time and memory in a line."""
     console.print(
-        f"[bold]{done.out}[/]: {gib(done.source_bytes)} → {gib(done.bytes)} ({done.ratio:.2f}× smaller), "
+        f"[bold]{escape(str(done.out))}[/]: {gib(done.source_bytes)} → {gib(done.bytes)} ({done.ratio:.2f}× smaller), "
         f"{done.bits_per_weight:.2f} bits per quantized weight, verified; "
         f"{done.seconds:.1f} s, peak memory {gib(done.peak_memory)} (predicted {gib(done.predicted_memory)})",
         highlight=False,
