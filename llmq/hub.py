@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo, ModelInfo
@@ -117,8 +117,7 @@ def explain(error: Exception, name: str, kind: str) -> LlmqError:
             "unset it, or give a local path"
         )
     if has(httpx.HTTPStatusError, errors.HfHubHTTPError) and not has(httpx.TransportError):
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Unreachable(f"the hub ({where}) refused {name}: {line}; try again later")
+        return Unreachable(f"the hub ({where}) refused {name}: {first_line(error)}; try again later")
     if has(httpx.TransportError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
         return Unreachable(
             f"{name}: no such {'folder' if kind == 'model' else 'file'} here, and the hub ({where}) cannot be reached "

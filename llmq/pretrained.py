@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 
 # quantization method in config.json → the package that transformers needs to read it
 PACKAGES = {
@@ -67,7 +67,7 @@ def load_model(
             with torch.inference_mode():
                 loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
-        raise LlmqError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -98,7 +98,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise LlmqError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise LlmqError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def check_readable(folder: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def check_readable(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise LlmqError(f"{folder} has no config.json: give the folder of a model") from error
     except (OSError, ValueError) as error:
-        raise LlmqError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+        raise LlmqError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return config
@@ -139,7 +139,3 @@ def _installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # the parent of a dotted name
         return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq import hub
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.recipe import Calibration
 
 CHAT = ("messages", "conversations")
@@ -92,7 +92,7 @@ class RowReader:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             self.refused += 1
-            self.refusal = self.refusal or f"first {row.where}: {str(error).strip().splitlines()[0]}"
+            self.refusal = self.refusal or f"first {row.where}: {first_line(error)}"
             return ""
         return text
 
@@ -150,8 +150,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
                     yield Row(f"{file} row {number}", fields)
                     number += 1
     except (pa.ArrowException, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise LlmqError(f"calibration text {file} cannot be read as parquet: {line}") from error
+        raise LlmqError(f"calibration text {file} cannot be read as parquet: {first_line(error)}") from error
 
 
 def hub_rows(calibration: Calibration) -> Iterator[Row]:
@@ -184,6 +183,5 @@ def hub_rows(calibration: Calibration) -> Iterator[Row]:
         raise LlmqError(f"calibration data set {calibration.text}: {text}") from error
     except Exception as error:
         if type(error).__module__.startswith("datasets."):
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LlmqError(f"calibration data set {calibration.text} cannot be read: {line}") from error
+            raise LlmqError(f"calibration data set {calibration.text} cannot be read: {first_line(error)}") from error
         raise hub.explain(error, name, "dataset") from error

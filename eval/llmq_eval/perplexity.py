@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.pretrained import check_readable, load_model, load_tokenizer
 from llmq.tokens import tokenize
 
@@ -109,7 +109,7 @@ def default_window(folder: Path, trust_remote_code: bool = False) -> int:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise LlmqError(f"{folder}: its config.json cannot be used: {str(error).strip().splitlines()[0]}") from error
+        raise LlmqError(f"{folder}: its config.json cannot be used: {first_line(error)}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(WINDOW, longest) if isinstance(longest, int) and longest > 1 else WINDOW
 
