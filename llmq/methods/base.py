@@ -18,22 +18,16 @@ S = TypeVar("S")
 
 
 class Method:
-    """A way to quantize: the three moments at which it may act. By default the first and last do nothing.
+    """A way to quantize one weight.
 
     needs: the statistics taken of every weight's input before `quantize`; which ones may depend on the options.
     """
 
     needs: tuple[type[Statistic], ...] = ()
 
-    def transform(self, block: Any) -> None:
-        """Changes a block's weights without changing what it computes, before anything is rounded."""
-
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
         """Rounds one weight [out, in]; the scale is in the weight's dtype. Raises LlmqError on values not finite."""
         raise NotImplementedError
-
-    def refine(self, block: Any) -> None:
-        """Improves a block once all its weights are quantized."""
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Bytes that `quantize` needs for a weight of this shape, beside the weight and its statistics."""
