@@ -200,9 +200,6 @@ class Hessian:
         return 4 * width * width
 
 
-Stats = Mapping[type, Any]
-
-
 @contextmanager
 def collect(modules: Mapping[nn.Module, list[Statistic]]) -> Iterator[None]:
     """Feed each module's input to its statistics while the context is open."""

@@ -13,7 +13,6 @@ Hence one scheme is written as the target "Linear", and several are all written 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -129,39 +128,3 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-
-
-def schemes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme | None]:
-    """The scheme of each module, read back from a `quantization_config`; None for one that is not quantized.
-
-    names: linear modules of the checkpoint, without '.weight'. Understands what stock readers do: exact names, 're:'
-    patterns (from the start of the name) and the class name Linear, in this order; `ignore` beats them. Raises
-    LlmqError when the format is not pack-quantized or a group has activations or a grid that is not this module's.
-    """
-    if config.get("format") != FORMAT:
-        raise LlmqError(f"compressed-tensors format {config.get('format')!r} is not supported, only {FORMAT!r}")
-    targets = {t: _scheme(g) for g in config.get("config_groups", {}).values() for t in g["targets"]}
-    patterns = [(re.compile(target[3:]), scheme) for target, scheme in targets.items() if target.startswith("re:")]
-    ignored = {name for name in config.get("ignore") or () if not name.startswith("re:")}
-    ignored_patterns = [re.compile(name[3:]) for name in config.get("ignore") or () if name.startswith("re:")]
-
-    def of(name: str) -> Scheme | None:
-        if name in ignored or any(pattern.match(name) for pattern in ignored_patterns):
-            return None
-        if name in targets:
-            return targets[name]
-        return next((scheme for pattern, scheme in patterns if pattern.match(name)), targets.get("Linear"))
-
-    return {name: of(name) for name in names}
-
-
-def _scheme(group: Mapping[str, Any]) -> Scheme:
-    """The scheme of one of the config's groups."""
-    weights = group.get("weights") or {}
-    strategy = weights.get("strategy")
-    if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or group.get("input_activations"):
-        raise LlmqError(f"a compressed-tensors group is not supported: {dict(group)}")
-    if weights.get("actorder") in ("group", "dynamic"):
-        raise LlmqError("activation order 'group' permutes columns on disk (weight_g_idx): not supported")
-    size = int(weights["group_size"]) if strategy == "group" else None
-    return Scheme(int(weights["num_bits"]), size, bool(weights.get("symmetric", True)))

@@ -39,7 +39,6 @@ def solve(
     block_size: int = 128,
     sweeps: int = 0,
     scale_dtype: torch.dtype = torch.bfloat16,
-    consume: bool = False,
 ) -> QuantizedWeight:
     """Quantizes a weight so that the layer's output on the calibration text changes least.
 
@@ -49,14 +48,14 @@ def solve(
     found beforehand; 'grouped' takes groups by falling Σ diag(H), columns inside them likewise, and finds each group's
     range when its turn comes. Groups stay where they are: no permutation is stored. damping: a share of mean(diag H)
     added to the diagonal; block_size: columns between two updates of all the rest; sweeps: how often scales and codes
-    are revisited afterwards (see `descent`; 0 is the paper's GPTQ); consume: the Hessian may be overwritten.
+    are revisited afterwards (see `descent`; 0 is the paper's GPTQ).
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
     When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, and if that fails
     plain rounding is used; each is named in `notes`. Nothing is revisited then, nor when an input that never fired has
     other entries in H: without a minimum, descent need not end near the weight. Raises LlmqError for a weight or
-    Hessian that is not finite, or options that do not exist. Two float32 [in, in] matrices are held besides the Hessian
-    (one, with consume and no sweeps).
+    Hessian that is not finite, or options that do not exist. Besides the Hessian, two float32 [in, in] matrices are
+    held, more when eigenvalues are clipped.
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
@@ -71,7 +70,7 @@ def solve(
     diagonal = hessian.diagonal().to(torch.float32).clone()
     importance = diagonal.clamp_min(0)
     order = _order(diagonal, scheme, act_order)
-    factor, notes = factorize(hessian, order, damping, consume and not sweeps)
+    factor, notes = factorize(hessian, order, damping)
     if factor is None:
         scale, zero = find_range(weight, scheme, range_method, importance, scale_dtype)
         return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme, notes)
@@ -101,9 +100,7 @@ def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
     return inside[torch.argsort(groups.sum(1), descending=True, stable=True)].flatten()
 
 
-def factorize(
-    hessian: Tensor, order: Tensor | None, damping: float, consume: bool = False
-) -> tuple[Tensor | None, tuple[str, ...]]:
+def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
     """The upper triangular U with UᵀU = (H + damping)⁻¹, in the given order of columns, and what was done for it.
 
     hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the
@@ -123,7 +120,7 @@ def factorize(
         if _cholesky(lower):
             if attempt:
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
-            return _invert(lower, hessian if consume else None), tuple(notes)
+            return _invert(lower), tuple(notes)
         amount = max(amount, 1e-3) * 10
     found = f"the Hessian was not positive definite with damping {amount / 10:g}"
     try:
@@ -137,7 +134,7 @@ def factorize(
     notes.append(f"{found}: its eigenvalues were clipped")
     lower = (vectors * values) @ vectors.t()
     if _cholesky(lower):
-        return _invert(lower, hessian if consume else None), tuple(notes)
+        return _invert(lower), tuple(notes)
     notes.append("clipping its eigenvalues did not help: rounded to nearest instead of GPTQ")
     return None, tuple(notes)
 
@@ -156,11 +153,10 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
     return copy
 
 
-def _invert(lower: Tensor, out: Tensor | None) -> Tensor:
-    """The inverse of a lower triangular matrix, mirrored in both axes. Overwrites both where `out` fits."""
-    if out is None or out.dtype != torch.float32:
-        out = torch.empty_like(lower)
-    out.zero_().diagonal().fill_(1)
+def _invert(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, mirrored in both axes. Overwrites the matrix."""
+    out = torch.zeros_like(lower)
+    out.diagonal().fill_(1)
     torch.linalg.solve_triangular(lower, out, upper=False, out=out)
     for start in range(0, lower.shape[0], 256):
         rows = out[start : start + 256]

@@ -111,46 +111,11 @@ def test_one_scheme_is_written_as_a_class_and_several_by_name() -> None:
     assert [group["targets"] for group in two["config_groups"].values()] == [["a.x", "a.y"], ["a.z"]]
 
 
-def test_schemes_reads_back_what_config_wrote() -> None:
-    groups = {Scheme(4, 128): ["a.x", "a.y"], Scheme(8, None, False): ["a.z"]}
-    read = ct.schemes(ct.config(groups, ["head"]), ["a.x", "a.y", "a.z", "head", "other"])
-    assert read == {name: s for s, names in groups.items() for name in names} | {"head": None, "other": None}
-    alone = ct.schemes(ct.config({Scheme(4, 128): ["a.x"]}, ["head"]), ["a.x", "head"])
-    assert alone == {"a.x": Scheme(4, 128), "head": None}
-
-
-def test_schemes_prefers_names_to_patterns_to_classes() -> None:
-    config = ct.config({Scheme(4, 128): ["x"]}, ["re:.*head", "gate"])
-    eight = {**config["config_groups"]["group_0"], "targets": ["re:a[.].*", "b.y"]}
-    eight["weights"] = {**eight["weights"], "num_bits": 8}
-    config["config_groups"]["group_1"] = eight
-    read = ct.schemes(config, ["a.x", "b.y", "b.x", "the_head", "gate"])
-    assert [None if s is None else s.bits for s in read.values()] == [8, 8, 4, None, None]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"type": "float"}, "not supported"),
-        ({"strategy": "tensor"}, "not supported"),
-        ({"actorder": "group"}, "weight_g_idx"),
-        ({"num_bits": 1}, "bits must be"),
-    ],
-)
-def test_schemes_refuses_what_it_cannot_read(change: dict[str, object], message: str) -> None:
-    config = ct.config({Scheme(4, 128): ["x"]}, [])
-    config["config_groups"]["group_0"]["weights"].update(change)
-    with pytest.raises(LlmqError, match=message):
-        ct.schemes(config, ["x"])
-
-
 def test_refusals() -> None:
     with pytest.raises(LlmqError, match="does not divide"):
         ct.spec((8, 100), Scheme(4, 64), torch.bfloat16)
     with pytest.raises(LlmqError, match="nothing is quantized"):
         ct.config({Scheme(): []}, [])
-    with pytest.raises(LlmqError, match="only 'pack-quantized'"):
-        ct.schemes({"format": "float-quantized"}, ["x"])
     tensors = ct.pack(rounded(torch.randn(8, 64), Scheme(4, 32)))
     with pytest.raises(LlmqError, match="weight_zero_point, not in the checkpoint"):
         ct.unpack(tensors, Scheme(4, 32, False))
