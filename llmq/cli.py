@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from llmq.errors import LlmqError
 from llmq.recipe import Recipe, parse_override
+
+if TYPE_CHECKING:
+    from llmq.report import Report
 
 app = typer.Typer(
     name="llmq",
@@ -82,15 +86,11 @@ def explained() -> Iterator[None]:
     try:
         yield
     except LlmqError as error:
-        err_console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err_console.print("interrupted")
         raise typer.Exit(130) from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def recipe_options(
@@ -216,8 +216,10 @@ def evaluate(
         str | None, typer.Option(help="The unquantized model to measure beside them. Default: the one in report.json.")
     ] = None,
     text: Annotated[str, typer.Option(help="'demo' (held-out standard library) or a text file.")] = "demo",
-    window: Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. Default 2048, or the model's maximum.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of the text.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
     device: Device = "cpu",
@@ -231,7 +233,7 @@ def evaluate(
         from llmq_eval import perplexities
 
         reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
-        base = base or next((report.model for report in reports.values()), None)
+        base = base or _base(reports.values(), trust_remote_code)
         names = list(dict.fromkeys([base, *models] if base else models))
         results = perplexities(
             [resolve(name, trust_remote_code=trust_remote_code) for name in names],
@@ -246,6 +248,22 @@ def evaluate(
         render.perplexities(out_console, names, results, base)
         for report in reports.values():
             summary.headline(out_console, report)
+
+
+def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
+    """The model that the first of the reports names, where it can still be had; else a warning."""
+    from llmq.hub import resolve
+
+    base = next((report.model for report in reports), None)
+    if base is None:
+        return None
+    try:
+        resolve(base, trust_remote_code=trust_remote_code)
+    except LlmqError as error:
+        text = f"{error}; it is the base model in report.json: measuring without it, unless you give --base"
+        err_console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        return None
+    return base
 
 
 @app.command()

@@ -268,6 +268,24 @@ def test_full_disk_then_room(tmp_path: Path, text_file: Path, llmq: Run) -> None
         subprocess.run(["umount", disk], check=True)
 
 
+def test_eval_without_the_base_model(tmp_path: Path, llmq: Run) -> None:
+    """The base model of a report may be elsewhere by now: a warning. One that was asked for must be there."""
+    assert llmq("quantize", "demo", "-o", tmp_path / "out", "--method", "rtn").returncode == 0
+    edit_json(tmp_path / "out" / "report.json", model=str(tmp_path / "[gone]"))
+    short = ("eval", tmp_path / "out", "--window", "32", "--max-windows", "1")
+    done = llmq(*short)
+    assert done.returncode == 0, done.stderr
+    assert "warning:" in done.stderr and "[gone]" in done.stderr and "--base" in done.stderr
+    check_refusal(llmq(*short, "--base", tmp_path / "gone"), "gone")
+
+
+@pytest.mark.parametrize("option", ["--window", "--max-windows", "--batch"])
+def test_eval_of_nothing(option: str, llmq: Run) -> None:
+    done = llmq("eval", "demo", option, "0")
+    assert done.returncode == 2
+    assert option in done.stderr and "Traceback" not in done.stderr
+
+
 def check_refusal(done: Done, *named: str) -> None:
     """Exit code 2, the words, no traceback."""
     said = " ".join(done.stderr.split())
