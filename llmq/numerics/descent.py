@@ -26,7 +26,7 @@ def improve(
 ) -> QuantizedWeight:
     """Lowers tr((W − Ŵ) H (W − Ŵ)ᵀ) by moving scales and codes of `q`; zero points stay.
 
-    weight: any float [out, in]; hessian: float32 [in, in], symmetric, finite: its diagonal is raised by damping · its
+    weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: its diagonal is raised by damping · its
     mean for the time of the call; sweeps: how often every group is visited. Returns a new weight, with the same notes.
     Holds three float32 matrices of the weight's size.
     """
@@ -101,7 +101,7 @@ class _Descent:
         scale, scheme = self.scale[group], self.q.scheme
         hessian = self.hessian[part, part]
         moved = torch.empty_like(gradient)
-        # An input that never fired has no curvature, and no reason to move.
+        # An input that never fired has the damping for curvature and goes to the nearest code; without any, it stays.
         steps = (self.curvature[part, None] * scale).reciprocal_().nan_to_num_(0, 0, 0)
         for k in range(stop - start):
             codes = self.codes[start + k]

@@ -76,7 +76,7 @@ def test_the_hessian_is_put_back() -> None:
     assert torch.equal(hessian, before)
 
 
-def test_inputs_that_never_fired_keep_their_codes() -> None:
+def test_inputs_that_never_fired_keep_their_codes_without_damping() -> None:
     weight, hessian = problem(2)
     hessian[8:16], hessian[:, 8:16] = 0, 0
     q = nearest(weight, Scheme(4, 8))
@@ -84,6 +84,17 @@ def test_inputs_that_never_fired_keep_their_codes() -> None:
     assert torch.equal(better.codes[:, 8:16], q.codes[:, 8:16]) and torch.equal(better.scale[:, 1], q.scale[:, 1])
     still = improve(q, weight, torch.zeros_like(hessian), sweeps=2)
     assert torch.equal(still.codes, q.codes)
+
+
+def test_damping_takes_inputs_that_never_fired_to_the_nearest_code() -> None:
+    weight, hessian = problem(2)
+    hessian[8:12], hessian[:, 8:12] = 0, 0
+    q = nearest(weight, Scheme(4, 8))
+    off = QuantizedWeight(q.codes.clone(), q.scale, q.zero, q.scheme)
+    off.codes[:, 8:12] = 0
+    better = improve(off, weight, hessian, sweeps=2)
+    codes = round_to_grid(weight, better.scale, better.zero, better.scheme)
+    assert torch.equal(better.codes[:, 8:12], codes[:, 8:12]) and bool((codes[:, 8:12] != 0).any())
 
 
 def test_no_sweeps_change_nothing() -> None:
