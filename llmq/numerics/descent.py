@@ -26,9 +26,9 @@ def improve(
 ) -> QuantizedWeight:
     """Lowers tr((W − Ŵ) H (W − Ŵ)ᵀ) by moving scales and codes of `q`; zero points stay.
 
-    weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: its diagonal is raised by damping · its
-    mean for the time of the call; sweeps: how often every group is visited. Returns a new weight, with the same notes.
-    Holds three float32 matrices of the weight's size.
+    weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: its diagonal is raised by damping ·
+    its mean for the time of the call; sweeps: how often every group is visited. Returns a new weight, with the same
+    notes. Holds three float32 matrices of the weight's size.
     """
     if sweeps < 1:
         return q
