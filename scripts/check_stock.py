@@ -2,7 +2,7 @@
 
     python scripts/check_stock.py --python PLAIN_ENV/bin/python MODEL [MODEL …]
 
-Quantizes each model at 8, 4, 3 and 2 bits, by group and by channel, keeping the dequantized weights that the run has in
+Quantizes each model at 8, 4, 3 and 2 bits, by group and by channel, keeping the quantized weights that the run has in
 memory; loads the folder with the other interpreter (transformers and compressed-tensors only), and compares logits in
 float32. Prints one line each and fails above a relative error of 1e-3.
 """
@@ -17,15 +17,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq import stream
+from llmq import methods, stream
 from llmq.hub import resolve
+from llmq.numerics.quantized import QuantizedWeight
+from llmq.planning import Item, Plan
 from llmq.recipe import Recipe, Scheme
 
 LIMIT = 1e-3
@@ -46,29 +49,26 @@ print(float((have - want["logits"]).norm() / want["logits"].norm()))
 
 @contextmanager
 def kept_in_memory() -> Iterator[dict[str, Tensor]]:
-    """The quantized blocks' parameters as the run has them in memory, by name, before they are let go."""
+    """The weights that the run quantizes, as it has them in memory, in float32, by the parameter's name."""
     kept: dict[str, Tensor] = {}
-    original = stream.discard
+    quantize, quantize_weight = methods.quantize, stream.quantize_weight
+    module = ""
 
-    def keep(block: nn.Module) -> None:
-        # Verification goes through here again, with what it read from disk: the first time counts.
-        path = next(n for n, m in roots[0].named_modules() if m is block)
-        for name, parameter in block.named_parameters():
-            kept.setdefault(f"{path}.{name}", parameter.detach().float().clone())
-        original(block)
+    def keep(*args: Any) -> QuantizedWeight:
+        quantized = quantize(*args)
+        kept[f"{module}.weight"] = quantized.dequantize(torch.float32)
+        return quantized
 
-    roots: list[nn.Module] = []
-    fill = stream.fill
+    def named(plan: Plan, item: Item, statistics: Any) -> Any:
+        nonlocal module
+        module = item.module
+        return quantize_weight(plan, item, statistics)
 
-    def watched(plan: stream.Plan, index: int, device: torch.device) -> nn.Module:
-        roots[:] = [plan.model]
-        return fill(plan, index, device)
-
-    stream.discard, stream.fill = keep, watched
+    methods.quantize, stream.quantize_weight = keep, named
     try:
         yield kept
     finally:
-        stream.discard, stream.fill = original, fill
+        methods.quantize, stream.quantize_weight = quantize, quantize_weight
 
 
 def logits_in_memory(model: str, kept: dict[str, Tensor], ids: Tensor) -> Tensor:
