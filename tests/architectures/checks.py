@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq import discover
 from llmq.record import record
-from llmq.record import record
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
