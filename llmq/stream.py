@@ -92,6 +92,7 @@ def replay(
     output = forward(block, hidden, calls, device)
     check_probe(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
     discard(block)
+    release()
     return output
 
 
