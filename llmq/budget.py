@@ -84,13 +84,13 @@ def check_room(budget: Budget, out: Path | None, device: str) -> None:
     have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if budget.memory > have:
         raise LlmqError(
-            f"this run needs about {gib(budget.memory)} of memory and {gib(have)} are free. "
+            f"this run needs about {size(budget.memory)} of memory and {size(have)} are free. "
             "Ways out: fewer --samples or a shorter --seqlen, --method rtn, or a machine with more memory"
         )
     if torch.device(device).type == "cuda" and budget.device_memory > torch.cuda.mem_get_info(device)[0]:
         raise LlmqError(
-            f"this run needs about {gib(budget.device_memory)} on {device} and "
-            f"{gib(torch.cuda.mem_get_info(device)[0])} are free. Ways out: --method rtn, or --device cpu"
+            f"this run needs about {size(budget.device_memory)} on {device} and "
+            f"{size(torch.cuda.mem_get_info(device)[0])} are free. Ways out: --method rtn, or --device cpu"
         )
     if out is None:
         return
@@ -98,7 +98,7 @@ def check_room(budget: Budget, out: Path | None, device: str) -> None:
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.glob("*.safetensors"))
     if budget.disk > free:
         raise LlmqError(
-            f"{out}: the result needs {gib(budget.disk)} on disk and {gib(free)} are free; "
+            f"{out}: the result needs {size(budget.disk)} on disk and {size(free)} are free; "
             "free some space or choose another output folder"
         )
 
@@ -117,6 +117,10 @@ def existing(path: Path) -> Path:
     return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
 
 
-def gib(size: float) -> str:
-    """A size in bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+def size(nbytes: float) -> str:
+    """Bytes with a unit: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

@@ -23,7 +23,6 @@ from llmq.source import Source
 
 BATCH_TOKENS = 2048
 SMALLEST_GROUP = 16
-SHOWN = 6
 CHECK_TOKENS = 512
 
 
@@ -97,7 +96,7 @@ def make_plan(
     """Look at everything and promise, or refuse. `windows` is told the most tokens
     the model takes, where known, and gives (ids [samples, tokens], description, digest, notes).
 
-    Raises LlmqError with every offending weight (the first few by name) and the ways out.
+    Raises LlmqError with every offending weight and the ways out.
     """
     dtype = _model_dtype(source)
     model = discover.build(source.folder, dtype, source.trust_remote_code)
@@ -293,14 +292,14 @@ def _check_items(items: list[Item], recipe: Recipe, tp: int) -> None:
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:
         raise LlmqError(
-            f"the group size does not divide the width of {_name_some(ragged)}. "
+            f"the group size does not divide the width of {_name_all(ragged)}. "
             "Ways out: --group-size with a divisor, --ragged smaller (a smaller group there), "
             "--ragged channel (one scale per row there), --ragged keep (leave them alone), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
     if torn:
         raise LlmqError(
-            f"--tp {tp}: a server cannot split {_name_some(torn)}. "
+            f"--tp {tp}: a server cannot split {_name_all(torn)}. "
             "Ways out: a smaller --group-size, --group-size channel, --keep PATTERN, or fewer parts"
         )
 
@@ -315,9 +314,27 @@ def _splits(item: Item, tp: int) -> bool:
     return width % tp == 0 and part % (item.scheme.group_size or 1) == 0 and part * item.scheme.bits % 32 == 0
 
 
-def _name_some(items: list[Item]) -> str:
-    shown = ", ".join(f"{i.name} [{i.shape[0]}, {i.shape[1]}] ({i.scheme})" for i in items[:SHOWN])
-    return shown + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+def _name_all(items: list[Item]) -> str:
+    """Every weight by name; those that differ only in their block in one, with the blocks."""
+    alike: dict[tuple[str, tuple[int, ...], Scheme | None], list[int]] = {}
+    for item in items:
+        name = item.name.replace(f".{item.block}.", ".*.", 1)
+        alike.setdefault((name, item.shape, item.scheme), []).append(item.block or 0)
+    return ", ".join(
+        f"{name} [{shape[0]}, {shape[1]}] ({scheme}) in blocks {_ranges(blocks)}"
+        for (name, shape, scheme), blocks in alike.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → '0–2, 5'."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
 
 
 def _warnings(items: list[Item]) -> list[str]:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llmq.budget import size
+
 if TYPE_CHECKING:
     from llmq.inspection import Inspection, Row
 
@@ -28,15 +30,6 @@ class Measured(Protocol):
     def seconds(self) -> float: ...
     @property
     def protocol(self) -> str: ...
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a unit: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
 
 
 def inspection(console: Console, found: Inspection) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmq.budget import gib
+from llmq.budget import size
 from llmq.errors import LlmqError
 from llmq.planning import Plan
 
@@ -139,7 +139,7 @@ tags:
 - format: compressed-tensors `pack-quantized`, read by transformers (with `compressed-tensors` installed) and vLLM
 - calibration: {plan.calibration}
 - left alone: {"; ".join(kept) or "nothing"}
-- size: {gib(plan.source.total_bytes)} before, {gib(plan.budget.disk)} now
+- size: {size(plan.source.total_bytes)} before, {size(plan.budget.disk)} now
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmq import methods
-from llmq.budget import gib
+from llmq.budget import size
 from llmq.planning import Item, Plan
 from llmq.report import Report
 
@@ -36,7 +36,7 @@ def plan(console: Console, made: Plan) -> None:
 def _row(item: Item) -> list[str]:
     what = str(item.scheme) if item.scheme else f"[dim]kept: {escape(str(item.reason))}[/]"
     bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
-    return [escape(item.name), " × ".join(map(str, item.shape)), what, gib(item.before), gib(item.after), bits]
+    return [escape(item.name), " × ".join(map(str, item.shape)), what, size(item.before), size(item.after), bits]
 
 
 def summary(console: Console, made: Plan) -> None:
@@ -48,11 +48,11 @@ def summary(console: Console, made: Plan) -> None:
     used = getattr(methods.make(made.recipe), "range", None)
     grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
     grid.add_row(
-        "size", f"{gib(made.source.total_bytes)} → {gib(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
+        "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )
     grid.add_row("calibration", escape(made.calibration))
-    device = f", {gib(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
-    grid.add_row("needs", f"{gib(made.budget.memory)} of memory{device}, {gib(made.budget.disk)} of disk")
+    device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
+    grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
     console.print(grid)
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -90,8 +90,9 @@ def report(console: Console, done: Report) -> None:
 def headline(console: Console, done: Report) -> None:
     """Size, bits, time and memory in a line."""
     console.print(
-        f"[bold]{escape(str(done.out))}[/]: {gib(done.source_bytes)} → {gib(done.bytes)} ({done.ratio:.2f}× smaller), "
+        f"[bold]{escape(str(done.out))}[/]: "
+        f"{size(done.source_bytes)} → {size(done.bytes)} ({done.ratio:.2f}× smaller), "
         f"{done.bits_per_weight:.2f} bits per quantized weight, verified; "
-        f"{done.seconds:.1f} s, peak memory {gib(done.peak_memory)} (predicted {gib(done.predicted_memory)})",
+        f"{done.seconds:.1f} s, peak memory {size(done.peak_memory)} (predicted {size(done.predicted_memory)})",
         highlight=False,
     )

@@ -67,7 +67,7 @@ def test_ragged_takes_the_largest_divisor(tmp_path: Path) -> None:
 
 
 def test_ragged_is_refused_by_name(ragged_model: Path) -> None:
-    with pytest.raises(LlmqError, match=r"down_proj \[64, 172\].*--ragged smaller"):
+    with pytest.raises(LlmqError, match=r"down_proj \[64, 172\] .* in blocks 0–2.*--ragged smaller"):
         make(ragged_model)
 
 
