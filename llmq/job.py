@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from llmq import hub, methods, stream
 from llmq.blocks import rest
 from llmq.budget import check_writable
+from llmq.calibration import Windows, windows
 from llmq.claim import refuse_foreign
 from llmq.errors import LlmqError, first_line
 from llmq.formats import compressed_tensors
@@ -47,12 +47,12 @@ def plan(
         refuse_foreign(Path(out))
     source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
-    def windows(longest: int | None) -> tuple[Tensor, str, str, Iterable[str]]:
+    def wanted(longest: int | None) -> Windows:
         if ids is not None:
-            return ids, f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller", _digest(ids), []
+            return Windows(ids, (), f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller")
         return calibration_windows(source, recipe.calibration, recipe.seed, longest)
 
-    return make_plan(source, recipe, windows, out=None if out is None else Path(out), tp=tp, device=device)
+    return make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
 
 
 def quantize(
@@ -113,19 +113,15 @@ def fingerprint(made: Plan, device: str) -> dict[str, Any]:
     return {
         "source": made.source.fingerprint(),
         "recipe": made.recipe.to_dict(),
-        "calibration": made.calibration_digest,
+        "calibration": made.calibration.digest,
         "versions": versions(),
         "device": torch.device(device).type,
     }
 
 
-def calibration_windows(
-    source: Source, calibration: Calibration, seed: int, longest: int | None
-) -> tuple[Tensor, str, str, Iterable[str]]:
+def calibration_windows(source: Source, calibration: Calibration, seed: int, longest: int | None) -> Windows:
     """The windows of calibration text by the model's own tokenizer, no longer than the model takes."""
     from transformers import AutoTokenizer
-
-    from llmq.calibration import windows
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
@@ -133,14 +129,7 @@ def calibration_windows(
         raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if longest is not None:
         calibration = replace(calibration, seqlen=min(calibration.seqlen, longest))
-    found = windows(calibration, tokenizer, seed=seed)
-    return found.ids, found.description, found.digest, found.notes
-
-
-def _digest(ids: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+    return windows(calibration, tokenizer, seed=seed)
 
 
 def check_device(device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmq import discover, methods
 from llmq.budget import Budget, Load, check_room, predict
+from llmq.calibration import Windows
 from llmq.discover import Structure
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors
@@ -62,15 +63,18 @@ class Plan:
     links: Links
     dtype: torch.dtype
     items: list[Item]
-    ids: Tensor
-    calibration: str
-    calibration_digest: str
+    calibration: Windows
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
 
     def of_block(self, index: int) -> list[Item]:
         """The quantized weights of one block, in order."""
         return [i for i in self.items if i.block == index and i.scheme is not None]
+
+    @property
+    def ids(self) -> Tensor:
+        """The calibration windows, int64 [samples, tokens]."""
+        return self.calibration.ids
 
     @property
     def batch(self) -> int:
@@ -87,14 +91,14 @@ class Plan:
 def make_plan(
     source: Source,
     recipe: Recipe,
-    windows: Callable[[int | None], tuple[Tensor, str, str, Iterable[str]]],
+    windows: Callable[[int | None], Windows],
     *,
     out: Path | None = None,
     tp: int = 1,
     device: str = "cpu",
 ) -> Plan:
     """Look at everything and promise, or refuse. `windows` is told the most tokens
-    the model takes, where known, and gives (ids [samples, tokens], description, digest, notes).
+    the model takes, where known, and gives the calibration windows.
 
     Raises LlmqError with every offending weight and the ways out.
     """
@@ -108,17 +112,17 @@ def make_plan(
     _check_items(items, recipe, tp)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if methods.needs(recipe):
-        ids, description, digest, notes = windows(_longest(model))
+        found = windows(_longest(model))
     else:
         ids = (torch.arange(min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)) % vocabulary)[None]
-        description, digest, notes = "none needed; one window of token ids in a row checks each block", "", []
-    if int(ids.max()) >= vocabulary:
+        found = Windows(ids, (), "none needed; one window of token ids in a row checks each block")
+    if int(found.ids.max()) >= vocabulary:
         raise LlmqError(
-            f"{source.folder}: the tokenizer gives id {int(ids.max())}, the model has {vocabulary} embeddings: "
+            f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, the model has {vocabulary} embeddings: "
             "they do not belong together"
         )
-    plan = Plan(source, recipe, model, structure, links, dtype, items, ids, description, digest)
-    plan.warnings = [*notes, *_warnings(items)]
+    plan = Plan(source, recipe, model, structure, links, dtype, items, found)
+    plan.warnings = [*found.notes, *_warnings(items)]
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out, device)
     return plan

@@ -105,7 +105,7 @@ def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds
         model=model,
         out=str(out),
         recipe=plan.recipe.to_dict(),
-        calibration=plan.calibration,
+        calibration=plan.calibration.description,
         bits_per_weight=plan.bits_per_weight,
         bits_per_weight_whole=16 * written / max(1, plan.source.total_bytes) * plan.dtype.itemsize / 2,
         source_bytes=plan.source.total_bytes,
@@ -137,7 +137,7 @@ tags:
 {plan.bits_per_weight:.2f} bits per quantized weight, written by [llmq](https://pypi.org/project/llmq/).
 
 - format: compressed-tensors `pack-quantized`, read by transformers (with `compressed-tensors` installed) and vLLM
-- calibration: {plan.calibration}
+- calibration: {plan.calibration.description}
 - left alone: {"; ".join(kept) or "nothing"}
 - size: {size(plan.source.total_bytes)} before, {size(plan.budget.disk)} now
 

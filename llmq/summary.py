@@ -50,7 +50,7 @@ def summary(console: Console, made: Plan) -> None:
     grid.add_row(
         "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )
-    grid.add_row("calibration", escape(made.calibration))
+    grid.add_row("calibration", escape(made.calibration.description))
     device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
     console.print(grid)

@@ -45,29 +45,9 @@ class Perplexity:
     load_seconds: float
 
 
-def perplexity(
-    folder: Path,
-    text: str = "demo",
-    *,
-    window: int | None = None,
-    max_windows: int | None = None,
-    batch: int = 1,
-    dtype: str = "float32",
-    device: str = "cpu",
-    special_tokens: bool = True,
-    trust_remote_code: bool = False,
-    progress: bool = True,
-) -> Perplexity:
-    """The perplexity of the model in `folder` on a text: 'demo' (held-out standard library) or a UTF-8 file.
-
-    window: tokens in a window, None for the smaller of 2048 and the model's own maximum. max_windows: only the first.
-    batch: windows per forward pass. special_tokens: let the tokenizer add what it adds by itself; without, it is the
-    protocol of tools that tokenize bare text. progress: a bar with time left on stderr.
-    Raises LlmqError if the text is missing, not text, or shorter than a window, or the model does not load.
-    """
-    folder = Path(folder)
-    ids, name = _tokens(folder, text, special_tokens, trust_remote_code, progress)
-    return _measure(folder, ids, name, window, max_windows, batch, dtype, device, trust_remote_code, progress)
+def perplexity(folder: Path, text: str = "demo", **options: Any) -> Perplexity:
+    """The perplexity of the model in `folder` on a text; options and errors as of `perplexities`."""
+    return perplexities([folder], text, **options)[0]
 
 
 def perplexities(
@@ -83,9 +63,13 @@ def perplexities(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> list[Perplexity]:
-    """The same for several models, on the very same windows: the default window is the smallest of their defaults.
+    """The perplexities of the models in `folders` on the same windows of a text: 'demo' or a UTF-8 file.
 
-    Raises LlmqError as perplexity does, and if two of the models do not give the text the same tokens.
+    window: tokens in a window, None for 2048 or the smallest of the models' own maximums. max_windows: only the first.
+    batch: windows per forward pass. special_tokens: let the tokenizer add what it adds by itself; without, it is the
+    protocol of tools that tokenize bare text. progress: a bar with time left on stderr.
+    Raises LlmqError if the text is missing, not text, or shorter than a window, a model does not load, or two of the
+    models do not give the text the same tokens.
     """
     folders = [Path(folder) for folder in folders]
     read = [_tokens(folder, text, special_tokens, trust_remote_code, progress) for folder in folders]

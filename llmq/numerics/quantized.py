@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmq.recipe import Scheme
+from llmq_kernels.reference import dequantize
 
 CHUNK = 1 << 21
 
@@ -29,15 +30,11 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""
         rows, width = self.codes.shape
-        groups = self.scale.shape[1]
         weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
         # Some rows at a time, so that no float32 copy of the whole is made.
         step = max(1, CHUNK // width)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            codes = self.codes[part].to(torch.float32).view(-1, groups, width // groups)
-            if self.zero is not None:
-                codes -= self.zero[part].to(torch.float32).unsqueeze(-1)
-            codes *= self.scale[part].to(torch.float32).unsqueeze(-1)
-            weight[part] = codes.view(-1, width)
+            zero = None if self.zero is None else self.zero[part]
+            weight[part] = dequantize(self.codes[part], self.scale[part], zero)
         return weight
