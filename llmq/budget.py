@@ -45,13 +45,16 @@ def predict(
     loads: list[Load],
     disk: int,
     device: str,
+    *,
+    chains: int = 3,
 ) -> Budget:
-    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block.
+    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block; chains: how many copies of
+    every window's hidden states are held.
 
     The host holds the activations (input, target and output of every window) whatever the device.
     """
     hidden = hidden_width(model)
-    activations = 3 * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
+    activations = chains * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
     names = set(inside)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Sees every matrix product with a parameter of a block, and the statistics that methods ask for.
+"""Sees every matrix product with a parameter of a block, and feeds the statistics that methods ask for.
 
 Products are seen at the torch function, not at nn.Linear, so fused and sliced parameters are seen as well.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from llmq.statistics import Statistic
 
 PRODUCTS = {
     torch.nn.functional.linear,
@@ -139,65 +141,6 @@ def watch_modules(module: nn.Module) -> Iterator[Modules]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class Statistic(Protocol):
-    """What a method wants to know of a weight's input. Built with the input's width and the device to live on."""
-
-    def __init__(self, width: int, device: torch.device) -> None: ...
-
-    def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
-
-    @classmethod
-    def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
-
-
-class MeanSquare:
-    """E[x²] of each input channel, float32 [width]: the importance of a column."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.count = 0
-
-    def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.total += rows.square().sum(0)
-        self.count += rows.shape[0]
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x²], float32 [width]."""
-        return (self.total / max(1, self.count)).float()
-
-    @classmethod
-    def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
-        return 8 * width
-
-
-class Hessian:
-    """Σ x xᵀ of a weight's input: the Hessian of its output error up to a factor (Frantar et al., 2022, §3.1).
-
-    total: float32 [width, width]; count: tokens summed.
-    """
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
-        self.count = 0
-
-    def update(self, x: Tensor) -> None:
-        """Take in x [..., width], in any float dtype; products are summed in float32."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(rows.t(), rows)
-        self.count += rows.shape[0]
-
-    @classmethod
-    def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
-        return 4 * width * width
 
 
 @contextmanager

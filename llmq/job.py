@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import hub, methods, stream
-from llmq.blocks import rest
+from llmq import formats, hub, methods, stream
+from llmq.storage import rest
 from llmq.budget import check_writable
 from llmq.calibration import Windows, windows
 from llmq.claim import refuse_foreign
 from llmq.errors import LlmqError, first_line
-from llmq.formats import compressed_tensors
 from llmq.planning import Plan, make_plan
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe, Scheme
@@ -104,7 +103,7 @@ def config(made: Plan) -> dict[str, Any]:
         elif item.module in linears:
             ignore.extend(names)
             linears.discard(item.module)
-    section = compressed_tensors.config(groups, [*ignore, *sorted(linears)])
+    section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     return made.source.config | {"quantization_config": section}
 
 

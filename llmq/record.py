@@ -126,7 +126,7 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
 
         return forward
 
-    with torch.inference_mode(), _forwards(blocks, make), _forwards(stoppers, stop):
+    with torch.no_grad(), _forwards(blocks, make), _forwards(stoppers, stop):
         for batch in batches:
             seen.clear()
             with suppress(_Stop):

@@ -1,4 +1,4 @@
-"""What the command line prints for `inspect` and `eval`: tables for people."""
+"""What the command line prints for `inspect`, `recipes`, `methods` and `eval`: tables for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.table import Table
 from llmq.budget import size
 
 if TYPE_CHECKING:
+    from llmq.catalog import Description
     from llmq.inspection import Inspection, Row
+    from llmq.recipe import Recipe
 
 
 class Measured(Protocol):
@@ -87,3 +89,26 @@ def perplexities(console: Console, names: Sequence[str], results: Sequence[Measu
     # Models of other lengths may have had other windows: each protocol that occurs is printed once.
     for protocol in dict.fromkeys(result.protocol for result in results):
         console.print(f"protocol: {protocol}", style="dim", highlight=False, markup=False)
+
+
+def recipes(console: Console, found: Sequence[tuple[str, Recipe, str]]) -> None:
+    """A row for each preset: its name, methods, scheme and advice."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    for name in ("methods", "scheme", "when"):
+        table.add_column(name)
+    for name, recipe, advice in found:
+        table.add_row(name, "+".join(recipe.methods), str(recipe.scheme), escape(advice))
+    console.print(table)
+
+
+def methods(console: Console, found: Sequence[Description]) -> None:
+    """A row for each method: what it is, what it does in a recipe, its options with their defaults."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for name in ("what it is", "does", "options"):
+        table.add_column(name)
+    for method in found:
+        options = ", ".join(f"--{o.name.replace('_', '-')} {o.default}" for o in method.options)
+        table.add_row(method.name, escape(method.summary), ", ".join(method.roles), escape(options))
+    console.print(table)

@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmq import formats
 from llmq.budget import size
 from llmq.errors import LlmqError
 from llmq.planning import Plan
 
 REPORT = "report.json"
-VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors")
+VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Report:
     weights: list[dict[str, Any]]
     blocks: list[dict[str, Any]]
     warnings: list[str]
+    format: str = ""
+    loaders: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,11 @@ class Report:
     def fallbacks(self) -> list[tuple[str, str]]:
         """(weight, note) for everything that did not go the usual way."""
         return [(row["name"], note) for row in self.weights for note in row.get("notes", [])]
+
+    @property
+    def undone(self) -> list[tuple[str, str]]:
+        """(block, what) for everything that was tried and undone, because the block's error did not fall."""
+        return [(b["name"], describe(line)) for b in self.blocks for line in b.get("log", []) if not line["kept"]]
 
     def to_json(self) -> str:
         """The text of report.json."""
@@ -70,6 +78,13 @@ class Report:
             raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {error}") from error
 
 
+def describe(line: dict[str, Any]) -> str:
+    """A line of a block's log in words: what was tried, and the block's error before and after."""
+    after = "" if line.get("after") is None else f" → {line['after']:.4f}"
+    why = f" ({line['why']})" if line.get("why") else ""
+    return f"{line['what']}: error {line['before']:.4f}{after}{why}"
+
+
 def versions() -> dict[str, str]:
     """The versions that can change the bytes written."""
     return {name: version(name) for name in VERSIONS} | {"python": sys.version.split()[0]}
@@ -86,7 +101,8 @@ def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         payload = done[f"block {index}"]
-        blocks.append({"name": block.name, "error": payload["error"], "seconds": payload["seconds"]})
+        kept = {key: payload[key] for key in ("error", "seconds", "log")}
+        blocks.append({"name": block.name, **kept})
         weights += [{**row, "block": index} for row in payload["weights"]]
     for item in plan.items:
         if item.scheme is None:
@@ -116,6 +132,8 @@ def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds
         weights=weights,
         blocks=blocks,
         warnings=plan.warnings,
+        format=formats.name(plan.schemes),
+        loaders=formats.loaders(plan.schemes),
         versions=versions(),
     )
 
@@ -129,14 +147,14 @@ def model_card(plan: Plan, model: str, name: str) -> str:
 {base}library_name: transformers
 tags:
 - llmq
-- compressed-tensors
+- {formats.name(plan.schemes).partition(" ")[0]}
 ---
 # {name}
 
 {Path(model).name if Path(model).exists() else model} with {recipe.scheme} weights by {"+".join(recipe.methods)}, \
 {plan.bits_per_weight:.2f} bits per quantized weight, written by [llmq](https://pypi.org/project/llmq/).
 
-- format: compressed-tensors `pack-quantized`, read by transformers (with `compressed-tensors` installed) and vLLM
+- format: {formats.name(plan.schemes)}; {"; ".join(formats.loaders(plan.schemes))}
 - calibration: {plan.calibration.description}
 - left alone: {"; ".join(kept) or "nothing"}
 - size: {size(plan.source.total_bytes)} before, {size(plan.budget.disk)} now

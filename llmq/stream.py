@@ -5,7 +5,6 @@ Read this file first. `run` is the data flow of docs/design.md; everything else 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -14,19 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq import methods
-from llmq.blocks import discard, fill, load, release, rest, restore, untouched
+from llmq import formats, steps
+from llmq.block import Block, relative_error, rounded_inputs
 from llmq.budget import before_blocks
-from llmq.capture import Statistic, collect
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors
-from llmq.parameters import assign, empty
-from llmq.planning import Item, Plan
+from llmq.parameters import empty
+from llmq.planning import Plan
 from llmq.record import Call, Recording, record
 from llmq.sink import Sink
 from llmq.source import check_finite
+from llmq.storage import discard, fill, load, open_block, release, rest, restore, untouched
 
-CHUNK = 1 << 21
 PROBE_VALUES = 256
 PROBE_TOLERANCE = 1e-3
 
@@ -52,35 +49,66 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     copy_rest(plan, sink, watch)
     recording = skeleton(plan, device, watch)
     hidden, recording.hidden = recording.hidden, recording.hidden[:1]
+    exact = hidden if plan.pipeline.exact else None
     units = [f"block {i}" for i in range(len(plan.structure.blocks))]
     todo = [i for i, unit in enumerate(units) if unit not in sink.done]
     watch.stage("Quantizing", len(units))
     for index in range(todo[0] if todo else 0):
-        hidden = replay(plan, sink, index, hidden, [calls[index] for calls in recording.calls], device)
+        calls = [calls[index] for calls in recording.calls]
+        if exact is not None:
+            exact = unquantized(plan, index, exact, calls, device)
+        hidden = replay(plan, sink, index, hidden, calls, device)
         watch.step(f"{units[index]} was already done")
     for index in todo:
-        hidden = quantize_block(plan, sink, index, hidden, [calls[index] for calls in recording.calls], device)
+        calls = [calls[index] for calls in recording.calls]
+        hidden, exact = quantize_block(plan, sink, index, hidden, exact, calls, device)
         release()
         watch.step(f"{units[index]}: output error {sink.done[units[index]]['error']:.2e}")
-    del hidden
+    del hidden, exact
     verify(plan, sink, recording, device, watch)
 
 
 def quantize_block(
-    plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
-) -> list[Tensor]:
-    """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input."""
+    plan: Plan,
+    sink: Sink,
+    index: int,
+    hidden: list[Tensor],
+    exact: list[Tensor] | None,
+    calls: list[Call],
+    device: torch.device,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
+
+    exact: the unquantized model's hidden states, where a method's target is what this block makes of them; they are
+    returned one block further on.
+    """
     began = time.perf_counter()
-    block = fill(plan, index, device)
-    target, statistics = observe(plan, index, block, hidden, calls, device)
-    tensors, rows = quantize_weights(plan, index, statistics)
-    tensors |= untouched(plan, index)
-    output = forward(block, hidden, calls, device)
+    block = open_block(plan, index, hidden, calls, device)
+    block.target = block.observe(plan.pipeline.first)
+    check_output(plan, index, block.target, "before any quantization: it overflows its dtype, or its weights are damaged")
+    if exact is not None:
+        exact = block.target if exact is hidden else forward(block.module, exact, calls, device)
+        block.target = exact
+    steps.quantize(block, plan.pipeline)
+    rows, tensors = pack_weights(plan, index, block)
+    tensors |= untouched(plan, index, block)
+    with rounded_inputs(block.weights.values()):
+        output = block.outputs()
     check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
-    payload = {"weights": rows, "error": relative_error(output, target), "probe": probe(output[0])}
-    payload["seconds"] = round(time.perf_counter() - began, 3)
-    discard(block)
+    payload = {"weights": rows, "error": relative_error(output, block.target), "probe": probe(output[0])}
+    payload |= {"log": block.log, "seconds": round(time.perf_counter() - began, 3)}
+    discard(block.module)
     sink.commit(f"block {index}", tensors, payload)
+    return output, exact
+
+
+def unquantized(
+    plan: Plan, index: int, exact: list[Tensor], calls: list[Call], device: torch.device
+) -> list[Tensor]:
+    """What the unquantized block makes of the unquantized model's hidden states."""
+    block = fill(plan, index, device)
+    output = forward(block, exact, calls, device)
+    discard(block)
     return output
 
 
@@ -88,8 +116,10 @@ def replay(
     plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
 ) -> list[Tensor]:
     """The output of a block as it was written, compared with the one it had in memory."""
-    block = restore(plan, sink, index, device)
-    output = forward(block, hidden, calls, device)
+    works = restore(plan, sink, index, device)
+    block = plan.model.get_submodule(plan.structure.blocks[index].name)
+    with rounded_inputs(works):
+        output = forward(block, hidden, calls, device)
     check_probe(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
     discard(block)
     release()
@@ -121,25 +151,8 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
 
 def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
     """The block's output for each batch, on the host in the model's dtype."""
-    with torch.inference_mode():
+    with torch.no_grad():
         return [call.run(block, h.to(device)).to(h) for h, call in zip(hidden, calls, strict=True)]
-
-
-def observe(
-    plan: Plan, index: int, block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device
-) -> tuple[list[Tensor], dict[int, dict[type[Statistic], Statistic]]]:
-    """One pass of the unquantized block: its outputs, and the statistics of each distinct weight input."""
-    needs = methods.needs(plan.recipe)
-    statistics: dict[int, dict[type[Statistic], Statistic]] = {}
-    fed: dict[nn.Module, list[Statistic]] = {}
-    for item in plan.of_block(index):
-        if item.shares not in statistics:
-            statistics[item.shares] = {need: need(item.shape[1], device) for need in needs}
-            fed[plan.model.get_submodule(item.module)] = list(statistics[item.shares].values())
-    with collect(fed):
-        target = forward(block, hidden, calls, device)
-    check_output(plan, index, target, "before any quantization: it overflows its dtype, or its weights are damaged")
-    return target, statistics
 
 
 def check_output(plan: Plan, index: int, output: list[Tensor], when: str) -> None:
@@ -148,49 +161,15 @@ def check_output(plan: Plan, index: int, output: list[Tensor], when: str) -> Non
         raise LlmqError(f"{plan.structure.blocks[index].name}: its output is not finite {when}")
 
 
-def quantize_weights(
-    plan: Plan, index: int, statistics: dict[int, dict[type[Statistic], Statistic]]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Quantize a block's weights in place: the tensors to write, the lines of the report. Statistics go once used."""
-    items = plan.of_block(index)
-    last = {item.shares: item for item in items}
-    tensors: dict[str, Tensor] = {}
-    rows = []
-    for item in items:
-        packed, row = quantize_weight(plan, item, statistics[item.shares])
-        tensors |= packed
-        rows.append(row)
-        if last[item.shares] is item:
-            del statistics[item.shares]
-    return tensors, rows
-
-
-def quantize_weight(
-    plan: Plan, item: Item, statistics: Mapping[type[Statistic], Statistic]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize one weight in place: the tensors to write and its line of the report."""
-    began = time.perf_counter()
-    assert item.scheme is not None
-    module = plan.model.get_submodule(item.module)
-    weight = module.get_parameter("weight").detach()
-    try:
-        quantized = methods.quantize(plan.recipe, weight, item.scheme, statistics)
-    except LlmqError as problem:
-        raise LlmqError(f"{item.tensor}: {problem}") from problem
-    value = quantized.dequantize(plan.dtype)
-    error = relative_error([value], [weight])
-    assign(plan.model, f"{item.module}.weight", value)
-    packed = compressed_tensors.pack(quantized)
-    row = {
-        "name": item.name,
-        "shape": list(item.shape),
-        "scheme": asdict(item.scheme),
-        "bytes": item.after,
-        "error": error,
-        "notes": list(quantized.notes),
-        "seconds": round(time.perf_counter() - began, 3),
-    }
-    return {f"{item.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}, row
+def pack_weights(plan: Plan, index: int, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The lines of the report and the tensors to write of a block's quantized weights."""
+    rows, tensors = [], {}
+    for item, work in zip(plan.of_block(index), block.weights.values(), strict=True):
+        assert item.scheme is not None and work.quantized is not None
+        rows.append(steps.row(work) | {"scheme": asdict(item.scheme), "bytes": item.after})
+        packed = formats.of(item.scheme).pack(work.quantized)
+        tensors |= {f"{item.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    return rows, tensors
 
 
 def copy_rest(plan: Plan, sink: Sink, watch: Watch) -> None:
@@ -204,17 +183,6 @@ def copy_rest(plan: Plan, sink: Sink, watch: Watch) -> None:
                 check_finite(tensor, name, plan.source.info(name).file)
             sink.commit(unit, tensors, {})
         watch.step(unit)
-
-
-def relative_error(values: list[Tensor], targets: list[Tensor]) -> float:
-    """‖values − targets‖ / ‖targets‖ over all of them, a few rows at a time."""
-    apart = whole = 0.0
-    for value, target in zip(values, targets, strict=True):
-        for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
-            exact = t.float()
-            apart += float(torch.linalg.vector_norm(v.float() - exact)) ** 2
-            whole += float(torch.linalg.vector_norm(exact)) ** 2
-    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
 def probe(hidden: Tensor) -> list[float]:

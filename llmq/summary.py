@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq import methods
 from llmq.budget import size
-from llmq.planning import Item, Plan
+from llmq.items import Item
+from llmq.planning import Plan
 from llmq.report import Report
 
 WORST = 5
@@ -45,11 +45,14 @@ def summary(console: Console, made: Plan) -> None:
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
     grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
-    used = getattr(methods.make(made.recipe), "range", None)
+    used = getattr(made.pipeline.quantizer, "range", None)
     grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
     grid.add_row(
         "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )
+    places = sum(len(pairs) for pairs, _ in made.pairs.values())
+    if places:
+        grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")
     grid.add_row("calibration", escape(made.calibration.description))
     device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
@@ -75,15 +78,23 @@ def report(console: Console, done: Report) -> None:
     worst = sorted(quantized, key=lambda row: -row["error"])[:WORST]
     losses = ", ".join(f"{escape(r['name'])} {r['error']:.2e}" for r in worst)
     console.print(f"largest errors: {losses}", highlight=False)
+    tried = [line for block in done.blocks for line in block.get("log", [])]
+    if tried:
+        kept = sum(line["kept"] for line in tried)
+        console.print(f"tried {len(tried)} changes to the blocks, kept {kept}, undid {len(tried) - kept}")
+    for name, what in done.undone[:WORST]:
+        console.print(f"[yellow]undone[/] in {escape(name)}: {escape(what)}", highlight=False)
     for name, note in done.fallbacks:
         console.print(f"[yellow]{escape(name)}[/]: {escape(note)}", highlight=False)
-    kept = [row for row in done.weights if row["scheme"] is None]
-    for reason, alike in groupby(sorted(kept, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
+    left = [row for row in done.weights if row["scheme"] is None]
+    for reason, alike in groupby(sorted(left, key=lambda r: r["kept"]), key=lambda r: r["kept"]):
         names = [row["name"] for row in alike]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         console.print(escape(f"kept ({reason}): {', '.join(names[:3])}{more}"), highlight=False)
     for warning in done.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+    for loader in done.loaders:
+        console.print(f"loads: {escape(loader)}", highlight=False)
     headline(console, done)
 
 

@@ -66,9 +66,9 @@ def main() -> None:
         bits, group = (int(part) for part in scheme.split("g"))
         for method in args.method:
             recipe = Recipe(
-                methods=(method,),
+                methods=tuple(method.split("+")),
                 scheme=Scheme(bits, group),
-                range=args.range,
+                options={} if args.range == "auto" else {"range": args.range},
                 calibration=Calibration(args.calibration, samples=32, seqlen=512),
             )
             with tempfile.TemporaryDirectory() as folder:

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq import methods, stream
+from llmq import stream
+from llmq.block import Block
 from llmq.hub import resolve
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.planning import Item, Plan
+from llmq.planning import Plan
 from llmq.recipe import Recipe, Scheme
 
 LIMIT = 1e-3
@@ -49,26 +49,24 @@ print(float((have - want["logits"]).norm() / want["logits"].norm()))
 
 @contextmanager
 def kept_in_memory() -> Iterator[dict[str, Tensor]]:
-    """The weights that the run quantizes, as it has them in memory, in float32, by the parameter's name."""
+    """What the run writes, as it has it in memory, in float32, by the parameter's name."""
     kept: dict[str, Tensor] = {}
-    quantize, quantize_weight = methods.quantize, stream.quantize_weight
-    module = ""
+    pack = stream.pack_weights
 
-    def keep(*args: Any) -> QuantizedWeight:
-        quantized = quantize(*args)
-        kept[f"{module}.weight"] = quantized.dequantize(torch.float32)
-        return quantized
+    def keep(plan: Plan, index: int, block: Block) -> Any:
+        prefix = plan.structure.blocks[index].name
+        for work in block.weights.values():
+            assert work.quantized is not None
+            kept[f"{prefix}.{work.parameter}"] = work.quantized.dequantize(torch.float32)
+        for name in block.changed:
+            kept[f"{prefix}.{name}"] = block.module.get_parameter(name).float().clone()
+        return pack(plan, index, block)
 
-    def named(plan: Plan, item: Item, statistics: Any) -> Any:
-        nonlocal module
-        module = item.module
-        return quantize_weight(plan, item, statistics)
-
-    methods.quantize, stream.quantize_weight = keep, named
+    stream.pack_weights = keep
     try:
         yield kept
     finally:
-        methods.quantize, stream.quantize_weight = quantize, quantize_weight
+        stream.pack_weights = pack
 
 
 def logits_in_memory(model: str, kept: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ def main() -> None:
         for bits in args.bits:
             for group in (128, None):
                 with tempfile.TemporaryDirectory() as folder, kept_in_memory() as kept:
-                    recipe = Recipe(methods=(args.method,), scheme=Scheme(bits, group), ragged="smaller")
+                    recipe = Recipe(methods=tuple(args.method.split("+")), scheme=Scheme(bits, group), ragged="smaller")
                     llmq.quantize(model, Path(folder) / "out", recipe, ids=ids)
                     logits = logits_in_memory(model, kept, ids)
                     save_file({"ids": ids, "logits": logits}, Path(folder) / "logits.safetensors")

@@ -1,5 +1,7 @@
 """compressed-tensors `pack-quantized`: integer weights of 2–8 bits that transformers and vLLM read.
 
+The configuration here is that of all of compressed-tensors' formats; the bytes of the 8-bit ones are in `eight_bit`.
+
 What is stored for a weight [out, in] is listed in `spec`. Written against compressed-tensors 0.19 and 0.20 (0.17 packed
 3, 5, 6 and 7 bits differently). The reader's rules for `config`, tried and read in both:
 
@@ -76,9 +78,11 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(unpack_codes(tensors[PACKED], scheme.bits, width), tensors[SCALE], zero, scheme)
 
 
-def refusal(scheme: Scheme) -> str | None:
-    """Why stock readers cannot load this scheme, in a sentence, or None: all of 2–8 bits have their bytes here."""
-    return None
+def format_of(scheme: Scheme) -> str:
+    """The name that compressed-tensors has for the way a scheme is stored."""
+    if scheme.grid == "float":
+        return "float-quantized"
+    return FORMAT if scheme.activations is None else "int-quantized"
 
 
 def config(groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str]) -> dict[str, Any]:
@@ -91,17 +95,18 @@ def config(groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str]) -> dic
     if not schemes:
         raise LlmqError("nothing is quantized: there is no configuration to write")
     alone = len(schemes) == 1
+    kinds = {format_of(scheme) for scheme in schemes}
     return {
         "quant_method": QUANT_METHOD,
-        "format": FORMAT,
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "config_groups": {
             f"group_{index}": {
                 "targets": ["Linear"] if alone else sorted(groups[scheme]),
-                "format": FORMAT,
+                "format": format_of(scheme),
                 "weights": _weights(scheme),
-                "input_activations": None,
+                "input_activations": _inputs(scheme),
                 "output_activations": None,
             }
             for index, scheme in enumerate(schemes)
@@ -118,7 +123,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     """The arguments that compressed-tensors calls QuantizationArgs."""
     return {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": scheme.grid,
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group_size is None else "group",
         "group_size": scheme.group_size,
@@ -127,4 +132,16 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "block_structure": None,
         "observer": "minmax",
         "observer_kwargs": {},
+    }
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    """How the input of a weight is rounded, as QuantizationArgs."""
+    if scheme.activations is None:
+        return None
+    dynamic = scheme.activations.dynamic
+    return _weights(scheme) | {
+        "strategy": "token" if dynamic else "tensor",
+        "dynamic": dynamic,
+        "observer": None if dynamic else "minmax",
     }

@@ -1,67 +1,133 @@
-"""Quantizers: one file and one class each. A method sees weights, statistics and its options; never a model."""
+"""Methods: one file and one class each. A method sees weights, statistics and a block; never a model."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
-from torch import Tensor
-
-from llmq.errors import LlmqError
+from llmq import catalog
+from llmq.statistics import Statistic
+from llmq.checked import check_type
+from llmq.errors import LlmqError, first_line
 from llmq.methods.base import Method
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.recipe import Recipe, Scheme, nearest
+from llmq.recipe import Recipe
 
-OPTIONS = ("range", "act_order", "damping", "sweeps")
-"""The fields of a Recipe that go to the method, where it takes them."""
+DEFAULT_QUANTIZER = "rtn"
 
 
-def names() -> list[str]:
-    """The methods there are: the files beside this one."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+@dataclass(frozen=True)
+class Pipeline:
+    """A recipe's methods at work, in order: transforms, the quantizer, what refines its result."""
+
+    transforms: tuple[Method, ...]
+    quantizer: Method
+    refiners: tuple[Method, ...]
+
+    @property
+    def all(self) -> tuple[Method, ...]:
+        """Every method."""
+        return (*self.transforms, self.quantizer, *self.refiners)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything here looks at calibration data."""
+        return bool(self.transforms or self.refiners or self.quantizer.needs)
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Every statistic that is taken at some time, each once."""
+        found = [*self.quantizer.needs, *(need for method in self.transforms for need in method.transform_needs)]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def first(self) -> tuple[type[Statistic], ...]:
+        """The statistics to take in the first pass of an untouched block: the quantizer's, where nothing comes before."""
+        return () if self.transforms else self.quantizer.needs
+
+    @property
+    def exact(self) -> bool:
+        """Whether a refiner's target is what the unquantized model, not the quantized one so far, makes of a block."""
+        return any(method.exact for method in self.refiners)
 
 
 def find(name: str) -> type[Method]:
-    """The method class in the file of that name. Raises LlmqError, with the nearest name, where there is none."""
-    if name not in names():
-        raise LlmqError(f"method {name!r} is not known: choose from {', '.join(names())}{nearest(name, names())}")
+    """The method's class. Raises LlmqError where there is none of that name, or its package cannot be imported."""
+    catalog.check(name)
+    outside = catalog.entry_point(name)
+    if outside is not None:
+        try:
+            kind = outside.load()
+        except Exception as error:  # another package's code can fail in any way
+            raise LlmqError(f"method {name!r}: {outside.value} cannot be imported: {first_line(error)}") from error
+        if not (inspect.isclass(kind) and issubclass(kind, Method)):
+            raise LlmqError(f"method {name!r}: {outside.value} is no class derived from llmq.methods.base.Method")
+        return kind
     module = importlib.import_module(f"{__name__}.{name}")
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
     return next(c for c in own if issubclass(c, Method))
 
 
-def make(recipe: Recipe) -> Method:
-    """The recipe's quantizer. Raises LlmqError where the recipe gives an option that it does not take."""
-    if len(recipe.methods) != 1:
-        raise LlmqError(f"method {'+'.join(recipe.methods)!r}: one method at a time is supported")
-    kind = find(recipe.methods[0])
-    taken = inspect.signature(kind).parameters
-    options: dict[str, Any] = {k: getattr(recipe, k) for k in OPTIONS}
-    # What is left on auto, or not given, is the method's own default: what measures best for it.
-    given = {k: v for k, v in options.items() if v not in (None, "auto")}
-    for name in given:
-        if name not in taken:
-            fitting = [other for other in names() if name in inspect.signature(find(other)).parameters]
+def make(recipe: Recipe) -> Pipeline:
+    """The recipe's methods with their options. Raises LlmqError for an order that means nothing, or a wrong option."""
+    kinds = [find(name) for name in recipe.methods]
+    _check_options(recipe, kinds)
+    roles = [_roles(kind) for kind in kinds]
+    quantizers = [i for i, role in enumerate(roles) if "quantize" in role]
+    # A method that transforms and quantizes only transforms where a quantizer follows.
+    chosen = quantizers[-1] if quantizers else None
+    second = next((i for i in quantizers[:-1] if "transform" not in roles[i]), None)
+    if second is not None and chosen is not None:
+        raise LlmqError(
+            f"method {'+'.join(recipe.methods)!r}: {recipe.methods[second]} and {recipe.methods[chosen]} both quantize; "
+            "choose one"
+        )
+    if len(set(recipe.methods)) < len(recipe.methods):
+        raise LlmqError(f"method {'+'.join(recipe.methods)!r}: a method is there twice")
+    transforms = [i for i, role in enumerate(roles) if "transform" in role]
+    refiners = [i for i, role in enumerate(roles) if "refine" in role and i not in transforms and i != chosen]
+    order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners]
+    if order != list(range(len(kinds))):
+        raise LlmqError(
+            f"method {'+'.join(recipe.methods)!r}: what transforms comes first, then what quantizes, then what refines: "
+            f"write {'+'.join(recipe.methods[i] for i in order)!r}"
+        )
+    built = [_build(kind, recipe) for kind in kinds]
+    quantizer = _build(find(DEFAULT_QUANTIZER), recipe) if chosen is None else built[chosen]
+    return Pipeline(tuple(built[i] for i in transforms), quantizer, tuple(built[i] for i in refiners))
+
+
+def _roles(kind: type[Method]) -> set[str]:
+    return {role for role in ("transform", "quantize", "refine") if getattr(kind, role) is not getattr(Method, role)}
+
+
+def _build(kind: type[Method], recipe: Recipe) -> Method:
+    taken = _taken(kind)
+    options = {**recipe.options, "seed": recipe.seed}
+    return kind(**{name: value for name, value in options.items() if name in taken})
+
+
+def _taken(kind: type[Method]) -> set[str]:
+    return set(inspect.signature(kind).parameters)
+
+
+def _check_options(recipe: Recipe, kinds: Iterable[type[Method]]) -> None:
+    kinds = [*kinds]
+    if not any("quantize" in _roles(kind) for kind in kinds):
+        kinds.append(find(DEFAULT_QUANTIZER))
+    for name, value in recipe.options.items():
+        takers = [kind for kind in kinds if name in _taken(kind)]
+        if not takers:
+            having = [n for n in catalog.names() if any(o.name == name for o in catalog.describe(n).options)]
             raise LlmqError(
-                f"{name} {given[name]!r} (--{name.replace('_', '-')}) is no option of method {recipe.methods[0]!r}: "
-                f"leave it out, or choose a method that has it ({', '.join(fitting)})"
+                f"{name} {value!r} (--{name.replace('_', '-')}) is no option of method {'+'.join(recipe.methods)!r}: "
+                + (f"leave it out, or choose a method that has it ({', '.join(having)})" if having else _known(kinds))
             )
-    return kind(**given)
+        for kind in takers:
+            check_type(name.replace("_", "-"), value, get_type_hints(kind.__init__).get(name, Any))
 
 
-def needs(recipe: Recipe) -> tuple[type[Any], ...]:
-    """The statistics of a weight's input that the recipe's quantizer asks for."""
-    return make(recipe).needs
-
-
-def quantize(recipe: Recipe, weight: Tensor, scheme: Scheme, statistics: Mapping[type[Any], Any]) -> QuantizedWeight:
-    """Quantize one weight [out, in] of any float dtype; scales come in the weight's dtype. Raises LlmqError."""
-    return make(recipe).quantize(weight, scheme, statistics)
-
-
-def workspace(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Bytes the quantizer needs beside the weight and its statistics."""
-    return make(recipe).workspace(shape)
+def _known(kinds: list[type[Method]]) -> str:
+    return "its options are " + (", ".join(sorted(set().union(*map(_taken, kinds)))) or "none")

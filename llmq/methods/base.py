@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
-from llmq.capture import Statistic
+from llmq.statistics import Statistic
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import QuantizedWeight
+from llmq.numerics.quantized import Quantized
 from llmq.recipe import Scheme
+
+if TYPE_CHECKING:
+    from llmq.block import Block
 
 Stats = Mapping[type[Any], Any]
 S = TypeVar("S")
 
 
 class Method:
-    """A way to quantize one weight.
+    """Any of three things, by which of its functions it has: a transform, a quantizer, a refinement.
 
-    needs: the statistics taken of every weight's input before `quantize`; which ones may depend on the options.
+    transform_needs, needs: the statistics taken of every weight's input before `transform` and before `quantize`; which
+    ones may depend on the options. exact: for a
+    refinement, whether its target is what the unquantized model makes of a block, instead of the block on the quantized
+    model's own hidden states. scheme: what a quantized weight is by default with this method, as in a recipe.
     """
 
+    transform_needs: tuple[type[Statistic], ...] = ()
     needs: tuple[type[Statistic], ...] = ()
+    exact: bool = False
+    scheme: ClassVar[dict[str, Any]] = {}
 
-    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
-        """Rounds one weight [out, in]; the scale is in the weight's dtype. Raises LlmqError on values not finite."""
+    def transform(self, block: Block) -> None:
+        """Changes the block's weights in a way that leaves its function as it is and makes rounding cost less."""
         raise NotImplementedError
 
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
+        """Rounds one weight [out, in]; scales come in `scale_dtype`. Raises LlmqError on values not finite."""
+        raise NotImplementedError
+
+    def refine(self, block: Block) -> None:
+        """Replaces what the quantizer made of the block's weights by something better."""
+        raise NotImplementedError
+
+    def grids(self) -> tuple[str, ...]:
+        """The grids that `quantize` knows."""
+        return ("int",)
+
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """Bytes that `quantize` needs for a weight of this shape, beside the weight and its statistics."""
+        """Bytes that it needs for a weight of this shape, beside the weight and its statistics."""
         return 2 * math.prod(shape)
 
 

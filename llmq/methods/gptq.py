@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-from llmq.capture import Hessian
+from llmq.statistics import Hessian
+from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
 from llmq.numerics.quantized import QuantizedWeight
@@ -14,20 +18,29 @@ from llmq.recipe import Scheme
 class GPTQ(Method):
     """Rounds column by column; later columns make up for earlier ones, as the inputs' second moments allow.
 
-    range: how a group's grid is chosen ('minmax', 'mse', 'weighted'); act_order: 'static' takes the most active
-    inputs first, 'grouped' the most active groups, 'none' takes inputs as they stand; damping: a share of the mean
-    diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are revisited once all are there (0 is
-    the paper's GPTQ).
+    range: how scales are found: minmax, mse, percentile, kl, aciq, or weighted by what each column's rounding costs;
+    act_order: static takes the most active inputs first, grouped the most active groups, none takes inputs as they stand;
+    damping: share of the mean diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are revisited
+    once all are there, 0 is the paper's GPTQ.
     """
 
     needs = (Hessian,)
 
     def __init__(
-        self, *, range: str = "weighted", act_order: str = "grouped", damping: float = 0.01, sweeps: int = 2
+        self,
+        *,
+        range: str = "weighted",
+        act_order: Literal["grouped", "static", "none"] = "grouped",
+        damping: float = 0.01,
+        sweeps: int = 2,
     ) -> None:
+        if sweeps < 0:
+            raise LlmqError(f"sweeps must be 0 or more, not {sweeps!r}")
+        if not 0 < damping < 1:
+            raise LlmqError(f"damping must lie between 0 and 1, not {damping!r}")
         self.range, self.act_order, self.damping, self.sweeps = range, act_order, damping, sweeps
 
-    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:
         """See `Method.quantize`."""
         return solve(
             weight,
@@ -37,7 +50,7 @@ class GPTQ(Method):
             act_order=self.act_order,
             damping=self.damping,
             sweeps=self.sweeps,
-            scale_dtype=weight.dtype,
+            scale_dtype=scale_dtype,
         )
 
     def workspace(self, shape: tuple[int, ...]) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from llmq.capture import MeanSquare
+from llmq.statistics import MeanSquare
 from llmq.methods.base import Method, Stats, statistic
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
+from llmq.numerics.nearest import round_to_nearest
+from llmq.numerics.quantized import Quantized
 from llmq.recipe import Scheme
 
 
 class RTN(Method):
-    """Round to nearest.
+    """Round to nearest; no calibration data.
 
-    range: 'minmax' and 'mse' need no data; 'weighted' weighs each column's error by the mean square of its input.
+    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs.
     """
 
     def __init__(self, *, range: str = "mse") -> None:
@@ -22,8 +23,11 @@ class RTN(Method):
         if range == "weighted":
             self.needs = (MeanSquare,)
 
-    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
         """See `Method.quantize`."""
         importance = statistic(stats, MeanSquare).mean if self.range == "weighted" else None
-        scale, zero = find_range(weight, scheme, self.range, importance, weight.dtype)
-        return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme)
+        return round_to_nearest(weight, scheme, scale_dtype, self.range, importance)
+
+    def grids(self) -> tuple[str, ...]:
+        """See `Method.grids`."""
+        return ("int", "float", "nf4")

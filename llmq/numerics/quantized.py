@@ -1,8 +1,9 @@
-"""QuantizedWeight: what every quantizer returns and every format stores."""
+"""What every quantizer returns and every format stores: QuantizedWeight on a grid of steps, or a kind of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +14,30 @@ from llmq_kernels.reference import dequantize
 CHUNK = 1 << 21
 
 
-@dataclass
-class QuantizedWeight:
-    """An integer-coded weight [out, in]: w ≈ (codes − zero) · scale, group by group along the input axis.
+class Quantized(Protocol):
+    """A rounded weight [out, in], as it is stored. notes: what fell back, for the report."""
 
-    codes: int8 [out, in], in [scheme.qmin, scheme.qmax]; scale: [out, groups], in the dtype it is stored in;
-    zero: int8 [out, groups] in the range of the codes, or None when symmetric; notes: what fell back, for the report.
+    __dataclass_fields__: dict[str, Any]
+
+    @property
+    def scheme(self) -> Scheme:
+        """Its grid."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What fell back, for the report."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that is stored, computed in float32 and rounded once to `dtype`."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [out, in] on a grid of steps: w ≈ (codes − zero) · scale, group by group along the input axis.
+
+    codes: int8 [out, in], in [scheme.qmin, scheme.qmax], or float8_e4m3fn where the grid is 'float'; scale: [out,
+    groups], in the dtype it is stored in; zero: int8 [out, groups] in the range of the codes, or None when symmetric;
+    notes: what fell back, for the report; input_scale: float32 [1], where the input is rounded by a static scale.
     """
 
     codes: Tensor
@@ -26,6 +45,7 @@ class QuantizedWeight:
     zero: Tensor | None
     scheme: Scheme
     notes: tuple[str, ...] = ()
+    input_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""

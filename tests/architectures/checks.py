@@ -181,27 +181,28 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     from llmq import job, stream
 
     kept: dict[str, Tensor] = {}
-    original = stream.quantize_weight
+    original = stream.pack_weights
 
-    def remember(plan: Any, item: Any, *rest: Any) -> Any:
-        result = original(plan, item, *rest)
-        kept[item.module] = plan.model.get_submodule(item.module).weight.detach().clone()
-        return result
+    def remember(plan: Any, index: int, block: Any) -> Any:
+        prefix = plan.structure.blocks[index].name
+        for name in [*block.weights, *block.changed]:
+            kept[f"{prefix}.{name}"] = block.module.get_parameter(name).detach().clone()
+        return original(plan, index, block)
 
-    recipe = llmq.Recipe(methods=(method,), scheme=llmq.Scheme(4, 32, True), ragged="channel")
+    recipe = llmq.Recipe(methods=tuple(method.split("+")), scheme=llmq.Scheme(4, 32, True), ragged="channel")
     plan = job.plan(str(source), recipe, out=out, ids=windows)
-    stream.quantize_weight = remember
+    stream.pack_weights = remember
     try:
         job.quantize(str(source), out, recipe, ids=windows, made=plan)
     except llmq.LlmqError as error:
         raise Stopped(str(error).replace(str(source), "the source")) from error
     finally:
-        stream.quantize_weight = original
+        stream.pack_weights = original
     reference = stock(source)
     before = logits(reference, ids)
     with torch.no_grad():
-        for module, weight in kept.items():
-            reference.get_submodule(module).weight.copy_(weight)  # type: ignore[operator, union-attr]
+        for name, weight in kept.items():
+            reference.get_parameter(name).copy_(weight)
     target = logits(reference, ids)
     inside = [i for i in plan.items if i.block is not None and len(i.shape) == 2]
     chosen = [i for i in inside if i.scheme is not None]

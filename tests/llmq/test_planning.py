@@ -11,7 +11,8 @@ import torch
 
 from llmq import job
 from llmq.errors import LlmqError
-from llmq.planning import Plan, matches
+from llmq.items import matches
+from llmq.planning import Plan
 from llmq.recipe import Recipe, Scheme
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
@@ -107,7 +108,7 @@ def test_too_little_disk(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_rtn_needs_no_text(tiny_model: Path) -> None:
     assert "none needed" in make(tiny_model, methods=("rtn",)).calibration.description
-    assert "none needed" not in make(tiny_model, methods=("rtn",), range="weighted").calibration.description
+    assert "none needed" not in make(tiny_model, methods=("rtn",), options={"range": "weighted"}).calibration.description
 
 
 @pytest.mark.parametrize(

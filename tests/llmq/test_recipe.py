@@ -11,10 +11,21 @@ from hypothesis import strategies as st
 
 from llmq import methods
 from llmq.errors import LlmqError
-from llmq.recipe import ACT_ORDERS, RAGGED, RANGES, Calibration, Recipe, Scheme, parse_override
+from llmq.recipe import RAGGED, RANGES, Activations, Calibration, Recipe, Scheme, parse_override
 from tests.llmq.refusal import refused
 
-schemes = st.builds(Scheme, st.integers(2, 8), st.sampled_from([None, 16, 32, 64, 128]), st.booleans())
+eight_bit = st.builds(
+    Scheme,
+    bits=st.just(8),
+    group_size=st.none(),
+    grid=st.sampled_from(["int", "float"]),
+    activations=st.none() | st.builds(Activations, st.booleans(), st.sampled_from(["minmax", "mse"])),
+)
+schemes = (
+    st.builds(Scheme, st.integers(2, 8), st.sampled_from([None, 16, 32, 64, 128]), st.booleans())
+    | eight_bit
+    | st.builds(Scheme, st.just(4), st.sampled_from([64, 128]), grid=st.just("nf4"), double_quant=st.booleans())
+)
 recipes = st.builds(
     Recipe,
     methods=st.sampled_from([("rtn",), ("gptq",)]),
@@ -22,10 +33,7 @@ recipes = st.builds(
     overrides=st.dictionaries(st.text(min_size=1, max_size=8), schemes, max_size=3).map(lambda d: tuple(d.items())),
     keep=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
     ragged=st.sampled_from(RAGGED),
-    range=st.sampled_from(("auto", *RANGES)),
-    act_order=st.sampled_from(("auto", *ACT_ORDERS)),
-    damping=st.none() | st.floats(0.001, 0.5),
-    sweeps=st.none() | st.integers(0, 5),
+    options=st.fixed_dictionaries({}, optional={"range": st.sampled_from(RANGES), "sweeps": st.integers(0, 5)}),
     calibration=st.builds(Calibration, st.text(min_size=1), st.integers(1, 512), st.integers(2, 4096)),
     seed=st.integers(0, 9),
 )
@@ -59,9 +67,14 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("calibration: {seqlen: 1}", ("--seqlen",)),
         ("calibration: {txt: a}", ("did you mean 'text'",)),
         ("overrides: [a]", ("overrides",)),
-        ("range: mean", ("range",)),
-        ("damping: 2", ("damping",)),
-        ("sweeps: -1", ("sweeps",)),
+        ("options: 3", ("options must be a mapping",)),
+        ("sweeps: 1", ("unknown key 'sweeps'",)),
+        ("scheme: {grid: nf5}", ("grid 'nf5' is not known", "did you mean 'nf4'")),
+        ("scheme: {grid: float}", ("grid 'float' (FP8) is 8 bits",)),
+        ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 64",)),
+        ("scheme: {activations: dynamic}", ("activations are rounded to 8 bits where weights are 8 bits",)),
+        ("scheme: {activations: dynamc}", ("did you mean 'dynamic'",)),
+        ("scheme: {double_quant: true}", ("for grid 'nf4' only",)),
         ("a: [", ("YAML",)),
         ("a: 2024-13-45", ("YAML",)),
         ("[a]", ("mapping",)),
@@ -77,11 +90,8 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("scheme: {group_size: 32.0}", ("group_size must be a whole number or null",)),
         ("calibration: {samples: 1.5}", ("calibration: samples must be a whole number",)),
         ("calibration: {text: 5}", ("calibration: text must be text",)),
-        ("sweeps: 1.5", ("sweeps must be a whole number",)),
         ("seed: abc", ("seed must be a whole number",)),
         ("seed: true", ("seed must be a whole number",)),
-        ("damping: much", ("damping must be a number",)),
-        ("range: [mse]", ("range must be text",)),
     ],
 )
 def test_mistakes(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
@@ -111,13 +121,28 @@ def test_types_are_checked_without_yaml_too() -> None:
     ],
 )
 def test_an_option_of_another_method(options: dict[str, Any], words: tuple[str, ...]) -> None:
-    refused(lambda: methods.make(Recipe(methods=("rtn",), **options)), *words)
-    assert vars(methods.make(Recipe(methods=("gptq",), **options))).items() >= options.items()
+    refused(lambda: methods.make(Recipe(methods=("rtn",), options=options)), *words)
+    assert vars(methods.make(Recipe(methods=("gptq",), options=options)).quantizer).items() >= options.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sweeps": -1}, ("sweeps must be 0 or more",)),
+        ({"sweeps": 1.5}, ("sweeps must be a whole number",)),
+        ({"damping": 2.0}, ("damping must lie between 0 and 1",)),
+        ({"damping": "much"}, ("damping must be a number",)),
+        ({"act_order": "sttic"}, ("act-order 'sttic' is not known", "did you mean 'static'")),
+        ({"range": 5}, ("range must be text",)),
+    ],
+)
+def test_an_impossible_option(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    refused(lambda: methods.make(Recipe(methods=("gptq",), options=options)), *words)
 
 
 def test_the_defaults_are_the_methods_own() -> None:
-    assert vars(methods.make(Recipe(methods=("rtn",)))) == {"range": "mse"}
-    assert vars(methods.make(Recipe())) == vars(methods.find("gptq")())
+    assert vars(methods.make(Recipe(methods=("rtn",))).quantizer) == {"range": "mse"}
+    assert vars(methods.make(Recipe()).quantizer) == vars(methods.find("gptq")())
 
 
 def test_overrides_from_the_command_line() -> None:
@@ -128,8 +153,3 @@ def test_overrides_from_the_command_line() -> None:
     for wrong in ("bits:8", "=bits:8", "a=bits", "a=bots:8", "a=bits:99", "a=bits:{", "a=symmetric:2"):
         with pytest.raises(LlmqError):
             parse_override(wrong, Scheme())
-
-
-def test_bits_per_weight() -> None:
-    assert Scheme(4, 128).bits_per_weight(256, 1024) == 4 + 16 / 128
-    assert Scheme(4, 128, False).bits_per_weight(256, 1024) == 4 + 20 / 128

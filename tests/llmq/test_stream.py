@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
 import llmq
-from llmq import stream
+from llmq import steps, stream
+from llmq.block import Block, Work
+from llmq.methods import Pipeline
 from llmq.planning import Plan
 from llmq.recipe import Recipe, Scheme
 from llmq.sink import Sink
@@ -25,11 +26,11 @@ RECIPE = Recipe(scheme=Scheme(4, 32))
 def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = stream.restore
 
-    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> nn.Module:
-        block = real(plan, sink, index, device)
+    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[Work]:
+        works = real(plan, sink, index, device)
         if index == 2:
-            block.get_parameter("mlp.down_proj.weight").data[1:] = 0
-        return block
+            plan.model.get_parameter("model.layers.2.mlp.down_proj.weight").data[1:] = 0
+        return works
 
     monkeypatch.setattr(stream, "restore", wrong)
     refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.2", "read back")
@@ -37,15 +38,16 @@ def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, m
 
 
 def test_an_output_that_overflows_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stream.quantize_weights
+    real = steps.quantize
+    seen = []
 
-    def huge(plan: Plan, index: int, statistics: object) -> object:
-        found = real(plan, index, statistics)  # type: ignore[arg-type]
-        if index == 1:
-            plan.model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(float("inf"))
-        return found
+    def huge(block: Block, pipeline: Pipeline) -> None:
+        real(block, pipeline)
+        seen.append(block)
+        if len(seen) == 2:
+            block.module.get_parameter("mlp.up_proj.weight").data.fill_(float("inf"))
 
-    monkeypatch.setattr(stream, "quantize_weights", huge)
+    monkeypatch.setattr(steps, "quantize", huge)
     refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.1", "after quantization")
 
 

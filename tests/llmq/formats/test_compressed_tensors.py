@@ -121,4 +121,3 @@ def test_refusals() -> None:
         ct.unpack(tensors, Scheme(4, 32, False))
     with pytest.raises(LlmqError, match="weight_packed of a 8-bit g32 symmetric weight"):
         ct.unpack(tensors, Scheme(8, 32))
-    assert all(ct.refusal(Scheme(bits)) is None for bits in range(2, 9))

@@ -7,10 +7,13 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from llmq import formats
+from llmq.block import Block, Work
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors
+from llmq.numerics.quantized import Quantized
 from llmq.parameters import assign, empty
 from llmq.planning import Plan
+from llmq.record import Call
 from llmq.sink import Sink
 from llmq.source import check_finite
 
@@ -46,20 +49,52 @@ def fill(plan: Plan, index: int, device: torch.device) -> nn.Module:
     return block.to(device)
 
 
-def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> nn.Module:
-    """The block as it was written: every tensor read back from the output folder, quantized ones dequantized."""
+def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[Work]:
+    """The block as it was written: every tensor read back from the output folder, quantized ones dequantized.
+
+    Returns its quantized weights, which say how their inputs are rounded.
+    """
     block = plan.model.get_submodule(plan.structure.blocks[index].name)
     chosen = {f"{item.module}.weight": item for item in plan.of_block(index)}
+    quantized: dict[str, Quantized] = {}
     for name, tensor in members(plan, index).items():
         item = chosen.get(name)
         if item is None or item.scheme is None:
             value = sink.read(tensor)
         else:
-            suffixes = compressed_tensors.spec(item.shape, item.scheme, plan.dtype)
+            kind = formats.of(item.scheme)
+            suffixes = kind.spec(item.shape, item.scheme, plan.dtype)
             stored = {suffix: sink.read(f"{item.name}.{suffix}") for suffix in suffixes}
-            value = compressed_tensors.unpack(stored, item.scheme).dequantize(plan.dtype)
+            quantized[name] = kind.unpack(stored, item.scheme)
+            value = quantized[name].dequantize(plan.dtype)
         assign(plan.model, name, (value.to(plan.dtype) if value.is_floating_point() else value).to(device))
-    return block.to(device)
+    block.to(device)
+    works = _works(plan, index)
+    for work in works:
+        work.quantized = quantized[f"{plan.structure.blocks[index].name}.{work.parameter}"]
+        work.input_scale = getattr(work.quantized, "input_scale", None)
+    return works
+
+
+def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], device: torch.device) -> Block:
+    """The block with its weights read from the checkpoint, ready to be worked on."""
+    fill(plan, index, device)
+    name = plan.structure.blocks[index].name
+    pairs, _ = plan.pairs.get(name, ([], []))
+    module = plan.model.get_submodule(name)
+    works = _works(plan, index)
+    return Block(module, works, inputs, calls, pairs=pairs, scale_dtype=plan.dtype, device=device)
+
+
+def _works(plan: Plan, index: int) -> list[Work]:
+    prefix = plan.structure.blocks[index].name + "."
+    works = []
+    for item in plan.of_block(index):
+        module = plan.model.get_submodule(item.module)
+        assert isinstance(module, nn.Linear) and item.scheme is not None
+        parameter = f"{item.module}.weight".removeprefix(prefix)
+        works.append(Work(item.name, parameter, module, item.scheme, module.weight.detach(), item.shares))
+    return works
 
 
 def release() -> None:
@@ -75,11 +110,19 @@ def discard(block: nn.Module) -> None:
         empty(block, name)
 
 
-def untouched(plan: Plan, index: int) -> dict[str, Tensor]:
-    """The block's other tensors, unless an earlier block shares them, byte for byte as the checkpoint has them."""
+def untouched(plan: Plan, index: int, block: Block) -> dict[str, Tensor]:
+    """The block's other tensors, unless an earlier block shares them: byte for byte as the checkpoint has them.
+
+    Those that a transform changed have the checkpoint's dtype and the block's values.
+    """
+    prefix = plan.structure.blocks[index].name + "."
     chosen = {item.tensor for item in plan.of_block(index)}
     chosen |= {tensor for earlier in range(index) for tensor in members(plan, earlier).values()}
-    return {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
+    tensors = {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
+    for parameter in block.changed:
+        tensor = plan.links.source[prefix + parameter]
+        tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
+    return tensors
 
 
 def rest(plan: Plan) -> dict[str, list[str]]:

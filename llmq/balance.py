@@ -1,0 +1,150 @@
+"""Choosing how scales move between a pair's two sides: candidates are judged on sampled rows, the best by the block.
+
+What AWQ, SmoothQuant and Outlier Suppression share. They differ in the candidates that they propose; the identity is
+always among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmq.block import Block, Work
+from llmq.numerics.activations import round_per_token, round_static, static_scale
+from llmq.numerics.nearest import round_to_nearest
+from llmq.pair import Pair, Sink
+from llmq.scheme import Scheme
+from llmq.statistics import Inputs
+
+TINY = 1e-5
+
+
+class Candidate(NamedTuple):
+    """A way to move scales: x → (x − shift) / scale, float32 [channels] each; what says how it came about."""
+
+    what: str
+    scale: Tensor
+    shift: Tensor | None = None
+
+
+class Side(NamedTuple):
+    """What a candidate is made from, per channel of a pair, float32 [channels]: the inputs and the weights they meet.
+
+    mean: E|x|; low, high: extremes of x; weight: the largest |w| that meets the channel; share: the mean of |w| over
+    the largest |w| of its group (AWQ's measure of a weight).
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+    weight: Tensor
+    share: Tensor
+
+
+def side(block: Block, pair: Pair) -> Side | None:
+    """The statistics of a pair's consumers by channel; None where none of them is quantized."""
+    works = quantized_sinks(block, pair)
+    if not works:
+        return None
+    sink, work = works[0]
+    inputs: Inputs = work.statistics[Inputs]
+    weights = torch.stack([_by_channel(w.value.float().abs().amax(0), s, pair.channels) for s, w in works]).amax(0)
+    shares = torch.stack([_by_channel(_share(w), s, pair.channels) for s, w in works]).mean(0)
+    return Side(
+        _by_channel(inputs.mean_abs, sink, pair.channels),
+        -_by_channel(-inputs.low, sink, pair.channels),
+        _by_channel(inputs.high, sink, pair.channels),
+        weights,
+        shares,
+    )
+
+
+def _by_channel(columns: Tensor, sink: Sink, channels: int) -> Tensor:
+    """The largest value of the columns that a channel feeds: float32 [channels]."""
+    found = torch.full((channels,), -torch.inf, device=columns.device)
+    return found.scatter_reduce_(0, sink.channel.to(columns.device), columns, "amax")
+
+
+def _share(work: Work) -> Tensor:
+    weight = work.value.float().abs()
+    groups = weight.view(weight.shape[0], work.scheme.groups(weight.shape[1]), -1)
+    return (groups / groups.amax(-1, keepdim=True).clamp_min(TINY)).flatten(1).mean(0)
+
+
+def quantized_sinks(block: Block, pair: Pair) -> list[tuple[Sink, Work]]:
+    """A pair's consumers that are quantized, with their work."""
+    return [(sink, block.weights[sink.parameter]) for sink in pair.sinks if sink.parameter in block.weights]
+
+
+def normalized(scale: Tensor) -> Tensor:
+    """A scale made harmless: finite, positive, its extremes as far above 1 as below (AWQ's own normalization)."""
+    scale = scale.nan_to_num(1.0, 1.0, 1.0).clamp_min(TINY)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: str) -> bool:
+    """Apply the candidate whose consumers err least on the sampled rows, if the block's own error falls with it.
+
+    Returns whether it stands; either way it is in the block's log.
+    """
+    best, least = None, loss(block, pair, None)
+    for candidate in candidates:
+        error = loss(block, pair, candidate)
+        if error < least:
+            best, least = candidate, error
+    line: dict[str, Any] = {"what": f"{method}: {pair.describe()}", "before": block.error(), "after": None, "kept": False}
+    if best is None:
+        block.log.append(line | {"why": "no scale tried was better than none"})
+        return False
+    with block.trial() as trial:
+        block.scale(pair, best.scale, best.shift)
+        line["after"] = block.error()
+        line["choice"] = best.what
+        if line["after"] < line["before"]:
+            trial.keep()
+            line["kept"] = True
+    block.log.append(line)
+    return trial.kept
+
+
+def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
+    """How much the rounded consumers' outputs differ from the exact ones, on the sampled rows: Σ ‖Q(x)Q(W)ᵀ − xWᵀ‖²."""
+    total = 0.0
+    for sink, work in quantized_sinks(block, pair):
+        x, weight = work.statistics[Inputs].rows, work.value.float()
+        exact = x @ weight.t()
+        if candidate is not None:
+            factor = candidate.scale[sink.channel]
+            if candidate.shift is not None:
+                x = x - candidate.shift[sink.channel]
+                exact = x @ weight.t()
+            x, weight = x / factor, weight * factor
+        near = round_to_nearest(weight, work.scheme, block.scale_dtype, _range(work.scheme)).dequantize(torch.float32)
+        total += float((rounded(x, work.scheme) @ near.t() - exact).square().sum())
+    return total
+
+
+def rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """Rows as they would be rounded when the model runs; a static scale is that of their own extremes."""
+    if scheme.activations is None:
+        return x
+    if scheme.activations.dynamic:
+        return round_per_token(x, scheme.grid)
+    return round_static(x, static_scale(x.abs().amax(), scheme.grid), scheme.grid)
+
+
+def _range(scheme: Scheme) -> str:
+    """Min-max where clipping hardly pays; elsewhere what will really be used, though slower."""
+    return "minmax" if scheme.bits == 8 else "mse"
+
+
+def rounded_output_error(work: Work, rows: Tensor, clip: Tensor, scale_dtype: torch.dtype) -> float:
+    """‖Q(x)Q(W)ᵀ − xWᵀ‖² on rows [n, in] with the static input scale of a largest magnitude `clip`."""
+    weight = work.value.float()
+    if work.rounded is None:
+        work.rounded = round_to_nearest(weight, work.scheme, scale_dtype, _range(work.scheme)).dequantize(torch.float32)
+    x = round_static(rows, static_scale(clip, work.scheme.grid), work.scheme.grid)
+    return float((x @ work.rounded.float().t() - rows @ weight.t()).square().sum())

@@ -1,0 +1,264 @@
+"""A decoder block at work: its weights, its inputs, and how far it is from what it should give. Methods see this.
+
+A block can tell its own error with all its weights rounded, and undo what was tried on it. It knows no model, no file
+and no plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.capture import collect
+from llmq.numerics.activations import round_per_token, round_static
+from llmq.numerics.histogram import Histogram, find_activation_scale
+from llmq.numerics.nearest import round_to_nearest
+from llmq.numerics.quantized import Quantized
+from llmq.pair import LINEAR, NORM, Pair
+from llmq.parameters import assign
+from llmq.record import Call
+from llmq.scheme import Scheme
+from llmq.statistics import Statistic
+
+CHUNK = 1 << 21
+
+
+@dataclass
+class Work:
+    """One weight at work.
+
+    value: what is to be rounded, [out, in], in the model's dtype or, once a transform changed it, float32; parameter:
+    its name within the block; shares: what weights with the same input have in common; statistics: of that input, while
+    they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are static.
+    """
+
+    name: str
+    parameter: str
+    module: nn.Linear
+    scheme: Scheme
+    value: Tensor
+    shares: int
+    statistics: dict[type[Any], Any] = field(default_factory=dict)
+    quantized: Quantized | None = None
+    input_scale: Tensor | None = None
+    rounded: Tensor | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Trial:
+    """Something tried on a block; it is undone unless `keep` is called."""
+
+    kept: bool = False
+
+    def keep(self) -> None:
+        """Let it stand."""
+        self.kept = True
+
+
+class Block:
+    """A decoder block, its weights to quantize, and the calls of every calibration batch.
+
+    inputs: hidden states per batch [batch, tokens, width], what the quantized model so far makes of the calibration
+    windows; target: what this block should make of them, per batch; pairs: where scales can move. scale_dtype: what
+    scales are stored in. log: a line for each thing a method tried, for the report.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        works: Sequence[Work],
+        inputs: list[Tensor],
+        calls: list[Call],
+        *,
+        pairs: Sequence[Pair] = (),
+        scale_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+    ) -> None:
+        self.module, self.inputs, self.calls, self.pairs = module, inputs, calls, list(pairs)
+        self.weights = {work.parameter: work for work in works}
+        self.scale_dtype = scale_dtype
+        self.device = device or torch.device("cpu")
+        self.target: list[Tensor] = []
+        self.changed: set[str] = set()
+        self.log: list[dict[str, Any]] = []
+
+    def output(self, index: int) -> Tensor:
+        """What the block, as it is now, makes of batch `index`, on the block's device."""
+        with torch.no_grad():
+            return self.calls[index].run(self.module, self.inputs[index].to(self.device))
+
+    def outputs(self) -> list[Tensor]:
+        """What the block, as it is now, makes of every batch; on the host, in the model's dtype."""
+        return [self.output(i).to(h) for i, h in enumerate(self.inputs)]
+
+    def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
+        """One pass of the block as it is: its outputs, and the statistics of every distinct input anew."""
+        held: dict[int, dict[type[Statistic], Statistic]] = {}
+        fed: dict[nn.Module, list[Statistic]] = {}
+        for work in self.weights.values():
+            if work.shares not in held:
+                held[work.shares] = {need: need(work.value.shape[1], self.device) for need in needs}
+                fed[work.module] = list(held[work.shares].values())
+            work.statistics = held[work.shares]
+        with collect(fed):
+            return self.outputs()
+
+    def forget(self) -> None:
+        """Let go of all statistics."""
+        for work in self.weights.values():
+            work.statistics = {}
+
+    @contextmanager
+    def rounding(self) -> Iterator[None]:
+        """The block with every weight rounded (as quantized, else to nearest) and inputs rounded as schemes say."""
+        before = {}
+        for name, work in self.weights.items():
+            before[name] = work.module.weight.data
+            assign(self.module, name, self._rounded(work).to(before[name].dtype))
+        try:
+            with rounded_inputs(self.weights.values()):
+                yield
+        finally:
+            for name, value in before.items():
+                assign(self.module, name, value)
+
+    def _rounded(self, work: Work) -> Tensor:
+        if work.quantized is not None:
+            return work.quantized.dequantize(work.module.weight.dtype)
+        if work.rounded is None:
+            nearest = round_to_nearest(work.value, work.scheme, self.scale_dtype)
+            work.rounded = nearest.dequantize(work.module.weight.dtype)
+        return work.rounded
+
+    def error(self, batches: Sequence[int] | None = None) -> float:
+        """‖output − target‖ / ‖target‖ over the batches (all by default), everything rounded."""
+        chosen = range(len(self.inputs)) if batches is None else batches
+        self.calibrate_inputs()
+        with self.rounding():
+            return relative_error((self.output(i) for i in chosen), (self.target[i] for i in chosen))
+
+    def calibrate_inputs(self) -> None:
+        """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
+        missing = {}
+        for work in self.weights.values():
+            kind = work.scheme.activations
+            if kind is not None and not kind.dynamic and work.input_scale is None:
+                missing.setdefault(work.shares, (Histogram(work.value.shape[1], self.device), work.module, []))[2].append(
+                    (work, kind.range)
+                )
+        if not missing:
+            return
+        with collect({module: [histogram] for histogram, module, _ in missing.values()}):
+            self.outputs()
+        for histogram, _, fed in missing.values():
+            for work, method in fed:
+                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid)
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
+        parameters = dict(self.module.named_parameters())
+        works = {name: (w.value, w.quantized, w.rounded, w.input_scale) for name, w in self.weights.items()}
+        changed, trial = set(self.changed), Trial()
+        try:
+            yield trial
+        finally:
+            if not trial.kept:
+                for name, parameter in parameters.items():
+                    assign(self.module, name, parameter.data)
+                for name, (value, quantized, rounded, scale) in works.items():
+                    work = self.weights[name]
+                    work.value, work.quantized, work.rounded, work.input_scale = value, quantized, rounded, scale
+                self.changed = changed
+
+    def set(self, parameter: str, value: Tensor) -> None:
+        """Give a parameter of the block another value [same shape]: float32 for a weight that is to be quantized."""
+        dtype = self.module.get_parameter(parameter).dtype
+        assign(self.module, parameter, value.to(dtype))
+        if parameter in self.weights:
+            work = self.weights[parameter]
+            work.value, work.rounded, work.quantized = value, None, None
+        else:
+            self.changed.add(parameter)
+
+    def get(self, parameter: str) -> Tensor:
+        """A parameter in float32, as exactly as it is known."""
+        work = self.weights.get(parameter)
+        return (self.module.get_parameter(parameter).data if work is None else work.value).to(torch.float32)
+
+    def scale(self, pair: Pair, scale: Tensor, shift: Tensor | None = None) -> None:
+        """Move a positive factor per channel from a pair's source to what it feeds: x → (x − shift) / scale.
+
+        scale, shift: float32 [channels]; a shift needs a pair that is `shiftable`. What the source is stored in rounds
+        the factor, and the consumers are given exactly what came of it. Where a consumer is not quantized, factors are
+        powers of two, which lose nothing in storage.
+        """
+        matrices = [sink.parameter for sink in pair.sinks] + ([pair.source] if pair.kind == LINEAR else [])
+        if not all(name in self.weights for name in matrices):
+            scale = torch.exp2(torch.log2(scale).round())
+        if shift is not None:
+            moved = pair.shifts(shift, {sink.parameter: self.get(sink.parameter) for sink in pair.sinks})
+            for name, change in moved.items():
+                self.set(name, self.get(name) + change.to(self.device))
+        if pair.kind == NORM:
+            scale = self._storable(pair, scale)
+        for name, edit in pair.edits(scale).items():
+            self.set(name, edit.of(self.get(name)))
+        for sink in pair.sinks:
+            if sink.parameter in self.weights:
+                self.weights[sink.parameter].input_scale = None
+
+    def _storable(self, pair: Pair, scale: Tensor) -> Tensor:
+        """The factors that a norm's weight is really divided by, once the quotient is rounded to what it is stored in."""
+        source = self.get(pair.source)
+        entries = slice(None) if pair.rows is None else pair.rows.to(source.device)
+        whole = source[entries] + pair.offset
+        scale = torch.where(whole == 0, 1.0, scale.to(source.device))
+        dtype = self.module.get_parameter(pair.source).dtype
+        stored = (whole / scale - pair.offset).to(dtype).to(torch.float32) + pair.offset
+        return torch.where((whole == 0) | (stored == 0), 1.0, whole / stored)
+
+
+@contextmanager
+def rounded_inputs(works: Iterable[Work]) -> Iterator[None]:
+    """Round the input of each weight whose scheme says so, while the context is open."""
+    hooks = [rounding_hook(w.module, w.scheme, w.input_scale) for w in works if w.scheme.activations is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rounding_hook(module: nn.Module, scheme: Scheme, scale: Tensor | None) -> Any:
+    """Have a module's input rounded as the scheme says: per token, or by `scale` where there is one."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        x = round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
+        return (x, *args[1:])
+
+    return module.register_forward_pre_hook(hook)
+
+
+def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
+    """‖values − targets‖ / ‖targets‖ over all of them, a few rows at a time."""
+    apart = whole = 0.0
+    for value, target in zip(values, targets, strict=True):
+        for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
+            exact = t.to(v.device, torch.float32)
+            apart += float(torch.linalg.vector_norm(v.float() - exact)) ** 2
+            whole += float(torch.linalg.vector_norm(exact)) ** 2
+    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
+
+
+def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
+    """The weight with the static scale of its input, which is stored beside it."""
+    return quantized if scale is None else replace(quantized, input_scale=scale)  # type: ignore[type-var]

@@ -1,0 +1,137 @@
+"""Which methods there are, and what each says of itself, read from its source without importing it (or torch).
+
+A method is a file under `llmq/methods/` with one class in it, or an entry point of the group `llmq.methods` in any
+installed package: its name is what people write after `--method`, its class's keyword arguments become command-line
+options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a plain dict, is the scheme
+that the method is for.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from llmq.checked import nearest
+from llmq.errors import LlmqError, first_line
+
+GROUP = "llmq.methods"
+FOLDER = Path(__file__).parent / "methods"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword argument of a method. kind: its annotation; choices: where that is a Literal."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method says of itself. roles: which of transform, quantize and refine it has."""
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+    roles: tuple[str, ...]
+    scheme: dict[str, Any] = field(default_factory=dict)
+    outside: bool = False
+
+
+def names() -> list[str]:
+    """Every method there is: the files of `llmq/methods`, then the entry points of installed packages."""
+    return [*_own(), *sorted(_outside().keys() - set(_own()))]
+
+
+def check(name: str) -> None:
+    """Raises LlmqError, with the nearest name, where there is no such method."""
+    known = names()
+    if name not in known:
+        raise LlmqError(f"method {name!r} is not known: choose from {', '.join(known)}{nearest(name, known)}")
+
+
+def entry_point(name: str) -> EntryPoint | None:
+    """The entry point of a method from outside; None for llmq's own."""
+    return None if name in _own() else _outside()[name]
+
+
+@cache
+def describe(name: str) -> Description:
+    """What the method says of itself. Raises LlmqError where there is no such method, or its source cannot be read."""
+    check(name)
+    outside = entry_point(name)
+    file, wanted = (FOLDER / f"{name}.py", "") if outside is None else (_file(outside), outside.attr)
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LlmqError(f"method {name!r}: {file} cannot be read: {first_line(error)}") from error
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    found = next((c for c in classes if c.name == wanted or not wanted), None)
+    if found is None:
+        raise LlmqError(f"method {name!r}: {file} has no class {wanted or 'of its own'}")
+    text = " ".join((ast.get_docstring(found) or "").split())
+    defined = {n.name: n for n in found.body if isinstance(n, ast.FunctionDef)}
+    roles = tuple(role for role in ("transform", "quantize", "refine") if role in defined)
+    return Description(
+        name, text.partition(". ")[0].rstrip(":."), _options(defined, text), roles, _scheme(found), outside is not None
+    )
+
+
+@cache
+def _own() -> tuple[str, ...]:
+    return tuple(sorted(f.stem for f in FOLDER.glob("*.py") if f.stem not in ("__init__", "base")))
+
+
+@cache
+def _outside() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _file(point: EntryPoint) -> Path:
+    try:
+        spec = importlib.util.find_spec(point.module)
+    except ImportError as error:
+        raise LlmqError(f"method {point.name!r}: {point.value} cannot be found: {first_line(error)}") from error
+    if spec is None or spec.origin is None:
+        raise LlmqError(f"method {point.name!r}: there is no module {point.module} (entry point {point.value})")
+    return Path(spec.origin)
+
+
+def _options(defined: dict[str, ast.FunctionDef], text: str) -> tuple[Option, ...]:
+    if "__init__" not in defined:
+        return ()
+    arguments = defined["__init__"].args
+    options = []
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        if argument.arg == "seed":  # every recipe has one
+            continue
+        kind = ast.unparse(argument.annotation) if argument.annotation else "str"
+        choices = tuple(re.findall(r"'([^']*)'", kind)) if kind.startswith("Literal") else ()
+        base = kind.partition(" ")[0]
+        types: dict[str, type] = {"int": int, "float": float, "bool": bool}
+        value = None if default is None else ast.literal_eval(default)
+        options.append(Option(argument.arg, types.get(base, str), value, _help(argument.arg, text), choices))
+    return tuple(options)
+
+
+def _help(name: str, text: str) -> str:
+    """What a docstring says after 'name:', up to a semicolon or the end of a sentence before the next name."""
+    found = re.search(rf"(?:^|[.;:,] |\s){name}: (.*?)(?:;|\.(?= \w+: )|\.?$)", text)
+    return found[1].strip() if found else ""
+
+
+def _scheme(found: ast.ClassDef) -> dict[str, Any]:
+    for node in found.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
+        if isinstance(target, ast.Name) and target.id == "scheme" and isinstance(node, (ast.Assign, ast.AnnAssign)):
+            return dict(ast.literal_eval(node.value)) if node.value else {}
+    return {}

@@ -1,0 +1,140 @@
+"""The plan's checks of every weight: shapes, patterns, groups, servers. Each names every offending weight."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+from torch import nn
+
+from llmq import formats
+from llmq.errors import LlmqError
+from llmq.items import Item, matches
+from llmq.methods import Method
+from llmq.naming import Links
+from llmq.recipe import Recipe, Scheme
+from llmq.source import Source
+
+
+def check_sources(source: Source, model: nn.Module, links: Links) -> None:
+    """Raises LlmqError where a parameter has no tensor in the checkpoint, or one of another shape."""
+    for name, parameter in model.named_parameters():
+        tensor = links.source.get(name)
+        if tensor is None:
+            reason = links.converted.get(
+                name, "the checkpoint has no tensor for it: it is incomplete, or another model's"
+            )
+            raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
+        stored = source.info(tensor).shape
+        if stored != tuple(parameter.shape):
+            raise LlmqError(
+                f"{source.folder}: {tensor} is {[*stored]} in the checkpoint and {[*parameter.shape]} by config.json: "
+                "they do not belong together"
+            )
+
+
+def check_patterns(recipe: Recipe, items: list[Item]) -> None:
+    """Raises LlmqError where --keep or --override matches nothing, or only what is left alone."""
+    names = [i.name for i in items]
+    for option, patterns in (("--keep", recipe.keep), ("--override", [p for p, _ in recipe.overrides])):
+        for pattern in patterns:
+            try:
+                hit = [n for n in names if matches(pattern, n)]
+            except re.error as error:
+                raise LlmqError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+            if not hit:
+                raise LlmqError(f"{option} {pattern!r} matches no weight; a weight's name looks like {names[0]!r}")
+    for pattern, _ in recipe.overrides:
+        if not any(matches(pattern, i.name) and (i.scheme or "--keep" in i.reason) for i in items):
+            one = next(i for i in items if matches(pattern, i.name))
+            raise LlmqError(f"--override {pattern!r} matches only what is left alone: {one.name} ({one.reason})")
+
+
+def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -> None:
+    """Raises LlmqError where nothing is left to quantize, or a scheme fits no format, weight, method or server."""
+    chosen = [i for i in items if i.scheme is not None]
+    if not chosen:
+        reasons = sorted({i.reason for i in items if i.block is not None and i.reason})
+        raise LlmqError("there is nothing to quantize: " + "; ".join(reasons))
+    schemes = {i.scheme for i in chosen if i.scheme is not None}
+    refusal = formats.refusal(schemes)
+    if refusal:
+        raise LlmqError(refusal)
+    odd = next((s for s in schemes if s.grid not in quantizer.grids()), None)
+    if odd is not None:
+        raise LlmqError(
+            f"method {'+'.join(recipe.methods)!r} rounds to the grid {', '.join(quantizer.grids())!r}, not to {odd}: "
+            f"choose another scheme, or --method rtn, which knows every grid"
+        )
+    ragged = [
+        i for i in chosen if i.scheme and i.scheme.grid == "int" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
+    ]
+    if ragged:
+        raise LlmqError(
+            f"the group size does not divide the width of {_name_all(ragged)}. "
+            "Ways out: --group-size with a divisor, --ragged smaller (a smaller group there), "
+            "--ragged channel (one scale per row there), --ragged keep (leave them alone), or --keep PATTERN"
+        )
+    torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
+    if torn:
+        raise LlmqError(
+            f"--tp {tp}: a server cannot split {_name_all(torn)}. "
+            "Ways out: a smaller --group-size, --group-size channel, --keep PATTERN, or fewer parts"
+        )
+
+
+def _splits(item: Item, tp: int) -> bool:
+    rows, width = item.shape
+    assert item.scheme is not None
+    if item.scheme.grid != "int":
+        return (width if item.splits_input else rows) % tp == 0
+    if not item.splits_input:
+        # Zero points are packed along the output.
+        return rows % tp == 0 and (item.scheme.symmetric or rows // tp * item.scheme.bits % 32 == 0)
+    part = width // tp
+    return width % tp == 0 and part % (item.scheme.group_size or 1) == 0 and part * item.scheme.bits % 32 == 0
+
+
+def _name_all(items: list[Item]) -> str:
+    """Every weight by name; those that differ only in their block in one, with the blocks."""
+    alike: dict[tuple[str, tuple[int, ...], Scheme | None], list[int]] = {}
+    for item in items:
+        name = item.name.replace(f".{item.block}.", ".*.", 1)
+        alike.setdefault((name, item.shape, item.scheme), []).append(item.block or 0)
+    return ", ".join(
+        f"{name} [{shape[0]}, {shape[1]}] ({scheme}) in blocks {_ranges(blocks)}"
+        for (name, shape, scheme), blocks in alike.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → '0–2, 5'."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+
+
+def warnings(items: list[Item]) -> list[str]:
+    """What the user should know though nothing is wrong, a sentence each."""
+    warnings = []
+    families: dict[tuple[int | None, int], set[str]] = {}
+    for item in items:
+        if item.block is not None and (item.scheme is not None or "--keep" in item.reason):
+            families.setdefault((item.block, item.shares), set()).add(str(item.scheme or "kept"))
+    mixed = [f"block {b}: {' and '.join(sorted(s))}" for (b, _), s in families.items() if len(s) > 1]
+    if mixed:
+        warnings.append(
+            "weights that share an input have different schemes (" + "; ".join(mixed[:3]) + "): "
+            "servers such as vLLM fuse them and refuse that; give them one scheme"
+        )
+    inside = [i for i in items if i.block is not None]
+    share = sum(prod(i.shape) for i in inside if i.scheme) / max(1, sum(prod(i.shape) for i in inside))
+    if share < 0.9:
+        warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
+    schemes = {i.scheme for i in items if i.scheme is not None}
+    warnings += [loader for loader in formats.loaders(schemes) if "fails" in loader]
+    return warnings

@@ -1,0 +1,128 @@
+"""Every weight with two or more axes, and what becomes of it: its scheme, or why it is left alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import nn
+
+from llmq import formats
+from llmq.discover import Structure
+from llmq.naming import Links
+from llmq.recipe import Recipe, Scheme
+from llmq.source import Source
+
+SMALLEST_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """One weight with two or more axes: what becomes of it.
+
+    module: its path in the model; tensor: its name in the checkpoint; scheme: None when it is left alone, for `reason`;
+    before, after: stored bytes.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, ...]
+    before: int
+    after: int
+    scheme: Scheme | None
+    reason: str = ""
+    block: int | None = None
+    shares: int = 0
+    splits_input: bool = False
+
+    @property
+    def name(self) -> str:
+        """The weight's name for people and patterns: the checkpoint's, without '.weight'."""
+        return self.tensor.removesuffix(".weight")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern means a weight: 're:' and a regular expression, a shell glob, or dotted parts of a name."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def find_items(
+    source: Source, recipe: Recipe, model: nn.Module, structure: Structure, links: Links, dtype: torch.dtype
+) -> list[Item]:
+    items = []
+    planned: set[str] = set()
+    for index, block in enumerate(structure.blocks):
+        for weight in block.weights:
+            parameter = f"{weight.name}.weight"
+            planned.add(parameter)
+            tensor = links.source.get(parameter)
+            if tensor is None:
+                reason = links.converted.get(parameter, "the checkpoint has no tensor for it")
+                items.append(_left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
+                continue
+            before = source.info(tensor).nbytes
+            item = Item(
+                weight.name,
+                tensor,
+                (weight.rows, weight.width),
+                before,
+                before,
+                None,
+                "",
+                index,
+                weight.shares,
+                weight.splits_input,
+            )
+            items.append(_schemed(item, recipe, dtype))
+        for parameter, reason in block.left.items():
+            planned.add(parameter)
+            shape = tuple(model.get_parameter(parameter).shape)
+            items.append(_left(parameter, links.source.get(parameter, parameter), shape, dtype, reason, index))
+    for parameter, value in model.named_parameters():
+        if value.dim() >= 2 and parameter not in planned:
+            tensor = links.source.get(parameter, parameter)
+            items.append(_left(parameter, tensor, tuple(value.shape), dtype, "outside the decoder blocks", None))
+    for tensor in links.unused:
+        shape = source.info(tensor).shape
+        if len(shape) >= 2:
+            items.append(_left(tensor, tensor, shape, dtype, "transformers does not load it: copied as it is", None))
+    return items
+
+
+def _left(
+    parameter: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str, block: int | None
+) -> Item:
+    size = prod(shape) * dtype.itemsize
+    return Item(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
+
+
+def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
+    scheme = recipe.scheme
+    for pattern, override in recipe.overrides:
+        if matches(pattern, item.name):
+            scheme = override
+    if any(matches(pattern, item.name) for pattern in recipe.keep):
+        return replace(item, reason="kept by --keep")
+    rows, width = item.shape
+    group = scheme.group_size if scheme.grid == "int" else None
+    if group and width % group:
+        if recipe.ragged == "error":
+            return replace(item, scheme=scheme)
+        if recipe.ragged == "keep":
+            return replace(item, reason=f"group size {group} does not divide its width {width}")
+        scheme = replace(scheme, group_size=_smaller(width, group) if recipe.ragged == "smaller" else None)
+    sizes = formats.of(scheme).spec((rows, width), scheme, dtype)
+    after = sum(prod(shape) * kind.itemsize for kind, shape in sizes.values())
+    return replace(item, scheme=scheme, after=after)
+
+
+def _smaller(width: int, group: int) -> int | None:
+    """The largest group size below `group` that divides the width, not under 16, or None (per channel)."""
+    return next((g for g in range(group - 1, SMALLEST_GROUP - 1, -1) if width % g == 0), None)

@@ -1,0 +1,56 @@
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels whose inputs are large are scaled up before rounding, so they lose less.
+
+For each pair, s = E|x|^α per channel, with and without division by the weights' own size to the power 1 − α (§3.2,
+equation 5, and the authors' code); α by grid search. Then, where AWQ is the quantizer, the range of each group by search
+on the output of the group alone (§3.2, weight clipping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmq.balance import Candidate, Side, balance, normalized, side
+from llmq.block import Block
+from llmq.methods.base import Method, Stats, statistic
+from llmq.numerics.clipping import clip_groups
+from llmq.numerics.quantized import Quantized
+from llmq.numerics.ranges import find_range
+from llmq.recipe import Scheme
+from llmq.statistics import Hessian, Inputs
+
+
+class AWQ(Method):
+    """Scales up the channels that matter before rounding, found from the inputs' sizes.
+
+    grid: how many values of α are tried between 0 and 1, for each of two formulas.
+    """
+
+    transform_needs = (Inputs,)
+    needs = (Hessian,)
+
+    def __init__(self, *, grid: int = 20) -> None:
+        self.grid = grid
+
+    def transform(self, block: Block) -> None:
+        """See `Method.transform`."""
+        for pair in block.pairs:
+            found = side(block, pair)
+            if found is not None:
+                balance(block, pair, self._candidates(found), "awq")
+
+    def _candidates(self, found: Side) -> Iterator[Candidate]:
+        x, w = found.mean.clamp_min(1e-4), found.share.clamp_min(1e-4)
+        for step in range(1, self.grid + 1):
+            alpha = step / self.grid
+            yield Candidate(f"α {alpha:g}", normalized(x**alpha))
+            yield Candidate(f"α {alpha:g}, by weight", normalized(x**alpha / w ** (1 - alpha)))
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
+        """See `Method.quantize`."""
+        hessian = statistic(stats, Hessian)
+        moments = hessian.total / max(1, hessian.count)
+        scale, zero = find_range(weight, scheme, "weighted", moments.diagonal(), scale_dtype)
+        return clip_groups(weight, scale, zero, scheme, moments)

@@ -1,0 +1,165 @@
+"""The command-line options that make a recipe: a few of its own, and the keyword arguments of every method.
+
+A method's options are read from its source (`llmq.catalog`), so that `--help` needs no torch and a method from outside has
+its options here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llmq import catalog, presets
+from llmq.errors import LlmqError
+from llmq.recipe import Recipe, parse_override
+
+err_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A folder (config.json, safetensors), a hub id (org/name), or 'demo'.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes a broken run.")]
+Tp = Annotated[int, typer.Option(min=1, help="Refuse shapes that a server could not split over this many GPUs.")]
+Device = Annotated[str, typer.Option(help="Where a block is computed: cpu, cuda, cuda:1 …")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
+
+Method = Annotated[
+    str | None,
+    typer.Option(help="What to do, joined by '+': transforms, a quantizer, a refinement. `llmq methods` lists them."),
+]
+Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4, or what the method is for.")]
+Group = Annotated[
+    str | None, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'. Default 128.")
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Without or with zero points. Default symmetric: stock transformers fails on packed zero points.",
+    ),
+]
+Grid = Annotated[str | None, typer.Option(help="int (default), float (FP8) or nf4.")]
+Activations = Annotated[
+    str | None,
+    typer.Option(help="Round the inputs of weights to 8 bits as well: dynamic (per token), static (per tensor) or none."),
+]
+Calib = Annotated[
+    str | None,
+    typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A preset (`llmq recipes` lists them) or a YAML file; options given beside it win."),
+]
+Override = Annotated[
+    list[str] | None, typer.Option(help="'PATTERN=bits:8,group_size:64' for matching weights. Repeatable.")
+]
+Keep = Annotated[list[str] | None, typer.Option(help="Leave the weights that match this pattern alone. Repeatable.")]
+Ragged = Annotated[
+    str | None,
+    typer.Option(help="Where the group size does not divide a width: error (default), smaller, channel or keep."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of anything drawn by chance. Default 0.")]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an LlmqError into its message and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except LlmqError as error:
+        err_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err_console.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+def recipe_options(
+    method: Method = None,
+    bits: Bits = None,
+    group_size: Group = None,
+    symmetric: Symmetric = None,
+    grid: Grid = None,
+    activations: Activations = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    recipe: RecipeName = None,
+    override: Override = None,
+    keep: Keep = None,
+    ragged: Ragged = None,
+    seed: Seed = None,
+    **options: Any,
+) -> Recipe:
+    """The preset or file, or the defaults, changed by the options that were given. Raises LlmqError."""
+    given = {"methods": method, "keep": keep or None, "ragged": ragged, "seed": seed}
+    scheme = {
+        "bits": bits,
+        "group_size": None if group_size is None else parse_group(group_size),
+        "symmetric": symmetric,
+        "grid": grid,
+        "activations": activations,
+    }
+    calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
+    data = presets.read(recipe) if recipe else {}
+    parts = [(None, given), ("scheme", scheme), ("calibration", calibration), ("options", options)]
+    for part, changes in parts:
+        within = data if part is None else data.setdefault(part, {})
+        within |= {key: value for key, value in changes.items() if value is not None}
+    made = Recipe.from_dict(data, recipe or "recipe")
+    changed = tuple(parse_override(text, made.scheme) for text in override or ())
+    return replace(made, overrides=(*made.overrides, *changed))
+
+
+def method_options() -> list[Parameter]:
+    """Every option of every method, once each, as parameters of a command."""
+    found: dict[str, tuple[catalog.Option, list[str]]] = {}
+    for name in catalog.names():
+        for option in catalog.describe(name).options:
+            found.setdefault(option.name, (option, []))[1].append(name)
+    parameters = []
+    for name, (option, owners) in sorted(found.items()):
+        text = f"({', '.join(owners)}) {option.help}"
+        flag = f"--{name.replace('_', '-')}"
+        flags = [flag, f"--no-{flag[2:]}"] if option.kind is bool else [flag]
+        made = typer.Option("/".join(flags), help=text, rich_help_panel="Options of methods")
+        kind: Any = Annotated[option.kind | None, made]
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    return parameters
+
+
+def parse_group(text: str) -> int | str:
+    """'128' → 128; 'channel' stays. Raises LlmqError."""
+    if text != "channel" and not text.isdigit():
+        raise LlmqError(f"--group-size must be a whole number or 'channel', not {text!r}")
+    return text if text == "channel" else int(text)
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a recipe, and hand it the Recipe made of them."""
+    own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "chosen"]
+    fixed = [p for p in signature(recipe_options, eval_str=True).parameters.values() if p.name != "options"]
+    options = [*fixed, *method_options()]
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        with explained():
+            chosen = recipe_options(**{p.name: given.pop(p.name) for p in options})
+            command(chosen=chosen, **given)
+
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*own, *options)]
+    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+

@@ -1,0 +1,44 @@
+"""Recipes by name: the YAML files beside this module, each with a sentence of advice, and files of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmq.checked import nearest
+from llmq.errors import LlmqError
+from llmq.recipe import Recipe, read_yaml
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+def names() -> list[str]:
+    """Every preset's name."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """The plain data of a preset or of a YAML file, without its advice. Raises LlmqError where there is neither."""
+    data = read_yaml(_file(name))
+    if not isinstance(data, dict):
+        raise LlmqError(f"{name}: must be a mapping, not {data!r}")
+    return {key: value for key, value in data.items() if key != "advice"}
+
+
+def recipe(name: str) -> Recipe:
+    """A preset's recipe, or a file's. Raises LlmqError."""
+    return Recipe.from_dict(read(name), name)
+
+
+def advice(name: str) -> str:
+    """When to choose a preset, in a sentence."""
+    return str(read_yaml(FOLDER / f"{name}.yaml")["advice"])
+
+
+def _file(name: str) -> Path:
+    if name in names():
+        return FOLDER / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    raise LlmqError(f"--recipe {name!r} is neither a preset ({', '.join(names())}) nor a file{nearest(name, names())}")

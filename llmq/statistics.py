@@ -1,0 +1,106 @@
+"""What methods want to know of a weight's input, gathered while the calibration windows run through a block."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """What a method wants to know of a weight's input. Built with the input's width and the device to live on."""
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+
+
+class MeanSquare:
+    """E[x²] of each input channel, float32 [width]: the importance of a column."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.total += rows.square().sum(0)
+        self.count += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x²], float32 [width]."""
+        return (self.total / max(1, self.count)).float()
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+        return 8 * width
+
+
+class Hessian:
+    """Σ x xᵀ of a weight's input: the Hessian of its output error up to a factor (Frantar et al., 2022, §3.1).
+
+    total: float32 [width, width]; count: tokens summed.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width], in any float dtype; products are summed in float32."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.total.addmm_(rows.t(), rows)
+        self.count += rows.shape[0]
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+        return 4 * width * width
+
+
+class Inputs:
+    """What a transform looks at: each channel's mean magnitude and extremes, and some whole rows.
+
+    mean_abs, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread over all tokens.
+    """
+
+    ROWS = 512
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.low = torch.full((width,), torch.inf, device=device)
+        self.high = torch.full((width,), -torch.inf, device=device)
+        self.rows = torch.empty(0, width, device=device)
+        self.count = 0
+        self.stride = 1
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+        new = x.reshape(-1, x.shape[-1]).float()
+        self.total += new.abs().sum(0)
+        self.low = torch.minimum(self.low, new.amin(0))
+        self.high = torch.maximum(self.high, new.amax(0))
+        self.rows = torch.cat([self.rows, new[-self.count % self.stride :: self.stride]])
+        self.count += new.shape[0]
+        while len(self.rows) > self.ROWS:
+            self.rows = self.rows[::2].clone()
+            self.stride *= 2
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """E|x|, float32 [width]."""
+        return (self.total / max(1, self.count)).float()
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        """Memory that it holds, in bytes."""
+        return (16 + 4 * 2 * cls.ROWS) * width
