@@ -51,7 +51,8 @@ class Matmul:
     """One product seen: the parameter's name, the other operand, its rows, and whether the whole parameter was used.
 
     part: where in the parameter's memory the used part begins, and how many elements it has; chosen: whether something
-    was selected by its value (as a router selects experts) before this product.
+    was selected by its value (as a router selects experts) before this product; axis: the axis of the parameter that
+    the product sums over (1 for nn.Linear), None where that cannot be told.
     """
 
     parameter: str
@@ -60,6 +61,7 @@ class Matmul:
     whole: bool
     part: tuple[int, int]
     chosen: bool
+    axis: int | None = None
 
 
 class _Watch(TorchFunctionMode):
@@ -74,10 +76,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         self.chosen = self.chosen or func in CHOICES
         if func in PRODUCTS:
-            self._note([a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
+            self._note(func, [a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
         return func(*args, **(kwargs or {}))
 
-    def _note(self, operands: list[Tensor]) -> None:
+    def _note(self, func: Callable[..., Any], operands: list[Tensor]) -> None:
         matrices = [t for t in operands if t.dim() >= 2]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
@@ -87,7 +89,17 @@ class _Watch(TorchFunctionMode):
             name, parameter = owner
             part = (int(operand.storage_offset()), operand.numel())
             x, whole = others[0], parameter.dim() == 2 and operand.numel() == parameter.numel()
-            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole, part, self.chosen))
+            axis = _summed(func, operand, operand is matrices[-1], parameter)
+            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole, part, self.chosen, axis))
+
+
+def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Tensor) -> int | None:
+    if func is torch.einsum:
+        return None
+    axis = -2 if last and func is not torch.nn.functional.linear else -1
+    # The operand may be a transposed view: the axis is known by its stride.
+    own = [a for a in range(parameter.dim()) if parameter.stride(a) == operand.stride(axis)]
+    return own[0] if len(own) == 1 and parameter.shape[own[0]] == operand.shape[axis] else None
 
 
 def _flat(value: Any) -> Iterator[Any]:

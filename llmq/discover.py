@@ -141,9 +141,7 @@ def _inspect(
     name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, Block]
 ) -> Block:
     tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
-    # Blocks of the same make are run once, unless blocks leave something for later ones.
-    shapes = tuple((n, tuple(p.shape), p.dtype, n in tied) for n, p in block.named_parameters())
-    make = (type(block), shapes, _arguments(call), id(block) if _leaves_something(call) else 0)
+    make = make_of(block, call, tied)
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
             call.run(block, hidden)
@@ -151,6 +149,12 @@ def _inspect(
     known = found[make]
     weights = tuple(Weight(f"{name}.{w.name}", w.rows, w.width, w.shares, w.splits_input) for w in known.weights)
     return Block(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
+
+
+def make_of(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
+    """What blocks of the same make have in common: one run speaks for all, unless blocks leave something for others."""
+    shapes = tuple((n, tuple(p.shape), p.dtype, n in tied) for n, p in block.named_parameters())
+    return type(block), shapes, _arguments(call), id(block) if _leaves_something(call) else 0
 
 
 def _leaves_something(call: Call) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,56 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
     Ties are kept within the module and, afterwards, with the rest of the model.
     """
     chosen = [n for n, _ in module.named_parameters()] if names is None else names
-    before = {name: module.get_parameter(name) for name in chosen}
+    with _instead(module, chosen, lambda _, p: torch.zeros(p.shape, dtype=p.dtype)):
+        yield
+
+
+@contextmanager
+def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Give every parameter random float32 values on the CPU, floating buffers float32; afterwards what they were.
+
+    Matrices keep the size of what passes through them (uniform, variance 1 / width); vectors beside a matrix, its
+    biases, are small; other vectors and single numbers, as norms have, lie in [0.5, 1.5].
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(name: str, parameter: Tensor) -> Tensor:
+        if not parameter.is_floating_point():
+            return torch.zeros(parameter.shape, dtype=parameter.dtype)
+        owner = module.get_submodule(name.rpartition(".")[0])
+        beside = any(p.dim() >= 2 for p in owner.parameters(recurse=False))
+        low, high = 0.5, 1.5
+        if parameter.dim() >= 2:
+            high = (3 / parameter.shape[-1]) ** 0.5 if parameter.numel() else 1.0
+            low = -high
+        elif beside and parameter.numel() > 1:
+            low, high = -0.2, 0.2
+        return torch.empty(parameter.shape).uniform_(low, high, generator=generator)
+
+    buffers = {n: b for n, b in module.named_buffers() if b.is_floating_point() and b.device.type != "meta"}
+    with _instead(module, [n for n, _ in module.named_parameters()], make):
+        try:
+            for name, buffer in buffers.items():
+                assign(module, name, buffer.float())
+            yield
+        finally:
+            for name, buffer in buffers.items():
+                assign(module, name, buffer)
+
+
+@contextmanager
+def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values for some parameters; afterwards the very tensors that were there."""
+    with _instead(module, list(values), lambda name, _: values[name]):
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, names: list[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    before = {name: module.get_parameter(name) for name in names}
     try:
         for name, parameter in before.items():
-            assign(module, name, torch.zeros(parameter.shape, dtype=parameter.dtype))
+            assign(module, name, make(name, parameter))
         yield
     finally:
         for name, parameter in before.items():

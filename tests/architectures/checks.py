@@ -210,3 +210,35 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
     left = sorted({i.reason for i in inside if i.scheme is None})
     return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+
+
+def pairs_applied(real: PreTrainedModel, found: dict[str, Any], before: Tensor, ids: Tensor) -> dict[str, Any]:
+    """Give every pair of every block a new random scale, then shift, in a loaded model; how far its logits move.
+
+    error: ‖logits − before‖ / ‖before‖ after all; without: the same after the sources alone were scaled.
+    """
+    generator = torch.Generator().manual_seed(7)
+
+    def scales(channels: int) -> Tensor:
+        return torch.rand(channels, generator=generator) + 0.5
+
+    kept = {name: p.detach().clone() for name, p in real.named_parameters()}
+    everything = [(real.get_submodule(block), pair) for block, own in found.items() for pair in own.pairs]
+    with torch.no_grad():
+        for block, pair in everything:
+            edit = pair.edits(scales(pair.channels))[pair.source]
+            block.get_parameter(pair.source).copy_(edit.of(block.get_parameter(pair.source)))
+        without = apart(logits(real, ids), before)
+        for name, parameter in real.named_parameters():
+            parameter.copy_(kept[name])
+    for block, pair in everything:
+        pair.apply(block, scales(pair.channels))
+        if pair.shiftable:
+            pair.apply_shift(block, scales(pair.channels) - 1)
+    return {
+        "error": apart(logits(real, ids), before),
+        "without": without,
+        "pairs": len(everything),
+        "shiftable": sum(pair.shiftable for _, pair in everything),
+        "rejected": sum(len(own.rejections) for own in found.values()),
+    }

@@ -1,0 +1,328 @@
+"""Finds scale pairs in a decoder block by running it, never by name, and proves each by running it again.
+
+A source (a norm's weight, a matrix's output rows) gets a factor of its own for every channel; the inputs of later
+products tell by which factor each of their columns was multiplied (llmq/probe.py), so which channel feeds it. The pair
+is kept only if a random factor at the source and its inverse at every consumer leave the block's output unchanged.
+Matrices that hold several projections: the values of causal attention are what its first token's output consists of,
+so their rows are found there; gated products are found by scaling one part of the rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.discover import PROBE_TOKENS, make_of
+from llmq.errors import LlmqError, first_line
+from llmq.pair import LINEAR, NORM, Edit, Found, Pair, Rejection, Sink
+from llmq.pair import explain as explain
+from llmq.parameters import randomize, zeros
+from llmq.probe import SAME, Bench, Run, Unsteady, followed, leave, unchanged
+from llmq.record import Call, record
+
+PARTS = 4  # a fused projection is cut into at most this many parts
+
+
+class _Refused(Exception):
+    """Why a source makes no pair."""
+
+
+def find_pairs(block: nn.Module, call: Call, hidden: Tensor, shared: Iterable[str] = (), seed: int = 0) -> Found:
+    """The scale pairs of a block with float32 parameters in memory, best at random values (parameters.randomize).
+
+    call: how the block is called; hidden: hidden states of the shape that goes with it, [batch, tokens, width], whose
+    values do not matter: random ones are used. shared: parameters that other blocks have as well, left alone.
+    Cost: two runs per source that makes a pair, one to four for others; a fused projection takes up to seven; a run is
+    of 32 tokens or more. Memory: beside the block, a copy of one pair's parameters.
+    """
+    with torch.inference_mode():
+        try:
+            search = _Search(Bench(block, call, hidden, seed), set(shared))
+        except Unsteady as error:
+            return Found([], [Rejection(name, str(error)) for name, p in block.named_parameters() if p.dim() == 2])
+        return search.all()
+
+
+class _Search:
+    def __init__(self, bench: Bench, shared: set[str]) -> None:
+        self.bench, self.block, self.shared = bench, bench.block, shared
+        self.shapes = {name: tuple(p.shape) for name, p in self.block.named_parameters()}
+        self.axes: dict[str, int] = {}
+        for use in bench.base.uses:
+            if use.axis is not None and len(self.shapes[use.parameter]) == 2:
+                self.axes.setdefault(use.parameter, use.axis)
+        # A mixture of experts may not have called all that a source feeds.
+        whole = {use.parameter for use in bench.base.uses if use.whole}
+        self.unseen = any(len(shape) >= 2 and name not in whole for name, shape in self.shapes.items())
+
+    def all(self) -> Found:
+        pairs: list[Pair] = []
+        rejections: list[Rejection] = []
+        found = Found(pairs, rejections)
+        for names in self._vectors():
+            self._try(found, names[0], partial(self._norm, names))
+        for name in self.axes:
+            self._try(found, name, partial(self._linear, name))
+        order = {name: i for i, name in enumerate(self.shapes)}
+        pairs.sort(key=lambda pair: order[pair.source])
+        rejections.sort(key=lambda rejection: order[rejection.source])
+        return found
+
+    def _vectors(self) -> Iterator[list[str]]:
+        """The vectors of modules that hold nothing else, those of one size together."""
+        for name, module in self.block.named_modules():
+            own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False)}
+            own = {key: p for key, p in own.items() if key in self.shapes}
+            if any(p.dim() >= 2 for p in own.values()):
+                continue
+            sizes: dict[int, list[str]] = {}
+            for key, parameter in own.items():
+                if parameter.dim() == 1 and parameter.numel() > 1:
+                    sizes.setdefault(parameter.numel(), []).append(key)
+            yield from sizes.values()
+
+    def _try(self, found: Found, source: str, pair: Callable[[], Pair]) -> None:
+        self.partly = ""
+        try:
+            if source in self.shared:
+                raise _Refused("it is shared with another block")
+            found.pairs.append(pair())
+        except (_Refused, Unsteady) as error:
+            found.rejections.append(Rejection(source, str(error)))
+
+    def _norm(self, names: list[str]) -> Pair:
+        """The pair of a module's vectors: a weight and perhaps a bias, or one of them alone."""
+        size = self.shapes[names[0]][0]
+        factors = self.bench.distinct(size)
+        tries = [(names, "")] + [(names, one) for one in names]
+        if len(names) > 1:
+            tries += [([one], other) for one in names for other in ("", one)]
+        first = None
+        for chosen, shifted in tries:
+            edits = {name: Edit(0, factors, float(name == shifted)) for name in chosen}
+            run = self._run(edits)
+            first = first or run
+            sinks = self._sinks(run, factors)
+            if sinks:
+                break
+            if not self._moves(first):
+                raise _Refused(self._why(first, factors))
+        else:
+            assert first is not None
+            raise _Refused(self._why(first, factors))
+        bias = next((n for n in chosen if n != shifted and len(chosen) > 1 and self._adds(n, sinks)), None)
+        weights = [n for n in chosen if n != bias]
+        if len(weights) != 1 or (shifted and shifted != weights[0]):
+            raise _Refused("its vectors are not one weight and one bias")
+        pair = Pair(NORM, weights[0], bias, 0, float(bool(shifted)), None, size, sinks, size)
+        return self._proven(self._trimmed(pair), run)
+
+    def _linear(self, name: str) -> Pair:
+        """The pair of a matrix's output rows, or of those of its rows that feed another matrix."""
+        axis = 1 - self.axes[name]
+        size = self.shapes[name][axis]
+        bias = self._beside(name, size)
+
+        def scaled(rows: Tensor) -> tuple[Run, Tensor]:
+            factors = self.bench.distinct(len(rows))
+            spread = torch.ones(size).index_copy(0, rows, factors)
+            edits = {name: Edit(axis, spread)} | ({bias: Edit(0, spread)} if bias else {})
+            factors = (9.0 + torch.arange(size)).index_copy(0, rows, factors)  # 9 and more: followed by nothing
+            return self._run(edits), factors
+
+        whole, factors = scaled(torch.arange(size))
+        run, sinks = whole, self._sinks(whole, factors)
+        if not sinks and self._moves(whole):
+            values = self._sinks(whole, factors, first=True)
+            for rows in [_channels(values)] if values else self._parts(name, whole, size):
+                run, part = scaled(rows)
+                sinks = self._sinks(run, part)
+                if sinks:
+                    break
+        if not sinks:
+            raise _Refused(self._why(whole, factors, name))
+        return self._proven(self._trimmed(Pair(LINEAR, name, bias, axis, 0.0, None, size, sinks, size)), run)
+
+    def _run(self, edits: dict[str, Edit]) -> Run:
+        run = self.bench.run({name: edit.of(self.block.get_parameter(name)) for name, edit in edits.items()})
+        if run.path() != self.bench.base.path():
+            raise _Refused("scaling it changes which products the block makes")
+        return run
+
+    def _moved(self, run: Run) -> list[int]:
+        """Products whose input is another than before."""
+        pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=True))
+        return [i for i, (new, old) in pairs if (new.input - old.input).norm() > SAME * old.input.norm()]
+
+    def _moves(self, run: Run) -> bool:
+        return bool(self._moved(run))
+
+    def _parts(self, name: str, run: Run, size: int) -> Iterator[Tensor]:
+        """Rows of one projection among several in a matrix: contiguous ones, or every second, third …"""
+        widths = {run.uses[i].input.shape[1] for i in self._moved(run)}
+        for parts in range(2, PARTS + 1):
+            if size % parts == 0 and size // parts in widths:
+                width = size // parts
+                yield from (torch.arange(size)[i * width : (i + 1) * width] for i in reversed(range(parts)))
+                yield from (torch.arange(size)[i::parts] for i in range(parts))
+
+    def _sinks(self, run: Run, factors: Tensor, first: bool = False) -> tuple[Sink, ...]:
+        """The matrices all of whose input columns follow a factor; on each sequence's first token only, if asked to."""
+        channels: dict[str, list[Tensor]] = {}
+        uses: dict[str, list[Any]] = {}
+        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
+            rows = slice(None, None, self.bench.tokens if first else None)
+            channels.setdefault(new.parameter, []).append(followed(old.input[rows], new.input[rows], factors))
+            uses.setdefault(new.parameter, []).append(old)
+        sinks = []
+        for name, maps in channels.items():
+            if not any(bool((m >= 0).all()) for m in maps):
+                if any(bool((m >= 0).any()) for m in maps) and not first:
+                    self.partly = f"it feeds only some of the input columns of {name}"
+                continue
+            if not first:
+                self._check(name, uses[name], maps)
+            width = self.shapes[name][1 - self.axes[name]] if name in self.axes else 0
+            sinks.append(Sink(name, self.axes.get(name, 1), maps[0], self._beside(name, width)))
+        return tuple(sinks)
+
+    def _check(self, name: str, uses: list[Any], maps: list[Tensor]) -> None:
+        if name in self.shared:
+            raise _Refused(f"it feeds {name}, which is shared with another block")
+        if name not in self.axes or not all(use.whole for use in uses):
+            raise _Refused(f"it feeds {name}, which is not used as one matrix")
+        if self.unseen and any(use.chosen for use in uses):
+            raise _Refused(f"it feeds {name} and others that the block chooses between (experts)")
+        if not all(torch.equal(m, maps[0]) for m in maps) or any(use.axis != self.axes[name] for use in uses):
+            raise _Refused(f"it feeds {name}, which is used in more than one way")
+
+    def _beside(self, name: str, size: int) -> str | None:
+        """The one vector of this size that is in a matrix's own module: its bias."""
+        prefix = name.rpartition(".")[0]
+        beside = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == prefix and shape == (size,)]
+        return beside[0] if len(beside) == 1 else None
+
+    def _adds(self, name: str, sinks: tuple[Sink, ...]) -> bool:
+        """Whether what is added to a vector is added to the sinks' inputs."""
+        value = self.block.get_parameter(name)
+        extra = self.bench.random(value.numel())
+        run = self.bench.run({name: value + extra})
+        by_name = {sink.parameter: sink for sink in sinks}
+        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
+            if new.parameter in by_name:
+                due = extra[by_name[new.parameter].channel].expand_as(old.input)
+                if (new.input - old.input - due).norm() > SAME * due.norm():
+                    return False
+        return True
+
+    def _trimmed(self, pair: Pair) -> Pair:
+        """The pair with channels for those entries only that feed something."""
+        rows = _channels(pair.sinks)
+        if len(rows) == pair.entries:
+            return pair
+        index = torch.full((pair.entries,), -1).index_copy(0, rows, torch.arange(len(rows)))
+        sinks = tuple(replace(sink, channel=index[sink.channel]) for sink in pair.sinks)
+        return replace(pair, rows=rows, sinks=sinks, channels=len(rows))
+
+    def _proven(self, pair: Pair, run: Run) -> Pair:
+        """The pair, if it leaves the block as it was; `run` has the source scaled without its sinks."""
+        if {pair.source, pair.bias} & self.shared:
+            raise _Refused("it is shared with another block")
+        effect = run.apart(self.bench.base)
+        if effect < SAME:
+            raise _Refused("scaling it changes nothing")
+        edits = pair.edits(self.bench.random(pair.channels))
+        error = self._run(edits).apart(self.bench.base)
+        if not error <= min(SAME, effect / 100):
+            raise _Refused("its output also goes somewhere that is no matrix product")
+        if pair.bias is None or any(sink.bias is None for sink in pair.sinks):
+            return pair
+        able = replace(pair, shiftable=True)
+        weights = {sink.parameter: self.block.get_parameter(sink.parameter) for sink in pair.sinks}
+        shifts = able.shifts(self.bench.random(pair.channels), weights)
+        shifted = self.bench.run({name: self.block.get_parameter(name) + extra for name, extra in shifts.items()})
+        return able if shifted.apart(self.bench.base) <= SAME else pair
+
+    def _why(self, run: Run, factors: Tensor, matrix: str | None = None) -> str:
+        """Why nothing follows a source; `run` has all of it scaled by `factors`."""
+        if self.partly:
+            return self.partly
+        if run.apart(self.bench.base) < SAME:
+            return "scaling it changes nothing"
+        if not self._moves(run):
+            return "no matrix product of the block comes after it"
+        if self._sinks(run, factors.square()):
+            return "what it feeds follows the square of a factor on it"
+        if matrix is not None:
+            whole = self.block.get_parameter(matrix) * 1.5
+            bias = self._beside(matrix, self.shapes[matrix][1 - self.axes[matrix]])
+            biases = {bias: self.block.get_parameter(bias) * 1.5} if bias else {}
+            if self.bench.run({matrix: whole} | biases).apart(self.bench.base) < SAME:
+                return "it is normalized afterwards: a common factor on it changes nothing"
+        return "no matrix product has an input that follows it, channel by channel"
+
+
+def _channels(sinks: Iterable[Sink]) -> Tensor:
+    """The channels that occur in the sinks' maps, in order."""
+    return torch.unique(torch.cat([sink.channel for sink in sinks]))  # type: ignore[no-any-return]
+
+
+def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> dict[str, Found]:
+    """The pairs of every block in the module list at `path`, by the block's name; alike blocks are run once.
+
+    calls: one per block, as recorded; hidden: the first block's input. Blocks get random parameters one at a time, and
+    get back what they had; nothing that the calls hold is changed. A block that cannot be run raises LlmqError.
+    """
+    blocks = list(model.get_submodule(path).children())
+    owners = Counter(id(p) for block in blocks for p in block.parameters())
+    attributes = _attributes(blocks)
+    known: dict[Any, Found] = {}
+    result: dict[str, Found] = {}
+    with unchanged(calls):
+        for i, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+            shared = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
+            make = (make_of(block, call, shared), attributes[i])
+            if make not in known:
+                with randomize(block):
+                    try:
+                        known[make] = find_pairs(block, call, hidden, shared)
+                        leave(block, call, hidden)
+                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                        words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
+                        raise LlmqError(words) from error
+            result[f"{path}.{i}"] = known[make]
+    return result
+
+
+def find_in(model: nn.Module, path: str) -> dict[str, Found]:
+    """The pairs of every block of a model on the meta device (discover.build), its blocks in the list at `path`."""
+    blocks = list(model.get_submodule(path).children())
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    with zeros(model, [n for n, p in model.named_parameters() if id(p) not in inside]):
+        with zeros(blocks[0]):
+            recording = record(model, blocks, [torch.zeros(1, PROBE_TOKENS, dtype=torch.long)])
+        return find_all(model, path, recording.calls[0], recording.hidden[0])
+
+
+def _attributes(blocks: list[nn.Module]) -> list[tuple[Any, ...]]:
+    """What each block's modules are and hold in plain values, but for the numbers by which blocks know their place."""
+    plain = (bool, int, float, str)
+    values = [
+        {
+            (name, key): value
+            for name, module in block.named_modules()
+            for key, value in {"": type(module).__name__, **vars(module)}.items()
+            if isinstance(value, plain)
+        }
+        for block in blocks
+    ]
+    places = {key for own in values for key in own} - {
+        key for i, own in enumerate(values) for key, value in own.items() if isinstance(value, bool) or value != i
+    }
+    return [tuple(item for item in own.items() if item[0] not in places) for own in values]

@@ -1,0 +1,237 @@
+"""A block on trial: run on random hidden states with some parameters changed, and what that does to its products.
+
+What a change does is read off the inputs of the block's matrix products: an input column that is multiplied by the
+same factor for every token, and by a factor that only one channel was given, is fed by that channel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.capture import watch_matmuls
+from llmq.parameters import swapped
+from llmq.record import Call
+
+SAMPLES = 32  # hidden states of single tokens: enough that no channel behind a ReLU is zero for all of them
+SEQUENCES = 4  # at the least: a fused projection is read off the first token of each
+SAME = 1e-4  # relative: above float32's noise through a block, far below what a wrong factor does
+
+
+class Unsteady(Exception):
+    """The block does not give the same result, or not by the same products, when it is run again."""
+
+
+@dataclass
+class Use:
+    """A product with a parameter: its input, float32 [samples, width], and as in capture.Matmul."""
+
+    parameter: str
+    input: Tensor
+    whole: bool
+    chosen: bool
+    axis: int | None
+
+
+@dataclass
+class Run:
+    """Products in order, and every floating tensor that the block returns or leaves in its caller's containers."""
+
+    uses: list[Use]
+    output: list[Tensor]
+
+    def apart(self, other: Run) -> float:
+        """The largest relative difference ‖a − b‖ / ‖b‖ of the outputs; infinite where they do not correspond."""
+        if len(self.output) != len(other.output):
+            return float("inf")
+        return max((apart(a, b) for a, b in zip(self.output, other.output, strict=True)), default=0.0)
+
+    def path(self) -> list[tuple[str, torch.Size]]:
+        """The parameters used and the shapes of what they met."""
+        return [(use.parameter, use.input.shape) for use in self.uses]
+
+
+def apart(value: Tensor, base: Tensor) -> float:
+    """‖value − base‖ / ‖base‖, infinite where the shapes differ or a value is not finite."""
+    if value.shape != base.shape:
+        return float("inf")
+    difference = float((value.double() - base.double()).norm())
+    norm = float(base.double().norm())
+    if not difference < float("inf"):
+        return float("inf")
+    return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+
+
+class Bench:
+    """A block, one call of it, and random hidden states; parameters are changed for one run at a time.
+
+    The block's parameters are float32. Nothing of the call is written to: dicts and lists are copied for every run.
+    Raises Unsteady, and whatever the block raises.
+    """
+
+    def __init__(self, block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
+        self.block, self.generator = block, torch.Generator().manual_seed(seed)
+        self.call = replace(call, args=self._ready(call.args), kwargs=self._ready(call.kwargs), element=None)
+        self.tokens = hidden.shape[-2]
+        count = max(SEQUENCES, -(-SAMPLES * hidden.shape[-1] // hidden.numel()))
+        self.hidden = [self._noise(hidden.shape) for _ in range(count)]
+        base = self.run()
+        self.base = self._batched(base) or base
+        again = self.run()
+        if again.path() != self.base.path() or again.apart(self.base) > SAME:
+            raise Unsteady("two runs of the block on the same input differ")
+
+    def run(self, values: Mapping[str, Tensor] | None = None) -> Run:
+        """The block with other values for some parameters, on every hidden state. Raises Unsteady."""
+        runs = []
+        with swapped(self.block, values or {}):
+            for hidden in self.hidden:
+                call = replace(self.call, args=_fresh(self.call.args), kwargs=_fresh(self.call.kwargs))
+                with watch_matmuls(self.block) as seen:
+                    result = call.run(self.block, hidden.clone())
+                uses = [
+                    Use(m.parameter, m.input.reshape(-1, m.input.shape[-1]), m.whole, m.chosen, m.axis)
+                    for m in seen
+                    if m.input is not None
+                ]
+                runs.append(Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs))))))
+        return runs[0] if len(runs) == 1 else _joined(runs)
+
+    def random(self, count: int) -> Tensor:
+        """Uniform factors in [0.5, 1.5], float32 [count]."""
+        return torch.rand(count, generator=self.generator) + 0.5
+
+    def distinct(self, count: int) -> Tensor:
+        """Factors in [0.5, 0.9] and [1.1, 1.5], evenly spaced, none near 1, in random order: float32 [count]."""
+        factors = torch.linspace(0.5, 1.3, count)
+        factors = torch.where(factors > 0.9, factors + 0.2, factors)
+        return factors[torch.randperm(count, generator=self.generator)]
+
+    def _noise(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def _ready(self, value: Any) -> Any:
+        # A structural run on zeros leaves zeros where hidden states of another kind would be.
+        def ready(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            empty = tensor.numel() > 1 and not bool(tensor.any())
+            return self._noise(tensor.shape) if empty else tensor.float()
+
+        return _mapped(value, ready)
+
+    def _batched(self, base: Run) -> Run | None:
+        # One run of several sequences reads the weights once; not every call takes another batch than it was made for.
+        if self.hidden[0].dim() != 3 or self.hidden[0].shape[0] != 1:
+            return None
+        single, self.hidden = self.hidden, [torch.cat(self.hidden)]
+        try:
+            together = self.run()
+        except Exception:  # any line of a model's code can fail on a batch that its arguments were not made for
+            together = None
+        if together is None or together.path() != base.path() or together.output[0].shape != base.output[0].shape:
+            self.hidden = single
+            return None
+        if any(apart(a.input, b.input) > SAME for a, b in zip(together.uses, base.uses, strict=True)):
+            self.hidden = single
+            return None
+        return together
+
+
+def _joined(runs: list[Run]) -> Run:
+    names = [[use.parameter for use in run.uses] for run in runs]
+    if any(n != names[0] for n in names) or len({len(run.output) for run in runs}) > 1:
+        raise Unsteady("which products the block makes depends on its input")
+    products = zip(*(run.uses for run in runs), strict=True)
+    uses = [replace(same[0], input=torch.cat([use.input for use in same])) for same in products]
+    output = [torch.stack(same) for same in zip(*(run.output for run in runs), strict=True)]
+    return Run(uses, output)
+
+
+@contextmanager
+def unchanged(calls: list[Call]) -> Iterator[None]:
+    """Whatever blocks leave in the dicts and lists of their calls is gone afterwards."""
+    held = {id(c): c for call in calls for c in [*_containers(call.args), *_containers(call.kwargs)]}
+    before = {key: copy.copy(container) for key, container in held.items()}
+    try:
+        yield
+    finally:
+        for key, container in held.items():
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(before[key])
+
+
+def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
+    """Run a block once for what it leaves for later ones in its call's own dicts and lists, if the call has any."""
+    if not [*_containers(call.args), *_containers(call.kwargs)]:
+        return
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
+
+    def ready(value: Any) -> Any:
+        return value if isinstance(value, (dict, list)) else _mapped(value, _float)
+
+    args, kwargs = tuple(map(ready, call.args)), {key: ready(value) for key, value in call.kwargs.items()}
+    with torch.inference_mode():
+        replace(call, args=args, kwargs=kwargs).run(block, noise)
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with its tensors changed; every dict and list in it is a new one."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        for key, part in value.items():
+            made[key] = _mapped(part, change)
+        return made
+    if isinstance(value, (tuple, list)):
+        parts = [_mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _fresh(value: Any) -> Any:
+    return _mapped(value, Tensor.clone)
+
+
+def _containers(arguments: Any) -> list[Any]:
+    values = arguments.values() if isinstance(arguments, dict) else arguments
+    return [value for value in values if isinstance(value, (dict, list))]
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _floats(part)
+
+
+def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
+    """Which factor each column of a product's input was multiplied by, int64 [width]; −1 where by none of them.
+
+    base, new: the input without and with the factors, [samples, width]; factors: [channels], distinct.
+    """
+    old, now = base.double(), new.double()
+    squares = old.square().sum(0)
+    ratio = (old * now).sum(0) / squares.clamp_min(1e-300)
+    rest = (now - ratio * old).square().sum(0)
+    steady = (squares > 1e-20) & (rest <= SAME**2 * squares)
+    ordered, order = factors.double().sort()
+    after = torch.searchsorted(ordered, ratio).clamp(0, len(ordered) - 1)
+    before = (after - 1).clamp_min(0)
+    nearest = torch.where((ordered[after] - ratio).abs() < (ratio - ordered[before]).abs(), after, before)
+    spacing = float(ordered.diff().min()) if len(ordered) > 1 else 1e-3
+    close = (ordered[nearest] - ratio).abs() <= min(spacing / 4, 1e-3)
+    return torch.where(steady & close, order[nearest], -1)

@@ -1,0 +1,123 @@
+"""Find the scale pairs of every causal-LM type of transformers on a tiny random checkpoint, and apply them all.
+
+For each type: find the pairs with random parameters on the model without memory, then give every pair of every block a
+new random scale in the checkpoint as stock transformers loads it (and a random shift where one is possible), and
+compare its logits. Mixtures of experts, which `llmq plan` refuses, are tried all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "architectures")]
+
+LIMIT = 1e-4
+
+
+def check(name: str) -> dict[str, Any]:
+    """One type, from nothing to a line of the table."""
+    import checks
+    import tiny
+    import torch
+
+    import llmq
+    from llmq import discover, pairs
+
+    row: dict[str, Any] = {"type": name, "result": "not built", "pairs": 0, "rejected": 0, "blocks": {}, "words": ""}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        try:
+            tiny.make(name, source)
+            real = checks.stock(source)
+            before = checks.logits(real, tiny.tokens())
+            assert bool(torch.isfinite(before).all())
+        except Exception as error:  # whatever a model's code raises
+            return row | {"words": first_line(error)}
+        row["kind"] = "experts" if checks.is_mixture(real) else "dense"
+        try:
+            model = discover.build(source, torch.float32)
+            try:
+                path = discover.find(model).path
+            except llmq.LlmqError as error:
+                if "mixture-of-experts" not in str(error):
+                    raise
+                path = discover.candidates(model)[0][0]
+            found = pairs.find_in(model, path)
+        except llmq.LlmqError as error:
+            return row | {"result": "refused", "words": str(error)}
+        except Exception as error:  # the table says what happened; the next type goes on
+            return row | {"result": "fails", "words": first_line(error)}
+    row |= checks.pairs_applied(real, found, before, tiny.tokens())
+    row["result"] = "unchanged" if row["error"] <= LIMIT else "CHANGED"
+    for block, (own, rejections) in found.items():
+        lines = [f"{a} -> {b}" + (f" ({c})" if c else "") for a, b, c in pairs.explain(own, rejections)]
+        row["blocks"].setdefault("\n".join(lines), []).append(block)
+    row["blocks"] = {", ".join(blocks): lines.split("\n") for lines, blocks in row["blocks"].items()}
+    return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def quiet() -> None:
+    """A worker's standard error is progress bars and warnings, and goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown page."""
+    count = {
+        r: sum(row["result"] == r for row in rows) for r in ("unchanged", "CHANGED", "refused", "fails", "not built")
+    }
+    having = sum(row["result"] == "unchanged" and row["pairs"] > 0 for row in rows)
+    text = "# Scale pairs of every causal-LM type\n\nWritten by `scripts/sweep_pairs.py`. "
+    text += f"{count}; {having} unchanged with pairs.\n\n"
+    text += "| type | kind | pairs | shiftable | tried in vain | logits moved by |\n|---|---|---|---|---|---|\n"
+    for row in rows:
+        words = f"{row['error']:.1e}" if "error" in row else f"{row['result']}: {row['words'][:120]}".replace("|", "/")
+        cells = [row["type"], row.get("kind", ""), row["pairs"], row.get("shiftable", ""), row["rejected"], words]
+        text += "| " + " | ".join(map(str, cells)) + " |\n"
+    return text
+
+
+def main() -> None:
+    """The command line."""
+    from tiny import TYPES
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="these types (default: all)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("-o", type=Path, help="write the table (.md) or everything found (.json) here")
+    options = parser.parse_args()
+    rows = []
+    with get_context("spawn").Pool(options.workers, quiet, maxtasksperchild=20) as pool:
+        for row in pool.imap(check, options.types or TYPES):
+            rows.append(row)
+            words = row["words"] or f"{row['pairs']} pairs, {row['rejected']} not, logits {row.get('error', 0):.1e}"
+            print(f"{row['result']:9} {row['type']:26} {row.get('seconds', 0):5.1f} s  {words[:160]}", flush=True)
+    if options.o:
+        page = json.dumps(rows, indent=1) if options.o.suffix == ".json" else table(rows)
+        options.o.parent.mkdir(parents=True, exist_ok=True)
+        options.o.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
