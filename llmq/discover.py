@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from llmq.errors import LlmqError, first_line
 from llmq.parameters import assign as assign
 from llmq.parameters import empty as empty
 from llmq.parameters import zeros as zeros
-from llmq.record import Call, record
+from llmq.record import Call, Recording, record
 from llmq.stock import unpackable
 
 PROBE_TOKENS = 8
@@ -97,19 +98,12 @@ class _Experts(LlmqError):
 
 def find(model: nn.Module) -> Structure:
     """The model's blocks and their weights, by a structural run on zeros of a few tokens. Raises LlmqError."""
-    batch = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
     reasons = []
     for path, modules in candidates(model)[:4]:
         blocks = list(modules)
         owners = Counter(id(p) for b in blocks for p in b.parameters())
-        inside = owners.keys()
-        outside = [n for n, p in model.named_parameters() if id(p) not in inside]
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        skip = set() if head is None else {id(p) for p in head.parameters()}
         try:
-            with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
-                with zeros(blocks[0]):
-                    recording = record(model, blocks, [batch], whole=True)
+            with recorded(model, blocks) as recording:
                 found: dict[Any, Block] = {}
                 hidden, calls = recording.hidden[0], recording.calls[0]
                 seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
@@ -121,6 +115,22 @@ def find(model: nn.Module) -> Structure:
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {first_line(error)}")
     raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
+
+
+@contextmanager
+def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
+    """Each block's call on a few tokens, found with zeros for all parameters but the output embedding's.
+
+    Inside the context the parameters outside the blocks stay zeros. Raises as `record`.
+    """
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    skip = set() if head is None else {id(p) for p in head.parameters()}
+    with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
+        with zeros(blocks[0]):
+            recording = record(model, blocks, [torch.zeros(1, PROBE_TOKENS, dtype=torch.long)], whole=True)
+        yield recording
 
 
 def _packable(model: nn.Module, blocks: list[Block]) -> Iterator[Block]:

@@ -149,7 +149,9 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a recipe, and hand it the Recipe made of them."""
     own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "chosen"]
     fixed = [p for p in signature(recipe_options, eval_str=True).parameters.values() if p.name != "options"]
-    options = [*fixed, *method_options()]
+    taken = {p.name for p in (*own, *fixed)}
+    # A method from outside may have an option of a name that is taken here: it is still there in recipe files.
+    options = [*fixed, *(p for p in method_options() if p.name not in taken)]
 
     @wraps(command)
     def wrapped(**given: Any) -> None:

@@ -69,6 +69,10 @@ class Pair:
     channels: int
     shiftable: bool = False
 
+    def describe(self) -> str:
+        """What it connects, in words: 'source → sink, sink'."""
+        return f"{self.source} → {', '.join(sink.parameter for sink in self.sinks)}"
+
     def edits(self, scale: Tensor) -> dict[str, Edit]:
         """What dividing the source's channels by `scale` [channels] > 0 does to each parameter.
 

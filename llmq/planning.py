@@ -18,13 +18,13 @@ from llmq.errors import LlmqError
 from llmq.items import Item, find_items
 from llmq.methods import Pipeline
 from llmq.naming import Links, link
-from llmq.pairs import Pair, Rejection, find_all
+from llmq.pair import Found
+from llmq.pairs import find_all
 from llmq.recipe import Recipe, Scheme
 from llmq.source import Source
 
 BATCH_TOKENS = 2048
 CHECK_TOKENS = 512
-Pairs = dict[str, tuple[list[Pair], list[Rejection]]]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Plan:
     items: list[Item]
     calibration: Windows
     pipeline: Pipeline
-    pairs: Pairs = field(default_factory=dict)
+    pairs: dict[str, Found] = field(default_factory=dict)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
 
@@ -106,24 +106,35 @@ def make_plan(
         )
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline)
     if pipeline.transforms:
-        plan.pairs = find_pairs(plan)
+        plan.pairs = find_pairs(model, structure)
+        _check_pairs(plan)
     plan.warnings = [*found.notes, *checks.warnings(items)]
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out, device)
     return plan
 
 
-def find_pairs(plan: Plan) -> Pairs:
-    """Where scales can move in each block. Raises LlmqError where the recipe has a transform and there is no place."""
-    found = find_all(plan.model, plan.structure)
-    if not any(pairs for pairs, _ in found.values()):
-        reasons = sorted({f"{r.source}: {r.reason}" for _, rejected in found.values() for r in rejected})
+def find_pairs(model: nn.Module, structure: Structure) -> dict[str, Found]:
+    """Where scales can move in each block, by the block's name. The model is on the meta device."""
+    with discover.recorded(model, list(model.get_submodule(structure.path).children())) as recording:
+        return find_all(model, structure.path, recording.calls[0], recording.hidden[0])
+
+
+def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
+    """Where scales can move in the blocks of the model in a folder. Raises LlmqError."""
+    source = Source(folder, trust_remote_code, quantized_ok=True)
+    model = discover.build(folder, _model_dtype(source), trust_remote_code)
+    return find_pairs(model, discover.find(model))
+
+
+def _check_pairs(plan: Plan) -> None:
+    if not any(found.pairs for found in plan.pairs.values()):
+        reasons = sorted({f"{r.source}: {r.reason}" for found in plan.pairs.values() for r in found.rejections})
         raise LlmqError(
             f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, and this model "
             f"has no place where that leaves its blocks' output as it is ({'; '.join(reasons[:4])}). "
             "Leave the transform out: gptq and rtn need none"
         )
-    return found
 
 
 def _static(scheme: Scheme | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from llmq.budget import size
 if TYPE_CHECKING:
     from llmq.catalog import Description
     from llmq.inspection import Inspection, Row
+    from llmq.pair import Found
     from llmq.recipe import Recipe
 
 
@@ -112,3 +113,20 @@ def methods(console: Console, found: Sequence[Description]) -> None:
         options = ", ".join(f"--{o.name.replace('_', '-')} {o.default}" for o in method.options)
         table.add_row(method.name, escape(method.summary), ", ".join(method.roles), escape(options))
     console.print(table)
+
+
+def pairs(console: Console, found: Mapping[str, Found]) -> None:
+    """Where scales can move, a table for every kind of block: from what, to what, or why not."""
+    from llmq.pair import explain
+
+    alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
+    for name, one in found.items():
+        alike.setdefault(tuple(explain(*one)), []).append(name)
+    for rows, names in alike.items():
+        title = escape(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it")
+        table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for heading in ("from", "kind", "to, or why not"):
+            table.add_column(heading)
+        for source, what, kind in rows:
+            table.add_row(escape(source), kind or "[dim]none[/]", escape(what), style=None if kind else "dim")
+        console.print(table)

@@ -80,7 +80,7 @@ def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], 
     """The block with its weights read from the checkpoint, ready to be worked on."""
     fill(plan, index, device)
     name = plan.structure.blocks[index].name
-    pairs, _ = plan.pairs.get(name, ([], []))
+    pairs = plan.pairs[name].pairs if name in plan.pairs else []
     module = plan.model.get_submodule(name)
     works = _works(plan, index)
     return Block(module, works, inputs, calls, pairs=pairs, scale_dtype=plan.dtype, device=device)

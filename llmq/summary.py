@@ -50,7 +50,7 @@ def summary(console: Console, made: Plan) -> None:
     grid.add_row(
         "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
     )
-    places = sum(len(pairs) for pairs, _ in made.pairs.values())
+    places = sum(len(found.pairs) for found in made.pairs.values())
     if places:
         grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")
     grid.add_row("calibration", escape(made.calibration.description))

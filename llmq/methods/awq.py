@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmq.balance import Candidate, Side, balance, normalized, side
 from llmq.block import Block
+from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
 from llmq.numerics.quantized import Quantized
@@ -25,14 +26,16 @@ from llmq.statistics import Hessian, Inputs
 class AWQ(Method):
     """Scales up the channels that matter before rounding, found from the inputs' sizes.
 
-    grid: how many values of α are tried between 0 and 1, for each of two formulas.
+    alphas: how many values of α are tried between 0 and 1, for each of two formulas.
     """
 
     transform_needs = (Inputs,)
     needs = (Hessian,)
 
-    def __init__(self, *, grid: int = 20) -> None:
-        self.grid = grid
+    def __init__(self, *, alphas: int = 20) -> None:
+        if alphas < 1:
+            raise LlmqError(f"alphas must be 1 or more, not {alphas!r}")
+        self.alphas = alphas
 
     def transform(self, block: Block) -> None:
         """See `Method.transform`."""
@@ -43,8 +46,8 @@ class AWQ(Method):
 
     def _candidates(self, found: Side) -> Iterator[Candidate]:
         x, w = found.mean.clamp_min(1e-4), found.share.clamp_min(1e-4)
-        for step in range(1, self.grid + 1):
-            alpha = step / self.grid
+        for step in range(1, self.alphas + 1):
+            alpha = step / self.alphas
             yield Candidate(f"α {alpha:g}", normalized(x**alpha))
             yield Candidate(f"α {alpha:g}, by weight", normalized(x**alpha / w ** (1 - alpha)))
 
