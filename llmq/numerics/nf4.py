@@ -4,8 +4,8 @@ Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3: the flattened weight i
 by its largest magnitude and rounded to the nearest level; double quantization stores those magnitudes in 8 bits, less
 their mean, in blocks of 256.
 
-Bit for bit what bitsandbytes 0.50 stores when it quantizes on the CPU; the tests hold the two together. So its rounding is
-followed where it could have been otherwise: a whole block is multiplied by the reciprocal of its magnitude, a last
+Bit for bit what bitsandbytes 0.50 stores when it quantizes on the CPU; the tests hold the two together. So its rounding
+is followed where it could have been otherwise: a whole block is multiplied by the reciprocal of its magnitude, a last
 partial one divided by it; half-way goes to the lower level; the 8-bit codes are looked up in a table of 65536 steps,
 which is not always the nearest. Both tables of levels are bitsandbytes' own.
 """
@@ -70,8 +70,8 @@ class NF4Weight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`.
 
-        Equal to bitsandbytes' dequantize_4bit bit for bit, but for two oddities of its own on CPUs with AVX-512: it takes
-        the wrong magnitudes when 16 divides the inputs and the block does not, and makes subnormal bfloat16 values 0.
+        Equal to bitsandbytes' dequantize_4bit bit for bit, but for two oddities of its own on CPUs with AVX-512: it
+        takes the wrong magnitudes when 16 divides the inputs and the block does not, and makes subnormal bfloat16 0.
         """
         block, n = block_size(self.scheme), self.shape[0] * self.shape[1]
         weight = torch.empty(n, dtype=dtype, device=self.packed.device)
@@ -97,8 +97,8 @@ def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = Non
     """The NF4 weight nearest to a weight, in bitsandbytes' own rounding.
 
     weight: any float [out, in]; scheme: grid 'nf4', its group size the block, its double_quant whether the magnitudes
-    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries stay below a few
-    tens of MiB whatever the matrix. Raises LlmqError when a value is not finite, there is no such block, bitsandbytes
+    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries: some tens of MiB,
+    and with double quantization several times the magnitudes, one float32 a block. Raises LlmqError when a value is not finite, there is no such block, bitsandbytes
     is not installed, or the magnitudes are too large to be quantized.
     """
     block, n = block_size(scheme), weight.numel()
@@ -121,7 +121,7 @@ def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = Non
 
 
 def _scaled(part: Tensor, absmax: Tensor, block: int) -> Tensor:
-    """Consecutive values divided by the magnitudes of their blocks, which are written to `absmax`: float32, of even size.
+    """Consecutive values divided by the magnitudes of their blocks, which are written to `absmax`: float32, even size.
 
     part: float32 [n], absmax: float32 [ceil(n/block)]. Clamped to [-1, 1], one 0 appended when n is odd.
     """

@@ -93,7 +93,7 @@ def test_the_lookup_of_the_magnitudes() -> None:
     values = torch.cat([edge + step * 2.0**-25 for step in range(-8, 9)]).clamp_(-1, 1)
     blocks = torch.ones(len(values), nf4.NESTED_BLOCK)
     blocks[:, 1] = values
-    # A mean of 0 makes the magnitudes' own signs those of the values: as a weight they cannot be, so it is called inside.
+    # Their mean is near 0, which that of a weight's magnitudes cannot be: so the inner function is called.
     blocks[:, 2] = -values
     blocks[:, 3:] = torch.tensor([-1.0, 1.0]).repeat(127)[:253]
     absmax = blocks.view(-1)
