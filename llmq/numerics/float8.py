@@ -2,8 +2,8 @@
 
 The format: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv:2209.05433, table 1: sign, 4 bits of
 exponent, 3 of mantissa, largest 448, no infinity. `minmax` puts a channel's largest magnitude at 448. A floating grid
-loses little to a scale that is too large, so `mse` gains less than on integers: it finds where the mantissa's steps suit
-a channel best, between half and twice min-max, and is never worse than it.
+loses little to a scale that is too large, so `mse` gains less than on integers: it finds where the mantissa's steps
+suit a channel best, between half and twice min-max, and is never worse than it.
 """
 
 from __future__ import annotations

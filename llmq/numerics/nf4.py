@@ -97,9 +97,13 @@ def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = Non
     """The NF4 weight nearest to a weight, in bitsandbytes' own rounding.
 
     weight: any float [out, in]; scheme: grid 'nf4', its group size the block, its double_quant whether the magnitudes
-    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries: some tens of MiB,
-    and with double quantization several times the magnitudes, one float32 a block. Raises LlmqError when a value is not finite, there is no such block, bitsandbytes
-    is not installed, or the magnitudes are too large to be quantized.
+    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries: some tens of
+    MiB, and with double quantization several times the magnitudes, one float32 a block. Raises LlmqError when a value
+    is not finite, there is no such block, bitsandbytes is not installed, or the magnitudes are too large to be
+    quantized.
+
+    The offset is torch's mean, as it is bitsandbytes': from some 100 thousand blocks on its last bit depends on the
+    number of threads.
     """
     block, n = block_size(scheme), weight.numel()
     levels, _ = tables(weight.device)
