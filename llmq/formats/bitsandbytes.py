@@ -1,0 +1,162 @@
+"""bitsandbytes NF4: what transformers, PEFT (QLoRA) and vLLM load with bitsandbytes installed.
+
+What is stored for a weight [out, in] is listed in `spec`; the names and every byte are those that transformers 5.23 and
+bitsandbytes 0.50 write themselves. Read off and tried with both:
+
+- The block must divide the inputs. Their kernel for CPUs with AVX-512 takes the magnitude of the wrong block otherwise
+  (weights off by 40 %), and says nothing. Their GPU kernels would read it.
+- On CPUs that multiply bfloat16 (avx512_bf16) evaluation runs in bfloat16 with bfloat16 magnitudes whatever the model's
+  dtype, and stops at a weight whose outputs 32 does not divide.
+- `llm_int8_skip_modules` is matched as the start of a name, as a regular expression or as its end; given a list, the
+  output layer is not skipped by itself (so it is always listed). Only modules of exactly the class Linear are replaced.
+- A checkpoint has one scheme: double quantization or not is read off each weight, the block too, but vLLM reads
+  `bnb_4bit_use_double_quant` once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.numerics.nf4 import NESTED_BLOCK, SIZES, Nested, NF4Weight, block_size
+from llmq.recipe import Scheme
+
+QUANT_METHOD = "bitsandbytes"
+PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"
+NESTED_ABSMAX, NESTED_LEVELS = "weight.nested_absmax", "weight.nested_quant_map"
+STATE = "weight.quant_state.bitsandbytes__nf4"
+SUFFIXES = (PACKED, ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_LEVELS, STATE)
+# The most characters that a float32 takes when its exact value is written as JSON.
+LONGEST_FLOAT = 22
+
+
+def spec(
+    shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a weight [out, in] becomes: suffix → (dtype, shape); scale_dtype: the dtype readers make of the weight.
+
+    With double quantization the bytes of the state are the most there can be: how many digits the offset takes is known
+    only when the weight is. Raises LlmqError when the block does not divide `in`.
+    """
+    rows, width = shape
+    block = block_size(scheme)
+    if width == 0 or width % block:
+        raise LlmqError(f"group size {block} does not divide the {width} inputs of the weight")
+    blocks = rows * width // block
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        PACKED: (torch.uint8, (rows * width // 2, 1)),
+        ABSMAX: (torch.uint8 if scheme.double_quant else torch.float32, (blocks,)),
+        LEVELS: (torch.float32, (16,)),
+    }
+    state = _state((rows, width), scheme, scale_dtype, 0.0 if scheme.double_quant else None)
+    size = len(state)
+    if scheme.double_quant:
+        entries[NESTED_ABSMAX] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
+        entries[NESTED_LEVELS] = (torch.float32, (256,))
+        size += LONGEST_FLOAT - len("0.0")
+    return entries | {STATE: (torch.uint8, (size,))}
+
+
+def pack(q: NF4Weight) -> dict[str, Tensor]:
+    """The tensors to store, by suffix, as `spec` says."""
+    # All weights share the two tables of levels; stored tensors must not.
+    tensors = {PACKED: q.packed, ABSMAX: q.absmax, LEVELS: q.levels.clone()}
+    if q.nested is not None:
+        tensors |= {NESTED_ABSMAX: q.nested.absmax, NESTED_LEVELS: q.nested.levels.clone()}
+    state = _state(q.shape, q.scheme, q.dtype, None if q.nested is None else q.nested.offset)
+    return tensors | {STATE: torch.frombuffer(bytearray(state), dtype=torch.uint8).to(q.packed.device)}
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> NF4Weight:
+    """The inverse of `pack`. Raises LlmqError when tensors are missing or have other dtypes or shapes than `spec`'s."""
+    wanted = [s for s in SUFFIXES if scheme.double_quant or s not in (NESTED_ABSMAX, NESTED_LEVELS)]
+    missing = [s for s in wanted if s not in tensors]
+    if missing:
+        raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
+    state = json.loads(bytes(tensors[STATE].tolist()))
+    rows, width = state["shape"]
+    dtype: torch.dtype = getattr(torch, state["dtype"])
+    if (state["quant_type"], state["blocksize"]) != ("nf4", block_size(scheme)):
+        raise LlmqError(f"{STATE} says {state['quant_type']} in blocks of {state['blocksize']}, not {scheme}")
+    for suffix, (kind, shape) in spec((rows, width), scheme, dtype).items():
+        found = tensors[suffix]
+        if suffix != STATE and (found.dtype != kind or tuple(found.shape) != shape):
+            raise LlmqError(
+                f"{suffix} of a {scheme} weight [{rows}, {width}] must be {kind} {[*shape]}, "
+                f"not {found.dtype} {[*found.shape]}"
+            )
+    nested = None
+    if scheme.double_quant:
+        nested = Nested(tensors[NESTED_ABSMAX], tensors[NESTED_LEVELS], state["nested_offset"])
+    return NF4Weight(tensors[PACKED], tensors[ABSMAX], tensors[LEVELS], (rows, width), dtype, scheme, nested)
+
+
+def refusal(scheme: Scheme) -> str | None:
+    """Why stock readers cannot load this scheme, in a sentence, or None."""
+    if scheme.grid != "nf4" or scheme.bits != 4:
+        return f"bitsandbytes stores 4-bit nf4 weights, not {scheme}"
+    if scheme.activations is not None:
+        return "bitsandbytes leaves activations as they are: nf4 is for weights only"
+    if scheme.group_size not in SIZES:
+        return f"bitsandbytes has blocks of {', '.join(map(str, SIZES))} weights only"
+    return None
+
+
+def config(
+    groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str], compute_dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint, key for key what transformers' BitsAndBytesConfig writes.
+
+    groups: the module names of the one scheme there can be; ignore: the names of linear modules left alone. Names as in
+    the checkpoint, without '.weight'; compute_dtype: what inputs are turned into before every product, best the model's
+    own. Raises LlmqError when nothing is quantized, or in more than one scheme, or a name to be left alone makes
+    transformers leave a quantized one alone too.
+    """
+    schemes = [scheme for scheme, names in groups.items() if names]
+    if not schemes:
+        raise LlmqError("nothing is quantized: there is no configuration to write")
+    if len(schemes) > 1:
+        raise LlmqError(f"bitsandbytes holds one scheme in a checkpoint, not {' and '.join(map(str, schemes))}")
+    skipped = sorted(set(ignore))
+    # Matched as transformers does: at the start of a name, as a regular expression, and as any end of it.
+    for key in skipped:
+        start = re.compile(rf"(?:{key})(?:(?<=\.)|(?=\.|$))")
+        for name in groups[schemes[0]]:
+            if start.match(name) or name.endswith(key):
+                raise LlmqError(
+                    f"leaving {key} alone makes transformers leave {name} alone too: leave it, or quantize both"
+                )
+    return {
+        "quant_method": QUANT_METHOD,
+        "_load_in_8bit": False,
+        "_load_in_4bit": True,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": schemes[0].double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+    }
+
+
+def _state(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, offset: float | None) -> bytes:
+    """The JSON that bitsandbytes' QuantState writes beside a weight; offset: of the magnitudes quantized in turn."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": block_size(scheme),
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [*shape],
+    }
+    if offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode()

@@ -1,0 +1,52 @@
+"""Rounding of a weight's input while the model runs, as compressed-tensors does it: what W8A8 costs in accuracy.
+
+Simulated, as in compressed-tensors 0.20 (quantization/utils/helpers.py, lifecycle/forward_helpers.py), which is what
+stock transformers runs: values are rounded to the grid and multiplied back, and every step is in the input's own dtype.
+Its int8 scale is the largest magnitude / 127.5, so the largest value rounds to 127 or, below 0, to −128; vLLM's kernels
+divide by 127, in float32. Both grids have a code for 0 and no zero point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+# The lowest and highest value of each grid, and what the largest magnitude is divided by to give the scale.
+LIMITS = {"int": (-128.0, 127.0, 127.5), "float": (-448.0, 448.0, 448.0)}
+
+
+def round_per_token(x: Tensor, grid: str) -> Tensor:
+    """Every token's values on a grid of its own: the scale is the token's largest magnitude over the grid's.
+
+    x: any float [..., width]; grid: 'int' (8 bits) or 'float' (float8_e4m3fn). Returns x's shape and dtype. Raises
+    LlmqError at another grid. compressed-tensors agrees for inputs of three axes, which decoders have; given two it
+    takes one scale for all of them, and so would differ from its own servers.
+    """
+    scale = x.abs().amax(-1, keepdim=True) / _limits(grid)[2]
+    return round_static(x, scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps), grid)
+
+
+def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
+    """Values on a grid known beforehand; what lies beyond its ends is clipped.
+
+    x: any float [..., width]; scale: any float that broadcasts to x, positive, turned into x's dtype first;
+    grid: 'int' (8 bits) or 'float' (float8_e4m3fn). Returns x's shape and dtype. Raises LlmqError at another grid.
+    """
+    low, high, _ = _limits(grid)
+    scale = scale.to(x.dtype)
+    levels = (x / scale).clamp_(low, high)
+    levels = levels.round_() if grid == "int" else levels.to(torch.float8_e4m3fn).to(x.dtype)
+    return levels.mul_(scale)
+
+
+def static_scale(largest: float, grid: str) -> float:
+    """The scale of a grid whose end is the largest magnitude an input is to keep; 1 where that is 0."""
+    return largest / _limits(grid)[2] if largest > 0 else 1.0
+
+
+def _limits(grid: str) -> tuple[float, float, float]:
+    if grid not in LIMITS:
+        raise LlmqError(f"activations are rounded on the grid {' or '.join(LIMITS)}, not {grid!r}")
+    return LIMITS[grid]

@@ -1,0 +1,188 @@
+"""NF4: four bits whose 16 levels are quantiles of a normal distribution, and whose scales may be quantized in turn.
+
+Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3: the flattened weight is cut into blocks (of 64), each divided
+by its largest magnitude and rounded to the nearest level; double quantization stores those magnitudes in 8 bits, less
+their mean, in blocks of 256.
+
+Bit for bit what bitsandbytes 0.50 stores when it quantizes on the CPU; the tests hold the two together. So its rounding
+is followed where it could have been otherwise: a whole block is multiplied by the reciprocal of its magnitude, a last
+partial one divided by it; half-way goes to the lower level; the 8-bit codes are looked up in a table of 65536 steps,
+which is not always the nearest. Both tables of levels are bitsandbytes' own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.recipe import Scheme
+
+CHUNK = 1 << 20
+NESTED_BLOCK = 256
+# The least magnitude that bitsandbytes divides by; a last partial block stores it where it is all 0.
+SMALLEST = 1e-38
+# How finely the 8-bit codes' table cuts [-1, 1].
+STEPS = 65535
+SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """Double quantization: a block's magnitude is levels[code] · absmax + offset.
+
+    absmax: float32 [ceil(blocks/256)]; levels: float32 [256], ascending; offset: the mean of the magnitudes.
+    """
+
+    absmax: Tensor
+    levels: Tensor
+    offset: float
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A weight [out, in] of n values in NF4: w ≈ levels[code] · magnitude of its block.
+
+    packed: uint8 [ceil(n/2), 1], row-major, the first of two codes in the high four bits; absmax: the magnitudes,
+    float32 [ceil(n/block)], or their codes, uint8, when `nested` is there; levels: float32 [16], ascending;
+    shape: of the weight; dtype: what the weight was in, and readers make of it; notes: what fell back, for the report.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    levels: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scheme: Scheme
+    nested: Nested | None = None
+    notes: tuple[str, ...] = ()
+
+    def magnitudes(self) -> Tensor:
+        """The magnitude of every block, float32 [ceil(n/block)]."""
+        if self.nested is None:
+            return self.absmax
+        spread = self.nested.absmax.repeat_interleave(NESTED_BLOCK)[: len(self.absmax)]
+        return self.nested.levels[self.absmax.to(torch.int32)].mul_(spread).add_(self.nested.offset)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`.
+
+        Equal to bitsandbytes' dequantize_4bit bit for bit, but for two oddities of its own on CPUs with AVX-512: it
+        takes the wrong magnitudes when 16 divides the inputs and the block does not, and makes subnormal bfloat16 0.
+        """
+        block, n = block_size(self.scheme), self.shape[0] * self.shape[1]
+        weight = torch.empty(n, dtype=dtype, device=self.packed.device)
+        absmax, packed = self.magnitudes(), self.packed.view(-1)
+        for start in range(0, n, CHUNK):
+            stop = min(start + CHUNK, n)
+            pairs = packed[start // 2 : (stop + 1) // 2]
+            codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[: stop - start]
+            scale = absmax[start // block : -(-stop // block)].repeat_interleave(block)[: stop - start]
+            weight[start:stop] = self.levels[codes.to(torch.int32)].mul_(scale)
+        return weight.view(self.shape)
+
+
+def block_size(scheme: Scheme) -> int:
+    """The values that share a magnitude. Raises LlmqError when bitsandbytes has no such block."""
+    size = scheme.group_size
+    if size not in SIZES:
+        raise LlmqError(f"an nf4 group size must be one of {', '.join(map(str, SIZES))}, not {size or 'channel'}")
+    return size
+
+
+def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> NF4Weight:
+    """The NF4 weight nearest to a weight, in bitsandbytes' own rounding.
+
+    weight: any float [out, in]; scheme: grid 'nf4', its group size the block, its double_quant whether the magnitudes
+    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries: some tens of
+    MiB, and with double quantization several times the magnitudes, one float32 a block. Raises LlmqError when a value
+    is not finite, there is no such block, bitsandbytes is not installed, or the magnitudes are too large to be
+    quantized.
+
+    The offset is torch's mean, as it is bitsandbytes': from some 100 thousand blocks on its last bit depends on the
+    number of threads.
+    """
+    block, n = block_size(scheme), weight.numel()
+    levels, _ = tables(weight.device)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    flat = weight.reshape(-1)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=weight.device)
+    for start in range(0, n, CHUNK):
+        part = flat[start : start + CHUNK].to(torch.float32)
+        first = start // block
+        scaled = _scaled(part, absmax[first : first + -(-len(part) // block)], block)
+        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+        packed[start // 2 : (start + len(codes)) // 2] = (codes[::2] << 4) | codes[1::2]
+    if not bool(torch.isfinite(absmax).all()):
+        raise LlmqError("the weight holds values that are not finite")
+    rows, width = weight.shape
+    made = NF4Weight(packed.view(-1, 1), absmax, levels, (rows, width), dtype or weight.dtype, scheme)
+    return _nest(made) if scheme.double_quant else made
+
+
+def _scaled(part: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """Consecutive values divided by the magnitudes of their blocks, which are written to `absmax`: float32, even size.
+
+    part: float32 [n], absmax: float32 [ceil(n/block)]. Clamped to [-1, 1], one 0 appended when n is odd.
+    """
+    whole = len(part) // block * block
+    scaled = part.new_zeros(len(part) + len(part) % 2)
+    if whole:
+        blocks = part[:whole].view(-1, block)
+        torch.amax(blocks.abs(), 1, out=absmax[: len(blocks)])
+        inverse = 1.0 / absmax[: len(blocks)].clamp(min=SMALLEST)
+        torch.mul(blocks, inverse.unsqueeze(1), out=scaled[:whole].view(-1, block))
+    if whole < len(part):
+        absmax[-1] = part[whole:].abs().amax().clamp_(min=SMALLEST)
+        torch.div(part[whole:], absmax[-1], out=scaled[whole : len(part)])
+    return scaled.clamp_(-1, 1)
+
+
+def _nest(weight: NF4Weight) -> NF4Weight:
+    """The same weight with its magnitudes in 8 bits."""
+    absmax = weight.absmax
+    offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise LlmqError("the weight is too large for double quantization: turn double_quant off")
+    _, levels = tables(absmax.device)
+    table = _lookup(levels)
+    left = torch.zeros(-(-len(absmax) // NESTED_BLOCK) * NESTED_BLOCK, dtype=torch.float32, device=absmax.device)
+    torch.sub(absmax, offset, out=left[: len(absmax)])
+    blocks = left.view(-1, NESTED_BLOCK)
+    most = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / most).unsqueeze(1)).clamp_(-1, 1)
+    steps = scaled.add_(1.0).mul_(0.5).mul_(STEPS).add_(0.5)
+    # A block of subnormal magnitudes has no reciprocal: what is not a number gets step 0 there.
+    codes = table[steps.nan_to_num_(0.0).to(torch.int32)]
+    codes.masked_fill_((most == 0).unsqueeze(1), 0)
+    nested = Nested(most, levels, float(offset))
+    return replace(weight, absmax=codes.view(-1)[: len(absmax)].clone(), nested=nested)
+
+
+def _lookup(levels: Tensor) -> Tensor:
+    """The code of every step in [-1, 1]: uint8 [65536]. levels: float32 [256], ascending."""
+    step = torch.arange(STEPS + 1, dtype=torch.float32, device=levels.device)
+    value = step.mul_(2).div_(STEPS).add_(-1)
+    return torch.bucketize(value, (levels[:-1] + levels[1:]) * 0.5, out_int32=True).to(torch.uint8)
+
+
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' levels, ascending: of NF4, float32 [16], and of the 8-bit magnitudes, float32 [256].
+
+    Raises LlmqError when bitsandbytes is not installed.
+    """
+    normal, dynamic = _tables()
+    return normal.to(device), dynamic.to(device)
+
+
+@cache
+def _tables() -> tuple[Tensor, Tensor]:
+    try:
+        from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+    except ImportError as error:
+        raise LlmqError("nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
+    return get_4bit_type("nf4", device="cpu"), create_dynamic_map()

@@ -1,0 +1,171 @@
+"""8-bit weights and activations on disk: stock transformers loads them and computes what our simulation does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmq.errors import LlmqError
+from llmq.formats import eight_bit
+from llmq.numerics.activations import round_per_token, round_static, static_scale
+from llmq.numerics.float8 import find_float8_scale, round_to_float8
+from llmq.numerics.quantized import QuantizedWeight
+from llmq.numerics.ranges import find_range, round_to_grid
+from llmq.recipe import Activations, Scheme
+
+IDS = torch.arange(24).view(2, 12)
+SCHEMES = [
+    Scheme(8, None, grid=grid, activations=activations)
+    for grid in ("int", "float")
+    for activations in (Activations(), Activations(dynamic=False))
+] + [Scheme(8, None, grid="float")]
+
+
+def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype, per_tensor: bool = False) -> QuantizedWeight:
+    if scheme.grid == "float":
+        scale = find_float8_scale(weight, "mse", dtype, per_tensor)
+        return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
+    scale, _ = find_range(weight, scheme, "mse", None, dtype)
+    return QuantizedWeight(round_to_grid(weight, scale, None, scheme), scale, None, scheme)
+
+
+def simulate(module: nn.Module, scheme: Scheme, scale: Tensor) -> None:
+    """Rounds what a module is given, from now on."""
+    if scheme.activations is None:
+        return
+
+    def hook(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        if scheme.activations is not None and scheme.activations.dynamic:
+            return (round_per_token(given[0], scheme.grid),)
+        return (round_static(given[0], scale, scheme.grid),)
+
+    module.register_forward_pre_hook(hook)
+
+
+def save(
+    folder: Path, scheme: Scheme, dtype: torch.dtype, other: Scheme | None = None, per_tensor: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Saves a tiny model in `scheme` (its last projections in `other`): the logits it should give, and had at first."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    seen: dict[nn.Module, float] = {}
+    watches = [
+        m.register_forward_pre_hook(lambda m, given: seen.__setitem__(m, float(given[0].abs().max())))
+        for m in linear.values()
+    ]
+    with torch.inference_mode():
+        base: Tensor = model(IDS).logits
+    for watch in watches:
+        watch.remove()
+    groups: dict[Scheme, list[str]] = {}
+    for name, module in linear.items():
+        mine = other if other is not None and name.endswith("down_proj") else scheme
+        q = rounded(module.weight.data, mine, dtype, per_tensor)
+        module.weight.data = q.dequantize(dtype)
+        # 0.9: some inputs are beyond the end of a static grid.
+        scale = torch.tensor([static_scale(0.9 * seen[module], mine.grid)], dtype=dtype)
+        simulate(module, mine, scale)
+        if per_tensor:
+            q = QuantizedWeight(q.codes, q.scale[0], None, mine)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{suffix}": value for suffix, value in eight_bit.pack(q, scale).items()}
+        groups.setdefault(mine, []).append(name)
+    with torch.inference_mode():
+        logits: Tensor = model(IDS).logits
+    config.quantization_config = eight_bit.config(groups, ["lm_head"], per_tensor)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return logits, base
+
+
+def check(folder: Path, want: Tensor, base: Tensor) -> None:
+    """Stock transformers gives exactly these logits, the second time too, when weights have become dense."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert model.dtype == want.dtype
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, want) and torch.equal(model(IDS).logits, want)
+    away = float((want - base).norm() / base.norm())
+    assert 0.01 < away < 0.5, "the rounding must show, and not more than it should"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_stock_loader_gives_our_logits(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    check(tmp_path, *save(tmp_path, scheme, dtype))
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.grid == "float"], ids=str)
+def test_one_scale_for_the_whole_weight(tmp_path: Path, scheme: Scheme) -> None:
+    check(tmp_path, *save(tmp_path, scheme, torch.bfloat16, per_tensor=True))
+
+
+def test_two_schemes_in_one_checkpoint(tmp_path: Path) -> None:
+    check(tmp_path, *save(tmp_path, SCHEMES[0], torch.float32, SCHEMES[3]))
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_spec_pack_unpack(scheme: Scheme, per_tensor: bool) -> None:
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    q = rounded(weight, scheme, torch.bfloat16)
+    if per_tensor:
+        q = QuantizedWeight(q.codes, q.scale[:1, 0], None, scheme)
+    tensors = eight_bit.pack(q, torch.tensor(0.25))
+    found = {suffix: (value.dtype, tuple(value.shape)) for suffix, value in tensors.items()}
+    assert found == eight_bit.spec(weight.shape, scheme, torch.bfloat16, per_tensor)
+    back = eight_bit.unpack(tensors, scheme)
+    want = q.codes.double() * q.scale.double()
+    assert torch.equal(back.dequantize(torch.float32).double(), want) and back.scale.shape == (24, 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
+    read = QuantizationConfig.model_validate(eight_bit.config({scheme: ["a"]}, ["head"]))
+    group = read.config_groups["group_0"]
+    assert group.format == read.format == f"{scheme.grid}-quantized" and read.ignore == ["head"]
+    assert group.weights.strategy == "channel" and group.weights.type == scheme.grid and group.weights.num_bits == 8
+    if scheme.activations is None:
+        assert group.input_activations is None
+    else:
+        assert group.input_activations.type == scheme.grid and group.input_activations.num_bits == 8
+        assert group.input_activations.dynamic is scheme.activations.dynamic
+        assert group.input_activations.strategy == ("token" if scheme.activations.dynamic else "tensor")
+
+
+def test_refusals() -> None:
+    assert all(eight_bit.refusal(scheme) is None for scheme in SCHEMES)
+    for scheme in (Scheme(8, None), Scheme(4, None, activations=Activations()), Scheme(8, 128, grid="float")):
+        assert eight_bit.refusal(scheme) is not None
+        with pytest.raises(LlmqError):
+            eight_bit.spec((8, 8), scheme, torch.bfloat16)
+    with pytest.raises(LlmqError, match="nothing is quantized"):
+        eight_bit.config({SCHEMES[0]: []}, [])
+    static = rounded(torch.randn(8, 16), SCHEMES[1], torch.float32)
+    with pytest.raises(LlmqError, match="needs the scale of its input"):
+        eight_bit.pack(static)
+    tensors = eight_bit.pack(static, torch.ones(1))
+    with pytest.raises(LlmqError, match="input_scale, not in the checkpoint"):
+        eight_bit.unpack({k: v for k, v in tensors.items() if k != eight_bit.INPUT_SCALE}, SCHEMES[1])
+    with pytest.raises(LlmqError, match="must be torch.float8_e4m3fn"):
+        eight_bit.unpack(tensors, SCHEMES[3])
+    with pytest.raises(LlmqError, match=r"weight_scale .* must be .* \[8, 1\]"):
+        eight_bit.unpack(tensors | {eight_bit.SCALE: torch.ones(3, 1)}, SCHEMES[1])

@@ -1,0 +1,75 @@
+"""Rounding activations, against compressed-tensors' own run-time arithmetic, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.numerics.activations import round_per_token, round_static, static_scale
+
+GRIDS = ("int", "float")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sample(seed: int, dtype: torch.dtype) -> Tensor:
+    """Inputs [2, 5, 48] whose tokens differ in size, one all zero, one with an outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 48, generator=generator) * torch.exp(2 * torch.randn(2, 5, 1, generator=generator))
+    x[0, 1] = 0
+    x[1, 2, 7] = 300
+    return x.to(dtype)
+
+
+def args(grid: str, dynamic: bool) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=8, type=grid, symmetric=True, strategy="token" if dynamic else "tensor", dynamic=dynamic
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(GRIDS), st.sampled_from(DTYPES))
+def test_per_token_as_compressed_tensors(seed: int, grid: str, dtype: torch.dtype) -> None:
+    x, how = sample(seed, dtype), args(grid, True)
+    scale, zero = compute_dynamic_scales_and_zp(x, how, torch.nn.Identity())
+    got = round_per_token(x, grid)
+    assert got.dtype == dtype and torch.equal(got, fake_quantize(x, scale, zero, how))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(GRIDS), st.sampled_from(DTYPES), st.floats(0.01, 3))
+def test_static_as_compressed_tensors(seed: int, grid: str, dtype: torch.dtype, share: float) -> None:
+    x, how = sample(seed, dtype), args(grid, False)
+    scale = torch.tensor([static_scale(share * float(x.abs().max()), grid)], dtype=dtype)
+    zero = torch.zeros(1, dtype=how.zp_dtype)
+    got = round_static(x, scale, grid)
+    assert got.dtype == dtype and torch.equal(got, fake_quantize(x, scale, zero, how))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_tokens_do_not_touch_each_other(grid: str) -> None:
+    """Also with two axes, as a server gives them."""
+    x = sample(0, torch.float32)
+    assert torch.equal(round_per_token(x.view(10, 48), grid).view_as(x), round_per_token(x, grid))
+
+
+def test_by_hand() -> None:
+    x = torch.tensor([[-127.5, 127.5, 63.0, 0.4, 0.6]])
+    assert round_per_token(x, "int").tolist() == [[-128.0, 127.0, 63.0, 0.0, 1.0]]
+    assert round_static(x, torch.tensor(2.0), "int").tolist() == [[-128.0, 128.0, 64.0, 0.0, 0.0]]
+    x = torch.tensor([[448.0, -17.0, 0.01]])
+    assert round_per_token(x, "float").tolist() == [[448.0, -16.0, 5 / 512]]
+    assert round_static(x, torch.tensor(0.5), "float").tolist() == [[224.0, -16.0, 0.5 * 10 / 512]]
+    assert (static_scale(255.0, "int"), static_scale(896.0, "float"), static_scale(0.0, "int")) == (2.0, 2.0, 1.0)
+
+
+def test_refuses_other_grids() -> None:
+    for call in (lambda: round_per_token(torch.ones(1, 2), "nf4"), lambda: static_scale(1.0, "nf4")):
+        with pytest.raises(LlmqError, match="int or float, not 'nf4'"):
+            call()
