@@ -88,6 +88,7 @@ class Block:
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
         self.log: list[dict[str, Any]] = []
+        self._error: float | None = None
 
     def output(self, index: int) -> Tensor:
         """What the block, as it is now, makes of batch `index`, on the block's device."""
@@ -137,12 +138,13 @@ class Block:
             work.rounded = nearest.dequantize(work.module.weight.dtype)
         return work.rounded
 
-    def error(self, batches: Sequence[int] | None = None) -> float:
-        """‖output − target‖ / ‖target‖ over the batches (all by default), everything rounded."""
-        chosen = range(len(self.inputs)) if batches is None else batches
-        self.calibrate_inputs()
-        with self.rounding():
-            return relative_error((self.output(i) for i in chosen), (self.target[i] for i in chosen))
+    def error(self) -> float:
+        """‖output − target‖ / ‖target‖ over all batches, everything rounded; known until something changes."""
+        if self._error is None:
+            self.calibrate_inputs()
+            with self.rounding():
+                self._error = relative_error(map(self.output, range(len(self.inputs))), self.target)
+        return self._error
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
@@ -166,7 +168,7 @@ class Block:
         """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
         parameters = dict(self.module.named_parameters())
         works = {name: (w.value, w.quantized, w.rounded, w.input_scale) for name, w in self.weights.items()}
-        changed, trial = set(self.changed), Trial()
+        changed, error, trial = set(self.changed), self._error, Trial()
         try:
             yield trial
         finally:
@@ -176,7 +178,7 @@ class Block:
                 for name, (value, quantized, rounded, scale) in works.items():
                     work = self.weights[name]
                     work.value, work.quantized, work.rounded, work.input_scale = value, quantized, rounded, scale
-                self.changed = changed
+                self.changed, self._error = changed, error
 
     def set(self, parameter: str, value: Tensor) -> None:
         """Give a parameter of the block another value [same shape]: float32 for a weight that is to be quantized."""
@@ -187,6 +189,13 @@ class Block:
             work.value, work.rounded, work.quantized = value, None, None
         else:
             self.changed.add(parameter)
+        self._error = None
+
+    def set_quantized(self, parameter: str, quantized: Quantized) -> None:
+        """Give a weight its result."""
+        work = self.weights[parameter]
+        work.quantized = with_input_scale(quantized, work.input_scale)
+        self._error = None
 
     def get(self, parameter: str) -> Tensor:
         """A parameter in float32, as exactly as it is known."""
