@@ -9,6 +9,7 @@ so their rows are found there; gated products are found by scaling one part of t
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from llmq.probe import SAME, Bench, Run, Unsteady, followed, leave, unchanged
 from llmq.record import Call, record
 
 PARTS = 4  # a fused projection is cut into at most this many parts
+ELSEWHERE = "scaling it changes what the block chooses (experts)"
 
 
 class _Refused(Exception):
@@ -88,7 +90,7 @@ class _Search:
             yield from sizes.values()
 
     def _try(self, found: Found, source: str, pair: Callable[[], Pair]) -> None:
-        self.partly = ""
+        self.partly, self.elsewhere = "", False
         try:
             if source in self.shared:
                 raise _Refused("it is shared with another block")
@@ -151,13 +153,17 @@ class _Search:
 
     def _run(self, edits: dict[str, Edit]) -> Run:
         run = self.bench.run({name: edit.of(self.block.get_parameter(name)) for name, edit in edits.items()})
-        if run.path() != self.bench.base.path():
-            raise _Refused("scaling it changes which products the block makes")
-        return run
+        base, own = self.bench.base.path(), run.path()
+        if own == base:
+            return run
+        # Another choice of experts: only what comes before it can be compared.
+        self.elsewhere = True
+        same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(own, base, strict=False)))
+        return replace(run, uses=run.uses[:same])
 
     def _moved(self, run: Run) -> list[int]:
         """Products whose input is another than before."""
-        pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=True))
+        pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=False))
         return [i for i, (new, old) in pairs if (new.input - old.input).norm() > SAME * old.input.norm()]
 
     def _moves(self, run: Run) -> bool:
@@ -176,7 +182,7 @@ class _Search:
         """The matrices all of whose input columns follow a factor; on each sequence's first token only, if asked to."""
         channels: dict[str, list[Tensor]] = {}
         uses: dict[str, list[Any]] = {}
-        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
+        for new, old in zip(run.uses, self.bench.base.uses, strict=False):
             rows = slice(None, None, self.bench.tokens if first else None)
             channels.setdefault(new.parameter, []).append(followed(old.input[rows], new.input[rows], factors))
             uses.setdefault(new.parameter, []).append(old)
@@ -214,7 +220,9 @@ class _Search:
         extra = self.bench.random(value.numel())
         run = self.bench.run({name: value + extra})
         by_name = {sink.parameter: sink for sink in sinks}
-        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
+        for new, old in zip(run.uses, self.bench.base.uses, strict=False):
+            if new.input.shape != old.input.shape:
+                break
             if new.parameter in by_name:
                 due = extra[by_name[new.parameter].channel].expand_as(old.input)
                 if (new.input - old.input - due).norm() > SAME * due.norm():
@@ -240,7 +248,7 @@ class _Search:
         edits = pair.edits(self.bench.random(pair.channels))
         error = self._run(edits).apart(self.bench.base)
         if not error <= min(SAME, effect / 100):
-            raise _Refused("its output also goes somewhere that is no matrix product")
+            raise _Refused(ELSEWHERE if self.elsewhere else "its output also goes somewhere that is no matrix product")
         if pair.bias is None or any(sink.bias is None for sink in pair.sinks):
             return pair
         able = replace(pair, shiftable=True)
@@ -255,6 +263,8 @@ class _Search:
             return self.partly
         if run.apart(self.bench.base) < SAME:
             return "scaling it changes nothing"
+        if self.elsewhere:
+            return ELSEWHERE
         if not self._moves(run):
             return "no matrix product of the block comes after it"
         if self._sinks(run, factors.square()):

@@ -81,27 +81,29 @@ class Bench:
         self.tokens = hidden.shape[-2]
         count = max(SEQUENCES, -(-SAMPLES * hidden.shape[-1] // hidden.numel()))
         self.hidden = [self._noise(hidden.shape) for _ in range(count)]
-        base = self.run()
-        self.base = self._batched(base) or base
+        if hidden.dim() == 3 and hidden.shape[0] == 1:
+            self._batch()
+        self.base = self.run()
         again = self.run()
         if again.path() != self.base.path() or again.apart(self.base) > SAME:
             raise Unsteady("two runs of the block on the same input differ")
 
     def run(self, values: Mapping[str, Tensor] | None = None) -> Run:
         """The block with other values for some parameters, on every hidden state. Raises Unsteady."""
-        runs = []
         with swapped(self.block, values or {}):
-            for hidden in self.hidden:
-                call = replace(self.call, args=_fresh(self.call.args), kwargs=_fresh(self.call.kwargs))
-                with watch_matmuls(self.block) as seen:
-                    result = call.run(self.block, hidden.clone())
-                uses = [
-                    Use(m.parameter, m.input.reshape(-1, m.input.shape[-1]), m.whole, m.chosen, m.axis)
-                    for m in seen
-                    if m.input is not None
-                ]
-                runs.append(Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs))))))
+            runs = [self._one(hidden) for hidden in self.hidden]
         return runs[0] if len(runs) == 1 else _joined(runs)
+
+    def _one(self, hidden: Tensor) -> Run:
+        call = replace(self.call, args=_fresh(self.call.args), kwargs=_fresh(self.call.kwargs))
+        with watch_matmuls(self.block) as seen:
+            result = call.run(self.block, hidden.clone())
+        uses = [
+            Use(m.parameter, m.input.reshape(-1, m.input.shape[-1]), m.whole, m.chosen, m.axis)
+            for m in seen
+            if m.input is not None
+        ]
+        return Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs)))))
 
     def random(self, count: int) -> Tensor:
         """Uniform factors in [0.5, 1.5], float32 [count]."""
@@ -126,22 +128,16 @@ class Bench:
 
         return _mapped(value, ready)
 
-    def _batched(self, base: Run) -> Run | None:
+    def _batch(self) -> None:
         # One run of several sequences reads the weights once; not every call takes another batch than it was made for.
-        if self.hidden[0].dim() != 3 or self.hidden[0].shape[0] != 1:
-            return None
-        single, self.hidden = self.hidden, [torch.cat(self.hidden)]
+        together = torch.cat(self.hidden)
         try:
-            together = self.run()
+            output = self._one(together).output[0]
         except Exception:  # any line of a model's code can fail on a batch that its arguments were not made for
-            together = None
-        if together is None or together.path() != base.path() or together.output[0].shape != base.output[0].shape:
-            self.hidden = single
-            return None
-        if any(apart(a.input, b.input) > SAME for a, b in zip(together.uses, base.uses, strict=True)):
-            self.hidden = single
-            return None
-        return together
+            return
+        singles = [self._one(hidden).output[0] for hidden in self.hidden]
+        if all(apart(output[i : i + 1], single) <= SAME for i, single in enumerate(singles)):
+            self.hidden = [together]
 
 
 def _joined(runs: list[Run]) -> Run:
@@ -227,7 +223,9 @@ def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
     squares = old.square().sum(0)
     ratio = (old * now).sum(0) / squares.clamp_min(1e-300)
     rest = (now - ratio * old).square().sum(0)
-    steady = (squares > 1e-20) & (rest <= SAME**2 * squares)
+    # A column that one token alone gets through, behind a ReLU, would follow anything.
+    alive = (old.abs() > 1e-3 * old.abs().amax(0)).sum(0) > 1
+    steady = alive & (squares > 1e-20) & (rest <= SAME**2 * squares)
     ordered, order = factors.double().sort()
     after = torch.searchsorted(ordered, ratio).clamp(0, len(ordered) - 1)
     before = (after - 1).clamp_min(0)
