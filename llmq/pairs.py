@@ -118,10 +118,11 @@ class _Search:
         else:
             assert first is not None
             raise _Refused(self._why(first, factors))
-        bias = next((n for n in chosen if n != shifted and len(chosen) > 1 and self._adds(n, sinks)), None)
-        weights = [n for n in chosen if n != bias]
-        if len(weights) != 1 or (shifted and shifted != weights[0]):
+        weights = [shifted] if shifted else [n for n in chosen if len(chosen) == 1 or self._carries(n, sinks)]
+        others = [n for n in chosen if n not in weights]
+        if len(weights) != 1 or len(others) > 1:
             raise _Refused("its vectors are not one weight and one bias")
+        bias = others[0] if others else None
         pair = Pair(NORM, weights[0], bias, 0, float(bool(shifted)), None, size, sinks, size)
         return self._proven(self._trimmed(pair), run)
 
@@ -214,19 +215,15 @@ class _Search:
         beside = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == prefix and shape == (size,)]
         return beside[0] if len(beside) == 1 else None
 
-    def _adds(self, name: str, sinks: tuple[Sink, ...]) -> bool:
-        """Whether what is added to a vector is added to the sinks' inputs."""
-        value = self.block.get_parameter(name)
-        extra = self.bench.random(value.numel())
-        run = self.bench.run({name: value + extra})
-        by_name = {sink.parameter: sink for sink in sinks}
-        for new, old in zip(run.uses, self.bench.base.uses, strict=False):
-            if new.input.shape != old.input.shape:
-                break
-            if new.parameter in by_name:
-                due = extra[by_name[new.parameter].channel].expand_as(old.input)
-                if (new.input - old.input - due).norm() > SAME * due.norm():
-                    return False
+    def _carries(self, name: str, sinks: tuple[Sink, ...]) -> bool:
+        """Whether nothing of the hidden states reaches the sinks when a vector is zero: it is a weight, no bias."""
+        run = self.bench.run({name: torch.zeros_like(self.block.get_parameter(name))})
+        for use in (use for use in run.uses if use.parameter in {sink.parameter for sink in sinks}):
+            if use.input.shape[0] % self.bench.tokens:
+                return False
+            sequences = use.input.reshape(-1, self.bench.tokens, use.input.shape[-1])
+            if (sequences - sequences[:1]).norm() > SAME * (1e-3 + sequences.norm()):
+                return False
         return True
 
     def _trimmed(self, pair: Pair) -> Pair:
@@ -259,8 +256,7 @@ class _Search:
 
     def _why(self, run: Run, factors: Tensor, matrix: str | None = None) -> str:
         """Why nothing follows a source; `run` has all of it scaled by `factors`."""
-        if self.partly:
-            return self.partly
+        partly = self.partly
         if run.apart(self.bench.base) < SAME:
             return "scaling it changes nothing"
         if self.elsewhere:
@@ -269,6 +265,8 @@ class _Search:
             return "no matrix product of the block comes after it"
         if self._sinks(run, factors.square()):
             return "what it feeds follows the square of a factor on it"
+        if partly:
+            return partly
         if matrix is not None:
             whole = self.block.get_parameter(matrix) * 1.5
             bias = self._beside(matrix, self.shapes[matrix][1 - self.axes[matrix]])

@@ -7,7 +7,7 @@ same factor for every token, and by a factor that only one channel was given, is
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ from llmq.capture import watch_matmuls
 from llmq.parameters import swapped
 from llmq.record import Call
 
-SAMPLES = 32  # hidden states of single tokens: enough that no channel behind a ReLU is zero for all of them
+SAMPLES = 32  # hidden states of single tokens: enough that few channels behind a ReLU are zero for all of them
+MOST = 256  # as many where some are: a few activations keep one channel in twenty
 SEQUENCES = 4  # at the least: a fused projection is read off the first token of each
 SAME = 1e-4  # relative: above float32's noise through a block, far below what a wrong factor does
 
@@ -80,13 +81,24 @@ class Bench:
         self.call = replace(call, args=self._ready(call.args), kwargs=self._ready(call.kwargs), element=None)
         self.tokens = hidden.shape[-2]
         count = max(SEQUENCES, -(-SAMPLES * hidden.shape[-1] // hidden.numel()))
-        self.hidden = [self._noise(hidden.shape) for _ in range(count)]
-        if hidden.dim() == 3 and hidden.shape[0] == 1:
-            self._batch()
-        self.base = self.run()
+        self._sample(hidden.shape, count)
+        while self._dead() and 2 * count * hidden.numel() <= MOST * hidden.shape[-1]:
+            count *= 2
+            self._sample(hidden.shape, count)
         again = self.run()
         if again.path() != self.base.path() or again.apart(self.base) > SAME:
             raise Unsteady("two runs of the block on the same input differ")
+
+    def _sample(self, shape: torch.Size, count: int) -> None:
+        self.hidden = [self._noise(shape) for _ in range(count)]
+        if len(shape) >= 3 and shape[-3] == 1:
+            self._batch()
+        self.base = self.run()
+
+    def _dead(self) -> bool:
+        """Whether a column of some product's input is zero in every sample, and others are not."""
+        alive = [(use.input != 0).any(0) for use in self.base.uses if use.input.shape[0] >= self.tokens]
+        return any(bool(some.any()) and not bool(some.all()) for some in alive)
 
     def run(self, values: Mapping[str, Tensor] | None = None) -> Run:
         """The block with other values for some parameters, on every hidden state. Raises Unsteady."""
@@ -130,13 +142,14 @@ class Bench:
 
     def _batch(self) -> None:
         # One run of several sequences reads the weights once; not every call takes another batch than it was made for.
-        together = torch.cat(self.hidden)
+        together = torch.cat(self.hidden, -3)
         try:
             output = self._one(together).output[0]
+            parts = output.chunk(len(self.hidden), -3)
         except Exception:  # any line of a model's code can fail on a batch that its arguments were not made for
             return
         singles = [self._one(hidden).output[0] for hidden in self.hidden]
-        if all(apart(output[i : i + 1], single) <= SAME for i, single in enumerate(singles)):
+        if all(apart(part, single) <= SAME for part, single in zip(parts, singles, strict=True)):
             self.hidden = [together]
 
 
@@ -160,7 +173,7 @@ def unchanged(calls: list[Call]) -> Iterator[None]:
     finally:
         for key, container in held.items():
             container.clear()
-            (container.update if isinstance(container, dict) else container.extend)(before[key])
+            (container.update if isinstance(container, MutableMapping) else container.extend)(before[key])
 
 
 def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
@@ -170,7 +183,7 @@ def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
 
     def ready(value: Any) -> Any:
-        return value if isinstance(value, (dict, list)) else _mapped(value, _float)
+        return value if isinstance(value, (MutableMapping, list)) else _mapped(value, _float)
 
     args, kwargs = tuple(map(ready, call.args)), {key: ready(value) for key, value in call.kwargs.items()}
     with torch.inference_mode():
@@ -185,7 +198,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with its tensors changed; every dict and list in it is a new one."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         made = copy.copy(value)
         for key, part in value.items():
             made[key] = _mapped(part, change)
@@ -202,15 +215,15 @@ def _fresh(value: Any) -> Any:
 
 def _containers(arguments: Any) -> list[Any]:
     values = arguments.values() if isinstance(arguments, dict) else arguments
-    return [value for value in values if isinstance(value, (dict, list))]
+    return [value for value in values if isinstance(value, (MutableMapping, list))]
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from _floats(part)
 
 
