@@ -20,7 +20,7 @@ from llmq.parameters import swapped
 from llmq.record import Call
 
 SAMPLES = 32  # hidden states of single tokens: enough that few channels behind a ReLU are zero for all of them
-MOST = 256  # as many where some are: a few activations keep one channel in twenty
+MOST = 512  # as many where some are: a few activations keep one channel in twenty
 SEQUENCES = 4  # at the least: a fused projection is read off the first token of each
 SAME = 1e-4  # relative: above float32's noise through a block, far below what a wrong factor does
 
@@ -62,8 +62,8 @@ def apart(value: Tensor, base: Tensor) -> float:
     """‖value − base‖ / ‖base‖, infinite where the shapes differ or a value is not finite."""
     if value.shape != base.shape:
         return float("inf")
-    difference = float((value.double() - base.double()).norm())
-    norm = float(base.double().norm())
+    difference = float((value.detach().double() - base.detach().double()).norm())
+    norm = float(base.detach().double().norm())
     if not difference < float("inf"):
         return float("inf")
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
@@ -80,10 +80,16 @@ class Bench:
         self.block, self.generator = block, torch.Generator().manual_seed(seed)
         self.call = replace(call, args=self._ready(call.args), kwargs=self._ready(call.kwargs), element=None)
         self.tokens = hidden.shape[-2]
+        self.hidden: list[Tensor]
+        self.base: Run
         count = max(SEQUENCES, -(-SAMPLES * hidden.shape[-1] // hidden.numel()))
         self._sample(hidden.shape, count)
-        while self._dead() and 2 * count * hidden.numel() <= MOST * hidden.shape[-1]:
+        first = self.hidden, self.base
+        while self._dead():
             count *= 2
+            if count * hidden.numel() > MOST * hidden.shape[-1]:
+                self.hidden, self.base = first
+                break
             self._sample(hidden.shape, count)
         again = self.run()
         if again.path() != self.base.path() or again.apart(self.base) > SAME:
@@ -96,8 +102,8 @@ class Bench:
         self.base = self.run()
 
     def _dead(self) -> bool:
-        """Whether a column of some product's input is zero in every sample, and others are not."""
-        alive = [(use.input != 0).any(0) for use in self.base.uses if use.input.shape[0] >= self.tokens]
+        """Whether a column of some product's input is next to never there, and others are."""
+        alive = [_alive(use.input) for use in self.base.uses if use.input.shape[0] >= self.tokens]
         return any(bool(some.any()) and not bool(some.all()) for some in alive)
 
     def run(self, values: Mapping[str, Tensor] | None = None) -> Run:
@@ -227,6 +233,11 @@ def _floats(value: Any) -> Iterator[Tensor]:
             yield from _floats(part)
 
 
+def _alive(x: Tensor) -> Tensor:
+    """Columns that more than one sample gets through, behind a ReLU: with one alone they would follow anything."""
+    return (x.abs() > 1e-3 * x.abs().amax(0)).sum(0) > 1
+
+
 def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
     """Which factor each column of a product's input was multiplied by, int64 [width]; −1 where by none of them.
 
@@ -236,9 +247,7 @@ def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
     squares = old.square().sum(0)
     ratio = (old * now).sum(0) / squares.clamp_min(1e-300)
     rest = (now - ratio * old).square().sum(0)
-    # A column that one token alone gets through, behind a ReLU, would follow anything.
-    alive = (old.abs() > 1e-3 * old.abs().amax(0)).sum(0) > 1
-    steady = alive & (squares > 1e-20) & (rest <= SAME**2 * squares)
+    steady = _alive(old) & (squares > 1e-20) & (rest <= SAME**2 * squares)
     ordered, order = factors.double().sort()
     after = torch.searchsorted(ordered, ratio).clamp(0, len(ordered) - 1)
     before = (after - 1).clamp_min(0)
