@@ -2,7 +2,8 @@
 
 A source (a norm's weight, a matrix's output rows) gets a factor of its own for every channel; the inputs of later
 products tell by which factor each of their columns was multiplied (llmq/probe.py), so which channel feeds it. The pair
-is kept only if a random factor at the source and its inverse at every consumer leave the block's output unchanged.
+is kept only if random factors at the source, moderate and large ones, and their inverse at every consumer leave the
+block's output unchanged.
 Matrices that hold several projections: the values of causal attention are what its first token's output consists of,
 so their rows are found there; gated products are found by scaling one part of the rows at a time.
 """
@@ -28,6 +29,7 @@ from llmq.probe import SAME, Bench, Run, Unsteady, followed, leave, unchanged
 from llmq.record import Call, record
 
 PARTS = 4  # a fused projection is cut into at most this many parts
+LARGE = 10  # powers of two by which a source is made larger in its last proof
 ELSEWHERE = "scaling it changes what the block chooses (experts)"
 
 
@@ -40,8 +42,8 @@ def find_pairs(block: nn.Module, call: Call, hidden: Tensor, shared: Iterable[st
 
     call: how the block is called; hidden: hidden states of the shape that goes with it, [batch, tokens, width], whose
     values do not matter: random ones are used. shared: parameters that other blocks have as well, left alone.
-    Cost: two runs per source that makes a pair, one to four for others; a fused projection takes up to seven; a run is
-    of 32 tokens or more. Memory: beside the block, a copy of one pair's parameters.
+    Cost: three or four runs per source that makes a pair, one to four for others, some ten for a fused projection; a
+    run is of 32 tokens, or four times `hidden`'s. Memory: beside the block, a copy of one pair's parameters.
     """
     with torch.inference_mode():
         try:
@@ -246,6 +248,10 @@ class _Search:
         error = self._run(edits).apart(self.bench.base)
         if not error <= min(SAME, effect / 100):
             raise _Refused(ELSEWHERE if self.elsewhere else "its output also goes somewhere that is no matrix product")
+        # A bound on the way is met only by values larger than random weights give.
+        large = self.bench.random(pair.channels).sub(1.5).mul(LARGE).exp2()
+        if not self._run(pair.edits(large)).apart(self.bench.base) <= SAME:
+            raise _Refused("large values of it are cut off on the way")
         if pair.bias is None or any(sink.bias is None for sink in pair.sinks):
             return pair
         able = replace(pair, shiftable=True)
@@ -301,7 +307,7 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
                     try:
                         known[make] = find_pairs(block, call, hidden, shared)
                         leave(block, call, hidden)
-                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                         words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
                         raise LlmqError(words) from error
             result[f"{path}.{i}"] = known[make]

@@ -151,6 +151,12 @@ def test_an_activation_between(act: Callable[[Tensor], Tensor]) -> None:
         assert moved(block, pairs["up.weight"]) < 1e-6
 
 
+def test_a_bound_that_random_weights_do_not_reach() -> None:
+    block = Made(lambda m, x: x + m.down(m.up(x).clamp(-30, 30)), up=fc(INNER, WIDTH), down=fc(WIDTH, INNER))
+    pairs, reasons = search(block)
+    assert not pairs and reasons["up.weight"] == "large values of it are cut off on the way"
+
+
 def test_rarely_active_channels_are_seen() -> None:
     """One activation in nine: 32 samples leave some channels unseen."""
 
