@@ -17,7 +17,7 @@ import yaml
 
 from llmq.errors import LlmqError
 
-RANGES = ("minmax", "mse", "weighted")
+RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
 RAGGED = ("error", "smaller", "channel", "keep")
 ACT_ORDERS = ("none", "static", "grouped")
 
