@@ -8,8 +8,8 @@ written here store whole zero points, or none, so here the scale is the unknown 
 Σ(w − e)k / Σk² for levels k. The real zero point is rounded, the scale fitted to what it was rounded to, and the
 neighbouring zero points are tried at the end.
 
-The problem has many local minima, so the splitting starts from several grids: the range that `mse` finds, and min-max
-and somewhat less. What counts is the objective on the grid as it will be stored; the best ever seen is kept, and as the
+The problem has many local minima, so the splitting starts twice: from the range that `mse` finds, and from the best of
+a row of scales from min-max down. What counts is the objective on the grid as it will be stored; the best ever seen is kept, and as the
 first one seen is that of `mse`, the result is never worse than rounding on that.
 
 Residuals are shrunk in units of their scale, so that one β suits weights of any magnitude. (Where theirs are taken as
@@ -26,8 +26,8 @@ from llmq.numerics.quantized import QuantizedWeight
 from llmq.numerics.ranges import find_range, parts
 from llmq.recipe import Scheme
 
-STARTS = (1.0, 0.85, 0.7)
-"""The scales to start from beside that of 'mse', as shares of min-max."""
+STARTS = tuple(1.1 * 0.88**step for step in range(14))
+"""The scales to start from beside that of 'mse', as shares of min-max: 1.1 to 0.21."""
 
 
 def half_quadratic(
@@ -62,8 +62,12 @@ def half_quadratic(
         first = scale[rows].to(torch.float32).unsqueeze(-1) / unit
         middle = torch.zeros_like(first) if zero is None else zero[rows].to(torch.float32).unsqueeze(-1)
         solver = _Solver(part / unit, unit, scheme, scale_dtype, p, first, middle)
-        for share in (None, *STARTS):
-            solver.descend(*(solver.best if share is None else solver.narrowed(share)), beta, kappa, iterations)
+        solver.descend(first, middle, beta, kappa, iterations)
+        for share in STARTS:
+            start, zeros = solver.narrowed(share)
+            for each in zeros:
+                solver.descend(start, each, beta, kappa, 0)
+        solver.descend(solver.scale, solver.zero, beta, kappa, iterations)
         for shift in () if scheme.symmetric else (-1, 1):
             solver.descend(solver.scale, solver.shifted(shift), beta, kappa, 2)
         levels = solver.levels(solver.scale, solver.zero)
@@ -87,11 +91,6 @@ class _Solver:
         self.scale, self.zero = scale, zero
         self.cost = self._cost(weight - self.levels(scale, zero) * scale)
 
-    @property
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The scale and zero point of least cost so far."""
-        return self.scale, self.zero
-
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as it comes back from disk, in units of 1: rounded to its dtype, finite, normal, never 0."""
         info = torch.finfo(self.dtype)
@@ -104,16 +103,17 @@ class _Solver:
         levels = (self.weight / scale).round_()
         return torch.minimum(torch.maximum(levels, self.scheme.qmin - zero), self.scheme.qmax - zero)
 
-    def narrowed(self, share: float) -> tuple[Tensor, Tensor]:
-        """A share of min-max, what is clipped shared between both ends; on the side that the best so far is on."""
+    def narrowed(self, share: float) -> tuple[Tensor, list[Tensor]]:
+        """A share of min-max on the side that the best so far is on; zero points that clip both ends alike, or one."""
         scheme = self.scheme
         if scheme.symmetric:
             size = torch.maximum(self.high, -self.low) * (2 * share / (2**scheme.bits - 1))
-            return torch.copysign(size, self.scale), self.zero
+            return torch.copysign(size, self.scale), [self.zero]
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         scale = self.stored((high - low) * (share / (2**scheme.bits - 1)))
-        middle = (scheme.qmin - low / scale + scheme.qmax - high / scale) / 2
-        return scale, middle.round_().clamp_(scheme.qmin, scheme.qmax)
+        below, above = scheme.qmin - low / scale, scheme.qmax - high / scale
+        zeros = ((below + above) / 2, below, above)
+        return scale, [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in zeros]
 
     def shifted(self, shift: int) -> Tensor:
         """The best zero point's neighbour."""
