@@ -9,8 +9,8 @@ written here store whole zero points, or none, so here the scale is the unknown 
 neighbouring zero points are tried at the end.
 
 The problem has many local minima, so the splitting starts twice: from the range that `mse` finds, and from the best of
-a row of scales from min-max down. What counts is the objective on the grid as it will be stored; the best ever seen is kept, and as the
-first one seen is that of `mse`, the result is never worse than rounding on that.
+a row of scales from min-max down. What counts is the objective on the grid as it will be stored; the best ever seen is
+kept, and as the first one seen is that of `mse`, the result is never worse than rounding on that.
 
 Residuals are shrunk in units of their scale, so that one β suits weights of any magnitude. (Where theirs are taken as
 they are, p = 0.7 and β = 10 shrink everything below 0.17 to 0, which is ordinary least squares.)
@@ -64,9 +64,9 @@ def half_quadratic(
         solver = _Solver(part / unit, unit, scheme, scale_dtype, p, first, middle)
         solver.descend(first, middle, beta, kappa, iterations)
         for share in STARTS:
-            start, zeros = solver.narrowed(share)
+            narrow, zeros = solver.narrowed(share)
             for each in zeros:
-                solver.descend(start, each, beta, kappa, 0)
+                solver.descend(narrow, each, beta, kappa, 0)
         solver.descend(solver.scale, solver.zero, beta, kappa, iterations)
         for shift in () if scheme.symmetric else (-1, 1):
             solver.descend(solver.scale, solver.shifted(shift), beta, kappa, 2)
@@ -158,12 +158,17 @@ class _Solver:
 
 
 def _power(size: Tensor, p: float) -> Tensor:
-    """size^p; 0 stays 0."""
-    return size if p == 1 else size.square() if p == 2 else size.pow(p)
+    """size^p for p > 0, of float32 that is not negative; whole and half powers without the pow, five times as slow."""
+    if p not in (1.0, 1.5, 2.0, 2.5, 3.0):
+        return size.pow(p)
+    power = size if p < 2 else size.square()
+    if p == 3:
+        power = power.mul_(size)
+    return power * size.sqrt() if p % 1 else power
 
 
 def _shrink(left: Tensor, p: float, beta: float) -> Tensor:
     """Their generalized soft threshold: sign(x)·max(|x| − |x|^(p−1)/β, 0)."""
     size = left.abs()
-    by = size.clamp_min(1e-6).pow(p - 1).div_(beta)
+    by = (_power(size, p - 1) if p > 1 else size.clamp_min(1e-6).pow(p - 1)) / beta
     return torch.copysign((size - by).clamp_min_(0), left)
