@@ -38,7 +38,7 @@ def half_quadratic(
     p: float = 0.7,
     beta: float = 10.0,
     kappa: float = 1.05,
-    iterations: int = 8,
+    iterations: int = 4,
     unbiased: float = 0.0,
 ) -> QuantizedWeight:
     """Quantizes one weight to the grid of least Σ|w − ŵ|^p in each group.
