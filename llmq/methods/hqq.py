@@ -14,7 +14,7 @@ from llmq.recipe import Scheme
 
 
 class HQQ(Method):
-    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, its scale then stretched so that rounding shrinks less.
+    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, the scale then stretched to shrink less.
 
     p: above 0, the smaller the less outliers count; unbiased: 0…1, how far the scale goes to where Σw·ŵ = Σw²;
     iterations: of each start; beta, kappa: the penalty that holds the split-off error to the residual, and its growth.
