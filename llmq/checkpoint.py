@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 
 FILE = "checkpoint.safetensors"
 _KEY = "llmq"
+_TENSOR = "tensor in the file"
 
 
 def write(path: Path, data: str | bytes) -> None:
@@ -37,18 +38,9 @@ def save(
     """Replace the checkpoint: the trained parameters, the optimizer's whole state, and JSON `about` them."""
     from safetensors.torch import save as to_bytes
 
-    state = optimizer.state_dict()
     tensors = {f"trained.{name}": value.detach().cpu().contiguous() for name, value in trained.items()}
-    rest: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                # A copy: optimizers share some of these tables, which safetensors does not hold twice.
-                tensors[f"state.{index}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            else:
-                rest.setdefault(str(index), {})[key] = value
-    written = {"about": dict(about), "groups": state["param_groups"], "rest": rest}
-    write(folder / FILE, to_bytes(tensors, {_KEY: json.dumps(written)}))
+    plain = _taken_out(optimizer.state_dict(), "optimizer", tensors)
+    write(folder / FILE, to_bytes(tensors, {_KEY: json.dumps({"about": dict(about), "optimizer": plain})}))
 
 
 def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -65,17 +57,33 @@ def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Opt
         with safe_open(path, "pt") as file:
             written = json.loads(file.metadata()[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in written["rest"].items()}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "state":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = value
+        state = _put_back(written["optimizer"], tensors)
+        state["state"] = {int(index): values for index, values in state["state"].items()}  # JSON has text for keys
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[f"trained.{name}"])
-        optimizer.load_state_dict({"state": state, "param_groups": written["groups"]})
+        optimizer.load_state_dict(state)
         about: dict[str, Any] = written["about"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise LlmqError(f"{path} is damaged ({error}): delete {folder.parent} to start again") from error
+        raise LlmqError(f"{path} is damaged ({first_line(error)}): delete {folder.parent} to start again") from error
     return about
+
+
+def _taken_out(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain data like `tree`, each tensor in it put into `tensors` and replaced by its name there."""
+    if isinstance(tree, Tensor):
+        # A copy: optimizers share some of their tables, which safetensors does not hold twice.
+        tensors[name] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(tree, dict):
+        return {key: _taken_out(value, f"{name}.{key}", tensors) for key, value in tree.items()}
+    return tree
+
+
+def _put_back(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of _taken_out."""
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    return {key: _put_back(value, tensors) for key, value in tree.items()}

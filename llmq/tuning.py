@@ -119,7 +119,7 @@ tags:
 
 A LoRA adapter of {base["model"]}, trained on a frozen {kind} base by [llmq](https://pypi.org/project/llmq/).
 
-- rank {settings["rank"]}, alpha {settings["alpha"]:g}, on all linear layers but the last: {outcome.trained:,} parameters
+- rank {settings["rank"]}, alpha {settings["alpha"]:g}, on the linear layers: {outcome.trained:,} parameters
 - {outcome.rows} rows, {outcome.steps} steps, {outcome.tokens:,} learned tokens, {outcome.optimizer}
 {measured}
 ```python
