@@ -8,7 +8,9 @@ or embeddings, initializations that change the base weights …) is refused: mer
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +131,8 @@ class Adapter:
 
 def require(package: str, what: str) -> Any:
     """An optional package, imported. Raises LlmqError with the command that installs it."""
-    import importlib
-
+    # What it has to say while it is imported (a missing kernel) is nothing the user can use.
+    logging.getLogger(package).setLevel(logging.ERROR)
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -185,6 +186,8 @@ class _Run:
         from peft import LoraConfig, get_peft_model
 
         settings = self.settings
+        if settings.checkpointing and not model.supports_gradient_checkpointing:
+            raise LlmqError(f"{self.source.folder}: transformers has no gradient checkpointing for it")
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -192,12 +195,12 @@ class _Run:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        if settings.checkpointing:
-            if not model.supports_gradient_checkpointing:
-                raise LlmqError(f"{self.source.folder}: transformers has no gradient checkpointing for it")
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
-            adapted = get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming what PEFT and older ones have
+                if settings.checkpointing:
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                adapted = get_peft_model(model, config)
         except ValueError as error:
             raise LlmqError(f"{self.source.folder} takes no adapter: {first_line(error)}") from error
         adapted.peft_config["default"].base_model_name_or_path = self.name
