@@ -111,8 +111,10 @@ class Adapter:
         alpha = self.config.get("lora_alpha", 8)
         patterns = self.config.get("alpha_pattern") or {}
         if patterns:
-            peft = require("peft", "reading an adapter with an alpha_pattern")
-            alpha = patterns.get(peft.utils.get_pattern_key(list(patterns), module), alpha)
+            require("peft", "reading an adapter with an alpha_pattern")
+            from peft.utils.other import get_pattern_key
+
+            alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @property

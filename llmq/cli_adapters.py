@@ -41,7 +41,7 @@ def add(app: typer.Typer, with_recipe: Callable[[Command], Command], explained: 
 
 def _plain_too(command: Command) -> Command:
     """Let --bits 16 mean: write the merged weights as they are. A Recipe knows no such width, and needs none."""
-    own = {"base", "adapter", "out", "trained_on", "device", "trust_remote_code", "bits"}
+    own = {"base", "adapter", "out", "trained_on", "loss", "device", "trust_remote_code", "bits"}
     takes = signature(command)
 
     @wraps(command)
@@ -172,6 +172,9 @@ def merge(
             help="The weights that the tune was made on: nf4, base, or auto (what its record says, else base)."
         ),
     ] = "auto",
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Load the result, whole, and measure it on the tune's held-out rows.")
+    ] = False,
     plain: bool = False,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
@@ -193,6 +196,7 @@ def merge(
                 chosen,
                 plain=plain,
                 trained_on=trained_on,
+                loss=loss,
                 device=device,
                 trust_remote_code=trust_remote_code,
                 watch=bars,
@@ -205,7 +209,7 @@ def merge(
 
 def print_left(console: Console, report: Any) -> None:
     """The worst weights and the mean of a MergeReport, and where all of it is."""
-    quantized = report.mean("naive_snr") is not None
+    quantized = report.mean("naive_survived") is not None
     table = Table(
         title="What is left of the tune. D: its change of a weight, E: the written weight's error; kept: 1+⟨E,D⟩/⟨D,D⟩"
     )
@@ -223,9 +227,12 @@ def print_left(console: Console, report: Any) -> None:
     table.add_section()
     row(f"mean of {len(report.left)} weights", [report.mean(name) for name in names])
     console.print(table)
-    if quantized:
+    if report.kept is not None:
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+        console.print(f"Held-out loss: {losses}: {report.kept:.1%} of the tune's gain is kept.")
+    elif quantized:
         console.print(
             "A calibrated method makes the error of a weight's output small, not that of the weight: "
-            "the loss on the tune's own text is what tells."
+            "--loss measures what the tune is still worth."
         )
     console.print("merge.json in the written folder has every weight.")

@@ -24,10 +24,12 @@ from torch import nn
 
 from llmq import checkpoint, hub
 from llmq.adapters import CONFIG, RECORD, WEIGHTS, require
+from llmq.budget import check_writable
 from llmq.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.curve import svg
 from llmq.errors import LlmqError, first_line
 from llmq.instructions import Example, Examples, read
+from llmq.job import check_device
 from llmq.merging import is_nf4
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
@@ -67,6 +69,8 @@ def finetune(
     """
     settings, watch, out = settings or Settings(), watch or Silent(), Path(out)
     require("peft", "fine-tuning")
+    check_device(device)
+    check_writable(out)
     refuse_foreign(out)
     folder = hub.resolve(model, trust_remote_code=trust_remote_code)
     source = Source(folder, trust_remote_code, quantized_ok=True)
@@ -93,7 +97,7 @@ def finetune(
         run = _Run(model, source, settings, (train, held_out), out, device, watch)
         run.notes += notes
         run.train(save_every)
-        return run.finish(str(Path(data).absolute()))
+        return run.finish([str(Path(file).absolute()) for file in (data, eval_data) if file is not None])
     finally:
         os.close(lock)
 
@@ -217,7 +221,8 @@ class _Run:
             self.watch.note(f"going on from step {begun}")
         clock = time.perf_counter() - self.seconds
         losses = self.out / LOSSES
-        checkpoint.write(losses, "".join(json.dumps(line) + "\n" for line in _lines(losses) if line["step"] <= begun))
+        kept = [] if about is None else [line for line in _lines(losses) if line["step"] <= begun]
+        checkpoint.write(losses, "".join(json.dumps(line) + "\n" for line in kept))
         if about is None:
             self._measure(0)
             self._save(0)
@@ -274,7 +279,7 @@ class _Run:
         about = {"step": step, "tokens": self.tokens, "seconds": self.seconds}
         checkpoint.save(self.out / STATE, self.trained, self.optimizer, about)
 
-    def finish(self, data: str) -> Outcome:
+    def finish(self, data: list[str]) -> Outcome:
         """Write the adapter, the curve and the card; the record last, which says that all of it is there."""
         lines = _lines(self.out / LOSSES)
         training = [(float(line["step"]), float(line["loss"])) for line in lines if "loss" in line]

@@ -8,6 +8,7 @@ the sum is quantized like any checkpoint, on text like the tune's. What is left 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,10 +23,12 @@ from llmq.adapters import Adapter
 from llmq.budget import check_writable
 from llmq.calibration import Windows
 from llmq.claim import refuse_foreign
+from llmq.errors import LlmqError
+from llmq.finetune import examples
 from llmq.formats import compressed_tensors
 from llmq.merging import Merged, open_base
 from llmq.planning import Plan, make_plan
-from llmq.pretrained import load_tokenizer
+from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe
 from llmq.report import Report, versions
@@ -33,6 +36,8 @@ from llmq.sink import Sink
 from llmq.source import Source, check_finite
 from llmq.stream import Watch
 from llmq.tokens import encode
+from llmq.training import held_out_loss
+from llmq.tuning import Settings
 
 RECORD = "merge.json"
 UNIT_BYTES = 2**28
@@ -43,13 +48,13 @@ class Left:
     """How much of the adapter's change D of one weight W is left in what was written, Q, with E = Q − (W + D).
 
     survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of the change's own direction that is in Q; 1 is all of it. snr: ‖D‖ / ‖E‖,
-    below 1 where rounding moved the weight further than the tune did. change: ‖D‖ / ‖W + D‖. naive_…: the same for
-    rounding each merged weight to nearest on the same grid; None where the weight was not quantized.
+    below 1 where rounding moved the weight further than the tune did, None without any error. change: ‖D‖ / ‖W + D‖.
+    naive_…: the same for rounding each merged weight to nearest on the same grid; None where it was not quantized.
     """
 
     name: str
     survived: float
-    snr: float
+    snr: float | None
     change: float
     naive_survived: float | None = None
     naive_snr: float | None = None
@@ -57,8 +62,11 @@ class Left:
 
 @dataclass
 class MergeReport:
-    """merge.json. left: every weight that the adapter changes. weights: of the whole report of quantization, in
-    report.json; this has what merging adds to it."""
+    """merge.json: what merging adds to the report of quantization. left: every weight that the adapter changes.
+
+    losses: on the tune's held-out rows, nats per learned token: 'base' and 'tuned' as its record has them, 'merged' of
+    what was written; empty where it was not asked for.
+    """
 
     base: str
     adapter: str
@@ -69,11 +77,19 @@ class MergeReport:
     left: list[Left]
     seconds: float
     notes: list[str] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> list[Left]:
         """The weights with the least of their change left, the worst first."""
-        return sorted(self.left, key=lambda one: one.snr)
+        return sorted(self.left, key=lambda one: math.inf if one.snr is None else one.snr)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the tune's gain in held-out loss that the written model has; None where it was not measured."""
+        if not self.losses or self.losses["base"] == self.losses["tuned"]:
+            return None
+        return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["tuned"])
 
     def mean(self, what: str) -> float | None:
         """The mean of a figure over all weights, or None where no weight has it."""
@@ -89,6 +105,7 @@ def merge(
     *,
     plain: bool = False,
     trained_on: str = "auto",
+    loss: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
     watch: Watch | None = None,
@@ -96,8 +113,9 @@ def merge(
     """Merge a LoRA adapter (a folder) into a base (folder, hub id or 'demo') and write it to `out`, quantized.
 
     recipe: as in `llmq.quantize`; its calibration text may be rows as `llmq finetune` reads them. plain: write the
-    merged weights as they are, in the base's dtype, instead. trained_on: see llmq.merging.Merged. Resumes as quantize
-    does. Raises LlmqError, naming the first weight, where the adapter does not fit.
+    merged weights as they are, in the base's dtype, instead. trained_on: see llmq.merging.Merged. loss: load what was
+    written, whole, and measure it on the tune's held-out rows. Resumes as quantize does.
+    Raises LlmqError, naming the first weight, where the adapter does not fit.
     """
     began, out, watch = time.perf_counter(), Path(out), watch or Silent()
     job.check_device(device)
@@ -105,6 +123,7 @@ def merge(
     refuse_foreign(out)
     folder = hub.resolve(base, trust_remote_code=trust_remote_code)
     source = Merged(open_base(folder, trust_remote_code), Adapter(Path(adapter)), trained_on)
+    held_out = held_out_rows(source) if loss else ()
     notes = _notes(source, base)
     for note in notes:
         watch.note(note)
@@ -114,6 +133,8 @@ def merge(
     else:
         recipe = recipe or Recipe()
         made = plan(source, recipe, out, device)
+        for note in made.warnings:
+            watch.note(note)
         report = job.quantize(base, out, recipe, device=device, watch=watch, made=made)
     merged = MergeReport(
         base=base,
@@ -123,6 +144,7 @@ def merge(
         recipe=None if report is None else report.recipe,
         calibration="" if report is None else report.calibration,
         left=measure(source, out, report, watch),
+        losses=measure_loss(source, out, held_out, device) if loss else {},
         seconds=round(time.perf_counter() - began, 2),
         notes=notes,
     )
@@ -150,8 +172,9 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
     """
     text = calibration.text
     note: tuple[str, ...] = ()
-    if text == Calibration().text and Path(source.adapter.record.get("data", "")).is_file():
-        text = str(source.adapter.record["data"])
+    data = source.adapter.record.get("data") or [""]
+    if text == Calibration().text and Path(data[0]).is_file():
+        text = data[0]
         note = (f"calibrating on the tune's own data, {text}; --calib gives another text",)
     file = Path(text).expanduser()
     if file.suffix != ".jsonl" or not file.is_file():
@@ -222,16 +245,36 @@ def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> l
     return left
 
 
-def what_is_left(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float, float]:
+def held_out_rows(source: Merged) -> tuple[instructions.Example, ...]:
+    """The rows that were held out from the tune. Raises LlmqError where its record, or its data, is not there."""
+    record = source.adapter.record
+    if record.get("before") is None or not all(Path(file).is_file() for file in record["data"]):
+        raise LlmqError(
+            f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data is "
+            "no longer where it was: leave out --loss"
+        )
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    data, *more = (Path(file) for file in record["data"])
+    return examples(tokenizer, Settings(**record["settings"]), data, more[0] if more else None)[1].all
+
+
+def measure_loss(source: Merged, out: Path, rows: tuple[instructions.Example, ...], device: str) -> dict[str, float]:
+    """MergeReport.losses."""
+    record = source.adapter.record
+    model = load_model(out, dtype=record["base"]["dtype"], device=device, trust_remote_code=source.trust_remote_code)
+    merged = held_out_loss(model, rows, record["settings"]["batch"], device)
+    return {"base": record["before"], "tuned": record["after"], "merged": merged}
+
+
+def what_is_left(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
     """(survived, snr, change) of Left, from three float32 tensors of one shape: what was written, W + D, and D."""
     error = (value - exact).double().flatten()
     change = delta.double().flatten()
     size = float(change @ change)
     if not size:
-        return 1.0, float("inf"), 0.0
+        return 1.0, None, 0.0
     apart, whole = float(error.norm()), float(exact.double().norm())
-    snr = size**0.5 / apart if apart else float("inf")
-    return 1 + float(error @ change) / size, snr, size**0.5 / whole if whole else float("inf")
+    return 1 + float(error @ change) / size, size**0.5 / apart if apart else None, size**0.5 / max(whole, 1e-30)
 
 
 def stored(written: Source, row: Mapping[str, Any]) -> Tensor:

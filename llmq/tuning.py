@@ -79,11 +79,12 @@ class Settings:
 class Outcome:
     """What a run did; finetune.json. Losses are nats per learned token; held-out ones are None without held-out rows.
 
+    data: the file of rows, and after it that of the held-out ones, where there was one.
     base: what the adapter was trained on, for merge: its name and fingerprint, bits, dtype, and the modules in NF4.
     """
 
     base: dict[str, Any]
-    data: str
+    data: list[str]
     settings: dict[str, Any]
     optimizer: str
     rows: int

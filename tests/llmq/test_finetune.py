@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
 
 pytest.importorskip("peft")
@@ -208,6 +209,22 @@ def test_bases_that_cannot_be_trained_on(tmp_path: Path, tiny_model: Path, rows:
     llmq.quantize(str(tiny_model), tmp_path / "w4", Recipe(methods=("rtn",), scheme=Scheme(4, 32)))
     refused(lambda: finetune(str(tmp_path / "w4"), rows, tmp_path / "out", SETTINGS), "compressed-tensors", "NF4")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_linear_layers(tmp_path: Path, rows: Path) -> None:
+    base = write_tiny_model(tmp_path / "empty", layers=0)
+    refused(lambda: finetune(str(base), rows, tmp_path / "out", SETTINGS), "no linear layer", "--base-bits 16")
+
+
+def test_held_out_rows_of_another_file_or_none(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    settings = replace(SETTINGS, steps=1, eval_share=0.0)
+    none = finetune(str(tiny_model), rows, tmp_path / "none", settings)
+    assert (none.rows, none.held_out, none.before, none.after) == (40, 0, None, None)
+    assert any("no rows are held out" in note for note in none.notes)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "abc"}\n')
+    held = finetune(str(tiny_model), rows, tmp_path / "held", settings, eval_data=other)
+    assert (held.rows, held.held_out) == (40, 1) and held.before is not None
 
 
 def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
