@@ -133,8 +133,8 @@ class Adapter:
 
 def require(package: str, what: str) -> Any:
     """An optional package, imported. Raises LlmqError with the command that installs it."""
-    # What it has to say while it is imported (a missing kernel) is nothing the user can use.
-    logging.getLogger(package).setLevel(logging.ERROR)
+    # What bitsandbytes says when it is imported, by itself or by PEFT (a missing kernel), is nothing the user can use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return importlib.import_module(package)
     except ImportError as error:

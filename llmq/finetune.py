@@ -303,6 +303,8 @@ class _Run:
             notes=self.notes,
         )
         made = self.out / STATE / "adapter"
+        settled = self.model.peft_config["default"]
+        settled.target_modules = sorted(settled.target_modules)  # PEFT's set is in another order in every process
         self.model.save_pretrained(made, save_embedding_layers=False)
         for name in (WEIGHTS, CONFIG):
             checkpoint.write(self.out / name, (made / name).read_bytes())

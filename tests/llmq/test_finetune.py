@@ -19,8 +19,9 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 from llmq import checkpoint
+from llmq.adapters import CONFIG, WEIGHTS
 from llmq.errors import LlmqError
-from llmq.finetune import finetune
+from llmq.finetune import CURVE, LOSSES, finetune
 from llmq.instructions import Example
 from llmq.pretrained import load_model
 from llmq.progress import Silent
@@ -55,7 +56,7 @@ class Stopping(Silent):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "loss.jsonl"}
+    return {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG, LOSSES, CURVE)}
 
 
 @pytest.mark.parametrize("bits", [4, 16])
