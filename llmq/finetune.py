@@ -14,8 +14,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from llmq.tuning import Outcome, Settings, card
 
 LOSSES = "loss.jsonl"
 CURVE = "loss.svg"
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 class Watch(Protocol):
@@ -78,13 +80,16 @@ def finetune(
         require("bitsandbytes", "an NF4 base")
     _refuse_base(folder, source.config, settings)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    longest = _longest(folder, trust_remote_code)
+    if longest is not None and longest < settings.seqlen:
+        settings = replace(settings, seqlen=longest)
     train, held_out, notes = examples(tokenizer, settings, Path(data), None if eval_data is None else Path(eval_data))
     fingerprint = {
         "model": source.fingerprint(),
         "data": train.digest,
         "held-out data": held_out.digest,
         "settings": asdict(settings),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in VERSIONS if find_spec(name) is not None},
         "device": torch.device(device).type,
     }
     lock = _claim(out, fingerprint)
@@ -321,6 +326,19 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     text = file.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _longest(folder: Path, trust_remote_code: bool) -> int | None:
+    """The most tokens that the model takes, where its config says so. Raises LlmqError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise LlmqError(f"{folder}: transformers cannot read its config: {first_line(error)}") from error
+    names = [n for n in (*config.to_dict(), *config.attribute_map) if n.startswith("max_position")]
+    limits = [value for value in (getattr(config, name) for name in names) if isinstance(value, int) and value > 0]
+    return min(limits, default=None)
 
 
 def _refuse_base(folder: Path, config: dict[str, Any], settings: Settings) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import write_tiny_model
+from tests.conftest import write_tiny_model, write_tokenizer
 from tests.llmq.refusal import refused
 
 pytest.importorskip("peft")
@@ -226,6 +226,21 @@ def test_held_out_rows_of_another_file_or_none(tmp_path: Path, tiny_model: Path,
     other.write_text('{"text": "abc"}\n')
     held = finetune(str(tiny_model), rows, tmp_path / "held", settings, eval_data=other)
     assert (held.rows, held.held_out) == (40, 1) and held.before is not None
+
+
+def test_rows_are_cut_to_what_the_model_takes(tmp_path: Path, rows: Path) -> None:
+    """A model with a table of positions has none for more."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=256, n_positions=16)).save_pretrained(
+        tmp_path
+    )
+    write_tokenizer(tmp_path)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "abcd" * 10}) + "\n")
+    settings = replace(SETTINGS, steps=1, eval_share=0.0, base_bits=16)
+    outcome = finetune(str(tmp_path), long, tmp_path / "out", settings)
+    assert outcome.settings["seqlen"] == 16 and outcome.tokens == 15 + 15 + 7
 
 
 def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, rows: Path) -> None:

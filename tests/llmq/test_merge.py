@@ -325,3 +325,16 @@ def test_the_commands(tmp_path: Path, tiny_model: Path) -> None:
     assert done.exit_code == 2 and "leave out --loss" in done.output
     done = command("merge", tiny_model, tmp_path / "none", "-o", tmp_path / "no")
     assert done.exit_code == 2 and "error:" in done.output
+
+
+def test_interrupted_commands_say_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmq.finetune.finetune", interrupted)
+    monkeypatch.setattr("llmq.merge.merge", interrupted)
+    for words in (["finetune", tiny_model, "--data", "x.jsonl"], ["merge", tiny_model, adapter]):
+        done = command(*words, "-o", tmp_path)
+        assert done.exit_code == 130 and "the same command goes on" in " ".join(done.output.split())
