@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmq.capture import collect
 from llmq.numerics.activations import round_per_token, round_static
-from llmq.numerics.histogram import Histogram, find_activation_scale
+from llmq.numerics.histogram import Magnitudes, find_activation_scale
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import Quantized, QuantizedWeight
 from llmq.pair import LINEAR, NORM, Pair
@@ -148,11 +148,11 @@ class Block:
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
-        missing: dict[int, tuple[Histogram, nn.Module, list[tuple[Work, str]]]] = {}
+        missing: dict[int, tuple[Magnitudes, nn.Module, list[tuple[Work, str]]]] = {}
         for work in self.weights.values():
             kind = work.scheme.activations
             if kind is not None and not kind.dynamic and work.input_scale is None:
-                missing.setdefault(work.shares, (Histogram(work.value.shape[1], self.device), work.module, []))[
+                missing.setdefault(work.shares, (Magnitudes(work.value.shape[1], self.device), work.module, []))[
                     2
                 ].append((work, kind.range))
         if not missing:
@@ -161,7 +161,7 @@ class Block:
             self.outputs()
         for histogram, _, fed in missing.values():
             for work, method in fed:
-                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid)
+                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid).to(self.device)
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:

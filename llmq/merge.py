@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import checkpoint, hub, instructions, job, methods
+from llmq import checkpoint, formats, hub, instructions, job, methods
 from llmq.adapters import Adapter
 from llmq.budget import check_writable
 from llmq.calibration import Windows
 from llmq.claim import refuse_foreign
 from llmq.errors import LlmqError
 from llmq.finetune import examples
-from llmq.formats import compressed_tensors
 from llmq.merging import Merged, open_base
+from llmq.methods.base import Method
+from llmq.numerics.nearest import round_to_nearest
 from llmq.planning import Plan, make_plan
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe
 from llmq.report import Report, versions
+from llmq.scheme import Scheme, changed_scheme
 from llmq.sink import Sink
 from llmq.source import Source, check_finite
 from llmq.stream import Watch
@@ -279,25 +281,21 @@ def what_is_left(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, fl
 
 def stored(written: Source, row: Mapping[str, Any]) -> Tensor:
     """A quantized weight of the written folder, dequantized to float32."""
-    scheme = _recipe(row["scheme"]).scheme
+    scheme = changed_scheme(row["scheme"], Scheme(), "report")
     prefix = row["name"] + "."
     tensors = {n.removeprefix(prefix): written.read(n) for n in written.names() if n.startswith(prefix)}
-    return compressed_tensors.unpack(tensors, scheme).dequantize(torch.float32)
+    return formats.of(scheme).unpack(tensors, scheme).dequantize(torch.float32)
 
 
 def rounded(weight: Tensor, scheme: Mapping[str, Any]) -> Tensor:
     """The weight rounded to nearest on the scheme's grid, from its smallest to its largest value; float32."""
-    naive = _recipe(scheme, methods=["rtn"], range="minmax")
-    return methods.quantize(naive, weight, naive.scheme, {}).dequantize(torch.float32)
-
-
-def _recipe(scheme: Mapping[str, Any], **more: Any) -> Recipe:
-    return Recipe.from_dict({"scheme": dict(scheme), **more}, "report")
+    grid = changed_scheme(scheme, Scheme(), "report")
+    return round_to_nearest(weight, grid, weight.dtype, "minmax").dequantize(torch.float32)
 
 
 def transforms(method: str) -> bool:
     """Whether a method rescales weights before it quantizes them."""
-    return getattr(methods.find(method), "transform", None) is not getattr(methods.base.Method, "transform", None)
+    return methods.find(method).transform is not Method.transform
 
 
 def scales(value: Tensor, exact: Tensor, rounds: int = 3) -> Tensor:

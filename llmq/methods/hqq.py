@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,12 +31,6 @@ class HQQ(Method):
         self.options = {"p": p, "beta": beta, "kappa": kappa, "unbiased": unbiased}
         self.iterations = iterations
 
-    def quantize(
-        self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype = torch.bfloat16
-    ) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:
         """See `Method.quantize`."""
         return half_quadratic(weight, scheme, scale_dtype, iterations=self.iterations, **self.options)
-
-    def workspace(self, shape: tuple[int, ...]) -> int:
-        """See `Method.workspace`."""
-        return 2 * math.prod(shape)
