@@ -15,11 +15,15 @@ from torch import Tensor
 from llmq.block import Block, Work
 from llmq.numerics.activations import round_per_token, round_static, static_scale
 from llmq.numerics.nearest import round_to_nearest
+from llmq.numerics.quantized import QuantizedWeight
+from llmq.numerics.ranges import round_to_grid
 from llmq.pair import Pair, Sink
 from llmq.scheme import Scheme
 from llmq.statistics import Inputs
 
 TINY = 1e-5
+CLIPPED_BITS = 5
+CLIPS = (0.85, 0.7, 0.55)
 
 
 class Candidate(NamedTuple):
@@ -127,8 +131,7 @@ def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
                 x = x - candidate.shift[sink.channel]
                 exact = x @ weight.t()
             x, weight = x / factor, weight * factor
-        # Min-max is enough to tell scales apart, and twenty times as fast as a search; the block's error decides.
-        near = round_to_nearest(weight, work.scheme, torch.float32, "minmax").dequantize(torch.float32)
+        near = _near(weight, work.scheme, x.square().mean(0))
         total += float((rounded(x, work.scheme) @ near.t() - exact).square().sum())
     return total
 
@@ -140,6 +143,29 @@ def rounded(x: Tensor, scheme: Scheme) -> Tensor:
     if scheme.activations.dynamic:
         return round_per_token(x, scheme.grid)
     return round_static(x, static_scale(x.abs().amax(), scheme.grid), scheme.grid)
+
+
+def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    """The weight on a grid that is clipped a little where that pays: enough to tell scales apart, and ten times as fast
+    as a search."""
+    nearest = round_to_nearest(weight, scheme, torch.float32, "minmax")
+    plain = nearest.dequantize(torch.float32)
+    if scheme.grid != "int" or scheme.bits > CLIPPED_BITS or not isinstance(nearest, QuantizedWeight):
+        return plain
+    groups = scheme.groups(weight.shape[1])
+
+    def cost(value: Tensor) -> Tensor:
+        return ((value - weight).square() * importance).view(weight.shape[0], groups, -1).sum(-1)
+
+    best, least = plain, cost(plain)
+    for factor in CLIPS:
+        scale = nearest.scale * factor
+        codes = round_to_grid(weight, scale, nearest.zero, scheme)
+        value = QuantizedWeight(codes, scale, nearest.zero, scheme).dequantize(torch.float32)
+        error = cost(value)
+        better = (error < least).repeat_interleave(weight.shape[1] // groups, 1)
+        best, least = torch.where(better, value, best), torch.minimum(error, least)
+    return best
 
 
 def rounded_output_error(work: Work, rows: Tensor, clip: Tensor, scale_dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ from llmq.pair import LINEAR, NORM, Pair
 from llmq.parameters import assign
 from llmq.record import Call
 from llmq.scheme import Scheme
-from llmq.statistics import Statistic
+from llmq.statistics import Inputs, Statistic
 
 CHUNK = 1 << 21
 
@@ -35,7 +35,8 @@ class Work:
 
     value: what is to be rounded, [out, in], in the model's dtype or, once a transform changed it, float32; parameter:
     its name within the block; shares: what weights with the same input have in common; statistics: of that input, while
-    they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are static.
+    they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are static;
+    importance: E[x²] of its input channels as far as it is known, float32 [in]; rounded: the weight to nearest.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Work:
     quantized: Quantized | None = None
     input_scale: Tensor | None = None
     rounded: Tensor | None = None
+    importance: Tensor | None = None
     seconds: float = 0.0
 
 
@@ -111,6 +113,12 @@ class Block:
         with collect(fed):
             return self.outputs()
 
+    def weigh(self) -> None:
+        """Take each input channel's importance from the statistics, where they have it."""
+        for work in self.weights.values():
+            if Inputs in work.statistics:
+                work.importance, work.rounded, self._error = work.statistics[Inputs].mean_square, None, None
+
     def forget(self) -> None:
         """Let go of all statistics."""
         for work in self.weights.values():
@@ -134,7 +142,9 @@ class Block:
         if work.quantized is not None:
             return work.quantized.dequantize(work.module.weight.dtype)
         if work.rounded is None:
-            nearest = round_to_nearest(work.value, work.scheme, self.scale_dtype)
+            weighted = work.importance is not None and work.scheme.grid == "int"
+            how = "weighted" if weighted else "mse"
+            nearest = round_to_nearest(work.value, work.scheme, self.scale_dtype, how, work.importance)
             work.rounded = nearest.dequantize(work.module.weight.dtype)
         return work.rounded
 
@@ -167,7 +177,7 @@ class Block:
     def trial(self) -> Iterator[Trial]:
         """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
         parameters = dict(self.module.named_parameters())
-        works = {name: (w.value, w.quantized, w.rounded, w.input_scale) for name, w in self.weights.items()}
+        works = {name: replace(work) for name, work in self.weights.items()}
         changed, error, trial = set(self.changed), self._error, Trial()
         try:
             yield trial
@@ -175,9 +185,8 @@ class Block:
             if not trial.kept:
                 for name, parameter in parameters.items():
                     assign(self.module, name, parameter.data)
-                for name, (value, quantized, rounded, scale) in works.items():
-                    work = self.weights[name]
-                    work.value, work.quantized, work.rounded, work.input_scale = value, quantized, rounded, scale
+                for name, work in works.items():
+                    vars(self.weights[name]).update(vars(work))
                 self.changed, self._error = changed, error
 
     def set(self, parameter: str, value: Tensor) -> None:
@@ -222,7 +231,10 @@ class Block:
             self.set(name, edit.of(self.get(name)))
         for sink in pair.sinks:
             if sink.parameter in self.weights:
-                self.weights[sink.parameter].input_scale = None
+                work = self.weights[sink.parameter]
+                work.input_scale = None
+                if work.importance is not None:
+                    work.importance = work.importance / scale.to(self.device)[sink.channel.to(self.device)] ** 2
 
     def _storable(self, pair: Pair, scale: Tensor) -> Tensor:
         """The factors that a norm's weight is really divided by, once the quotient is rounded to its stored dtype."""

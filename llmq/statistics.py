@@ -70,13 +70,14 @@ class Hessian:
 class Inputs:
     """What a transform looks at: each channel's mean magnitude and extremes, and some whole rows.
 
-    mean_abs, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread over all tokens.
+    mean_abs, mean_square, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread over all tokens.
     """
 
     ROWS = 512
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
         self.low = torch.full((width,), torch.inf, device=device)
         self.high = torch.full((width,), -torch.inf, device=device)
         self.rows = torch.empty(0, width, device=device)
@@ -87,6 +88,7 @@ class Inputs:
         """Take in x [..., width]."""
         new = x.reshape(-1, x.shape[-1]).float()
         self.total += new.abs().sum(0)
+        self.squares += new.square().sum(0)
         self.low = torch.minimum(self.low, new.amin(0))
         self.high = torch.maximum(self.high, new.amax(0))
         self.rows = torch.cat([self.rows, new[-self.count % self.stride :: self.stride]])
@@ -100,7 +102,12 @@ class Inputs:
         """E|x|, float32 [width]."""
         return (self.total / max(1, self.count)).float()
 
+    @property
+    def mean_square(self) -> Tensor:
+        """E[x²], float32 [width]."""
+        return (self.squares / max(1, self.count)).float()
+
     @classmethod
     def nbytes(cls, width: int) -> int:
         """Memory that it holds, in bytes."""
-        return (16 + 4 * 2 * cls.ROWS) * width
+        return (24 + 4 * 2 * cls.ROWS) * width

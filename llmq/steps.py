@@ -43,6 +43,7 @@ def transform(block: Block, pipeline: Pipeline) -> None:
     with block.trial() as trial:
         for method in pipeline.transforms:
             block.observe(method.transform_needs)
+            block.weigh()
             method.transform(block)
             block.forget()
         moved = relative_error(block.outputs(), float_output)
