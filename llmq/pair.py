@@ -73,6 +73,17 @@ class Pair:
         """What it connects, in words: 'source → sink, sink'."""
         return f"{self.source} → {', '.join(sink.parameter for sink in self.sinks)}"
 
+    def gain(self, source: Tensor) -> Tensor:
+        """How much the source multiplies each channel by: |w| of a norm, the length of a matrix's rows.
+
+        source: the parameter, float32. Returns float32 [channels].
+        """
+        rows = source if self.rows is None else source.index_select(self.axis, self.rows.to(source.device))
+        if rows.dim() == 1:
+            return (rows + self.offset).abs()
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1 - self.axis)
+        return lengths
+
     def edits(self, scale: Tensor) -> dict[str, Edit]:
         """What dividing the source's channels by `scale` [channels] > 0 does to each parameter.
 

@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 
 GRIDS = ("int", "float", "nf4")
 RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
-NF4_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmq.checked import check_choice
 from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
 from llmq.numerics.quantized import QuantizedWeight
-from llmq.recipe import Scheme
+from llmq.recipe import RANGES, Scheme
 from llmq.statistics import Hessian
 
 
@@ -34,6 +35,7 @@ class GPTQ(Method):
         damping: float = 0.01,
         sweeps: int = 2,
     ) -> None:
+        check_choice("range", range, RANGES)
         if sweeps < 0:
             raise LlmqError(f"sweeps must be 0 or more, not {sweeps!r}")
         if not 0 < damping < 1:

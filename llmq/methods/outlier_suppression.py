@@ -1,7 +1,8 @@
 """Outlier Suppression (Wei et al. 2022, arXiv:2209.13325): the norm's gain moves into the weights, tokens are clipped.
 
 Gamma migration (§4.1): a norm's weight is where outlier channels come from; with the gain moved into the matrices that
-follow, the norm's output is as even as its input. Token-wise clipping (§4.2): static scales are searched among
+follow, the norm's output is as even as its input. Where a matrix feeds another, the length of its rows is such a gain
+(that goes beyond the paper). Token-wise clipping (§4.2): static scales are searched among
 quantiles of the tokens' largest magnitudes, coarse to fine, since a few unimportant tokens stretch the range of all.
 """
 
@@ -22,7 +23,7 @@ FINE = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)
 
 
 class OutlierSuppression(Method):
-    """Moves the gain of norms into the weights that follow, and clips tokens where activations are static."""
+    """Moves gains into the weights that follow, and clips tokens where activations are static."""
 
     transform_needs = (Inputs,)
     scheme: ClassVar[dict[str, Any]] = {"bits": 8, "group_size": None, "activations": "dynamic"}
@@ -30,13 +31,10 @@ class OutlierSuppression(Method):
     def transform(self, block: Block) -> None:
         """See `Method.transform`."""
         for pair in block.pairs:
-            if pair.kind != "norm" or side(block, pair) is None:
-                continue
-            source = block.get(pair.source)
-            gain = (source if pair.rows is None else source[pair.rows.to(source.device)]) + pair.offset
-            gain = gain.abs()
-            scale = torch.where(gain > 0, gain, 1.0)
-            balance(block, pair, [Candidate("the norm's gain", scale)], "outlier suppression")
+            if side(block, pair) is not None:
+                gain = pair.gain(block.get(pair.source))
+                scale = torch.where(gain > 0, gain / gain.median(), 1.0)
+                balance(block, pair, [Candidate("the gain", scale)], "outlier suppression")
         static = [w for w in block.weights.values() if w.scheme.activations and not w.scheme.activations.dynamic]
         if static:
             block.observe(self.transform_needs)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.checked import check_choice
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import Quantized
-from llmq.recipe import Scheme
+from llmq.recipe import RANGES, Scheme
 from llmq.statistics import MeanSquare
 
 
@@ -19,6 +20,7 @@ class RTN(Method):
     """
 
     def __init__(self, *, range: str = "mse") -> None:
+        check_choice("range", range, RANGES)
         self.range = range
         if range == "weighted":
             self.needs = (MeanSquare,)

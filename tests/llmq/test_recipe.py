@@ -71,7 +71,7 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("sweeps: 1", ("unknown key 'sweeps'",)),
         ("scheme: {grid: nf5}", ("grid 'nf5' is not known", "did you mean 'nf4'")),
         ("scheme: {grid: float}", ("grid 'float' (FP8) is 8 bits",)),
-        ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 64",)),
+        ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 32",)),
         ("scheme: {activations: dynamic}", ("activations are rounded to 8 bits where weights are 8 bits",)),
         ("scheme: {activations: dynamc}", ("did you mean 'dynamic'",)),
         ("scheme: {double_quant: true}", ("for grid 'nf4' only",)),

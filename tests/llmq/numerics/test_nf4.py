@@ -156,7 +156,7 @@ def test_refusals() -> None:
         quantize_nf4(torch.tensor([[1.0, float("nan")]]), scheme(False))
     with pytest.raises(LlmqError, match="not finite"):
         quantize_nf4(torch.full((2, 64), float("inf")), scheme(True))
-    with pytest.raises(LlmqError, match="group size must be one of 32, 64"):
+    with pytest.raises(LlmqError, match="in blocks \\(group size\\) of 32, 64"):
         quantize_nf4(torch.ones(2, 64), Scheme(4, 48, grid="nf4"))
     with pytest.raises(LlmqError, match="turn double_quant off"):
         quantize_nf4(torch.full((64, 64), 3e38), scheme(True))
