@@ -104,15 +104,15 @@ def recipes(console: Console, found: Sequence[tuple[str, Recipe, str]]) -> None:
 
 
 def methods(console: Console, found: Sequence[Description]) -> None:
-    """A row for each method: what it is, what it does in a recipe, its options with their defaults."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for name in ("what it is", "does", "options"):
-        table.add_column(name)
+    """A paragraph for each method: what it does in a recipe, what it is, its options with their defaults."""
     for method in found:
-        options = ", ".join(f"--{o.name.replace('_', '-')} {o.default}" for o in method.options)
-        table.add_row(method.name, escape(method.summary), ", ".join(method.roles), escape(options))
-    console.print(table)
+        outside = ", from another package" if method.outside else ""
+        console.print(f"[bold]{escape(method.name)}[/] ({', '.join(method.roles)}{outside})", highlight=False)
+        console.print(f"  {escape(method.summary)}.", highlight=False)
+        for option in method.options:
+            default = "" if option.default is None else f" Default {option.default}."
+            text = f"  --{option.name.replace('_', '-')}: {option.help}.{default}"
+            console.print(escape(text), highlight=False)
 
 
 def pairs(console: Console, found: Mapping[str, Found]) -> None:

@@ -3,9 +3,9 @@
     python scripts/plant_outliers.py MODEL CALIBRATION.txt HELDOUT.txt [--channels 4] [--windows 50]
 
 In each pair of each block (a norm and what follows it, values and their projection …) a few channels are made 32 or 64
-times as large, and what they meet that much smaller: powers of two, so no bit of the function changes. Then the model, and
-its original, are quantized to W8A8 (int8 weights per channel, int8 activations per token, as stock transformers runs them)
-by each method: perplexity, and how much of what plain W8A8 lost is recovered.
+times as large, and what they meet that much smaller: powers of two, so no bit of the function changes. Then the model,
+and its original, are quantized to W8A8 (int8 weights per channel, int8 activations per token, as stock transformers
+runs them) by each method: perplexity, and how much of what plain W8A8 lost is recovered.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats
 from llmq.numerics.hqq import half_quadratic
 from llmq.numerics.quantized import QuantizedWeight
@@ -12,25 +13,17 @@ from llmq.recipe import Scheme
 
 
 class HQQ(Method):
-    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, the scale then stretched to shrink less.
+    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, its scale stretched a little; no calibration data.
 
-    p: above 0, the smaller the less outliers count; unbiased: 0…1, how far the scale goes to where Σw·ŵ = Σw²;
-    iterations: of each start; beta, kappa: the penalty that holds the split-off error to the residual, and its growth.
-    The defaults are what measured best: theirs, p = 0.7, clips too much once the scale is free to move.
+    p: what errors are raised to, above 0, the paper's is 0.7 (which clips too much once the scale is free to move);
+    unbiased: 0 to 1, how far the scale goes to where rounding does not shrink the weights, Σw·ŵ = Σw².
     """
 
-    def __init__(
-        self,
-        *,
-        p: float = 3.0,
-        unbiased: float = 0.7,
-        iterations: int = 4,
-        beta: float = 10.0,
-        kappa: float = 1.05,
-    ) -> None:
-        self.options = {"p": p, "beta": beta, "kappa": kappa, "unbiased": unbiased}
-        self.iterations = iterations
+    def __init__(self, *, p: float = 3.0, unbiased: float = 0.7) -> None:
+        if p <= 0 or not 0 <= unbiased <= 1:
+            raise LlmqError(f"p must be above 0 and unbiased lie between 0 and 1, not {p!r} and {unbiased!r}")
+        self.p, self.unbiased = p, unbiased
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:
         """See `Method.quantize`."""
-        return half_quadratic(weight, scheme, scale_dtype, iterations=self.iterations, **self.options)
+        return half_quadratic(weight, scheme, scale_dtype, p=self.p, unbiased=self.unbiased)
