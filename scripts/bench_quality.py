@@ -12,6 +12,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +26,81 @@ import llmq
 from llmq.recipe import Calibration, Recipe, Scheme
 from llmq.tokens import tokenize
 
+METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround"]
+
 
 def load(folder: Path) -> Any:
     """A model in float32, by stock from_pretrained."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[float, float, float]:
-    """(perplexity, KL in nats, share of positions with the same top token) over windows [count, tokens]."""
-    nll = kl = same = count = 0.0
+def divergences(base: Any, others: Sequence[Any], windows: Tensor, batch: int = 2) -> list[tuple[float, float, float]]:
+    """(perplexity, KL in nats, share of positions with the same top token) of each model over windows [count, tokens]."""
+    sums = [[0.0, 0.0, 0.0] for _ in others]
+    count = 0
     with torch.inference_mode():
         for ids in windows.split(batch):
             want = base(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
-            have = other(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
-            nll -= float(have.gather(1, ids[:, 1:].reshape(-1, 1)).sum(dtype=torch.float64))
-            kl += float((want.exp() * (want - have)).sum(dtype=torch.float64))
-            same += int((want.argmax(-1) == have.argmax(-1)).sum())
-            count += len(want)
-    return math.exp(nll / count), kl / count, same / count
+            share, top, count = want.exp(), want.argmax(-1), count + len(want)
+            for total, other in zip(sums, others, strict=True):
+                have = other(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+                total[0] -= float(have.gather(1, ids[:, 1:].reshape(-1, 1)).sum(dtype=torch.float64))
+                total[1] += float((share * (want - have)).sum(dtype=torch.float64))
+                total[2] += int((top == have.argmax(-1)).sum())
+    return [(math.exp(nll / count), kl / count, same / count) for nll, kl, same in sums]
+
+
+def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[float, float, float]:
+    """`divergences` of one model."""
+    return divergences(base, [other], windows, batch)[0]
+
+
+def parse_scheme(text: str) -> Scheme:
+    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4'."""
+    if text == "nf4":
+        return Scheme(4, 64, grid="nf4", double_quant=True)
+    bits, group = text.removesuffix("a").split("g")
+    return Scheme(int(bits), None if group == "c" else int(group), not text.endswith("a"))
 
 
 def main() -> None:
-    """Every scheme × method, a row each."""
+    """Quantize every scheme × method, then measure all of them in one pass over the text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("calibration")
     parser.add_argument("heldout", type=Path)
-    parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument("--range", default="auto")
+    parser.add_argument("--method", nargs="+", default=METHODS)
+    parser.add_argument("--range")
     parser.add_argument("--schemes", nargs="+", default=["4g128", "3g128", "2g64"])
     parser.add_argument("--windows", type=int, default=200)
     args = parser.parse_args()
     ids = tokenize(args.heldout.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(args.model))
     windows = ids[: len(ids) // 512 * 512].view(-1, 512)[: args.windows]
     base = load(args.model)
-    table = Table("method", "scheme", "bits/weight", "perplexity", "to base", "KL", "same top token", "seconds")
-    reference, _, _ = divergence(base, base, windows)
-    table.add_row("base", "", "16", f"{reference:.4f}", "", "0", "1", "")
-    for scheme in args.schemes:
-        bits, group = (int(part) for part in scheme.split("g"))
-        for method in args.method:
-            recipe = Recipe(
-                methods=tuple(method.split("+")),
-                scheme=Scheme(bits, group),
-                options={} if args.range == "auto" else {"range": args.range},
-                calibration=Calibration(args.calibration, samples=32, seqlen=512),
-            )
-            with tempfile.TemporaryDirectory() as folder:
+    rows, models = [], [base]
+    with tempfile.TemporaryDirectory() as folder:
+        for scheme in map(parse_scheme, args.schemes):
+            for method in args.method if scheme.grid == "int" else ["nf4"]:
+                recipe = Recipe(
+                    methods=tuple(method.split("+")),
+                    scheme=scheme,
+                    options={"range": args.range} if args.range else {},
+                    calibration=Calibration(args.calibration, samples=32, seqlen=512),
+                )
+                out = Path(folder) / str(len(rows))
                 began = time.perf_counter()
-                report = llmq.quantize(str(args.model), Path(folder) / "out", recipe)
+                report = llmq.quantize(str(args.model), out, recipe)
                 seconds = time.perf_counter() - began
-                value, kl, same = divergence(base, load(Path(folder) / "out"), windows)
-            row = [method, str(recipe.scheme), f"{report.bits_per_weight:.3f}", f"{value:.4f}"]
-            row += [f"{100 * (value / reference - 1):+.2f} %", f"{kl:.6f}", f"{same:.5f}", f"{seconds:.1f}"]
-            table.add_row(*row)
-            print(*row, sep="\t", flush=True)
+                models.append(load(out))
+                rows.append([method, str(scheme), f"{report.bits_per_weight:.3f}", f"{seconds:.1f}"])
+                print(*rows[-1], sep="\t", flush=True)
+    results = divergences(base, models, windows)
+    reference = results[0][0]
+    table = Table("method", "scheme", "bits/weight", "perplexity", "to base", "KL", "same top token", "seconds")
+    table.add_row("base", "", "16", f"{reference:.4f}", "", "0", "1", "")
+    for (method, name, bits, took), (value, kl, same) in zip(rows, results[1:], strict=True):
+        change = f"{100 * (value / reference - 1):+.2f} %"
+        table.add_row(method, name, bits, f"{value:.4f}", change, f"{kl:.6f}", f"{same:.5f}", took)
     Console(width=140).print(table)
 
 
