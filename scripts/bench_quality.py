@@ -35,7 +35,7 @@ def load(folder: Path) -> Any:
 
 
 def divergences(base: Any, others: Sequence[Any], windows: Tensor, batch: int = 2) -> list[tuple[float, float, float]]:
-    """(perplexity, KL in nats, share of positions with the same top token) of each model over windows [count, tokens]."""
+    """(perplexity, KL in nats, share of positions with the same top token) of each, over windows [count, tokens]."""
     sums = [[0.0, 0.0, 0.0] for _ in others]
     count = 0
     with torch.inference_mode():

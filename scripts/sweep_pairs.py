@@ -85,12 +85,12 @@ def quiet() -> None:
 HEAD = """# Scale pairs of every causal-LM type
 
 Where awq, smoothquant and outlier suppression can move scales, found by running a block of a tiny random model of each
-type. Written by `scripts/sweep_pairs.py`: all pairs of all blocks were applied, with new random scales and shifts, to the
-model as stock transformers loads it, and the logits compared with those before (float32; a relative difference above 1e-4
-counts as changed).
+type. Written by `scripts/sweep_pairs.py`: all pairs of all blocks were applied, with new random scales and shifts, to
+the model as stock transformers loads it, and the logits compared with those before (float32; a relative difference
+above 1e-4 counts as changed).
 
-{counts}; {having} of the unchanged ones have pairs. Mixtures of experts are listed here, though `llmq quantize` refuses
-them for now.
+{counts}; {having} of the unchanged ones have pairs.
+Mixtures of experts are listed here, though `llmq quantize` refuses them for now.
 
 """
 
