@@ -1,0 +1,158 @@
+"""SignRound (Cheng et al. 2023, arXiv:2309.05516): rounding learned by sign-gradient descent on a block's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.block import Block, Work
+from llmq.errors import LlmqError
+from llmq.methods.base import Method
+from llmq.numerics.activations import round_per_token, round_static
+from llmq.numerics.learned_rounding import LearnedWeight
+from llmq.numerics.quantized import QuantizedWeight
+
+# One batch in this many is held out, and chooses among the iterates; they are compared this many times.
+HELD_OUT = 8
+LOOKS = 12
+
+
+class SignRound(Method):
+    """Learns which way each weight is rounded, and each scale, from what the whole block makes of its inputs.
+
+    iterations: steps of sign-gradient descent; minibatch: calibration windows in each; rate: how far the first step
+    moves a weight between two codes, in codes; scale_rate: by what share it moves a scale. Both fall to 0 linearly.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 200,
+        minibatch: int = 4,
+        rate: float = 0.005,
+        scale_rate: float = 0.005,
+        seed: int = 0,
+    ) -> None:
+        if iterations < 1 or minibatch < 1:
+            raise LlmqError(f"iterations and minibatch must be 1 or more, not {iterations!r} and {minibatch!r}")
+        if not (0 <= rate < 1 and 0 <= scale_rate < 1):
+            raise LlmqError(f"rate and scale-rate must be 0 or more and below 1, not {rate!r} and {scale_rate!r}")
+        self.iterations, self.minibatch, self.seed = iterations, minibatch, seed
+        self.rate, self.scale_rate = rate, scale_rate
+
+    def refine(self, block: Block) -> None:
+        """See `Method.refine`. Weights on another grid than integers stay as they are.
+
+        The iterate kept is the one nearest to the target on batches that no step was taken on: it may be the start. The
+        first of those moves codes as well; what it leaves as it was has not been touched.
+        """
+        works = [
+            w for w in block.weights.values() if isinstance(w.quantized, QuantizedWeight) and w.scheme.grid == "int"
+        ]
+        if works:
+            _Descent(self, block, works).run()
+
+    def workspace(self, shape: tuple[int, ...]) -> int:
+        """A position, a rounded weight, its gradient and the best codes, and what a step needs in float32."""
+        return (4 + 4 + 4 + 1 + 12) * math.prod(shape)
+
+
+class _Descent:
+    """One block's descent."""
+
+    def __init__(self, method: SignRound, block: Block, works: list[Work]) -> None:
+        self.method, self.block = method, block
+        self.learned: list[tuple[Work, LearnedWeight]] = []
+        for work in works:
+            assert isinstance(work.quantized, QuantizedWeight)
+            self.learned.append((work, LearnedWeight(work.quantized, work.value)))
+        self.generator = torch.Generator().manual_seed(method.seed)
+        order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
+        count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
+        self.held, self.train = order[:count] or order, order[count:]
+
+    def run(self) -> None:
+        """Takes every step; leaves the best iterate in the block's works."""
+        method, looks = self.method, max(1, self.method.iterations // LOOKS)
+        with _straight_through(self.block), self._rounded():
+            least, best = self._held_out(), [learned.q for _, learned in self.learned]
+            queue: list[int] = []
+            for step in range(method.iterations):
+                left = 1 - step / method.iterations
+                while len(queue) < min(method.minibatch, len(self.train)):
+                    queue += [self.train[i] for i in torch.randperm(len(self.train), generator=self.generator)]
+                taken, queue = queue[: method.minibatch], queue[method.minibatch :]
+                self._descend(taken, left)
+                if (step + 1) % looks == 0 or step + 1 == method.iterations:
+                    now = self._held_out()
+                    if now < least:
+                        least, best = now, [learned.quantized() for _, learned in self.learned]
+        for (work, _), found in zip(self.learned, best, strict=True):
+            work.quantized = found
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """Every weight of the block is rounded while the context is open; those that are learned have gradients."""
+        modules = {work.module: work for work in self.block.weights.values() if work.quantized is not None}
+        before = {module: module.weight.data for module in modules}
+        try:
+            for module, work in modules.items():
+                assert work.quantized is not None
+                module.weight.data = work.quantized.dequantize(module.weight.dtype)
+            for work, _ in self.learned:
+                work.module.weight.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for module, value in before.items():
+                module.weight.requires_grad_(False)
+                module.weight.data, module.weight.grad = value, None
+
+    def _descend(self, batches: list[int], left: float) -> None:
+        for index in batches:
+            loss = self._error(index)
+            loss.backward()  # type: ignore[no-untyped-call]
+        for work, learned in self.learned:
+            gradient = work.module.weight.grad
+            if gradient is not None:
+                learned.step(gradient, self.method.rate * left, self.method.scale_rate * left)
+                work.module.weight.grad = None
+                learned.value(work.module.weight.data)
+
+    def _error(self, index: int) -> Tensor:
+        """The mean squared distance of a batch's output to its target, as a share of the target's."""
+        device = self.block.device
+        target = self.block.target[index].to(device, torch.float32)
+        output = self.block.calls[index].run(self.block.module, self.block.inputs[index].to(device))
+        return (output.to(torch.float32) - target).square().mean() / target.square().mean().clamp_min(1e-30)
+
+    def _held_out(self) -> float:
+        with torch.no_grad():
+            return sum(float(self._error(index)) for index in self.held)
+
+
+@contextmanager
+def _straight_through(block: Block) -> Iterator[None]:
+    """Where inputs are rounded, gradients pass as though they were not."""
+    with ExitStack() as stack:
+        for work in block.weights.values():
+            if work.scheme.activations is not None:
+
+                def hook(_: Any, args: tuple[Any, ...], work: Work = work) -> tuple[Any, ...]:
+                    x, scale = args[0], work.input_scale
+                    rounded = (
+                        round_per_token(x, work.scheme.grid)
+                        if scale is None
+                        else round_static(x, scale.to(x.device), work.scheme.grid)
+                    )
+                    return (x + (rounded - x).detach(), *args[1:])
+
+                stack.callback(work.module.register_forward_pre_hook(hook, prepend=True).remove)
+        yield
