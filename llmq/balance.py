@@ -95,7 +95,12 @@ def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: s
         error = loss(block, pair, candidate)
         if error < least:
             best, least = candidate, error
-    line: dict[str, Any] = {"what": f"{method}: {pair.describe()}", "before": block.error(), "after": None, "kept": False}
+    line: dict[str, Any] = {
+        "what": f"{method}: {pair.describe()}",
+        "before": block.error(),
+        "after": None,
+        "kept": False,
+    }
     if best is None:
         block.log.append(line | {"why": "no scale tried was better than none"})
         return False

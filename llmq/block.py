@@ -19,7 +19,7 @@ from llmq.capture import collect
 from llmq.numerics.activations import round_per_token, round_static
 from llmq.numerics.histogram import Histogram, find_activation_scale
 from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import Quantized
+from llmq.numerics.quantized import Quantized, QuantizedWeight
 from llmq.pair import LINEAR, NORM, Pair
 from llmq.parameters import assign
 from llmq.record import Call
@@ -146,13 +146,13 @@ class Block:
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
-        missing = {}
+        missing: dict[int, tuple[Histogram, nn.Module, list[tuple[Work, str]]]] = {}
         for work in self.weights.values():
             kind = work.scheme.activations
             if kind is not None and not kind.dynamic and work.input_scale is None:
-                missing.setdefault(work.shares, (Histogram(work.value.shape[1], self.device), work.module, []))[2].append(
-                    (work, kind.range)
-                )
+                missing.setdefault(work.shares, (Histogram(work.value.shape[1], self.device), work.module, []))[
+                    2
+                ].append((work, kind.range))
         if not missing:
             return
         with collect({module: [histogram] for histogram, module, _ in missing.values()}):
@@ -216,7 +216,7 @@ class Block:
                 self.weights[sink.parameter].input_scale = None
 
     def _storable(self, pair: Pair, scale: Tensor) -> Tensor:
-        """The factors that a norm's weight is really divided by, once the quotient is rounded to what it is stored in."""
+        """The factors that a norm's weight is really divided by, once the quotient is rounded to its stored dtype."""
         source = self.get(pair.source)
         entries = slice(None) if pair.rows is None else pair.rows.to(source.device)
         whole = source[entries] + pair.offset
@@ -261,4 +261,6 @@ def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float
 
 def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
     """The weight with the static scale of its input, which is stored beside it."""
-    return quantized if scale is None else replace(quantized, input_scale=scale)  # type: ignore[type-var]
+    if scale is None or not isinstance(quantized, QuantizedWeight):
+        return quantized
+    return replace(quantized, input_scale=scale)

@@ -2,8 +2,8 @@
 
 A method is a file under `llmq/methods/` with one class in it, or an entry point of the group `llmq.methods` in any
 installed package: its name is what people write after `--method`, its class's keyword arguments become command-line
-options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a plain dict, is the scheme
-that the method is for.
+options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a plain dict, is the
+scheme that the method is for.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def _help(name: str, text: str) -> str:
 
 def _scheme(found: ast.ClassDef) -> dict[str, Any]:
     for node in found.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
+        target = (
+            node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
+        )
         if isinstance(target, ast.Name) and target.id == "scheme" and isinstance(node, (ast.Assign, ast.AnnAssign)):
             return dict(ast.literal_eval(node.value)) if node.value else {}
     return {}

@@ -10,7 +10,7 @@ from torch import nn
 from llmq import formats
 from llmq.errors import LlmqError
 from llmq.items import Item, matches
-from llmq.methods import Method
+from llmq.methods.base import Method
 from llmq.naming import Links
 from llmq.recipe import Recipe, Scheme
 from llmq.source import Source
@@ -67,7 +67,9 @@ def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -
             f"choose another scheme, or --method rtn, which knows every grid"
         )
     ragged = [
-        i for i in chosen if i.scheme and i.scheme.grid == "int" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
+        i
+        for i in chosen
+        if i.scheme and i.scheme.grid == "int" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
     ]
     if ragged:
         raise LlmqError(

@@ -139,7 +139,8 @@ def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
 def inspect(
     folder: Annotated[str, typer.Argument(help="Any quantized (or plain) model folder; a hub id or 'demo' too.")],
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Show where scales can move between weights (awq, smoothquant …), or why not.")
+        bool,
+        typer.Option("--pairs", help="Show where scales can move between weights (awq, smoothquant …), or why not."),
     ] = False,
     trust_remote_code: Trust = False,
 ) -> None:

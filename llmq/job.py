@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llmq import formats, hub, methods, stream
-from llmq.storage import rest
 from llmq.budget import check_writable
 from llmq.calibration import Windows, windows
 from llmq.claim import refuse_foreign
@@ -22,6 +21,7 @@ from llmq.recipe import Calibration, Recipe, Scheme
 from llmq.report import REPORT, Report, make_report, model_card, versions
 from llmq.sink import Sink
 from llmq.source import Source
+from llmq.storage import rest
 
 
 def plan(

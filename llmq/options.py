@@ -1,7 +1,7 @@
 """The command-line options that make a recipe: a few of its own, and the keyword arguments of every method.
 
-A method's options are read from its source (`llmq.catalog`), so that `--help` needs no torch and a method from outside has
-its options here as well.
+A method's options are read from its source (`llmq.catalog`), so that `--help` needs no torch and a method from outside
+has its options here as well.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ Symmetric = Annotated[
 Grid = Annotated[str | None, typer.Option(help="int (default), float (FP8) or nf4.")]
 Activations = Annotated[
     str | None,
-    typer.Option(help="Round the inputs of weights to 8 bits as well: dynamic (per token), static (per tensor) or none."),
+    typer.Option(
+        help="Round the inputs of weights to 8 bits as well: dynamic (per token), static (per tensor) or none."
+    ),
 ]
 Calib = Annotated[
     str | None,
@@ -112,7 +114,12 @@ def recipe_options(
     }
     calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
-    parts = [(None, given), ("scheme", scheme), ("calibration", calibration), ("options", options)]
+    parts: list[tuple[str | None, dict[str, Any]]] = [
+        (None, given),
+        ("scheme", scheme),
+        ("calibration", calibration),
+        ("options", options),
+    ]
     for part, changes in parts:
         within = data if part is None else data.setdefault(part, {})
         within |= {key: value for key, value in changes.items() if value is not None}
@@ -163,5 +170,3 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
-
-

@@ -131,8 +131,8 @@ def _check_pairs(plan: Plan) -> None:
     if not any(found.pairs for found in plan.pairs.values()):
         reasons = sorted({f"{r.source}: {r.reason}" for found in plan.pairs.values() for r in found.rejections})
         raise LlmqError(
-            f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, and this model "
-            f"has no place where that leaves its blocks' output as it is ({'; '.join(reasons[:4])}). "
+            f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, and "
+            f"this model has no place where that leaves its blocks' output as it is ({'; '.join(reasons[:4])}). "
             "Leave the transform out: gptq and rtn need none"
         )
 
@@ -169,7 +169,14 @@ def _budget(plan: Plan, device: str) -> Budget:
     saved = sum(i.before - i.after for i in plan.items if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(
-        plan.model, inside, plan.dtype, (samples, seqlen), plan.batch, loads, plan.source.total_bytes - saved, device,
+        plan.model,
+        inside,
+        plan.dtype,
+        (samples, seqlen),
+        plan.batch,
+        loads,
+        plan.source.total_bytes - saved,
+        device,
         chains=4 if plan.pipeline.exact else 3,
     )
 

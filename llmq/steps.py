@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llmq.block import Block, Work, relative_error, with_input_scale
 from llmq.errors import LlmqError
-from llmq.methods import Method, Pipeline
+from llmq.methods import Pipeline
+from llmq.methods.base import Method
 from llmq.parameters import assign
 
 INVARIANCE = 0.02
@@ -102,5 +103,3 @@ def row(work: Work) -> dict[str, Any]:
         "notes": list(work.quantized.notes),
         "seconds": round(work.seconds, 3),
     }
-
-

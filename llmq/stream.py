@@ -85,7 +85,7 @@ def quantize_block(
     began = time.perf_counter()
     block = open_block(plan, index, hidden, calls, device)
     block.target = block.observe(plan.pipeline.first)
-    check_output(plan, index, block.target, "before any quantization: it overflows its dtype, or its weights are damaged")
+    check_output(plan, index, block.target, "before any quantization: it overflows, or its weights are damaged")
     if exact is not None:
         exact = block.target if exact is hidden else forward(block.module, exact, calls, device)
         block.target = exact
@@ -102,9 +102,7 @@ def quantize_block(
     return output, exact
 
 
-def unquantized(
-    plan: Plan, index: int, exact: list[Tensor], calls: list[Call], device: torch.device
-) -> list[Tensor]:
+def unquantized(plan: Plan, index: int, exact: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
     """What the unquantized block makes of the unquantized model's hidden states."""
     block = fill(plan, index, device)
     output = forward(block, exact, calls, device)
@@ -163,7 +161,8 @@ def check_output(plan: Plan, index: int, output: list[Tensor], when: str) -> Non
 
 def pack_weights(plan: Plan, index: int, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The lines of the report and the tensors to write of a block's quantized weights."""
-    rows, tensors = [], {}
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
     for item, work in zip(plan.of_block(index), block.weights.values(), strict=True):
         assert item.scheme is not None and work.quantized is not None
         rows.append(steps.row(work) | {"scheme": asdict(item.scheme), "bytes": item.after})

@@ -1,4 +1,4 @@
-"""Formats: one file each, bytes on disk and nothing else. This one chooses among them, and says who reads the result."""
+"""Formats: one file each, bytes on disk and nothing else. This one chooses among them, and says who reads what."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refusal(schemes: Collection[Scheme]) -> str | None:
     nf4 = {s for s in schemes if s.grid == "nf4"}
     if nf4 and len(schemes) > 1:
         listed = ", ".join(sorted(map(str, schemes)))
-        return f"one folder holds nf4 weights of one kind, or other grids, not both ({listed}): use --keep for some weights"
+        return f"one folder holds nf4 weights of one kind, or other grids, not both ({listed}): --keep some weights instead"
     return None
 
 
@@ -73,10 +73,15 @@ def loaders(schemes: Collection[Scheme]) -> list[str]:
     said = []
     if all(scheme.symmetric for scheme in schemes):
         said.append("stock transformers with compressed-tensors reads it, on a GPU or CPU")
+    elif len(schemes) == 1:
+        said.append(
+            "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while loading, so "
+            "that it takes the memory of an unquantized model"
+        )
     else:
         said.append(
-            "stock transformers 5.23 with compressed-tensors 0.20 fails on its asymmetric weights unless it is given "
-            "CompressedTensorsConfig(dequantize=True)"
+            "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another scheme: give "
+            "all weights one scheme, or leave zero points out (--symmetric)"
         )
     odd = sorted({s.bits for s in schemes if s.bits not in (4, 8)})
     if odd:

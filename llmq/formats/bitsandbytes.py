@@ -9,8 +9,8 @@ bitsandbytes 0.50 write themselves. Read off and tried with both:
   dtype, and stops at a weight whose outputs 32 does not divide.
 - `llm_int8_skip_modules` is matched as the start of a name, as a regular expression or as its end; given a list, the
   output layer is not skipped by itself (so it is always listed). Only modules of exactly the class Linear are replaced.
-- A checkpoint has one scheme: double quantization or not is read off each weight, the block too, but vLLM reads
-  `bnb_4bit_use_double_quant` once.
+- A checkpoint has one scheme: the configuration has one `bnb_4bit_use_double_quant` for all.
+- vLLM (bitsandbytes.py, read, not run) multiplies in bfloat16 too, and skips by whole parts of a name: full names do.
 """
 
 from __future__ import annotations

@@ -96,7 +96,10 @@ def config(groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str]) -> dic
         raise LlmqError("nothing is quantized: there is no configuration to write")
     alone = len(schemes) == 1
     kinds = {format_of(scheme) for scheme in schemes}
-    return {
+    # Stock transformers 5.23 fails on packed zero points unless it is told to unpack them while loading; with several
+    # schemes it would then decode all as the first.
+    dense = {"dequantize": True} if alone and not schemes[0].symmetric else {}
+    return dense | {
         "quant_method": QUANT_METHOD,
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",

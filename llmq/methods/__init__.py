@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from llmq import catalog
-from llmq.statistics import Statistic
 from llmq.checked import check_type
 from llmq.errors import LlmqError, first_line
 from llmq.methods.base import Method
 from llmq.recipe import Recipe
+from llmq.statistics import Statistic
 
 DEFAULT_QUANTIZER = "rtn"
 
@@ -44,7 +44,7 @@ class Pipeline:
 
     @property
     def first(self) -> tuple[type[Statistic], ...]:
-        """The statistics to take in the first pass of an untouched block: the quantizer's, where nothing comes before."""
+        """The statistics to take in the first pass of a block: the quantizer's, where nothing comes before it."""
         return () if self.transforms else self.quantizer.needs
 
     @property
@@ -81,8 +81,8 @@ def make(recipe: Recipe) -> Pipeline:
     second = next((i for i in quantizers[:-1] if "transform" not in roles[i]), None)
     if second is not None and chosen is not None:
         raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r}: {recipe.methods[second]} and {recipe.methods[chosen]} both quantize; "
-            "choose one"
+            f"method {'+'.join(recipe.methods)!r}: {recipe.methods[second]} and {recipe.methods[chosen]} both "
+            "quantize; choose one"
         )
     if len(set(recipe.methods)) < len(recipe.methods):
         raise LlmqError(f"method {'+'.join(recipe.methods)!r}: a method is there twice")
@@ -91,8 +91,8 @@ def make(recipe: Recipe) -> Pipeline:
     order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners]
     if order != list(range(len(kinds))):
         raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r}: what transforms comes first, then what quantizes, then what refines: "
-            f"write {'+'.join(recipe.methods[i] for i in order)!r}"
+            f"method {'+'.join(recipe.methods)!r}: what transforms comes first, then what quantizes, then what "
+            f"refines: write {'+'.join(recipe.methods[i] for i in order)!r}"
         )
     built = [_build(kind, recipe) for kind in kinds]
     quantizer = _build(find(DEFAULT_QUANTIZER), recipe) if chosen is None else built[chosen]

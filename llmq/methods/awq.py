@@ -1,8 +1,8 @@
-"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels whose inputs are large are scaled up before rounding, so they lose less.
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels whose inputs are large are scaled up before rounding, to lose less.
 
 For each pair, s = E|x|^α per channel, with and without division by the weights' own size to the power 1 − α (§3.2,
-equation 5, and the authors' code); α by grid search. Then, where AWQ is the quantizer, the range of each group by search
-on the output of the group alone (§3.2, weight clipping).
+equation 5, and the authors' code); α by grid search. Then, where AWQ is the quantizer, the range of each group by
+search on the output of the group alone (weight clipping, `numerics.clipping`).
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from llmq.statistics import Statistic
 from llmq.errors import LlmqError
 from llmq.numerics.quantized import Quantized
 from llmq.recipe import Scheme
+from llmq.statistics import Statistic
 
 if TYPE_CHECKING:
     from llmq.block import Block

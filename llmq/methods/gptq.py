@@ -7,21 +7,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmq.statistics import Hessian
 from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Scheme
+from llmq.statistics import Hessian
 
 
 class GPTQ(Method):
     """Rounds column by column; later columns make up for earlier ones, as the inputs' second moments allow.
 
     range: how scales are found: minmax, mse, percentile, kl, aciq, or weighted by what each column's rounding costs;
-    act_order: static takes the most active inputs first, grouped the most active groups, none takes inputs as they stand;
-    damping: share of the mean diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are revisited
-    once all are there, 0 is the paper's GPTQ.
+    act_order: static takes the most active inputs first, grouped the most active groups, none takes inputs as they
+    stand; damping: share of the mean diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are
+    revisited once all are there, 0 is the paper's GPTQ.
     """
 
     needs = (Hessian,)

@@ -1,8 +1,8 @@
 """Outlier Suppression (Wei et al. 2022, arXiv:2209.13325): the norm's gain moves into the weights, tokens are clipped.
 
 Gamma migration (§4.1): a norm's weight is where outlier channels come from; with the gain moved into the matrices that
-follow, the norm's output is as even as its input. Token-wise clipping (§4.2): static scales are searched among quantiles
-of the tokens' largest magnitudes, coarse to fine, since a few unimportant tokens stretch the range of all others.
+follow, the norm's output is as even as its input. Token-wise clipping (§4.2): static scales are searched among
+quantiles of the tokens' largest magnitudes, coarse to fine, since a few unimportant tokens stretch the range of all.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def clip_tokens(work: Work, scale_dtype: torch.dtype) -> None:
             error = rounded_output_error(work, rows, clip, scale_dtype)
             if error < least:
                 best, least = clip, error
-    work.input_scale = static_scale(best, work.scheme.grid).reshape(1)
+    work.input_scale = static_scale(best, work.scheme.grid)

@@ -1,7 +1,7 @@
-"""Outlier Suppression+ (Wei et al. 2023, arXiv:2304.09145): channels are shifted to be centred, and scaled by a threshold.
+"""Outlier Suppression+ (Wei et al. 2023, arXiv:2304.09145): channels are shifted to their centre, and scaled.
 
-Outliers sit in few channels and on one side: z = (max + min)/2 per channel (equation 2) is taken off where a bias can take
-it in, then s = max(1, half range / t) (equation 8) with the threshold t searched for each pair.
+Outliers sit in few channels and on one side: z = (max + min)/2 per channel (equation 2) is taken off where a bias can
+take it in, then s = max(1, half range / t) (equation 8) with the threshold t searched for each pair.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.statistics import MeanSquare
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import Quantized
 from llmq.recipe import Scheme
+from llmq.statistics import MeanSquare
 
 
 class RTN(Method):

@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers of the inputs move into the weights, where rounding is finer.
+"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers of the inputs move into the weights, where they cost less.
 
 For each pair, s = max|x|^α / max|w|^(1−α) per channel (equation 4): the input is divided by it, the weight multiplied.
 """

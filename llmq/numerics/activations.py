@@ -41,9 +41,10 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     return levels.mul_(scale)
 
 
-def static_scale(largest: float, grid: str) -> float:
-    """The scale of a grid whose end is the largest magnitude an input is to keep; 1 where that is 0."""
-    return largest / _limits(grid)[2] if largest > 0 else 1.0
+def static_scale(largest: Tensor | float, grid: str) -> Tensor:
+    """The scale of a grid whose end is the largest magnitude an input is to keep, float32 [1]; 1 where that is 0."""
+    top = torch.as_tensor(largest, dtype=torch.float32).reshape(1)
+    return torch.where(top > 0, top / _limits(grid)[2], 1.0)
 
 
 def _limits(grid: str) -> tuple[float, float, float]:

@@ -1,8 +1,8 @@
 """AWQ's weight clipping: a group's scale by search on the output of the group alone, correlations included.
 
 Lin et al. 2023, AWQ, arXiv:2306.00978, §5.1 and the authors' code: scales from min-max downwards, each judged by the
-change of w·x over the calibration inputs x of the group. Here by e H eᵀ with H = E[x xᵀ] of the group, which is the same
-without the inputs.
+change of w·x over the calibration inputs x of the group. Here by e H eᵀ with H = E[x xᵀ] of the group, which is the
+same without the inputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ CHUNK = 1 << 21
 
 
 class Quantized(Protocol):
-    """A rounded weight [out, in], as it is stored. notes: what fell back, for the report."""
-
-    __dataclass_fields__: dict[str, Any]
+    """A rounded weight [out, in], as it is stored: a dataclass with at least these. notes: what fell back."""
 
     @property
     def scheme(self) -> Scheme:

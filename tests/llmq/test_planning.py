@@ -108,7 +108,9 @@ def test_too_little_disk(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_rtn_needs_no_text(tiny_model: Path) -> None:
     assert "none needed" in make(tiny_model, methods=("rtn",)).calibration.description
-    assert "none needed" not in make(tiny_model, methods=("rtn",), options={"range": "weighted"}).calibration.description
+    assert (
+        "none needed" not in make(tiny_model, methods=("rtn",), options={"range": "weighted"}).calibration.description
+    )
 
 
 @pytest.mark.parametrize(

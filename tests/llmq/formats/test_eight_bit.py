@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmq.errors import LlmqError
-from llmq.formats import eight_bit
+from llmq.formats import compressed_tensors, eight_bit
 from llmq.numerics.activations import round_per_token, round_static, static_scale
 from llmq.numerics.float8 import find_float8_scale, round_to_float8
 from llmq.numerics.quantized import QuantizedWeight
@@ -27,9 +28,9 @@ SCHEMES = [
 ] + [Scheme(8, None, grid="float")]
 
 
-def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype, per_tensor: bool = False) -> QuantizedWeight:
+def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
     if scheme.grid == "float":
-        scale = find_float8_scale(weight, "mse", dtype, per_tensor)
+        scale = find_float8_scale(weight, "mse", dtype)
         return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
     scale, _ = find_range(weight, scheme, "mse", None, dtype)
     return QuantizedWeight(round_to_grid(weight, scale, None, scheme), scale, None, scheme)
@@ -48,9 +49,7 @@ def simulate(module: nn.Module, scheme: Scheme, scale: Tensor) -> None:
     module.register_forward_pre_hook(hook)
 
 
-def save(
-    folder: Path, scheme: Scheme, dtype: torch.dtype, other: Scheme | None = None, per_tensor: bool = False
-) -> tuple[Tensor, Tensor]:
+def save(folder: Path, scheme: Scheme, dtype: torch.dtype, other: Scheme | None = None) -> tuple[Tensor, Tensor]:
     """Saves a tiny model in `scheme` (its last projections in `other`): the logits it should give, and had at first."""
     config = LlamaConfig(
         hidden_size=64,
@@ -78,19 +77,19 @@ def save(
     groups: dict[Scheme, list[str]] = {}
     for name, module in linear.items():
         mine = other if other is not None and name.endswith("down_proj") else scheme
-        q = rounded(module.weight.data, mine, dtype, per_tensor)
+        q = rounded(module.weight.data, mine, dtype)
         module.weight.data = q.dequantize(dtype)
         # 0.9: some inputs are beyond the end of a static grid.
-        scale = torch.tensor([static_scale(0.9 * seen[module], mine.grid)], dtype=dtype)
+        scale = static_scale(0.9 * seen[module], mine.grid).to(dtype)
         simulate(module, mine, scale)
-        if per_tensor:
-            q = QuantizedWeight(q.codes, q.scale[0], None, mine)
         del tensors[f"{name}.weight"]
-        tensors |= {f"{name}.{suffix}": value for suffix, value in eight_bit.pack(q, scale).items()}
+        tensors |= {
+            f"{name}.{suffix}": value for suffix, value in eight_bit.pack(replace(q, input_scale=scale)).items()
+        }
         groups.setdefault(mine, []).append(name)
     with torch.inference_mode():
         logits: Tensor = model(IDS).logits
-    config.quantization_config = eight_bit.config(groups, ["lm_head"], per_tensor)
+    config.quantization_config = compressed_tensors.config(groups, ["lm_head"])
     config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -113,33 +112,27 @@ def test_the_stock_loader_gives_our_logits(tmp_path: Path, scheme: Scheme, dtype
     check(tmp_path, *save(tmp_path, scheme, dtype))
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.grid == "float"], ids=str)
-def test_one_scale_for_the_whole_weight(tmp_path: Path, scheme: Scheme) -> None:
-    check(tmp_path, *save(tmp_path, scheme, torch.bfloat16, per_tensor=True))
-
-
 def test_two_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     check(tmp_path, *save(tmp_path, SCHEMES[0], torch.float32, SCHEMES[3]))
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_spec_pack_unpack(scheme: Scheme, per_tensor: bool) -> None:
+def test_spec_pack_unpack(scheme: Scheme) -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     q = rounded(weight, scheme, torch.bfloat16)
-    if per_tensor:
-        q = QuantizedWeight(q.codes, q.scale[:1, 0], None, scheme)
-    tensors = eight_bit.pack(q, torch.tensor(0.25))
+    tensors = eight_bit.pack(replace(q, input_scale=torch.tensor(0.25)))
     found = {suffix: (value.dtype, tuple(value.shape)) for suffix, value in tensors.items()}
-    assert found == eight_bit.spec(weight.shape, scheme, torch.bfloat16, per_tensor)
+    assert found == eight_bit.spec(weight.shape, scheme, torch.bfloat16)
     back = eight_bit.unpack(tensors, scheme)
     want = q.codes.double() * q.scale.double()
-    assert torch.equal(back.dequantize(torch.float32).double(), want) and back.scale.shape == (24, 1)
+    assert torch.equal(back.dequantize(torch.float32).double(), want)
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    assert float(back.input_scale) == 0.25 if static else back.input_scale is None
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
-    read = QuantizationConfig.model_validate(eight_bit.config({scheme: ["a"]}, ["head"]))
+    read = QuantizationConfig.model_validate(compressed_tensors.config({scheme: ["a"]}, ["head"]))
     group = read.config_groups["group_0"]
     assert group.format == read.format == f"{scheme.grid}-quantized" and read.ignore == ["head"]
     assert group.weights.strategy == "channel" and group.weights.type == scheme.grid and group.weights.num_bits == 8
@@ -152,17 +145,12 @@ def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
 
 
 def test_refusals() -> None:
-    assert all(eight_bit.refusal(scheme) is None for scheme in SCHEMES)
-    for scheme in (Scheme(8, None), Scheme(4, None, activations=Activations()), Scheme(8, 128, grid="float")):
-        assert eight_bit.refusal(scheme) is not None
-        with pytest.raises(LlmqError):
-            eight_bit.spec((8, 8), scheme, torch.bfloat16)
     with pytest.raises(LlmqError, match="nothing is quantized"):
-        eight_bit.config({SCHEMES[0]: []}, [])
+        compressed_tensors.config({SCHEMES[0]: []}, [])
     static = rounded(torch.randn(8, 16), SCHEMES[1], torch.float32)
     with pytest.raises(LlmqError, match="needs the scale of its input"):
         eight_bit.pack(static)
-    tensors = eight_bit.pack(static, torch.ones(1))
+    tensors = eight_bit.pack(replace(static, input_scale=torch.ones(1)))
     with pytest.raises(LlmqError, match="input_scale, not in the checkpoint"):
         eight_bit.unpack({k: v for k, v in tensors.items() if k != eight_bit.INPUT_SCALE}, SCHEMES[1])
     with pytest.raises(LlmqError, match="must be torch.float8_e4m3fn"):

@@ -85,6 +85,14 @@ def test_values_at_the_thresholds(dtype: torch.dtype) -> None:
         check((weight * size).to(dtype), False)
 
 
+def test_thresholds_in_a_partial_block() -> None:
+    """There a value is divided by the magnitude, elsewhere multiplied by its reciprocal: that can be another code."""
+    middle = (LEVELS[:-1] + LEVELS[1:]) / 2
+    near = torch.cat([torch.ones(1), middle, torch.nextafter(middle, middle + 1), torch.nextafter(middle, middle - 1)])
+    for size in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
+        check((near * size).view(1, -1), False)
+
+
 def test_the_lookup_of_the_magnitudes() -> None:
     """All the way around every step at which the 8-bit code changes: their table is not the nearest everywhere."""
     table = nf4._lookup(F.create_dynamic_map())
