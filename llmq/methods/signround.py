@@ -20,13 +20,15 @@ from llmq.numerics.quantized import QuantizedWeight
 # One batch in this many is held out, and chooses among the iterates; they are compared this many times.
 HELD_OUT = 8
 LOOKS = 12
+# A token's size counts as no less than this share of the mean.
+FLOOR = 0.01
 
 
 class SignRound(Method):
     """Learns which way each weight is rounded, and each scale, from what the whole block makes of its inputs.
 
-    iterations: steps of sign-gradient descent; minibatch: calibration windows in each; rate: how far the first step
-    moves a weight between two codes, in codes; scale_rate: by what share it moves a scale. Both fall to 0 linearly.
+    iterations: steps of sign-gradient descent; minibatch: calibration windows in each; reach: how far the steps, which
+    shrink to 0 linearly, can move a weight in all, in codes; scale_reach: the same for a scale, as a share of it.
     """
 
     exact = True
@@ -34,24 +36,25 @@ class SignRound(Method):
     def __init__(
         self,
         *,
-        iterations: int = 200,
-        minibatch: int = 4,
-        rate: float = 0.005,
-        scale_rate: float = 0.005,
+        iterations: int = 400,
+        minibatch: int = 2,
+        reach: float = 0.5,
+        scale_reach: float = 0.5,
         seed: int = 0,
     ) -> None:
         if iterations < 1 or minibatch < 1:
             raise LlmqError(f"iterations and minibatch must be 1 or more, not {iterations!r} and {minibatch!r}")
-        if not (0 <= rate < 1 and 0 <= scale_rate < 1):
-            raise LlmqError(f"rate and scale-rate must be 0 or more and below 1, not {rate!r} and {scale_rate!r}")
+        if not (0 <= reach <= 8 and 0 <= scale_reach < 1):
+            raise LlmqError(
+                f"reach must lie between 0 and 8 and scale-reach between 0 and 1, not {reach!r} and {scale_reach!r}"
+            )
         self.iterations, self.minibatch, self.seed = iterations, minibatch, seed
-        self.rate, self.scale_rate = rate, scale_rate
+        self.reach, self.scale_reach = reach, scale_reach
 
     def refine(self, block: Block) -> None:
         """See `Method.refine`. Weights on another grid than integers stay as they are.
 
-        The iterate kept is the one nearest to the target on batches that no step was taken on: it may be the start. The
-        first of those moves codes as well; what it leaves as it was has not been touched.
+        The iterate kept is the one nearest to the target on batches that no step was taken on; it may be the start.
         """
         works = [
             w for w in block.weights.values() if isinstance(w.quantized, QuantizedWeight) and w.scheme.grid == "int"
@@ -82,14 +85,16 @@ class _Descent:
         """Takes every step; leaves the best iterate in the block's works."""
         method, looks = self.method, max(1, self.method.iterations // LOOKS)
         with _straight_through(self.block), self._rounded():
-            least, best = self._held_out(), [learned.q for _, learned in self.learned]
+            least = self._held_out()
+            best = [learned.q for _, learned in self.learned]
             queue: list[int] = []
             for step in range(method.iterations):
-                left = 1 - step / method.iterations
+                # Linear decay: these sum to 1 over all steps.
+                share = 2 * (method.iterations - step) / (method.iterations * (method.iterations + 1))
                 while len(queue) < min(method.minibatch, len(self.train)):
                     queue += [self.train[i] for i in torch.randperm(len(self.train), generator=self.generator)]
                 taken, queue = queue[: method.minibatch], queue[method.minibatch :]
-                self._descend(taken, left)
+                self._descend(taken, share)
                 if (step + 1) % looks == 0 or step + 1 == method.iterations:
                     now = self._held_out()
                     if now < least:
@@ -115,23 +120,26 @@ class _Descent:
                 module.weight.requires_grad_(False)
                 module.weight.data, module.weight.grad = value, None
 
-    def _descend(self, batches: list[int], left: float) -> None:
+    def _descend(self, batches: list[int], share: float) -> None:
         for index in batches:
             loss = self._error(index)
             loss.backward()  # type: ignore[no-untyped-call]
         for work, learned in self.learned:
             gradient = work.module.weight.grad
             if gradient is not None:
-                learned.step(gradient, self.method.rate * left, self.method.scale_rate * left)
+                learned.step(gradient, self.method.reach * share, self.method.scale_reach * share)
                 work.module.weight.grad = None
                 learned.value(work.module.weight.data)
 
     def _error(self, index: int) -> Tensor:
-        """The mean squared distance of a batch's output to its target, as a share of the target's."""
+        """The squared distance of each token's output to its target, as a share of the target's square; their mean."""
         device = self.block.device
         target = self.block.target[index].to(device, torch.float32)
         output = self.block.calls[index].run(self.block.module, self.block.inputs[index].to(device))
-        return (output.to(torch.float32) - target).square().mean() / target.square().mean().clamp_min(1e-30)
+        size = target.square().mean(-1)
+        # What follows a block divides each token by its size. Tokens with next to none count less, not more.
+        size += FLOOR * size.mean() + torch.finfo(torch.float32).tiny
+        return ((output.to(torch.float32) - target).square().mean(-1) / size).mean()
 
     def _held_out(self) -> float:
         with torch.no_grad():
