@@ -22,6 +22,8 @@ HELD_OUT = 8
 LOOKS = 12
 # A token's size counts as no less than this share of the mean.
 FLOOR = 0.01
+# How much of the gradient that a step goes by is that of earlier windows.
+MOMENTUM = 0.8
 
 
 class SignRound(Method):
@@ -37,7 +39,7 @@ class SignRound(Method):
         self,
         *,
         iterations: int = 400,
-        minibatch: int = 2,
+        minibatch: int = 1,
         reach: float = 0.5,
         scale_reach: float = 0.5,
         seed: int = 0,
@@ -63,8 +65,8 @@ class SignRound(Method):
             _Descent(self, block, works).run()
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """A position, a rounded weight, its gradient and the best codes, and what a step needs in float32."""
-        return (4 + 4 + 4 + 1 + 12) * math.prod(shape)
+        """Positions and momentum in float32, the rounded weight, its gradient, the best codes; a step's temporaries."""
+        return (8 + 4 + 4 + 1 + 12) * math.prod(shape)
 
 
 class _Descent:
@@ -75,7 +77,7 @@ class _Descent:
         self.learned: list[tuple[Work, LearnedWeight]] = []
         for work in works:
             assert isinstance(work.quantized, QuantizedWeight)
-            self.learned.append((work, LearnedWeight(work.quantized, work.value)))
+            self.learned.append((work, LearnedWeight(work.quantized, work.value, MOMENTUM)))
         self.generator = torch.Generator().manual_seed(method.seed)
         order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
         count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0

@@ -18,39 +18,38 @@ from torch import Tensor
 
 from llmq.numerics.quantized import QuantizedWeight
 
-# How near to the next code a position may start: from a half on, the first step would undo what was chosen.
-EDGE = 0.499
+# How near to the next code a position may start.
+EDGE = 0.49
 
 
 def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
     """Where on the grid each weight stands, in steps: float32 [out, groups, size], so that rounding it gives `q.codes`.
 
-    Where the code is the nearest one, that is w / s + zero. Where it is another, w lies beyond the middle between two
-    codes, and the position is as far on this side of it: the surer the choice was, the farther inside it begins.
+    That is w / s + zero where this rounds to the code, else what is nearest to it and does.
     """
     scale = q.scale.to(torch.float32).unsqueeze(-1)
     codes = q.codes.to(torch.float32).view(*scale.shape[:2], -1)
     away = weight.to(torch.float32).view_as(codes) / scale - codes
     if q.zero is not None:
         away += q.zero.to(torch.float32).unsqueeze(-1)
-    beyond = away.abs() > 0.5
-    inside = (1 - away.abs()).clamp_min_(0).copysign_(away)
-    return torch.where(beyond, inside, away).clamp_(-EDGE, EDGE).add_(codes)
+    return away.clamp_(-EDGE, EDGE).add_(codes)
 
 
 class LearnedWeight:
     """A quantized weight whose codes and scales follow gradients.
 
-    q: what to start from; weight: any float [out, in], what it stands for. Holds float32 positions of the weight's
-    size, and two float32 numbers per group.
+    q: what to start from; weight: any float [out, in], what it stands for; momentum: how much of the gradient a step
+    goes by is that of the steps before, 0 for none of it. Holds two float32 matrices of the weight's size, and three
+    float32 numbers per group.
     """
 
-    def __init__(self, q: QuantizedWeight, weight: Tensor) -> None:
-        self.q = q
+    def __init__(self, q: QuantizedWeight, weight: Tensor, momentum: float = 0.0) -> None:
+        self.q, self.momentum = q, momentum
         self.position = positions(weight, q)
         self.base = q.scale.to(torch.float32).unsqueeze(-1)
         self.factor = torch.ones_like(self.base)
         self.zero = None if q.zero is None else q.zero.to(torch.float32).unsqueeze(-1)
+        self.slope, self.pull = torch.zeros_like(self.position), torch.zeros_like(self.base)
 
     def codes(self) -> Tensor:
         """The codes as they are now, as float32 [out, groups, size]."""
@@ -75,16 +74,17 @@ class LearnedWeight:
         Positions stay less than one code beyond the ends of the grid, so they can come back.
         """
         slope = gradient.to(torch.float32).view_as(self.position)
-        if scale_rate:
-            levels = self.codes()
-            if self.zero is not None:
-                levels -= self.zero
-            pull = levels.mul_(slope).sum(-1, keepdim=True).mul_(self.base)
-            self.factor.sub_(pull.sign_(), alpha=scale_rate).clamp_(0.1, 10)
-        if rate:
-            signs = torch.sign(slope).mul_(self.base.sign())
-            scheme = self.q.scheme
-            self.position.sub_(signs, alpha=rate).clamp_(scheme.qmin - EDGE, scheme.qmax + EDGE)
+        levels = self.codes()
+        if self.zero is not None:
+            levels -= self.zero
+        pull = levels.mul_(slope).sum(-1, keepdim=True).mul_(self.base)
+        self.pull.lerp_(pull, 1 - self.momentum)
+        # A step along z moves ŵ by s, whose sign counts; its size would not change which way to go.
+        self.slope.lerp_(slope, 1 - self.momentum)
+        self.factor.sub_(self.pull.sign(), alpha=scale_rate).clamp_(0.1, 10)
+        scheme = self.q.scheme
+        signs = torch.sign(self.slope).mul_(self.base.sign())
+        self.position.sub_(signs, alpha=rate).clamp_(scheme.qmin - EDGE, scheme.qmax + EDGE)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it is now."""
