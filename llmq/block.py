@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmq.capture import collect
 from llmq.numerics.activations import round_per_token, round_static
-from llmq.numerics.histogram import Histogram, find_activation_scale
+from llmq.numerics.histogram import Magnitudes, find_activation_scale
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import Quantized, QuantizedWeight
 from llmq.pair import LINEAR, NORM, Pair
@@ -88,6 +88,7 @@ class Block:
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
         self.log: list[dict[str, Any]] = []
+        self._error: float | None = None
 
     def output(self, index: int) -> Tensor:
         """What the block, as it is now, makes of batch `index`, on the block's device."""
@@ -137,20 +138,21 @@ class Block:
             work.rounded = nearest.dequantize(work.module.weight.dtype)
         return work.rounded
 
-    def error(self, batches: Sequence[int] | None = None) -> float:
-        """‖output − target‖ / ‖target‖ over the batches (all by default), everything rounded."""
-        chosen = range(len(self.inputs)) if batches is None else batches
-        self.calibrate_inputs()
-        with self.rounding():
-            return relative_error((self.output(i) for i in chosen), (self.target[i] for i in chosen))
+    def error(self) -> float:
+        """‖output − target‖ / ‖target‖ over all batches, everything rounded; known until something changes."""
+        if self._error is None:
+            self.calibrate_inputs()
+            with self.rounding():
+                self._error = relative_error(map(self.output, range(len(self.inputs))), self.target)
+        return self._error
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
-        missing: dict[int, tuple[Histogram, nn.Module, list[tuple[Work, str]]]] = {}
+        missing: dict[int, tuple[Magnitudes, nn.Module, list[tuple[Work, str]]]] = {}
         for work in self.weights.values():
             kind = work.scheme.activations
             if kind is not None and not kind.dynamic and work.input_scale is None:
-                missing.setdefault(work.shares, (Histogram(work.value.shape[1], self.device), work.module, []))[
+                missing.setdefault(work.shares, (Magnitudes(work.value.shape[1], self.device), work.module, []))[
                     2
                 ].append((work, kind.range))
         if not missing:
@@ -159,14 +161,14 @@ class Block:
             self.outputs()
         for histogram, _, fed in missing.values():
             for work, method in fed:
-                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid)
+                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid).to(self.device)
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
         parameters = dict(self.module.named_parameters())
         works = {name: (w.value, w.quantized, w.rounded, w.input_scale) for name, w in self.weights.items()}
-        changed, trial = set(self.changed), Trial()
+        changed, error, trial = set(self.changed), self._error, Trial()
         try:
             yield trial
         finally:
@@ -176,7 +178,7 @@ class Block:
                 for name, (value, quantized, rounded, scale) in works.items():
                     work = self.weights[name]
                     work.value, work.quantized, work.rounded, work.input_scale = value, quantized, rounded, scale
-                self.changed = changed
+                self.changed, self._error = changed, error
 
     def set(self, parameter: str, value: Tensor) -> None:
         """Give a parameter of the block another value [same shape]: float32 for a weight that is to be quantized."""
@@ -187,6 +189,13 @@ class Block:
             work.value, work.rounded, work.quantized = value, None, None
         else:
             self.changed.add(parameter)
+        self._error = None
+
+    def set_quantized(self, parameter: str, quantized: Quantized) -> None:
+        """Give a weight its result."""
+        work = self.weights[parameter]
+        work.quantized = with_input_scale(quantized, work.input_scale)
+        self._error = None
 
     def get(self, parameter: str) -> Tensor:
         """A parameter in float32, as exactly as it is known."""

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq import cli_adapters
 from llmq.errors import LlmqError
 from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.recipe import Recipe
@@ -193,6 +194,9 @@ def generate(
 
         folder = resolve(model, trust_remote_code=trust_remote_code)
         run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)
+
+
+cli_adapters.add(app, with_recipe, explained)
 
 
 def main() -> None:

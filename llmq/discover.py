@@ -7,7 +7,7 @@ docs/design.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,7 @@ def make_of(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
 
 
 def _leaves_something(call: Call) -> bool:
-    return any(isinstance(value, (dict, list)) for value in (*call.args, *call.kwargs.values()))
+    return any(isinstance(value, (MutableMapping, list)) for value in (*call.args, *call.kwargs.values()))
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:

@@ -2,13 +2,15 @@
 
 A source (a norm's weight, a matrix's output rows) gets a factor of its own for every channel; the inputs of later
 products tell by which factor each of their columns was multiplied (llmq/probe.py), so which channel feeds it. The pair
-is kept only if a random factor at the source and its inverse at every consumer leave the block's output unchanged.
+is kept only if random factors at the source, moderate and large ones, and their inverse at every consumer leave the
+block's output unchanged.
 Matrices that hold several projections: the values of causal attention are what its first token's output consists of,
 so their rows are found there; gated products are found by scaling one part of the rows at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -18,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.discover import PROBE_TOKENS, make_of
+from llmq.discover import make_of, recorded
 from llmq.errors import LlmqError, first_line
 from llmq.pair import LINEAR, NORM, Edit, Found, Pair, Rejection, Sink
 from llmq.pair import explain as explain
-from llmq.parameters import randomize, zeros
+from llmq.parameters import randomize
 from llmq.probe import SAME, Bench, Run, Unsteady, followed, leave, unchanged
-from llmq.record import Call, record
+from llmq.record import Call
 
 PARTS = 4  # a fused projection is cut into at most this many parts
+LARGE = 10  # powers of two by which a source is made larger in its last proof
+ELSEWHERE = "scaling it changes what the block chooses (experts)"
 
 
 class _Refused(Exception):
@@ -38,8 +42,8 @@ def find_pairs(block: nn.Module, call: Call, hidden: Tensor, shared: Iterable[st
 
     call: how the block is called; hidden: hidden states of the shape that goes with it, [batch, tokens, width], whose
     values do not matter: random ones are used. shared: parameters that other blocks have as well, left alone.
-    Cost: two runs per source that makes a pair, one to four for others; a fused projection takes up to seven; a run is
-    of 32 tokens or more. Memory: beside the block, a copy of one pair's parameters.
+    Cost: three or four runs per source that makes a pair, one to four for others, some ten for a fused projection; a
+    run is of 32 tokens, or four times `hidden`'s. Memory: beside the block, a copy of one pair's parameters.
     """
     with torch.inference_mode():
         try:
@@ -88,7 +92,7 @@ class _Search:
             yield from sizes.values()
 
     def _try(self, found: Found, source: str, pair: Callable[[], Pair]) -> None:
-        self.partly = ""
+        self.partly, self.elsewhere = "", False
         try:
             if source in self.shared:
                 raise _Refused("it is shared with another block")
@@ -116,10 +120,11 @@ class _Search:
         else:
             assert first is not None
             raise _Refused(self._why(first, factors))
-        bias = next((n for n in chosen if n != shifted and len(chosen) > 1 and self._adds(n, sinks)), None)
-        weights = [n for n in chosen if n != bias]
-        if len(weights) != 1 or (shifted and shifted != weights[0]):
+        weights = [shifted] if shifted else [n for n in chosen if len(chosen) == 1 or self._carries(n, sinks)]
+        others = [n for n in chosen if n not in weights]
+        if len(weights) != 1 or len(others) > 1:
             raise _Refused("its vectors are not one weight and one bias")
+        bias = others[0] if others else None
         pair = Pair(NORM, weights[0], bias, 0, float(bool(shifted)), None, size, sinks, size)
         return self._proven(self._trimmed(pair), run)
 
@@ -151,13 +156,17 @@ class _Search:
 
     def _run(self, edits: dict[str, Edit]) -> Run:
         run = self.bench.run({name: edit.of(self.block.get_parameter(name)) for name, edit in edits.items()})
-        if run.path() != self.bench.base.path():
-            raise _Refused("scaling it changes which products the block makes")
-        return run
+        base, own = self.bench.base.path(), run.path()
+        if own == base:
+            return run
+        # Another choice of experts: only what comes before it can be compared.
+        self.elsewhere = True
+        same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(own, base, strict=False)))
+        return replace(run, uses=run.uses[:same])
 
     def _moved(self, run: Run) -> list[int]:
         """Products whose input is another than before."""
-        pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=True))
+        pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=False))
         return [i for i, (new, old) in pairs if (new.input - old.input).norm() > SAME * old.input.norm()]
 
     def _moves(self, run: Run) -> bool:
@@ -176,7 +185,7 @@ class _Search:
         """The matrices all of whose input columns follow a factor; on each sequence's first token only, if asked to."""
         channels: dict[str, list[Tensor]] = {}
         uses: dict[str, list[Any]] = {}
-        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
+        for new, old in zip(run.uses, self.bench.base.uses, strict=False):
             rows = slice(None, None, self.bench.tokens if first else None)
             channels.setdefault(new.parameter, []).append(followed(old.input[rows], new.input[rows], factors))
             uses.setdefault(new.parameter, []).append(old)
@@ -208,17 +217,15 @@ class _Search:
         beside = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == prefix and shape == (size,)]
         return beside[0] if len(beside) == 1 else None
 
-    def _adds(self, name: str, sinks: tuple[Sink, ...]) -> bool:
-        """Whether what is added to a vector is added to the sinks' inputs."""
-        value = self.block.get_parameter(name)
-        extra = self.bench.random(value.numel())
-        run = self.bench.run({name: value + extra})
-        by_name = {sink.parameter: sink for sink in sinks}
-        for new, old in zip(run.uses, self.bench.base.uses, strict=True):
-            if new.parameter in by_name:
-                due = extra[by_name[new.parameter].channel].expand_as(old.input)
-                if (new.input - old.input - due).norm() > SAME * due.norm():
-                    return False
+    def _carries(self, name: str, sinks: tuple[Sink, ...]) -> bool:
+        """Whether nothing of the hidden states reaches the sinks when a vector is zero: it is a weight, no bias."""
+        run = self.bench.run({name: torch.zeros_like(self.block.get_parameter(name))})
+        for use in (use for use in run.uses if use.parameter in {sink.parameter for sink in sinks}):
+            if use.input.shape[0] % self.bench.tokens:
+                return False
+            sequences = use.input.reshape(-1, self.bench.tokens, use.input.shape[-1])
+            if (sequences - sequences[:1]).norm() > SAME * (1e-3 + sequences.norm()):
+                return False
         return True
 
     def _trimmed(self, pair: Pair) -> Pair:
@@ -240,7 +247,11 @@ class _Search:
         edits = pair.edits(self.bench.random(pair.channels))
         error = self._run(edits).apart(self.bench.base)
         if not error <= min(SAME, effect / 100):
-            raise _Refused("its output also goes somewhere that is no matrix product")
+            raise _Refused(ELSEWHERE if self.elsewhere else "its output also goes somewhere that is no matrix product")
+        # A bound on the way is met only by values larger than random weights give.
+        large = self.bench.random(pair.channels).sub(1.5).mul(LARGE).exp2()
+        if not self._run(pair.edits(large)).apart(self.bench.base) <= SAME:
+            raise _Refused("large values of it are cut off on the way")
         if pair.bias is None or any(sink.bias is None for sink in pair.sinks):
             return pair
         able = replace(pair, shiftable=True)
@@ -251,14 +262,17 @@ class _Search:
 
     def _why(self, run: Run, factors: Tensor, matrix: str | None = None) -> str:
         """Why nothing follows a source; `run` has all of it scaled by `factors`."""
-        if self.partly:
-            return self.partly
+        partly = self.partly
         if run.apart(self.bench.base) < SAME:
             return "scaling it changes nothing"
+        if self.elsewhere:
+            return ELSEWHERE
         if not self._moves(run):
             return "no matrix product of the block comes after it"
         if self._sinks(run, factors.square()):
             return "what it feeds follows the square of a factor on it"
+        if partly:
+            return partly
         if matrix is not None:
             whole = self.block.get_parameter(matrix) * 1.5
             bias = self._beside(matrix, self.shapes[matrix][1 - self.axes[matrix]])
@@ -293,7 +307,7 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
                     try:
                         known[make] = find_pairs(block, call, hidden, shared)
                         leave(block, call, hidden)
-                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                         words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
                         raise LlmqError(words) from error
             result[f"{path}.{i}"] = known[make]
@@ -303,10 +317,7 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
 def find_in(model: nn.Module, path: str) -> dict[str, Found]:
     """The pairs of every block of a model on the meta device (discover.build), its blocks in the list at `path`."""
     blocks = list(model.get_submodule(path).children())
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    with zeros(model, [n for n, p in model.named_parameters() if id(p) not in inside]):
-        with zeros(blocks[0]):
-            recording = record(model, blocks, [torch.zeros(1, PROBE_TOKENS, dtype=torch.long)])
+    with recorded(model, blocks) as recording:
         return find_all(model, path, recording.calls[0], recording.hidden[0])
 
 

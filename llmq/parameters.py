@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -24,8 +25,8 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
 def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Give every parameter random float32 values on the CPU, floating buffers float32; afterwards what they were.
 
-    Matrices keep the size of what passes through them (uniform, variance 1 / width); vectors beside a matrix, its
-    biases, are small; other vectors and single numbers, as norms have, lie in [0.5, 1.5].
+    Matrices keep the size of what passes through them (uniform, variance 1 / width). A vector beside a matrix or
+    another vector of its size, as biases are, is small; others and single numbers, as norms have, lie in [0.5, 1.5].
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -33,7 +34,11 @@ def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
         if not parameter.is_floating_point():
             return torch.zeros(parameter.shape, dtype=parameter.dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
-        beside = any(p.dim() >= 2 for p in owner.parameters(recurse=False))
+        before = itertools.takewhile(
+            lambda item: item[0] != name.rpartition(".")[2], owner.named_parameters(recurse=False)
+        )
+        beside = any(p.shape == parameter.shape for _, p in before)
+        beside = beside or any(p.dim() >= 2 for p in owner.parameters(recurse=False))
         low, high = 0.5, 1.5
         if parameter.dim() >= 2:
             high = (3 / parameter.shape[-1]) ** 0.5 if parameter.numel() else 1.0

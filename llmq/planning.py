@@ -19,7 +19,7 @@ from llmq.items import Item, find_items
 from llmq.methods import Pipeline
 from llmq.naming import Links, link
 from llmq.pair import Found
-from llmq.pairs import find_all
+from llmq.pairs import find_in
 from llmq.recipe import Recipe, Scheme
 from llmq.source import Source
 
@@ -106,7 +106,7 @@ def make_plan(
         )
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline)
     if pipeline.transforms:
-        plan.pairs = find_pairs(model, structure)
+        plan.pairs = find_in(model, structure.path)
         _check_pairs(plan)
     plan.warnings = [*found.notes, *checks.warnings(items)]
     plan.budget = _budget(plan, device)
@@ -114,17 +114,11 @@ def make_plan(
     return plan
 
 
-def find_pairs(model: nn.Module, structure: Structure) -> dict[str, Found]:
-    """Where scales can move in each block, by the block's name. The model is on the meta device."""
-    with discover.recorded(model, list(model.get_submodule(structure.path).children())) as recording:
-        return find_all(model, structure.path, recording.calls[0], recording.hidden[0])
-
-
 def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     """Where scales can move in the blocks of the model in a folder. Raises LlmqError."""
     source = Source(folder, trust_remote_code, quantized_ok=True)
     model = discover.build(folder, _model_dtype(source), trust_remote_code)
-    return find_pairs(model, discover.find(model))
+    return find_in(model, discover.find(model).path)
 
 
 def _check_pairs(plan: Plan) -> None:

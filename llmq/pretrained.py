@@ -39,10 +39,14 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: bool = False,
+    quantization: Any = None,
+    probe: bool = True,
 ) -> Any:
     """The model in evaluation mode on `device`, ready to run: what a format unpacks at the first forward is unpacked.
 
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: say on stderr what is going on.
+    quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
+    without it, what only shows when the model runs is not found, and nothing is unpacked (or repacked) for inference.
 
     Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or misshapen.
@@ -62,10 +66,12 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 local_files_only=True,
+                **({} if quantization is None else {"quantization_config": quantization}),
             )
             loaded[0].eval()
-            with torch.inference_mode():
-                loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            if probe:
+                with torch.inference_mode():
+                    loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded

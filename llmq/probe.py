@@ -7,7 +7,7 @@ same factor for every token, and by a factor that only one channel was given, is
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ from llmq.capture import watch_matmuls
 from llmq.parameters import swapped
 from llmq.record import Call
 
-SAMPLES = 32  # hidden states of single tokens: enough that no channel behind a ReLU is zero for all of them
+SAMPLES = 32  # hidden states of single tokens: enough that few channels behind a ReLU are zero for all of them
+MOST = 512  # as many where some are: a few activations keep one channel in twenty
 SEQUENCES = 4  # at the least: a fused projection is read off the first token of each
 SAME = 1e-4  # relative: above float32's noise through a block, far below what a wrong factor does
 
@@ -61,8 +62,8 @@ def apart(value: Tensor, base: Tensor) -> float:
     """‖value − base‖ / ‖base‖, infinite where the shapes differ or a value is not finite."""
     if value.shape != base.shape:
         return float("inf")
-    difference = float((value.double() - base.double()).norm())
-    norm = float(base.double().norm())
+    difference = float((value.detach().double() - base.detach().double()).norm())
+    norm = float(base.detach().double().norm())
     if not difference < float("inf"):
         return float("inf")
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
@@ -79,29 +80,48 @@ class Bench:
         self.block, self.generator = block, torch.Generator().manual_seed(seed)
         self.call = replace(call, args=self._ready(call.args), kwargs=self._ready(call.kwargs), element=None)
         self.tokens = hidden.shape[-2]
+        self.hidden: list[Tensor]
+        self.base: Run
         count = max(SEQUENCES, -(-SAMPLES * hidden.shape[-1] // hidden.numel()))
-        self.hidden = [self._noise(hidden.shape) for _ in range(count)]
-        base = self.run()
-        self.base = self._batched(base) or base
+        self._sample(hidden.shape, count)
+        first = self.hidden, self.base
+        while self._dead():
+            count *= 2
+            if count * hidden.numel() > MOST * hidden.shape[-1]:
+                self.hidden, self.base = first
+                break
+            self._sample(hidden.shape, count)
         again = self.run()
         if again.path() != self.base.path() or again.apart(self.base) > SAME:
             raise Unsteady("two runs of the block on the same input differ")
 
+    def _sample(self, shape: torch.Size, count: int) -> None:
+        self.hidden = [self._noise(shape) for _ in range(count)]
+        if len(shape) >= 3 and shape[-3] == 1:
+            self._batch()
+        self.base = self.run()
+
+    def _dead(self) -> bool:
+        """Whether a column of some product's input is next to never there, and others are."""
+        alive = [_alive(use.input) for use in self.base.uses if use.input.shape[0] >= self.tokens]
+        return any(bool(some.any()) and not bool(some.all()) for some in alive)
+
     def run(self, values: Mapping[str, Tensor] | None = None) -> Run:
         """The block with other values for some parameters, on every hidden state. Raises Unsteady."""
-        runs = []
         with swapped(self.block, values or {}):
-            for hidden in self.hidden:
-                call = replace(self.call, args=_fresh(self.call.args), kwargs=_fresh(self.call.kwargs))
-                with watch_matmuls(self.block) as seen:
-                    result = call.run(self.block, hidden.clone())
-                uses = [
-                    Use(m.parameter, m.input.reshape(-1, m.input.shape[-1]), m.whole, m.chosen, m.axis)
-                    for m in seen
-                    if m.input is not None
-                ]
-                runs.append(Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs))))))
+            runs = [self._one(hidden) for hidden in self.hidden]
         return runs[0] if len(runs) == 1 else _joined(runs)
+
+    def _one(self, hidden: Tensor) -> Run:
+        call = replace(self.call, args=_fresh(self.call.args), kwargs=_fresh(self.call.kwargs))
+        with watch_matmuls(self.block) as seen:
+            result = call.run(self.block, hidden.clone())
+        uses = [
+            Use(m.parameter, m.input.reshape(-1, m.input.shape[-1]), m.whole, m.chosen, m.axis)
+            for m in seen
+            if m.input is not None
+        ]
+        return Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs)))))
 
     def random(self, count: int) -> Tensor:
         """Uniform factors in [0.5, 1.5], float32 [count]."""
@@ -126,22 +146,17 @@ class Bench:
 
         return _mapped(value, ready)
 
-    def _batched(self, base: Run) -> Run | None:
+    def _batch(self) -> None:
         # One run of several sequences reads the weights once; not every call takes another batch than it was made for.
-        if self.hidden[0].dim() != 3 or self.hidden[0].shape[0] != 1:
-            return None
-        single, self.hidden = self.hidden, [torch.cat(self.hidden)]
+        together = torch.cat(self.hidden, -3)
         try:
-            together = self.run()
+            output = self._one(together).output[0]
+            parts = output.chunk(len(self.hidden), -3)
         except Exception:  # any line of a model's code can fail on a batch that its arguments were not made for
-            together = None
-        if together is None or together.path() != base.path() or together.output[0].shape != base.output[0].shape:
-            self.hidden = single
-            return None
-        if any(apart(a.input, b.input) > SAME for a, b in zip(together.uses, base.uses, strict=True)):
-            self.hidden = single
-            return None
-        return together
+            return
+        singles = [self._one(hidden).output[0] for hidden in self.hidden]
+        if all(apart(part, single) <= SAME for part, single in zip(parts, singles, strict=True)):
+            self.hidden = [together]
 
 
 def _joined(runs: list[Run]) -> Run:
@@ -164,7 +179,7 @@ def unchanged(calls: list[Call]) -> Iterator[None]:
     finally:
         for key, container in held.items():
             container.clear()
-            (container.update if isinstance(container, dict) else container.extend)(before[key])
+            (container.update if isinstance(container, MutableMapping) else container.extend)(before[key])
 
 
 def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
@@ -174,7 +189,7 @@ def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
 
     def ready(value: Any) -> Any:
-        return value if isinstance(value, (dict, list)) else _mapped(value, _float)
+        return value if isinstance(value, (MutableMapping, list)) else _mapped(value, _float)
 
     args, kwargs = tuple(map(ready, call.args)), {key: ready(value) for key, value in call.kwargs.items()}
     with torch.inference_mode():
@@ -189,7 +204,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with its tensors changed; every dict and list in it is a new one."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         made = copy.copy(value)
         for key, part in value.items():
             made[key] = _mapped(part, change)
@@ -206,16 +221,21 @@ def _fresh(value: Any) -> Any:
 
 def _containers(arguments: Any) -> list[Any]:
     values = arguments.values() if isinstance(arguments, dict) else arguments
-    return [value for value in values if isinstance(value, (dict, list))]
+    return [value for value in values if isinstance(value, (MutableMapping, list))]
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from _floats(part)
+
+
+def _alive(x: Tensor) -> Tensor:
+    """Columns that more than one sample gets through, behind a ReLU: with one alone they would follow anything."""
+    return (x.abs() > 1e-3 * x.abs().amax(0)).sum(0) > 1
 
 
 def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
@@ -227,7 +247,7 @@ def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
     squares = old.square().sum(0)
     ratio = (old * now).sum(0) / squares.clamp_min(1e-300)
     rest = (now - ratio * old).square().sum(0)
-    steady = (squares > 1e-20) & (rest <= SAME**2 * squares)
+    steady = _alive(old) & (squares > 1e-20) & (rest <= SAME**2 * squares)
     ordered, order = factors.double().sort()
     after = torch.searchsorted(ordered, ratio).clamp(0, len(ordered) - 1)
     before = (after - 1).clamp_min(0)

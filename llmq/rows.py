@@ -49,7 +49,7 @@ class RowReader:
             return ""
         if isinstance(value, str):
             return value if value.strip() else ""
-        messages = _messages(value)
+        messages = chat_messages(value)
         if messages is None:
             raise LlmqError(f"{row.where}: column {self.column!r} holds neither a text nor a list of chat messages")
         return self._chat(row, messages) if messages else ""
@@ -69,7 +69,7 @@ class RowReader:
         if isinstance(fields.get("text"), str):
             return "text"
         for name in CHAT:
-            if _messages(fields.get(name)) is not None:
+            if chat_messages(fields.get(name)) is not None:
                 return name
         strings = [name for name, value in fields.items() if isinstance(value, str)]
         if len(strings) == 1:
@@ -97,8 +97,8 @@ class RowReader:
         return text
 
 
-def _messages(value: Any) -> list[dict[str, Any]] | None:
-    """Chat messages as {role, content}; None if it is something else."""
+def chat_messages(value: Any) -> list[dict[str, Any]] | None:
+    """Chat messages as {role, content}, whichever of the two common spellings; None if it is something else."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         return None
     messages = []
@@ -114,7 +114,7 @@ def _names(fields: Mapping[str, Any]) -> str:
     return ", ".join(map(str, fields)) or "none"
 
 
-def jsonl_rows(file: Path) -> Iterator[Row]:
+def jsonl_rows(file: Path, what: str = "calibration text") -> Iterator[Row]:
     """A JSON object, or a JSON string (a row of nothing but text), on each line. Raises LlmqError with file:line."""
     try:
         with file.open("rb") as lines:
@@ -134,7 +134,7 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
                     raise LlmqError(f'{where} is not a JSON object: one object, such as {{"text": …}}, on each line')
                 yield Row(where, value)
     except OSError as error:
-        raise LlmqError(f"calibration text {file} cannot be read: {error.strerror}") from error
+        raise LlmqError(f"{what} {file} cannot be read: {error.strerror}") from error
 
 
 def parquet_rows(file: Path) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from llmq.checked import check_choice, check_keys, check_types, made
 from llmq.errors import LlmqError
 
 GRIDS = ("int", "float", "nf4")
-RANGES = ("minmax", "mse", "weighted")
+RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
 NF4_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.block import Block, Work, relative_error, with_input_scale
+from llmq.block import Block, Work, relative_error
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
@@ -86,7 +86,7 @@ def round_weights(block: Block, quantizer: Method) -> None:
             found = quantizer.quantize(work.value.detach(), work.scheme, work.statistics, block.scale_dtype)
         except LlmqError as problem:
             raise LlmqError(f"{work.name}.weight: {problem}") from problem
-        work.quantized = with_input_scale(found, work.input_scale)
+        block.set_quantized(work.parameter, found)
         work.seconds = time.perf_counter() - began
         if last[work.shares] is work:
             work.statistics.clear()

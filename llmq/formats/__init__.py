@@ -42,7 +42,7 @@ def refusal(schemes: Collection[Scheme]) -> str | None:
     nf4 = {s for s in schemes if s.grid == "nf4"}
     if nf4 and len(schemes) > 1:
         listed = ", ".join(sorted(map(str, schemes)))
-        return f"one folder holds nf4 weights of one kind, or other grids, not both ({listed}): --keep some weights instead"
+        return f"one folder holds nf4 weights of one kind, or other grids, not both ({listed}): --keep some weights"
     return None
 
 
@@ -80,8 +80,8 @@ def loaders(schemes: Collection[Scheme]) -> list[str]:
         )
     else:
         said.append(
-            "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another scheme: give "
-            "all weights one scheme, or leave zero points out (--symmetric)"
+            "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another scheme: "
+            "give all weights one scheme, or leave zero points out (--symmetric)"
         )
     odd = sorted({s.bits for s in schemes if s.bits not in (4, 8)})
     if odd:

@@ -32,7 +32,7 @@ class AWQ(Method):
     transform_needs = (Inputs,)
     needs = (Hessian,)
 
-    def __init__(self, *, alphas: int = 20) -> None:
+    def __init__(self, *, alphas: int = 10) -> None:
         if alphas < 1:
             raise LlmqError(f"alphas must be 1 or more, not {alphas!r}")
         self.alphas = alphas

@@ -14,7 +14,7 @@ from llmq.errors import LlmqError
 from llmq.methods.base import Method
 from llmq.statistics import Inputs
 
-STEPS = 20
+STEPS = 10
 
 
 class SmoothQuant(Method):

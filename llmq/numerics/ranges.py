@@ -1,12 +1,13 @@
 """Which scale and zero point a group of weights gets, and which code each weight gets then.
 
-Three ways. `minmax` covers every weight: the extremes decide, one outlier stretches the grid for its whole group.
+Searched or told. `minmax` covers every weight: the extremes decide, one outlier stretches the grid for its whole group.
 `mse` lets the extremes clip where that lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², where the
 importance of a column is how much its input matters. Both search: scales from above min-max down to a fraction of it,
 log-spaced; each candidate's codes are followed by the scale that fits those codes best (linear least squares, a closed
 form); then the winner is refined: finer steps, neighbouring zero points, and rounds of refit → round the scale to its
 stored dtype → choose the codes anew, keeping only what lowers the error. What min-max gives is the first thing tried
-and is replaced only by something better, so a search is never worse.
+and is replaced only by something better, so a search is never worse. `percentile`, `kl` and `aciq` tell where to clip
+from how the weights are distributed, without a search: see `estimators`.
 
 A symmetric grid of an even number of levels has one more on the negative side. A negative scale puts it on the positive
 side; that is an ordinary value for every reader, and worth a third of a bit at 2 bits (auto-round does the same:
@@ -19,12 +20,15 @@ processor's cache.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.numerics.estimators import CLIPPED, Histogram, clip_bounds
 from llmq.recipe import RANGES, Scheme
 
 CHUNK = 1 << 17
@@ -83,8 +87,8 @@ def find_range(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and zero point of every group.
 
-    weight: any float [out, in], the group size dividing in; method: 'minmax', 'mse' or 'weighted'; importance: float
-    [in], not negative, used by 'weighted' only, where it is required; scale_dtype: what the scale is stored in.
+    weight: any float [out, in], the group size dividing in; method: one of RANGES; importance: float [in], not
+    negative, used by 'weighted' only, where it is required; scale_dtype: what the scale is stored in.
     Returns the scale [out, groups] in scale_dtype, finite and never 0 (1 where a whole group is 0; it may be negative
     when the scheme is symmetric), and the zero point int8 [out, groups], or None when the scheme is symmetric.
     Raises LlmqError when the group size does not divide in, the method is unknown, or the weight is not finite.
@@ -99,16 +103,12 @@ def find_range(
     root = None
     if method == "weighted" and importance is not None:
         root = _root(importance.to(torch.float32).view(1, groups, -1))
+    limit = _entropy_limit(weight, groups, scheme.bits) if method == "kl" else math.inf
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
-    step = max(1, CHUNK // width)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        top = part.abs().amax(-1, keepdim=True)
-        if not bool(torch.isfinite(top).all()):
-            raise LlmqError("the weight holds values that are not finite")
-        unit = torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
-        best = _search(_Groups(part / unit, root, unit, scheme, scale_dtype), method)
+    for start, part, top, unit in parts(weight, groups):
+        step = len(part)
+        best = _search(_Groups(part / unit, root, unit, scheme, scale_dtype), method, limit)
         found = torch.where(top > 0, best.scale * unit, 1.0)
         scale[start : start + step] = found.squeeze(-1).to(scale_dtype)
         if zero is not None:
@@ -149,10 +149,34 @@ def _root(importance: Tensor) -> Tensor:
     return torch.where(mean > 0, importance / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0).sqrt_()
 
 
-def _search(groups: _Groups, method: str) -> _Best:
-    """Min-max, and what searching around it improves."""
+def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Some rows at a time: the first row's number, the groups [rows, groups, size] in float32, the largest magnitude
+    and the power of two that brings it to 1 or below, each [rows, groups, 1]. Raises LlmqError at values not finite.
+    """
+    rows, width = weight.shape
+    step = max(1, CHUNK // width)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
+        top = part.abs().amax(-1, keepdim=True)
+        if not bool(torch.isfinite(top).all()):
+            raise LlmqError("the weight holds values that are not finite")
+        yield start, part, top, torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+
+
+def _entropy_limit(weight: Tensor, groups: int, bits: int) -> float:
+    """Where 'kl' clips, in root mean squares of a group: one figure for the whole weight."""
+    histogram = Histogram(weight.device)
+    for _, part, _, unit in parts(weight, groups):
+        histogram.update(part / unit)
+    return histogram.limit(bits)
+
+
+def _search(groups: _Groups, method: str, limit: float) -> _Best:
+    """Min-max or where the method clips, and what searching around it improves."""
     scheme, weight = groups.scheme, groups.weight
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    if method in CLIPPED:
+        low, high = clip_bounds(weight, method, scheme.bits, scheme.symmetric, limit)
     if scheme.symmetric:
         scale = groups.stored(torch.maximum(high, -low) * (2 / (2**scheme.bits - 1)))
         zero = torch.zeros_like(scale)
@@ -160,7 +184,7 @@ def _search(groups: _Groups, method: str) -> _Best:
         bottom = low.clamp(max=0)
         scale = groups.stored((high.clamp(min=0) - bottom) / (2**scheme.bits - 1))
         zero = (scheme.qmin - bottom / scale).round_().clamp_(scheme.qmin, scheme.qmax)
-    if method == "minmax":
+    if method not in ("mse", "weighted"):
         return _Best(scale, scale, zero)
     buffer, other, third = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(weight)
     best = _Best(_error(groups, scale, zero, buffer), scale.clone(), zero.clone())

@@ -1,0 +1,89 @@
+"""The state of a training run on disk: safetensors and JSON in one file, whole or not there. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError, first_line
+
+FILE = "checkpoint.safetensors"
+_KEY = "llmq"
+_TENSOR = "tensor in the file"
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all, replacing what had the name. Raises LlmqError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LlmqError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from error
+
+
+def save(
+    folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+) -> None:
+    """Replace the checkpoint: the trained parameters, the optimizer's whole state, and JSON `about` them."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {f"trained.{name}": value.detach().cpu().contiguous() for name, value in trained.items()}
+    plain = _taken_out(optimizer.state_dict(), "optimizer", tensors)
+    write(folder / FILE, to_bytes(tensors, {_KEY: json.dumps({"about": dict(about), "optimizer": plain})}))
+
+
+def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Put the checkpoint's values into the parameters and the optimizer; returns `about`, or None without a checkpoint.
+
+    Raises LlmqError if it is damaged or of other parameters.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            written = json.loads(file.metadata()[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = _put_back(written["optimizer"], tensors)
+        state["state"] = {int(index): values for index, values in state["state"].items()}  # JSON has text for keys
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[f"trained.{name}"])
+        optimizer.load_state_dict(state)
+        about: dict[str, Any] = written["about"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise LlmqError(f"{path} is damaged ({first_line(error)}): delete {folder.parent} to start again") from error
+    return about
+
+
+def _taken_out(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain data like `tree`, each tensor in it put into `tensors` and replaced by its name there."""
+    if isinstance(tree, Tensor):
+        # A copy: optimizers share some of their tables, which safetensors does not hold twice.
+        tensors[name] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(tree, dict):
+        return {key: _taken_out(value, f"{name}.{key}", tensors) for key, value in tree.items()}
+    return tree
+
+
+def _put_back(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of _taken_out."""
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    return {key: _put_back(value, tensors) for key, value in tree.items()}

@@ -1,0 +1,338 @@
+"""A tune merged into its base and quantized by any recipe, and how much of the tune is left afterwards.
+
+The change of an adapter is small beside the steps of a 4-bit grid, so merging into quantized weights, or rounding the
+merged ones naively, can lose much of it. Here it is added in float32 to the weights that it was learned against, and
+the sum is quantized like any checkpoint, on text like the tune's. What is left is measured on the written folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq import checkpoint, formats, hub, instructions, job, methods
+from llmq.adapters import Adapter
+from llmq.budget import check_writable
+from llmq.calibration import Windows
+from llmq.claim import refuse_foreign
+from llmq.errors import LlmqError
+from llmq.finetune import examples
+from llmq.merging import Merged, open_base
+from llmq.methods.base import Method
+from llmq.numerics.nearest import round_to_nearest
+from llmq.planning import Plan, make_plan
+from llmq.pretrained import load_model, load_tokenizer
+from llmq.progress import Silent
+from llmq.recipe import Calibration, Recipe
+from llmq.report import Report, versions
+from llmq.scheme import Scheme, changed_scheme
+from llmq.sink import Sink
+from llmq.source import Source, check_finite
+from llmq.stream import Watch
+from llmq.tokens import encode
+from llmq.training import held_out_loss
+from llmq.tuning import Settings
+
+RECORD = "merge.json"
+UNIT_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Left:
+    """How much of the adapter's change D of one weight W is left in what was written, Q, with E = Q − (W + D).
+
+    survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of the change's own direction that is in Q; 1 is all of it. snr: ‖D‖ / ‖E‖,
+    below 1 where rounding moved the weight further than the tune did, None without any error. change: ‖D‖ / ‖W + D‖.
+    naive_…: the same for rounding each merged weight to nearest on the same grid; None where it was not quantized.
+    """
+
+    name: str
+    survived: float
+    snr: float | None
+    change: float
+    naive_survived: float | None = None
+    naive_snr: float | None = None
+
+
+@dataclass
+class MergeReport:
+    """merge.json: what merging adds to the report of quantization. left: every weight that the adapter changes.
+
+    losses: on the tune's held-out rows, nats per learned token: 'base' and 'tuned' as its record has them, 'merged' of
+    what was written; empty where it was not asked for.
+    """
+
+    base: str
+    adapter: str
+    trained_on: str
+    bits: int
+    recipe: dict[str, Any] | None
+    calibration: str
+    left: list[Left]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> list[Left]:
+        """The weights with the least of their change left, the worst first."""
+        return sorted(self.left, key=lambda one: math.inf if one.snr is None else one.snr)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the tune's gain in held-out loss that the written model has; None where it was not measured."""
+        if not self.losses or self.losses["base"] == self.losses["tuned"]:
+            return None
+        return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["tuned"])
+
+    def mean(self, what: str) -> float | None:
+        """The mean of a figure over all weights, or None where no weight has it."""
+        values = [getattr(one, what) for one in self.left if getattr(one, what) is not None]
+        return sum(values) / len(values) if values else None
+
+
+def merge(
+    base: str,
+    adapter: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    plain: bool = False,
+    trained_on: str = "auto",
+    loss: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    watch: Watch | None = None,
+) -> MergeReport:
+    """Merge a LoRA adapter (a folder) into a base (folder, hub id or 'demo') and write it to `out`, quantized.
+
+    recipe: as in `llmq.quantize`; its calibration text may be rows as `llmq finetune` reads them. plain: write the
+    merged weights as they are, in the base's dtype, instead. trained_on: see llmq.merging.Merged. loss: load what was
+    written, whole, and measure it on the tune's held-out rows. Resumes as quantize does.
+    Raises LlmqError, naming the first weight, where the adapter does not fit.
+    """
+    began, out, watch = time.perf_counter(), Path(out), watch or Silent()
+    job.check_device(device)
+    check_writable(out)
+    refuse_foreign(out)
+    folder = hub.resolve(base, trust_remote_code=trust_remote_code)
+    source = Merged(open_base(folder, trust_remote_code), Adapter(Path(adapter)), trained_on)
+    held_out = held_out_rows(source) if loss else ()
+    notes = _notes(source, base)
+    for note in notes:
+        watch.note(note)
+    if plain:
+        report = None
+        write_plain(source, out, watch)
+    else:
+        recipe = recipe or Recipe()
+        made = plan(source, recipe, out, device)
+        for note in made.warnings:
+            watch.note(note)
+        report = job.quantize(base, out, recipe, device=device, watch=watch, made=made)
+    merged = MergeReport(
+        base=base,
+        adapter=str(source.adapter.folder.absolute()),
+        trained_on=source.trained_on,
+        bits=16 if report is None or recipe is None else recipe.scheme.bits,
+        recipe=None if report is None else report.recipe,
+        calibration="" if report is None else report.calibration,
+        left=measure(source, out, report, watch),
+        losses=measure_loss(source, out, held_out, device) if loss else {},
+        seconds=round(time.perf_counter() - began, 2),
+        notes=notes,
+    )
+    checkpoint.write(out / RECORD, json.dumps(asdict(merged), indent=1, sort_keys=True) + "\n")
+    _complete_card(out, merged)
+    return merged
+
+
+def plan(source: Merged, recipe: Recipe, out: Path, device: str) -> Plan:
+    """As job.plan, of a source that is given, and calibrated on rows like the tune's where the recipe names such."""
+    methods.make(recipe)
+
+    def wanted(longest: int | None) -> Windows:
+        found = tune_windows(source, recipe.calibration, longest)
+        return found or job.calibration_windows(source, recipe.calibration, recipe.seed, longest)
+
+    return make_plan(source, recipe, wanted, out=out, device=device)
+
+
+def tune_windows(source: Merged, calibration: Calibration, longest: int | None) -> Windows | None:
+    """Windows of a .jsonl of prompts and answers, laid out as for training; None for any other calibration text.
+
+    Where the recipe leaves the text to us, and the tune's own data is still where it was, that is taken. Windows are
+    shortened to the data where it has less than one.
+    """
+    text = calibration.text
+    note: tuple[str, ...] = ()
+    data = source.adapter.record.get("data") or [""]
+    if text == Calibration().text and Path(data[0]).is_file():
+        text = data[0]
+        note = (f"calibrating on the tune's own data, {text}; --calib gives another text",)
+    file = Path(text).expanduser()
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    length = min(calibration.seqlen, longest or calibration.seqlen)
+    template = source.adapter.record.get("settings", {}).get("template", "auto")
+    rows = instructions.read(file, tokenizer, seqlen=length, template=template)
+    end = tokenizer.eos_token_id
+    ids = torch.tensor(list(instructions.joined(rows, encode("\n\n", tokenizer) if end is None else [end])))
+    length = min(length, len(ids))
+    count = min(calibration.samples, len(ids) // length)
+    if count < calibration.samples:
+        note = (*note, f"{file} has {len(ids)} tokens: {count} windows, not the {calibration.samples} asked for")
+    taken = ids[: len(ids) // length * length].view(-1, length)
+    picked = [i * len(taken) // count for i in range(count)]
+    return Windows(taken[picked], note, f"{file}: {count} windows of {length} tokens, rows laid out as for training")
+
+
+def write_plain(source: Merged, out: Path, watch: Watch) -> None:
+    """The merged checkpoint in the base's own dtypes, in shards of up to 256 MiB; resumes. Raises LlmqError."""
+    units: list[list[str]] = [[]]
+    size = 0
+    for name in source.names():
+        nbytes = source.info(name).nbytes
+        if units[-1] and size + nbytes > UNIT_BYTES:
+            units.append([])
+            size = 0
+        units[-1].append(name)
+        size += nbytes
+    fingerprint = {"source": source.fingerprint(), "recipe": "as it is", "versions": versions()}
+    with Sink.open(out, fingerprint, units=len(units)) as sink:
+        for note in sink.notes:
+            watch.note(note)
+        watch.stage("Merging", len(units))
+        for index, names in enumerate(units):
+            if f"unit {index}" not in sink.done:
+                tensors = {name: source.read(name) for name in names}
+                for name, tensor in tensors.items():
+                    check_finite(tensor, name, source.info(name).file)
+                sink.commit(f"unit {index}", tensors, {})
+            watch.step("")
+        sink.finish(source.config, source.aux_files(), {})
+
+
+def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Left]:
+    """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
+    written = Source(out, source.trust_remote_code, quantized_ok=True)
+    rows = {} if report is None else {row["name"]: row for row in report.weights if row["scheme"] is not None}
+    moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
+    changed = [name for name, change in source.changes.items() if change.pair is not None]
+    watch.stage("Measuring", len(changed))
+    left = []
+    for name in changed:
+        exact, delta = source.exact(name)
+        assert delta is not None
+        row = rows.get(name.removesuffix(".weight"))
+        if row is None:
+            left.append(Left(name, *what_is_left(written.read(name).float(), exact, delta)))
+        else:
+            value = stored(written, row)
+            if moved:
+                factor = scales(value, exact)
+                exact, delta = exact * factor, delta * factor
+            naive = rounded(exact.to(source.info(name).dtype), row["scheme"])
+            left.append(Left(name, *what_is_left(value, exact, delta), *what_is_left(naive, exact, delta)[:2]))
+        watch.step("")
+    return left
+
+
+def held_out_rows(source: Merged) -> tuple[instructions.Example, ...]:
+    """The rows that were held out from the tune. Raises LlmqError where its record, or its data, is not there."""
+    record = source.adapter.record
+    if record.get("before") is None or not all(Path(file).is_file() for file in record["data"]):
+        raise LlmqError(
+            f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data is "
+            "no longer where it was: leave out --loss"
+        )
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    data, *more = (Path(file) for file in record["data"])
+    return examples(tokenizer, Settings(**record["settings"]), data, more[0] if more else None)[1].all
+
+
+def measure_loss(source: Merged, out: Path, rows: tuple[instructions.Example, ...], device: str) -> dict[str, float]:
+    """MergeReport.losses."""
+    record = source.adapter.record
+    model = load_model(out, dtype=record["base"]["dtype"], device=device, trust_remote_code=source.trust_remote_code)
+    merged = held_out_loss(model, rows, record["settings"]["batch"], device)
+    return {"base": record["before"], "tuned": record["after"], "merged": merged}
+
+
+def what_is_left(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
+    """(survived, snr, change) of Left, from three float32 tensors of one shape: what was written, W + D, and D."""
+    error = (value - exact).double().flatten()
+    change = delta.double().flatten()
+    size = float(change @ change)
+    if not size:
+        return 1.0, None, 0.0
+    apart, whole = float(error.norm()), float(exact.double().norm())
+    return 1 + float(error @ change) / size, size**0.5 / apart if apart else None, size**0.5 / max(whole, 1e-30)
+
+
+def stored(written: Source, row: Mapping[str, Any]) -> Tensor:
+    """A quantized weight of the written folder, dequantized to float32."""
+    scheme = changed_scheme(row["scheme"], Scheme(), "report")
+    prefix = row["name"] + "."
+    tensors = {n.removeprefix(prefix): written.read(n) for n in written.names() if n.startswith(prefix)}
+    return formats.of(scheme).unpack(tensors, scheme).dequantize(torch.float32)
+
+
+def rounded(weight: Tensor, scheme: Mapping[str, Any]) -> Tensor:
+    """The weight rounded to nearest on the scheme's grid, from its smallest to its largest value; float32."""
+    grid = changed_scheme(scheme, Scheme(), "report")
+    return round_to_nearest(weight, grid, weight.dtype, "minmax").dequantize(torch.float32)
+
+
+def transforms(method: str) -> bool:
+    """Whether a method rescales weights before it quantizes them."""
+    return methods.find(method).transform is not Method.transform
+
+
+def scales(value: Tensor, exact: Tensor, rounds: int = 3) -> Tensor:
+    """The row and column factors by which a method's transform scaled a weight, found by least squares; [out, in].
+
+    The written weight is r·W·c and a rounding error; the error hardly correlates with W, so alternating least squares
+    finds r and c to about its size over √out (or √in).
+    """
+    rows = torch.ones(exact.shape[0], 1)
+    columns = torch.ones(1, exact.shape[1])
+    for _ in range(rounds):
+        scaled = exact * rows
+        columns = (value * scaled).sum(0, keepdim=True) / scaled.square().sum(0, keepdim=True).clamp_min(1e-30)
+        scaled = exact * columns
+        rows = (value * scaled).sum(1, keepdim=True) / scaled.square().sum(1, keepdim=True).clamp_min(1e-30)
+    return rows * columns
+
+
+def _notes(source: Merged, base: str) -> list[str]:
+    """What the user should know of the pairing of adapter and base."""
+    record, notes = source.adapter.record.get("base", {}), []
+    rounded = sum(change.rounded for change in source.changes.values())
+    if rounded:
+        notes.append(f"{rounded} base weights go through NF4 first: the adapter was trained against those values")
+    elif not source.adapter.record and source.trained_on == "base":
+        notes.append(
+            "the adapter does not say what it was trained on: --trained-on nf4 if that was an NF4 (QLoRA) base"
+        )
+    if record and source.base.fingerprint() != record.get("fingerprint"):
+        notes.append(f"the adapter was trained on {record.get('model')}, and {base} is not the same checkpoint")
+    return notes
+
+
+def _complete_card(out: Path, report: MergeReport) -> None:
+    """Say in the model card, once, that the weights are a tune's."""
+    card = out / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {out.absolute().name}\n\n{report.base}.\n"
+    note = f"\nMerged with the LoRA adapter {Path(report.adapter).name}: `merge.json` says how much of it is left.\n"
+    if note not in text:
+        checkpoint.write(card, text + note)

@@ -1,0 +1,174 @@
+"""HQQ: a grid by half-quadratic splitting, without any data (Badri and Shaji 2023, "Half-Quadratic Quantization of
+Large Machine Learning Models", mobiusml.github.io/hqq_blog).
+
+Minimized is Σ|w − ŵ|^p of each group. The residual gets a variable of its own, e, and two steps alternate:
+e ← shrink(w − ŵ), the proximal step of |e|^p, and the grid ← least squares of the levels on w − e, while the penalty β
+that holds e to the residual grows. Theirs moves a real-valued zero point and leaves the scale at min-max. The formats
+written here store whole zero points, or none, so here the scale is the unknown as well: it has a closed form too,
+Σ(w − e)k / Σk² for levels k. The real zero point is rounded, the scale fitted to what it was rounded to, and the
+neighbouring zero points are tried at the end.
+
+The problem has many local minima, so the splitting starts twice: from the range that `mse` finds, and from the best of
+a row of scales from min-max down. What counts is the objective on the grid as it will be stored; the best ever seen is
+kept, and as the first one seen is that of `mse`, the result is never worse than rounding on that.
+
+Residuals are shrunk in units of their scale, so that one β suits weights of any magnitude. (Where theirs are taken as
+they are, p = 0.7 and β = 10 shrink everything below 0.17 to 0, which is ordinary least squares.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.numerics.quantized import QuantizedWeight
+from llmq.numerics.ranges import find_range, parts
+from llmq.recipe import Scheme
+
+STARTS = tuple(1.1 * 0.88**step for step in range(14))
+"""The scales to start from beside that of 'mse', as shares of min-max: 1.1 to 0.21."""
+
+
+def half_quadratic(
+    weight: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    *,
+    p: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.05,
+    iterations: int = 4,
+    unbiased: float = 0.0,
+) -> QuantizedWeight:
+    """Quantizes one weight to the grid of least Σ|w − ŵ|^p in each group.
+
+    weight: any float [out, in], the group size dividing in; scale_dtype: what the scale is stored in. p: above 0; the
+    smaller, the less outliers count. beta, kappa: the penalty to begin with and its growth per iteration; iterations:
+    of each start. unbiased: the share, 0…1, of the way (on a log scale) from the scale found to the one at which
+    Σw·ŵ = Σw², that is, at which rounding does not shrink the group (the scale of EDEN, Vargaftik et al. 2022,
+    arXiv:2108.08842, §3); the objective then is no longer what is least. Raises LlmqError at impossible options, a
+    group size that does not divide, or values that are not finite.
+    """
+    if not 0 < p <= 8 or beta <= 0 or kappa < 1 or iterations < 1 or not 0 <= unbiased <= 1:
+        raise LlmqError(
+            "half-quadratic splitting needs 0 < p ≤ 8, beta > 0, kappa ≥ 1, iterations ≥ 1 and 0 ≤ unbiased ≤ 1, "
+            f"not {p}, {beta}, {kappa}, {iterations}, {unbiased}"
+        )
+    scale, zero = find_range(weight, scheme, "mse", None, scale_dtype)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for start, part, top, unit in parts(weight, scale.shape[1]):
+        rows = slice(start, start + len(part))
+        first = scale[rows].to(torch.float32).unsqueeze(-1) / unit
+        middle = torch.zeros_like(first) if zero is None else zero[rows].to(torch.float32).unsqueeze(-1)
+        solver = _Solver(part / unit, unit, scheme, scale_dtype, p, first, middle)
+        solver.descend(first, middle, beta, kappa, iterations)
+        for share in STARTS:
+            narrow, zeros = solver.narrowed(share)
+            for each in zeros:
+                solver.descend(narrow, each, beta, kappa, 0)
+        solver.descend(solver.scale, solver.zero, beta, kappa, iterations)
+        for shift in () if scheme.symmetric else (-1, 1):
+            solver.descend(solver.scale, solver.shifted(shift), beta, kappa, 2)
+        levels = solver.levels(solver.scale, solver.zero)
+        codes[rows] = (levels + solver.zero).flatten(1).to(torch.int8)
+        found = solver.straightened(levels, unbiased) if unbiased else solver.scale
+        live = top > 0
+        scale[rows] = torch.where(live, found * unit, 1.0).squeeze(-1).to(scale_dtype)
+        if zero is not None:
+            zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
+    return QuantizedWeight(codes, scale, zero, scheme)
+
+
+class _Solver:
+    """A chunk of groups of magnitude 1, float32 [rows, groups, size], and the best grid so far of each."""
+
+    def __init__(
+        self, weight: Tensor, unit: Tensor, scheme: Scheme, dtype: torch.dtype, p: float, scale: Tensor, zero: Tensor
+    ) -> None:
+        self.weight, self.unit, self.scheme, self.dtype, self.p = weight, unit, scheme, dtype, p
+        self.low, self.high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+        self.scale, self.zero = scale, zero
+        self.cost = self._cost(weight - self.levels(scale, zero) * scale)
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """The scale as it comes back from disk, in units of 1: rounded to its dtype, finite, normal, never 0."""
+        info = torch.finfo(self.dtype)
+        true = scale * self.unit
+        size = true.abs().clamp_(info.tiny, info.max).to(self.dtype).to(torch.float32)
+        return torch.copysign(size, true).div_(self.unit)
+
+    def levels(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """code − zero of every weight."""
+        levels = (self.weight / scale).round_()
+        return torch.minimum(torch.maximum(levels, self.scheme.qmin - zero), self.scheme.qmax - zero)
+
+    def narrowed(self, share: float) -> tuple[Tensor, list[Tensor]]:
+        """A share of min-max on the side that the best so far is on; zero points that clip both ends alike, or one."""
+        scheme = self.scheme
+        if scheme.symmetric:
+            size = torch.maximum(self.high, -self.low) * (2 * share / (2**scheme.bits - 1))
+            return torch.copysign(size, self.scale), [self.zero]
+        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        scale = self.stored((high - low) * (share / (2**scheme.bits - 1)))
+        below, above = scheme.qmin - low / scale, scheme.qmax - high / scale
+        zeros = ((below + above) / 2, below, above)
+        return scale, [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in zeros]
+
+    def shifted(self, shift: int) -> Tensor:
+        """The best zero point's neighbour."""
+        return (self.zero + shift).clamp_(self.scheme.qmin, self.scheme.qmax)
+
+    def descend(self, scale: Tensor, zero: Tensor, beta: float, kappa: float, iterations: int) -> None:
+        """Half-quadratic splitting from a grid; whatever it passes that is better than the best so far is kept."""
+        scheme = self.scheme
+        for index in range(iterations + 1):
+            scale = self.stored(scale)
+            levels = self.levels(scale, zero)
+            left = self.weight - levels * scale
+            self._take(self._cost(left), scale, zero)
+            if index == iterations:
+                return
+            kept = self.weight - _shrink(left / scale, self.p, beta * kappa**index) * scale
+            if not scheme.symmetric and index % 2:
+                # The best real zero point for these codes, as theirs; the scale follows in the next round.
+                real = (levels + zero - kept / scale).mean(-1, keepdim=True)
+                zero = real.round_().clamp_(scheme.qmin, scheme.qmax)
+                continue
+            size = levels.square().sum(-1, keepdim=True)
+            fit = (kept * levels).sum(-1, keepdim=True) / size.clamp_min(torch.finfo(torch.float32).tiny)
+            scale = torch.where((size > 0) & (fit * scale > 0), fit, scale)
+
+    def straightened(self, levels: Tensor, share: float) -> Tensor:
+        """The stored scale, moved a share of the way to where Σw·ŵ = Σw² for these levels."""
+        along = (self.weight * levels).sum(-1, keepdim=True)
+        whole = self.weight.square().sum(-1, keepdim=True) / along
+        usable = torch.isfinite(whole) & (whole * self.scale > 0)
+        ratio = torch.where(usable, whole / self.scale, 1.0).clamp_(0.5, 2)
+        return self.stored(self.scale * ratio**share)
+
+    def _cost(self, left: Tensor) -> Tensor:
+        return _power(left.abs(), self.p).sum(-1, keepdim=True)
+
+    def _take(self, cost: Tensor, scale: Tensor, zero: Tensor) -> None:
+        better = cost < self.cost
+        self.cost = torch.where(better, cost, self.cost)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+
+
+def _power(size: Tensor, p: float) -> Tensor:
+    """size^p for p > 0, of float32 that is not negative; whole and half powers without the pow, five times as slow."""
+    if p not in (1.0, 1.5, 2.0, 2.5, 3.0):
+        return size.pow(p)
+    power = size if p < 2 else size.square()
+    if p == 3:
+        power = power.mul_(size)
+    return power * size.sqrt() if p % 1 else power
+
+
+def _shrink(left: Tensor, p: float, beta: float) -> Tensor:
+    """Their generalized soft threshold: sign(x)·max(|x| − |x|^(p−1)/β, 0)."""
+    size = left.abs()
+    by = (_power(size, p - 1) if p > 1 else size.clamp_min(1e-6).pow(p - 1)) / beta
+    return torch.copysign((size - by).clamp_min_(0), left)
