@@ -102,7 +102,7 @@ class _Descent:
                     if now < least:
                         least, best = now, [learned.quantized() for _, learned in self.learned]
         for (work, _), found in zip(self.learned, best, strict=True):
-            work.quantized = found
+            self.block.set_quantized(work.parameter, found)
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
