@@ -29,8 +29,9 @@ MOMENTUM = 0.8
 class SignRound(Method):
     """Learns which way each weight is rounded, and each scale, from what the whole block makes of its inputs.
 
-    iterations: steps of sign-gradient descent; minibatch: calibration windows in each; reach: how far the steps, which
-    shrink to 0 linearly, can move a weight in all, in codes; scale_reach: the same for a scale, as a share of it.
+    iterations: steps of sign-gradient descent; minibatch: calibration windows in each, in whole batches; reach: how far
+    the steps, which shrink to 0 linearly, can move a weight in all, in codes; scale_reach: the same for a scale, as a
+    share of it.
     """
 
     exact = True
@@ -38,8 +39,8 @@ class SignRound(Method):
     def __init__(
         self,
         *,
-        iterations: int = 400,
-        minibatch: int = 1,
+        iterations: int = 300,
+        minibatch: int = 4,
         reach: float = 0.5,
         scale_reach: float = 0.5,
         seed: int = 0,
@@ -90,12 +91,13 @@ class _Descent:
             least = self._held_out()
             best = [learned.q for _, learned in self.learned]
             queue: list[int] = []
+            size = min(len(self.train), max(1, method.minibatch // self.block.inputs[0].shape[0]))
             for step in range(method.iterations):
                 # Linear decay: these sum to 1 over all steps.
                 share = 2 * (method.iterations - step) / (method.iterations * (method.iterations + 1))
-                while len(queue) < min(method.minibatch, len(self.train)):
+                while len(queue) < size:
                     queue += [self.train[i] for i in torch.randperm(len(self.train), generator=self.generator)]
-                taken, queue = queue[: method.minibatch], queue[method.minibatch :]
+                taken, queue = queue[:size], queue[size:]
                 self._descend(taken, share)
                 if (step + 1) % looks == 0 or step + 1 == method.iterations:
                     now = self._held_out()
