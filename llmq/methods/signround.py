@@ -1,0 +1,170 @@
+"""SignRound (Cheng et al. 2023, arXiv:2309.05516): rounding learned by sign-gradient descent on a block's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.block import Block, Work
+from llmq.errors import LlmqError
+from llmq.methods.base import Method
+from llmq.numerics.activations import round_per_token, round_static
+from llmq.numerics.learned_rounding import LearnedWeight
+from llmq.numerics.quantized import QuantizedWeight
+
+# One batch in this many is held out, and chooses among the iterates; they are compared this many times.
+HELD_OUT = 8
+LOOKS = 12
+# A token's size counts as no less than this share of the mean.
+FLOOR = 0.01
+# How much of the gradient that a step goes by is that of earlier windows.
+MOMENTUM = 0.8
+
+
+class SignRound(Method):
+    """Learns which way each weight is rounded, and each scale, from what the whole block makes of its inputs.
+
+    iterations: steps of sign-gradient descent; minibatch: calibration windows in each, in whole batches; reach: how far
+    the steps, which shrink to 0 linearly, can move a weight in all, in codes; scale_reach: the same for a scale, as a
+    share of it.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 300,
+        minibatch: int = 4,
+        reach: float = 0.5,
+        scale_reach: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if iterations < 1 or minibatch < 1:
+            raise LlmqError(f"iterations and minibatch must be 1 or more, not {iterations!r} and {minibatch!r}")
+        if not (0 <= reach <= 8 and 0 <= scale_reach < 1):
+            raise LlmqError(
+                f"reach must lie between 0 and 8 and scale-reach between 0 and 1, not {reach!r} and {scale_reach!r}"
+            )
+        self.iterations, self.minibatch, self.seed = iterations, minibatch, seed
+        self.reach, self.scale_reach = reach, scale_reach
+
+    def refine(self, block: Block) -> None:
+        """See `Method.refine`. Weights on another grid than integers stay as they are.
+
+        The iterate kept is the one nearest to the target on batches that no step was taken on; it may be the start.
+        """
+        works = [
+            w for w in block.weights.values() if isinstance(w.quantized, QuantizedWeight) and w.scheme.grid == "int"
+        ]
+        if works:
+            _Descent(self, block, works).run()
+
+    def workspace(self, shape: tuple[int, ...]) -> int:
+        """Positions and momentum in float32, the rounded weight, its gradient, the best codes; a step's temporaries."""
+        return (8 + 4 + 4 + 1 + 12) * math.prod(shape)
+
+
+class _Descent:
+    """One block's descent."""
+
+    def __init__(self, method: SignRound, block: Block, works: list[Work]) -> None:
+        self.method, self.block = method, block
+        self.learned: list[tuple[Work, LearnedWeight]] = []
+        for work in works:
+            assert isinstance(work.quantized, QuantizedWeight)
+            self.learned.append((work, LearnedWeight(work.quantized, work.value, MOMENTUM)))
+        self.generator = torch.Generator().manual_seed(method.seed)
+        order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
+        count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
+        self.held, self.train = order[:count] or order, order[count:]
+
+    def run(self) -> None:
+        """Takes every step; leaves the best iterate in the block's works."""
+        method, looks = self.method, max(1, self.method.iterations // LOOKS)
+        with _straight_through(self.block), self._rounded():
+            least = self._held_out()
+            best = [learned.q for _, learned in self.learned]
+            queue: list[int] = []
+            size = min(len(self.train), max(1, method.minibatch // self.block.inputs[0].shape[0]))
+            for step in range(method.iterations):
+                # Linear decay: these sum to 1 over all steps.
+                share = 2 * (method.iterations - step) / (method.iterations * (method.iterations + 1))
+                while len(queue) < size:
+                    queue += [self.train[i] for i in torch.randperm(len(self.train), generator=self.generator)]
+                taken, queue = queue[:size], queue[size:]
+                self._descend(taken, share)
+                if (step + 1) % looks == 0 or step + 1 == method.iterations:
+                    now = self._held_out()
+                    if now < least:
+                        least, best = now, [learned.quantized() for _, learned in self.learned]
+        for (work, _), found in zip(self.learned, best, strict=True):
+            self.block.set_quantized(work.parameter, found)
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """Every weight of the block is rounded while the context is open; those that are learned have gradients."""
+        modules = {work.module: work for work in self.block.weights.values() if work.quantized is not None}
+        before = {module: module.weight.data for module in modules}
+        try:
+            for module, work in modules.items():
+                assert work.quantized is not None
+                module.weight.data = work.quantized.dequantize(module.weight.dtype)
+            for work, _ in self.learned:
+                work.module.weight.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for module, value in before.items():
+                module.weight.requires_grad_(False)
+                module.weight.data, module.weight.grad = value, None
+
+    def _descend(self, batches: list[int], share: float) -> None:
+        for index in batches:
+            loss = self._error(index)
+            loss.backward()  # type: ignore[no-untyped-call]
+        for work, learned in self.learned:
+            gradient = work.module.weight.grad
+            if gradient is not None:
+                learned.step(gradient, self.method.reach * share, self.method.scale_reach * share)
+                work.module.weight.grad = None
+                learned.value(work.module.weight.data)
+
+    def _error(self, index: int) -> Tensor:
+        """The squared distance of each token's output to its target, as a share of the target's square; their mean."""
+        device = self.block.device
+        target = self.block.target[index].to(device, torch.float32)
+        output = self.block.calls[index].run(self.block.module, self.block.inputs[index].to(device))
+        size = target.square().mean(-1)
+        # What follows a block divides each token by its size. Tokens with next to none count less, not more.
+        size += FLOOR * size.mean() + torch.finfo(torch.float32).tiny
+        return ((output.to(torch.float32) - target).square().mean(-1) / size).mean()
+
+    def _held_out(self) -> float:
+        with torch.no_grad():
+            return sum(float(self._error(index)) for index in self.held)
+
+
+@contextmanager
+def _straight_through(block: Block) -> Iterator[None]:
+    """Where inputs are rounded, gradients pass as though they were not."""
+    with ExitStack() as stack:
+        for work in block.weights.values():
+            if work.scheme.activations is not None:
+
+                def hook(_: Any, args: tuple[Any, ...], work: Work = work) -> tuple[Any, ...]:
+                    x, scale = args[0], work.input_scale
+                    rounded = (
+                        round_per_token(x, work.scheme.grid)
+                        if scale is None
+                        else round_static(x, scale.to(x.device), work.scheme.grid)
+                    )
+                    return (x + (rounded - x).detach(), *args[1:])
+
+                stack.callback(work.module.register_forward_pre_hook(hook, prepend=True).remove)
+        yield

@@ -1,0 +1,92 @@
+"""Rounding that learns: a place between grid points for every weight, a factor for every scale, moved by gradients.
+
+SignRound (Cheng et al. 2023, arXiv:2309.05516, equations 3 to 5): with z the position of a weight on its grid,
+
+    ŵ = s·f · (clamp(round(z), qmin, qmax) − zero),
+
+where z and the factor f take steps against the sign of the loss's gradient, passed straight through the rounding:
+∂L/∂z = s·f · ∂L/∂ŵ and ∂L/∂f = s · Σ (code − zero) · ∂L/∂ŵ over the group. The paper starts at z = w/s + zero; here
+z starts within the code that an earlier method chose, which need not be the nearest: what that method found is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmq.numerics.quantized import QuantizedWeight
+
+# How near to the next code a position may start.
+EDGE = 0.49
+
+
+def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
+    """Where on the grid each weight stands, in steps: float32 [out, groups, size], so that rounding it gives `q.codes`.
+
+    That is w / s + zero where this rounds to the code, else what is nearest to it and does.
+    """
+    scale = q.scale.to(torch.float32).unsqueeze(-1)
+    codes = q.codes.to(torch.float32).view(*scale.shape[:2], -1)
+    away = weight.to(torch.float32).view_as(codes) / scale - codes
+    if q.zero is not None:
+        away += q.zero.to(torch.float32).unsqueeze(-1)
+    return away.clamp_(-EDGE, EDGE).add_(codes)
+
+
+class LearnedWeight:
+    """A quantized weight whose codes and scales follow gradients.
+
+    q: what to start from; weight: any float [out, in], what it stands for; momentum: how much of the gradient a step
+    goes by is that of the steps before, 0 for none of it. Holds two float32 matrices of the weight's size, and three
+    float32 numbers per group.
+    """
+
+    def __init__(self, q: QuantizedWeight, weight: Tensor, momentum: float = 0.0) -> None:
+        self.q, self.momentum = q, momentum
+        self.position = positions(weight, q)
+        self.base = q.scale.to(torch.float32).unsqueeze(-1)
+        self.factor = torch.ones_like(self.base)
+        self.zero = None if q.zero is None else q.zero.to(torch.float32).unsqueeze(-1)
+        self.slope, self.pull = torch.zeros_like(self.position), torch.zeros_like(self.base)
+
+    def codes(self) -> Tensor:
+        """The codes as they are now, as float32 [out, groups, size]."""
+        return self.position.round().clamp_(self.q.scheme.qmin, self.q.scheme.qmax)
+
+    def scale(self) -> Tensor:
+        """The scales as they would be stored, as float32 [out, groups, 1]: finite, normal, of the sign they had."""
+        info = torch.finfo(self.q.scale.dtype)
+        size = (self.base * self.factor).abs_().clamp_(info.tiny, info.max).to(self.q.scale.dtype)
+        return torch.copysign(size.to(torch.float32), self.base)
+
+    def value(self, out: Tensor) -> None:
+        """Writes the weight that codes and scales stand for into `out` [out, in], rounded once to its dtype."""
+        levels = self.codes()
+        if self.zero is not None:
+            levels -= self.zero
+        out.copy_(levels.mul_(self.scale()).flatten(1))
+
+    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+        """One step against the sign of ∂L/∂ŵ [out, in], any float: positions by `rate` steps, factors by `scale_rate`.
+
+        Positions stay less than one code beyond the ends of the grid, so they can come back.
+        """
+        slope = gradient.to(torch.float32).view_as(self.position)
+        levels = self.codes()
+        if self.zero is not None:
+            levels -= self.zero
+        pull = levels.mul_(slope).sum(-1, keepdim=True).mul_(self.base)
+        self.pull.lerp_(pull, 1 - self.momentum)
+        # A step along z moves ŵ by s, whose sign counts; its size would not change which way to go.
+        self.slope.lerp_(slope, 1 - self.momentum)
+        self.factor.sub_(self.pull.sign(), alpha=scale_rate).clamp_(0.1, 10)
+        scheme = self.q.scheme
+        signs = torch.sign(self.slope).mul_(self.base.sign())
+        self.position.sub_(signs, alpha=rate).clamp_(scheme.qmin - EDGE, scheme.qmax + EDGE)
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is now."""
+        codes = self.codes().flatten(1).to(torch.int8)
+        return replace(self.q, codes=codes, scale=self.scale().squeeze(-1).to(self.q.scale.dtype))
