@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 from llmq import catalog
@@ -95,7 +95,12 @@ def make(recipe: Recipe) -> Pipeline:
             f"refines: write {'+'.join(recipe.methods[i] for i in order)!r}"
         )
     built = [_build(kind, recipe) for kind in kinds]
-    quantizer = _build(find(DEFAULT_QUANTIZER), recipe) if chosen is None else built[chosen]
+    if chosen is not None:
+        quantizer = built[chosen]
+    else:
+        # A refinement calibrates anyway, so what it starts from may as well be weighted by the inputs.
+        usual = {"range": "weighted"} if refiners else {}
+        quantizer = _build(find(DEFAULT_QUANTIZER), replace(recipe, options={**usual, **recipe.options}))
     return Pipeline(tuple(built[i] for i in transforms), quantizer, tuple(built[i] for i in refiners))
 
 
