@@ -70,7 +70,7 @@ class Hessian:
 class Inputs:
     """What a transform looks at: each channel's mean magnitude and extremes, and some whole rows.
 
-    mean_abs, mean_square, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread over all tokens.
+    mean_abs, mean_square, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread over tokens.
     """
 
     ROWS = 512
