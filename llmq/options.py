@@ -131,9 +131,9 @@ def recipe_options(
 def method_options() -> list[Parameter]:
     """Every option of every method, once each, as parameters of a command."""
     found: dict[str, tuple[catalog.Option, list[str]]] = {}
-    for name in catalog.names():
-        for option in catalog.describe(name).options:
-            found.setdefault(option.name, (option, []))[1].append(name)
+    for method in catalog.known()[0]:
+        for option in method.options:
+            found.setdefault(option.name, (option, []))[1].append(method.name)
     parameters = []
     for name, (option, owners) in sorted(found.items()):
         text = f"({', '.join(owners)}) {option.help}"
