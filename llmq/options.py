@@ -114,6 +114,10 @@ def recipe_options(
     }
     calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
+    # A recipe is checked as a whole below; only what the options are put into must be a mapping by now.
+    for part in ("scheme", "calibration", "options"):
+        if not isinstance(data.get(part, {}), dict):
+            raise LlmqError(f"{recipe}: {part} must be a mapping, not {data[part]!r}")
     parts: list[tuple[str | None, dict[str, Any]]] = [
         (None, given),
         ("scheme", scheme),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmq.methods.base import Method, Stats
-from llmq.numerics.hqq import half_quadratic
+from llmq.numerics.hqq import check_options, half_quadratic
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Scheme
 
@@ -28,6 +28,7 @@ class HQQ(Method):
         beta: float = 10.0,
         kappa: float = 1.05,
     ) -> None:
+        check_options(p, beta, kappa, iterations, unbiased)
         self.options = {"p": p, "beta": beta, "kappa": kappa, "unbiased": unbiased}
         self.iterations = iterations
 

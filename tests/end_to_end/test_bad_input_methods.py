@@ -24,7 +24,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
     calib = () if text is None else ("--calib", text)
     done = llmq("quantize", model, "-o", out, *calib, *SHORT, *options)
     check_refusal(done, *named)
-    assert len(done.stderr.split()) < 80, done.stderr
+    assert len(done.stderr.split()) < 100, done.stderr
     assert not out.exists()
     return done
 
@@ -36,7 +36,8 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--method", "smoothquant", "--alpha", "-1"), ("alpha must lie between 0 and 1",)),
         (("--method", "awq", "--alphas", "0", *G32), ("alphas must be 1 or more",)),
         (("--method", "outlier_suppression_plus", "--thresholds", "0"), ("thresholds must be 1 or more",)),
-        (("--method", "hqq", "--p", "0", *G32), ("p",)),
+        (("--method", "hqq", "--p", "0", *G32), ("0 < p ≤ 8",)),
+        (("--method", "hqq", "--iterations", "0", *G32), ("iterations ≥ 1",)),
         (("--method", "smoothquant+smoothquant"), ("smoothquant+smoothquant", "twice")),
         (("--method", "gptq+awq", *G32), ("gptq+awq", "write 'awq+gptq'")),
         (("--method", "rtn+gptq", *G32), ("rtn+gptq", "both quantize", "choose one")),
@@ -55,6 +56,10 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--method", "hqq", "--range", "weighted", *G32), ("--range", "'hqq'", "leave it out", "gptq, rtn")),
         (("--method", "smoothquant", "--range", "widest"), ("range", "'widest'", "mse")),
         (("--method", "awq", *G32, "--alpha", "0.5"), ("--alpha", "'awq'", "smoothquant")),
+        (("--method", "nf4", "--group-size", "256"), ("self_attn.o_proj [64, 64] (nf4 g256", "--ragged keep")),
+        (("--method", "nf4", "--group-size", "128", "--ragged", "smaller"), ("self_attn.o_proj", "--ragged keep")),
+        (("--method", "nf4", "--grid", "int"), ("'nf4'", "not to 4-bit", "--method rtn")),
+        (("--method", "smoothquant", "--bits", "4"), ("activations are rounded", "--activations none")),
         (("--method", "nf4", "--override", "up_proj=grid:int,group_size:32"), ("nf4", "--keep")),
     ],
 )
@@ -79,19 +84,14 @@ def test_a_static_scale_needs_its_text(tiny_model: Path, tmp_path: Path, llmq: R
 
 
 def test_a_transform_where_nothing_can_move(tmp_path: Path, text_file: Path, llmq: Run) -> None:
-    """Blocks in which every matrix but one is kept from moving: a norm whose output is used twice, GELU between."""
-    model = tiny.make("starcoder2", tmp_path / "model") if False else without_pairs(tmp_path / "model")
+    """The feed-forward part has GELU between its matrices, attention's matrices are none of those that can move."""
+    model = tiny.make("xlnet", tmp_path / "model")
     write_tokenizer(model)
     for method in ("awq", "awq+gptq"):
         named = (str(model), f"'{method}'", "no place where", "gptq and rtn need none")
         refuse(llmq, tmp_path / "out", model, "--method", method, "--group-size", "16", named=named, text=text_file)
     plain = llmq("plan", model, "--method", "gptq", "--group-size", "16", "--calib", text_file, *SHORT)
     assert plain.returncode == 0, plain.stderr
-
-
-def without_pairs(folder: Path) -> Path:
-    """A checkpoint of a type in whose blocks no scale can move."""
-    return tiny.make("xlnet", folder)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,7 @@ def without_pairs(folder: Path) -> Path:
         ("methods: [awq, 3]\n", ("methods",)),
         ("methods: awq\noptions: {alpha: 0.5}\nscheme: {group_size: 32}\n", ("--alpha", "smoothquant")),
         ("methods: awq\noptions: [1]\n", ("options",)),
+        ("scheme: [4]\n", ("scheme must be a mapping",)),
         ("- awq\n", ("must be a mapping",)),
     ],
 )
@@ -147,10 +148,10 @@ def tune(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ('{"prompt": "3: ", "completion"', ("line 3", "not JSON")),
-        ('["a"]', ("line 3", "not a JSON object")),
-        ('{"question": "a", "reply": "b"}', ("line 3", "question")),
-        ('{"messages": [{"role": "user"}]}', ("line 3", "content")),
+        ('{"prompt": "3: ", "completion"', ("rows.jsonl:3 ", "not JSON")),
+        ('["a"]', ("rows.jsonl:3 ", "not a JSON object")),
+        ('{"question": "a", "reply": "b"}', ("rows.jsonl:3 ", "question")),
+        ('{"messages": [{"role": "user"}]}', ("rows.jsonl:3:", "content")),
     ],
 )
 def test_a_broken_row_is_named_by_line(
@@ -160,7 +161,7 @@ def test_a_broken_row_is_named_by_line(
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join([*rows[:2], line, *rows[3:]]) + "\n")
     done = llmq("finetune", tiny_model, "--data", data, "-o", tmp_path / "out", "--steps", 1)
-    check_refusal(done, "rows.jsonl", *named)
+    check_refusal(done, *named)
     assert not (tmp_path / "out").exists()
 
 

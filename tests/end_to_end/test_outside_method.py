@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmq import catalog, methods, options
+from llmq.recipe import Recipe
 from tests.conftest import ROOT
+from tests.llmq.refusal import refused
 
 METHOD = '''
 """A method of somebody else's: keeps every weight's largest codes only."""
@@ -118,14 +122,56 @@ def test_it_joins_a_recipe(site: Path, tiny_model: Path, text_file: Path, tmp_pa
     file.write_text("methods: awq+coarse\nscheme: {group_size: 32}\noptions: {its_option: 0, alphas: 2}\n")
     done = run(site, "quantize", tiny_model, "-o", tmp_path / "out", "--recipe", file, "--calib", text_file, *SHORT)
     assert done.returncode == 0, done.stderr
-    done = run(site, "plan", tiny_model, "--method", "coarse+gptq")
-    assert done.returncode == 2 and "coarse and gptq both quantize" in words(done.stderr)
-    done = run(site, "plan", tiny_model, "--method", "rtn", "--its-option", 2)
-    assert done.returncode == 2 and "choose a method that has it (coarse)" in words(done.stderr)
     done = run(site, "plan", tiny_model, "--method", "coarse", "--its-option", "two")
     assert done.returncode == 2 and "--its-option" in words(done.stderr)
-    done = run(site, "plan", tiny_model, "--method", "coarce")
-    assert done.returncode == 2 and "did you mean 'coarse'?" in words(done.stderr)
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Lets this process see a distribution, for a while."""
+    caches = (catalog._outside, catalog.describe, catalog.known)
+
+    def see(site: Path) -> None:
+        monkeypatch.syspath_prepend(str(site))
+        for cache in caches:
+            cache.cache_clear()
+
+    yield see
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+    sys.modules.pop("mymethod", None)
+
+
+def made(*names: str, **options: object) -> methods.Pipeline:
+    return methods.make(Recipe.from_dict({"methods": list(names), "options": options}))
+
+
+def test_it_is_a_method_like_others(site: Path, inside: Callable[[Path], None]) -> None:
+    inside(site)
+    quantizer = made("smoothquant", "coarse", its_option=4).quantizer
+    assert (type(quantizer).__name__, vars(quantizer)) == ("Coarse", {"least": 4, "loud": False})
+    refused(lambda: made("coarse", "gptq"), "coarse and gptq both quantize")
+    refused(lambda: made("coarse", "awq"), "write 'awq+coarse'")
+    refused(lambda: made("rtn", its_option=2), "choose a method that has it (coarse)")
+    refused(lambda: made("coarse", its_option=2.5), "its-option must be a whole number")
+    refused(lambda: made("coarce"), "did you mean 'coarse'?")
+
+
+def test_what_is_no_literal_is_shown_as_it_stands(tmp_path: Path, inside: Callable[[Path], None]) -> None:
+    """Arguments with or without names, annotations of all kinds, a default that is an expression."""
+    signature = "self, its_option: int = 1 + LEAST, share: Optional[float] = None, *, loud: bool = False"
+    changed = METHOD.replace("self, *, its_option: int = 1, loud: bool = False", signature)
+    extra = "\nfrom typing import Optional\n\nLEAST = 2\n\n\nclass Coarse"
+    inside(install(tmp_path / "site", "coarse = mymethod:Coarse", mymethod=changed.replace("\nclass Coarse", extra)))
+    found = catalog.describe("coarse")
+    assert [(o.name, o.kind, o.default) for o in found.options] == [
+        ("its_option", int, "1 + LEAST"),
+        ("share", float, None),
+        ("loud", bool, False),
+    ]
+    assert vars(made("coarse").quantizer)["least"] == 3
+    assert vars(made("coarse", share=0.5, its_option=2).quantizer)["least"] == 2
 
 
 BROKEN = {
@@ -148,7 +194,23 @@ BROKEN = {
 }
 
 
+# What is well written and cannot be imported is found out when it is used.
+LATE = ("import error", "no method")
+
+
 @pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_one_is_named_when_it_is_used(kind: str, tmp_path: Path, inside: Callable[[Path], None]) -> None:
+    entry_point, text, named = BROKEN[kind]
+    inside(install(tmp_path / "site", entry_point, mymethod=text))
+    refused(lambda: made("coarse"), "'coarse'", named)
+    found, broken = catalog.known()
+    assert {"awq", "gptq", "rtn", "smoothquant"} <= {method.name for method in found}
+    assert len(broken) == (kind not in LATE) and all("'coarse'" in said for said in broken)
+    assert {"damping", "alpha"} <= {option.name for option in options.method_options()}
+    refused(lambda: made("rtn", damping=0.1), "choose a method that has it (gptq)")
+
+
+@pytest.mark.parametrize("kind", ["import error", "a package that fails"])
 def test_a_broken_one_takes_nothing_down(kind: str, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     entry_point, text, named = BROKEN[kind]
     site = install(tmp_path / "site", entry_point, mymethod=text)
@@ -158,9 +220,6 @@ def test_a_broken_one_takes_nothing_down(kind: str, tiny_model: Path, text_file:
     assert said.count("error:") == 1 and "'coarse'" in said and named in said, said
     listed = run(site, "methods")
     assert listed.returncode == 0 and "smoothquant" in listed.stdout, listed.stderr
-    if kind not in ("import error", "no method"):  # these are well written, and found out when they are imported
+    if kind not in LATE:
         assert "warning:" in listed.stderr and "'coarse'" in words(listed.stderr), listed.stderr
     assert run(site, "quantize", "--help").returncode == 0
-    if kind == "no class":
-        others = run(site, "plan", tiny_model, "--method", "rtn", "--damping", "0.1")
-        assert others.returncode == 2 and "choose a method that has it (gptq)" in words(others.stderr), others.stderr
