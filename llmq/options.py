@@ -115,9 +115,9 @@ def recipe_options(
     calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
     # A recipe is checked as a whole below; only what the options are put into must be a mapping by now.
-    for part in ("scheme", "calibration", "options"):
-        if not isinstance(data.get(part, {}), dict):
-            raise LlmqError(f"{recipe}: {part} must be a mapping, not {data[part]!r}")
+    for name in ("scheme", "calibration", "options"):
+        if not isinstance(data.get(name, {}), dict):
+            raise LlmqError(f"{recipe}: {name} must be a mapping, not {data[name]!r}")
     parts: list[tuple[str | None, dict[str, Any]]] = [
         (None, given),
         ("scheme", scheme),
