@@ -219,14 +219,17 @@ class Block:
         powers of two, which lose nothing in storage.
         """
         matrices = [sink.parameter for sink in pair.sinks] + ([pair.source] if pair.kind == LINEAR else [])
-        if not all(name in self.weights for name in matrices):
+        exact = not all(name in self.weights for name in matrices)
+        if exact:
             scale = torch.exp2(torch.log2(scale).round())
         if shift is not None:
             moved = pair.shifts(shift, {sink.parameter: self.get(sink.parameter) for sink in pair.sinks})
             for name, change in moved.items():
                 self.set(name, self.get(name) + change.to(self.device))
         if pair.kind == NORM:
-            scale = self._storable(pair, scale)
+            stored = self._storable(pair, scale)
+            # A norm that multiplies by 1 + w rounds even powers of two: such channels stay where nothing may be lost.
+            scale = torch.where(stored == scale.to(stored.device), stored, 1.0) if exact else stored
         for name, edit in pair.edits(scale).items():
             self.set(name, edit.of(self.get(name)))
         for sink in pair.sinks:

@@ -65,6 +65,18 @@ def entry_point(name: str) -> EntryPoint | None:
 
 
 @cache
+def known() -> tuple[list[Description], list[str]]:
+    """Every method that can be described, and a sentence for each that cannot: a broken package takes nothing down."""
+    found, broken = [], []
+    for name in names():
+        try:
+            found.append(describe(name))
+        except LlmqError as error:
+            broken.append(str(error))
+    return found, broken
+
+
+@cache
 def describe(name: str) -> Description:
     """What the method says of itself. Raises LlmqError where there is no such method, or its source cannot be read."""
     check(name)
@@ -81,8 +93,12 @@ def describe(name: str) -> Description:
     text = " ".join((ast.get_docstring(found) or "").split())
     defined = {n.name: n for n in found.body if isinstance(n, ast.FunctionDef)}
     roles = tuple(role for role in ("transform", "quantize", "refine") if role in defined)
+    try:
+        scheme = _scheme(found)
+    except (ValueError, TypeError) as error:
+        raise LlmqError(f"method {name!r}: {file}: scheme must be a plain dict of literals") from error
     return Description(
-        name, text.partition(". ")[0].rstrip(":."), _options(defined, text), roles, _scheme(found), outside is not None
+        name, text.partition(". ")[0].rstrip(":."), _options(defined, text), roles, scheme, outside is not None
     )
 
 
@@ -99,7 +115,7 @@ def _outside() -> dict[str, EntryPoint]:
 def _file(point: EntryPoint) -> Path:
     try:
         spec = importlib.util.find_spec(point.module)
-    except ImportError as error:
+    except Exception as error:  # finding a submodule imports its package, and another's code can fail in any way
         raise LlmqError(f"method {point.name!r}: {point.value} cannot be found: {first_line(error)}") from error
     if spec is None or spec.origin is None:
         raise LlmqError(f"method {point.name!r}: there is no module {point.module} (entry point {point.value})")
@@ -111,21 +127,32 @@ def _options(defined: dict[str, ast.FunctionDef], text: str) -> tuple[Option, ..
         return ()
     arguments = defined["__init__"].args
     options = []
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+    named = arguments.args[1:]
+    without: list[ast.expr | None] = [None] * (len(named) - len(arguments.defaults))
+    pairs = [*zip(named, [*without, *arguments.defaults], strict=True)]
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    for argument, default in pairs:
         if argument.arg == "seed":  # every recipe has one
             continue
         kind = ast.unparse(argument.annotation) if argument.annotation else "str"
         choices = tuple(re.findall(r"'([^']*)'", kind)) if kind.startswith("Literal") else ()
-        base = kind.partition(" ")[0]
+        base = re.sub(r"^Optional\[|[ \]].*", "", kind.strip("'"))
         types: dict[str, type] = {"int": int, "float": float, "bool": bool}
-        value = None if default is None else ast.literal_eval(default)
-        options.append(Option(argument.arg, types.get(base, str), value, _help(argument.arg, text), choices))
+        options.append(Option(argument.arg, types.get(base, str), _value(default), _help(argument.arg, text), choices))
     return tuple(options)
 
 
+def _value(default: ast.expr | None) -> Any:
+    """A default as it is shown: its value, or its source where that is no literal."""
+    try:
+        return None if default is None else ast.literal_eval(default)
+    except ValueError:
+        return None if default is None else ast.unparse(default)
+
+
 def _help(name: str, text: str) -> str:
-    """What a docstring says after 'name:', up to a semicolon or the end of a sentence before the next name."""
-    found = re.search(rf"(?:^|[.;:,] |\s){name}: (.*?)(?:;|\.(?= \w+: )|\.?$)", text)
+    """What a docstring says after 'name:' or 'name, other:', up to a semicolon or the end of the sentence."""
+    found = re.search(rf"(?:^|\s){name}(?:, \w+)*: (.*?)(?:;|\. |\.?$)", text)
     return found[1].strip() if found else ""
 
 

@@ -69,13 +69,14 @@ def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -
     ragged = [
         i
         for i in chosen
-        if i.scheme and i.scheme.grid == "int" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
+        if i.scheme and i.scheme.grid != "float" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
     ]
     if ragged:
+        other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(
-            f"the group size does not divide the width of {_name_all(ragged)}. "
-            "Ways out: --group-size with a divisor, --ragged smaller (a smaller group there), "
-            "--ragged channel (one scale per row there), --ragged keep (leave them alone), or --keep PATTERN"
+            f"the group size does not divide the width of {_name_all(ragged)}. Ways out: --group-size with a divisor, "
+            + (other if any(i.scheme and i.scheme.grid == "int" for i in ragged) else "")
+            + "--ragged keep (leave them alone), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
     if torn:

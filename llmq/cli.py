@@ -176,7 +176,10 @@ def methods() -> None:
     with explained():
         from llmq import catalog, render
 
-        render.methods(out_console, [catalog.describe(name) for name in catalog.names()])
+        found, broken = catalog.known()
+        render.methods(out_console, found)
+        for problem in broken:
+            err_console.print(f"[yellow]warning:[/] {escape(problem)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

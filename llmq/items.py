@@ -111,9 +111,10 @@ def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason="kept by --keep")
     rows, width = item.shape
-    group = scheme.group_size if scheme.grid == "int" else None
+    group = None if scheme.grid == "float" else scheme.group_size
     if group and width % group:
-        if recipe.ragged == "error":
+        # All nf4 weights of a folder are of one kind, so there is no smaller group to go to.
+        if recipe.ragged == "error" or (scheme.grid == "nf4" and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
             return replace(item, reason=f"group size {group} does not divide its width {width}")

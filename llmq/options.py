@@ -114,6 +114,10 @@ def recipe_options(
     }
     calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
+    # A recipe is checked as a whole below; only what the options are put into must be a mapping by now.
+    for name in ("scheme", "calibration", "options"):
+        if not isinstance(data.get(name, {}), dict):
+            raise LlmqError(f"{recipe}: {name} must be a mapping, not {data[name]!r}")
     parts: list[tuple[str | None, dict[str, Any]]] = [
         (None, given),
         ("scheme", scheme),
@@ -131,9 +135,9 @@ def recipe_options(
 def method_options() -> list[Parameter]:
     """Every option of every method, once each, as parameters of a command."""
     found: dict[str, tuple[catalog.Option, list[str]]] = {}
-    for name in catalog.names():
-        for option in catalog.describe(name).options:
-            found.setdefault(option.name, (option, []))[1].append(name)
+    for method in catalog.known()[0]:
+        for option in method.options:
+            found.setdefault(option.name, (option, []))[1].append(method.name)
     parameters = []
     for name, (option, owners) in sorted(found.items()):
         text = f"({', '.join(owners)}) {option.help}"

@@ -65,7 +65,7 @@ class Scheme:
         if self.activations is not None and (self.grid == "nf4" or not plain):
             raise LlmqError(
                 f"activations are rounded to 8 bits where weights are 8 bits, symmetric, group size 'channel': {self} "
-                "is not; leave activations out, or choose --bits 8 --group-size channel"
+                "is not: --activations none leaves them alone, or choose --bits 8 --group-size channel"
             )
         if self.double_quant and self.grid != "nf4":
             raise LlmqError("double_quant is for grid 'nf4' only")
@@ -103,6 +103,8 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
     values = check_keys(data, Scheme, where)
     if values.get("group_size") == "channel":
         values["group_size"] = None
+    if values.get("grid", "nf4") != "nf4":
+        values.setdefault("double_quant", False)
     if "activations" in values:
         values["activations"] = _activations(values["activations"], f"{where}: activations")
     return made(lambda: dataclasses.replace(base, **values), where)

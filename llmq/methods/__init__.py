@@ -76,16 +76,16 @@ def make(recipe: Recipe) -> Pipeline:
     _check_options(recipe, kinds)
     roles = [_roles(kind) for kind in kinds]
     quantizers = [i for i, role in enumerate(roles) if "quantize" in role]
-    # A method that transforms and quantizes only transforms where a quantizer follows.
-    chosen = quantizers[-1] if quantizers else None
-    second = next((i for i in quantizers[:-1] if "transform" not in roles[i]), None)
-    if second is not None and chosen is not None:
-        raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r}: {recipe.methods[second]} and {recipe.methods[chosen]} both "
-            "quantize; choose one"
-        )
     if len(set(recipe.methods)) < len(recipe.methods):
         raise LlmqError(f"method {'+'.join(recipe.methods)!r}: a method is there twice")
+    # A method that transforms and quantizes only transforms where there is a quantizer beside it.
+    only = [i for i in quantizers if "transform" not in roles[i]]
+    if len(only) > 1:
+        raise LlmqError(
+            f"method {'+'.join(recipe.methods)!r}: {recipe.methods[only[0]]} and {recipe.methods[only[1]]} both "
+            "quantize; choose one"
+        )
+    chosen = next(iter(only or quantizers[-1:]), None)
     transforms = [i for i, role in enumerate(roles) if "transform" in role]
     refiners = [i for i, role in enumerate(roles) if "refine" in role and i not in transforms and i != chosen]
     order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners]
@@ -125,7 +125,7 @@ def _check_options(recipe: Recipe, kinds: Iterable[type[Method]]) -> None:
     for name, value in recipe.options.items():
         takers = [kind for kind in kinds if name in _taken(kind)]
         if not takers:
-            having = [n for n in catalog.names() if any(o.name == name for o in catalog.describe(n).options)]
+            having = [known.name for known in catalog.known()[0] if any(o.name == name for o in known.options)]
             raise LlmqError(
                 f"{name} {value!r} (--{name.replace('_', '-')}) is no option of method {'+'.join(recipe.methods)!r}: "
                 + (f"leave it out, or choose a method that has it ({', '.join(having)})" if having else _known(kinds))

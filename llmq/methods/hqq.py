@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats
-from llmq.numerics.hqq import half_quadratic
+from llmq.numerics.hqq import check_options, half_quadratic
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Scheme
 
@@ -20,8 +19,7 @@ class HQQ(Method):
     """
 
     def __init__(self, *, p: float = 3.0, unbiased: float = 0.7) -> None:
-        if p <= 0 or not 0 <= unbiased <= 1:
-            raise LlmqError(f"p must be above 0 and unbiased lie between 0 and 1, not {p!r} and {unbiased!r}")
+        check_options(p, unbiased=unbiased)
         self.p, self.unbiased = p, unbiased
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -30,6 +30,15 @@ STARTS = tuple(1.1 * 0.88**step for step in range(14))
 """The scales to start from beside that of 'mse', as shares of min-max: 1.1 to 0.21."""
 
 
+def check_options(p: float, *, beta: float = 1, kappa: float = 1, iterations: int = 1, unbiased: float = 0) -> None:
+    """Raises LlmqError at impossible options of `half_quadratic`."""
+    if not 0 < p <= 8 or beta <= 0 or kappa < 1 or iterations < 1 or not 0 <= unbiased <= 1:
+        raise LlmqError(
+            "half-quadratic splitting needs 0 < p ≤ 8, beta > 0, kappa ≥ 1, iterations ≥ 1 and 0 ≤ unbiased ≤ 1, "
+            f"not {p}, {beta}, {kappa}, {iterations}, {unbiased}"
+        )
+
+
 def half_quadratic(
     weight: Tensor,
     scheme: Scheme,
@@ -50,11 +59,7 @@ def half_quadratic(
     arXiv:2108.08842, §3); the objective then is no longer what is least. Raises LlmqError at impossible options, a
     group size that does not divide, or values that are not finite.
     """
-    if not 0 < p <= 8 or beta <= 0 or kappa < 1 or iterations < 1 or not 0 <= unbiased <= 1:
-        raise LlmqError(
-            "half-quadratic splitting needs 0 < p ≤ 8, beta > 0, kappa ≥ 1, iterations ≥ 1 and 0 ≤ unbiased ≤ 1, "
-            f"not {p}, {beta}, {kappa}, {iterations}, {unbiased}"
-        )
+    check_options(p, beta=beta, kappa=kappa, iterations=iterations, unbiased=unbiased)
     scale, zero = find_range(weight, scheme, "mse", None, scale_dtype)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start, part, top, unit in parts(weight, scale.shape[1]):

@@ -1,0 +1,197 @@
+"""What is done to a block stands only where it helps: methods made to do harm are undone, and the log says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmq import steps
+from llmq.block import Block
+from llmq.errors import LlmqError
+from llmq.methods import Pipeline
+from llmq.methods.base import Method, Stats
+from llmq.methods.gptq import GPTQ
+from llmq.methods.rtn import RTN
+from llmq.numerics.quantized import Quantized
+from llmq.recipe import Activations, Recipe, Scheme
+from llmq.statistics import Hessian, Inputs
+from tests.llmq.blocks import apart, open_block
+
+W4 = Recipe(methods=("awq",), scheme=Scheme(4, 16))
+STATIC = Recipe(methods=("smoothquant",), scheme=Scheme(8, None, activations=Activations(dynamic=False)))
+
+
+class Spread(Method):
+    """Leaves the function alone and makes rounding cost far more: factors from 1/64 to 64 within every group."""
+
+    transform_needs = (Inputs,)
+
+    def transform(self, block: Block) -> None:
+        for pair in block.pairs:
+            block.scale(pair, torch.exp2(torch.arange(pair.channels) % 13 - 6.0))
+
+
+class Gather(Method):
+    """The inverse of what `spoil` did to the block."""
+
+    def transform(self, block: Block) -> None:
+        for pair in block.pairs:
+            block.scale(pair, torch.exp2(6.0 - torch.arange(pair.channels) % 13))
+
+
+class Careless(Method):
+    """Changes the function: whatever the error is then, it does not stand."""
+
+    def transform(self, block: Block) -> None:
+        name = next(iter(block.weights))
+        block.set(name, block.get(name) * 3)
+
+
+class Zero(Method):
+    """A refinement that loses everything."""
+
+    def refine(self, block: Block) -> None:
+        for name, work in block.weights.items():
+            q: Any = work.quantized
+            block.set_quantized(name, replace(q, codes=torch.zeros_like(q.codes)))
+
+
+class Better(Method):
+    """A refinement: GPTQ in place of rounding."""
+
+    def refine(self, block: Block) -> None:
+        block.observe((Hessian,))
+        for name, work in block.weights.items():
+            block.set_quantized(name, GPTQ().quantize(work.value, work.scheme, work.statistics, block.scale_dtype))
+
+
+def pipeline(*transforms: Method, quantizer: Method | None = None, refine: tuple[Method, ...] = ()) -> Pipeline:
+    return Pipeline(transforms, quantizer or RTN(), refine)
+
+
+def results(block: Block) -> dict[str, tuple[bytes, ...]]:
+    """Everything written of a block: codes, scales, input scales, the other parameters."""
+    found = {}
+    for name, work in block.weights.items():
+        q: Any = work.quantized
+        scale = b"" if q.input_scale is None else q.input_scale.numpy().tobytes()
+        found[name] = (q.codes.numpy().tobytes(), q.scale.float().numpy().tobytes(), scale)
+    for name in {n for n, _ in block.module.named_parameters()} - block.weights.keys():
+        found[name] = (block.module.get_parameter(name).float().numpy().tobytes(),)
+    return found
+
+
+@pytest.mark.parametrize("recipe", [W4, STATIC])
+@pytest.mark.parametrize("quantizer", [RTN, GPTQ])
+@pytest.mark.parametrize("bad", [Spread, Careless])
+def test_a_transform_that_does_harm_is_undone(
+    bad: Callable[[], Method], quantizer: Callable[[], Method], recipe: Recipe, tiny_model: Path
+) -> None:
+    plain, tried = open_block(tiny_model, recipe), open_block(tiny_model, recipe)
+    steps.quantize(plain, pipeline(quantizer=quantizer()))
+    steps.quantize(tried, pipeline(bad(), quantizer=quantizer()))
+    assert results(tried) == results(plain)
+    assert not tried.changed
+    (line,) = tried.log
+    assert line["what"] == bad.__name__ and not line["kept"]  # type: ignore[attr-defined]
+    assert line["before"] == pytest.approx(plain.error(), rel=1e-5)
+    if bad is Careless:
+        assert line["after"] is None and "unrounded output moved" in line["why"]
+    else:
+        assert line["after"] > line["before"]
+
+
+def test_a_transform_that_helps_stands(tiny_model: Path) -> None:
+    plain, tried = open_block(tiny_model, W4), open_block(tiny_model, W4)
+    for block in (plain, tried):
+        Spread().transform(block)
+        block.changed.clear()
+    target = tried.target
+    steps.quantize(plain, pipeline())
+    steps.quantize(tried, pipeline(Gather()))
+    (line,) = tried.log
+    assert line["kept"] and line["after"] < 0.5 * line["before"]
+    assert results(tried) != results(plain)
+    assert tried.changed == {p.source for p in tried.pairs} - tried.weights.keys()
+    # The weights of the block are the rounded ones by now: its output is off by just the error that was logged.
+    assert apart(tried.outputs(), target) == pytest.approx(line["after"], rel=1e-4)
+    assert apart(plain.outputs(), target) == pytest.approx(line["before"], rel=1e-4)
+
+
+def test_several_transforms_stand_or_fall_together(tiny_model: Path) -> None:
+    block = open_block(tiny_model, W4)
+    steps.quantize(block, pipeline(Spread(), Gather()))
+    assert [line["what"] for line in block.log] == ["Spread+Gather"]
+
+
+@pytest.mark.parametrize("recipe", [W4, STATIC])
+def test_a_refinement_that_does_harm_is_undone(recipe: Recipe, tiny_model: Path) -> None:
+    plain, tried = open_block(tiny_model, recipe), open_block(tiny_model, recipe)
+    steps.quantize(plain, pipeline())
+    steps.quantize(tried, pipeline(refine=(Zero(),)))
+    assert results(tried) == results(plain)
+    (line,) = tried.log
+    assert (line["what"], line["kept"]) == ("Zero", False)
+    assert line["after"] > line["before"] == pytest.approx(plain.error(), rel=1e-5)
+
+
+def test_a_refinement_that_helps_stands(tiny_model: Path) -> None:
+    block = open_block(tiny_model, W4)
+    steps.quantize(block, pipeline(refine=(Better(), Zero())))
+    assert [(line["what"], line["kept"]) for line in block.log] == [("Better", True), ("Zero", False)]
+    assert block.log[1]["before"] == block.log[0]["after"] < block.log[0]["before"]
+    assert apart(block.outputs(), block.target) == pytest.approx(block.log[0]["after"], rel=1e-4)
+
+
+def test_statistics_are_those_of_the_block_after_the_transform(tiny_model: Path) -> None:
+    """A quantizer behind a transform sees what the changed weights are fed, not what they were fed before."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Noting(GPTQ):
+        def quantize(self, weight: torch.Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
+            seen[-1][str(len(seen[-1]))] = stats[Hessian].total.diagonal().clone()
+            return super().quantize(weight, scheme, stats, scale_dtype)
+
+    class Begin(Spread):
+        def transform(self, block: Block) -> None:
+            seen.append({})
+            super().transform(block)
+
+    seen.append({})
+    block = open_block(tiny_model, W4)
+    steps.transform(block, pipeline(Begin(), quantizer=Noting()))
+    before, after = seen
+    names = list(block.weights)
+    pair = block.pairs[0]
+    factor = torch.exp2(torch.arange(pair.channels) % 13 - 6.0)
+    for sink in pair.sinks:
+        index = str(names.index(sink.parameter))
+        assert torch.allclose(after[index] * factor[sink.channel] ** 2, before[index], rtol=1e-3)
+
+
+def test_a_weight_that_cannot_be_rounded_is_named(tiny_model: Path) -> None:
+    class Picky(RTN):
+        def quantize(self, weight: torch.Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
+            raise LlmqError("not this one")
+
+    block = open_block(tiny_model, W4)
+    first = next(iter(block.weights.values())).name
+    with pytest.raises(LlmqError, match=f"{first}.weight: not this one"):
+        steps.quantize(block, pipeline(quantizer=Picky()))
+
+
+def test_the_row_of_a_weight(tiny_model: Path) -> None:
+    block = open_block(tiny_model, W4)
+    value = next(iter(block.weights.values())).value.double().clone()
+    steps.quantize(block, pipeline())
+    work = next(iter(block.weights.values()))
+    assert work.quantized is not None
+    row = steps.row(work)
+    rounded = work.quantized.dequantize(torch.float32).double()
+    assert row["error"] == pytest.approx(float((rounded - value).norm() / value.norm()), rel=1e-5)
+    assert (row["name"], row["shape"]) == (work.name, list(value.shape))
