@@ -37,7 +37,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--method", "awq", "--alphas", "0", *G32), ("alphas must be 1 or more",)),
         (("--method", "outlier_suppression_plus", "--thresholds", "0"), ("thresholds must be 1 or more",)),
         (("--method", "hqq", "--p", "0", *G32), ("0 < p ≤ 8",)),
-        (("--method", "hqq", "--iterations", "0", *G32), ("iterations ≥ 1",)),
+        (("--method", "hqq", "--iterations", "5", *G32), ("--iterations", "'hqq'", "signround")),
         (("--method", "smoothquant+smoothquant"), ("smoothquant+smoothquant", "twice")),
         (("--method", "gptq+awq", *G32), ("gptq+awq", "write 'awq+gptq'")),
         (("--method", "rtn+gptq", *G32), ("rtn+gptq", "both quantize", "choose one")),

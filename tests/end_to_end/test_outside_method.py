@@ -84,8 +84,12 @@ def words(text: str) -> str:
 def test_it_is_listed_with_its_options(site: Path) -> None:
     done = run(site, "methods")
     assert done.returncode == 0, done.stderr
-    row = words(done.stdout.partition("coarse")[2].partition("gptq")[0])
-    for said in ("Rounds to nearest and lets the smallest codes go", "quantize", "--its-option 1", "--loud False"):
+    row = words(done.stdout.partition("coarse")[2])
+    for said in (
+        "(quantize, from another package) Rounds to nearest and lets the smallest codes go",
+        "--its-option: codes up to this magnitude become 0. Default 1.",
+        "--loud: ",
+    ):
         assert said in row, done.stdout
     help_of = words(run(site, "quantize", "--help").stdout)
     assert "--its-option" in help_of and "codes up to this magnitude become 0" in help_of and "--no-loud" in help_of
