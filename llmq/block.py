@@ -200,6 +200,11 @@ class Block:
             self.changed.add(parameter)
         self._error = None
 
+    def set_input_scale(self, parameter: str, scale: Tensor) -> None:
+        """Give a weight the static scale of its input, float32 [1]."""
+        self.weights[parameter].input_scale = scale
+        self._error = None
+
     def set_quantized(self, parameter: str, quantized: Quantized) -> None:
         """Give a weight its result."""
         work = self.weights[parameter]

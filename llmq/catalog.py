@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -62,6 +63,12 @@ def check(name: str) -> None:
 def entry_point(name: str) -> EntryPoint | None:
     """The entry point of a method from outside; None for llmq's own."""
     return None if name in _own() else _outside()[name]
+
+
+def versions(methods: Iterable[str]) -> dict[str, str]:
+    """The packages, with their versions, that methods from outside come from."""
+    points = [entry_point(name) for name in methods]
+    return {point.dist.name: point.dist.version for point in points if point is not None and point.dist is not None}
 
 
 @cache

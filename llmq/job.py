@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import formats, hub, methods, stream
+from llmq import catalog, formats, hub, methods, stream
 from llmq.budget import check_writable
 from llmq.calibration import Windows, windows
 from llmq.claim import refuse_foreign
@@ -113,7 +113,7 @@ def fingerprint(made: Plan, device: str) -> dict[str, Any]:
         "source": made.source.fingerprint(),
         "recipe": made.recipe.to_dict(),
         "calibration": made.calibration.digest,
-        "versions": versions(),
+        "versions": versions() | catalog.versions(made.recipe.methods),
         "device": torch.device(device).type,
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from llmq.balance import Candidate, balance, rounded_output_error, side
 from llmq.block import Block, Work
@@ -38,18 +39,28 @@ class OutlierSuppression(Method):
         static = [w for w in block.weights.values() if w.scheme.activations and not w.scheme.activations.dynamic]
         if static:
             block.observe(self.transform_needs)
-            for work in static:
-                clip_tokens(work, block.scale_dtype)
+            for shares in dict.fromkeys(work.shares for work in static):
+                alike = [work for work in static if work.shares == shares]
+                scale = clip_tokens(alike, block.scale_dtype)
+                for work in alike:
+                    block.set_input_scale(work.parameter, scale)
 
 
-def clip_tokens(work: Work, scale_dtype: torch.dtype) -> None:
-    """Give a weight the static input scale with which its output on the sampled rows is nearest to the exact one."""
-    rows = work.statistics[Inputs].rows
+def clip_tokens(works: list[Work], scale_dtype: torch.dtype) -> Tensor:
+    """The static scale of the input that these weights share with which their outputs on the sampled rows err least.
+
+    One scale for all of them: servers fuse weights that share an input. Returns float32 [1].
+    """
+    rows = works[0].statistics[Inputs].rows
     sizes = rows.abs().amax(1)
-    best, least = sizes.max(), rounded_output_error(work, rows, sizes.max(), scale_dtype)
+
+    def cost(clip: Tensor) -> float:
+        return sum(rounded_output_error(work, rows, clip, scale_dtype) for work in works)
+
+    best, least = sizes.max(), cost(sizes.max())
     for clips in (torch.quantile(sizes, torch.tensor(COARSE, device=sizes.device)), None):
         for clip in [best * factor for factor in FINE] if clips is None else clips:
-            error = rounded_output_error(work, rows, clip, scale_dtype)
+            error = cost(clip)
             if error < least:
                 best, least = clip, error
-    work.input_scale = static_scale(best, work.scheme.grid)
+    return static_scale(best, works[0].scheme.grid)
