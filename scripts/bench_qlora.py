@@ -96,7 +96,7 @@ def run(folder: Path, train: Path, heldout: Path, epochs: float) -> None:
     cases: list[tuple[str, Recipe | None, str]] = [("merged, bf16", None, "nf4")]
     for bits in (4, 3):
         gptq = Recipe(scheme=Scheme(bits, 128), calibration=Calibration(str(train), seqlen=512))
-        naive = replace(gptq, methods=("rtn",), range="minmax")
+        naive = replace(gptq, methods=("rtn",), options={"range": "minmax"})
         cases += [
             (f"merged, GPTQ {bits}-bit", gptq, "nf4"),
             (f"merged, rounded naively to {bits} bits", naive, "nf4"),
