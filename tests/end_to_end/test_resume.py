@@ -88,10 +88,16 @@ def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file:
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
-    model = write_tiny_model(tmp_path / "model", layers=32, hidden_size=256, intermediate_size=512)
+    model = write_tiny_model(tmp_path / "model", layers=12, hidden_size=256, intermediate_size=512)
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(model, text_file, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+        command(model, text_file, out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ.copy(),
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, which a child would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list(out.glob("model-00003*")):
         time.sleep(0.02)
