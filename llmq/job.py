@@ -51,7 +51,9 @@ def plan(
             return Windows(ids, (), f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller")
         return calibration_windows(source, recipe.calibration, recipe.seed, longest)
 
-    return make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
+    made = make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
+    config(made)  # what a format cannot say in its configuration is refused now, not after the work
+    return made
 
 
 def quantize(

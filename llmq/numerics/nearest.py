@@ -21,7 +21,7 @@ def round_to_nearest(
     no range to choose. Raises LlmqError on values that are not finite.
     """
     if scheme.grid == "nf4":
-        return quantize_nf4(weight, scheme)
+        return quantize_nf4(weight, scheme, scale_dtype)
     if scheme.grid == "float":
         scale = find_float8_scale(weight, range, scale_dtype)
         return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
