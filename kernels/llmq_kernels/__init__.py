@@ -1,5 +1,9 @@
-"""Low-bit matrix products as plain functions on tensors. Knows torch and nothing else of this project."""
+"""Low-bit matrix products: torch operators, and plain functions on tensors. Knows torch (and triton) and nothing else.
 
-from llmq_kernels.reference import dequantize, linear, unpack_codes
+`import llmq_kernels.ops` registers `torch.ops.llmq.int_linear`, `nf4_linear` and `int8_linear`; `llmq_kernels.layouts`
+puts a weight in the form that the first of them reads on a device. Importing needs neither a GPU nor triton.
+"""
 
-__all__ = ["dequantize", "linear", "unpack_codes"]
+from llmq_kernels.reference import dequantize, unpack_codes
+
+__all__ = ["dequantize", "unpack_codes"]

@@ -5,6 +5,9 @@ Packed codes are the dense bit stream that compressed-tensors calls `pack-quanti
 code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time are spread over the bytes of a 64-bit
 integer.
 Words are little-endian, as on every machine torch supports in practice.
+
+A weight is always computed in float32 and rounded once to the dtype of the input; products are summed by torch's own
+matrix product in that dtype, which accumulates in float32.
 """
 
 from __future__ import annotations
@@ -44,13 +47,16 @@ def lane_mask(used: int, lane: int) -> int:
     return sum(((1 << used) - 1) << start for start in range(0, 64, lane))
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_size: int | None = None) -> Tensor:
     """The weight that codes stand for: (code − zero) · scale, group by group along the last axis.
 
-    codes: int8 [rows, n]; scale: any float [rows, groups] with groups dividing n; zero: int8 [rows, groups] or None.
-    Returns float32 [rows, n].
+    codes: int8 [rows, n]; scale: any float [rows, groups]; zero: int8 [rows, groups] or None; group_size: codes per
+    group, by default n / groups; with it the last group may be shorter. Returns float32 [rows, n].
     """
     rows, n = codes.shape
+    if group_size is not None and n % group_size:
+        whole = scale.shape[1] * group_size
+        return dequantize(torch.nn.functional.pad(codes, (0, whole - n)), scale, zero)[:, :n].contiguous()
     weight = codes.to(torch.float32).view(rows, scale.shape[1], -1)
     if zero is not None:
         weight -= zero.to(torch.float32).unsqueeze(-1)
@@ -58,11 +64,95 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tens
     return weight.view(rows, n)
 
 
-def linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
-    """x · Wᵀ for a packed weight W [rows, n].
+def int_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """x · Wᵀ + bias for integer weights W [out, n] in a dense bit stream.
 
-    x: float [..., n]; words: int32 [rows, ceil(n·bits/32)]; scale: [rows, groups]; zero: int8 [rows, groups] or None.
-    Returns [..., rows] in x's dtype; W is rounded to x's dtype first.
+    x: float [..., n]; words: int32 [out, ceil(n·bits/32)]; scale: float [out, ceil(n/group_size)]; zero: int8 like
+    scale, or None; bias: [out] or None. Returns [..., out] in x's dtype.
     """
-    weight = dequantize(unpack_codes(words, bits, n), scale, zero)
-    return torch.nn.functional.linear(x, weight.to(x.dtype))
+    weight = dequantize(unpack_codes(words, bits, x.shape[-1]), scale, zero, group_size)
+    return linear(x, weight, bias)
+
+
+def nf4_absmax(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_codebook: Tensor | None, offset: float = 0.0
+) -> Tensor:
+    """What the codes of each block are multiplied by, float32 [blocks].
+
+    absmax: float32 [blocks], or uint8 [blocks] with nested_absmax float32 [ceil(blocks/256)] and nested_codebook
+    float32 [256]: QLoRA's double quantization (Dettmers et al. 2023, section 3), where each 256 of them share a scale:
+    nested_codebook[absmax] · nested_absmax + offset.
+    """
+    if nested_absmax is None or nested_codebook is None:
+        return absmax.to(torch.float32)
+    share = nested_absmax.repeat_interleave(256)[: absmax.numel()]
+    return nested_codebook[absmax.to(torch.int64)] * share + offset
+
+
+def nf4_dequantize(
+    packed: Tensor, absmax: Tensor, codebook: Tensor, out_features: int, in_features: int, block_size: int
+) -> Tensor:
+    """The weight [out, in] of 4-bit codes into a codebook, float32.
+
+    packed: uint8 [ceil(out·in/2)], the first of two codes in the high half, along the flattened weight; absmax: float32
+    [blocks], one for each block_size of it (`nf4_absmax`); codebook: float32 [16]. Layout: bitsandbytes 0.50.
+    """
+    size = out_features * in_features
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:size]
+    scale = absmax.repeat_interleave(block_size)[:size]
+    return (codebook[codes.to(torch.int64)] * scale).view(out_features, in_features)
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: float,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """x · Wᵀ + bias for a weight of codes into a codebook. x: float [..., in]; the rest as `nf4_dequantize` says."""
+    absmax = nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
+    return linear(x, nf4_dequantize(packed, absmax, codebook, out_features, x.shape[-1], block_size), bias)
+
+
+def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An input on the signed 8-bit grid, as compressed-tensors 0.20 rounds it: every step in x's own dtype.
+
+    x: float [..., n]; input_scale: [1], or None for one scale per token: its largest magnitude / 127.5, and the
+    dtype's epsilon for a token of zeros. Returns the levels, whole numbers in [−128, 127] in x's dtype, through which
+    gradients flow as if nothing were rounded, and the scale in x's dtype, [..., 1] or [1].
+    """
+    if input_scale is None:
+        scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
+        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+    else:
+        scale = input_scale.to(x.dtype)
+    exact = x / scale
+    return exact.detach().clamp(-128, 127).round() + (exact - exact.detach()), scale
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """x · Wᵀ + bias with the input rounded to 8 bits too: integer products, scaled once at the end.
+
+    x: float [..., n]; weight: int8 [out, n]; scale: float [out, 1]; input_scale: as `round_input` says; bias: [out] or
+    None. Returns [..., out] in x's dtype, rounded once from float32.
+    """
+    levels, x_scale = round_input(x, input_scale)
+    # Whole numbers: float64 sums them exactly, as int32 does.
+    exact = (levels.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.float32)
+    y = exact * x_scale.to(torch.float32) * scale.to(torch.float32).view(-1)
+    return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias with a float32 weight rounded once to x's dtype."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,32 @@
+"""Which tensors the Triton kernels run on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on tensors of that device, or None.
+
+    They run on GPUs, and with TRITON_INTERPRET=1 in the environment on a CPU too, slowly: that is how they are tested.
+    """
+    if not _installed():
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on a GPU, not on {device.type}"
+    return None
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether a product with this input runs on Triton's kernels. They read bfloat16 and float16."""
+    return x.dtype in (torch.bfloat16, torch.float16) and triton_refusal(x.device) is None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

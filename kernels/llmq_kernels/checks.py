@@ -1,0 +1,55 @@
+"""What the operators demand of their arguments: errors that say what was expected and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_input(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
+    """x and bias of any of the operators. Raises TypeError for a dtype, ValueError for a shape or a device."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"the input must be float32, bfloat16 or float16, not {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"the weight [{out_features}, {in_features}] takes inputs [..., {in_features}], not {[*x.shape]}"
+        )
+    if bias is not None:
+        check("bias", bias, FLOATS, (out_features,))
+        check_device(x, bias, "bias")
+
+
+def check(name: str, tensor: Tensor, dtypes: torch.dtype | Sequence[torch.dtype], shape: Sequence[int]) -> None:
+    """Raises TypeError or ValueError unless the tensor has one of the dtypes, and the shape."""
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must be {' or '.join(map(str, allowed))}, not {tensor.dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {[*shape]}, not {[*tensor.shape]}")
+
+
+def check_device(x: Tensor, tensor: Tensor, name: str) -> None:
+    """Raises ValueError unless both are on one device."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}: move the model or the input")
+
+
+def check_stream(
+    words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, group_size: int
+) -> None:
+    """The plain form of an integer weight: codes, scales and zero points that agree. Raises TypeError, ValueError."""
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"there are operators for 2, 3, 4 and 8 bits, not {bits}")
+    if group_size < 1:
+        raise ValueError(f"a group has at least one input, not {group_size}")
+    if words.dim() != 2:
+        raise ValueError(f"words must be [out, words of a row], not {[*words.shape]}")
+    out_features = words.shape[0]
+    check("words", words, torch.int32, (out_features, -(-in_features * bits // 32)))
+    check("scale", scale, FLOATS, (out_features, -(-in_features // group_size)))
+    if zero is not None:
+        check("zero", zero, torch.int8, tuple(scale.shape))

@@ -1,0 +1,113 @@
+"""How an integer weight lies in memory for the operator that will read it: chosen and made once, at load.
+
+A layout is a module of this package with `refusal`, `pack`, `linear` and `dequantize`, tensors in and out:
+
+- planes: the Triton kernels' own, on a GPU;
+- int4pack: torch's int4 operator, on a CPU;
+- stream: the plain form as it is stored, anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.checks import check_device, check_stream
+
+NAMES = ("planes", "int4pack", "stream")
+
+
+class Layout(Protocol):
+    """What each layout has, as functions."""
+
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
+    ) -> str | None:
+        """Why it cannot serve such a weight with inputs of that dtype, in some words, or None."""
+
+    def pack(
+        self,
+        words: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        in_features: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The plain form → the layout's own codes, scale and zero, on the same device."""
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+    ) -> Tensor:
+        """x [M, in], contiguous, M ≥ 1 → x · Wᵀ + bias [M, out] in x's dtype, summed in float32."""
+
+    def dequantize(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+
+
+def layout(name: str) -> Layout:
+    """The layout of that name. Raises ValueError if there is none."""
+    if name not in NAMES:
+        raise ValueError(f"an integer weight lies as {', '.join(NAMES)}, not {name!r}")
+    return cast(Layout, importlib.import_module(f"llmq_kernels.{name}"))
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
+) -> tuple[str, dict[str, str]]:
+    """The fastest layout that serves a weight [out, in], and why the faster ones do not: name → reason."""
+    reasons: dict[str, str] = {}
+    for name in NAMES:
+        reason = layout(name).refusal(device, dtype, bits, out_features, in_features, group_size)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    raise AssertionError("the plain form serves everything")
+
+
+def pack(
+    name: str,
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The plain form of a weight in a layout, for inputs of `dtype`.
+
+    words: int32 [out, ceil(in·bits/32)]; scale: float [out, ceil(in/group_size)]; zero: int8 like scale, or None.
+    Returns the codes, scale and zero that `torch.ops.llmq.int_linear` takes with that layout. Raises TypeError or
+    ValueError where codes, scales and zero points do not agree, or the layout cannot serve them.
+    """
+    check_stream(words, scale, zero, bits, in_features, group_size)
+    check_device(words, scale, "scale")
+    chosen = layout(name)
+    reason = chosen.refusal(words.device, dtype, bits, words.shape[0], in_features, group_size)
+    if reason is not None:
+        raise ValueError(f"layout {name}: {reason}")
+    return chosen.pack(words, scale, zero, bits, in_features, group_size, dtype)

@@ -1,0 +1,83 @@
+"""The layout "stream": a weight's dense bit stream as it is stored, on any device, unpacked some rows at a time.
+
+What serves where no faster layout does. The weight stays packed in memory; a slab of at most SLAB dequantized values
+exists at a time, and is used while it is in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmq_kernels import reference
+
+NAME = "stream"
+SLAB = 1 << 20
+
+
+def refusal(
+    device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
+) -> str | None:
+    """Why this layout cannot serve such a weight: it always can, so None."""
+    return None
+
+
+def pack(
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The plain form is this layout: returned as it is."""
+    return words, scale, zero
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """x [M, in] → [M, out] in x's dtype, slab by slab of output rows."""
+    y = x.new_empty(x.shape[0], out_features)
+    for part, weight in slabs(packed, scale, zero, bits, in_features, group_size):
+        y[:, part] = reference.linear(x, weight, None if bias is None else bias[part])
+    return y
+
+
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+    whole = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
+    for part, weight in slabs(packed, scale, zero, bits, in_features, group_size):
+        whole[part] = weight
+    return whole
+
+
+def slabs(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, group_size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time: which, and their weight in float32."""
+    step = max(1, SLAB // in_features)
+    for start in range(0, packed.shape[0], step):
+        part = slice(start, start + step)
+        codes = reference.unpack_codes(packed[part], bits, in_features)
+        yield part, reference.dequantize(codes, scale[part], None if zero is None else zero[part], group_size)

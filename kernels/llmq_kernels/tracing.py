@@ -1,0 +1,165 @@
+"""The operators' schemas, and what torch.compile and autograd are told: shapes without values, gradients for the input.
+
+Weights, scales and zero points are frozen: asking for their gradient is an error, not a silent None. The bias, which is
+not quantized, gets one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.checks import check_input
+
+_INT = (
+    "Tensor packed, Tensor scale, Tensor? zero{bias}, int bits, int out_features, int in_features, int group_size, "
+    "str layout"
+)
+_NF4 = (
+    "Tensor packed, Tensor absmax, Tensor codebook, Tensor? nested_absmax, Tensor? nested_codebook, "
+    "float offset{bias}, int out_features, int in_features, int block_size"
+)
+_BIAS = ", Tensor? bias"
+
+torch.library.define("llmq::int_linear", f"(Tensor x, {_INT.format(bias=_BIAS)}) -> Tensor")
+torch.library.define("llmq::int_linear_grad", f"(Tensor grad, {_INT.format(bias='')}) -> Tensor")
+torch.library.define("llmq::nf4_linear", f"(Tensor x, {_NF4.format(bias=_BIAS)}) -> Tensor")
+torch.library.define("llmq::nf4_linear_grad", f"(Tensor grad, {_NF4.format(bias='')}) -> Tensor")
+torch.library.define(
+    "llmq::int8_linear", "(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias) -> Tensor"
+)
+torch.library.define("llmq::int8_linear_grad", "(Tensor grad, Tensor weight, Tensor scale) -> Tensor")
+
+
+def _int_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    check_input(x, out_features, in_features, bias)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _int_linear_grad_fake(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _nf4_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: float,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+) -> Tensor:
+    check_input(x, out_features, in_features, bias)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _nf4_linear_grad_fake(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: float,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _int8_linear_fake(
+    x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    check_input(x, weight.shape[0], weight.shape[1], bias)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _int8_linear_grad_fake(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _int_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, zero, bias, *rest = inputs
+    _refuse_weight_gradient(scale=scale)
+    ctx.save_for_backward(packed, scale, zero)
+    ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+
+
+def _int_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = torch.ops.llmq.int_linear_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return (x_grad, None, None, None, _bias_grad(ctx, grad, 4), *(None for _ in ctx.rest))
+
+
+def _nf4_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, *rest = inputs
+    _refuse_weight_gradient(absmax=absmax, codebook=codebook)
+    ctx.save_for_backward(packed, absmax, codebook, nested_absmax, nested_codebook)
+    ctx.rest, ctx.bias_dtype = (offset, *rest), None if bias is None else bias.dtype
+
+
+def _nf4_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = torch.ops.llmq.nf4_linear_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return (x_grad, *(None,) * 6, _bias_grad(ctx, grad, 7), None, None, None)
+
+
+def _int8_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, _, bias = inputs
+    _refuse_weight_gradient(scale=scale)
+    ctx.save_for_backward(weight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _int8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = torch.ops.llmq.int8_linear_grad(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+    return x_grad, None, None, None, _bias_grad(ctx, grad, 4)
+
+
+def _bias_grad(ctx: Any, grad: Tensor, at: int) -> Tensor | None:
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[at]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+
+
+def _refuse_weight_gradient(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise NotImplementedError(f"{name} of a low-bit weight is frozen: train an adapter on top of it instead")
+
+
+torch.library.register_autograd("llmq::int_linear", _int_linear_backward, setup_context=_int_linear_setup)
+torch.library.register_autograd("llmq::nf4_linear", _nf4_linear_backward, setup_context=_nf4_linear_setup)
+torch.library.register_autograd("llmq::int8_linear", _int8_linear_backward, setup_context=_int8_linear_setup)
+torch.library.register_fake("llmq::int_linear", _int_linear_fake)
+torch.library.register_fake("llmq::int_linear_grad", _int_linear_grad_fake)
+torch.library.register_fake("llmq::nf4_linear", _nf4_linear_fake)
+torch.library.register_fake("llmq::nf4_linear_grad", _nf4_linear_grad_fake)
+torch.library.register_fake("llmq::int8_linear", _int8_linear_fake)
+torch.library.register_fake("llmq::int8_linear_grad", _int8_linear_grad_fake)
