@@ -28,16 +28,17 @@ from llmq_kernels.reference import unpack_codes
 NAME = "int4pack"
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
-# Rows up to which the operator beats slabs. It costs the same again for every four rows, slabs cost a fixed price and a
-# fast matmul. CPU time of one thread at 4096 x 4096 on AMD EPYC 9V74 with avx512_bf16: see docs/benchmarks.md.
+# Rows up to which the operator beats slabs. It costs the same again for every four rows (1.5 ms at 4096 x 4096), slabs
+# cost a fixed 10 ms and torch's matmul. They meet at 48 rows in all of 4096 x 4096, 14336 x 4096 and 4096 x 14336:
+# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13.
 OPERATOR_ROWS = 48
 
-# Elements of a slab: one byte each for its codes, two or four for its values, together about the L2 cache of two cores.
+# Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
 SLAB = 1 << 20
 
 
 class Packing(NamedTuple):
-    """How this torch packs on this CPU: rows per block; whether a byte holds its rows d and d + block/2, or 2d and 2d + 1."""
+    """How this torch packs on this CPU: rows a block; whether a byte holds rows d and d + block/2, or 2d and 2d + 1."""
 
     block: int
     halves: bool
@@ -46,7 +47,8 @@ class Packing(NamedTuple):
 @cache
 def packing() -> Packing | None:
     """Found by packing known codes; None where they cannot be found again, or where torch cannot pack at all."""
-    codes = torch.randint(0, 16, (128, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(0, 16, (128, 32), generator=generator, dtype=torch.int32, device="cpu")
     for block in (64, 32, 16):
         for halves in (True, False):
             how = Packing(block, halves)
@@ -60,7 +62,7 @@ def packing() -> Packing | None:
 
 
 def _spread(rows: Tensor, how: Packing) -> Tensor:
-    """Rows [rows, …] in the operator's order, so that neighbours share a byte: what is unpacked is then in its place."""
+    """Rows [rows, …] in the operator's order, so that neighbours share a byte and are unpacked side by side."""
     if not how.halves:
         return rows
     return rows.view(-1, how.block // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
@@ -70,7 +72,11 @@ def _gather(columns: Tensor, how: Packing) -> Tensor:
     """Columns [n, rows] in the operator's order, in their own again: the inverse of `_spread`."""
     if not how.halves:
         return columns
-    return columns.view(len(columns), columns.shape[1] // how.block, 2, how.block // 2).transpose(2, 3).reshape(columns.shape)
+    return (
+        columns.view(len(columns), columns.shape[1] // how.block, 2, how.block // 2)
+        .transpose(2, 3)
+        .reshape(columns.shape)
+    )
 
 
 def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
@@ -80,12 +86,15 @@ def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
     space: int16 [2, at least as many as packed] to work in.
     """
     blocks, n, half = packed.shape
-    codes, shifted = torch.empty(2, packed.numel(), dtype=torch.int16) if space is None else space[:, : packed.numel()]
+    codes, shifted = (
+        packed.new_empty(2, packed.numel(), dtype=torch.int16) if space is None else space[:, : packed.numel()]
+    )
     codes.view(n, blocks, half).copy_(packed.transpose(0, 1))
     torch.bitwise_left_shift(codes, 4, out=shifted)
     codes |= shifted
     codes &= 0x0F0F
-    return codes.view(torch.int8).view(n, blocks * half * 2)
+    in_bytes: Tensor = codes.view(torch.int8)
+    return in_bytes.view(n, blocks * half * 2)
 
 
 def _group(in_features: int, group_size: int) -> int | None:
@@ -140,23 +149,23 @@ def pack(
         if tensor is not None and tensor.shape != (out, groups):
             raise ValueError(f"{name} must be {[out, groups]} for groups of {group_size}, not {[*tensor.shape]}")
     rows = -(-out // how.block) * how.block
-    packed = torch.empty(rows, in_features // 2, dtype=torch.uint8)
+    packed = words.new_empty(rows, in_features // 2, dtype=torch.uint8)
     step = max(1, (1 << 22) // (in_features * how.block)) * how.block
     for start in range(0, rows, step):
         part = unpack_codes(words[start : start + step], bits, in_features)
-        codes = torch.full((min(step, rows - start), in_features), 8, dtype=torch.int32)
+        codes = words.new_full((min(step, rows - start), in_features), 8)
         codes[: len(part)] += part
         packed[start : start + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
-    of_group = torch.arange(in_features // group) * group // group_size
+    of_group = torch.arange(in_features // group, device=words.device) * group // group_size
     pairs = dtype == torch.bfloat16
-    terms = torch.zeros(rows, groups, 1 + pairs, dtype=dtype if pairs else torch.float32)
+    terms = words.new_zeros(rows, groups, 1 + pairs, dtype=dtype if pairs else torch.float32)
     terms[:out, :, 0] = scale
     if zero is not None and pairs:
         terms[:out, :, 1] = -zero.float() * terms[:out, :, 0].float()
     terms = _spread(terms, how).transpose(0, 1)[of_group].contiguous()
     if zero is None:
         return packed, terms, None
-    zeros = torch.zeros(rows, groups, dtype=torch.int8)
+    zeros = zero.new_zeros(rows, groups)
     zeros[:out] = zero
     return packed, terms, zeros.t()[of_group].contiguous()
 
@@ -172,7 +181,7 @@ def linear(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """x · Wᵀ (+ bias) from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
+    """x · Wᵀ + bias from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
     blocks = _check(packed, scale, zero, out_features, in_features)
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [rows, {in_features}], not {[*x.shape]}")
@@ -183,7 +192,7 @@ def linear(
         y = _gather(y, _known())
     else:
         dtype = _matmul_dtype(x.dtype)
-        y, wide = torch.empty(x.shape[0], packed.shape[0], dtype=dtype), x.to(dtype)
+        y, wide = x.new_empty(x.shape[0], packed.shape[0], dtype=dtype), x.to(dtype)
         for rows, weight in _slabs(blocks, scale, zero, dtype):
             torch.mm(wide, weight, out=y[:, rows])
     y = y[:, :out_features]
@@ -202,7 +211,7 @@ def dequantize(
 ) -> Tensor:
     """The weight [out, in] in `dtype`, from what `pack` made."""
     blocks = _check(packed, scale, zero, out_features, in_features)
-    weight = torch.empty(out_features, in_features, dtype=dtype)
+    weight = packed.new_empty(out_features, in_features, dtype=dtype)
     for rows, slab in _slabs(blocks, scale, zero, dtype):
         part = weight[rows]
         part.copy_(slab.t()[: len(part)])
@@ -249,9 +258,9 @@ def _slabs(blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtyp
     groups = scale.shape[0]
     factors = _gather(scale[:, :, 0].float(), how)
     step = max(1, SLAB // (n * how.block))
-    exact = torch.empty(n * min(step, count) * how.block)
+    exact = blocks.new_empty(n * min(step, count) * how.block, dtype=torch.float32)
     rounded = exact if dtype == torch.float32 else torch.empty_like(exact, dtype=dtype)
-    space = torch.empty(2, exact.numel() // 2, dtype=torch.int16)
+    space = blocks.new_empty(2, exact.numel() // 2, dtype=torch.int16)
     for start in range(0, count, step):
         codes = _codes(blocks[start : start + step], space)
         rows = slice(start * how.block, start * how.block + codes.shape[1])

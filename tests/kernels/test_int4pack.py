@@ -113,6 +113,21 @@ def test_a_weight_that_was_packed_for_another_dtype_still_gives_right_numbers() 
             assert got.dtype == dtype and error(got, x.double() @ exact.t()) < TOLERANCE[dtype]
 
 
+def test_default_device_and_dtype_of_a_program_that_loads_a_model_change_nothing() -> None:
+    words, scale, zero, exact = weight(4, 64, 128, 32, False)
+    x = torch.randn(60, 128, generator=torch.Generator().manual_seed(0))
+    int4pack.packing.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            packed = int4pack.pack(words, scale, zero, 4, 128, 32, torch.float32)
+            got = int4pack.linear(x, *packed, None, 4, 64, 128, 32)
+            dense = int4pack.dequantize(*packed, 4, 64, 128, 32, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(got, x.double() @ exact.t()) < 1e-6 and torch.equal(dense.double(), exact)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "bits", "out", "n", "group", "reason"),
     [
