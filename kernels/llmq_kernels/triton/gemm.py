@@ -1,20 +1,27 @@
-"""Tens to hundreds of rows: a fused product on tensor cores, split along K where the weight is too small for the GPU.
+"""Tens to hundreds of rows: a fused product on tensor cores, split among programs where a weight is small for the GPU.
 
-Yᵀ = W · Xᵀ: the weight is the left operand, the one that tensor cores take from registers, so codes go from shared
-memory into registers in the operand's own arrangement, packed, and become numbers there. A tile is one [rows, 32] dot
-for each slice: codes are unpacked by slices, and x is read by slices, so nothing is joined or reshaped.
+Yᵀ = W · Xᵀ, as in `splitk`, but one dot of [rows, 32] at a time, which on Hopper is a warp-group's, with the weight in
+registers. Scales are loaded where they are used: carried from one step to the next, they keep Triton from unpacking
+codes in the operand's own arrangement, and dequantized codes then go through shared memory (seen in its TTGIR).
 
-Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all), or with PRESCALE the codes:
-cheaper from about half a group's length of x rows, and W is then rounded to 16 bits as the operator says.
+Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all), or with PRESCALE the codes,
+which costs less and needs half the accumulators where groups are short and rows of x many; W is then rounded to x's
+dtype, as the operator says.
 """
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from llmq_kernels.triton.unpack import half_codes, plane, position, sixteenth, slices, words
+from llmq_kernels.triton.configs import TILE, WORDS, Config, Variant, choices, run_length
+from llmq_kernels.triton.splitk import reduce
+from llmq_kernels.triton.unpack import dot, half_codes, per_group, plane, position, scaled, sixteenth, slices, words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles", "groups"])
 def gemm_kernel(
     x,
     packed,
@@ -35,7 +42,7 @@ def gemm_kernel(
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRESCALE: tl.constexpr,
-    ASM: tl.constexpr,
+    MODE: tl.constexpr,
 ):
     """y [M, N], or with SPLIT > 1 its float32 parts [SPLIT, M, N].
 
@@ -57,6 +64,8 @@ def gemm_kernel(
     last = tiles * (part + 1) // SPLIT
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for tile in range(first, last):
+        s_run = per_group(scale, tile, n, row, N, groups, GROUP, SLICES, RUN)
+        z_run = per_group(zero, tile, n, row, N, groups, GROUP, SLICES, RUN)
         w0 = tl.load(w_at + tile * WORDS, mask=row[:, None], other=0)
         if BITS == 3:
             w1 = tl.load(w_at + tile * WORDS + 32, mask=row[:, None], other=0)
@@ -76,34 +85,83 @@ def gemm_kernel(
             elif plane(BITS, j) == 2:
                 w = w2
             else:
-                w = sixteenth(w0, w1, w2, ASM)
-            if GROUP > 0:
-                group = tl.minimum(k // GROUP, groups - 1)
-            else:
-                group = 0
-            if zero is not None:
-                z = tl.load(zero + group * N + n, mask=row, other=0).to(tl.float32)
-                z = tl.broadcast_to(z[:, None], [BLOCK_N, 32])
-            else:
+                w = sixteenth(w0, w1, w2, MODE)
+            if zero is None:
                 z = None
-            codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, ASM)
-            if PRESCALE:
-                s = tl.load(scale + group * N + n, mask=row, other=0.0)
-                codes = codes * s[:, None]
-                total = tl.dot(codes, xs, total)
-            elif RUN == 0:
-                total = tl.dot(codes, xs, total)
+            elif RUN > 0:
+                z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
             else:
-                run = tl.dot(codes, xs, run)
+                z = tl.load(zero + n, mask=row, other=0).to(tl.float32)
+                z = tl.broadcast_to(z[:, None], [BLOCK_N, 32])
+            codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, MODE)
+            if RUN == 0:
+                total = dot(codes, xs, total, MODE)
+            elif PRESCALE:
+                s = tl.broadcast_to(s_run[j // RUN].to(DTYPE)[:, None], [BLOCK_N, 32])
+                total = dot(scaled(codes, s, MODE), xs, total, MODE)
+            else:
+                run = dot(codes, xs, run, MODE)
                 if (j + 1) % RUN == 0:
-                    s = tl.load(scale + group * N + n, mask=row, other=0.0).to(tl.float32)
-                    total += run * s[:, None]
+                    total += run * s_run[j // RUN].to(tl.float32)[:, None]
                     if j + 1 < SLICES:
                         run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    if RUN == 0 and not PRESCALE:
+    if RUN == 0:
         total *= tl.load(scale + n, mask=row, other=0.0).to(tl.float32)[:, None]
     y_at = y + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT == 1:
         if bias is not None:
             total += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=row[:, None] & column)
+
+
+def launch(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    config: Config,
+    mode: str,
+) -> Tensor:
+    """x [M, K] contiguous → [M, N] in x's dtype."""
+    (m, k), n, groups = x.shape, packed.shape[0], scale.shape[0]
+    tiles = packed.shape[1] // WORDS[bits]
+    group, run = run_length(bits, group_size, k)
+    y = x.new_empty(m, n)
+    out = y if config.split == 1 else x.new_empty(config.split, m, n, dtype=torch.float32)
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split)
+    gemm_kernel[grid](
+        x,
+        packed,
+        scale,
+        zero,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        tiles,
+        groups,
+        BITS=bits,
+        GROUP=group,
+        RUN=run,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT=config.split,
+        EVEN_K=k == tiles * TILE[bits],
+        PRESCALE=config.prescale and scale.dtype == x.dtype,
+        MODE=mode,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y if config.split == 1 else reduce(out, bias, y)
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that the rule reaches, on the GPUs it reaches it on."""
+    for choice in choices("gemm"):
+        even = choice.in_features % TILE[choice.bits] == 0
+        constexprs = {"SPLIT": choice.config.split, "EVEN_K": even, "PRESCALE": choice.config.prescale}
+        yield choice.variant(gemm_kernel, constexprs, parts=choice.config.split > 1)

@@ -6,7 +6,8 @@ an exponent above it, under which a mantissa's last bit is worth one; one fused 
 own value off and undoes the code's position. Every step is exact, because a code has fewer bits than a mantissa.
 
 Triton has no tensor of register pairs, but its inline assembly takes elements of 16 bits two at a time (`pack=2`),
-which is why words are of 16 bits. ASM False is the same by plain arithmetic, for AMD and for the interpreter.
+which is why words are of 16 bits. MODE "ptx" is this; "plain" is the same by plain arithmetic, for AMD; "interpreted" is
+plain with products in float32, because the interpreter's own take bfloat16 for whole numbers.
 
 3 bits: five codes in each of three words fill 15 bits, and the three top bits are a sixteenth code (`sixteenth`).
 """
@@ -69,9 +70,9 @@ def bfloat_bits(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sixteenth(w0, w1, w2, ASM: tl.constexpr):
+def sixteenth(w0, w1, w2, MODE: tl.constexpr):
     """The top bits of three words as a code in the lowest bits of one."""
-    if ASM:
+    if MODE == "ptx":
         code = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c;
@@ -94,17 +95,16 @@ def sixteenth(w0, w1, w2, ASM: tl.constexpr):
 
 
 @triton.jit
-def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
     """Code at POS of every word, less 2^(BITS − 1) and less `zero`, in 16-bit floating point, exactly.
 
     w: int16. zero: None, or float32 of w's shape, whole numbers in the range of codes.
     """
-    if not ASM:
-        code = ((w.to(tl.int32) >> POS) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+    if MODE != "ptx":
+        code = (((w.to(tl.int32) >> POS) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.float32)
         if zero is not None:
-            half = (code.to(tl.float32) - zero).to(DTYPE)
-        else:
-            half = code.to(DTYPE)
+            code -= zero
+        half = code.to(DTYPE)
     elif BITS == 8 and DTYPE == tl.bfloat16:
         half = _bfloat_bytes(w, zero, POS)
     else:
@@ -202,13 +202,13 @@ def _bfloat_bytes(w, zero, POS: tl.constexpr):
 
 
 @triton.jit
-def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, ASM: tl.constexpr):
+def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
     """Code at POS of every word, less 2^(BITS − 1), in float32, exactly.
 
     The upper of two words is first shifted right by 12, so that its codes too end below bit 23, where 2^23 has its last
     mantissa bit.
     """
-    if ASM:
+    if MODE == "ptx":
         LOW: tl.constexpr = ((1 << BITS) - 1) << POS
         HIGH: tl.constexpr = ((1 << BITS) - 1) << (POS + 4)
         LOW_LESS: tl.constexpr = 2.0 ** (23 - POS) + 2 ** (BITS - 1)
@@ -233,3 +233,36 @@ def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, ASM: tl.constexpr):
     else:
         code = (((w.to(tl.int32) >> POS) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.float32)
     return code
+
+
+@triton.jit
+def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr):
+    """What belongs to each run of RUN slices of a tile, from [groups, N], as a tuple; None gives an empty one.
+
+    tile: a number, or [parts, 1] with n and row [1, rows]. Tiles past the end get the last group's.
+    """
+    found = ()
+    if values is not None and RUN > 0:
+        for r in tl.static_range(SLICES // RUN):
+            group = tl.minimum((tile * SLICES + r * RUN) * 32 // GROUP, groups - 1)
+            found = found + (tl.load(values + group * N + n, mask=row, other=0.0),)
+    return found
+
+
+@triton.jit
+def dot(codes, xs, total, MODE: tl.constexpr):
+    """total + codes · xs, in float32."""
+    if MODE == "interpreted":
+        codes = codes.to(tl.float32)
+        xs = xs.to(tl.float32)
+    return tl.dot(codes, xs, total)
+
+
+@triton.jit
+def scaled(codes, s, MODE: tl.constexpr):
+    """codes · s, rounded to codes' dtype."""
+    if MODE == "interpreted":
+        product = (codes.to(tl.float32) * s.to(tl.float32)).to(codes.dtype)
+    else:
+        product = codes * s
+    return product
