@@ -121,8 +121,8 @@ def gemm_tile(rows: int) -> tuple[int, int, int, int, int]:
     if rows <= 16:
         return 16, 64, 16, 4, 4
     if rows <= 32:
-        return 32, 64, 16, 4, 4
-    return 64, 128, 16, 8, 3
+        return 32, 128, 8, 4, 3
+    return 64, 128, 16, 8, 2
 
 
 def _split(tiles: int, steps: int, processors: int) -> int:
