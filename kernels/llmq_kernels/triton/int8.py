@@ -1,6 +1,6 @@
 """A product of 8-bit integers: x is rounded per token, or by a known scale, and multiplied by an int8 weight.
 
-Two kernels. The first rounds x in the very steps of compressed-tensors, every one in x's own dtype, so that its integers
+Two kernels. The first rounds x in the very steps of compressed-tensors, each in x's own dtype, so that its integers
 are bit for bit those that the accuracy was measured with (`reference.round_input`). The second multiplies on integer
 tensor cores, sums exactly in int32, and applies both scales and the bias at the end, in float32. Reading an int8 weight
 needs no arithmetic, so few rows run on the same kernel, with more of K in flight.
@@ -8,6 +8,7 @@ needs no arithmetic, so few rows run on the same kernel, with more of K in fligh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.triton.configs import Variant
-from llmq_kernels.triton.target import on, rounded, target
+from llmq_kernels.triton.target import COMPILED, on, rounded, target
 
 # Beyond this many inputs, a sum of products of two numbers down to −128 might pass the ends of int32.
 LONGEST = (1 << 31) // (128 * 128) - 1
@@ -142,30 +143,28 @@ def tile(rows: int, out_features: int) -> tuple[int, int, int, int, int]:
     return 128, 128, 128, 8, 3
 
 
-def variants(target: str = "cuda") -> Iterator[Variant]:
-    """Every kernel as it is launched, for scripts/compile_kernels.py. target: "cuda" or "hip"."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        for static in (False, True):
-            for width in (256, 4096, 14336):
-                block = round_block(width)
-                constants = {"DTYPE": TYPES[dtype], "EPS": torch.finfo(dtype).eps, "BLOCK": block, "TARGET": target}
-                yield Variant(
-                    f"int8 round {'static' if static else 'token'} {name} block {block}", round_kernel,
-                    {
-                        "x": f"*{name}", "input_scale": "*fp32" if static else "constexpr", "codes": "*i8",
-                        "scale": "*fp32", "K": "i32",
-                    },
-                    constants if static else constants | {"input_scale": None}, 8 if block > 2048 else 4, 1,
-                    ("x", "codes", "scale", "K") + (("input_scale",) if static else ()),
-                )  # fmt: skip
+def variants() -> Iterator[Variant]:
+    """Every kernel as it is launched, for scripts/compile_kernels.py."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for (machine, gpus), (name, dtype) in itertools.product(COMPILED.items(), names.items()):
+        for static, width in itertools.product((False, True), (256, 4096, 14336)):
+            block = round_block(width)
+            yield Variant(
+                f"int8 round {'static' if static else 'token'} {name} block {block}", round_kernel,
+                {"x": f"*{name}", "codes": "*i8", "scale": "*fp32", "K": "i32"}
+                | ({"input_scale": "*fp32"} if static else {}),
+                {"DTYPE": TYPES[dtype], "EPS": torch.finfo(dtype).eps, "BLOCK": block, "TARGET": machine}
+                | ({} if static else {"input_scale": None}),
+                8 if block > 2048 else 4, 1, ("x", "codes", "scale", "K"), gpus,
+            )  # fmt: skip
         for rows, out in ((16, 4096), (16, 14336), (32, 4096), (64, 4096), (128, 4096)):
             block_m, block_n, block_k, warps, stages = tile(rows, out)
             yield Variant(
-                f"int8 product {name} rows {rows} N {block_n}", int8_kernel,
+                f"int8 product {name} rows {rows} tile {block_n}", int8_kernel,
                 {
                     "x": "*i8", "weight": "*i8", "x_scale": "*fp32", "scale": "*fp32", "bias": f"*{name}",
                     "y": f"*{name}", "M": "i32", "N": "i32", "K": "i32",
                 },
-                {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "TARGET": target}, warps, stages,
-                ("x", "weight", "x_scale", "scale", "bias", "y", "N", "K"),
+                {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "TARGET": machine}, warps, stages,
+                ("x", "weight", "x_scale", "scale", "bias", "y", "N", "K"), gpus,
             )  # fmt: skip

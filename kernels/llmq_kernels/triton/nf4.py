@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmq_kernels.triton.configs import Variant
 from llmq_kernels.triton.nf4_kernels import dequantize_kernel, gemm_kernel, gemv_kernel, sum_kernel
-from llmq_kernels.triton.target import on, processors, target
+from llmq_kernels.triton.target import COMPILED, on, processors, target
 
 # The most rows that the tensor-core kernel takes before writing the weight out is expected to be cheaper.
 FUSED = 128
@@ -137,44 +137,44 @@ def _check(block_size: int, out_features: int, in_features: int) -> None:
         raise ValueError(f"a weight of [{out_features}, {in_features}] is beyond the kernels' 32-bit counters")
 
 
-def variants(target: str = "cuda") -> Iterator[Variant]:
-    """Every kernel as it is launched, for scripts/compile_kernels.py. target: "cuda" or "hip"."""
-    for nested in (False, True):
-        arguments = {
-            "packed": "*i32", "absmax": "*u8" if nested else "*fp32", "codebook": "*fp32", "offset": "fp32",
-            "nested_absmax": "*fp32" if nested else "constexpr",
-            "nested_codebook": "*fp32" if nested else "constexpr",
-        }  # fmt: skip
+def variants() -> Iterator[Variant]:
+    """Every kernel as it is launched, for scripts/compile_kernels.py."""
+    for (machine, gpus), nested in itertools.product(COMPILED.items(), (False, True)):
+        weight = {"packed": "*i32", "absmax": "*fp32", "codebook": "*fp32", "offset": "fp32"}
+        if nested:
+            weight |= {"absmax": "*u8", "nested_absmax": "*fp32", "nested_codebook": "*fp32"}
+        # What is None has no type.
         nothing: dict[str, object] = {} if nested else {"nested_absmax": None, "nested_codebook": None}
-        pointers = tuple(name for name, kind in arguments.items() if kind.startswith("*"))
-        label = "nested" if nested else "plain"
-        for dtype in ("bf16", "fp16"):
-            product = {**arguments, "x": f"*{dtype}", "bias": f"*{dtype}", "y": f"*{dtype}"}
-            product |= {"M": "i32", "N": "i32", "words": "i32"}
-            for whole in (True, False):
-                common = {**nothing, "RUN": 8, "WHOLE": whole, "TARGET": target}
-                for rows, out in itertools.product((1, 2, 3, 4), (1024, 4096)):
-                    block_n, block_w = gemv_tile(out)
-                    tile = {"ROWS": rows, "BLOCK_N": block_n, "BLOCK_W": block_w}
-                    yield Variant(
-                        f"nf4 gemv {label} {dtype} rows {rows} N {block_n} whole {whole}", gemv_kernel, product,
-                        {**common, **tile}, 4, 1, (*pointers, "x", "bias", "y", "N"),
-                    )  # fmt: skip
-                for rows, split in itertools.product((16, 32, 64), (1, 4)):
-                    block_m, block_n, block_w, warps, stages = gemm_tile(rows)
-                    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "SPLIT": split}
-                    yield Variant(
-                        f"nf4 gemm {label} {dtype} rows {rows} split {split} whole {whole}", gemm_kernel,
-                        product | ({"y": "*fp32"} if split > 1 else {}), {**common, **tile}, warps, stages,
-                        (*pointers, "x", "bias", "y", "N", "words"),
-                    )  # fmt: skip
+        pointers = tuple(name for name, kind in weight.items() if kind.startswith("*"))
+        for dtype, whole in itertools.product(("bf16", "fp16"), (True, False)):
+            types = {**weight, "x": f"*{dtype}", "bias": f"*{dtype}", "y": f"*{dtype}"}
+            types |= {"M": "i32", "N": "i32", "words": "i32"}
+            label = f"{'nested' if nested else 'plain'} {dtype} {'whole' if whole else 'ragged'}"
+            common = {**nothing, "RUN": 8, "WHOLE": whole, "TARGET": machine}
+            for rows, out in itertools.product((1, 2, 3, 4), (1024, 4096)):
+                block_n, block_w = gemv_tile(out)
+                yield Variant(
+                    f"nf4 gemv {label} rows {rows} tile {block_n}", gemv_kernel,
+                    {name: kind for name, kind in types.items() if name != "M"},
+                    {**common, "ROWS": rows, "BLOCK_N": block_n, "BLOCK_W": block_w}, 4, 1,
+                    (*pointers, "x", "bias", "y", "N"), gpus,
+                )  # fmt: skip
+            for rows, split in itertools.product((16, 32, 64), (1, 4)):
+                block_m, block_n, block_w, warps, stages = gemm_tile(rows)
+                yield Variant(
+                    f"nf4 gemm {label} rows {rows} split {split}", gemm_kernel,
+                    types | ({"y": "*fp32"} if split > 1 else {}),
+                    {**common, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "SPLIT": split}, warps,
+                    stages, (*pointers, "x", "bias", "y", "N", "words"), gpus,
+                )  # fmt: skip
+        for dtype in ("bf16", "fp16", "fp32"):
             yield Variant(
-                f"nf4 dequantize {label} {dtype}", dequantize_kernel,
-                {**arguments, "packed": "*u8", "weight": f"*{dtype}", "size": "i32"},
-                {**nothing, "BLOCK": DEQUANTIZE_BLOCK, "BLOCK_SIZE": 64, "TARGET": target}, 4, 1,
-                (*pointers, "weight", "size"),
+                f"nf4 dequantize {'nested' if nested else 'plain'} {dtype}", dequantize_kernel,
+                weight | {"packed": "*u8", "weight": f"*{dtype}", "size": "i32"},
+                {**nothing, "BLOCK": DEQUANTIZE_BLOCK, "BLOCK_SIZE": 64, "TARGET": machine}, 4, 1,
+                (*pointers, "weight", "size"), gpus,
             )  # fmt: skip
-    yield Variant(
-        "nf4 sum", sum_kernel, {"parts": "*fp32", "bias": "*bf16", "y": "*bf16", "size": "i32", "N": "i32"},
-        {"SPLIT": 4, "BLOCK": 1024, "TARGET": target}, 4, 1, ("parts", "bias", "y", "size", "N"),
-    )  # fmt: skip
+        yield Variant(
+            "nf4 sum", sum_kernel, {"parts": "*fp32", "bias": "*bf16", "y": "*bf16", "size": "i32", "N": "i32"},
+            {"SPLIT": 4, "BLOCK": 1024, "TARGET": machine}, 4, 1, ("parts", "bias", "y", "size", "N"), gpus,
+        )  # fmt: skip

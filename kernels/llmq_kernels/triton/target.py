@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+# Each TARGET that is compiled for, and the GPUs that scripts/compile_kernels.py compiles it for.
+COMPILED = {"cuda": ("cuda:80", "cuda:89", "cuda:90", "cuda:100"), "hip": ("hip:gfx942",)}
 # What a launch reckons with in the interpreter: few enough that small tests split K, too.
 INTERPRETED_PROCESSORS = 8
 
