@@ -29,7 +29,7 @@ def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Ten
 @pytest.mark.parametrize("static", STATIC)
 @pytest.mark.parametrize("width", [77, 300, 8200])
 def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float | None, width: int) -> None:
-    x, _, _ = draw(12 if width > 8192 else 40, 5, width, dtype)
+    x, _, _ = draw(12, 5, width, dtype)
     known = None if static is None else torch.tensor([static])
     codes, scale = int8.round_input(x.to(DEVICE), None if known is None else known.to(DEVICE))
     expected = round_per_token(x, "int") if known is None else round_static(x, known, "int")
@@ -42,14 +42,13 @@ def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float |
 @pytest.mark.parametrize("static", STATIC)
 def test_is_the_exact_product_scaled_once(dtype: torch.dtype, rows: int, static: float | None) -> None:
     known = None if static is None else torch.tensor([static])
-    for out, width in ((33, 77), (130, 300)):
+    for out, width, bias in ((33, 77, None), (130, 300, torch.randn(130).to(dtype))):
         x, weight, scale = draw(rows, out, width, dtype)
-        for bias in (None, torch.randn(out).to(dtype)):
-            moved = [None if t is None else t.to(DEVICE) for t in (weight, scale, known, bias)]
-            y = int8.linear(x.to(DEVICE), *moved).cpu()
-            codes, x_scale = int8_cpu.round_input(x, known)
-            exact = (codes.double() @ weight.double().t()).float() * x_scale.float() * scale.float().view(-1)
-            assert torch.equal(y, (exact if bias is None else exact + bias.float()).to(dtype))
+        moved = [None if t is None else t.to(DEVICE) for t in (weight, scale, known, bias)]
+        y = int8.linear(x.to(DEVICE), *moved).cpu()
+        codes, x_scale = int8_cpu.round_input(x, known)
+        exact = (codes.double() @ weight.double().t()).float() * x_scale.float() * scale.float().view(-1)
+        assert torch.equal(y, (exact if bias is None else exact + bias.float()).to(dtype))
 
 
 def test_refuses_sums_that_might_overflow() -> None:
