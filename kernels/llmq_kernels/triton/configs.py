@@ -225,7 +225,16 @@ def entry(config: Config, microseconds: float) -> dict[str, Any]:
     return {"config": asdict(config), "microseconds": round(microseconds, 2)}
 
 
-SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (1024, 2048), (96, 160))
+SHAPES = (
+    (4096, 4096),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (57344, 8192),
+    (1024, 2048),
+    (96, 160),
+)
 
 
 @dataclass(frozen=True)
