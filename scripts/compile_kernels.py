@@ -58,7 +58,7 @@ def modules() -> list[str]:
 
 
 def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[str, int, str]]:
-    """(module, number of the variant, target). A sample is the largest program of each kernel, number format and target."""
+    """(module, number of the variant, target). A sample is the largest of each kernel, bits, group and target."""
     for module in modules():
         kept: dict[tuple[str, str], tuple[int, int]] = {}
         for number, variant in enumerate(importlib.import_module(module).variants()):
@@ -68,11 +68,11 @@ def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[s
                 if not sample:
                     yield module, number, target
                     continue
-                bits = variant.constexprs.get("BITS", 0)
+                kind = f"{variant.kernel.__name__} {variant.constexprs.get('BITS')} {variant.constexprs.get('GROUP')}"
                 size = variant.constexprs.get("BLOCK_M", 1) * variant.constexprs.get("BLOCK_N", 1)
-                best = kept.get((f"{variant.kernel.__name__} {bits}", target))
+                best = kept.get((kind, target))
                 if best is None or size > best[0]:
-                    kept[f"{variant.kernel.__name__} {bits}", target] = size, number
+                    kept[kind, target] = size, number
         yield from ((module, number, target) for (_, target), (_, number) in kept.items())
 
 
@@ -123,7 +123,7 @@ def nvidia(cubin: bytes) -> dict[str, int]:
     if found is None:
         raise OSError(f"cuobjdump does not say what registers are used: {usage[:100]}")
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", sass)
-    loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS"))  and code != "LDGDEPBAR"]
+    loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
     return {
         "registers": int(found[1]),
         "spilled": int(found[2]) + sum(code.startswith(("STL", "LDL")) for code in opcodes),
@@ -150,7 +150,8 @@ def amd(assembly: str) -> dict[str, int]:
 
 def table(rows: list[Compiled]) -> str:
     """The worst of each module and target, one line each."""
-    head = f"{'kernel':12} {'target':11} {'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
+    titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
+    head = f"{'kernel':12} {'target':11} {titles}"
     lines = [head, "-" * len(head)]
     for module, target in sorted({(row.module, row.target) for row in rows}):
         some = [row for row in rows if (row.module, row.target) == (module, target)]
@@ -169,7 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
-    parser.add_argument("--sample", action="store_true", help="one variant of each kernel, bit width and target")
+    parser.add_argument("--sample", action="store_true", help="the largest of each kernel, bit width, group and target")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write every line here too")
     parser.add_argument("--verbose", action="store_true", help="print a line for each variant")

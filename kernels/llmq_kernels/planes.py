@@ -16,6 +16,8 @@ Scales and zero points are stored [groups, out]: programs read them for neighbou
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense
@@ -76,7 +78,7 @@ def pack(
 def interleave(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes int32 [rows, tiles, slices, 32] → int16 words [rows, tiles, 1 or 3, 32]."""
     if bits == 3:
-        fives = codes[:, :, :15].unflatten(2, (3, 5))
+        fives = codes[:, :, :15].reshape(*codes.shape[:2], 3, 5, 32)
         top = torch.stack([codes[:, :, 15] >> bit & 1 for bit in range(3)], dim=2)
         whole = sum((fives[:, :, :, j] << (3 * j) for j in range(5)), start=top << 15)
     else:
@@ -107,14 +109,14 @@ def linear(
     kernels = {"gemv": gemv.launch, "splitk": splitk.launch, "gemm": gemm.launch}
     if config.family not in kernels:
         return many_rows(x, packed, scale, zero, bias, bits, group_size)
-    with torch.cuda.device_of(x):
+    with current(x.device):
         return kernels[config.family](x, packed, scale, zero, bias, bits, group_size, config, gpu.mode)
 
 
 def many_rows(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """x · Wᵀ + bias by torch's own product with a dense copy of some rows of W at a time, of at most WORKSPACE bytes."""
+    """x · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it, of at most WORKSPACE bytes."""
     n, k = packed.shape[0], x.shape[1]
     bias = None if bias is None else bias.to(x.dtype)
     step = max(1, WORKSPACE // (k * x.element_size()))
@@ -144,5 +146,10 @@ def dequantize(
     from llmq_kernels.triton.dequantize import launch
 
     y = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-    with torch.cuda.device_of(packed):
+    with current(packed.device):
         return launch(packed, scale, zero, y, bits, group_size, configs.gpu_of(packed.device).mode)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the one a layer lies on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -108,7 +108,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
-    """GROUP and RUN of the kernels: codes in a group, 0 for one group in all; slices that surely share one, 0 for all."""
+    """GROUP and RUN of the kernels: codes in a group, 0 for one group; slices that surely share one, 0 for all."""
     if group_size >= in_features:
         return 0, 0
     return group_size, gcd(group_size, TILE[bits]) // 32
