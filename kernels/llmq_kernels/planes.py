@@ -17,6 +17,7 @@ Scales and zero points are stored [groups, out]: programs read them for neighbou
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from torch.nn.functional import linear as dense
 
 from llmq_kernels import reference
 from llmq_kernels.backend import triton_refusal
+
+if TYPE_CHECKING:
+    from llmq_kernels.triton.configs import Config
 
 NAME = "planes"
 TILE = {2: 256, 3: 512, 4: 128, 8: 64}
@@ -100,17 +104,34 @@ def linear(
     group_size: int,
 ) -> Tensor:
     """x [M, in] → [M, out] in x's dtype, by the kernel that `configs.choose` names for M rows."""
-    from llmq_kernels.triton import configs, gemm, gemv, splitk
+    from llmq_kernels.triton import configs
 
+    gpu = configs.gpu_of(x.device)
     if x.dtype not in HALF:
         return many_rows(x, packed, scale, zero, bias, bits, group_size)
-    gpu = configs.gpu_of(x.device)
     config = configs.choose(gpu, bits, x.shape[0], out_features, in_features, group_size)
+    return run(x, packed, scale, zero, bias, bits, group_size, config, gpu.mode)
+
+
+def run(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    config: Config,
+    mode: str,
+) -> Tensor:
+    """x · Wᵀ + bias in one configuration. mode: as `configs.Gpu.mode`."""
+    from llmq_kernels.triton import gemm, gemv, splitk
+
     kernels = {"gemv": gemv.launch, "splitk": splitk.launch, "gemm": gemm.launch}
     if config.family not in kernels:
         return many_rows(x, packed, scale, zero, bias, bits, group_size)
     with current(x.device):
-        return kernels[config.family](x, packed, scale, zero, bias, bits, group_size, config, gpu.mode)
+        return kernels[config.family](x, packed, scale, zero, bias, bits, group_size, config, mode)
 
 
 def many_rows(

@@ -173,7 +173,9 @@ def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
 def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
     tiles = -(-k // TILE[bits])
     block_m = 32 if m <= 32 else 64 if m <= 64 or bits in (2, 3) else 128
-    rows = 128 if bits in (4, 8) and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
+    # 8 bits in 128 rows spill for other tensor cores than a warp-group's; 2 and 3 bits spill everywhere.
+    large = bits == 4 or (bits == 8 and gpu.target in ("cuda:90", "cuda:100", "cuda:103"))
+    rows = 128 if large and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
     programs = -(-n // rows) * -(-m // block_m)
     split = 1
     while programs * split * 2 <= gpu.processors and 2 * split * 4 <= tiles and split < 8:
