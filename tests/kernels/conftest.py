@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before triton is imported."""
+"""Where there is no GPU, Triton's kernels run in its interpreter; it looks for this when triton is imported."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
-    """GROUP and RUN of the kernels: codes in a group, 0 for one group in all; slices that surely share one, 0 for all."""
+    """GROUP and RUN of the kernels: codes in a group, 0 for one group; slices that surely share one, 0 for all."""
     if group_size >= in_features:
         return 0, 0
     return group_size, gcd(group_size, TILE[bits]) // 32
@@ -136,7 +136,7 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
     tiles = -(-in_features // TILE[bits])
     if m <= 2 and (bits == 8 or not gpu.wide):
         return _gemv(bits, m, out_features, tiles)
-    if m <= 32:
+    if m <= (32 if bits in (4, 8) else 16):
         return _splitk(gpu, bits, m, out_features, tiles)
     if m <= (512 if gpu.target in ("cuda:89", "cuda:90") else 256):
         return _gemm(gpu, bits, m, out_features, in_features, group_size)
@@ -154,8 +154,11 @@ def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
     columns = -(-m // block_m)
     most = power(tiles + 1, 2) // 2
     wanted = 6 * gpu.processors
-    fitting = [(rows, min(parts, most)) for rows in (64, 32, 16) for parts in (4, 8)]
-    rows, parts = next((fit for fit in fitting if -(-n // fit[0]) * columns * fit[1] >= wanted), (32, min(8, most)))
+    # Accumulators of a warp: rows · block_m, twice. Beyond these sizes the kernels spill (scripts/compile_kernels.py).
+    largest = (1024 if bits in (4, 8) else 512) // block_m
+    fitting = [(rows, min(parts, most)) for rows in (64, 32, 16) for parts in (4, 8) if rows <= largest]
+    enough = (fit for fit in fitting if -(-n // fit[0]) * columns * fit[1] >= wanted)
+    rows, parts = next(enough, (min(32, largest), min(8, most)))
     programs = -(-n // rows) * columns
     split = 1
     while programs * parts * split < wanted and 2 * split * parts * 4 <= tiles and split < 8:
@@ -169,8 +172,10 @@ def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
 
 def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
     tiles = -(-k // TILE[bits])
-    block_m = 64 if m <= 64 or bits in (2, 3) else 128
-    rows = 128 if -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
+    block_m = 32 if m <= 32 else 64 if m <= 64 or bits in (2, 3) else 128
+    # 8 bits in 128 rows spill for other tensor cores than a warp-group's; 2 and 3 bits spill everywhere.
+    large = bits == 4 or (bits == 8 and gpu.target in ("cuda:90", "cuda:100", "cuda:103"))
+    rows = 128 if large and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
     programs = -(-n // rows) * -(-m // block_m)
     split = 1
     while programs * split * 2 <= gpu.processors and 2 * split * 4 <= tiles and split < 8:
@@ -225,16 +230,7 @@ def entry(config: Config, microseconds: float) -> dict[str, Any]:
     return {"config": asdict(config), "microseconds": round(microseconds, 2)}
 
 
-SHAPES = (
-    (4096, 4096),
-    (6144, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (8192, 8192),
-    (57344, 8192),
-    (1024, 2048),
-    (96, 160),
-)
+SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (1024, 2048), (96, 160))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], rows stride apart."""
+    """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], stride apart."""
     SLICES: tl.constexpr = slices(BITS)
     WORDS_OF_TILE: tl.constexpr = words(BITS)
     tile = tl.program_id(0)

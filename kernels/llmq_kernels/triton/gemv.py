@@ -38,7 +38,7 @@ def gemv_kernel(
     EVEN_K: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one group."""
+    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one."""
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     LANES: tl.constexpr = TILES * 4

@@ -6,8 +6,8 @@ an exponent above it, under which a mantissa's last bit is worth one; one fused 
 own value off and undoes the code's position. Every step is exact, because a code has fewer bits than a mantissa.
 
 Triton has no tensor of register pairs, but its inline assembly takes elements of 16 bits two at a time (`pack=2`),
-which is why words are of 16 bits. MODE "ptx" is this; "plain" is the same by plain arithmetic, for AMD; "interpreted" is
-plain with products in float32, because the interpreter's own take bfloat16 for whole numbers.
+which is why words are of 16 bits. MODE "ptx" is this; "plain" is the same by plain arithmetic, for AMD; "interpreted"
+is plain with products in float32, because the interpreter's own take bfloat16 for whole numbers.
 
 3 bits: five codes in each of three words fill 15 bits, and the three top bits are a sixteenth code (`sixteenth`).
 """
@@ -17,44 +17,44 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def slices(BITS):  # type: ignore[no-untyped-def]
+def slices(BITS):
     """Slices of 32 codes in a tile: what 32 words (3 bits: 96 words) of one row hold."""
     return 16 if BITS == 3 else 16 // BITS
 
 
 @triton.constexpr_function
-def words(BITS):  # type: ignore[no-untyped-def]
+def words(BITS):
     """Words of 16 bits in a tile."""
     return 96 if BITS == 3 else 32
 
 
 @triton.constexpr_function
-def plane(BITS, j):  # type: ignore[no-untyped-def]
+def plane(BITS, j):
     """Which run of 32 words of a tile holds slice j; 3: the top bits of all three."""
     return j // 5 if BITS == 3 else 0
 
 
 @triton.constexpr_function
-def position(BITS, j):  # type: ignore[no-untyped-def]
+def position(BITS, j):
     """Where in its word a code of slice j starts."""
     return j % 15 % 5 * 3 if BITS == 3 else j * BITS
 
 
 @triton.constexpr_function
-def window(BITS, POS, MANTISSA):  # type: ignore[no-untyped-def]
+def window(BITS, POS, MANTISSA):
     """The shift that brings a code at POS into the mantissa: as few different ones as possible, to be shared."""
     per = MANTISSA // BITS
     return POS // (per * BITS) * per * BITS
 
 
 @triton.constexpr_function
-def both(value):  # type: ignore[no-untyped-def]
+def both(value):
     """The same 16 bits in both halves of a register."""
     return value * 0x00010001
 
 
 @triton.constexpr_function
-def half_bits(value):  # type: ignore[no-untyped-def]
+def half_bits(value):
     """A number that is exact in float16, as its bits."""
     import struct
 
@@ -62,7 +62,7 @@ def half_bits(value):  # type: ignore[no-untyped-def]
 
 
 @triton.constexpr_function
-def bfloat_bits(value):  # type: ignore[no-untyped-def]
+def bfloat_bits(value):
     """A number that is exact in bfloat16, as its bits."""
     import struct
 
@@ -105,7 +105,7 @@ def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constex
         if zero is not None:
             code -= zero
         half = code.to(DTYPE)
-    elif BITS == 8 and DTYPE == tl.bfloat16:
+    elif BITS == 8 and tl.bfloat16 == DTYPE:
         half = _bfloat_bytes(w, zero, POS)
     else:
         half = _masked_codes(w, zero, BITS, POS, DTYPE)
@@ -114,16 +114,16 @@ def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit
 def _masked_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr):
-    MANTISSA: tl.constexpr = 10 if DTYPE == tl.float16 else 7
+    MANTISSA: tl.constexpr = 10 if tl.float16 == DTYPE else 7
     SHIFT: tl.constexpr = window(BITS, POS, MANTISSA)
     MASK: tl.constexpr = both(((1 << BITS) - 1) << (POS - SHIFT))
-    EXPONENT: tl.constexpr = both(0x6400 if DTYPE == tl.float16 else 0x4300)
+    EXPONENT: tl.constexpr = both(0x6400 if tl.float16 == DTYPE else 0x4300)
     UNIT: tl.constexpr = 2.0 ** -(POS - SHIFT)
     LESS: tl.constexpr = -(2.0**MANTISSA) * UNIT - 2 ** (BITS - 1)
-    KIND: tl.constexpr = "f16x2" if DTYPE == tl.float16 else "bf16x2"
-    FACTOR_BITS: tl.constexpr = both(half_bits(UNIT) if DTYPE == tl.float16 else bfloat_bits(UNIT))
+    KIND: tl.constexpr = "f16x2" if tl.float16 == DTYPE else "bf16x2"
+    FACTOR_BITS: tl.constexpr = both(half_bits(UNIT) if tl.float16 == DTYPE else bfloat_bits(UNIT))
     if zero is None:
-        LESS_BITS: tl.constexpr = both(half_bits(LESS) if DTYPE == tl.float16 else bfloat_bits(LESS))
+        LESS_BITS: tl.constexpr = both(half_bits(LESS) if tl.float16 == DTYPE else bfloat_bits(LESS))
         half = tl.inline_asm_elementwise(
             f"""{{
             .reg .b32 t, f, l;
@@ -245,7 +245,7 @@ def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.c
     if values is not None and RUN > 0:
         for r in tl.static_range(SLICES // RUN):
             group = tl.minimum((tile * SLICES + r * RUN) * 32 // GROUP, groups - 1)
-            found = found + (tl.load(values + group * N + n, mask=row, other=0.0),)
+            found = found + (tl.load(values + group * N + n, mask=row, other=0.0),)  # type: ignore[assignment]
     return found
 
 
