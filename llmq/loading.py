@@ -94,6 +94,7 @@ class _Configuration:
         """Transformers' configuration, without what only its own readers need, and with what it would forget."""
         values = dict(values)
         own = {key: values.pop(key) for key in ("dynamic", "modules_in_block_to_quantize") if key in values}
+        values, ordered = _without_order(values)
         # A checkpoint's wish to be made dense is there because stock readers cannot run it packed (docs/design.md).
         dense = values.pop("dequantize", False)
         if values.get("transform_config", {}) and values["transform_config"].get("config_groups"):
@@ -103,7 +104,20 @@ class _Configuration:
             setattr(config, key, value)
         if dense and CompressedTensorsReader.refusal(config) is not None:
             config.dequantize = dense
+        if ordered:
+            config.ordered = True
         return config
+
+
+def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A configuration without activation order 'group', which the files tell and newer compressed-tensors refuses."""
+    groups = values.get("config_groups") or {}
+    changed = {
+        name: group | {"weights": group["weights"] | {"actorder": None}}
+        for name, group in groups.items()
+        if isinstance(group, dict) and (group.get("weights") or {}).get("actorder") == "group"
+    }
+    return (values | {"config_groups": groups | changed}, True) if changed else (values, False)
 
 
 def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized: bool = True, **kwargs: Any) -> Any:
@@ -114,7 +128,15 @@ def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized:
         if reason is None:
             return KernelQuantizer(config, reader(config), stock)
         reasons.append(reason)
-    log.info("%s: stock transformers loads it: %s", _method(config), reasons[0])
+    return _stock_quantizer(stock, config, reasons[0], pre_quantized, **kwargs)
+
+
+def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
+    """Stock transformers' own quantizer, with one line that says why."""
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    if getattr(config, "ordered", False):
+        raise LlmqError(f"{method}: {reason}, and stock transformers does not know activation order by group")
+    log.warning("%s: stock transformers loads it: %s", method, reason)
     return stock(config, pre_quantized=pre_quantized, **kwargs)
 
 
@@ -152,8 +174,7 @@ class KernelQuantizer(HfQuantizer):
         if reason is None:
             super().preprocess_model(model, dtype=dtype, **kwargs)
             return
-        log.info("%s: stock transformers loads it: %s", _method(self.quantization_config), reason)
-        stock = self.stock(self.quantization_config, pre_quantized=True)
+        stock = _stock_quantizer(self.stock, self.quantization_config, reason)
         stock.validate_environment(device_map=kwargs.get("device_map"), weights_only=True)
         # from_pretrained goes on with this very object, so it must turn into the other.
         self.__class__, self.__dict__ = type(stock), stock.__dict__
@@ -204,7 +225,3 @@ class KernelQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile sees one operator per layer."""
         return True
-
-
-def _method(config: Any) -> str:
-    return str(getattr(config.quant_method, "value", config.quant_method))

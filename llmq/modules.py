@@ -1,7 +1,7 @@
 """QuantLinear: a linear layer whose weight stays packed; its forward is one operator of llmq_kernels.
 
 Made by `llmq.loading` from what a checkpoint stores. Buffers only, so nothing trains; the input gets a gradient, which
-is what adapters on top need. It is an nn.Linear without `weight`, as bitsandbytes' is, so peft finds it by itself.
+is what adapters on top need. It is an nn.Linear, as bitsandbytes' is, so peft finds it by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.notes = {}
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The codes in one row: what peft and transformers look at to learn the device. Adding to it is an error."""
+        return self.qweight.flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's."""
+        return self.product(x.to(self.dtype)).to(x.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] in the layer's dtype → [..., out]."""
+        raise NotImplementedError
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the weight cannot go to that device or serve that dtype as it is packed, or None."""
@@ -76,8 +89,8 @@ class IntLinear(QuantLinear):
         for name, part in zip(("qweight", "scale", "zero", "order"), (*packed, weight.order), strict=True):
             self.register_buffer(name, part)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
         x = x if self.order is None else x.index_select(-1, self.order)
         y: Tensor = torch.ops.llmq.int_linear(
             x, self.qweight, self.scale, self.zero, self.bias, *self._sizes(), self.layout
@@ -114,8 +127,8 @@ class CodebookLinear(QuantLinear):
         for name in ("absmax", "codebook", "nested_absmax", "nested_codebook"):
             self.register_buffer(name, getattr(weight, name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
         weight = (self.qweight, self.absmax, self.codebook, self.nested_absmax, self.nested_codebook, self.offset)
         y: Tensor = torch.ops.llmq.nf4_linear(
             x, *weight, self.bias, self.out_features, self.in_features, self.block_size
@@ -141,8 +154,8 @@ class Int8Linear(QuantLinear):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("input_scale", weight.input_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
         y: Tensor = torch.ops.llmq.int8_linear(x, self.qweight, self.scale, self.input_scale, self.bias)
         return y
 

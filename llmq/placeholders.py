@@ -85,8 +85,8 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     """
     stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
     renamed = _renamer(model)
-    linear = {name: module for name, module in model.named_modules() if sizes(module) is not None}
-    state = model.state_dict()
+    modules, state = dict(model.named_modules()), model.state_dict()
+    linear = {name: module for name, module in modules.items() if sizes(module) is not None}
     found = Found()
     seen: set[str] = set()
     for stem, tensors in stored.items():
@@ -94,14 +94,22 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         name = target.removesuffix(".weight")
         module = linear.get(name)
         if converted or module is None:
-            if found.unserved is None and not (set(tensors) <= {"weight", BIAS}) and (converted or target in state):
+            known = converted or target in state or name in modules
+            if known and found.unserved is None and not set(tensors) <= {"weight", BIAS}:
                 first = next(iter(tensors.values())).name
-                found.unserved = f"{first} is part of {target}, which is no linear module"
+                found.unserved = f"{first} is part of {name}, which is no linear module"
             continue
-        seen.add(name)
         shape = sizes(module)
         assert shape is not None
         layer = reader.layer(name, module, shape, tensors)
+        if layer is not None or "weight" in tensors:
+            seen.add(name)
+        elif set(tensors) != {BIAS}:
+            info = next(iter(tensors.values()))
+            raise LlmqError(
+                f"{info.file}: {stem} has {', '.join(tensors)}, but no weight, packed or not; "
+                "download or write the checkpoint again"
+            )
         if layer is None:
             continue
         bias = module.bias is not None

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,8 +105,37 @@ def _status(text: str, shown: bool) -> Iterator[None]:
     from rich.console import Console
 
     console = Console(file=sys.stderr if shown else io.StringIO())
-    with console.status(text), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    said = _Held()
+    try:
+        with console.status(text), contextlib.redirect_stderr(io.StringIO()), said:
+            yield
+    finally:
+        said.say()
+
+
+class _Held(logging.Handler):
+    """Keeps what llmq has to say while standard error is elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.logger = logging.getLogger("llmq")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps it."""
+        self.records.append(record)
+
+    def __enter__(self) -> None:
+        self.before, self.logger.propagate = self.logger.propagate, False
+        self.others, self.logger.handlers = self.logger.handlers, [self]
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.propagate, self.logger.handlers = self.before, self.others
+
+    def say(self) -> None:
+        """Says it."""
+        for record in self.records:
+            self.logger.handle(record)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
