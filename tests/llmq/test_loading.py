@@ -150,8 +150,6 @@ def test_adapters_train(tmp_path: Path) -> None:
     for name, grad in grads[0].items():
         assert grads[1][name].abs().max() > 0
         assert apart(grad, grads[1][name]) < 1e-4, name
-    with pytest.raises(RuntimeError):
-        peft.get_peft_model(llmq.load(tmp_path / "m", device_map="cpu"), wanted).merge_and_unload()
 
 
 def test_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

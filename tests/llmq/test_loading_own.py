@@ -1,4 +1,4 @@
-"""What llmq itself writes, on its kernels, against stock transformers reading the same folder; and what goes to stock."""
+"""What llmq writes, on its kernels, against stock transformers reading the same folder; and what goes to stock."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_merging_into_integers_fails(tmp_path: Path) -> None:
 
 
 def test_what_is_not_served_goes_to_stock(tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture) -> None:
-    """FP8, weights that the user wants dense, and a model quantized while it is loaded: one line, and stock's result."""
+    """FP8, weights that the user wants dense, a model quantized while it is loaded: one line, and stock's result."""
     eight = quantized("llama", Scheme(8, None, grid="float", activations=Activations()), tmp_path / "fp8")
     four = quantized("llama", SCHEMES["w4"], tmp_path / "w4")
     cases: list[tuple[Path, dict[str, Any], str]] = [
