@@ -4,8 +4,8 @@
 
 Each folder is loaded by stock from_pretrained after llmq.use_kernels(), in float32 and in bfloat16, and run on fixed
 random tokens; the dense model is the same architecture, filled with the decoded weights. Prints a table; exits 1 when
-logits differ by more than 1e-4 (float32) or 1e-2 (bfloat16), root mean square over root mean square, or packed memory
-is not packed. Beside it, what bfloat16 alone does to the dense model: sums in another order differ by as much.
+logits differ by more than 1e-4 (float32) or 1e-2 (bfloat16; W8A8: 2e-2), root mean square over root mean square, or
+packed memory is not packed. Beside it, what bfloat16 alone does to the dense model: sums in another order differ so.
 """
 
 from __future__ import annotations
@@ -52,28 +52,50 @@ def gptq(decoders: Any, t: dict[str, Tensor], bits: int, offset: int) -> Tensor:
     return ((q - zero[group]) * t["scales"].float()[group]).T
 
 
+def codebook(t: dict[str, Tensor]) -> Tensor:
+    """What decode_check.nf4 is, for FP4 too, where magnitudes are not quantized again."""
+    state = json.loads(bytes(next(v for k, v in t.items() if "quant_state" in k).tolist()))
+    packed = t["weight"].flatten()
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+    return (t["weight.quant_map"][codes].view(-1, state["blocksize"]) * t["weight.absmax"][:, None]).view(
+        state["shape"]
+    )
+
+
+def round_inputs(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """int8 per token as compressed-tensors rounds: the largest magnitude is 127.5 steps."""
+    (x,) = args
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    return ((x / scale).clamp(-128, 127).round() * scale,)
+
+
 def decoded(folder: Path, decoders: Any) -> tuple[dict[str, Tensor], int, str]:
     """Every tensor of the dense model, the bytes that its quantized weights have on disk, and the format's name."""
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     method = quantization.get("quant_method", "bitsandbytes")
     tensors = stored(folder)
     marks = {"compressed-tensors": "weight_packed", "bitsandbytes": "weight.absmax"}
-    mark = "." + marks.get(method, "qweight")
+    eight = quantization.get("format") == "int-quantized"
+    mark = ".weight_scale" if eight else "." + marks.get(method, "qweight")
     stems = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
     dense, packed = dict(tensors), 0
     for stem in stems:
         own = {name: dense.pop(name) for name in list(dense) if name.startswith(f"{stem}.")}
         packed += sum(t.numel() * t.element_size() for t in own.values())
         t = {name.removeprefix(f"{stem}."): tensor for name, tensor in own.items()}
-        if method == "compressed-tensors":
+        if eight:
+            weight, kind = decoders.naive(str(folder), stem), "W8A8"
+        elif method == "compressed-tensors":
             bits = next(iter(quantization["config_groups"].values()))["weights"]["num_bits"]
             weight, kind = decoders.ct(str(folder), stem, bits), "compressed-tensors"
         elif method == "bitsandbytes":
-            weight, kind = decoders.nf4(str(folder), stem), "bitsandbytes"
+            fp4 = quantization["bnb_4bit_quant_type"] == "fp4"
+            weight, kind = codebook(t) if fp4 else decoders.nf4(str(folder), stem), "bitsandbytes"
         elif quantization.get("version") == "gemm" or "awq" in str(quantization.get("packing_format")):
             weight, kind = decoders.awq(str(folder), stem), "awq"
         else:
-            form = str(quantization.get("checkpoint_format", "gptq"))
+            form = str(quantization.get("packing_format", quantization.get("checkpoint_format", "gptq")))
+            form = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2"}.get(form, form)
             weight, kind = gptq(decoders, t, quantization["bits"], 0 if form.endswith("v2") else 1), form
         dense[f"{stem}.weight"] = weight
         if "bias" in t:
@@ -81,13 +103,16 @@ def decoded(folder: Path, decoders: Any) -> tuple[dict[str, Tensor], int, str]:
     return dense, packed, kind if stems else "none"
 
 
-def dense_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """The folder's architecture in `dtype`, filled with these tensors."""
+def dense_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, rounds: bool) -> Any:
+    """The folder's architecture in `dtype`, filled with these tensors; rounds: it rounds activations to int8."""
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     missing, unexpected = model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=False)
     model.tie_weights()
+    for name, module in model.named_modules():
+        if rounds and isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_pre_hook(round_inputs)
     tied = set(model.all_tied_weights_keys)
     if set(missing) - tied or unexpected:
         raise SystemExit(f"{folder}: the dense model lacks {missing[:3]} or does not know {unexpected[:3]}")
@@ -104,14 +129,16 @@ def row(folder: Path, decoders: Any) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
         layers = [m for m in model.modules() if isinstance(m, llmq.QuantLinear)]
         with torch.inference_mode():
-            found, wanted = model(tokens).logits.float(), dense_model(folder, tensors, dtype)(tokens).logits.float()
+            found = model(tokens).logits.float()
+            wanted = dense_model(folder, tensors, dtype, kind == "W8A8")(tokens).logits.float()
         result[str(dtype)] = float((found - wanted).norm() / wanted.norm())
         result[f"max {dtype}"] = float((found - wanted).abs().max() / wanted.abs().max())
         exact = wanted if exact is None else exact
         result["noise"] = float((wanted - exact).norm() / exact.norm())
         result["layouts"] = ", ".join(f"{n} {name}" for name, n in Counter(m.layout for m in layers).items())
         result["packed"] = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
-    worst = [result[str(dtype)] <= limit for dtype, limit in LIMITS.items()]
+    # Where activations are rounded, the last bit of a sum decides between two codes, and that is seen.
+    worst = [result[str(dtype)] <= (2e-2 if kind == "W8A8" else limit) for dtype, limit in LIMITS.items()]
     result["ok"] = all(worst) and bool(layers) and result["packed"] <= 1.1 * on_disk
     return result
 

@@ -22,7 +22,15 @@ from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in
 from llmq.safetensors_io import TensorInfo
 
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
-FORMATS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1, "auto_round:gptq": 1}
+FORMATS = {
+    "gptq": 1,
+    "gptq_v2": 0,
+    "auto_round:auto_gptq": 1,
+    "auto_round:gptq": 1,
+    "auto_round:gptqmodel": 0,
+    "auto_round": 0,
+}
+"""What a checkpoint calls its layout → what its stored zero points lack."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,11 @@ def settings(config: Configuration, name: str) -> tuple[int, int]:
     """Bits and group size of the weight of a module, with what the checkpoint says of it alone.
 
     `dynamic` (gptqmodel): regular expression → other settings, where '-:' leaves a module alone; `extra_config`
-    (auto-round): name → other settings. Raises LlmqError when it must not be quantized, or has bits without a kernel.
+    (auto-round): name or regular expression → other settings. Raises LlmqError when it must not be quantized, or has
+    bits without a kernel.
     """
-    own: Mapping[str, Any] = (getattr(config, "extra_config", None) or {}).get(name, {})
+    extra: Mapping[str, Any] = getattr(config, "extra_config", None) or {}
+    own: Mapping[str, Any] = next((v for key, v in extra.items() if key == name or re.fullmatch(key, name)), {})
     for pattern, changes in (getattr(config, "dynamic", None) or {}).items():
         kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
         if re.match(pattern.removeprefix(kind), name):
