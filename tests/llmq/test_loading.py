@@ -70,12 +70,10 @@ def test_logits_of_dense_weights(case: Case, tmp_path: Path, kernels: None) -> N
     noise = apart(rounded, exact)
     assert apart(logits(half), rounded) < max(1e-2, 1.5 * noise)
     assert noise < 3e-2
-    bits = case.bits if case.bits in (2, 3, 4) else 8
-    for layer in layers(model):
-        held = sum(b.numel() * b.element_size() for b in layer.buffers())
-        groups = 1 if case.group < 0 else layer.in_features // case.group
-        scales = layer.out_features * groups * (4 + 4)
-        assert held <= layer.in_features * (layer.out_features * bits / 8 + 8 * case.order) + scales + 4 * 128
+    # Layouts for one processor may hold narrow codes in 4 bits, and fill up small weights; 5 to 7 bits run as 8.
+    bits = 8 if case.bits > 4 else 4 if layers(model)[0].layout == "int4pack" else case.bits
+    held = sum(b.numel() * b.element_size() for layer in layers(model) for b in layer.buffers())
+    assert held <= sum(layer.in_features * layer.out_features for layer in layers(model)) * (bits + 4) / 8
 
 
 def test_load(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def test_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_moved(tmp_path: Path) -> None:
     """A cast leaves what the codes mean alone; a layout that was made for a device stays there."""
-    write(tmp_path / "m", Case("ct", 3, 32, True))
+    write(tmp_path / "m", Case("ct", 8, 32, True))
     model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
     layer = layers(model)[0]
     assert isinstance(layer, IntLinear)
@@ -183,7 +181,7 @@ def test_moved(tmp_path: Path) -> None:
 
 def test_plain_operator_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Weights that no fast layout serves run anyway, with one line for all of them."""
-    write(tmp_path / "m", Case("ct", 3, 32))
+    write(tmp_path / "m", Case("ct", 8, 32))
     with caplog.at_level(logging.WARNING, "llmq"):
         model = llmq.load(tmp_path / "m", device_map="cpu")
     lines = [r.getMessage() for r in caplog.records if r.name == "llmq"]

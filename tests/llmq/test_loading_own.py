@@ -77,7 +77,7 @@ def test_as_stock_reads_it(scheme: str, tmp_path: Path) -> None:
         assert apart(layer(x), plain.get_submodule(name)(x)) < 1e-5, name
     # A value half-way between two codes of an activation goes one way or the other by the last bit of a sum.
     assert apart(logits(model), logits(plain)) < (3e-2 if "w8a8" in scheme else 1e-4)
-    assert model.get_memory_footprint() < 1.05 * sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert model.get_memory_footprint() < 1.25 * sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("kind, scheme", [("opt", "w4"), ("phi3", "nf4-double"), ("gemma2", "w4"), ("mamba", "w4")])
