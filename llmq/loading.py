@@ -100,12 +100,9 @@ class _Configuration:
         if values.get("transform_config", {}) and values["transform_config"].get("config_groups"):
             raise LlmqError("this checkpoint rotates activations while it runs (transform_config): llmq cannot yet")
         config = self.stock.from_dict(values, **kwargs)
-        for key, value in own.items():
-            setattr(config, key, value)
-        if dense and CompressedTensorsReader.refusal(config) is not None:
-            config.dequantize = dense
-        if ordered:
-            config.ordered = True
+        for key, value in (own | {"ordered": ordered, "dense": dense}).items():
+            if value:
+                setattr(config, key, value)
         return config
 
 
@@ -136,6 +133,8 @@ def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool =
     method = str(getattr(config.quant_method, "value", config.quant_method))
     if getattr(config, "ordered", False):
         raise LlmqError(f"{method}: {reason}, and stock transformers does not know activation order by group")
+    if getattr(config, "dense", False):
+        config.dequantize = True
     log.warning("%s: stock transformers loads it: %s", method, reason)
     return stock(config, pre_quantized=pre_quantized, **kwargs)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import llmq
@@ -177,6 +177,26 @@ def test_moved(tmp_path: Path) -> None:
     with pytest.raises(llmq.LlmqError, match="packed as int4pack for torch.bfloat16"):
         layer.to(torch.float16)
     layer.to("meta")
+
+
+def test_parts_heads_and_devices(tmp_path: Path, kernels: None) -> None:
+    """The base model alone, with another head, and sent over several devices, whose hooks stay on the layers."""
+    dense = write(tmp_path / "m", Case("gptq", 4, 32, True, True))
+    with torch.inference_mode():
+        wanted = dense.model(TOKENS).last_hidden_state
+        parts = {"embed_tokens": "cpu", "norm": "cpu", "rotary_emb": "cpu", "layers": torch.device("cpu")}
+        spread = {f"model.{name}": device for name, device in parts.items()} | {"lm_head": "cpu"}
+        for kind, device_map in (
+            (AutoModel, None),
+            (AutoModelForSequenceClassification, None),
+            (AutoModelForCausalLM, spread),
+        ):
+            model = kind.from_pretrained(tmp_path / "m", dtype=torch.float32, device_map=device_map)
+            base = getattr(model, "model", model)
+            assert apart(base(TOKENS).last_hidden_state, wanted) < 1e-4
+            assert hasattr(layers(model)[0], "_hf_hook") == (device_map is not None)
+    with pytest.raises(llmq.LlmqError, match="its device map has cpu, disk"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=spread | {"model.layers": "disk"})
 
 
 def test_plain_operator_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
