@@ -48,24 +48,30 @@ class QuantLinear(nn.Linear):
         """x [..., in] in the layer's dtype → [..., out]."""
         raise NotImplementedError
 
-    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the weight cannot go to that device or serve that dtype as it is packed, or None."""
+    def moved(self) -> str | None:
+        """Why the weight cannot go to another kind of device or serve another dtype as it is packed, or None."""
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """What .to() and its like do: the weight's parts move, but are never rounded; the bias is cast too."""
-        to = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        if (to.device.type, to.dtype) != (self.qweight.device.type, self.dtype) and to.device.type != "meta":
-            reason = self.moved(to.device, to.dtype)
-            if reason is not None:
-                raise LlmqError(f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; load the folder there")
+        device = self.qweight.device
+        to = fn(torch.empty(0, dtype=self.dtype, device=device))
+        changed = (to.device.type, to.dtype) != (device.type, self.dtype) and to.device.type != "meta"
+        reason = self.moved() if changed else None
+        if reason is not None:
+            raise LlmqError(f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; load the folder there")
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 new = fn(buffer)
                 kept = new.dtype == buffer.dtype or name == "bias"
                 self._buffers[name] = new if kept else buffer.to(new.device)
         self.dtype = to.dtype
+        if changed:
+            self.settle()
         return self
+
+    def settle(self) -> None:
+        """Where it now is, another layout may be better."""
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -82,11 +88,14 @@ class IntLinear(QuantLinear):
     def __init__(self, weight: IntWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight.words.shape[0], weight.in_features, bias, dtype)
         self.bits, self.group_size = weight.bits, weight.group_size
-        self.layout, self.notes = layouts.choose(weight.words.device, dtype, *self._sizes())
-        packed = layouts.pack(
-            self.layout, weight.words, weight.scale, weight.zero, self.bits, self.in_features, self.group_size, dtype
-        )
-        for name, part in zip(("qweight", "scale", "zero", "order"), (*packed, weight.order), strict=True):
+        self.register_buffer("order", weight.order)
+        self._pack(weight.words, weight.scale, weight.zero)
+
+    def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """The plain form of the weight into the best layout for its device."""
+        self.layout, self.notes = layouts.choose(words.device, self.dtype, *self._sizes())
+        packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
+        for name, part in zip(("qweight", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, part)
 
     def product(self, x: Tensor) -> Tensor:
@@ -97,9 +106,14 @@ class IntLinear(QuantLinear):
         )
         return y
 
-    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def moved(self) -> str | None:
         """See QuantLinear."""
         return None if self.layout == "stream" else f"its weight is packed as {self.layout} for {self.dtype}"
+
+    def settle(self) -> None:
+        """The plain form can be packed anew wherever it goes."""
+        if self.layout == "stream":
+            self._pack(self.qweight, self.scale, self.zero)
 
     def extra_repr(self) -> str:
         """What print shows."""

@@ -134,7 +134,7 @@ def in_groups(words: Tensor, bits: int, width: int, group: Tensor, size: int) ->
     step = part_of_rows(width)
     for start in range(0, words.shape[0], step):
         part = slice(start, start + step)
-        moved[part] = pack_codes(unpack_codes(words[part], bits, width)[:, order], bits)
+        moved[part] = pack_codes(unpack_codes(words[part], bits, width).index_select(1, order), bits)
     return moved, order.to(torch.int32)
 
 

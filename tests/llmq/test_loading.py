@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import llmq
 from llmq.loading import use_kernels
 from llmq.modules import IntLinear
+from llmq_kernels import layouts
 from tests.llmq.written import Case, Tensors, edit, linears, save, tiny, write
 
 CASES = [
@@ -177,6 +178,20 @@ def test_moved(tmp_path: Path) -> None:
     with pytest.raises(llmq.LlmqError, match="packed as int4pack for torch.bfloat16"):
         layer.to(torch.float16)
     layer.to("meta")
+
+
+def test_moved_to_where_a_faster_layout_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "m", Case("ct", 4, 32, True))
+    with monkeypatch.context() as patch:
+        patch.setattr(layouts, "NAMES", ("stream",))
+        layer = layers(llmq.load(tmp_path / "m", device_map="cpu", dtype="float32"))[0]
+    assert isinstance(layer, IntLinear)
+    x = torch.randn(2, layer.in_features)
+    wanted = layer(x)
+    layer.to(torch.bfloat16)
+    best = layouts.choose(x.device, torch.bfloat16, 4, layer.out_features, layer.in_features, 32)
+    assert (layer.layout, layer.notes) == best
+    assert apart(layer(x), wanted) < 1e-2
 
 
 def test_parts_heads_and_devices(tmp_path: Path, kernels: None) -> None:
