@@ -33,6 +33,7 @@ READERS: dict[str, tuple[Any, ...]] = {
     "awq": (AWQReader,),
     "auto-round": (GPTQReader, AWQReader),
     "bitsandbytes_4bit": (BitsandbytesReader,),
+    "bitsandbytes_8bit": (BitsandbytesReader,),
 }
 """Method in config.json → who reads it, the first that does not refuse."""
 

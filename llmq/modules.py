@@ -19,7 +19,8 @@ from llmq_kernels import layouts
 
 
 class QuantLinear(nn.Linear):
-    """y = x · Wᵀ + bias with W [out, in] packed. dtype: of the inputs it was packed for, and of the bias.
+    """y = x · Wᵀ + bias with W [out, in] packed. dtype: of the inputs it was packed for, and of the bias; notes: why
+    no faster layout serves, where it runs on the plain operator.
 
     `qweight` holds the codes in the layout's own form. Moving it to a device, or casting it, for which that form is not
     made raises LlmqError: load the folder there.
@@ -93,7 +94,8 @@ class IntLinear(QuantLinear):
 
     def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """The plain form of the weight into the best layout for its device."""
-        self.layout, self.notes = layouts.choose(words.device, self.dtype, *self._sizes())
+        self.layout, reasons = layouts.choose(words.device, self.dtype, *self._sizes())
+        self.notes = reasons if self.layout == "stream" else {}
         packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
         for name, part in zip(("qweight", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, part)
