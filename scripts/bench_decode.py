@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_timing as timing
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -76,12 +77,15 @@ def work(about: Result) -> None:
     os.dup2(2, 1)
 
     import psutil
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import llmq
 
     if about["threads"]:
         torch.set_num_threads(about["threads"])
+    # The model's code is imported now, without a weight, so that it does not count as the model's memory.
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(about["folder"]))
     process = psutil.Process()
     before = process.memory_info().rss
     began = time.perf_counter()
@@ -297,6 +301,8 @@ def main() -> None:
     packed = quantized(folder, args) if kinds != ["bf16"] else folder
     if args.prepare:
         return
+    device = torch.device(args.device)
+    load = timing.busy(device)
     workers: list[Worker] = []
     try:
         for kind in kinds:
@@ -305,14 +311,14 @@ def main() -> None:
     finally:
         for worker in workers:
             worker.close()
-    from bench_timing import machine
-
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"machine": machine(torch.device(args.device)), "settings": told, "results": results}
+    about = timing.machine(device) | {"load": load}
+    report = {"machine": about, "settings": told, "results": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     console = Console(width=120)
-    about = report["machine"]
+    if load:
+        console.print(load, highlight=False)
     console.print(f"{folder.name}, batch {args.batch}, {about['device']}, torch {about['versions']['torch']}")
     console.print(table(results, args))
 

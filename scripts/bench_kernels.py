@@ -66,7 +66,12 @@ def check(operator: Operator, prepared: Prepared, x: Tensor) -> Cell:
         return {"state": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
     few = torch.linspace(0, len(x) - 1, min(len(x), CHECKED), device=x.device).round().long()
     error, wrong = mistake(result[0][few] if len(result[0]) == len(x) else result[0], prepared.expected(x[few]))
-    return {"state": "WRONG" if wrong else "ok", "error": error, "first_seconds": seconds, "bytes": prepared.bytes}
+    return {
+        "state": "WRONG" if wrong else "ok",
+        "error": error if math.isfinite(error) else None,
+        "first_seconds": seconds,
+        "bytes": prepared.bytes,
+    }
 
 
 def measure_cell(shape: tuple[int, int], ready: dict[str, Any], x: Tensor, bandwidth: float, seconds: float) -> Cell:
@@ -88,11 +93,13 @@ def measure_cell(shape: tuple[int, int], ready: dict[str, Any], x: Tensor, bandw
         median = statistics.median(times)
         limit = (results[name]["bytes"] + moved) / bandwidth
         results[name] |= {"ms": 1e3 * median, "best_ms": 1e3 * min(times), "worst_ms": 1e3 * max(times)}
+        results[name] |= {"note": ready[name][0].note} if ready[name][0].note else {}
         results[name] |= {"repeats": len(times), "limit_ms": 1e3 * limit, "of_limit": limit / median}
-    base = results.get(BASE, {}).get("ms")
+    base = results[BASE]
     for result in results.values():
-        if base and "ms" in result:
-            result["ratio"] = base / result["ms"]
+        if "ms" in base and "ms" in result:
+            result["ratio"] = base["ms"] / result["ms"]
+            result["best_ratio"] = base["best_ms"] / result["best_ms"]
     return {"shape": list(shape), "rows": len(x), "copy_bandwidth": bandwidth, "operators": results}
 
 
@@ -118,7 +125,7 @@ def resumed(file: Path, report: Cell) -> Cell:
     """The report in `file` to go on with. Raises SystemExit when it was made otherwise than `report` would be."""
     before: Cell = json.loads(file.read_text())
     for key in ("settings", "machine"):
-        if changed := [name for name, value in report[key].items() if before[key].get(name) != value]:
+        if changed := [k for k, value in report[key].items() if before[key].get(k) != value and k != "load"]:
             name = changed[0]
             raise SystemExit(f"{file} was made with {name} {before[key].get(name)}, not {report[key][name]}")
     return before
@@ -139,6 +146,8 @@ def measure_all(args: argparse.Namespace, report: Cell, device: torch.device) ->
         shape, m = lacking[0]
         if shape != held:
             ready.clear()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             weight = random_weight(shape, args.bits, args.group_size, args.asymmetric, dtype, device)
             for name in settings["operators"]:
                 ready[name] = prepare(name, weight, cache)
@@ -171,8 +180,8 @@ def tables(report: Cell) -> list[Table]:
     everything = Table("out x in", "operator", *map(str, rows), title=f"times as fast as torch {kind}, by rows of x")
     short = Table("out x in", *map(str, rows), f"of copy bandwidth, {rows[0]} rows", title=f"{OURS}, the same")
 
-    def text(result: Cell) -> str:
-        return f"{result['ratio']:.2f}" if "ratio" in result else "" if "ms" in result else str(result["state"])
+    def text(result: Cell, key: str = "ratio") -> str:
+        return f"{result[key]:.2f}" if key in result else "" if "ms" in result else str(result["state"])
 
     for shape in shapes:
         for name in report["settings"]["operators"]:
@@ -183,6 +192,9 @@ def tables(report: Cell) -> list[Table]:
             if name == OURS:
                 share = f"{100 * results[0]['of_limit']:.0f} %" if "of_limit" in results[0] else ""
                 short.add_row("x".join(map(str, shape)), *map(text, results), share)
+                if report["machine"]["load"]:
+                    best = [text(result, "best_ratio") for result in results]
+                    short.add_row("  best of the repeats", *best, "")
     return [everything, short]
 
 
@@ -211,6 +223,7 @@ def plot(report: Cell, file: Path) -> str:
                 axis.plot(*zip(*points, strict=True), marker=".", color=f"C{number}", label=name)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        axis.set_xticks([cell["rows"] for cell in cells], [str(cell["rows"]) for cell in cells], fontsize="small")
         axis.set_title(f"{shape[0]} x {shape[1]}")
         axis.set_xlabel("rows")
     axes[0][0].set_ylabel(f"times as fast as torch {report['settings']['dtype']}")
@@ -229,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("build/bench_kernels.json"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=128, help="0: one group a row")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--shapes", default="llama8b,llama70b,4096,8192")
@@ -251,7 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     settings = {key: getattr(args, key) for key in ("bits", "group_size", "asymmetric", "dtype")}
-    report: Cell = {"machine": timing.machine(device), "settings": settings | {"operators": names}, "cells": []}
+    about = timing.machine(device) | {"load": timing.busy(device)}
+    report: Cell = {"machine": about, "settings": settings | {"operators": names}, "cells": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.resume and args.out.exists():
         report = resumed(args.out, report)
@@ -262,7 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
     reasons = {name: r["reason"] for cell in report["cells"] for name, r in cell["operators"].items() if "reason" in r}
     for name, reason in reasons.items():
         console.print(f"{name}: {reason}", highlight=False)
-    about = report["machine"]
+    if report["machine"]["load"]:
+        console.print(report["machine"]["load"], highlight=False)
     speed = statistics.median(cell["copy_bandwidth"] for cell in report["cells"]) if report["cells"] else math.nan
     console.print(
         f"{about['device']}, torch {about['versions']['torch']}, {about['commit']}, copy {speed / 1e9:.0f} GB/s"

@@ -61,11 +61,12 @@ class Weight:
 @dataclass
 class Prepared:
     """An operator on a weight. tensors: what it reads, all of it; bind: a copy of these → the operator on x [M, in];
-    expected: x → its result as it should be, float32."""
+    expected: x → its result as it should be, float32; note: how the weight lies, where there is a choice."""
 
     tensors: tuple[Tensor | None, ...]
     bind: Callable[..., Operator]
     expected: Operator
+    note: str = ""
 
     @property
     def bytes(self) -> int:
@@ -76,8 +77,9 @@ class Prepared:
 def random_weight(
     shape: tuple[int, int], bits: int, group_size: int, asymmetric: bool, dtype: torch.dtype, device: torch.device
 ) -> Weight:
-    """Codes of every value, scales of both sizes."""
+    """Codes of every value; a group_size of 0 is one group a row."""
     rows, width = shape
+    group_size = group_size or width
     half, groups = 1 << (bits - 1), -(-width // group_size)
     generator = torch.Generator(device).manual_seed(rows * 31 + width)
     codes = torch.randint(-half, half, shape, dtype=torch.int8, device=device, generator=generator)
@@ -125,7 +127,7 @@ def llmq_int(weight: Weight) -> Prepared | str:
     def bind(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Operator:
         return lambda x: torch.ops.llmq.int_linear(x, codes, scale, zero, None, bits, rows, width, group, name)
 
-    return Prepared(packed, bind, product(weight.dense))
+    return Prepared(packed, bind, product(weight.dense), name)
 
 
 def llmq_nf4(weight: Weight) -> Prepared | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
@@ -129,6 +130,14 @@ def _captured(copies: Sequence[Operator], x: Tensor, rounds: int) -> Callable[[]
 
     timed()
     return timed
+
+
+def busy(device: torch.device) -> str:
+    """A warning where other processes want the processor too; call it before there is work of one's own."""
+    load = os.getloadavg()[0]
+    if device.type == "cuda" or load < 0.5:
+        return ""
+    return f"other processes kept {load:.1f} of {os.cpu_count()} processors busy before this run: times are unsteady"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
