@@ -65,10 +65,10 @@ def check(operator: Operator, prepared: Prepared, x: Tensor) -> Cell:
     except Exception as error:  # of a peer, of a compiler: it goes into the table
         return {"state": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
     few = torch.linspace(0, len(x) - 1, min(len(x), CHECKED), device=x.device).round().long()
-    error, wrong = mistake(result[0][few] if len(result[0]) == len(x) else result[0], prepared.expected(x[few]))
+    off, wrong = mistake(result[0][few] if len(result[0]) == len(x) else result[0], prepared.expected(x[few]))
     return {
         "state": "WRONG" if wrong else "ok",
-        "error": error if math.isfinite(error) else None,
+        "error": off if math.isfinite(off) else None,
         "first_seconds": seconds,
         "bytes": prepared.bytes,
     }
