@@ -13,7 +13,8 @@ from torch import Tensor
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on tensors of that device, or None.
 
-    They run on GPUs, and with TRITON_INTERPRET=1 in the environment on a CPU too, slowly: that is how they are tested.
+    They run on GPUs, and with TRITON_INTERPRET=1 in the environment on a CPU too, slowly: that is how they are tested,
+    by naming them; nothing chooses them there.
     """
     if not _installed():
         return "triton is not installed (pip install triton)"
@@ -24,7 +25,7 @@ def triton_refusal(device: torch.device) -> str | None:
 
 def on_triton(x: Tensor) -> bool:
     """Whether a product with this input runs on Triton's kernels. They read bfloat16 and float16."""
-    return x.dtype in (torch.bfloat16, torch.float16) and triton_refusal(x.device) is None
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _installed()
 
 
 @functools.cache

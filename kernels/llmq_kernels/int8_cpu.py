@@ -54,7 +54,7 @@ def multiply(codes: Tensor, weight: Tensor) -> Tensor:
     if codes.shape[0] > ONE_BY_ONE:
         return torch._int_mm(weight, codes.t()).t()
     transposed = weight.t()
-    return torch.cat([torch._int_mm(row, transposed) for row in codes.split(1)])
+    return torch.cat([torch._int_mm(codes[at : at + 1], transposed) for at in range(codes.shape[0])])
 
 
 def _by_float32(codes: Tensor, weight: Tensor) -> Tensor:

@@ -72,6 +72,43 @@ def test_opcheck(bias: Tensor | None) -> None:
     torch.library.opcheck(torch.ops.llmq.int8_linear_grad.default, (grad, codes, torch.rand(12, 1)))
 
 
+@pytest.mark.parametrize(("layout", "dtype"), [("planes", torch.bfloat16), ("int4pack", torch.bfloat16)])
+def test_other_layouts_are_the_same_operator(layout: str, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 128).to(dtype).requires_grad_()
+    weight = plain(12, 128, 4, 32, symmetric=False)
+    whole = arguments(weight, x, layout)
+    torch.library.opcheck(torch.ops.llmq.int_linear.default, whole)
+    y = torch.ops.llmq.int_linear(*whole)
+    exact = x.detach().view(6, 128).double() @ weight.dense.t()
+    assert ((y.detach().view(6, 12).double() - exact).abs() <= tolerance(x.detach().view(6, 128), weight.dense)).all()
+    y.sum().backward()
+    assert x.grad is not None
+    expected = weight.dense.sum(0).expand(2, 3, 128)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_nf4_and_int8_on_triton_are_the_same_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: True)
+    x = torch.randn(2, 3, 128).bfloat16().requires_grad_()
+    code = nf4(12, 128, True)
+    torch.library.opcheck(torch.ops.llmq.nf4_linear.default, (x, *code, None, 12, 128, 64))
+    weight = torch.randint(-128, 128, (12, 128), dtype=torch.int8)
+    scale = torch.rand(12, 1)
+    torch.library.opcheck(torch.ops.llmq.int8_linear.default, (x, weight, scale, None, None))
+    with torch.no_grad():
+        got = torch.ops.llmq.nf4_linear(x, *code, None, 12, 128, 64)
+        torch.testing.assert_close(got, reference.nf4_linear(x, *code, None, 12, 64), rtol=2e-2, atol=0.2)
+        got = torch.ops.llmq.int8_linear(x, weight, scale, None, None)
+        torch.testing.assert_close(got, reference.int8_linear(x, weight, scale))
+
+
+def test_nothing_chooses_the_interpreter() -> None:
+    name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 4, 64, 128, 32)
+    assert name == "int4pack" and not reasons
+    name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 8, 64, 128, 32)
+    assert name == "stream" and "up to 4 bits" in reasons["int4pack"]
+
+
 def test_gradients_are_those_of_autograd_through_the_twin() -> None:
     x = torch.randn(5, 96)
     bias = torch.randn(7)
