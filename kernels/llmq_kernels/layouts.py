@@ -80,7 +80,9 @@ def choose(
 ) -> tuple[str, dict[str, str]]:
     """The fastest layout that serves a weight [out, in], and why the faster ones do not: name → reason."""
     reasons: dict[str, str] = {}
-    for name in NAMES if device.type != "cpu" else NAMES[1:]:
+    for name in NAMES:
+        if name == "planes" and device.type == "cpu":
+            continue  # where Triton is interpreted they would serve, to be tested, not used
         reason = layout(name).refusal(device, dtype, bits, out_features, in_features, group_size)
         if reason is None:
             return name, reasons

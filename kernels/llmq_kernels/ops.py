@@ -147,7 +147,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
 
         y = int8.linear(flat.contiguous(), weight, scale, input_scale, bias)
     elif x.device.type == "cpu":
-        y = int8_cpu.linear(flat.contiguous(), weight, scale, input_scale, bias)
+        y = int8_cpu.linear(flat.contiguous(), weight, scale, input_scale, bias).contiguous()
     else:
         y = reference.int8_linear(flat, weight, scale, input_scale, bias)
     return y.view(*x.shape[:-1], out_features)
