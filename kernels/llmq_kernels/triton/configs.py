@@ -145,8 +145,9 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
 
 def _gemv(bits: int, m: int, n: int, tiles: int) -> Config:
     # A warp takes 8 tiles of a row at a time; of the widths that leave fewest lanes idle, the widest.
-    warps = min((8, 4, 2, 1), key=lambda width: (-(-tiles // (8 * width)) * width, -width))
-    return Config("gemv", block_n=4 if m == 1 and bits != 3 else 2, block_m=power(m, 1), parts=8 * warps, warps=warps)
+    warps = min((4, 2, 1), key=lambda width: (-(-tiles // (8 * width)) * width, -width))
+    rows = (2 if bits == 3 else 4) // power(m, 1)
+    return Config("gemv", block_n=rows, block_m=power(m, 1), parts=8 * warps, warps=warps)
 
 
 def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
@@ -172,9 +173,10 @@ def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
 
 def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
     tiles = -(-k // TILE[bits])
-    block_m = 32 if m <= 32 else 64 if m <= 64 or bits in (2, 3) else 128
+    groups_of_warps = gpu.target in ("cuda:90", "cuda:100", "cuda:103")
+    block_m = 32 if m <= 32 or (bits == 3 and not groups_of_warps) else 64 if m <= 64 or bits in (2, 3) else 128
     # 8 bits in 128 rows spill for other tensor cores than a warp-group's; 2 and 3 bits spill everywhere.
-    large = bits == 4 or (bits == 8 and gpu.target in ("cuda:90", "cuda:100", "cuda:103"))
+    large = bits == 4 or (bits == 8 and groups_of_warps)
     rows = 128 if large and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
     programs = -(-n // rows) * -(-m // block_m)
     split = 1

@@ -15,45 +15,48 @@ is plain with products in float32, because the interpreter's own take bfloat16 f
 import triton
 import triton.language as tl
 
+# triton 3.4 has it there only.
+constexpr_function = getattr(triton, "constexpr_function", None) or tl.core.constexpr_function
 
-@triton.constexpr_function
+
+@constexpr_function
 def slices(BITS):
     """Slices of 32 codes in a tile: what 32 words (3 bits: 96 words) of one row hold."""
     return 16 if BITS == 3 else 16 // BITS
 
 
-@triton.constexpr_function
+@constexpr_function
 def words(BITS):
     """Words of 16 bits in a tile."""
     return 96 if BITS == 3 else 32
 
 
-@triton.constexpr_function
+@constexpr_function
 def plane(BITS, j):
     """Which run of 32 words of a tile holds slice j; 3: the top bits of all three."""
     return j // 5 if BITS == 3 else 0
 
 
-@triton.constexpr_function
+@constexpr_function
 def position(BITS, j):
     """Where in its word a code of slice j starts."""
     return j % 15 % 5 * 3 if BITS == 3 else j * BITS
 
 
-@triton.constexpr_function
+@constexpr_function
 def window(BITS, POS, MANTISSA):
     """The shift that brings a code at POS into the mantissa: as few different ones as possible, to be shared."""
     per = MANTISSA // BITS
     return POS // (per * BITS) * per * BITS
 
 
-@triton.constexpr_function
+@constexpr_function
 def both(value):
     """The same 16 bits in both halves of a register."""
     return value * 0x00010001
 
 
-@triton.constexpr_function
+@constexpr_function
 def half_bits(value):
     """A number that is exact in float16, as its bits."""
     import struct
@@ -61,7 +64,7 @@ def half_bits(value):
     return struct.unpack("<H", struct.pack("<e", value))[0]
 
 
-@triton.constexpr_function
+@constexpr_function
 def bfloat_bits(value):
     """A number that is exact in bfloat16, as its bits."""
     import struct
