@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and list what the machine code uses.
 
-    python scripts/compile_kernels.py                                  everything (half an hour on two cores)
+    python scripts/compile_kernels.py --keep build/compiled.jsonl      everything: some hours on two cores; resumes
     python scripts/compile_kernels.py --match 'splitk 4 bits' --targets cuda:90
     python scripts/compile_kernels.py --sample                         a few of each kernel, as the tests do
 
@@ -13,15 +13,19 @@ Exits with 1 if a kernel does not compile or keeps anything of its own in memory
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import pkgutil
+import random
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,7 +65,7 @@ def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[s
     """(module, number of the variant, target). A sample is the largest of each kernel, bits, group and target."""
     for module in modules():
         kept: dict[tuple[str, str], tuple[int, int]] = {}
-        for number, variant in enumerate(importlib.import_module(module).variants()):
+        for number, variant in enumerate(variants(module)):
             for target in variant.targets or targets:
                 if target not in targets or not re.search(match, variant.name):
                     continue
@@ -76,10 +80,16 @@ def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[s
         yield from ((module, number, target) for (_, target), (_, number) in kept.items())
 
 
+@functools.cache
+def variants(module: str) -> list[Any]:
+    """All of a module, in its own order."""
+    return list(importlib.import_module(module).variants())
+
+
 def compile_one(job: tuple[str, int, str]) -> Compiled:
     """Compile a variant for a target and read what it became."""
     module, number, target = job
-    variant = next(v for i, v in enumerate(importlib.import_module(module).variants()) if i == number)
+    variant = variants(module)[number]
     short = module.rpartition(".")[2]
     try:
         kernel = build(variant, target)
@@ -148,6 +158,13 @@ def amd(assembly: str) -> dict[str, int]:
     }
 
 
+def kept(file: Path | None) -> list[Compiled]:
+    """What an earlier run left in a file of JSON lines."""
+    if file is None or not file.is_file():
+        return []
+    return [Compiled(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def table(rows: list[Compiled]) -> str:
     """The worst of each module and target, one line each."""
     titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
@@ -172,22 +189,31 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
     parser.add_argument("--sample", action="store_true", help="the largest of each kernel, bit width, group and target")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="write every line here too")
+    parser.add_argument("--keep", type=Path, help="a file of JSON lines: what it has is not compiled again")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
     parser.add_argument("--verbose", action="store_true", help="print a line for each variant")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile; unset it")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample))
-    rows = []
+    # In no order, so that what a time limit leaves is a fair sample.
+    random.Random(0).shuffle(todo)
+    rows = kept(arguments.keep)
+    known = {(row.module, row.name, row.target) for row in rows}
+    todo = [job for job in todo if (job[0].rpartition(".")[2], variants(job[0])[job[1]].name, job[2]) not in known]
+    end = time.monotonic() + 60 * arguments.minutes
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for row in pool.imap_unordered(compile_one, todo, chunksize=4):
+        for row in pool.imap_unordered(compile_one, itertools.takewhile(lambda _: time.monotonic() < end, todo)):
             rows.append(row)
+            if arguments.keep is not None:
+                with arguments.keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
             if row.error or row.spilled or arguments.verbose:
                 print(f"{row.target} {row.name}: {row.error or f'{row.registers} registers, {row.spilled} spilled'}")
                 sys.stdout.flush()
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+            if time.monotonic() > end:
+                break
     bad = sum(bool(row.error or row.spilled) for row in rows)
     print(table(rows))
     print(f"{len(rows)} compiled, {bad} failed or spilled")

@@ -22,12 +22,12 @@ def test_a_sample_of_every_kernel(tmp_path: Path) -> None:
     """Those of 4 bits on every target; scripts/compile_kernels.py itself does all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
-    script, found = ROOT / "scripts" / "compile_kernels.py", tmp_path / "found.json"
+    script, found = ROOT / "scripts" / "compile_kernels.py", tmp_path / "found.jsonl"
     match = r" 4 bits group 128 (bf16 )?zero|^reduce 4|^(?!.*bits)(?!reduce)"
-    command = [sys.executable, str(script), "--sample", "--match", match, "--json", str(found)]
+    command = [sys.executable, str(script), "--sample", "--match", match, "--keep", str(found)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(found.read_text())
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
     targets = {row["target"] for row in rows}
     assert targets == {"cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942"}
     for row in rows:
