@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq import cli_adapters
+from llmq import cli_adapters, cli_push
 from llmq.errors import LlmqError
 from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.recipe import Recipe
@@ -72,7 +72,9 @@ def quantize(
     summary.summary(out_console, made)
     try:
         with Bars(err_console) as bars:
-            report = job.quantize(model, out, device=device, watch=bars, made=made)
+            report = job.quantize(
+                model, out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
+            )
     except KeyboardInterrupt:
         err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
         raise typer.Exit(130) from None
@@ -200,6 +202,7 @@ def generate(
 
 
 cli_adapters.add(app, with_recipe, explained)
+app.command()(cli_push.push)
 
 
 def main() -> None:
