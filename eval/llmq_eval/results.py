@@ -82,7 +82,7 @@ class Results:
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps({"format": FORMAT} | _plain(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return json.dumps({"format": FORMAT} | plain(asdict(self)), indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def load(file: Path) -> Results:
@@ -91,7 +91,7 @@ class Results:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise LlmqError(f"{file} was written by another version of llmq: run `llmq eval` again")
-            return Results(**(data | {"measures": [_measure(measure) for measure in data["measures"]]}))
+            return Results(**(data | {"measures": [measure_from(measure) for measure in data["measures"]]}))
         except OSError as error:
             raise LlmqError(f"{file} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -119,16 +119,17 @@ def write(file: Path, text: str) -> None:
         raise LlmqError(f"{file} cannot be written: {error.strerror}; give another folder as --out") from error
 
 
-def _measure(data: dict[str, Any]) -> Measure:
+def measure_from(data: dict[str, Any]) -> Measure:
+    """A measure from its fields in a file. Raises TypeError or KeyError where they are not all there."""
     known = {one.name for one in fields(Measure)}
     data = {name: value for name, value in data.items() if name in known}
     return Measure(**(data | {"value": math.nan if data["value"] is None else data["value"]}))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with None for what is not finite: JSON has no word for it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list) else value
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else value
