@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+NO_QUALITY = ("divergence", "speed", "memory")
+
 
 class Measure(Protocol):
     """One number of one model. low, high: its 95 % interval; higher_is_better: None where neither is."""
@@ -65,9 +67,11 @@ def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]
 def recovery(measure: Measure, base: Measure) -> float | None:
     """How much of the base's quality is left, in %: the quotient, upside down where lower is better; or None.
 
-    A measure against the base itself (a divergence) and one where neither direction is better have none.
+    What is no quality (a speed, a size), or is measured against the base itself (a divergence), has none.
     """
-    if measure.higher_is_better is None or measure.task.startswith("divergence") or not (measure.value and base.value):
+    if measure.higher_is_better is None or measure.task.partition(":")[0] in NO_QUALITY:
+        return None
+    if not (measure.value and base.value):
         return None
     quotient = measure.value / base.value
     return 100 * (quotient if measure.higher_is_better else 1 / quotient)
