@@ -15,6 +15,8 @@ HEIGHT = 320
 """Of the Pareto plot's area, in pixels."""
 NARROW = 250
 """The area's width on a phone, in pixels: labels that are apart there are apart anywhere."""
+ZERO = 0.12
+"""The share of a logarithmic axis between 0 and its first tick."""
 LETTER = 6.8
 """A letter's width, in pixels."""
 LABEL = 24
@@ -112,7 +114,7 @@ def pareto(found: Comparison) -> Pareto | None:
         sorted(marks, key=lambda mark: mark.x),
         line,
         [(round(100 * tick / across[-1], 2), f"{tick:g} {word}") for tick in across],
-        [(y(tick), f"{tick:g}") for tick in up],
+        [(y(tick), f"{tick:g}") for tick in (up if up[0] <= 0 else [0.0, *up])],
         [
             [found.models[p.model], size(p.bytes), f"{p.bits_per_weight:.2f}", digits(p.kl), "yes" if p.front else "no"]
             for p in points
@@ -135,11 +137,13 @@ def _up(positive: Sequence[float]) -> list[float]:
 
 
 def _place(kl: float, up: Sequence[float]) -> float:
-    """From 0 at the bottom to 1 at the top. On a logarithmic axis, what is below its first tick lies on the bottom."""
+    """From 0 at the bottom to 1 at the top. A logarithmic axis has its first tick a little above the place of 0."""
     if up[0] <= 0:
         return kl / up[-1]
-    span = math.log(up[-1] / up[0])
-    return max(0.0, math.log(max(kl, up[0]) / up[0]) / span) if span else 0.5
+    if kl <= 0 or len(up) < 2:
+        return 0.0
+    place = math.log(max(kl, up[0]) / up[0]) / math.log(up[-1] / up[0])
+    return ZERO + (1 - ZERO) * place
 
 
 def _free(x: float, y: float, label: str, left: bool, marks: Sequence[Mark]) -> float:
@@ -151,7 +155,7 @@ def _free(x: float, y: float, label: str, left: bool, marks: Sequence[Mark]) -> 
 
     begin, end = ends(x, label, left)
     taken = [m.label_y for m in marks if (other := ends(m.x, m.label, m.left))[0] < end and begin < other[1]]
-    tries = sorted((y + 4 + step for step in range(-90, 91, 3)), key=lambda place: abs(place - y - 4))
+    tries = sorted((y + 4 + step for step in range(-HEIGHT, HEIGHT + 1, 2)), key=lambda place: abs(place - y - 4))
     inside = [place for place in tries if 10 <= place <= HEIGHT - 4]
     return next((p for p in inside if all(abs(p - other) >= 14 for other in taken)), y + 4)
 

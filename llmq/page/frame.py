@@ -29,8 +29,8 @@ def render(template: str, *, loaders: Sequence[BaseLoader] = (), **data: Any) ->
 
 
 def breaks(name: str) -> Markup:
-    """A dotted name that may be broken after its dots and slashes."""
-    return Markup("<wbr>").join(re.split(r"(?<=[./])", name))
+    """A dotted name that may be broken after its dots, slashes, colons and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[./:_])", name))
 
 
 @cache
