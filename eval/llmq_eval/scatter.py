@@ -84,12 +84,13 @@ def pareto(found: Comparison) -> Pareto | None:
     if len(points) < 2:
         return None
     unit, word = (2**30, "GiB") if points[-1].bytes >= 2**30 else (2**20, "MiB")
-    across = ticks(1.08 * points[-1].bytes / unit)
+    across = ticks(points[-1].bytes / unit)
+    across = across[max(0, sum(tick <= points[0].bytes / unit for tick in across[:-1]) - 1) :]
     positive = [p.kl for p in points if p.kl > 0]
     up = _up(positive)
 
     def x(nbytes: float) -> float:
-        return round(100 * nbytes / unit / across[-1], 2)
+        return round(100 * (nbytes / unit - across[0]) / (across[-1] - across[0]), 2)
 
     def y(kl: float) -> float:
         return round(HEIGHT * (1 - _place(kl, up)), 1)
@@ -113,7 +114,7 @@ def pareto(found: Comparison) -> Pareto | None:
         f"base than these: {names}.",
         sorted(marks, key=lambda mark: mark.x),
         line,
-        [(round(100 * tick / across[-1], 2), f"{tick:g} {word}") for tick in across],
+        [(x(tick * unit), f"{tick:g} {word}") for tick in across],
         [(y(tick), f"{tick:g}") for tick in (up if up[0] <= 0 else [0.0, *up])],
         [
             [found.models[p.model], size(p.bytes), f"{p.bits_per_weight:.2f}", digits(p.kl), "yes" if p.front else "no"]

@@ -37,8 +37,9 @@ def heat(report: Report) -> Heat | None:
         if (errors := [row["error"] for row in alike if row["scheme"] is not None])
     }
     scale = Scale(list(means.values()))
+    order = _order(rows, kinds)
     strips = []
-    for kind, places in cells.items():
+    for kind, places in sorted(cells.items(), key=lambda item: order[item[0]]):
         drawn = [_cell(kind, at, alike, means.get((kind, at)), scale) for at, alike in sorted(places.items())]
         strips.append(Strip(kind, _detail(places), drawn))
     edges = [digits(edge, 2) for edge in scale.edges()]
@@ -59,6 +60,17 @@ def _kinds(report: Report, rows: Sequence[dict[str, Any]]) -> list[str]:
     if len(set(inside)) <= MANY:
         return inside
     return [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in inside]
+
+
+def _order(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict[str, float]:
+    """Where in its block each kind of weight stands, on average; weights left alone come last in a report."""
+    counts: dict[int, int] = {}
+    places: dict[str, list[int]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        if row["scheme"] is not None:
+            counts[row["block"]] = counts.get(row["block"], 0) + 1
+            places.setdefault(kind, []).append(counts[row["block"]])
+    return {kind: sum(found) / len(found) for kind, found in places.items()}
 
 
 def _inside(name: str, block: str) -> str:

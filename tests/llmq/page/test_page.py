@@ -64,6 +64,14 @@ def test_experts_are_one_strip_with_their_mean_and_worst() -> None:
     assert said in page.text
 
 
+def test_strips_stand_as_in_the_block_though_kept_weights_come_last() -> None:
+    made = report(4)
+    kept = made.weights.pop(2)
+    made.weights.append(kept)
+    order = ["attn.query", "attn.key", "attn.value", "attn.out", "mlp.gate", "mlp.up", "mlp.down"]
+    assert Page(report_page(made)).plots[:7] == order
+
+
 def test_hostile_names_are_text() -> None:
     made = report(3, prefix=f"{HOSTILE}.h", model=HOSTILE, out=f"/data/{HOSTILE}", calibration=HOSTILE, command=HOSTILE)
     made.warnings = [HOSTILE]
