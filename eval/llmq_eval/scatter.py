@@ -184,6 +184,8 @@ def _dots(id: str, line: Line, found: Comparison, low: float, high: float) -> Do
     drawn = []
     for i, (name, cell) in enumerate(zip(found.models, line.cells, strict=True)):
         m = cell.measure
+        if m is None and i == found.base and line.task.startswith("divergence"):
+            continue
         if m is None:
             drawn.append(Dot(name, None, None, None, "not measured", i == found.base, False))
             continue

@@ -100,7 +100,7 @@ def _detail(places: dict[int, list[dict[str, Any]]]) -> str:
     shapes = {tuple(row["shape"]) for row in rows}
     bits = sorted({row["scheme"]["bits"] for row in rows})
     per_block = max(len(alike) for alike in places.values())
-    parts = [f"{per_block} of"] if per_block > 1 else []
+    parts = [f"{per_block} weights"] if per_block > 1 else []
     parts += ["×".join(map(str, next(iter(shapes))))] if len(shapes) == 1 else []
     return " ".join([*parts, f"{'/'.join(map(str, bits))}-bit"])
 

@@ -16,6 +16,7 @@ from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.pages import compare_page, tell_folders, write
 from llmq_eval.results import Measure, Results
 from tests import browser
+from tests.conftest import Run
 from tests.llmq.page.reports import Page, report
 from tests.llmq.page.test_page import HOSTILE
 
@@ -131,4 +132,13 @@ def test_in_a_browser(found: Comparison, tmp_path: Path, size: str, theme: str) 
         seen = browser.look(chromium, file, size, theme, tmp_path / "shot.png")
     browser.check(seen, file, size)
     assert [title for title, *_ in seen.plots] == Page(file.read_text()).plots
-    assert len(seen.plots) == 1 + 3 * len(SIZES)
+    assert len(seen.plots) == 1 + 3 * len(SIZES) - 1  # the base has no divergence from itself
+
+
+def test_the_command_writes_the_page(tmp_path: Path, llmq: Run) -> None:
+    files = [results(name, *SIZES[name]).save(tmp_path) for name in ("base", "gptq-w4", "rtn-w3")]
+    done = llmq("compare", *files, "--html", tmp_path / "here" / "compare.html")
+    assert done.returncode == 0, done.stderr
+    assert "gptq-w4" in Page((tmp_path / "here" / "compare.html").read_text()).text
+    done = llmq("compare", *files, "--html", files[0] / "compare.html")
+    assert done.returncode == 2 and "cannot be written" in " ".join(done.stderr.split())
