@@ -73,7 +73,7 @@ def test_by_hand(pair: tuple[Path, Path], text_file: Path, tmp_path: Path, on_di
     for column, samples in enumerate((found.kl, found.top1, found.lost, found.gained)):
         assert samples == pytest.approx(expected[:, :, column].mean(1).tolist(), rel=1e-4, abs=1e-9)
     assert found.quantiles == pytest.approx(np.quantile(expected[:, :, 0], (0.5, 0.9, 0.99, 1)).tolist(), rel=1e-3)
-    assert 0 < found.kl[0] and 0 < expected[:, :, 2].sum()
+    assert found.kl[0] > 0 and expected[:, :, 2].sum() > 0
 
 
 def test_against_itself_and_in_the_order_of_the_bits(tmp_path: Path, llmq: Run) -> None:
@@ -89,7 +89,7 @@ def test_against_itself_and_in_the_order_of_the_bits(tmp_path: Path, llmq: Run) 
     assert top is not None and top.value == 1.0
     kl = [one.find(task, "kl").value for one in others]  # type: ignore[union-attr]
     top1 = [one.find(task, "top1").value for one in others]  # type: ignore[union-attr]
-    assert 0 < kl[0] and kl == sorted(kl)
+    assert kl[0] > 0 and kl == sorted(kl)
     assert top1[0] < 1 and top1 == sorted(top1, reverse=True)
 
 
@@ -118,9 +118,7 @@ def test_on_disk_where_both_do_not_fit(
     told: list[str] = []
 
     def run(out: Path) -> list[float]:
-        options = Options(
-            tasks=("divergence",), text=str(text_file), window=32, max_windows=3, out=out, progress=False
-        )
+        options = Options(tasks=("divergence",), text=str(text_file), window=32, max_windows=3, out=out, progress=False)
         found = evaluate([other], base, options, told.append)[-1].find(TASK, "kl")
         assert found is not None and found.samples
         return found.samples
