@@ -33,7 +33,12 @@ def terminal(console: Console, found: Comparison, pairs: bool = False, plain: bo
     plain: the table and the protocols only.
     """
     headings, rows = _grid(found)
-    _print(console, headings, rows)
+    # More models than fit side by side follow below.
+    fit = max(1, (console.width - 32) // 26)
+    for start in range(1, len(headings), fit):
+        part = slice(start, start + fit)
+        _print(console, [headings[0], *headings[part]], [[row[0], *row[part]] for row in rows])
+        console.print()
     tested = any(line.cells[i].to_base for line in found.lines for i in range(len(found.models)))
     if tested:
         console.print(LEGEND, style="dim", highlight=False)

@@ -64,9 +64,7 @@ class Tasks:
                 f"{name}: {data_dir} has no {name}_validation.jsonl or {name}_test.jsonl, only {have}; without "
                 "--data-dir the documents come from the hub"
             )
-        entry = manager.task_index[name]
-        leaves = [name] if entry.kind.name == "TASK" else _leaves(manager, name)
-        definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in leaves}
+        definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in leaves(manager, name)}
         local_tasks.write_tasks(data, definitions, include)
         self.data[name] = local_tasks.fingerprint(data)
 
@@ -122,9 +120,14 @@ def unknown_task(name: str, known: Sequence[str]) -> LlmqError:
     return LlmqError(f"unknown task {name!r}: {hint}")
 
 
+def installed() -> bool:
+    """Whether lm-eval is there."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
 def check_installed(names: Sequence[str]) -> None:
     """Raise LlmqError if lm-eval, which these tasks need, is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
+    if not installed():
         near = difflib.get_close_matches(names[0], OWN, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}? Other tasks are lm-eval's: " if near else "it is a task of lm-eval: "
         raise LlmqError(f"{names[0]}: {hint}{INSTALL}")
@@ -138,8 +141,8 @@ def _manager(include: Path | None = None) -> Any:
     return TaskManager(include_path=include and str(include), include_defaults=include is None)
 
 
-def _leaves(manager: Any, name: str) -> list[str]:
-    """The tasks of a group, of its groups and tags, in order."""
+def leaves(manager: Any, name: str) -> list[str]:
+    """The tasks of a group, of its groups and tags, in order; of a task, itself."""
     entry = manager.task_index[name]
     if entry.kind.name in ("TASK", "PY_TASK"):
         return [name]
@@ -149,7 +152,7 @@ def _leaves(manager: Any, name: str) -> list[str]:
 
     members = load_yaml(entry.yaml_path, resolve_func=False)["task"]
     return [
-        leaf for member in members for leaf in _leaves(manager, member if isinstance(member, str) else member["task"])
+        leaf for member in members for leaf in leaves(manager, member if isinstance(member, str) else member["task"])
     ]
 
 
@@ -237,17 +240,17 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
 
 def _measures(name: str, found: dict[str, Any], settings: Settings, local: str | None) -> list[Measure]:
     group = name in found.get("groups", {})
-    leaves = sorted(found["samples"]) if group else list(found["samples"])
-    config = found["configs"][leaves[0]]
-    documents = sum(found["n-samples"][leaf]["effective"] for leaf in leaves)
+    parts = sorted(found["samples"]) if group else list(found["samples"])
+    config = found["configs"][parts[0]]
+    documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
-        f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][leaves[0]]}-shot, "
+        f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
         f"{documents} documents{'' if local is None else ' from local files'}, {config['output_type']}"
     )
     made = []
-    scopes = [name] if name in found["results"] else leaves
+    scopes = [name] if name in found["results"] else parts
     for scope in scopes:
-        of = leaves if group else [scope]
+        of = parts if group else [scope]
         for label, value in found["results"][scope].items():
             metric, _, kind = label.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
