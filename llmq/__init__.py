@@ -2,12 +2,14 @@
 
     import llmq
     report = llmq.quantize("path/to/model", "path/to/result", llmq.Recipe())
+    model = llmq.load("path/to/result")
 
 Importing llmq needs neither a GPU nor triton, and loads torch only when something is done.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import LlmqError
@@ -15,18 +17,34 @@ from llmq.recipe import Calibration, Recipe, Scheme
 
 if TYPE_CHECKING:
     from llmq.job import plan, quantize
+    from llmq.loading import load, use_kernels
+    from llmq.modules import QuantLinear
     from llmq.report import Report
 
-__all__ = ["Calibration", "LlmqError", "Recipe", "Report", "Scheme", "plan", "quantize"]
+__all__ = [
+    "Calibration",
+    "LlmqError",
+    "QuantLinear",
+    "Recipe",
+    "Report",
+    "Scheme",
+    "load",
+    "plan",
+    "quantize",
+    "use_kernels",
+]
+
+_LAZY = {
+    "plan": "job",
+    "quantize": "job",
+    "load": "loading",
+    "use_kernels": "loading",
+    "QuantLinear": "modules",
+    "Report": "report",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plan", "quantize"):
-        from llmq import job
-
-        return getattr(job, name)
-    if name == "Report":
-        from llmq.report import Report
-
-        return Report
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"llmq.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'llmq' has no attribute {name!r}")

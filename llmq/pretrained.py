@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,29 +37,31 @@ def load_model(
     folder: Path,
     *,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: Any = "cpu",
     trust_remote_code: bool = False,
     progress: bool = False,
     quantization: Any = None,
     probe: bool = True,
+    kernels: bool = False,
 ) -> Any:
     """The model in evaluation mode on `device`, ready to run: what a format unpacks at the first forward is unpacked.
 
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: say on stderr what is going on.
     quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
     without it, what only shows when the model runs is not found, and nothing is unpacked (or repacked) for inference.
+    kernels: run what llmq reads on its own operators, packed; device may then be a device map too.
 
     Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
-    check_readable(folder)
+    check_readable(folder, kernels)
     if dtype != "auto" and dtype not in DTYPES:
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
     try:
-        with _status(f"loading {folder}", progress):
+        with _status(f"loading {folder}", progress), _readers(kernels):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=kind,
@@ -71,7 +74,7 @@ def load_model(
             loaded[0].eval()
             if probe:
                 with torch.inference_mode():
-                    loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+                    loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded[0].device), use_cache=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
@@ -87,14 +90,52 @@ def load_model(
     return model
 
 
+def _readers(kernels: bool) -> contextlib.AbstractContextManager[None]:
+    """llmq's own readers of quantized checkpoints, for as long as one is loaded."""
+    if not kernels:
+        return contextlib.nullcontext()
+    from llmq.loading import reading
+
+    return reading()
+
+
 @contextlib.contextmanager
 def _status(text: str, shown: bool) -> Iterator[None]:
     """One line with a spinner in place of the five progress bars that loading a quantized checkpoint draws."""
     from rich.console import Console
 
     console = Console(file=sys.stderr if shown else io.StringIO())
-    with console.status(text), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    said = _Held()
+    try:
+        with console.status(text), contextlib.redirect_stderr(io.StringIO()), said:
+            yield
+    finally:
+        said.say()
+
+
+class _Held(logging.Handler):
+    """Keeps what llmq has to say while standard error is elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.logger = logging.getLogger("llmq")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps it."""
+        self.records.append(record)
+
+    def __enter__(self) -> None:
+        self.before, self.logger.propagate = self.logger.propagate, False
+        self.others, self.logger.handlers = self.logger.handlers, [self]
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.propagate, self.logger.handlers = self.before, self.others
+
+    def say(self) -> None:
+        """Says it."""
+        for record in self.records:
+            self.logger.handle(record)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -107,8 +148,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise LlmqError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
-def check_readable(folder: Path) -> dict[str, Any]:
-    """config.json, after checking that transformers can read the folder's quantization. Raises LlmqError."""
+def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
+    """config.json, after checking that the folder's quantization can be read. Raises LlmqError.
+
+    kernels: by llmq's own readers, which need no other package than llmq does, or by transformers' where those refuse.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -127,7 +171,7 @@ def check_readable(folder: Path) -> dict[str, Any]:
             "load it with the tool that wrote it"
         )
     package = PACKAGES.get(method)
-    if package and not _installed(package):
+    if package and not kernels and not _installed(package):
         raise LlmqError(
             f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}"
         )

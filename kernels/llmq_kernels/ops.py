@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
-from llmq_kernels import layouts, reference
+from llmq_kernels import int8_cpu, layouts, nf4_cpu, reference
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_input
 from llmq_kernels.stream import SLAB
@@ -96,6 +96,8 @@ def nf4_linear(
         from llmq_kernels.triton import nf4
 
         y = nf4.linear(flat.contiguous(), *weight, bias, out_features, in_features, block_size)
+    elif x.device.type == "cpu":
+        y = nf4_cpu.linear(flat.contiguous(), *weight, bias, out_features, in_features, block_size)
     else:
         y = reference.nf4_linear(flat, *weight, bias, out_features, block_size)
     return y.view(*x.shape[:-1], out_features)
@@ -115,9 +117,12 @@ def nf4_linear_grad(
     block_size: int,
 ) -> Tensor:
     """The gradient with respect to x of `nf4_linear`: grad [..., out] · W → [..., in]."""
-    plain = reference.nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
-    weight = reference.nf4_dequantize(packed, plain, codebook, out_features, in_features, block_size)
-    return grad @ weight.to(grad.dtype)
+    code = (packed, absmax, codebook, nested_absmax, nested_codebook, offset)
+    if on_triton(grad):
+        from llmq_kernels.triton import nf4
+
+        return grad @ nf4.dequantize(*code, out_features, in_features, block_size, grad.dtype)
+    return grad @ nf4_cpu.dequantize(*code, out_features, in_features, block_size, grad.dtype)
 
 
 @torch.library.impl("llmq::int8_linear", "default")
@@ -141,6 +146,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
         from llmq_kernels.triton import int8
 
         y = int8.linear(flat.contiguous(), weight, scale, input_scale, bias)
+    elif x.device.type == "cpu":
+        y = int8_cpu.linear(flat.contiguous(), weight, scale, input_scale, bias)
     else:
         y = reference.int8_linear(flat, weight, scale, input_scale, bias)
     return y.view(*x.shape[:-1], out_features)

@@ -135,7 +135,8 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     else:
         scale = input_scale.to(x.dtype)
     exact = x / scale
-    return exact.detach().clamp(-128, 127).round() + (exact - exact.detach()), scale
+    passed = exact.nan_to_num()  # what overflows is clamped, and infinity less itself is no number
+    return exact.detach().clamp(-128, 127).round() + (passed - passed.detach()), scale
 
 
 def int8_linear(

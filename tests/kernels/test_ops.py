@@ -43,9 +43,9 @@ def nf4(out: int, width: int, double: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_twin_is_the_float64_product(bits: int, group_size: int, symmetric: bool) -> None:
-    weight = plain(11, 200, bits, group_size, symmetric=symmetric)
+    weight = plain(11, 197, bits, group_size, symmetric=symmetric)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.randn(2, 3, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(2, 3, 197, generator=torch.Generator().manual_seed(0)).to(dtype)
         bias = torch.randn(11).to(dtype)
         exact = x.double().view(6, -1) @ weight.dense.t() + bias.double()
         allowed = tolerance(x.view(6, -1), weight.dense) + torch.finfo(dtype).eps * exact.abs()

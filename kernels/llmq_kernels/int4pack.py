@@ -1,0 +1,289 @@
+"""4-bit weights on the CPU: torch's own operator for few rows, dequantization in the cache + a matmul for many.
+
+One copy of the weight, in the order that `aten::_convert_weight_to_int4pack_for_cpu` writes. The operator,
+`aten::_weight_int4pack_mm_for_cpu`, dequantizes every weight anew for every four rows of x, which is the fastest there
+is for the first few rows and hopeless beyond. So many rows go another way: a few blocks of output rows at a time are
+unpacked from the same bytes into a slab that stays in the cache, laid out as the right-hand side of torch's matmul.
+
+The operator packs blocks of output rows, [block, in, block/2] bytes, each byte two codes of one input; how many rows a
+block has and which two share a byte depends on how torch was built and on the CPU. That is tried out once per process
+on codes that are known (`packing`), and a torch that packs otherwise is refused.
+
+2 and 3 bits are stored as 4: their codes are a subset, and their memory is that of 4 bits. Groups that the operator
+does not know (channels, 96 …) have their scales repeated for groups that it does know.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.reference import unpack_codes
+
+NAME = "int4pack"
+OPERATOR_GROUPS = (256, 128, 64, 32)
+
+# Rows up to which the operator beats slabs. It costs the same again for every four rows (1.5 ms at 4096 x 4096), slabs
+# cost a fixed 10 ms and torch's matmul. They meet at 48 rows in all of 4096 x 4096, 14336 x 4096 and 4096 x 14336:
+# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13.
+OPERATOR_ROWS = 48
+
+# Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
+SLAB = 1 << 20
+
+
+class Packing(NamedTuple):
+    """How this torch packs on this CPU: rows a block; whether a byte holds rows d and d + block/2, or 2d and 2d + 1."""
+
+    block: int
+    halves: bool
+
+
+@cache
+def packing() -> Packing | None:
+    """Found by packing known codes; None where they cannot be found again, or where torch cannot pack at all."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(0, 16, (128, 32), generator=generator, dtype=torch.int32, device="cpu")
+    for block in (64, 32, 16):
+        for halves in (True, False):
+            how = Packing(block, halves)
+            try:
+                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how).contiguous(), 1)
+            except (AttributeError, NotImplementedError, RuntimeError):
+                return None
+            if torch.equal(_codes(packed.view(-1, 32, block // 2)), codes.t().to(torch.int8)):
+                return how
+    return None
+
+
+def _spread(rows: Tensor, how: Packing) -> Tensor:
+    """Rows [rows, …] in the operator's order, so that neighbours share a byte and are unpacked side by side."""
+    if not how.halves:
+        return rows
+    return rows.view(-1, how.block // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _gather(columns: Tensor, how: Packing) -> Tensor:
+    """Columns [n, rows] in the operator's order, in their own again: the inverse of `_spread`."""
+    if not how.halves:
+        return columns
+    return (
+        columns.view(len(columns), columns.shape[1] // how.block, 2, how.block // 2)
+        .transpose(2, 3)
+        .reshape(columns.shape)
+    )
+
+
+def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
+    """The codes 0…15 of whole blocks. packed: u8 [blocks, in, block/2]. Returns int8 [in, blocks·block].
+
+    Passes of plain vector code over contiguous memory: torch falls back to scalars where rows are short.
+    space: int16 [2, at least as many as packed] to work in.
+    """
+    blocks, n, half = packed.shape
+    codes, shifted = (
+        packed.new_empty(2, packed.numel(), dtype=torch.int16) if space is None else space[:, : packed.numel()]
+    )
+    codes.view(n, blocks, half).copy_(packed.transpose(0, 1))
+    torch.bitwise_left_shift(codes, 4, out=shifted)
+    codes |= shifted
+    codes &= 0x0F0F
+    in_bytes: Tensor = codes.view(torch.int8)
+    return in_bytes.view(n, blocks * half * 2)
+
+
+def _group(in_features: int, group_size: int) -> int | None:
+    """The largest group of the operator that divides both: scales are repeated for it. None where there is none."""
+    whole = in_features if group_size >= in_features else group_size
+    return next((group for group in OPERATOR_GROUPS if whole % group == 0 and in_features % group == 0), None)
+
+
+def refusal(
+    device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
+) -> str | None:
+    """Why this layout cannot serve such a weight, or None where it can."""
+    if device.type != "cpu":
+        return f"int4pack is for CPUs, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"int4pack computes in bfloat16, float16 or float32, not {dtype}"
+    if bits not in (2, 3, 4):
+        return f"int4pack holds up to 4 bits, not {bits}"
+    if out_features < 1 or in_features < 1 or group_size < 1:
+        return f"int4pack has no weight of {out_features} x {in_features} in groups of {group_size}"
+    if _group(in_features, group_size) is None:
+        return f"int4pack needs inputs and groups that 32 divides, not {in_features} in groups of {group_size}"
+    if packing() is None:
+        return "this torch packs 4-bit weights in an order that int4pack does not know, or not at all"
+    return None
+
+
+def pack(
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The plain form, packed as torch's operator wants it, a few rows at a time.
+
+    words: int32 [out, ceil(in·bits/32)]; scale: float [out, groups]; zero: int8 [out, groups] or None. With `rows` =
+    out rounded up to whole blocks and g the operator's group, returns u8 [rows, in/2]; scales [in/g, rows, …], in the
+    operator's order of rows: for bfloat16 the operator's pairs of scale and −zero·scale, rounded to bfloat16, for other
+    dtypes, where the operator is of no use, float32 scales alone; zero as int8 [in/g, rows], in the weight's order of
+    rows, or None. Raises ValueError where `refusal` has a reason, or the shapes do not fit each other.
+    """
+    out = words.shape[0]
+    reason = refusal(words.device, dtype, bits, out, in_features, group_size)
+    how, group = packing(), _group(in_features, group_size)
+    if reason is not None or how is None or group is None:
+        raise ValueError(reason)
+    groups = -(-in_features // group_size)
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tensor is not None and tensor.shape != (out, groups):
+            raise ValueError(f"{name} must be {[out, groups]} for groups of {group_size}, not {[*tensor.shape]}")
+    rows = -(-out // how.block) * how.block
+    packed = words.new_empty(rows, in_features // 2, dtype=torch.uint8)
+    step = max(1, (1 << 22) // (in_features * how.block)) * how.block
+    for start in range(0, rows, step):
+        part = unpack_codes(words[start : start + step], bits, in_features)
+        codes = words.new_full((min(step, rows - start), in_features), 8)
+        codes[: len(part)] += part
+        packed[start : start + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
+    of_group = torch.arange(in_features // group, device=words.device) * group // group_size
+    pairs = dtype == torch.bfloat16
+    terms = words.new_zeros(rows, groups, 1 + pairs, dtype=dtype if pairs else torch.float32)
+    terms[:out, :, 0] = scale
+    if zero is not None and pairs:
+        terms[:out, :, 1] = -zero.float() * terms[:out, :, 0].float()
+    terms = _spread(terms, how).transpose(0, 1)[of_group].contiguous()
+    if zero is None:
+        return packed, terms, None
+    zeros = zero.new_zeros(rows, groups)
+    zeros[:out] = zero
+    return packed, terms, zeros.t()[of_group].contiguous()
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """x · Wᵀ + bias from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
+    blocks = _check(packed, scale, zero, out_features, in_features)
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x must be [rows, {in_features}], not {[*x.shape]}")
+    of_operator = x.dtype == scale.dtype == torch.bfloat16 and scale.shape[2] == 2
+    if of_operator and x.shape[0] <= OPERATOR_ROWS and _operator_is_fast():
+        group = in_features // scale.shape[0]
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scale.contiguous())
+        y = _gather(y, _known())
+    else:
+        dtype = _matmul_dtype(x.dtype)
+        y, wide = x.new_empty(x.shape[0], packed.shape[0], dtype=dtype), x.to(dtype)
+        for rows, weight in _slabs(blocks, scale, zero, dtype):
+            torch.mm(wide, weight, out=y[:, rows])
+    y = y[:, :out_features]
+    return (y if bias is None else y + bias).to(x.dtype).contiguous()
+
+
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [out, in] in `dtype`, from what `pack` made."""
+    blocks = _check(packed, scale, zero, out_features, in_features)
+    weight = packed.new_empty(out_features, in_features, dtype=dtype)
+    for rows, slab in _slabs(blocks, scale, zero, dtype):
+        part = weight[rows]
+        part.copy_(slab.t()[: len(part)])
+    return weight
+
+
+def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """The packed bytes by block. The operator itself would read past the end of scales that are too few."""
+    how = _known()
+    rows = -(-out_features // how.block) * how.block
+    groups = scale.shape[0]
+    fits = (
+        packed.dtype == torch.uint8
+        and packed.shape == (rows, in_features // 2)
+        and groups * OPERATOR_GROUPS[-1] <= in_features
+        and in_features % groups == 0
+        and in_features // groups in OPERATOR_GROUPS
+        and scale.shape[1:] in ((rows, 1), (rows, 2))
+        and (zero is None or (zero.dtype == torch.int8 and zero.shape == (groups, rows)))
+    )
+    if not fits:
+        found = [*packed.shape], [*scale.shape], None if zero is None else [*zero.shape]
+        raise ValueError(
+            f"a weight of {out_features} x {in_features} needs packed u8 [{rows}, {in_features // 2}] and scales "
+            f"[groups, {rows}, 1 or 2] from int4pack.pack on this machine, not {found}"
+        )
+    return packed.contiguous().view(-1, in_features, how.block // 2)
+
+
+def _known() -> Packing:
+    how = packing()
+    if how is None:
+        raise ValueError("this torch packs 4-bit weights in an order that int4pack does not know, or not at all")
+    return how
+
+
+def _slabs(blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight, a few blocks of rows at a time: which rows, and their values [in, rows]. The next overwrites them.
+
+    Scaled in float32 and rounded once: torch rounds to bfloat16 slowly, so that is done in no other step.
+    """
+    how = _known()
+    count, n, half = blocks.shape
+    groups = scale.shape[0]
+    factors = _gather(scale[:, :, 0].float(), how)
+    step = max(1, SLAB // (n * how.block))
+    exact = blocks.new_empty(n * min(step, count) * how.block, dtype=torch.float32)
+    rounded = exact if dtype == torch.float32 else torch.empty_like(exact, dtype=dtype)
+    space = blocks.new_empty(2, exact.numel() // 2, dtype=torch.int16)
+    for start in range(0, count, step):
+        codes = _codes(blocks[start : start + step], space)
+        rows = slice(start * how.block, start * how.block + codes.shape[1])
+        by_group = codes.view(groups, -1, codes.shape[1])
+        by_group -= 8 if zero is None else zero[:, None, rows] + 8
+        values = exact[: codes.numel()].view(by_group.shape)
+        values.copy_(by_group)
+        values *= factors[:, None, rows]
+        if dtype != torch.float32:
+            rounded[: codes.numel()].copy_(exact[: codes.numel()])
+        yield rows, rounded[: codes.numel()].view(codes.shape)
+
+
+@cache
+def _operator_is_fast() -> bool:
+    """Halves go with vector code, pairs with plain loops, except on ARM (read in ATen's int4mm_kernel.cpp)."""
+    how = packing()
+    return how is not None and (how.halves or platform.machine() in ("aarch64", "arm64"))
+
+
+@cache
+def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """torch multiplies 16-bit matrices by plain loops where oneDNN does not know them: float32 is faster there."""
+    oned = torch.ops.mkldnn
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return dtype if known is not None and getattr(oned, known)() else torch.float32

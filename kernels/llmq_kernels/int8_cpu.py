@@ -1,0 +1,70 @@
+"""`llmq::int8_linear` on a CPU: integer products by torch._int_mm, exact and without a float copy of the weight.
+
+_int_mm rearranges its right operand before every product of more than one row, which costs as much as reading the
+weight some forty times. So the weight stands on the left (Yᵀ = W · Xᵀ), and x is what is rearranged; a few rows go one
+by one, each straight through the weight. Where the processor has no instructions for it (AVX-512), _int_mm is a scalar
+loop: float32 products take its place there, over so few inputs at a time that their sums are exact.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Rows that are cheaper one by one: measured on 1024 and 4096 outputs, in docs/benchmarks.md.
+ONE_BY_ONE = 4
+# Whole numbers up to 2²⁴ are exact in float32: that many products of two numbers down to −128.
+EXACT = 1024
+# Beyond this many inputs an int32 sum might overflow.
+LONGEST = (1 << 31) // (128 * 128) - 1
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias with x rounded to 8 bits, as `reference.int8_linear` says.
+
+    x: float32, bfloat16 or float16 [M, in]; weight: int8 [out, in]; scale: float [out, 1]; input_scale: [1] or None;
+    bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises ValueError from 131072 inputs on.
+    """
+    if weight.shape[1] > LONGEST:
+        raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {weight.shape[1]}")
+    codes, x_scale = round_input(x, input_scale)
+    y = multiply(codes, weight).to(torch.float32)
+    y.mul_(x_scale.to(torch.float32)).mul_(scale.to(torch.float32).view(-1))
+    if bias is not None:
+        y.add_(bias.to(torch.float32))
+    return y.to(x.dtype)
+
+
+def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1] or [1]."""
+    if input_scale is None:
+        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
+    else:
+        scale = input_scale.to(x.dtype)
+    return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+
+
+def multiply(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes [M, in] · weight [out, in]ᵀ, both int8: exact whole numbers, [M, out], int32 or float64."""
+    if not _has_instructions():
+        return _by_float32(codes, weight)
+    if codes.shape[0] > ONE_BY_ONE:
+        return torch._int_mm(weight, codes.t()).t()
+    transposed = weight.t()
+    return torch.cat([torch._int_mm(row, transposed) for row in codes.split(1)])
+
+
+def _by_float32(codes: Tensor, weight: Tensor) -> Tensor:
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float64)
+    for start in range(0, weight.shape[1], EXACT):
+        part = slice(start, start + EXACT)
+        total += codes[:, part].to(torch.float32) @ weight[:, part].to(torch.float32).t()
+    return total
+
+
+@functools.cache
+def _has_instructions() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")

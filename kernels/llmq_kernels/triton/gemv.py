@@ -1,0 +1,153 @@
+"""One to four rows: no tensor cores, one pass over the weight, no second kernel.
+
+A program takes a few rows of the weight and all of K, its threads side by side along K: each loads 16 bytes of each
+row at a time, and what it holds of x, in float32, serves all its rows. Codes become float32 by a mask, an exponent and
+one fused multiply-add (`unpack.single_codes`), a second one multiplies and adds; the sum of a thread's codes in a group
+is scaled once. Zero points go through the sum of x: Σ (q − z)·x = Σ q·x − z·Σ x.
+"""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmq_kernels.triton.configs import TILE, WORDS, Config, Variant, choices, run_length
+from llmq_kernels.triton.unpack import plane, position, single_codes, sixteenth, slices, words
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "groups"])
+def gemv_kernel(
+    x,
+    packed,
+    scale,
+    zero,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    tiles,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one."""
+    SLICES: tl.constexpr = slices(BITS)
+    WORDS: tl.constexpr = words(BITS)
+    LANES: tl.constexpr = TILES * 4
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    at = tl.arange(0, TILES * 32)
+    lane_tile = tl.arange(0, LANES) // 4
+    row = n < N
+    w_at = packed + n.to(tl.int64)[:, None] * (tiles * WORDS) + (at // 32 * WORDS + at % 32)[None, :]
+    x_at = x + m[:, None, None] * K + (at // 32 * (SLICES * 32) + at % 32)[None, None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N, LANES], dtype=tl.float32)
+    for first in range(0, tiles, TILES):
+        if EVEN_K:
+            w_mask = row[:, None]
+            x_mask = (m < M)[:, None, None]
+        else:
+            w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
+        w0 = tl.load(w_at + first * WORDS, mask=w_mask, other=0)
+        if BITS == 3:
+            w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
+            w2 = tl.load(w_at + first * WORDS + 64, mask=w_mask, other=0)
+        run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
+        if zero is not None:
+            sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
+        for j in tl.static_range(SLICES):
+            offset = first * (SLICES * 32) + j * 32
+            if not EVEN_K:
+                x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
+            xs = tl.load(x_at + offset, mask=x_mask, other=0.0).to(tl.float32)
+            if plane(BITS, j) == 0:
+                w = w0
+            elif plane(BITS, j) == 1:
+                w = w1
+            elif plane(BITS, j) == 2:
+                w = w2
+            else:
+                w = sixteenth(w0, w1, w2, MODE)
+            run += single_codes(w, BITS, position(BITS, j), MODE)[None, :, :] * xs
+            if zero is not None:
+                sums += xs
+            if RUN > 0 and (j + 1) % RUN == 0:
+                group = tl.minimum(((first + lane_tile) * SLICES + j) * 32 // GROUP, groups - 1)
+                s = tl.load(scale + group[None, :] * N + n[:, None], mask=row[:, None], other=0.0).to(tl.float32)
+                part = tl.sum(tl.reshape(run, [BLOCK_M, BLOCK_N, LANES, 8]), axis=3)
+                if zero is not None:
+                    z = tl.load(zero + group[None, :] * N + n[:, None], mask=row[:, None], other=0).to(tl.float32)
+                    part -= z[None, :, :] * tl.sum(tl.reshape(sums, [BLOCK_M, 1, LANES, 8]), axis=3)
+                    sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
+                total += s[None, :, :] * part
+                run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
+        if RUN == 0:
+            part = tl.sum(tl.reshape(run, [BLOCK_M, BLOCK_N, LANES, 8]), axis=3)
+            if zero is not None:
+                z = tl.load(zero + n, mask=row, other=0).to(tl.float32)
+                part -= z[None, :, None] * tl.sum(tl.reshape(sums, [BLOCK_M, 1, LANES, 8]), axis=3)
+            total += part
+    out = tl.sum(total, axis=2)
+    if RUN == 0:
+        out *= tl.load(scale + n, mask=row, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + m[:, None] * N + n[None, :], out.to(y.dtype.element_ty), mask=(m < M)[:, None] & row[None, :])
+
+
+def launch(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    config: Config,
+    mode: str,
+) -> Tensor:
+    """x [M, K] contiguous, M ≤ block_m → [M, N] in x's dtype."""
+    (m, k), n, groups = x.shape, packed.shape[0], scale.shape[0]
+    tiles = packed.shape[1] // WORDS[bits]
+    group, run = run_length(bits, group_size, k)
+    y = x.new_empty(m, n)
+    gemv_kernel[(triton.cdiv(n, config.block_n),)](
+        x,
+        packed,
+        scale,
+        zero,
+        bias,
+        y,
+        m,
+        n,
+        k,
+        tiles,
+        groups,
+        BITS=bits,
+        GROUP=group,
+        RUN=run,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        TILES=config.parts,
+        EVEN_K=k == tiles * TILE[bits] and tiles % config.parts == 0,
+        MODE=mode,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that the rule reaches, on the GPUs it reaches it on."""
+    for choice in choices("gemv"):
+        tiles, rest = divmod(choice.in_features, TILE[choice.bits])
+        even = rest == 0 and tiles % choice.config.parts == 0
+        yield choice.variant(gemv_kernel, {"TILES": choice.config.parts, "EVEN_K": even})

@@ -1,0 +1,155 @@
+"""Measure launch configurations on the GPU that is there, and keep the fastest in the user's own table.
+
+`llmq_kernels.triton.configs` chooses by a rule that was never measured; this asks the GPU. Each product is captured as
+a CUDA graph over several copies of the weight, so that neither Python nor a cache that holds the whole weight flatters
+it. The table is written after each product, and what it already holds is not measured again: a run can be stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmq_kernels import planes
+from llmq_kernels.backend import triton_refusal
+
+if TYPE_CHECKING:
+    from llmq_kernels.triton import configs
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BEYOND_CACHE = 1 << 28
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    bits: Sequence[int] = (4,),
+    group_sizes: Sequence[int] = (128,),
+    rows: Sequence[int] = ROWS,
+    device: str = "cuda",
+    again: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, line: None,
+) -> Path:
+    """Measure every candidate for every shape [out, in], bit width, group size and number of rows; bfloat16 inputs.
+
+    again: measure also what the table holds. progress(done, total, line) is called after each product. Returns the
+    table's path. Raises ValueError without a GPU, or for a weight that the Triton kernels refuse.
+    """
+    where = torch.device(device)
+    if where.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError("tuning measures on a GPU, and torch sees none here")
+    reason = triton_refusal(where)
+    if reason is not None:
+        raise ValueError(reason)
+    from llmq_kernels.triton import configs
+
+    gpu = configs.gpu_of(where)
+    path = configs.user_table(gpu.name)
+    measured = json.loads(path.read_text(encoding="utf-8"))["measured"] if path.is_file() else {}
+    products = [(shape, b, g, m) for shape in shapes for b in bits for g in group_sizes for m in rows]
+    for done, ((out, width), b, g, m) in enumerate(products, 1):
+        name = configs.key(b, configs.bucket(m), out, width, g)
+        if again or name not in measured:
+            best, config = fastest(gpu, where, b, m, out, width, g)
+            measured[name] = configs.entry(config, best)
+            save(path, gpu.name, measured)
+        config = measured[name]["config"]
+        progress(done, len(products), f"{name}: {config['family']}, {measured[name]['microseconds']} µs")
+    configs.table.cache_clear()
+    return path
+
+
+def fastest(
+    gpu: configs.Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
+) -> tuple[float, configs.Config]:
+    """Microseconds and configuration of the fastest candidate. Raises ValueError for a weight that is refused."""
+    reason = planes.refusal(device, torch.bfloat16, bits, out, width, group_size)
+    if reason is not None:
+        raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
+    tiles = -(-width // planes.TILE[bits])
+    groups = -(-width // group_size)
+    size = out * tiles * (96 if bits == 3 else 32)
+    copies = max(1, min(64, -(-BEYOND_CACHE // (2 * size))))
+    packed = [torch.randint(-32768, 32768, (out, size // out), dtype=torch.int16, device=device) for _ in range(copies)]
+    scale = torch.full((groups, out), 0.01, dtype=torch.bfloat16, device=device)
+    x = torch.randn(m, width, device=device).to(torch.bfloat16)
+    times = []
+    for config in candidates(gpu, bits, m, out, width, group_size):
+        try:
+            times.append((seconds(x, packed, scale, bits, group_size, config, gpu.mode) * 1e6, config))
+        except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
+            torch.cuda.synchronize(device)
+    return min(times, key=lambda pair: pair[0])
+
+
+def candidates(gpu: configs.Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> Iterator[configs.Config]:
+    """The rule's choice and its neighbours in every family that can serve m rows, and the dense product."""
+    from llmq_kernels.triton.configs import Config, power, rule
+
+    tiles = -(-width // planes.TILE[bits])
+    chosen = rule(gpu, bits, m, out, width, group_size)
+    yield chosen
+    if chosen.family != "dense":
+        yield Config("dense")
+    if m <= 4:
+        for rows in (1, 2, 4, 8):
+            for warps in (1, 2, 4, 8):
+                yield Config("gemv", rows, power(m, 1), 8 * warps, warps=warps)
+    splits = [split for split in (1, 2, 4, 8) if split == 1 or 4 * split <= tiles]
+    if m <= 64:
+        block_m = min(32, power(m, 8))
+        for rows in (16, 32, 64):
+            for parts in (2, 4, 8):
+                for stages in (2, 3, 4):
+                    for split in splits[:3]:
+                        if rows * block_m <= 1024 and parts <= tiles:
+                            yield Config("splitk", rows, block_m, parts, split, parts, stages)
+    if 16 <= m <= 1024:
+        for block_m in {min(power(m, 16), size) for size in (32, 64, 128)}:
+            for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+                for stages in (2, 3, 4):
+                    for split in splits if m <= 128 else splits[:1]:
+                        for prescale in (False, True) if group_size < width else (False,):
+                            yield Config("gemm", rows, block_m, 1, split, warps, stages, prescale)
+
+
+def seconds(
+    x: Tensor, packed: list[Tensor], scale: Tensor, bits: int, group_size: int, config: configs.Config, mode: str
+) -> float:
+    """Of one product: the median of some replays of a graph that makes one with each copy of the weight."""
+
+    def once(weight: Tensor) -> Tensor:
+        return planes.run(x, weight, scale, None, None, bits, group_size, config, mode)
+
+    with torch.cuda.device(x.device):
+        once(packed[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in packed:
+                once(weight)
+        times = []
+        for _ in range(7):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return float(sorted(times)[len(times) // 2]) / 1e3 / len(packed)
+
+
+def save(path: Path, gpu: str, measured: dict[str, object]) -> None:
+    """The whole table, replaced in one step."""
+    import triton
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "measured": measured}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,187 @@
+"""QuantLinear: a linear layer whose weight stays packed; its forward is one operator of llmq_kernels.
+
+Made by `llmq.loading` from what a checkpoint stores. Buffers only, so nothing trains; the input gets a gradient, which
+is what adapters on top need. It is an nn.Linear, as bitsandbytes' is, so peft finds it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
+from llmq.errors import LlmqError
+from llmq.reading.plain import CodebookWeight, Int8Weight, IntWeight, Weight
+from llmq_kernels import layouts
+
+
+class QuantLinear(nn.Linear):
+    """y = x · Wᵀ + bias with W [out, in] packed. dtype: of the inputs it was packed for, and of the bias; notes: why
+    no faster layout serves, where it runs on the plain operator.
+
+    `qweight` holds the codes in the layout's own form. Moving it to a device, or casting it, for which that form is not
+    made raises LlmqError: load the folder there.
+    """
+
+    qweight: Tensor
+    layout = "plain"
+    notes: dict[str, str]
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.notes = {}
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The codes in one row: what peft and transformers look at to learn the device. Adding to it is an error."""
+        return self.qweight.flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's."""
+        return self.product(x.to(self.dtype)).to(x.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] in the layer's dtype → [..., out]."""
+        raise NotImplementedError
+
+    def moved(self) -> str | None:
+        """Why the weight cannot go to another kind of device or serve another dtype as it is packed, or None."""
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """What .to() and its like do: the weight's parts move, but are never rounded; the bias is cast too."""
+        device = self.qweight.device
+        to = fn(torch.empty(0, dtype=self.dtype, device=device))
+        changed = (to.device.type, to.dtype) != (device.type, self.dtype) and to.device.type != "meta"
+        reason = self.moved() if changed else None
+        if reason is not None:
+            raise LlmqError(f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; load the folder there")
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                new = fn(buffer)
+                kept = new.dtype == buffer.dtype or name == "bias"
+                self._buffers[name] = new if kept else buffer.to(new.device)
+        self.dtype = to.dtype
+        if changed:
+            self.settle()
+        return self
+
+    def settle(self) -> None:
+        """Where it now is, another layout may be better."""
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"in={self.in_features}, out={self.out_features}, {self.layout}, bias={self.bias is not None}"
+
+
+class IntLinear(QuantLinear):
+    """Integer codes with a scale per group, in one of the layouts of llmq_kernels."""
+
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+
+    def __init__(self, weight: IntWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.words.shape[0], weight.in_features, bias, dtype)
+        self.bits, self.group_size = weight.bits, weight.group_size
+        self.register_buffer("order", weight.order)
+        self._pack(weight.words, weight.scale, weight.zero)
+
+    def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """The plain form of the weight into the best layout for its device."""
+        self.layout, reasons = layouts.choose(words.device, self.dtype, *self._sizes())
+        self.notes = reasons if self.layout == "stream" else {}
+        packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
+        for name, part in zip(("qweight", "scale", "zero"), packed, strict=True):
+            self.register_buffer(name, part)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
+        x = x if self.order is None else x.index_select(-1, self.order)
+        y: Tensor = torch.ops.llmq.int_linear(
+            x, self.qweight, self.scale, self.zero, self.bias, *self._sizes(), self.layout
+        )
+        return y
+
+    def moved(self) -> str | None:
+        """See QuantLinear."""
+        return None if self.layout == "stream" else f"its weight is packed as {self.layout} for {self.dtype}"
+
+    def settle(self) -> None:
+        """The plain form can be packed anew wherever it goes."""
+        if self.layout == "stream":
+            self._pack(self.qweight, self.scale, self.zero)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        kind = "symmetric" if self.zero is None else "asymmetric"
+        order = "" if self.order is None else ", inputs reordered"
+        return f"{super().extra_repr()}, bits={self.bits}, group={self.group_size}, {kind}{order}"
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.bits, self.out_features, self.in_features, self.group_size
+
+
+class CodebookLinear(QuantLinear):
+    """bitsandbytes' NF4 or FP4, as it is stored."""
+
+    layout = "blocks"
+    absmax: Tensor
+    codebook: Tensor
+    nested_absmax: Tensor | None
+    nested_codebook: Tensor | None
+
+    def __init__(self, weight: CodebookWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.out_features, weight.in_features, bias, dtype)
+        self.offset, self.block_size = weight.offset, weight.block_size
+        self.register_buffer("qweight", weight.packed)
+        for name in ("absmax", "codebook", "nested_absmax", "nested_codebook"):
+            self.register_buffer(name, getattr(weight, name))
+
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
+        weight = (self.qweight, self.absmax, self.codebook, self.nested_absmax, self.nested_codebook, self.offset)
+        y: Tensor = torch.ops.llmq.nf4_linear(
+            x, *weight, self.bias, self.out_features, self.in_features, self.block_size
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        double = "" if self.nested_absmax is None else ", double-quantized"
+        return f"{super().extra_repr()}, bits=4, group={self.block_size}{double}"
+
+
+class Int8Linear(QuantLinear):
+    """int8 weights that meet inputs rounded to int8, per token or by a stored scale."""
+
+    layout = "rows"
+    scale: Tensor
+    input_scale: Tensor | None
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.codes.shape[0], weight.codes.shape[1], bias, dtype)
+        self.register_buffer("qweight", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("input_scale", weight.input_scale)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
+        y: Tensor = torch.ops.llmq.int8_linear(x, self.qweight, self.scale, self.input_scale, self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"{super().extra_repr()}, bits=8, {'dynamic' if self.input_scale is None else 'static'} activations"
+
+
+def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+    """The layer that runs a weight, on the weight's device, for inputs of `dtype`; bias: float [out] or None."""
+    kinds: dict[type, Any] = {IntWeight: IntLinear, CodebookWeight: CodebookLinear, Int8Weight: Int8Linear}
+    layer: QuantLinear = kinds[type(weight)](weight, bias, dtype)
+    return layer

@@ -1,0 +1,195 @@
+"""Where a checkpoint's quantized weights go in a model that is still empty: found in the headers of its files.
+
+Transformers decides by the configuration alone which modules are quantized, and fills what it then does not find with
+random numbers. Here the files decide, the configuration must agree, and everything is checked before a byte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.modules import QuantLinear, quant_linear
+from llmq.reading.plain import FLOATS, Entry, Layer, Reader
+from llmq.safetensors_io import TensorInfo, read_header
+
+BIAS = "bias"
+Stored = dict[str, TensorInfo]
+
+
+class Placeholder(nn.Module):
+    """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
+
+    name: of the module; stored: what the files have of it, by suffix, everything that `layer` needs among it.
+    """
+
+    def __init__(self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool) -> None:
+        super().__init__()
+        self.name, self.layer = name, layer
+        self.file = stored[next(iter(layer.entries))].file
+        for suffix in (*layer.entries, *((BIAS,) if bias else ())):
+            info = stored[suffix]
+            self.register_buffer(inner(suffix), torch.empty(info.shape, dtype=info.dtype, device="meta"))
+        if "bias" not in self._buffers:
+            self.bias = None
+        if "weight" not in self._buffers:
+            # Some models' code for fresh weights reaches for `weight` without looking; on meta it costs nothing.
+            self.weight = torch.empty(1, 1, device="meta")
+
+    def replacement(self, dtype: torch.dtype) -> QuantLinear:
+        """The layer that runs what was loaded. Raises LlmqError when something was not, or contradicts itself."""
+        tensors: dict[str, Tensor] = {}
+        for suffix in self.layer.entries:
+            tensors[suffix] = self._loaded(suffix)
+        bias = self._loaded(BIAS) if "bias" in self._buffers else None
+        try:
+            return quant_linear(self.layer.read(tensors), bias, dtype)
+        except (LlmqError, ValueError, TypeError) as error:
+            raise LlmqError(f"{self.file}: {self.name}: {error}") from error
+
+    def _loaded(self, suffix: str) -> Tensor:
+        tensor = self._buffers[inner(suffix)]
+        if tensor is None or tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
+            raise LlmqError(f"{self.file}: {self.name}.{suffix} was not loaded, though it is there: please report this")
+        return tensor
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """Never: it is replaced once its tensors are there."""
+        raise LlmqError(f"{self.name} has not been packed yet")
+
+
+def inner(suffix: str) -> str:
+    """The buffer for a stored tensor: a dot in its name would be a module's."""
+    return suffix.replace(".", "__")
+
+
+@dataclass
+class Found:
+    """quantized: module → placeholder; unserved: why this checkpoint cannot be run on kernels, or None."""
+
+    quantized: dict[str, Placeholder] = field(default_factory=dict)
+    unserved: str | None = None
+
+
+def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found:
+    """The placeholders of a model on the meta device, for the weights that these files have quantized.
+
+    Raises LlmqError, naming file and tensor, when a tensor is missing, misshapen or of another dtype than the
+    configuration says, a linear module of the base model has no tensor at all, or a file is damaged.
+    """
+    stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
+    renamed = _renamer(model)
+    modules, state = dict(model.named_modules()), model.state_dict()
+    linear = {name: module for name, module in modules.items() if sizes(module) is not None}
+    found = Found()
+    seen: set[str] = set()
+    for stem, tensors in stored.items():
+        target, converted = renamed(f"{stem}.weight")
+        name = target.removesuffix(".weight")
+        module = linear.get(name)
+        if converted or module is None:
+            known = converted or target in state or name in modules
+            if known and found.unserved is None and not set(tensors) <= {"weight", BIAS}:
+                first = next(iter(tensors.values())).name
+                found.unserved = f"{first} is part of {name}, which is no linear module"
+            continue
+        shape = sizes(module)
+        assert shape is not None
+        layer = reader.layer(name, module, shape, tensors)
+        if layer is not None or "weight" in tensors:
+            seen.add(name)
+        elif set(tensors) != {BIAS}:
+            info = next(iter(tensors.values()))
+            raise LlmqError(
+                f"{info.file}: {stem} has {', '.join(tensors)}, but no weight, packed or not; "
+                "download or write the checkpoint again"
+            )
+        if layer is None:
+            continue
+        bias = module.bias is not None
+        entries = dict(layer.entries) | ({BIAS: Entry(FLOATS, (shape[0],))} if bias else {})
+        check(stem, shape, entries, tensors)
+        found.quantized[name] = Placeholder(name, layer, tensors, bias)
+    if found.unserved is None:
+        _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
+    return found
+
+
+def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:
+    """Module → what the files have of it, by suffix. The longest suffix counts."""
+    ordered = sorted(suffixes, key=len, reverse=True)
+    stored: dict[str, Stored] = {}
+    for header in headers:
+        for name, info in header.items():
+            suffix = next((s for s in ordered if name.endswith(f".{s}")), None)
+            if suffix is not None:
+                stored.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = info
+    return stored
+
+
+def check(stem: str, shape: tuple[int, int], entries: Mapping[str, Entry], stored: Mapping[str, TensorInfo]) -> None:
+    """Raises LlmqError unless every entry is stored as it must be."""
+    for suffix, entry in entries.items():
+        info = stored.get(suffix)
+        if info is None:
+            file = next(iter(stored.values())).file
+            raise LlmqError(
+                f"{file}: {stem}.{suffix} is missing: a quantized weight {[*shape]} as config.json describes it has "
+                f"{entry} there; download or write the checkpoint again"
+            )
+        if info.dtype not in entry.dtypes or info.shape != entry.shape:
+            raise LlmqError(
+                f"{info.file}: {info.name} must be {entry} for a weight {[*shape]} as config.json describes it, "
+                f"not {str(info.dtype).removeprefix('torch.')} {[*info.shape]}"
+            )
+
+
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """[out, in] of a linear module: torch's own or transformers' Conv1D, which holds its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    if type(module) is nn.Linear:
+        return module.out_features, module.in_features
+    if type(module) is Conv1D:
+        width, rows = module.weight.shape
+        return rows, width
+    return None
+
+
+def _renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """A stored name → the model's name for it, and whether transformers makes something else of the tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    state = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def renamed(name: str) -> tuple[str, bool]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        return target, pattern is not None
+
+    return renamed
+
+
+def _check_complete(model: nn.Module, linear: Mapping[str, nn.Module], seen: set[str], file: Path | None) -> None:
+    """Raises LlmqError when a linear module of the base model has no tensors, and is not tied to one that has."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in linear:
+        if name.startswith(inside) and name not in seen and f"{name}.weight" not in tied:
+            raise LlmqError(
+                f"{file}: no tensor of {name}, which the model needs: transformers would fill it with random numbers; "
+                "download or write the checkpoint again"
+            )

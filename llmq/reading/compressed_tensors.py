@@ -1,0 +1,187 @@
+"""compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8.
+
+The bytes are told in `llmq.formats.compressed_tensors` and `eight_bit`, which write them; here anything is read that
+other writers of the format make of integers: zero points, activation order, one scale per tensor, 5 to 7 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
+from llmq.formats.eight_bit import INPUT_SCALE, WEIGHT
+from llmq.numerics.packing import pack_codes, packed_width, unpack_columns
+from llmq.reading.plain import FLOATS, Configuration, Entry, Int8Weight, IntWeight, in_groups, none_if_zero, served
+from llmq.safetensors_io import TensorInfo
+
+GROUPS = "weight_g_idx"
+PACK, CODES = ("pack-quantized",), ("int-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A weight whose input stays as it is. packed: as a bit stream, not one byte a code; scales: as they are stored."""
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    packed: bool
+    ordered: bool
+    scales: tuple[int, ...]
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        rows, width = self.shape
+        groups = -(-width // self.group_size)
+        entries = {SCALE: Entry(FLOATS, self.scales)}
+        if self.packed:
+            entries[PACKED] = Entry((torch.int32,), (rows, packed_width(width, self.bits)))
+            entries[SHAPE] = Entry((torch.int64, torch.int32), (2,))
+        else:
+            entries[WEIGHT] = Entry((torch.int8,), (rows, width))
+        if not self.symmetric:
+            entries[ZERO] = (
+                Entry((torch.int32,), (packed_width(rows, self.bits), groups))
+                if self.packed
+                else Entry((torch.int8,), self.scales)
+            )
+        return entries | ({GROUPS: Entry((torch.int32, torch.int64), (width,))} if self.ordered else {})
+
+    def read(self, tensors: Mapping[str, Tensor]) -> IntWeight:
+        rows, width = self.shape
+        groups = -(-width // self.group_size)
+        if self.packed:
+            said = tuple(int(n) for n in tensors[SHAPE].tolist())
+            if said != self.shape:
+                raise LlmqError(f"{SHAPE} says {[*said]}, the model needs {[*self.shape]}")
+            words = tensors[PACKED]
+        else:
+            words = pack_codes(tensors[WEIGHT], self.bits)
+        zero = None
+        if not self.symmetric:
+            stored = tensors[ZERO]
+            zero = unpack_columns(stored, self.bits, rows) if self.packed else stored
+            zero = none_if_zero(zero.expand(rows, groups).contiguous())
+        order = None
+        if self.ordered and int(tensors[GROUPS].min()) >= 0:
+            words, order = in_groups(words, self.bits, width, tensors[GROUPS], self.group_size)
+        words, bits = served(words, self.bits, width)
+        return IntWeight(words, _spread(tensors[SCALE], rows, groups), zero, bits, width, self.group_size, order)
+
+
+@dataclass(frozen=True)
+class Int8Layer:
+    """A weight that meets 8-bit activations; static: their scale is stored, in that shape."""
+
+    shape: tuple[int, int]
+    scales: tuple[int, ...]
+    static: tuple[int, ...] | None
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        entries = {WEIGHT: Entry((torch.int8,), self.shape), SCALE: Entry(FLOATS, self.scales)}
+        return entries | ({} if self.static is None else {INPUT_SCALE: Entry(FLOATS, self.static)})
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Int8Weight:
+        inputs = None if self.static is None else tensors[INPUT_SCALE].reshape(1)
+        return Int8Weight(tensors[WEIGHT], _spread(tensors[SCALE], self.shape[0], 1), inputs)
+
+
+class CompressedTensorsReader:
+    """config: transformers' CompressedTensorsConfig."""
+
+    suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
+
+    def __init__(self, config: Configuration) -> None:
+        self.config = config.quantization_config
+        self.schemes = {
+            target: scheme for scheme in self.config.config_groups.values() for target in scheme.targets or ()
+        }
+
+    @staticmethod
+    def refusal(config: Configuration) -> str | None:
+        """Why such checkpoints are not read here, or None."""
+        if config.dequantize:
+            return "dequantize=True asks for dense weights"
+        if not config.is_quantization_compressed:
+            return "its weights are not compressed"
+        if config.quantization_config.kv_cache_scheme is not None:
+            return "it quantizes the key-value cache"
+        for scheme in config.quantization_config.config_groups.values():
+            reason = _refusal(scheme, str(scheme.format or config.quantization_config.format))
+            if reason is not None:
+                return reason
+        return None
+
+    def layer(
+        self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
+    ) -> PackedLayer | Int8Layer | None:
+        scheme = self._scheme(name, module)
+        info = next((stored[s] for s in (PACKED, SCALE) if s in stored), None)
+        if scheme is None:
+            if info is not None:
+                raise LlmqError(f"{info.file}: config.json leaves {name} alone, but {info.name} is stored")
+            return None
+        if info is None:
+            found = stored.get(WEIGHT)
+            if found is not None:
+                raise LlmqError(
+                    f"{found.file}: config.json says {name} is quantized, but {found.name} is an ordinary "
+                    f"{str(found.dtype).removeprefix('torch.')} tensor without scales"
+                )
+            return None
+        weights, inputs = scheme.weights, scheme.input_activations
+        width = shape[1]
+        group_size = weights.group_size if weights.strategy == "group" else width
+        scales: tuple[int, ...] = (shape[0], -(-width // group_size))
+        if weights.strategy == "tensor":
+            scales = stored[SCALE].shape if SCALE in stored and stored[SCALE].shape in ((1, 1), ()) else (1,)
+        if inputs is not None:
+            one = None
+            if not inputs.dynamic:
+                one = () if INPUT_SCALE in stored and stored[INPUT_SCALE].shape == () else (1,)
+            return Int8Layer(shape, scales, one)
+        packed = str(scheme.format or self.config.format) in PACK
+        return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, GROUPS in stored, scales)
+
+    def _scheme(self, name: str, module: nn.Module) -> Any:
+        """The scheme of a module as compressed-tensors finds it, or None."""
+        from compressed_tensors.utils.match import is_match, match_targets
+
+        if is_match(name, module, self.config.ignore or ()):
+            return None
+        matched = match_targets(name, module, self.schemes)
+        return self.schemes[matched[0]] if matched else None
+
+
+def _spread(scale: Tensor, rows: int, groups: int) -> Tensor:
+    """A scale as [rows, groups], whether it was that or one for all."""
+    return scale if scale.shape == (rows, groups) else scale.reshape(1, 1).expand(rows, groups).contiguous()
+
+
+def _refusal(scheme: Any, form: str) -> str | None:
+    """Why the weights of one scheme have no kernel here, or None."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if form not in PACK + CODES:
+        return f"its weights are stored as {form}"
+    if weights is None or weights.type != "int" or weights.strategy not in ("group", "channel", "tensor"):
+        return "its weights are not integers with a scale per group, channel or tensor"
+    if not 2 <= weights.num_bits <= 8:
+        return f"its weights have {weights.num_bits} bits"
+    if scheme.output_activations is not None:
+        return "it quantizes the outputs of layers"
+    if inputs is None:
+        return None
+    plain = inputs.type == "int" and inputs.num_bits == 8 and inputs.symmetric
+    if not plain or inputs.strategy != ("token" if inputs.dynamic else "tensor"):
+        return "it rounds activations to something else than symmetric int8 per token, or static per tensor"
+    if form in PACK or weights.num_bits != 8 or not weights.symmetric or weights.strategy == "group":
+        return "it rounds activations, and its weights are not symmetric int8 with a scale per channel"
+    return None

@@ -1,0 +1,130 @@
+"""GPTQ checkpoints (gptqmodel, AutoGPTQ, auto-round): codes packed along the inputs, one row per word.
+
+`qweight` int32 [in·bits/32, out] is, column by column, the dense little-endian stream that the kernels are packed from,
+for every width: in 3 bits too, 32 values fill 3 words. `qzeros` int32 [groups, out·bits/32] is the same along the
+outputs; "gptq" (v1) stores zero − 1 modulo 2^bits, "gptq_v2" zero itself. `scales` [groups, out]; `g_idx` int32 [in]
+says each input's group where the order is not the natural one. Read off files of gptqmodel 7.6 and auto-round 0.16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.numerics.packing import packed_width, unpack_codes
+from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, none_if_zero
+from llmq.safetensors_io import TensorInfo
+
+CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
+FORMATS = {
+    "gptq": 1,
+    "gptq_v2": 0,
+    "auto_round:auto_gptq": 1,
+    "auto_round:gptq": 1,
+    "auto_round:gptqmodel": 0,
+    "auto_round": 0,
+}
+"""What a checkpoint calls its layout → what its stored zero points lack."""
+
+
+@dataclass(frozen=True)
+class GPTQLayer:
+    """One weight. offset: what the stored zero points lack; ordered: whether the files say each input's group."""
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    offset: int
+    ordered: bool
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        rows, width = self.shape
+        groups = -(-width // self.group_size)
+        entries = {
+            CODES: Entry((torch.int32,), (packed_width(width, self.bits), rows)),
+            ZEROS: Entry((torch.int32,), (groups, packed_width(rows, self.bits))),
+            SCALES: Entry(FLOATS, (groups, rows)),
+        }
+        return entries | ({GROUPS: Entry((torch.int32, torch.int64), (width,))} if self.ordered else {})
+
+    def read(self, tensors: Mapping[str, Tensor]) -> IntWeight:
+        rows, width = self.shape
+        zero = unpack_codes(tensors[ZEROS], self.bits, rows)
+        if self.offset:
+            highest = (1 << (self.bits - 1)) - 1
+            zero = torch.where(zero == highest, -highest - 1, zero + 1).to(torch.int8)
+        words, order = tensors[CODES].t().contiguous(), None
+        if self.ordered:
+            words, order = in_groups(words, self.bits, width, tensors[GROUPS], self.group_size)
+        zero_point = none_if_zero(zero.t().contiguous())
+        return IntWeight(words, tensors[SCALES].t().contiguous(), zero_point, self.bits, width, self.group_size, order)
+
+
+class GPTQReader:
+    """config: transformers' GPTQConfig, with `dynamic` where the checkpoint has it, or AutoRoundConfig."""
+
+    suffixes = (CODES, ZEROS, SCALES, GROUPS, "weight", "bias")
+
+    def __init__(self, config: Configuration) -> None:
+        self.config = config
+        self.offset = FORMATS[layout_of(config)]
+
+    @staticmethod
+    def refusal(config: Configuration) -> str | None:
+        """Why such checkpoints are not read here, or None."""
+        if layout_of(config) not in FORMATS:
+            return f"its weights are stored as {layout_of(config)!r}, not as {' or '.join(FORMATS)}"
+        return refusal_of_values(config)
+
+    def layer(
+        self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
+    ) -> GPTQLayer | None:
+        if CODES not in stored:
+            return None
+        bits, group_size = settings(self.config, name)
+        return GPTQLayer(shape, bits, group_size if group_size > 0 else shape[1], self.offset, GROUPS in stored)
+
+
+def layout_of(config: Configuration) -> str:
+    """What the configuration calls the way its weights are stored."""
+    return str(getattr(config, "packing_format", None) or config.format)
+
+
+def refusal_of_values(config: Configuration) -> str | None:
+    """Why the numbers of a GPTQ, AWQ or auto-round configuration are none that the kernels know, or None."""
+    if config.bits not in BITS:
+        return f"it has {config.bits} bits, and there are kernels for {', '.join(map(str, BITS))}"
+    if str(getattr(config, "data_type", "int")) != "int":
+        return f"its values are {config.data_type}, not integers"
+    if getattr(config, "act_bits", 16) not in (None, 16, 32):
+        return f"its activations have {config.act_bits} bits"
+    return None
+
+
+def settings(config: Configuration, name: str) -> tuple[int, int]:
+    """Bits and group size of the weight of a module, with what the checkpoint says of it alone.
+
+    `dynamic` (gptqmodel): regular expression → other settings, where '-:' leaves a module alone; `extra_config`
+    (auto-round): name or regular expression → other settings. Raises LlmqError when it must not be quantized, or has
+    bits without a kernel.
+    """
+    extra: Mapping[str, Any] = getattr(config, "extra_config", None) or {}
+    own: Mapping[str, Any] = next((v for key, v in extra.items() if key == name or re.fullmatch(key, name)), {})
+    for pattern, changes in (getattr(config, "dynamic", None) or {}).items():
+        kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
+        if re.match(pattern.removeprefix(kind), name):
+            if kind == "-:":
+                raise LlmqError(f"config.json leaves {name} alone ({pattern!r}), but its weight is stored quantized")
+            own = changes or {}
+            break
+    bits, group_size = own.get("bits", config.bits), own.get("group_size", config.group_size)
+    if bits not in BITS:
+        raise LlmqError(f"config.json gives {name} {bits} bits, and there are kernels for {', '.join(map(str, BITS))}")
+    return bits, group_size

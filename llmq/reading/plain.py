@@ -1,0 +1,155 @@
+"""What every stored weight is turned into before it is packed for a kernel, and what a format tells to get there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.numerics.packing import pack_codes, unpack_codes
+from llmq.safetensors_io import TensorInfo
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+BITS = (2, 3, 4, 8)
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """W [out, in] = (code − zero) · scale, group by group along the inputs, which `order` permutes first.
+
+    words: int32 [out, ceil(in·bits/32)], the dense little-endian stream of code + 2^(bits−1); scale: float [out,
+    groups]; zero: int8 like scale, in the range of the codes, or None; bits: 2, 3, 4 or 8; the last group may be
+    short; order: int32 [in], column i of W meets input order[i], or None.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    in_features: int
+    group_size: int
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CodebookWeight:
+    """Four-bit codes into a table of 16 values, times the magnitude of their block: what bitsandbytes stores.
+
+    packed: uint8 [ceil(out·in/2)], the first code in the high four bits; absmax: float32 [blocks], or uint8 with
+    nested_absmax float32 [ceil(blocks/256)] and nested_codebook float32 [256]; codebook: float32 [16].
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    nested_absmax: Tensor | None
+    nested_codebook: Tensor | None
+    offset: float
+    out_features: int
+    in_features: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """codes int8 [out, in] · scale float [out, 1]; its input is rounded per token, or by input_scale [1]."""
+
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+
+
+Weight = IntWeight | CodebookWeight | Int8Weight
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a stored tensor must be."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)} {[*self.shape]}"
+
+
+class Layer(Protocol):
+    """How one weight is stored: the tensors it must have, by suffix, and what they mean."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Suffix → what must be there."""
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """The weight, on the tensors' device. Raises LlmqError when the values contradict each other."""
+
+
+class Reader(Protocol):
+    """One checkpoint's format: made from its configuration."""
+
+    suffixes: tuple[str, ...]
+
+    def layer(
+        self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
+    ) -> Layer | None:
+        """How the weight [out, in] of a linear module is stored, or None where it is an ordinary tensor.
+
+        name: of the module in the model; stored: what the files have of it, by suffix. Raises LlmqError when the
+        configuration and the files do not agree on what the weight is.
+        """
+
+
+Configuration = Any
+
+
+def part_of_rows(width: int) -> int:
+    """How many rows of `width` values to work on at a time."""
+    return max(1, CHUNK // max(width, 1))
+
+
+def in_groups(words: Tensor, bits: int, width: int, group: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """Columns brought into the order of their groups, as activation order stores them out of it.
+
+    words: int32 [out, ceil(width·bits/32)]; group: integer [width], the group of each column; size: of a group.
+    Returns the words with whole groups in a row, and the order: None where they were so already. Raises LlmqError when
+    a group has another number of columns than `size`.
+    """
+    group = group.to(torch.int64)
+    wanted = torch.arange(width, device=group.device) // size
+    if torch.equal(group, wanted):
+        return words, None
+    order = torch.argsort(group, stable=True)
+    if not torch.equal(group[order], wanted):
+        found = torch.bincount(group.clamp(min=0), minlength=int(wanted[-1]) + 1).tolist()
+        raise LlmqError(
+            f"g_idx must give every group {size} of the {width} inputs, but the groups have {found[:8]}"
+            f"{' …' if len(found) > 8 else ''}{', and some are negative' if int(group.min()) < 0 else ''}"
+        )
+    moved = torch.empty_like(words)
+    step = part_of_rows(width)
+    for start in range(0, words.shape[0], step):
+        part = slice(start, start + step)
+        moved[part] = pack_codes(unpack_codes(words[part], bits, width).index_select(1, order), bits)
+    return moved, order.to(torch.int32)
+
+
+def served(words: Tensor, bits: int, width: int) -> tuple[Tensor, int]:
+    """Words of 5, 6 and 7 bits, for which there are no kernels, as 8 bits; others as they are."""
+    if bits in BITS:
+        return words, bits
+    wide = torch.empty(words.shape[0], -(-width // 4), dtype=torch.int32, device=words.device)
+    step = part_of_rows(width)
+    for start in range(0, words.shape[0], step):
+        part = slice(start, start + step)
+        wide[part] = pack_codes(unpack_codes(words[part], bits, width), 8)
+    return wide, 8
+
+
+def none_if_zero(zero: Tensor) -> Tensor | None:
+    """Zero points that are all 0, as symmetric weights have them, need not be read again and again."""
+    return zero if bool(zero.any()) else None

@@ -1,0 +1,266 @@
+"""What bench_kernels.py measures: one weight, as each operator and each peer holds it.
+
+Each function makes an operator's own form of a weight on its device, and says in a string why it cannot. What an
+operator's result is checked against is computed here, in float32, by none of the code that is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Weight:
+    """A random integer weight [out, in]: (code − zero) · scale, group by group along the inputs.
+
+    codes: int8 [out, in]; scale: `dtype` [out, groups]; zero: int8 like scale, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs, inputs."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs and the outputs."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.codes.device
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """What the codes stand for: float32 [out, in]."""
+        width = self.shape[1]
+        dense = self.codes.float()
+        if self.zero is not None:
+            dense -= self.zero.float().repeat_interleave(self.group_size, 1)[:, :width]
+        return dense.mul_(self.scale.float().repeat_interleave(self.group_size, 1)[:, :width])
+
+
+@dataclass
+class Prepared:
+    """An operator on a weight. tensors: what it reads, all of it; bind: a copy of these → the operator on x [M, in];
+    expected: x → its result as it should be, float32; note: how the weight lies, where there is a choice."""
+
+    tensors: tuple[Tensor | None, ...]
+    bind: Callable[..., Operator]
+    expected: Operator
+    note: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight as the operator reads it."""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
+
+
+def random_weight(
+    shape: tuple[int, int], bits: int, group_size: int, asymmetric: bool, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """Codes of every value; a group_size of 0 is one group a row."""
+    rows, width = shape
+    group_size = group_size or width
+    half, groups = 1 << (bits - 1), -(-width // group_size)
+    generator = torch.Generator(device).manual_seed(rows * 31 + width)
+    codes = torch.randint(-half, half, shape, dtype=torch.int8, device=device, generator=generator)
+    scale = torch.rand(rows, groups, device=device, generator=generator).mul_(0.02).add_(0.005).to(dtype)
+    zero = torch.randint(-half, half, (rows, groups), dtype=torch.int8, device=device, generator=generator)
+    return Weight(codes, scale, zero if asymmetric else None, bits, group_size)
+
+
+def product(dense: Tensor) -> Operator:
+    """x → x · Wᵀ in float32."""
+    return lambda x: linear(x.float(), dense.float())
+
+
+def module(name: str) -> ModuleType | str:
+    """A package, or why there is none; a peer may well fail on import where it sees no GPU."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return "not installed"
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a table's width."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def torch_dense(weight: Weight) -> Prepared | str:
+    """torch's own linear on the weight rounded to the inputs' dtype: what everything is compared with."""
+    return Prepared((weight.dense.to(weight.dtype),), lambda w: lambda x: linear(x, w), product(weight.dense))
+
+
+def llmq_int(weight: Weight) -> Prepared | str:
+    """torch.ops.llmq.int_linear, in the layout that llmq chooses."""
+    import llmq_kernels.ops  # noqa: F401
+    from llmq.numerics.packing import pack_codes
+    from llmq_kernels import layouts
+
+    (rows, width), bits, group = weight.shape, weight.bits, weight.group_size
+    name, _ = layouts.choose(weight.device, weight.dtype, bits, rows, width, group)
+    words = pack_codes(weight.codes, bits)
+    packed = layouts.pack(name, words, weight.scale, weight.zero, bits, width, group, weight.dtype)
+
+    def bind(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Operator:
+        return lambda x: torch.ops.llmq.int_linear(x, codes, scale, zero, None, bits, rows, width, group, name)
+
+    return Prepared(packed, bind, product(weight.dense), name)
+
+
+def llmq_nf4(weight: Weight) -> Prepared | str:
+    """torch.ops.llmq.nf4_linear, magnitudes in 8 bits."""
+    import llmq_kernels.ops  # noqa: F401
+    from llmq.numerics.nf4 import quantize_nf4
+    from llmq.recipe import Scheme
+
+    made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4", double_quant=True))
+    assert made.nested is not None
+    rows, width = weight.shape
+    offset = made.nested.offset
+
+    def bind(packed: Tensor, absmax: Tensor, codebook: Tensor, nested: Tensor, levels: Tensor) -> Operator:
+        arguments = (packed, absmax, codebook, nested, levels, offset, None, rows, width, 64)
+        return lambda x: torch.ops.llmq.nf4_linear(x, *arguments)
+
+    tensors = (made.packed.view(-1), made.absmax, made.levels, made.nested.absmax, made.nested.levels)
+    return Prepared(tensors, bind, product(made.dequantize(weight.dtype)))
+
+
+def llmq_int8(weight: Weight) -> Prepared | str:
+    """torch.ops.llmq.int8_linear: inputs rounded to 8 bits per token, one scale per output."""
+    import llmq_kernels.ops  # noqa: F401
+    from llmq.numerics.activations import round_per_token
+
+    scale = weight.dense.abs().amax(1, keepdim=True) / 127
+    codes = (weight.dense / scale).round_().to(torch.int8)
+    dense = codes.float() * scale
+    return Prepared(
+        (codes, scale),
+        lambda w, s: lambda x: torch.ops.llmq.int8_linear(x, w, s, None, None),
+        lambda x: linear(round_per_token(x, "int").float(), dense),
+    )
+
+
+def torch_int4(weight: Weight) -> Prepared | str:
+    """torch's own int4 operator (tinygemm), of a GPU or of a CPU: (stored − 8) · scale + shift, in bfloat16."""
+    if weight.bits != 4 or weight.dtype != torch.bfloat16 or weight.group_size not in (32, 64, 128, 256):
+        return "4 bits, bfloat16, groups of 32 to 256 only"
+    if weight.shape[1] % weight.group_size:
+        return "whole groups only"
+    stored = weight.codes.to(torch.int32) + 8
+    shift = torch.zeros_like(weight.scale) if weight.zero is None else -weight.zero.to(weight.dtype) * weight.scale
+    scales = torch.stack((weight.scale, shift), 2).transpose(0, 1).contiguous()
+    if weight.device.type == "cuda":
+        pairs = (stored[:, ::2] << 4 | stored[:, 1::2]).to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+        run = torch.ops.aten._weight_int4pack_mm
+    else:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(stored, 1)
+        run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    group = weight.group_size
+    return Prepared((packed, scales), lambda w, s: lambda x: run(x, w, group, s), product(weight.dense))
+
+
+def bitsandbytes_nf4(weight: Weight) -> Prepared | str:
+    """bitsandbytes' NF4, magnitudes in 8 bits: matmul_4bit, which takes its GEMV for one row."""
+    found = module("bitsandbytes")
+    if isinstance(found, str):
+        return found
+    peer: Any = found
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    dense = weight.dense.to(weight.dtype)
+    packed, made = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4", compress_statistics=True)
+    inner = made.state2
+
+    def bind(codes: Tensor, absmax: Tensor, nested: Tensor) -> Operator:
+        again = functional.QuantState
+        state2 = again(absmax=nested, blocksize=inner.blocksize, code=inner.code, dtype=inner.dtype)
+        state = again(absmax, made.shape, made.code, made.blocksize, made.quant_type, made.dtype, made.offset, state2)
+        return lambda x: peer.matmul_4bit(x, codes.t(), quant_state=state)
+
+    return Prepared((packed, made.absmax, inner.absmax), bind, product(functional.dequantize_4bit(packed, made)))
+
+
+def gemlite_int(weight: Weight) -> Prepared | str:
+    """GemLite's weight-only product, in its own choice of kernel; its autotuning counts as the first call."""
+    if weight.device.type != "cuda":
+        return "needs a GPU"
+    if weight.bits not in (2, 4, 8) or weight.shape[1] % weight.group_size:
+        return "2, 4 or 8 bits, whole groups only"
+    found = module("gemlite")
+    if isinstance(found, str):
+        return found
+    peer: Any = found
+    kind = {torch.float16: peer.DType.FP16, torch.bfloat16: peer.DType.BF16}.get(weight.dtype)
+    if kind is None:
+        return "float16 and bfloat16 only"
+    rows, width = weight.shape
+    made = peer.GemLiteLinear(weight.bits, weight.group_size, width, rows, input_dtype=kind, output_dtype=kind)
+    half = 1 << (weight.bits - 1)
+    stored = (weight.codes.to(torch.int16) + half).to(torch.uint8)
+    zero = half if weight.zero is None else (weight.zero.to(weight.dtype) + half)
+    made.pack(stored, weight.scale, zero, None)
+    arguments = made.get_meta_args()
+
+    def bind(*tensors: Tensor) -> Operator:
+        return lambda x: peer.forward_functional(x, None, [*tensors], arguments)
+
+    return Prepared(tuple(part.data for part in made.get_tensor_args()), bind, product(weight.dense))
+
+
+BASE = "torch"
+"""What ratios are to."""
+
+OPERATORS: dict[str, Callable[[Weight], Prepared | str]] = {
+    BASE: torch_dense,
+    "llmq int": llmq_int,
+    "llmq nf4": llmq_nf4,
+    "llmq int8": llmq_int8,
+    "torch int4": torch_int4,
+    "bitsandbytes nf4": bitsandbytes_nf4,
+    "gemlite": gemlite_int,
+}
+
+
+def rotated(prepared: Prepared, copies: int) -> list[Operator]:
+    """The operator on that many copies of its weight, so that no cache holds the next one."""
+    sets = [prepared.tensors]
+    sets += [tuple(None if t is None else t.clone() for t in prepared.tensors) for _ in range(copies - 1)]
+    return [prepared.bind(*one) for one in sets]
+
+
+def mistake(got: Tensor, want: Tensor) -> tuple[float, bool]:
+    """(relative error, whether it is more than rounding) of a result, both [M, out].
+
+    A result is wrong when ‖got − want‖ > 2 % of ‖want‖, or when one value is off by a tenth of the typical size: what
+    bfloat16 sums and atomics round is a fifth of either; a lost tile or a wrong last column shows in the second.
+    """
+    if got.shape != want.shape:
+        return float("inf"), True
+    gap, size = got.float() - want, want.square().mean().sqrt()
+    error = float(gap.square().mean().sqrt() / size)
+    wrong = not error <= 0.02 or not float(gap.abs().max()) <= 0.1 * float(size)
+    return error, wrong

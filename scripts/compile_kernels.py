@@ -1,0 +1,198 @@
+"""Compile every Triton kernel for GPUs that are not here, and list what the machine code uses.
+
+    python scripts/compile_kernels.py                                  everything (half an hour on two cores)
+    python scripts/compile_kernels.py --match 'splitk 4 bits' --targets cuda:90
+    python scripts/compile_kernels.py --sample                         a few of each kernel, as the tests do
+
+Each module of llmq_kernels.triton that has `variants()` is asked for its kernels in every configuration that the rule
+reaches; each is compiled for the targets it names, or for all. For NVIDIA, registers and stack are cuobjdump's, and
+instructions are counted in its disassembly; for AMD they are the assembly's own remarks. Neither needs a driver.
+Exits with 1 if a kernel does not compile or keeps anything of its own in memory (a spill).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel came to. wide: 16-byte loads from global memory; converts: integers made floats one by one."""
+
+    module: str
+    name: str
+    target: str
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    wide: int = 0
+    narrow: int = 0
+    converts: int = 0
+    instructions: int = 0
+    error: str = ""
+
+
+def modules() -> list[str]:
+    """Every module of kernels that says which variants it has."""
+    import llmq_kernels.triton as package
+
+    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__, "llmq_kernels.triton."))
+    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
+
+
+def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[str, int, str]]:
+    """(module, number of the variant, target). A sample is the largest of each kernel, bits, group and target."""
+    for module in modules():
+        kept: dict[tuple[str, str], tuple[int, int]] = {}
+        for number, variant in enumerate(importlib.import_module(module).variants()):
+            for target in variant.targets or targets:
+                if target not in targets or not re.search(match, variant.name):
+                    continue
+                if not sample:
+                    yield module, number, target
+                    continue
+                kind = f"{variant.kernel.__name__} {variant.constexprs.get('BITS')} {variant.constexprs.get('GROUP')}"
+                size = variant.constexprs.get("BLOCK_M", 1) * variant.constexprs.get("BLOCK_N", 1)
+                best = kept.get((kind, target))
+                if best is None or size > best[0]:
+                    kept[kind, target] = size, number
+        yield from ((module, number, target) for (_, target), (_, number) in kept.items())
+
+
+def compile_one(job: tuple[str, int, str]) -> Compiled:
+    """Compile a variant for a target and read what it became."""
+    module, number, target = job
+    variant = next(v for i, v in enumerate(importlib.import_module(module).variants()) if i == number)
+    short = module.rpartition(".")[2]
+    try:
+        kernel = build(variant, target)
+        if target.startswith("cuda:"):
+            return Compiled(short, variant.name, target, shared=kernel.metadata.shared, **nvidia(kernel.asm["cubin"]))
+        return Compiled(short, variant.name, target, shared=kernel.metadata.shared, **amd(kernel.asm["amdgcn"]))
+    except Exception as error:  # noqa: BLE001  (a compiler raises anything; it is reported, and counts as a failure)
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return Compiled(short, variant.name, target, error=lines[-1].strip()[:200])
+
+
+def build(variant: Any, target: str) -> Any:
+    """The compiled kernel of a variant."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, _, arch = target.partition(":")
+    gpu = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    names = variant.kernel.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    # An argument that is neither a tensor nor given is one that is not there.
+    values = {name: variant.constexprs.get(name) for name in names if signature[name] == "constexpr"}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    source = ASTSource(variant.kernel, signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def nvidia(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and instructions of a cubin. Raises OSError where triton came without cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise OSError(f"cuobjdump does not say what registers are used: {usage[:100]}")
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", sass)
+    loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
+    return {
+        "registers": int(found[1]),
+        "spilled": int(found[2]) + sum(code.startswith(("STL", "LDL")) for code in opcodes),
+        "wide": sum(".128" in code for code in loads),
+        "narrow": sum(".128" not in code for code in loads),
+        "converts": sum(code.startswith("I2F") for code in opcodes),
+        "instructions": len(opcodes),
+    }
+
+
+def amd(assembly: str) -> dict[str, int]:
+    """The same of AMD's assembly."""
+    said = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    loads = re.findall(r"^\s+((?:global|buffer)_load_\w+)", assembly, re.MULTILINE)
+    return {
+        "registers": said.get("vgpr_count", 0),
+        "spilled": said.get("vgpr_spill_count", 0) + said.get("sgpr_spill_count", 0),
+        "wide": sum(code.endswith("dwordx4") for code in loads),
+        "narrow": sum(not code.endswith("dwordx4") for code in loads),
+        "converts": len(re.findall(r"^\s+v_cvt_f32_[iu]", assembly, re.MULTILINE)),
+        "instructions": len(re.findall(r"^\t[sv]_\w+|^\tglobal_|^\tbuffer_|^\tds_", assembly, re.MULTILINE)),
+    }
+
+
+def table(rows: list[Compiled]) -> str:
+    """The worst of each module and target, one line each."""
+    titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
+    head = f"{'kernel':12} {'target':11} {titles}"
+    lines = [head, "-" * len(head)]
+    for module, target in sorted({(row.module, row.target) for row in rows}):
+        some = [row for row in rows if (row.module, row.target) == (module, target)]
+        good = [row for row in some if not row.error]
+        loads, wide = sum(row.wide + row.narrow for row in good), sum(row.wide for row in good)
+        lines.append(
+            f"{module:12} {target:11} {len(some):8} {max((r.registers for r in good), default=0):9} "
+            f"{sum(r.spilled > 0 for r in good):7} {max((r.shared for r in good), default=0):7} "
+            f"{f'{wide} of {loads}':>13} {sum(r.converts for r in good):4}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile what the arguments say; 1 if anything spills or fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
+    parser.add_argument("--sample", action="store_true", help="the largest of each kernel, bit width, group and target")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write every line here too")
+    parser.add_argument("--verbose", action="store_true", help="print a line for each variant")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile; unset it")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample))
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        for row in pool.imap_unordered(compile_one, todo, chunksize=4):
+            rows.append(row)
+            if row.error or row.spilled or arguments.verbose:
+                print(f"{row.target} {row.name}: {row.error or f'{row.registers} registers, {row.spilled} spilled'}")
+                sys.stdout.flush()
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    bad = sum(bool(row.error or row.spilled) for row in rows)
+    print(table(rows))
+    print(f"{len(rows)} compiled, {bad} failed or spilled")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

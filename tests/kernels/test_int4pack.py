@@ -1,0 +1,198 @@
+"""torch's 4-bit operator on the CPU and the slabs beside it, against float64 on the weights that codes stand for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq_kernels import int4pack
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Relative root mean square error: a few roundings of the 16-bit types; float32 must show no rounding of weights at all.
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
+
+
+def weight(
+    bits: int, out: int, n: int, group: int, symmetric: bool, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Words, scale, zero of a random weight, and the weight in float64; written bit by bit, without llmq's packing."""
+    generator = torch.Generator().manual_seed(bits * 1000 + out + n + group)
+    codes = torch.randint(0, 2**bits, (out, n), generator=generator)
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits) & 1).reshape(out, n * bits)
+    stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).view(out, -1, 32)
+    words = (stream << torch.arange(32)).sum(-1).to(torch.uint32).view(torch.int32)
+    groups = -(-n // group)
+    sign = torch.randint(0, 2, (out, groups), generator=generator) * 2 - 1
+    scale = ((torch.rand(out, groups, generator=generator) + 0.1) * sign).to(scale_dtype)
+    low = -(2 ** (bits - 1))
+    zero = None if symmetric else torch.randint(low, -low, (out, groups), generator=generator).to(torch.int8)
+    of_group = torch.arange(n) // group
+    exact = (codes + low).double()
+    if zero is not None:
+        exact -= zero.double()[:, of_group]
+    return words, scale, zero, exact * scale.double()[:, of_group]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_linear_and_dequantize_are_those_of_the_weight(
+    bits: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    out, n = 192, 384
+    words, scale, zero, exact = weight(bits, out, n, group, symmetric)
+    packed = int4pack.pack(words, scale, zero, bits, n, group, dtype)
+    assert packed[0].numel() == out * n // 2
+    shape = (bits, out, n, group)
+    assert torch.equal(int4pack.dequantize(*packed, *shape, torch.float32).double(), exact)
+    assert torch.equal(int4pack.dequantize(*packed, *shape, dtype), exact.to(torch.float32).to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(out, generator=generator).to(dtype)
+    for rows in (1, 2, 3, 7, 16, 17, 33, 130):
+        x = (torch.randn(rows, n, generator=generator) + 0.2).to(dtype)
+        got = int4pack.linear(x, *packed, bias if rows % 2 else None, *shape)
+        assert got.dtype == dtype and got.shape == (rows, out) and got.is_contiguous()
+        expected = x.double() @ exact.t() + (bias.double() if rows % 2 else 0)
+        assert error(got, expected) < TOLERANCE[dtype], rows
+
+
+@pytest.mark.parametrize(
+    ("out", "n", "group"),
+    [(1, 32, 32), (16, 64, 32), (48, 96, 96), (65, 160, 64), (72, 128, 4096), (100, 1056, 1056), (130, 96, 32)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_outputs_and_any_multiple_of_32_inputs(out: int, n: int, group: int, dtype: torch.dtype) -> None:
+    words, scale, zero, exact = weight(4, out, n, group, False)
+    assert int4pack.refusal(CPU, dtype, 4, out, n, group) is None
+    packed = int4pack.pack(words, scale, zero, 4, n, group, dtype)
+    assert torch.equal(int4pack.dequantize(*packed, 4, out, n, group, torch.float32).double(), exact)
+    for rows in (0, 1, 5, 130):
+        x = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        got = int4pack.linear(x, *packed, None, 4, out, n, group)
+        assert got.shape == (rows, out)
+        assert rows == 0 or error(got, x.double() @ exact.t()) < TOLERANCE[dtype]
+
+
+def test_many_slabs_are_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, scale, zero, exact = weight(4, 320, 256, 64, False)
+    packed = int4pack.pack(words, scale, zero, 4, 256, 64, torch.float32)
+    monkeypatch.setattr(int4pack, "SLAB", 2 * 256 * 64)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    assert error(int4pack.linear(x, *packed, None, 4, 320, 256, 64), x.double() @ exact.t()) < 1e-6
+
+
+def test_float32_scales_are_kept_for_float16_that_could_not_hold_them() -> None:
+    words, _, _, _ = weight(4, 64, 64, 32, True)
+    scale = torch.full((64, 2), 3e-8)
+    packed = int4pack.pack(words, scale, None, 4, 64, 32, torch.float16)
+    x = torch.full((2, 64), 1e4, dtype=torch.float16)
+    exact = int4pack.dequantize(*packed, 4, 64, 64, 32, torch.float32).double()
+    assert 0 < exact.abs().max() < 3e-7
+    assert error(int4pack.linear(x, *packed, None, 4, 64, 64, 32), x.double() @ exact.t()) < 1e-3
+
+
+def test_a_weight_that_was_packed_for_another_dtype_still_gives_right_numbers() -> None:
+    words, scale, zero, exact = weight(4, 64, 128, 32, False)
+    for packed_for in DTYPES:
+        packed = int4pack.pack(words, scale, zero, 4, 128, 32, packed_for)
+        for dtype in DTYPES:
+            x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+            got = int4pack.linear(x, *packed, None, 4, 64, 128, 32)
+            assert got.dtype == dtype and error(got, x.double() @ exact.t()) < TOLERANCE[dtype]
+
+
+def test_default_device_and_dtype_of_a_program_that_loads_a_model_change_nothing() -> None:
+    words, scale, zero, exact = weight(4, 64, 128, 32, False)
+    x = torch.randn(60, 128, generator=torch.Generator().manual_seed(0))
+    int4pack.packing.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            packed = int4pack.pack(words, scale, zero, 4, 128, 32, torch.float32)
+            got = int4pack.linear(x, *packed, None, 4, 64, 128, 32)
+            dense = int4pack.dequantize(*packed, 4, 64, 128, 32, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(got, x.double() @ exact.t()) < 1e-6 and torch.equal(dense.double(), exact)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "bits", "out", "n", "group", "reason"),
+    [
+        ("cuda", torch.bfloat16, 4, 64, 64, 32, "for CPUs, not cuda"),
+        ("cpu", torch.float64, 4, 64, 64, 32, "not torch.float64"),
+        ("cpu", torch.bfloat16, 8, 64, 64, 32, "up to 4 bits, not 8"),
+        ("cpu", torch.bfloat16, 4, 64, 72, 72, "that 32 divides, not 72 in groups of 72"),
+        ("cpu", torch.bfloat16, 4, 64, 96, 48, "that 32 divides, not 96 in groups of 48"),
+        ("cpu", torch.bfloat16, 4, 64, 96, 16, "that 32 divides, not 96 in groups of 16"),
+        ("cpu", torch.bfloat16, 4, 0, 96, 32, "no weight of 0 x 96"),
+    ],
+)
+def test_refusals_say_why(
+    device: str, dtype: torch.dtype, bits: int, out: int, n: int, group: int, reason: str
+) -> None:
+    assert reason in str(int4pack.refusal(torch.device(device), dtype, bits, out, n, group))
+
+
+def test_a_torch_that_packs_in_an_unknown_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4pack, "packing", lambda: None)
+    assert "order" in str(int4pack.refusal(CPU, torch.bfloat16, 4, 64, 64, 32))
+    words, scale, zero, _ = weight(4, 64, 64, 32, True)
+    with pytest.raises(ValueError, match="order"):
+        int4pack.pack(words, scale, zero, 4, 64, 32, torch.bfloat16)
+
+
+def test_tensors_that_disagree_are_refused() -> None:
+    words, scale, zero, _ = weight(4, 64, 128, 32, False)
+    with pytest.raises(ValueError, match=r"scale must be \[64, 2\] for groups of 64, not \[64, 4\]"):
+        int4pack.pack(words, scale, zero, 4, 128, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="codes of 4 bits need int32"):
+        int4pack.pack(words, torch.ones(64, 5), None, 4, 160, 32, torch.bfloat16)
+    packed, terms, zeros = int4pack.pack(words, scale, zero, 4, 128, 32, torch.bfloat16)
+    assert zeros is not None
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x must be \[rows, 128\], not \[2, 64\]"):
+        int4pack.linear(x[:, :64], packed, terms, zeros, None, 4, 64, 128, 32)
+    for bad in ((packed[:32], terms, zeros), (packed, terms[:3], zeros), (packed, terms, zeros[:2])):
+        with pytest.raises(ValueError, match="a weight of 64 x 128 needs packed u8"):
+            int4pack.linear(x, *bad, None, 4, 64, 128, 32)
+
+
+CAPABILITY = """
+import torch
+from llmq_kernels import int4pack
+torch.manual_seed(0)
+words = torch.randint(-2**31, 2**31 - 1, (72, 16)).to(torch.int32)
+scale, zero = torch.rand(72, 4).bfloat16() + 0.5, torch.randint(-8, 8, (72, 4)).to(torch.int8)
+codes = (words.unsqueeze(-1) >> torch.arange(0, 32, 4) & 15).view(72, 4, 32) - 8
+exact = ((codes - zero.unsqueeze(-1)).double() * scale.double().unsqueeze(-1)).view(72, 128)
+packed = int4pack.pack(words, scale, zero, 4, 128, 32, torch.bfloat16)
+assert torch.equal(int4pack.dequantize(*packed, 4, 72, 128, 32, torch.float32).double(), exact)
+for rows in (1, 6, 60):
+    x = torch.randn(rows, 128).bfloat16()
+    y = int4pack.linear(x, *packed, None, 4, 72, 128, 32).double()
+    assert (y - x.double() @ exact.t()).norm() / y.norm() < 4e-3, rows
+print(int4pack.packing(), int4pack._operator_is_fast())
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_cpus_pack_otherwise_and_give_the_same(capability: str) -> None:
+    """ATen's code for lesser CPUs, which packs in another order; oneDNN's too, which then knows no 16-bit matmul."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment["PYTHONPATH"] = str(Path(int4pack.__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", CAPABILITY], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Packing(block=" in run.stdout

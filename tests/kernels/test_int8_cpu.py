@@ -1,0 +1,60 @@
+"""W8A8 on the CPU: exact sums, the rounding that the accuracy was measured with, on any processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmq.numerics.activations import round_per_token, round_static
+from llmq_kernels import int8_cpu
+
+ROWS = (1, 2, 3, 4, 5, 17, 130)
+
+
+def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of very different sizes, one of zeros among them; a weight over its whole grid; scales of both signs."""
+    generator = torch.Generator().manual_seed(rows + width)
+    x = torch.randn(rows, width, generator=generator) * torch.logspace(-5, 3, rows).unsqueeze(1)
+    if rows > 2:
+        x[1] = 0
+    weight = torch.randint(-128, 128, (out, width), dtype=torch.int8, generator=generator)
+    return x.to(dtype), weight, torch.randn(out, 1, generator=generator) * 0.02
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("instructions", [True, False])
+def test_products_are_exact(rows: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_cpu, "_has_instructions", lambda: instructions)
+    for out, width in ((5, 77), (33, 2500), (130, 4096)):
+        codes = torch.full((rows, width), -128, dtype=torch.int8)
+        codes[0] = torch.randint(-128, 128, (width,), dtype=torch.int8)
+        weight = torch.full((out, width), -128, dtype=torch.int8)
+        weight[1:] = torch.randint(-128, 128, (out - 1, width), dtype=torch.int8)
+        assert torch.equal(int8_cpu.multiply(codes, weight).long(), codes.long() @ weight.long().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("static", [None, 0.013])
+def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float | None) -> None:
+    x, _, _ = draw(64, 5, 300, dtype)
+    known = None if static is None else torch.tensor([static])
+    codes, scale = int8_cpu.round_input(x, known)
+    expected = round_per_token(x, "int") if known is None else round_static(x, known, "int")
+    assert torch.equal(codes.to(dtype) * scale, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtype) -> None:
+    x, weight, scale = draw(rows, 33, 300, dtype)
+    bias = torch.randn(33).to(dtype)
+    y = int8_cpu.linear(x, weight, scale, None, bias)
+    codes, x_scale = int8_cpu.round_input(x, None)
+    exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t() + bias.double()
+    assert y.dtype == dtype
+    assert torch.allclose(y.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_refuses_sums_that_might_overflow() -> None:
+    with pytest.raises(ValueError, match="131071 inputs, not 131072"):
+        int8_cpu.linear(torch.zeros(1, 131072), torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None, None)

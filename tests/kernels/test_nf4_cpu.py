@@ -1,0 +1,64 @@
+"""The CPU's NF4 against float64 on codes taken apart one by one, and its layout against bitsandbytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq_kernels import nf4_cpu
+
+
+def weight(out: int, n: int, block: int, nested: bool) -> tuple[list[Tensor | float | None], Tensor]:
+    """The stored tensors of a random weight, and the weight in float64."""
+    generator = torch.Generator().manual_seed(out + n + block)
+    codes = torch.randint(0, 16, (out * n,), generator=generator)
+    even = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+    packed = (even[:, 0] * 16 + even[:, 1]).to(torch.uint8)
+    codebook = torch.randn(16, generator=generator)
+    blocks = -(-out * n // block)
+    absmax: Tensor = torch.rand(blocks, generator=generator) + 0.1
+    stored: list[Tensor | float | None] = [packed, absmax, codebook, None, None, 0.0]
+    exact = absmax.double()
+    if nested:
+        bytes_ = torch.randint(0, 256, (blocks,), generator=generator)
+        shares, table = torch.rand(-(-blocks // 256), generator=generator) + 0.5, torch.randn(256, generator=generator)
+        stored = [packed, bytes_.to(torch.uint8), codebook, shares, table, 0.25]
+        exact = table.double()[bytes_] * shares.double()[torch.arange(blocks) // 256] + 0.25
+    dense = codebook.double()[codes] * exact[torch.arange(out * n) // block]
+    return stored, dense.view(out, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("out", "n", "block"),
+    [(64, 128, 64), (300, 96, 64), (7, 33, 64), (5, 7, 32), (130, 100, 128), (1, 1, 64), (9, 64, 4096)],
+)
+@pytest.mark.parametrize("slab", [64, 1 << 20])
+def test_linear_and_dequantize_are_those_of_the_weight(
+    out: int, n: int, block: int, nested: bool, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf4_cpu, "SLAB", slab)
+    stored, exact = weight(out, n, block, nested)
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(out, generator=generator).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    dense = nf4_cpu.dequantize(*stored, out, n, block, dtype)  # type: ignore[arg-type]
+    assert dense.dtype == dtype
+    assert (dense.double() - exact).norm() <= tolerance * exact.norm()
+    for rows in (1, 3, 33):
+        x = torch.randn(rows, n, generator=generator).to(dtype)
+        got = nf4_cpu.linear(x, *stored, bias, out, n, block)  # type: ignore[arg-type]
+        expected = x.double() @ exact.t() + bias.double()
+        assert got.dtype == dtype and got.shape == (rows, out)
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_layout_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    dense = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    expected = functional.dequantize_4bit(packed, state)
+    got = nf4_cpu.dequantize(packed.view(-1), state.absmax, state.code, None, None, 0.0, 48, 128, 64, torch.float32)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,53 @@
+"""`tune` without a GPU: what it would measure, what it keeps, and what it says when there is nothing to measure on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llmq_kernels import tune
+from llmq_kernels.triton import configs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match="torch sees none"):
+        tune.tune([(64, 64)])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 256, 1024])
+def test_candidates_start_with_the_rule_and_serve_the_rows(rows: int) -> None:
+    gpu = configs.KNOWN[2]
+    found = list(tune.candidates(gpu, 4, rows, 4096, 4096, 128))
+    assert found[0] == configs.rule(gpu, 4, rows, 4096, 4096, 128)
+    assert any(config.family == "dense" for config in found)
+    assert all(config.block_m >= rows for config in found if config.family == "gemv")
+
+
+def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu, asked = configs.KNOWN[2], []
+    best = configs.Config("gemv", 2, 1, 16, warps=2)
+
+    def fastest(*arguments: object) -> tuple[float, configs.Config]:
+        asked.append(arguments[3])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return 5.0, best
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(configs, "gpu_of", lambda _: gpu)
+    monkeypatch.setattr(tune, "fastest", fastest)
+    configs.table.cache_clear()
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([(256, 512)], rows=[1, 2, 4])
+    lines: list[str] = []
+    path = tune.tune([(256, 512)], rows=[1, 2, 4], progress=lambda done, total, line: lines.append(f"{done}/{total}"))
+    assert asked == [1, 2, 2, 4] and lines == ["1/3", "2/3", "3/3"]
+    assert path == configs.user_table(gpu.name)
+    assert configs.choose(gpu, 4, 3, 256, 512, 128) == best
+    configs.table.cache_clear()

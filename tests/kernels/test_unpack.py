@@ -1,0 +1,98 @@
+"""Unpacking, over every 16-bit word there is: the PTX and the plain way against shifts and masks by numpy.
+
+On a CPU the PTX is run by `tests.kernels.ptx`, which also fails when a step rounds; on a GPU by the GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from llmq_kernels.triton.unpack import half_codes, position, single_codes, sixteenth, slices
+from tests.kernels import ptx
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = ["ptx", "plain"]
+SIZE = tl.constexpr(65536)
+
+
+@pytest.fixture(autouse=True)
+def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", ptx.create_inline_asm)
+
+
+@triton.jit
+def halves(words, zeros, out, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    zero = None
+    if zeros is not None:
+        zero = tl.load(zeros + at)
+    tl.store(out + at, half_codes(tl.load(words + at), zero, BITS, POS, out.dtype.element_ty, MODE))
+
+
+@triton.jit
+def singles(words, out, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, single_codes(tl.load(words + at), BITS, POS, MODE))
+
+
+@triton.jit
+def sixteenths(first, second, third, out, MODE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, sixteenth(tl.load(first + at), tl.load(second + at), tl.load(third + at), MODE))
+
+
+def every_word(seed: int) -> np.ndarray:
+    """All 16-bit words in some order, so that neighbours in a register differ."""
+    return np.random.default_rng(seed).permutation(65536).astype(np.uint16)
+
+
+def tensor(words: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(words.view(np.int16).copy()).to(DEVICE)
+
+
+def places(bits: int) -> list[int]:
+    return sorted({position.fn(bits, j) for j in range(slices.fn(bits))})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_as_halves(bits: int, dtype: torch.dtype, mode: str) -> None:
+    words, half = every_word(bits), 1 << (bits - 1)
+    zeros = np.random.default_rng(1).integers(-half, half, 65536)
+    out = torch.empty(65536, dtype=dtype, device=DEVICE)
+    for place in places(bits):
+        codes = (words >> place & (2 * half - 1)).astype(np.int64) - half
+        halves[(1,)](tensor(words), None, out, bits, place, mode)
+        assert (out.double().cpu().numpy() == codes).all()
+        halves[(1,)](tensor(words), torch.from_numpy(zeros).float().to(DEVICE), out, bits, place, mode)
+        assert (out.double().cpu().numpy() == codes - zeros).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_in_float32(bits: int, mode: str) -> None:
+    words, half = every_word(bits), 1 << (bits - 1)
+    out = torch.empty(65536, device=DEVICE)
+    for place in places(bits):
+        singles[(1,)](tensor(words), out, bits, place, mode)
+        assert (out.cpu().numpy() == (words >> place & (2 * half - 1)).astype(np.int64) - half).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_sixteenth_code(mode: str) -> None:
+    words = [every_word(seed) for seed in range(3)]
+    out = torch.empty(65536, dtype=torch.int16, device=DEVICE)
+    sixteenths[(1,)](*map(tensor, words), out, mode)
+    expected = sum((word.astype(np.int64) >> 15) << place for place, word in enumerate(words))
+    assert (out.cpu().numpy() & 7 == expected).all()

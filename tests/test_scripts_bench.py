@@ -1,0 +1,151 @@
+"""The benchmarks of scripts/, on sizes of a few seconds: what was run has times, and what is wrong has none."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script as a module, by name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def run_kernels(script: Any, out: Path, *options: str) -> dict[str, Any]:
+    script("bench_kernels").main(
+        ["-o", str(out), "--device", "cpu", "--shapes", "64x128", "--seconds", "0.05", *options]
+    )
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report
+
+
+def test_every_operator_that_ran_has_a_time(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_kernels(script, tmp_path / "report.json", "--rows", "1,5")
+    assert [(cell["shape"], cell["rows"]) for cell in report["cells"]] == [([64, 128], 1), ([64, 128], 5)]
+    for cell in report["cells"]:
+        ran = {name: result for name, result in cell["operators"].items() if result["state"] != "absent"}
+        assert {"torch", "llmq int", "llmq nf4", "llmq int8", "torch int4", "bitsandbytes nf4"} <= set(ran), cell
+        for name, result in ran.items():
+            assert result["state"] == "ok", (name, result)
+            assert result["error"] < 0.02
+            assert all(math.isfinite(result[key]) and result[key] > 0 for key in ("ms", "limit_ms", "ratio")), name
+        assert cell["operators"]["gemlite"] == {"state": "absent", "reason": "needs a GPU"}
+        bf16, int4 = cell["operators"]["torch"], cell["operators"]["torch int4"]
+        assert bf16["bytes"] == 64 * 128 * 2
+        assert int4["bytes"] == 64 * 128 // 2 + 64 * 2 * 2
+        moved = int4["bytes"] + cell["rows"] * (64 + 128) * 2
+        assert int4["limit_ms"] == pytest.approx(1e3 * moved / cell["copy_bandwidth"])
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert "64x128" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bit_widths(script: Any, tmp_path: Path, bits: int, asymmetric: bool) -> None:
+    options = ["--bits", str(bits), "--rows", "3", "--operators", "llmq int,torch int4", "--group-size", "32"]
+    report = run_kernels(script, tmp_path / "report.json", *options, *["--asymmetric"] * asymmetric)
+    operators = report["cells"][0]["operators"]
+    assert operators["llmq int"]["state"] == "ok", operators
+    assert operators["torch int4"]["state"] == "absent"
+
+
+def lose_last(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, -1] = 0
+    return y
+
+
+def swap_rows(y: Tensor) -> Tensor:
+    return y.flip(0)
+
+
+def double(y: Tensor) -> Tensor:
+    return y * 2
+
+
+def not_a_number(y: Tensor) -> Tensor:
+    return y * math.nan
+
+
+@pytest.mark.parametrize("fault", [lose_last, swap_rows, double, not_a_number])
+def test_a_wrong_operator_gets_no_time(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Any
+) -> None:
+    operators = script("bench_operators")
+
+    def wrong(weight: Any) -> Any:
+        right = operators.torch_dense(weight)
+        return operators.Prepared(
+            right.tensors, lambda w: lambda x: fault(torch.nn.functional.linear(x, w)), right.expected
+        )
+
+    monkeypatch.setitem(operators.OPERATORS, "torch int4", wrong)
+    report = run_kernels(script, tmp_path / "report.json", "--rows", "8", "--operators", "torch int4")
+    results = report["cells"][0]["operators"]
+    assert results["torch"]["state"] == "ok"
+    assert results["torch int4"]["state"] == "WRONG"
+    assert "ms" not in results["torch int4"] and "ratio" not in results["torch int4"]
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_an_operator_that_raises_does_not_end_the_run(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = script("bench_operators")
+
+    def broken(weight: Any) -> Any:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setitem(operators.OPERATORS, "gemlite", broken)
+    report = run_kernels(script, tmp_path / "report.json", "--rows", "1", "--operators", "gemlite")
+    results = report["cells"][0]["operators"]
+    assert results["gemlite"] == {"state": "failed", "reason": "RuntimeError: no such kernel"}
+    assert results["torch"]["ms"] > 0
+
+
+def test_resume_measures_what_is_lacking(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    first = run_kernels(script, out, "--rows", "1", "--operators", "torch")
+    second = run_kernels(script, out, "--rows", "1,2", "--operators", "torch", "--resume")
+    assert second["cells"][0] == first["cells"][0]
+    assert [cell["rows"] for cell in second["cells"]] == [1, 2]
+    with pytest.raises(SystemExit, match="bits 4, not 3"):
+        run_kernels(script, out, "--rows", "1", "--operators", "torch", "--bits", "3", "--resume")
+
+
+def test_shapes(script: Any) -> None:
+    kernels = script("bench_kernels")
+    assert kernels.parse_shapes("8192,64x128,8192x8192") == [(8192, 8192), (64, 128)]
+    assert (4096, 14336) in kernels.parse_shapes("llama8b")
+    with pytest.raises(ValueError):
+        kernels.parse_shapes("llama9b")
+
+
+def test_a_whole_model(script: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = script("bench_decode")
+    options = ["--kinds", "bf16", "--work", str(tmp_path), "--prefill", "16", "--tokens", "3", "--rounds", "2"]
+    monkeypatch.setattr(
+        "sys.argv", ["bench", str(tiny_model), "-o", str(tmp_path / "out.json"), "--device", "cpu", *options]
+    )
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    decode.main()
+    result = json.loads((tmp_path / "out.json").read_text())["results"]["bf16"]
+    assert result["loaded"]["rss"] > result["loaded"]["before"] > 0
+    for name in ("prefill", "decode"):
+        assert len(result[name]["seconds"]) == 2 and min(result[name]["seconds"]) > 0
