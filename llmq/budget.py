@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +120,17 @@ def check_writable(out: Path) -> None:
 def existing(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
     return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+
+
+def resident_memory() -> int:
+    """The resident size of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size(nbytes: float) -> str:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq import cli_adapters
-from llmq.errors import LlmqError
+from llmq import cli_adapters, cli_eval, cli_push
 from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.recipe import Recipe
-
-if TYPE_CHECKING:
-    from llmq.report import Report
 
 app = typer.Typer(
     name="llmq",
@@ -72,68 +67,13 @@ def quantize(
     summary.summary(out_console, made)
     try:
         with Bars(err_console) as bars:
-            report = job.quantize(model, out, device=device, watch=bars, made=made)
+            report = job.quantize(
+                model, out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
+            )
     except KeyboardInterrupt:
         err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
         raise typer.Exit(130) from None
     summary.report(out_console, report)
-
-
-@app.command("eval")
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
-    base: Annotated[
-        str | None, typer.Option(help="The unquantized model to measure beside them. Default: the one in report.json.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="'demo' (held-out standard library) or a text file.")] = "demo",
-    window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window. Default 2048, or the model's maximum.")
-    ] = None,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of the text.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
-    device: Device = "cpu",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Perplexity by the standard protocol, the base model beside it in the same run, the protocol printed."""
-    with explained():
-        from llmq import render, summary
-        from llmq.hub import resolve
-        from llmq.report import Report
-        from llmq_eval import perplexities
-
-        reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
-        base = base or _base(reports.values(), trust_remote_code)
-        names = list(dict.fromkeys([base, *models] if base else models))
-        results = perplexities(
-            [resolve(name, trust_remote_code=trust_remote_code) for name in names],
-            text,
-            window=window,
-            max_windows=max_windows,
-            batch=batch,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-        render.perplexities(out_console, names, results, base)
-        for report in reports.values():
-            summary.headline(out_console, report)
-
-
-def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
-    """The model that the first of the reports names, where it can still be had; else a warning."""
-    from llmq.hub import resolve
-
-    base = next((report.model for report in reports), None)
-    if base is None:
-        return None
-    try:
-        resolve(base, trust_remote_code=trust_remote_code)
-    except LlmqError as error:
-        text = f"{error}; it is the base model in report.json: measuring without it, unless you give --base"
-        err_console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
-        return None
-    return base
 
 
 @app.command()
@@ -199,7 +139,9 @@ def generate(
         run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)
 
 
+cli_eval.add(app)
 cli_adapters.add(app, with_recipe, explained)
+app.command()(cli_push.push)
 
 
 def main() -> None:

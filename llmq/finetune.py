@@ -25,7 +25,7 @@ from torch import nn
 
 from llmq import checkpoint, hub
 from llmq.adapters import CONFIG, RECORD, WEIGHTS, require
-from llmq.budget import check_writable
+from llmq.budget import check_writable, peak_memory
 from llmq.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.curve import svg
 from llmq.errors import LlmqError, first_line
@@ -34,7 +34,6 @@ from llmq.job import check_device
 from llmq.merging import is_nf4
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
-from llmq.report import peak_memory
 from llmq.source import Source
 from llmq.training import held_out_loss, loss_of, make_optimizer, mode, rate, split, steps_of
 from llmq.tuning import Outcome, Settings, card

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CARD = "README.md"
+"""Fetched for its metadata: the licence and the languages go into the card of what is made of the model."""
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 ATTEMPTS = 4
@@ -201,7 +203,7 @@ def _carried(file: str, trust_remote_code: bool) -> bool:
     """Whether a file that is no weight goes with the model: configuration, tokenizer, licence, and its own code."""
     if file.endswith(".py"):
         return trust_remote_code
-    if file.endswith(".jinja"):
+    if file.endswith(".jinja") or file == CARD:
         return True
     if "/" in file or file.endswith(".index.json"):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import catalog, formats, hub, methods, stream
+from llmq import card, catalog, formats, hub, methods, stream
 from llmq.budget import check_writable
 from llmq.calibration import Windows, windows
 from llmq.claim import refuse_foreign
 from llmq.errors import LlmqError, first_line
+from llmq.page import PAGE, report_page
 from llmq.planning import Plan, make_plan
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe, Scheme
-from llmq.report import REPORT, Report, make_report, model_card, versions
+from llmq.report import REPORT, Report, make_report, versions
 from llmq.sink import Sink
 from llmq.source import Source
 from llmq.storage import rest
@@ -67,11 +69,13 @@ def quantize(
     trust_remote_code: bool = False,
     watch: stream.Watch | None = None,
     made: Plan | None = None,
+    command: str | None = None,
 ) -> Report:
     """Quantize a model folder, hub id or 'demo' into the folder `out`, and verify it.
 
     Killed at any moment, the same call goes on where it stopped. `made` is a plan of the same arguments, where there is
-    one already. Raises LlmqError; finished blocks are kept.
+    one already; `command` is what the report says does the same again, where that is not `llmq quantize`.
+    Raises LlmqError; finished blocks are kept.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -86,10 +90,24 @@ def quantize(
         stream.run(made, sink, torch.device(device), watch)
         # A folder is named by its whole path, so that the report can be used from anywhere.
         name = str(Path(model).absolute()) if Path(model).exists() else model
-        report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes)
-        card = model_card(made, model, out.absolute().name)
-        sink.finish(config(made), made.source.aux_files(), {REPORT: report.to_json(), "README.md": card})
+        if command is None:
+            command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code)
+        report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes, command)
+        told = {
+            REPORT: report.to_json(),
+            PAGE: report_page(report),
+            card.CARD: card.model_card(report, made.source.folder),
+        }
+        sink.finish(config(made), made.source.aux_files(), told)
     return report
+
+
+def repeat(model: str, out: Path, device: str, tp: int, trust_remote_code: bool) -> str:
+    """The command line that runs the same job, with its recipe in a file `recipe.yaml`."""
+    words = ["llmq", "quantize", model, "-o", str(out), "--recipe", "recipe.yaml"]
+    words += ["--device", device] if device != "cpu" else []
+    words += ["--tp", str(tp)] if tp != 1 else []
+    return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
 
 
 def config(made: Plan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -137,7 +138,10 @@ def merge(
         made = plan(source, recipe, out, device)
         for note in made.warnings:
             watch.note(note)
-        report = job.quantize(base, out, recipe, device=device, watch=watch, made=made)
+        words = ["llmq", "merge", base, str(adapter), "-o", str(out), "--recipe", "recipe.yaml"]
+        words += [] if trained_on == "auto" else ["--trained-on", trained_on]
+        command = shlex.join(words)
+        report = job.quantize(base, out, recipe, device=device, watch=watch, made=made, command=command)
     merged = MergeReport(
         base=base,
         adapter=str(source.adapter.folder.absolute()),

@@ -1,11 +1,10 @@
-"""What the command line prints for `inspect`, `recipes`, `methods` and `eval`: tables for people."""
+"""What the command line prints for `inspect`, `recipes` and `methods`: tables for people."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
     from llmq.inspection import Inspection, Row
     from llmq.pair import Found
     from llmq.recipe import Recipe
-
-
-class Measured(Protocol):
-    """What is shown of a perplexity, wherever it was measured."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def stderr(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def protocol(self) -> str: ...
 
 
 def inspection(console: Console, found: Inspection) -> None:
@@ -70,26 +54,6 @@ def scheme(row: Row) -> str:
         return row.dtype
     kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
     return f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
-
-
-def perplexities(console: Console, names: Sequence[str], results: Sequence[Measured], base: str | None = None) -> None:
-    """A line for each model, with its difference to the one named `base` if that is among them; the protocol below."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for column in ("perplexity", "± standard error", "to base", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    reference = next((result for name, result in zip(names, results, strict=True) if name == base), None)
-    for name, result in zip(names, results, strict=True):
-        to_base = ""
-        if reference is not None:
-            to_base = "base" if result is reference else f"{100 * (result.value / reference.value - 1):+.2f} %"
-        spread = "" if math.isnan(result.stderr) else f"{result.stderr:.2f}"
-        speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f}"
-        table.add_row(escape(name), f"{result.value:.4f}", spread, to_base, speed)
-    console.print(table, highlight=False)
-    # Models of other lengths may have had other windows: each protocol that occurs is printed once.
-    for protocol in dict.fromkeys(result.protocol for result in results):
-        console.print(f"protocol: {protocol}", style="dim", highlight=False, markup=False)
 
 
 def recipes(console: Console, found: Sequence[tuple[str, Recipe, str]]) -> None:

@@ -1,9 +1,8 @@
-"""What a run did: report.json, the terminal's summary, and the model card that goes with the weights."""
+"""What a run did: report.json, which the terminal's summary, report.html and the model card are made of."""
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
-from llmq.budget import size
+from llmq.budget import peak_memory
 from llmq.errors import LlmqError
 from llmq.planning import Plan
 
@@ -24,7 +23,9 @@ class Report:
     """Everything a run did. weights: one row per weight with two or more axes, kept ones with their reason.
 
     error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes,
-    times in seconds, peak_memory the largest resident size of the process that finished the run.
+    times in seconds, peak_memory the largest resident size of the process that finished the run. command: the command
+    line that does the same again from the recipe in a file `recipe.yaml`. A block's memory and peak: the resident size
+    of the process that quantized it, at its end, and the largest until then.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Report:
     warnings: list[str]
     format: str = ""
     loaders: list[str] = field(default_factory=list)
+    command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,6 +80,11 @@ class Report:
             raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {error}") from error
 
 
+def whole(line: dict[str, Any]) -> bool:
+    """Whether a line of a block's log judges the block as it is written, not one pair rounded in the simplest way."""
+    return ": " not in line["what"]
+
+
 def describe(line: dict[str, Any]) -> str:
     """A line of a block's log in words: what was tried, and the block's error before and after."""
     after = "" if line.get("after") is None else f" → {line['after']:.4f}"
@@ -90,18 +97,15 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS} | {"python": sys.version.split()[0]}
 
 
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds: float, written: int) -> Report:
+def make_report(
+    plan: Plan, model: str, out: Path, done: dict[str, Any], seconds: float, written: int, command: str = ""
+) -> Report:
     """Put the rows of the blocks (from the sink's journal) together with what the plan left alone."""
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         payload = done[f"block {index}"]
-        kept = {key: payload[key] for key in ("error", "seconds", "log")}
+        # A journal that an earlier llmq began has no memory in it.
+        kept = {key: payload[key] for key in ("error", "seconds", "log", "memory", "peak") if key in payload}
         blocks.append({"name": block.name, **kept})
         weights += [{**row, "block": index} for row in payload["weights"]]
     for item in plan.items:
@@ -134,37 +138,6 @@ def make_report(plan: Plan, model: str, out: Path, done: dict[str, Any], seconds
         warnings=plan.warnings,
         format=formats.name(plan.schemes),
         loaders=formats.loaders(plan.schemes),
+        command=command,
         versions=versions(),
     )
-
-
-def model_card(plan: Plan, model: str, name: str) -> str:
-    """README.md of the written folder: what it is, how it was made, how to load it."""
-    recipe = plan.recipe
-    base = f"base_model: {model}\nbase_model_relation: quantized\n" if "/" in model and not Path(model).exists() else ""
-    kept = sorted({i.reason for i in plan.items if i.scheme is None})
-    return f"""---
-{base}library_name: transformers
-tags:
-- llmq
-- {formats.name(plan.schemes).partition(" ")[0]}
----
-# {name}
-
-{Path(model).name if Path(model).exists() else model} with {recipe.scheme} weights by {"+".join(recipe.methods)}, \
-{plan.bits_per_weight:.2f} bits per quantized weight, written by [llmq](https://pypi.org/project/llmq/).
-
-- format: {formats.name(plan.schemes)}; {"; ".join(formats.loaders(plan.schemes))}
-- calibration: {plan.calibration.description}
-- left alone: {"; ".join(kept) or "nothing"}
-- size: {size(plan.source.total_bytes)} before, {size(plan.budget.disk)} now
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
-```
-
-`report.json` has every weight's bits and error.
-"""

@@ -192,7 +192,7 @@ class Sink:
                 self.finished = all((self.out / name).is_file() for name in entry["finished"])
                 good += len(line) if self.finished else 0
                 break
-            damage = self._damage(entry)
+            damage = _damage(self.out, entry)
             if damage:
                 self.notes.append(f"{damage}: {entry['unit']} and what follows is done again")
                 break
@@ -207,21 +207,6 @@ class Sink:
             if of_ours and stray.name not in known and not (stray.name == INDEX and self.finished):
                 stray.unlink()
         _sync_folder(self._state)
-
-    def _damage(self, entry: Mapping[str, Any]) -> str | None:
-        """What is wrong with a committed shard, or None."""
-        if entry["shard"] is None:
-            return None
-        path = self.out / entry["shard"]
-        if not path.is_file():
-            return f"{path} is missing"
-        size, pieces = _pieces_of(path)
-        if size != entry["size"]:
-            return f"{path} has {size} bytes instead of {entry['size']}"
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        return None if digest.hexdigest() == entry["sha256"] else f"{path} was changed since it was written"
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.done[entry["unit"]] = entry.pop("payload")
@@ -279,6 +264,40 @@ class Sink:
         return LlmqError(
             f"cannot write {what} in {self.out}: {error.strerror}; mend that and run the same command again: {kept}"
         )
+
+
+def check_finished(out: Path) -> bool:
+    """Whether the folder has the journal of a run; if so, raise LlmqError unless all of it is there as it was written.
+
+    Reads every shard once.
+    """
+    path = out / STATE / "journal.jsonl"
+    if not path.is_file():
+        return False
+    entries = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
+    if not any(entry and "finished" in entry for entry in entries):
+        raise LlmqError(f"{out} is not finished: run the command that writes it again, it goes on where it stopped")
+    for entry in entries:
+        damage = _damage(out, entry) if entry and "unit" in entry else None
+        if damage:
+            raise LlmqError(f"{damage}: run the command that wrote it again, which mends it")
+    return True
+
+
+def _damage(out: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a committed shard, or None."""
+    if entry["shard"] is None:
+        return None
+    path = out / entry["shard"]
+    if not path.is_file():
+        return f"{path} is missing"
+    size, pieces = _pieces_of(path)
+    if size != entry["size"]:
+        return f"{path} has {size} bytes instead of {entry['size']}"
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return None if digest.hexdigest() == entry["sha256"] else f"{path} was changed since it was written"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-DIFFER = {"report.json", "README.md"}
+DIFFER = {"report.json", "report.html", "README.md"}
 
 
 def digests(folder: Path) -> dict[str, str]:

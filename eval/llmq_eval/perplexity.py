@@ -1,28 +1,29 @@
 """Perplexity by the standard protocol, printed with the number.
 
-The text is tokenized once as a whole, with whatever the tokenizer adds by itself (a BOS once at the very beginning, or
-nothing), cut into consecutive windows that do not overlap; what is left over at the end is dropped. Within a window
-every token but the first is predicted from those before it. The value is exp of the mean negative log likelihood over
-all predicted tokens, the logits taken to float32.
+Within a window (`windows.py`) every token but the first is predicted from those before it. The value is exp of the mean
+negative log likelihood over all predicted tokens, the logits taken to float32.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError, first_line
-from llmq.pretrained import check_readable, load_model, load_tokenizer
-from llmq.tokens import tokenize
+from llmq.errors import LlmqError
+from llmq.pretrained import load_model
+from llmq_eval import windows as cutting
+from llmq_eval.journal import Journal
+from llmq_eval.windows import WINDOW, Windows, default_window
 
-WINDOW = 2048
+__all__ = ["WINDOW", "Perplexity", "default_window", "measure", "perplexities", "perplexity", "progress_bar"]
+
 _ROWS = 512  # logits taken to float32 at once: with a vocabulary of 128k, 256 MB rather than 1 GB
 
 
@@ -31,6 +32,7 @@ class Perplexity:
     """value: exp(nll). nll: nats per predicted token. stderr: of the value, from the spread over windows; nan for one.
 
     tokens: predicted tokens; window: tokens in a window; seconds: of the measurement, load_seconds: of loading.
+    by_window: nats per token of each window.
     """
 
     value: float
@@ -43,6 +45,7 @@ class Perplexity:
     protocol: str
     seconds: float
     load_seconds: float
+    by_window: list[float] = field(repr=False, default_factory=list)
 
 
 def perplexity(folder: Path, text: str = "demo", **options: Any) -> Perplexity:
@@ -60,133 +63,106 @@ def perplexities(
     dtype: str = "float32",
     device: str = "cpu",
     special_tokens: bool = True,
+    data_dir: Path | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> list[Perplexity]:
-    """The perplexities of the models in `folders` on the same windows of a text: 'demo' or a UTF-8 file.
+    """The perplexities of the models in `folders` on the same windows of a text: 'demo', 'wikitext2' … or a UTF-8 file.
 
     window: tokens in a window, None for 2048 or the smallest of the models' own maximums. max_windows: only the first.
     batch: windows per forward pass. special_tokens: let the tokenizer add what it adds by itself; without, it is the
-    protocol of tools that tokenize bare text. progress: a bar with time left on stderr.
+    protocol of tools that tokenize bare text. data_dir: local copies of the texts that are known by name. progress: a
+    bar with time left on stderr.
     Raises LlmqError if the text is missing, not text, or shorter than a window, a model does not load, or two of the
     models do not give the text the same tokens.
     """
     folders = [Path(folder) for folder in folders]
-    read = [_tokens(folder, text, special_tokens, trust_remote_code, progress) for folder in folders]
-    for folder, (ids, _) in zip(folders, read, strict=True):
-        if not torch.equal(ids, read[0][0]):
-            raise LlmqError(
-                f"the tokenizers of {folders[0]} and {folder} give the text different tokens ({len(read[0][0])} and "
-                f"{len(ids)}): their perplexities cannot be compared; is one the other's base model?"
+    windows = cutting.cut(
+        folders,
+        text,
+        window=window,
+        max_windows=max_windows,
+        special_tokens=special_tokens,
+        data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    found = []
+    for folder in folders:
+        begin = time.perf_counter()
+        model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        seconds = time.perf_counter() - begin
+        found.append(
+            measure(
+                model, folder, windows, batch=batch, dtype=dtype, device=device, progress=progress, load_seconds=seconds
             )
-    window = window or min(default_window(folder, trust_remote_code) for folder in folders)
-    return [
-        _measure(folder, ids, name, window, max_windows, batch, dtype, device, trust_remote_code, progress)
-        for folder, (ids, name) in zip(folders, read, strict=True)
-    ]
+        )
+        del model
+    return found
 
 
-def default_window(folder: Path, trust_remote_code: bool = False) -> int:
-    """2048 tokens, or the longest input that the model's configuration allows, if that is less."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise LlmqError(f"{folder}: its config.json cannot be used: {first_line(error)}") from error
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(WINDOW, longest) if isinstance(longest, int) and longest > 1 else WINDOW
-
-
-def _tokens(
-    folder: Path, text: str, special_tokens: bool, trust_remote_code: bool, progress: bool
-) -> tuple[Tensor, str]:
-    """The ids of the text, and what to call it."""
-    check_readable(folder)
-    content, name = _text(text)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    ids = tokenize(content, tokenizer, special_tokens=special_tokens, progress=progress)
-    if not special_tokens:
-        return ids, f"{name}, no special tokens"
-    bos = len(ids) and tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
-    return ids, f"{name}, {'one BOS at its beginning' if bos else 'no BOS'}"
-
-
-def _text(text: str) -> tuple[str, str]:
-    if text == "demo":
-        from llmq import demo
-
-        return demo.evaluation_text(), "demo text"
-    file = Path(text).expanduser()
-    try:
-        content = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise LlmqError(f"evaluation text {text}: no such file; give a text file or 'demo'") from error
-    except UnicodeDecodeError as error:
-        raise LlmqError(
-            f"evaluation text {text} is not UTF-8 text (byte {error.start}): give a plain text file"
-        ) from error
-    except OSError as error:
-        raise LlmqError(f"evaluation text {text} cannot be read: {error.strerror}") from error
-    if not content.strip():
-        raise LlmqError(f"evaluation text {text} is empty: give a text of at least one window")
-    return content, file.name
-
-
-def _measure(
+def measure(
+    model: Any,
     folder: Path,
-    ids: Tensor,
-    name: str,
-    window: int | None,
-    max_windows: int | None,
-    batch: int,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    progress: bool,
+    windows: Windows,
+    *,
+    batch: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: bool = True,
+    load_seconds: float = 0.0,
+    journal: Journal | None = None,
 ) -> Perplexity:
-    length = window or default_window(folder, trust_remote_code)
-    if length < 2:
-        raise LlmqError(f"--window must be at least 2 tokens, not {length}")
-    count = min(len(ids) // length, max_windows or len(ids))
-    if not count:
-        raise LlmqError(
-            f"the evaluation text has {len(ids)} tokens, fewer than one window of {length}: "
-            "lower --window or give a longer text"
-        )
+    """The perplexity of a loaded model; what the journal holds of it is not measured again.
+
+    Raises LlmqError if the tokenizer gives ids that the model does not have, or the loss is not finite.
+    """
     begin = time.perf_counter()
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
-    loaded = time.perf_counter()
-    rows = model.get_input_embeddings().weight.shape[0]
-    windows = ids[: count * length].view(count, length)
-    if int(windows.max()) >= rows:
-        raise LlmqError(
-            f"{folder}: its tokenizer gives token {int(windows.max())}, the model knows {rows}: they differ"
-        )
-    losses = _losses(model, windows, batch, device, progress)
-    nll = float(losses.mean())
+    windows.check(model, folder)
+    by_window = _by_window(model, windows, batch, device, progress, journal or Journal(None))
+    nll = float(by_window.mean())
     if not math.isfinite(nll):
         raise LlmqError(f"{folder}: its loss on the text is {nll}; the model overflows in {dtype}, try --dtype float32")
     value = math.exp(min(nll, 700.0))
-    spread = float(losses.mean(1).std() / math.sqrt(count)) if count > 1 else math.nan
-    shown = dtype if dtype != "auto" else str(model.dtype).removeprefix("torch.")
+    spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
+    shown = shown_dtype(model, dtype)
     return Perplexity(
         value=value,
         nll=nll,
         stderr=value * spread,
-        tokens=count * (length - 1),
-        windows=count,
-        window=length,
+        tokens=windows.count * (windows.length - 1),
+        windows=windows.count,
+        window=windows.length,
         dtype=shown,
-        protocol=f"{name}, tokenized whole, {count} × {length} tokens without overlap, every token after a window's "
-        f"first predicted, {shown}, logits in float32",
-        seconds=time.perf_counter() - loaded,
-        load_seconds=loaded - begin,
+        protocol=f"{windows.protocol}, {shown}, logits in float32",
+        seconds=time.perf_counter() - begin,
+        load_seconds=load_seconds,
+        by_window=by_window.tolist(),
     )
 
 
-def _losses(model: Any, windows: Tensor, batch: int, device: str, progress: bool) -> Tensor:
-    """Negative log likelihoods in nats, float64 [windows, length − 1]."""
+def shown_dtype(model: Any, dtype: str) -> str:
+    """The dtype that a model runs in, by name."""
+    return dtype if dtype != "auto" else str(model.dtype).removeprefix("torch.")
+
+
+def batches(count: int, batch: int, journal: Journal, progress: bool, what: str) -> Iterator[range]:
+    """The batches of windows that the journal does not hold yet, with a bar that counts the others as done.
+
+    Batches always begin at multiples of `batch`, so that a run that was broken off computes what an unbroken one does.
+    """
+    starts = range(0, count, batch)
+    spans = [range(start, min(start + batch, count)) for start in starts]
+    left = [span for span in spans if any(str(i) not in journal.done for i in span)]
+    with progress_bar(what, progress) as bar:
+        task = bar.add_task(what, total=count, completed=count - sum(map(len, left)))
+        for span in left:
+            yield span
+            bar.advance(task, len(span))
+
+
+def progress_bar(what: str, shown: bool) -> Any:
+    """A bar on stderr with the time left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -197,12 +173,15 @@ def _losses(model: Any, windows: Tensor, batch: int, device: str, progress: bool
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("perplexity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    done: list[Tensor] = []
-    with torch.inference_mode(), Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("perplexity", total=len(windows))
-        for start in range(0, len(windows), batch):
-            ids = windows[start : start + batch].to(device)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def _by_window(model: Any, windows: Windows, batch: int, device: str, progress: bool, journal: Journal) -> Tensor:
+    """Mean negative log likelihood of each window in nats, float64 [windows]."""
+    with torch.inference_mode():
+        for span in batches(windows.count, batch, journal, progress, "perplexity"):
+            ids = windows.ids[span.start : span.stop].to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             losses = [
@@ -211,6 +190,6 @@ def _losses(model: Any, windows: Tensor, batch: int, device: str, progress: bool
                 )
                 for i in range(0, len(targets), _ROWS)
             ]
-            done.append(torch.cat(losses).view(len(ids), -1).double().cpu())
-            bar.advance(task, len(ids))
-    return torch.cat(done)
+            means = torch.cat(losses).view(len(ids), -1).double().cpu().mean(1)
+            journal.add({str(i): float(value) for i, value in zip(span, means, strict=True)})
+    return torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)

@@ -239,7 +239,7 @@ class Stopping(Silent):
 
 def digests(folder: Path) -> dict[str, str]:
     """Everything but what tells times."""
-    files = (p for p in folder.iterdir() if p.is_file() and p.name not in ("report.json", "README.md"))
+    files = (p for p in folder.iterdir() if p.is_file() and p.name not in ("report.json", "report.html", "README.md"))
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
 

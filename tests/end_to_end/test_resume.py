@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Run, write_tiny_model
 
-DIFFER = {"report.json", "README.md"}
+DIFFER = {"report.json", "report.html", "README.md"}
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A process of its own that talks to a hub: HF_ENDPOINT counts only where it is set before huggingface_hub is imported.
 
-Run as a script it answers JSON lines: {"do": "resolve" or "windows", …} → {"value": …} or {"error": …, "text": …}.
+Run as a script it answers JSON lines: {"do": "resolve", "push" or "windows", …} → {"value": …} or {"error": …, "text":
+…}.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class HubClient:
             "HF_HOME": str(cache),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
             "PYTHONPATH": path,
         }
         self.process = subprocess.Popen(
@@ -53,6 +55,11 @@ def _answer(question: dict[str, Any]) -> Any:
         from llmq.hub import resolve
 
         return str(resolve(question["model"], trust_remote_code=question.get("trust_remote_code", False)))
+    if question["do"] == "push":
+        from llmq.push import push
+
+        os.environ["HF_TOKEN"] = question.get("token", "")
+        return push(Path(question["folder"]), question["repo"], **question.get("options", {}))
     import datasets.config
     from transformers import AutoTokenizer
 

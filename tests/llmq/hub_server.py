@@ -6,6 +6,7 @@ break a connection in the middle of a file.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -28,6 +29,9 @@ class Repo:
     drops: dict[str, int] = field(default_factory=dict)
     reset: bool = False
     """Break off with a reset rather than an orderly close."""
+    private: bool = False
+    branches: set[str] = field(default_factory=set)
+    messages: list[str] = field(default_factory=list)
 
     @cached_property
     def commit(self) -> str:
@@ -50,6 +54,10 @@ class HubServer:
         """The Range headers of file requests."""
         self.served: Counter[str] = Counter()
         """File path in its repository → body bytes sent."""
+        self.objects: dict[str, bytes] = {}
+        """What was uploaded by its sha256, before and after the commit that names it."""
+        self.writers: set[str] = set()
+        """Tokens that may write."""
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -88,9 +96,16 @@ class HubServer:
                 self.answer()
 
             def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length", 0))
-                self.form = parse_qs(self.rfile.read(length).decode())
-                self.answer()
+                self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if not upload(hub, self):
+                    self.form = parse_qs(self.body.decode())
+                    self.answer()
+
+            def do_PUT(self) -> None:
+                """The bytes of a large file, to where `upload` said."""
+                self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                hub.objects[self.path.rpartition("/")[2]] = self.body
+                self.json({})
 
             def answer(self) -> None:
                 path = unquote(urlsplit(self.path).path).strip("/")
@@ -131,7 +146,9 @@ class HubServer:
                     return
                 if not rest or rest[0] == "revision":
                     siblings = [{"rfilename": path, "size": len(data)} for path, data in repo.files.items()]
-                    self.json({"id": name, "sha": repo.commit, "private": False, "tags": [], "siblings": siblings})
+                    self.json(
+                        {"id": name, "sha": repo.commit, "private": repo.private, "tags": [], "siblings": siblings}
+                    )
                 elif rest[0] == "tree":
                     under = "/".join(rest[2:])
                     recursive = "recursive=True" in self.path or "recursive=true" in self.path
@@ -188,9 +205,9 @@ class HubServer:
                     with hub.lock:
                         hub.served[path] += len(piece)
 
-            def json(self, value: Any) -> None:
+            def json(self, value: Any, status: int = 200) -> None:
                 body = json.dumps(value).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -207,6 +224,59 @@ class HubServer:
                 self.end_headers()
 
         return Handler
+
+
+def upload(hub: HubServer, request: Any) -> bool:
+    """Answer a step of an upload: create, branch, preupload, large files, commit. False where it is none of those."""
+    parts = unquote(urlsplit(request.path).path).strip("/").split("/")
+    name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2]).removesuffix(".git")
+    if parts == ["api", "repos", "create"]:
+        step = "create"
+    else:
+        step = parts[-1] if parts[-1] in ("batch", "validate-yaml") else "".join(parts[4:5])
+    if step not in ("create", "branch", "preupload", "batch", "commit", "validate-yaml"):
+        return False
+    with hub.lock:
+        hub.requests[f"{request.command} {step}"] += 1
+    if request.headers.get("Authorization", "").removeprefix("Bearer ") not in hub.writers:
+        request.refuse(403, "Forbidden")
+        return True
+    lines = [json.loads(line) for line in request.body.splitlines() if line.strip()] if step == "commit" else []
+    given = lines or json.loads(request.body or b"{}")
+    if step == "create":
+        name = f"{given['organization']}/{given['name']}" if given.get("organization") else given["name"]
+        there = name in hub.models
+        hub.models.setdefault(name, Repo({}, private=given.get("private") or given.get("visibility") == "private"))
+        request.json({"url": f"{hub.url}/{name}", "id": name, "name": name}, 409 if there else 200)
+    elif step == "validate-yaml":
+        request.json({"errors": [], "warnings": []})
+    elif step == "branch":
+        hub.models[name].branches.add(parts[-1])
+        request.json({})
+    elif step == "preupload":
+        large = [(file["path"], file["size"] > 10_000) for file in given["files"]]
+        modes = [{"path": p, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False} for p, lfs in large]
+        request.json({"files": modes})
+    elif step == "batch":
+        objects = [
+            {**one, "authenticated": True}
+            | ({} if one["oid"] in hub.objects else {"actions": {"upload": {"href": f"{hub.url}/put/{one['oid']}"}}})
+            for one in given["objects"]
+        ]
+        request.json({"transfer": "basic", "objects": objects})
+    else:
+        files: dict[str, bytes] = {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.objects[value["oid"]]
+            elif line["key"] == "header":
+                hub.models[name].messages.append(value["summary"])
+        hub.models[name].files |= files
+        request.json({"success": True, "commitOid": "c" * 40, "commitUrl": f"{hub.url}/{name}/commit/{'c' * 40}"})
+    return True
 
 
 def etag(data: bytes) -> str:

@@ -103,7 +103,7 @@ def test_model_files(hub: HubServer, client: HubClient) -> None:
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == {
         "config.json", "tokenizer.json", "tokenizer.model", "LICENSE", "chat_template.jinja", "extra/chat.jinja",
-        "model.safetensors",
+        "model.safetensors", "README.md",
     }  # fmt: skip
     assert (folder / "model.safetensors").read_bytes() == PLAIN["model.safetensors"]
     hub.forget()

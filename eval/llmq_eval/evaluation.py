@@ -1,0 +1,302 @@
+"""One whole evaluation: models × tasks, each task cached by fingerprint and resumed where it was broken off.
+
+Under `out`: results/ has one file per model, cache/ each task's measures by a hash of the model's files, the protocol
+and the versions, beside it the journal of a task that is not finished, tasks/ the task files made from local data.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError
+from llmq_eval import divergence, measures, speed, tasks, windows
+from llmq_eval.journal import Journal
+from llmq_eval.perplexity import measure as measure_perplexity
+from llmq_eval.perplexity import shown_dtype
+from llmq_eval.results import Measure, Results, write
+from llmq_eval.subject import Subject, default_out, key, machine, versions
+from llmq_eval.tasks import OWN, Settings, Tasks
+from llmq_eval.windows import Windows
+
+ROOM = 0.8
+"""Of the free memory, what two models at once may take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """tasks: names; 'perplexity' and 'divergence' are on `text`, 'perplexity:wikitext2' on another. out: where results
+    are kept. fresh: measure again what is cached. write_tasks: folder for the task files made from data_dir.
+    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`.
+    """
+
+    tasks: tuple[str, ...] = ("perplexity",)
+    text: str = "demo"
+    window: int | None = None
+    max_windows: int | None = None
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    special_tokens: bool = True
+    settings: Settings = field(default_factory=Settings)
+    data_dir: Path | None = None
+    write_tasks: Path | None = None
+    out: Path = field(default_factory=default_out)
+    repeats: int = speed.REPEATS
+    prompt: int = speed.PROMPT
+    tokens: int = speed.TOKENS
+    trust_remote_code: bool = False
+    progress: bool = True
+    fresh: bool = False
+
+
+def evaluate(
+    models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None] = lambda _: None
+) -> list[Results]:
+    """Measure models, and the base beside them, by the same protocols; what is cached is not measured again.
+
+    The results hold what this call asked for; the files under `out` keep what was measured before as well. The base is
+    compared with itself only where `models` names it. note: is told what a user may want to know.
+    Raises LlmqError for unknown tasks, models that do not load, or texts and documents that cannot be had.
+    """
+    return _Evaluation(models, base, options, note).run()
+
+
+class _Evaluation:
+    def __init__(self, models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None]) -> None:
+        self.options = options
+        self.note = note
+        self.names = list(dict.fromkeys(options.tasks))
+        own = [name for name in self.names if name.partition(":")[0] in OWN]
+        others = [name for name in self.names if name not in own]
+        for name in own:
+            if ":" in name and name.partition(":")[0] in ("speed", "memory"):
+                raise LlmqError(f"unknown task {name!r}: {name.partition(':')[0]} takes no text")
+        if others:
+            tasks.check_installed(others)
+        elif options.write_tasks:
+            raise LlmqError("--write-tasks writes the task files of lm-eval's tasks: name some with --tasks")
+        if options.write_tasks and not options.data_dir:
+            raise LlmqError("--write-tasks writes task files for local documents: give their folder as --data-dir")
+        if any(name.startswith("divergence") for name in own) and base is None:
+            raise LlmqError("divergence is measured against the unquantized model: give it as --base")
+        if any(name == "divergence:" or name == "perplexity:" for name in own):
+            raise LlmqError("a task like 'perplexity:wikitext2' needs a text after the colon")
+        trust = options.trust_remote_code
+        self.subjects = [Subject.of(name, trust_remote_code=trust) for name in dict.fromkeys(models)]
+        self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
+        known = [subject.label for subject in self.subjects]
+        self.all = self.subjects if self.base is None or self.base.label in known else [self.base, *self.subjects]
+        include = options.write_tasks or options.out / "tasks" / key(str(options.data_dir))
+        self.tasks = Tasks(others, options.data_dir, include) if others else None
+        self.windows = {name: self._cut(name) for name in own if name.partition(":")[0] in ("perplexity", "divergence")}
+
+    def _cut(self, task: str) -> Windows:
+        """The windows of a task's text, the same for every model."""
+        o = self.options
+        return windows.cut(
+            [subject.folder for subject in self.all],
+            task.partition(":")[2] or o.text,
+            window=o.window,
+            max_windows=o.max_windows,
+            special_tokens=o.special_tokens,
+            data_dir=o.data_dir,
+            trust_remote_code=o.trust_remote_code,
+            progress=o.progress,
+        )
+
+    def run(self) -> list[Results]:
+        done = []
+        with _Models(self.options) as models:
+            for subject in self.all:
+                found: list[Measure] = []
+                results = self._start(subject)
+                for name in self.names:
+                    if name.startswith("divergence") and subject not in self.subjects:
+                        continue
+                    found += self._task(subject, name, models)
+                    # Saved after each task: what is finished is there, whatever happens to the next.
+                    results = results.with_measures(found)
+                    results.save(self.options.out)
+                models.drop(subject)
+                results.measures = found
+                done.append(results)
+        return done
+
+    def _start(self, subject: Subject) -> Results:
+        """What is on disk of this model in these versions, or empty results."""
+        _, nbytes, bits = subject.weights
+        used = versions(*(["lm_eval"] if self.tasks else []))
+        # The version of lm-eval is in the protocols of its numbers.
+        fingerprint = subject.fingerprint + key({n: v for n, v in used.items() if n != "lm_eval"})[:4]
+        base = None if self.base is None else self.base.label
+        fresh = Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
+        file = fresh.path(self.options.out)
+        if file.is_file():
+            old = Results.load(file)
+            fresh.base = base or old.base
+            fresh.versions = old.versions | used
+            fresh.measures = old.measures
+        return fresh
+
+    def _task(self, subject: Subject, name: str, models: _Models) -> list[Measure]:
+        kind = name.partition(":")[0]
+        place = self.options.out / "cache" / self._key(subject, name, kind)
+        file, journal = place.with_suffix(".json"), place.with_suffix(".journal")
+        if self.options.fresh:
+            file.unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        if file.is_file():
+            self.note(f"{subject.given} {name}: measured before, taken from {file} (--fresh measures again)")
+            return measures.read(file)
+        with Journal(journal) as pieces:
+            if pieces.done:
+                self.note(f"{subject.given} {name}: going on from {len(pieces.done)} finished pieces")
+            found = self._measure(subject, name, kind, models, pieces)
+            write(file, measures.to_json(found))
+            pieces.remove()
+        return found
+
+    def _key(self, subject: Subject, name: str, kind: str) -> str:
+        """A hash of everything that the numbers of a task depend on."""
+        o = self.options
+        parts: dict[str, Any] = {"model": subject.fingerprint, "task": name, "dtype": o.dtype, "device": o.device}
+        parts |= {"versions": versions(*(["lm_eval"] if kind not in OWN else []))}
+        if name in self.windows:
+            ids = self.windows[name].ids
+            parts |= {"ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(), "shape": list(ids.shape)}
+            parts |= {"batch": o.batch, "protocol": self.windows[name].protocol}
+        if kind == "divergence":
+            assert self.base is not None
+            parts |= {"base": self.base.fingerprint}
+        elif kind in ("speed", "memory"):
+            parts |= {"machine": machine(o.device), "lengths": [o.repeats, o.prompt, o.tokens]}
+        elif self.tasks is not None and kind not in OWN:
+            parts |= {"settings": asdict(o.settings), "documents": self.tasks.fingerprint(name)}
+        return f"{name.replace(':', '-').replace('/', '_')[-40:]}-{key(parts)}"
+
+    def _measure(self, subject: Subject, name: str, kind: str, models: _Models, journal: Journal) -> list[Measure]:
+        o = self.options
+        common: dict[str, Any] = {"batch": o.batch, "device": o.device, "progress": o.progress, "journal": journal}
+        if kind in ("speed", "memory"):
+            return measures.speed(kind, self._speed(subject, models))
+        if kind == "perplexity":
+            cut = self.windows[name]
+            model = models.get(subject)
+            return [
+                measures.perplexity(cut.key, measure_perplexity(model, subject.folder, cut, dtype=o.dtype, **common))
+            ]
+        if kind == "divergence":
+            return self._divergence(subject, self.windows[name], models, common)
+        assert self.tasks is not None
+        model = models.get(subject)
+        tokenizer = models.tokenizer(subject)
+        return self.tasks.run(name, model, tokenizer, o.settings, journal, progress=o.progress)
+
+    def _divergence(self, subject: Subject, cut: Windows, models: _Models, common: dict[str, Any]) -> list[Measure]:
+        o = self.options
+        assert self.base is not None
+        with ExitStack() as stack:
+            if models.fit(self.base, subject):
+                base = divergence.loaded(models.get(self.base, keep=True), cut, o.device)
+            else:
+                self.note(f"{subject.given} and its base do not fit into memory together: the base's part goes to disk")
+                models.drop()
+                reference = self.base
+                o.out.mkdir(parents=True, exist_ok=True)
+                base = stack.enter_context(
+                    divergence.stored(
+                        lambda: models.load(reference),
+                        cut,
+                        batch=o.batch,
+                        device=o.device,
+                        folder=o.out,
+                        progress=o.progress,
+                    )
+                )
+            model = models.get(subject)
+            shown = shown_dtype(model, o.dtype)
+            found = divergence.measure(base, model, subject.folder, cut, shown=shown, **common)
+        return measures.divergence(cut.key, found)
+
+    def _speed(self, subject: Subject, models: _Models) -> speed.Speed:
+        """Once for both tasks, in a process of its own; no other model is in memory meanwhile."""
+        o = self.options
+        models.drop()
+        if subject.label not in models.speeds:
+            models.speeds[subject.label] = speed.measure(
+                subject.folder,
+                dtype=o.dtype,
+                device=o.device,
+                repeats=o.repeats,
+                prompt=o.prompt,
+                tokens=o.tokens,
+                trust_remote_code=o.trust_remote_code,
+            )
+        return models.speeds[subject.label]
+
+
+class _Models:
+    """The models in memory: the one at work, and the base where it is needed beside it and both fit."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.there: dict[str, Any] = {}
+        self.kept: set[str] = set()
+        self.speeds: dict[str, speed.Speed] = {}
+
+    def __enter__(self) -> _Models:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def load(self, subject: Subject) -> Any:
+        from llmq.pretrained import load_model
+
+        o = self.options
+        return load_model(
+            subject.folder,
+            dtype=o.dtype,
+            device=o.device,
+            trust_remote_code=o.trust_remote_code,
+            progress=o.progress,
+        )
+
+    def get(self, subject: Subject, keep: bool = False) -> Any:
+        """The model, loaded once. keep: until the end, rather than until the next model's turn."""
+        if subject.label not in self.there:
+            self.there[subject.label] = self.load(subject)
+        if keep:
+            self.kept.add(subject.label)
+        return self.there[subject.label]
+
+    def tokenizer(self, subject: Subject) -> Any:
+        from llmq.pretrained import load_tokenizer
+
+        return load_tokenizer(subject.folder, trust_remote_code=self.options.trust_remote_code)
+
+    def fit(self, *subjects: Subject) -> bool:
+        """Whether those of the models that are not in memory yet fit there as well, taken as dense."""
+        import psutil
+        import torch
+
+        each = 2 if self.options.dtype in ("bfloat16", "float16") else 4
+        needed = each * sum({s.label: s.weights[0] for s in subjects if s.label not in self.there}.values())
+        device = self.options.device
+        free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+        return needed <= ROOM * free
+
+    def drop(self, subject: Subject | None = None) -> None:
+        """Free a model's memory, unless it is kept; of all of them without one."""
+        if subject is None:
+            self.there.clear()
+            self.kept.clear()
+        elif subject.label not in self.kept:
+            self.there.pop(subject.label, None)
+        gc.collect()

@@ -1,0 +1,241 @@
+"""Zero-shot data from a folder in place of the hub: task files for lm-eval that keep its own prompts and metrics.
+
+A task file includes lm-eval's definition of the task and replaces only where its documents come from. The documents are
+the rows of `<task>_<split>.jsonl` (.json, .txt are not read), in the columns of the task's data set on the hub; rows in
+the simpler columns that are common for a few tasks are rewritten to those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmq.errors import LlmqError
+from llmq.rows import Row, jsonl_rows
+from llmq_eval.results import write
+
+SPLITS = ("train", "dev", "validation", "test")
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's local files: split → file; subject: the column that says which subtask of a group a row belongs to."""
+
+    task: str
+    files: Mapping[str, Path]
+    subject: str | None = None
+
+
+def find(task: str, data_dir: Path) -> Data | None:
+    """The local files of a task or group, or None if there are none."""
+    files = {split: data_dir / f"{task}_{split}.jsonl" for split in SPLITS}
+    there = {split: file for split, file in files.items() if file.is_file()}
+    return Data(task, there, "subject" if task == "mmlu" else None) if there else None
+
+
+def fingerprint(data: Data) -> str:
+    """Of the files' contents, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for split, file in sorted(data.files.items()):
+        digest.update(f"{split} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_tasks(data: Data, definitions: Mapping[str, Path], out: Path) -> None:
+    """Write `<task>.yaml` and its documents into `out`, for `llmq eval` and for `lm_eval --include_path OUT` alike.
+
+    definitions: lm-eval's own file of each (sub)task. Raises LlmqError naming file and line of a row that cannot be
+    used, or the subtasks that have no rows.
+    """
+    rows = {split: list(_rows(data, split)) for split in data.files}
+    if data.subject is None:
+        _write(data.task, definitions[data.task], rows, out)
+        return
+    for name, definition in definitions.items():
+        subject = name.removeprefix(f"{data.task}_")
+        own = {split: [row for row in of if row.get(data.subject) == subject] for split, of in rows.items()}
+        own = {split: of for split, of in own.items() if of}
+        if not own:
+            given = sorted({str(row.get(data.subject)) for of in rows.values() for row in of})
+            raise LlmqError(
+                f"{', '.join(map(str, data.files.values()))} has no rows of {subject!r}, which {data.task} needs; "
+                f"it has {', '.join(given[:8])}{' …' if len(given) > 8 else ''}"
+            )
+        _write(name, definition, own, out)
+
+
+def _write(task: str, definition: Path, rows: Mapping[str, list[dict[str, Any]]], out: Path) -> None:
+    files = {}
+    for split, of in rows.items():
+        file = (out / "data" / f"{task}_{split}.jsonl").resolve()
+        _keep(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of))
+        files[split] = str(file)
+    found = _splits(definition)
+    wanted = [found.get(name) for name in ("test_split", "validation_split")]
+    if not any(split in files for split in wanted if split):
+        raise LlmqError(
+            f"{task}: its documents are the {' or '.join(sorted({str(s) for s in wanted if s}))} split, and there is "
+            f"only {', '.join(sorted(files))}: rename the file to {task}_SPLIT.jsonl"
+        )
+    # A split without a file must go, or lm-eval fails on it; few-shot examples then come from the documents themselves.
+    gone = {name: None for name, split in found.items() if split is not None and split not in files}
+    task_file = {
+        "include": str(definition.resolve()),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        **gone,
+    }
+    _keep(out / f"{task}.yaml", yaml.safe_dump(task_file, sort_keys=False, allow_unicode=True))
+
+
+def _keep(file: Path, text: str) -> None:
+    """Write a file unless it is there already: `datasets` converts one anew whose time has changed."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write(file, text)
+
+
+def _splits(definition: Path) -> dict[str, str | None]:
+    """The names of the splits that a task uses, after its includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(definition, resolve_func=False)
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    return {key: config.get(key) for key in keys}
+
+
+def _rows(data: Data, split: str) -> Iterator[dict[str, Any]]:
+    """The documents of a split, in the columns of the hub's data set."""
+    rewrite = _REWRITE.get(data.task, _as_it_is)
+    empty = True
+    for row in jsonl_rows(data.files[split], "evaluation data"):
+        empty = False
+        yield rewrite(row)
+    if empty:
+        raise LlmqError(f"{data.files[split]} is empty: give a JSON object on each line")
+
+
+def _as_it_is(row: Row) -> dict[str, Any]:
+    return dict(row.fields)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.fields.get(column)
+    if not isinstance(value, str):
+        have = ", ".join(map(str, row.fields)) or "none"
+        said = "holds no text" if column in row.fields else "is missing"
+        raise LlmqError(f"{row.where}: column {column!r} {said}; its columns are {have}")
+    return value
+
+
+def _texts(row: Row, column: str) -> list[str]:
+    value = row.fields.get(column)
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, str) for one in value):
+        raise LlmqError(f"{row.where}: column {column!r} must be a list of two or more texts, not {_short(value)}")
+    return value
+
+
+def _index(row: Row, column: str, choices: int) -> int:
+    value = row.fields.get(column)
+    number = int(value) if isinstance(value, str) and value.isdigit() else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < choices:
+        raise LlmqError(f"{row.where}: column {column!r} must be a number from 0 to {choices - 1}, not {_short(value)}")
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+
+def _hellaswag(row: Row) -> dict[str, Any]:
+    endings = _texts(row, "endings")
+    if "ctx_a" in row.fields:
+        first, second = _text(row, "ctx_a"), _text(row, "ctx_b")
+    else:
+        # On the hub the unfinished last sentence is a column of its own, which the prompt begins with a capital.
+        context = _text(row, "ctx")
+        unfinished = re.search(r"(?<=[.!?]) ([a-z][^.!?]*)$", context)
+        first, second = (context[: unfinished.start()], unfinished[1]) if unfinished else (context, "")
+    label = str(_index(row, "label", len(endings)))
+    return {
+        "activity_label": _text(row, "activity_label"),
+        "ctx_a": first,
+        "ctx_b": second,
+        "endings": endings,
+        "label": label,
+    }
+
+
+def _piqa(row: Row) -> dict[str, Any]:
+    texts = {column: _text(row, column) for column in ("goal", "sol1", "sol2")}
+    return texts | {"label": _index(row, "label", 2)}
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    if "answerKey" in row.fields:
+        return dict(row.fields)
+    choices = _texts(row, "choices")
+    letters = list(LETTERS[: len(choices)])
+    answer = _index(row, "answer", len(choices))
+    return {
+        "question": _text(row, "question"),
+        "choices": {"text": choices, "label": letters},
+        "answerKey": letters[answer],
+    }
+
+
+def _mmlu(row: Row) -> dict[str, Any]:
+    choices = _texts(row, "choices")
+    if len(choices) != 4:
+        raise LlmqError(f"{row.where}: column 'choices' must have 4 texts, not {len(choices)}")
+    answer = _index(row, "answer", 4)
+    return {
+        "subject": _text(row, "subject"),
+        "question": _text(row, "question"),
+        "choices": choices,
+        "answer": answer,
+    }
+
+
+def _winogrande(row: Row) -> dict[str, Any]:
+    texts = {column: _text(row, column) for column in ("sentence", "option1", "option2")}
+    if "_" not in texts["sentence"]:
+        raise LlmqError(f"{row.where}: column 'sentence' has no '_' where the options go")
+    answer = str(row.fields.get("answer"))
+    if answer not in ("1", "2"):
+        raise LlmqError(f"{row.where}: column 'answer' must be 1 or 2, not {_short(row.fields.get('answer'))}")
+    return texts | {"answer": answer}
+
+
+def _boolq(row: Row) -> dict[str, Any]:
+    label = row.fields.get("label", row.fields.get("answer"))
+    if label not in (0, 1):
+        raise LlmqError(f"{row.where}: column 'label' must be 0 (no) or 1 (yes), not {_short(label)}")
+    return {"passage": _text(row, "passage"), "question": _text(row, "question"), "label": int(label)}
+
+
+def _lambada(row: Row) -> dict[str, Any]:
+    return {"text": _text(row, "text")}
+
+
+_REWRITE: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "hellaswag": _hellaswag,
+    "piqa": _piqa,
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "mmlu": _mmlu,
+    "winogrande": _winogrande,
+    "boolq": _boolq,
+    "lambada_openai": _lambada,
+}

@@ -1,0 +1,132 @@
+"""compare.html, and what was measured put into the folders that were measured: their report.html and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import PackageLoader
+
+from llmq import card, page
+from llmq.budget import size
+from llmq.errors import LlmqError
+from llmq.measured import digits, interval, value
+from llmq.page.frame import render
+from llmq.report import Report
+from llmq_eval import scatter, tables
+from llmq_eval.comparison import Cell, Comparison, Line
+from llmq_eval.results import Results
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of the table in words. sort: the bare number; verdict: against the base, '' where it was not tested."""
+
+    value: str
+    interval: str
+    recovery: str
+    verdict: str
+    sort: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's line."""
+
+    name: str
+    base: bool
+    entries: list[Entry]
+
+
+def compare_page(found: Comparison) -> str:
+    """compare.html: the table with intervals and verdicts, the plane of size and divergence, each measure's numbers."""
+    return render(
+        "compare.html.j2",
+        loaders=[PackageLoader("llmq_eval")],
+        models=len(found.models),
+        base=None if found.base is None else found.models[found.base],
+        headings=["size", "bits per weight", *map(heading, found.lines)],
+        rows=rows(found),
+        ranks=tables.ranks(found),
+        pareto=scatter.pareto(found),
+        height=scatter.HEIGHT,
+        dots=scatter.dots(found),
+        pairs=pairs(found),
+        notes=found.notes,
+        protocols=list(dict.fromkeys(line.protocol for line in found.lines)),
+    )
+
+
+def write(file: Path, found: Comparison) -> None:
+    """Write compare.html to a file. Raises LlmqError where that cannot be done."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(compare_page(found), encoding="utf-8")
+    except OSError as error:
+        raise LlmqError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def tell_folders(results: Sequence[Results]) -> list[Path]:
+    """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
+
+    A folder that cannot be written is left as it is: its numbers are in the results all the same.
+    """
+    of = {one.model: one.measures for one in results}
+    written: list[Path] = []
+    for one in results:
+        folder = Path(one.model)
+        if not (folder.is_absolute() and Report.there(folder)):
+            continue
+        base = of.get(one.base, []) if one.base else []
+        for tell in (page.write_page, card.write_measured):
+            try:
+                written.append(tell(folder, one.measures, base))
+            except LlmqError:
+                continue
+    return written
+
+
+def heading(line: Line) -> str:
+    """A measure's name, its unit where the cells do not say it, and which direction is better."""
+    name = line.task if line.task.partition(":")[0] == line.metric else f"{line.task} {line.metric}"
+    arrow = {True: " ↑", False: " ↓", None: ""}[line.higher_is_better]
+    return f"{name}{arrow}"
+
+
+def rows(found: Comparison) -> list[Row]:
+    """A line for each model: its size, then every measure."""
+    made = []
+    for i, (name, results) in enumerate(zip(found.models, found.results, strict=True)):
+        first = [
+            Entry(size(results.bytes), "", "", "", str(results.bytes)),
+            Entry(f"{results.bits_per_weight:.2f}", "", "", "", str(results.bits_per_weight)),
+        ]
+        made.append(Row(name, i == found.base, [*first, *(_entry(line.cells[i]) for line in found.lines)]))
+    return made
+
+
+def _entry(cell: Cell) -> Entry:
+    if cell.measure is None:
+        return Entry("", "", "", "", "")
+    m = cell.measure
+    recovery = "" if cell.recovery is None or cell.to_base is None else f"{cell.recovery:.1f} %"
+    return Entry(
+        value(m.value, m.unit), interval(m), recovery, cell.to_base.verdict if cell.to_base else "", repr(m.value)
+    )
+
+
+def pairs(found: Comparison) -> list[list[str]]:
+    """Every difference that was tested, in words."""
+    return [
+        [
+            f"{one.task} {one.metric}",
+            found.models[one.first],
+            found.models[one.second],
+            f"{one.difference:+.4g}",
+            "" if one.low is None or one.high is None else f"{one.low:+.3g} … {one.high:+.3g}",
+            "" if one.p_adjusted is None else digits(one.p_adjusted, 2),
+            f"{one.verdict} ({one.test})",
+        ]
+        for one in found.contrasts
+    ]

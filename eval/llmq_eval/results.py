@@ -1,0 +1,135 @@
+"""What an evaluation found: one JSON file for each model, every number with its protocol, interval and samples.
+
+`Results` is what `llmq eval` writes and all that `llmq compare` and the pages read. Values are plain Python; a number
+that is not finite, or not known, is None in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError
+
+FORMAT = 1
+"""Of the file; another number is refused."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number.
+
+    task: 'perplexity:demo', 'divergence:demo', 'hellaswag', 'speed', 'memory'. metric: 'perplexity', 'kl', 'top1',
+    'acc', 'acc_norm', 'decode_tokens_per_second', 'resident_bytes' … low, high: its 95 % interval, None where there is
+    none. higher_is_better: None where neither is. samples: one number per window or document, in the same order in
+    every model of the same protocol, so that differences can be tested in pairs; for 'perplexity' they are nats per
+    token of each window, so that value = exp(mean(samples)); else value is their mean or their median.
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    unit: str
+    higher_is_better: bool | None
+    protocol: str
+    samples: list[float] | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(task, metric): what is unique within the results of a model."""
+        return self.task, self.metric
+
+
+@dataclass
+class Results:
+    """Everything that was measured of one model.
+
+    model: a hub id, 'demo', or a folder's absolute path; base: the same of the model it was compared with. bytes: of
+    its weight files; bits_per_weight: of the whole model. fingerprint: of the model's files, 16 hexadecimal digits.
+    """
+
+    model: str
+    base: str | None
+    bytes: int
+    bits_per_weight: float
+    versions: dict[str, str]
+    machine: dict[str, str]
+    fingerprint: str
+    measures: list[Measure] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a table: the last part of its path or id."""
+        return Path(self.model).name or self.model
+
+    def find(self, task: str, metric: str) -> Measure | None:
+        """The measure of a task, or None."""
+        return next((m for m in self.measures if m.key == (task, metric)), None)
+
+    def with_measures(self, measures: Iterable[Measure]) -> Results:
+        """These results with others added; a task that is measured again loses its earlier measures."""
+        new = list(measures)
+        tasks = {measure.task for measure in new}
+        return replace(self, measures=[m for m in self.measures if m.task not in tasks] + new)
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"format": FORMAT} | plain(asdict(self)), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def load(file: Path) -> Results:
+        """Read a file that `save` wrote. Raises LlmqError if it is not one."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise LlmqError(f"{file} was written by another version of llmq: run `llmq eval` again")
+            return Results(**(data | {"measures": [measure_from(measure) for measure in data["measures"]]}))
+        except OSError as error:
+            raise LlmqError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise LlmqError(f"{file} holds no results of `llmq eval`: {error}") from error
+
+    def path(self, out: Path) -> Path:
+        """Where `save` writes them: <out>/results/<name>-<fingerprint>.json."""
+        return out / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{self.fingerprint}.json"
+
+    def save(self, out: Path) -> Path:
+        """Write them under `out`, whole or not at all, and say where."""
+        file = self.path(out)
+        write(file, self.to_json())
+        return file
+
+
+def write(file: Path, text: str) -> None:
+    """A text file, whole or not at all: a process that is killed leaves the old one. Raises LlmqError."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        raise LlmqError(f"{file} cannot be written: {error.strerror}; give another folder as --out") from error
+
+
+def measure_from(data: dict[str, Any]) -> Measure:
+    """A measure from its fields in a file. Raises TypeError or KeyError where they are not all there."""
+    known = {one.name for one in fields(Measure)}
+    data = {name: value for name, value in data.items() if name in known}
+    return Measure(**(data | {"value": math.nan if data["value"] is None else data["value"]}))
+
+
+def plain(value: Any) -> Any:
+    """The same with None for what is not finite: JSON has no word for it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else value

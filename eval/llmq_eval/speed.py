@@ -1,0 +1,176 @@
+"""How fast a model loads and runs, and the memory it takes: measured in a process of its own, one model in each.
+
+`measure` starts that process, `python -m llmq_eval.speed`, so that what was loaded before changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError, first_line
+
+REPEATS = 7
+"""Of prefill and decode each, after one that is not counted: enough for a 95 % interval of the median."""
+PROMPT = 512
+TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Speed:
+    """load_seconds: of `load_model`, weights to memory and ready to run. prefill, decode: tokens per second at batch 1,
+    one number per repeat. Memory in bytes: before: of the process before the model; resident: after loading; peak: its
+    largest; device: the most that tensors took on the GPU, None on a CPU. prompt, tokens: lengths; threads: of torch.
+    """
+
+    load_seconds: float
+    prefill: list[float]
+    decode: list[float]
+    before: int
+    resident: int
+    peak: int
+    device: int | None
+    prompt: int
+    tokens: int
+    threads: int
+    dtype: str
+
+
+def measure(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    repeats: int = REPEATS,
+    prompt: int = PROMPT,
+    tokens: int = TOKENS,
+    trust_remote_code: bool = False,
+) -> Speed:
+    """Run the measurements in a fresh process. Raises LlmqError with what went wrong there."""
+    import torch
+
+    arguments = [str(folder), dtype, device, str(repeats), str(prompt), str(tokens), str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "llmq_eval.speed", *arguments, *(["--trust"] if trust_remote_code else [])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    try:
+        answer = json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        last = (done.stderr.strip().splitlines() or ["no word of it"])[-1]
+        how = "was killed, out of memory?" if done.returncode < 0 else last
+        raise LlmqError(f"{folder}: measuring its speed failed: {how}") from error
+    if "error" in answer:
+        raise LlmqError(answer["error"])
+    return Speed(**answer)
+
+
+def run(
+    folder: Path, dtype: str, device: str, repeats: int, prompt: int, tokens: int, trust_remote_code: bool
+) -> Speed:
+    """The measurements themselves, in this process. Raises LlmqError as `load_model` does."""
+    import psutil
+    import torch
+
+    from llmq.budget import peak_memory
+    from llmq.pretrained import load_model
+    from llmq_eval.windows import default_window
+
+    prompt = min(prompt, default_window(folder, trust_remote_code) - tokens - 1)
+    if prompt < 1:
+        raise LlmqError(f"{folder} has no room for {tokens} new tokens: its longest input is shorter")
+    process = psutil.Process()
+    before = process.memory_info().rss
+    begin = time.perf_counter()
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _wait(device)
+    load_seconds = time.perf_counter() - begin
+    resident = process.memory_info().rss
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, rows, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    timed = [_once(model, ids, tokens, device) for _ in range(repeats + 1)][1:]
+    on_device = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+    return Speed(
+        load_seconds=load_seconds,
+        prefill=[prompt / first for first, _ in timed],
+        decode=[(tokens - 1) / rest for _, rest in timed],
+        before=before,
+        resident=resident,
+        peak=peak_memory(),
+        device=on_device,
+        prompt=prompt,
+        tokens=tokens,
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+class _Clock:
+    """A streamer of `generate`: when the prompt came, and each token after it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def put(self, _: Any) -> None:
+        _wait(self.device)
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        return
+
+
+def _once(model: Any, ids: Any, tokens: int, device: str) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last."""
+    import torch
+    from transformers import GenerationConfig
+
+    clock = _Clock(device)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    with torch.inference_mode():
+        model.generate(ids, generation_config=config, streamer=clock)
+    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+    return first - start, last - first
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    """The process: prints one line of JSON, the measurements or an error that the user can mend."""
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "dtype", "device"):
+        parser.add_argument(name)
+    for name in ("repeats", "prompt", "tokens", "threads"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--trust", action="store_true")
+    given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(given.threads)
+    try:
+        found = run(
+            Path(given.folder), given.dtype, given.device, given.repeats, given.prompt, given.tokens, given.trust
+        )
+        print(json.dumps(asdict(found)))
+    except LlmqError as error:
+        print(json.dumps({"error": str(error)}))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        print(json.dumps({"error": f"{given.folder}: it does not generate text: {first_line(error)}"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A model that is evaluated: where it is, what its files are, and what it is measured with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llmq.report import VERSIONS
+
+_SMALL = 1 << 25  # bytes of a file whose content is hashed; larger ones go by size and time
+_IGNORED = ("report.json", "report.html", "README.md", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """given: as it was named; label: a hub id, 'demo', or the folder's absolute path."""
+
+    given: str
+    label: str
+    folder: Path
+
+    @staticmethod
+    def of(given: str, *, trust_remote_code: bool = False) -> Subject:
+        """Find a model by folder, hub id or 'demo'. Raises LlmqError as `llmq.hub.resolve` does."""
+        from llmq.hub import resolve
+
+        folder = resolve(given, trust_remote_code=trust_remote_code)
+        local = given != "demo" and Path(given).expanduser().is_dir()
+        return Subject(given, str(folder.resolve()) if local else given, folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's files, 12 hexadecimal digits: the content of small ones, size and time of the weights."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            if not file.is_file() or file.name in _IGNORED or file.name.startswith("."):
+                continue
+            state = file.stat()
+            weights = file.suffix == ".safetensors" or state.st_size > _SMALL
+            what = state.st_mtime_ns if weights else hashlib.sha256(file.read_bytes()).hexdigest()
+            digest.update(f"{file.name} {state.st_size} {what}\n".encode())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def weights(self) -> tuple[int, int, float]:
+        """Numbers in all weights, their bytes on disk, bits per weight."""
+        from llmq.inspection import inspect_folder
+
+        found = inspect_folder(self.folder)
+        return found.size, found.nbytes, found.bits_per_weight
+
+
+def key(*parts: Any) -> str:
+    """A hash of plain data, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of everything that can change a number, where it is installed."""
+    found = {}
+    for name in (*VERSIONS, *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"python": sys.version.split()[0]}
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the numbers were measured on."""
+    import torch
+
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found | {"device": device}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor() or "unknown"
+
+
+def default_out(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where results are kept unless --out says otherwise: $XDG_CACHE_HOME/llmq/eval, or ~/.cache/llmq/eval."""
+    cache = environment.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "llmq" / "eval"

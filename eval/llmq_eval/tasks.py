@@ -1,0 +1,304 @@
+"""Zero-shot and few-shot tasks through lm-eval: its prompts, metrics and model adapter, our loader and journal."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError, first_line
+from llmq_eval import intervals, local_tasks
+from llmq_eval.journal import Journal
+from llmq_eval.results import Measure
+
+OWN = ("perplexity", "divergence", "speed", "memory")
+"""Tasks that need no lm-eval."""
+INSTALL = "pip install 'llmq[eval]'"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """limit: documents per task (below 1: a share of them), None for all; fewshot: examples, None for the task's own.
+
+    batch: requests per forward pass, or 'auto' for what fits a GPU (1 on a CPU, where padding costs and batches gain
+    little).
+    """
+
+    limit: float | None = None
+    fewshot: int | None = None
+    batch: int | str = 1
+
+
+class Tasks:
+    """The tasks of lm-eval by name, some with local documents. Raises LlmqError without lm-eval or for unknown names.
+
+    include: folder of the task files made from `data_dir`; both None to take the documents from the hub.
+    """
+
+    def __init__(self, names: Sequence[str], data_dir: Path | None = None, include: Path | None = None) -> None:
+        manager = _manager()
+        unknown = [name for name in names if name not in manager.task_index]
+        if unknown:
+            raise unknown_task(unknown[0], manager.all_tasks)
+        self.names = tuple(names)
+        self.data: dict[str, str] = {}
+        if data_dir is not None:
+            assert include is not None
+            for name in names:
+                self._from_folder(manager, name, data_dir, include)
+            # A second look at lm-eval's own thousands of files takes ten seconds: only the new ones are read.
+            manager.task_index.update(_manager(include).task_index)
+        self.manager = manager
+
+    def _from_folder(self, manager: Any, name: str, data_dir: Path, include: Path) -> None:
+        data = local_tasks.find(name, data_dir)
+        if data is None:
+            there = sorted(file.name for file in data_dir.glob("*.jsonl")) if data_dir.is_dir() else []
+            have = ", ".join(there[:6]) or "no .jsonl files"
+            raise LlmqError(
+                f"{name}: {data_dir} has no {name}_validation.jsonl or {name}_test.jsonl, only {have}; without "
+                "--data-dir the documents come from the hub"
+            )
+        definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in leaves(manager, name)}
+        local_tasks.write_tasks(data, definitions, include)
+        self.data[name] = local_tasks.fingerprint(data)
+
+    def fingerprint(self, name: str) -> str:
+        """Of a task's local documents; 'hub' for others."""
+        return self.data.get(name, "hub")
+
+    def run(
+        self, name: str, model: Any, tokenizer: Any, settings: Settings, journal: Journal, *, progress: bool = True
+    ) -> list[Measure]:
+        """The measures of one task or group. Raises LlmqError if its documents cannot be had, or the model fails."""
+        from lm_eval import simple_evaluate
+
+        adapter = _adapter(model, tokenizer, settings, journal, progress)
+        _quiet()
+        try:
+            found = simple_evaluate(
+                model=adapter,
+                tasks=[name],
+                num_fewshot=settings.fewshot,
+                limit=settings.limit,
+                task_manager=self.manager,
+                bootstrap_iters=1000,
+                log_samples=True,
+            )
+        except LlmqError:
+            raise
+        except Exception as error:
+            raise self._explained(name, error) from error
+        adapter.flush()
+        return _measures(name, found, settings, self.data.get(name))
+
+    def _explained(self, name: str, error: Exception) -> LlmqError:
+        from llmq import hub
+
+        if name not in self.data:
+            try:
+                told = hub.explain(error, name, "dataset")
+                return LlmqError(f"{told}; or give a folder with {name}_validation.jsonl as --data-dir")
+            except Exception:
+                if os.environ.get("HF_HUB_OFFLINE") or isinstance(error, ConnectionError | FileNotFoundError):
+                    return LlmqError(
+                        f"{name}: its documents cannot be had from the hub ({first_line(error)}); check the network, "
+                        f"or give a folder with {name}_validation.jsonl as --data-dir"
+                    )
+        return LlmqError(f"{name}: lm-eval failed on it: {type(error).__name__}: {first_line(error)}")
+
+
+def unknown_task(name: str, known: Sequence[str]) -> LlmqError:
+    """The error for a name that is no task, with the nearest that are."""
+    near = difflib.get_close_matches(name, [*OWN, *known], n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OWN)} and the tasks of lm-eval"
+    return LlmqError(f"unknown task {name!r}: {hint}")
+
+
+def installed() -> bool:
+    """Whether lm-eval is there."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise LlmqError if lm-eval, which these tasks need, is not installed."""
+    if not installed():
+        near = difflib.get_close_matches(names[0], OWN, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}? Other tasks are lm-eval's: " if near else "it is a task of lm-eval: "
+        raise LlmqError(f"{names[0]}: {hint}{INSTALL}")
+
+
+def _manager(include: Path | None = None) -> Any:
+    """lm-eval's own tasks, or those of a folder alone."""
+    _quiet()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include and str(include), include_defaults=include is None)
+
+
+def leaves(manager: Any, name: str) -> list[str]:
+    """The tasks of a group, of its groups and tags, in order; of a task, itself."""
+    entry = manager.task_index[name]
+    if entry.kind.name in ("TASK", "PY_TASK"):
+        return [name]
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    members = load_yaml(entry.yaml_path, resolve_func=False)["task"]
+    return [
+        leaf for member in members for leaf in leaves(manager, member if isinstance(member, str) else member["task"])
+    ]
+
+
+def _quiet() -> None:
+    """lm-eval logs each of its decisions; what matters of them is in the protocol."""
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, progress: bool) -> Any:
+    """lm-eval's own adapter around a model that is loaded, which answers from the journal what it holds.
+
+    Its requests are sorted and cut into batches by themselves, so what is left of a run that was broken off makes the
+    same batches, provided that the journal holds whole batches: answers are kept when the next batch begins.
+    """
+    import hashlib
+    import json
+
+    _quiet()
+    from lm_eval.models.huggingface import HFLM
+
+    class Adapter(HFLM):  # type: ignore[misc]
+        def __init__(self) -> None:
+            batch = settings.batch
+            if batch == "auto" and model.device.type == "cpu":
+                batch = 1
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+            self.pending: dict[str, Any] = {}
+            self.cache_hook = self
+            if batch == "auto":
+                # A size found anew for what is left could differ, and with it the last digits.
+                if "batch" not in journal.done:
+                    journal.add({"batch": int(self._detect_batch_size())})
+                self.batch_size_per_gpu = journal.done["batch"]
+
+        def set_cache_hook(self, cache_hook: Any) -> None:
+            return
+
+        def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+            self.pending[key(kind, request)] = answer
+
+        def flush(self) -> None:
+            journal.add(self.pending)
+            self.pending = {}
+
+        def _model_call(self, *args: Any, **named: Any) -> Any:
+            self.flush()
+            return super()._model_call(*args, **named)
+
+        def _model_generate(self, *args: Any, **named: Any) -> Any:
+            self.flush()
+            return super()._model_generate(*args, **named)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return self.resumed("loglikelihood", requests, super().loglikelihood)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return self.resumed("loglikelihood_rolling", requests, super().loglikelihood_rolling)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return self.resumed("generate_until", requests, super().generate_until)
+
+        def resumed(self, kind: str, requests: Any, ask: Any) -> list[Any]:
+            left = [request for request in requests if key(kind, request.args) not in journal.done]
+            answers = iter(ask(left, disable_tqdm=not progress) if left else [])
+            self.flush()
+            held = (journal.done.get(key(kind, request.args)) for request in requests)
+            waiting = {id(request) for request in left}
+            return [
+                whole(next(answers) if id(request) in waiting else answer)
+                for request, answer in zip(requests, held, strict=True)
+            ]
+
+    def key(kind: str, request: Any) -> str:
+        return hashlib.sha256(json.dumps([kind, *request], default=str).encode()).hexdigest()[:32]
+
+    def whole(answer: Any) -> Any:
+        return tuple(answer) if isinstance(answer, list) else answer
+
+    return Adapter()
+
+
+def _measures(name: str, found: dict[str, Any], settings: Settings, local: str | None) -> list[Measure]:
+    group = name in found.get("groups", {})
+    parts = sorted(found["samples"]) if group else list(found["samples"])
+    config = found["configs"][parts[0]]
+    documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
+    protocol = (
+        f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
+        f"{documents} documents{'' if local is None else ' from local files'}, {config['output_type']}"
+    )
+    made = []
+    scopes = [name] if name in found["results"] else parts
+    for scope in scopes:
+        of = parts if group else [scope]
+        for label, value in found["results"][scope].items():
+            metric, _, kind = label.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = found["results"][scope].get(f"{metric}_stderr,{kind}")
+            metric = metric if kind == "none" else f"{metric} ({kind})"
+            better = found.get("higher_is_better", {}).get(scope, {}).get(label.partition(",")[0])
+            made.append(_measure(scope, metric, float(value), stderr, better, protocol, _samples(found, of, label)))
+    return made
+
+
+def _samples(found: dict[str, Any], leaves: Sequence[str], label: str) -> list[float] | None:
+    """The metric's value for each document, in order; None where it has none of its own."""
+    metric, _, kind = label.partition(",")
+    values = []
+    for leaf in leaves:
+        rows = [row for row in found["samples"][leaf] if row.get("filter", "none") == kind]
+        for row in sorted(rows, key=lambda row: int(row["doc_id"])):
+            value = row.get(metric)
+            if isinstance(value, bool | int | float):
+                values.append(float(value))
+            else:
+                return None
+    return values or None
+
+
+def _measure(
+    task: str, metric: str, value: float, stderr: Any, better: Any, protocol: str, samples: list[float] | None
+) -> Measure:
+    import math
+
+    low = high = None
+    unit = "" if metric.startswith("perplexity") else "share"
+    if metric == "perplexity" and samples:
+        samples = [-one for one in samples]
+        _, below, above = intervals.mean(samples)
+        low, high = (None, None) if below is None or above is None else (math.exp(below), math.exp(above))
+    elif samples and set(samples) <= {0.0, 1.0}:
+        low, high = intervals.share(sum(samples), len(samples))
+    elif isinstance(stderr, int | float):
+        low, high = value - 1.96 * stderr, value + 1.96 * stderr
+        unit = ""
+    if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
+        samples = None
+    return Measure(task, metric, value, low, high, unit, better, protocol, samples)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lm_eval")

@@ -1,0 +1,174 @@
+"""The model card, README.md of a written folder: metadata that the hub understands, loading, what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq.budget import size
+from llmq.errors import LlmqError
+from llmq.measured import Measure, Row, rows
+from llmq.report import Report
+
+CARD = "README.md"
+COPIED = ("license", "license_name", "license_link", "language")
+"""What is copied from the metadata of the source's card."""
+FOLDER = "PATH_TO_THIS_FOLDER"
+_BEGIN, _END = "<!-- measured by llmq eval -->", "<!-- end of measured -->"
+_PLACE = re.compile(r'^path = ".*"$', re.MULTILINE)
+
+
+def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> str:
+    """README.md of a written folder. source: the folder that was quantized, whose card tells its licence."""
+    base = hub_id(report.model, source)
+    name = Path(report.out).name
+    left = sorted({str(row["kept"]) for row in report.weights if row["scheme"] is None})
+    what = f"[{base}](https://huggingface.co/{base})" if base else Path(report.model).name
+    methods = " + ".join(report.recipe["methods"])
+    return f"""---
+{_metadata(report, base, source)}
+---
+
+# {name}
+
+{what}, its weights quantized by {methods} to {_kinds(report)}: {report.bits_per_weight:.2f} bits per quantized \
+weight, {report.bits_per_weight_whole:.2f} over the whole model, {size(report.bytes)} where it was \
+{size(report.source_bytes)}.
+
+{_BEGIN}
+{measured_section(measured)}{_END}
+
+## How to load it
+
+{_usage(report)}
+## How it was made
+
+By [llmq](https://pypi.org/project/llmq/) {report.versions.get("llmq", "")}. `report.html` shows what it cost, weight \
+by weight; `report.json` has every number and the recipe.
+
+- methods: {methods}
+- format: {report.format}
+- calibration: {report.calibration}
+- left alone: {"; ".join(left) or "nothing"}
+- checked: every block was read back from disk and gave the output that it gave in memory
+"""
+
+
+def hub_id(model: str, source: Path | None = None) -> str | None:
+    """A model's id on the hub, where it is known: it was named by it, or its folder lies in the hub's cache."""
+    if model != "demo" and not Path(model).is_absolute():
+        return model
+    for part in source.parts if source is not None and model != "demo" else ():
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def measured_section(measured: Sequence[Row]) -> str:
+    """The measured table with its protocols; '' where nothing was measured."""
+    if not measured:
+        return ""
+    lines = ["## Measured", "", "| task | metric | value | 95 % interval | unquantized | recovery |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for row in measured:
+        cells = (row.task, row.metric, row.value, row.interval, row.base, row.recovery)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    protocols = dict.fromkeys(row.protocol for row in measured if row.protocol)
+    return "\n".join([*lines, "", *(f"- {' '.join(protocol.split())}" for protocol in protocols), ""])
+
+
+def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Measure] = ()) -> Path:
+    """Put the measured table into a folder's card, in place of an earlier one.
+
+    Raises LlmqError where there is no card of llmq's, or it cannot be written.
+    """
+    text = _read(folder)
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise LlmqError(f"{folder / CARD} has no place for measured numbers: llmq did not write it")
+    return _write(folder, f"{before}{begin}\n{measured_section(rows(measures, base))}{end}{after}")
+
+
+def write_place(folder: Path, place: str) -> None:
+    """Let the card's example load the model from `place`, a repository on the hub. A card of another form is left."""
+    text = _read(folder)
+    changed = _PLACE.sub(lambda _: f'path = "{place}"', text)
+    if changed != text:
+        _write(folder, changed)
+
+
+def _metadata(report: Report, base: str | None, source: Path) -> str:
+    from huggingface_hub import ModelCardData
+
+    given: dict[str, Any] = {}
+    if base:
+        given |= {"base_model": base, "base_model_relation": "quantized"}
+    bits = sorted({row["scheme"]["bits"] for row in report.weights if row["scheme"] is not None})
+    tags = ["llmq", report.format.partition(" ")[0], *(f"{count}-bit" for count in bits)]
+    known = source_metadata(source)
+    given |= {key: known[key] for key in COPIED if known.get(key)}
+    return str(ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **given).to_yaml())
+
+
+def source_metadata(source: Path) -> dict[str, Any]:
+    """The metadata of a folder's own card; empty where there is none that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(source / CARD) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+
+
+def _kinds(report: Report) -> str:
+    from llmq.scheme import Scheme, changed_scheme
+
+    kinds = {str(changed_scheme(row["scheme"], Scheme(), "report")) for row in report.weights if row["scheme"]}
+    return ", ".join(sorted(kinds))
+
+
+def _usage(report: Report) -> str:
+    said = "".join(f"- {loader}\n" for loader in report.loaders)
+    text = f"""{said}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{FOLDER}"
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+"""
+    vllm = next((loader for loader in report.loaders if loader.startswith("vLLM reads it")), None)
+    if vllm is None:
+        return text
+    caution = "With vLLM, which was not tried" if "not tried" in vllm else "With vLLM"
+    return f"""{text}
+{caution}:
+
+```python
+from vllm import LLM, SamplingParams
+
+path = "{FOLDER}"
+print(LLM(path).generate("The answer is", SamplingParams(max_tokens=40))[0].outputs[0].text)
+```
+"""
+
+
+def _read(folder: Path) -> str:
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LlmqError(f"{folder / CARD}: cannot be read: {error.strerror}") from error
+
+
+def _write(folder: Path, text: str) -> Path:
+    from llmq import checkpoint
+
+    checkpoint.write(folder / CARD, text)
+    return folder / CARD

@@ -1,0 +1,205 @@
+"""`llmq eval` and `llmq compare`: their options, and what they print. cli.py adds them to its own commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llmq.errors import LlmqError
+from llmq.options import Device, Trust, err_console, explained
+
+if TYPE_CHECKING:
+    from llmq.report import Report
+
+FORMATS = ("table", "markdown", "csv")
+out_console = Console()
+
+Where = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Where results, and what is finished of a broken run, are kept. Default: ~/.cache/llmq/eval."
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take texts and documents from here, not from the hub: wikitext2.txt, hellaswag_validation.jsonl …"
+    ),
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Add both commands to the command line."""
+    app.command("eval")(evaluate)
+    app.command("compare")(compare)
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
+    base: Annotated[
+        str | None, typer.Option(help="The unquantized model to measure beside them. Default: the one in report.json.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Separated by commas: perplexity, divergence (from the base), speed, memory, and lm-eval's: "
+            "hellaswag, piqa, arc_easy, mmlu … 'perplexity:c4' is on that text. Default: perplexity.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="'demo' (held-out standard library), wikitext2, c4, ptb or a text file.")
+    ] = "demo",
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. Default 2048, or the model's maximum.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of the text.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    special_tokens: Annotated[
+        bool, typer.Option(help="Let the tokenizer add to the text what it adds by itself (a BOS), or nothing.")
+    ] = True,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Only the first documents of each task; below 1, that share of them.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's own.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Requests of lm-eval's tasks per forward pass, or 'auto': as many as fit the GPU.")
+    ] = "1",
+    data_dir: DataDir = None,
+    write_tasks: Annotated[
+        Path | None,
+        typer.Option(help="Write the task files for --data-dir here: `lm_eval --include_path` takes the same ones."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of a speed; from 6 on it has an interval.")] = 7,
+    out: Where = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity, divergence from the base, tasks, speed and memory: each number with its protocol and 95 % interval.
+
+    The base model is measured beside them in the same run. A broken run goes on where it stopped; what was measured
+    before is not measured again. `llmq compare` puts models side by side.
+    """
+    with explained():
+        from llmq import summary
+        from llmq.report import Report
+        from llmq_eval import pages, tables
+        from llmq_eval.comparison import comparison
+        from llmq_eval.evaluation import Options
+        from llmq_eval.evaluation import evaluate as run
+        from llmq_eval.subject import default_out
+        from llmq_eval.tasks import Settings
+
+        names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
+        if not names:
+            raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
+        reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
+        base = base or _base(reports.values(), trust_remote_code)
+        options = Options(
+            tasks=names,
+            text=text,
+            window=window,
+            max_windows=max_windows,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            special_tokens=special_tokens,
+            settings=Settings(_limit(limit), num_fewshot, _batch_size(batch_size)),
+            data_dir=_folder(data_dir),
+            write_tasks=write_tasks,
+            out=out or default_out(),
+            repeats=repeats,
+            trust_remote_code=trust_remote_code,
+            fresh=fresh,
+        )
+        results = run(models, base, options, lambda told: err_console.print(escape(told), style="dim", soft_wrap=True))
+        tables.terminal(out_console, comparison(results), plain=True)
+        for one in results:
+            err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
+        for told in pages.tell_folders(results):
+            err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
+        for report in reports.values():
+            summary.headline(out_console, report)
+
+
+def compare(
+    results: Annotated[
+        list[str], typer.Argument(help="Models that were evaluated, results files, or folders of them (an --out).")
+    ],
+    format: Annotated[str, typer.Option(help=f"What to print: {', '.join(FORMATS)}.")] = "table",
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Every tested difference between two models, not only the ranks.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with the table and the plots here, as one file.")
+    ] = None,
+    out: Where = None,
+) -> None:
+    """Evaluated models side by side: recovery in % of the base, and which differences are more than noise.
+
+    Differences are tested in pairs, over the same windows or documents; a difference within noise is called that.
+    """
+    with explained():
+        from llmq_eval import pages, store, tables
+        from llmq_eval.comparison import comparison
+        from llmq_eval.subject import default_out
+
+        _check_format(format)
+        found = comparison(store.collect(results, out or default_out()))
+        if html is not None:
+            pages.write(html, found)
+            err_console.print(f"[dim]page: {escape(str(html))}[/]", soft_wrap=True, highlight=False)
+        if format == "table":
+            tables.terminal(out_console, found, pairs)
+        else:
+            print(
+                tables.markdown(found, pairs) if format == "markdown" else tables.comma_separated(found, pairs), end=""
+            )
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise LlmqError(f"--format must be one of {', '.join(FORMATS)}, not {format!r}")
+
+
+def _limit(limit: float | None) -> float | None:
+    if limit == 0:
+        raise LlmqError("--limit must be a number of documents, or a share of them below 1, not 0")
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _batch_size(text: str) -> int | str:
+    if text != "auto" and not (text.isdigit() and int(text)):
+        raise LlmqError(f"--batch-size must be a whole number or 'auto', not {text!r}")
+    return text if text == "auto" else int(text)
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and not path.expanduser().is_dir():
+        raise LlmqError(f"--data-dir {path}: no such folder")
+    return path if path is None else path.expanduser()
+
+
+def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
+    """The model that the first of the reports names, where it can still be had; else a warning."""
+    from llmq.hub import resolve
+
+    base = next((report.model for report in reports), None)
+    if base is None:
+        return None
+    try:
+        resolve(base, trust_remote_code=trust_remote_code)
+    except LlmqError as error:
+        text = f"{error}; it is the base model in report.json: measuring without it, unless you give --base"
+        err_console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        return None
+    return base

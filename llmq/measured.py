@@ -1,0 +1,110 @@
+"""Measured numbers as the page and the model card show them, whoever measured them: each beside the base's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+NO_QUALITY = ("divergence", "speed", "memory")
+
+
+class Measure(Protocol):
+    """One number of one model. low, high: its 95 % interval; higher_is_better: None where neither is."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool | None: ...
+    @property
+    def protocol(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the measured table, in words. recovery: in % of the base, '' where that has no meaning."""
+
+    task: str
+    metric: str
+    value: str
+    interval: str
+    base: str
+    recovery: str
+    protocol: str
+
+
+def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]:
+    """A line for each measure, with the base's number of the same task, metric and protocol beside it."""
+    found = {(m.task, m.metric, m.protocol): m for m in base}
+    made = []
+    for m in measures:
+        other = found.get((m.task, m.metric, m.protocol))
+        recovered = None if other is None else recovery(m, other)
+        made.append(
+            Row(
+                m.task,
+                m.metric,
+                value(m.value, m.unit),
+                interval(m),
+                "" if other is None else value(other.value, m.unit),
+                "" if recovered is None else f"{recovered:.1f} %",
+                m.protocol,
+            )
+        )
+    return made
+
+
+def recovery(measure: Measure, base: Measure) -> float | None:
+    """How much of the base's quality is left, in %: the quotient, upside down where lower is better; or None.
+
+    What is no quality (a speed, a size), or is measured against the base itself (a divergence), has none.
+    """
+    if measure.higher_is_better is None or measure.task.partition(":")[0] in NO_QUALITY:
+        return None
+    if not (measure.value and base.value):
+        return None
+    quotient = measure.value / base.value
+    return 100 * (quotient if measure.higher_is_better else 1 / quotient)
+
+
+def value(number: float, unit: str = "") -> str:
+    """A number with its unit as people write it: bytes as MiB, a share as %, else four significant digits."""
+    from llmq.budget import size
+
+    if number != number:
+        return "not a number"
+    if unit in ("bytes", "B"):
+        return size(number)
+    if unit in ("share", "fraction"):
+        return f"{100 * number:.2f} %"
+    return f"{digits(number)} {unit}".strip()
+
+
+def interval(measure: Measure) -> str:
+    """The 95 % interval, or '' where there is none."""
+    if measure.low is None or measure.high is None:
+        return ""
+    low, high = value(measure.low, measure.unit), value(measure.high, measure.unit)
+    unit = f" {low.rpartition(' ')[2]}" if " " in low else ""
+    return f"{low.removesuffix(unit)} – {high}" if unit and high.endswith(unit) else f"{low} – {high}"
+
+
+def digits(number: float, significant: int = 4) -> str:
+    """A number with so many significant digits, without an exponent where that is short: 0.01234, 12.34, 1,234."""
+    if number == 0:
+        return "0"
+    if abs(number) >= 10**significant:
+        return f"{number:,.0f}"
+    if abs(number) < 1e-4:
+        return f"{number:.{significant - 1}e}"
+    return f"{number:#.{significant}g}".rstrip(".")

@@ -1,0 +1,64 @@
+"""Self-contained pages: one HTML file each, drawn by templates, that reads nothing from anywhere.
+
+Every figure is an SVG with a title, a description and a table of the same numbers. Colours are CSS variables with a
+light and a dark set; a content security policy, made of the hashes of the page's own style and script, forbids all
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmq.measured import Measure, rows
+from llmq.page.frame import render
+
+if TYPE_CHECKING:
+    from llmq.report import Report
+
+__all__ = ["PAGE", "report_page", "write_page"]
+
+PAGE = "report.html"
+
+
+def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
+    """report.html of a run. measures: what was measured of its result, base: the same of the unquantized model."""
+    from llmq.page import figures, story
+
+    measured = rows(measures, base)
+    return render(
+        "report.html.j2",
+        title=story.title(report),
+        report=report,
+        headline=story.headline(report, measured),
+        measured=measured,
+        heat=figures.heat(report),
+        depth=figures.depth(report),
+        seconds=figures.seconds(report),
+        memory=figures.memory(report),
+        worst=story.worst(report),
+        undone=story.undone(report),
+        tried=story.tried(report),
+        notes=story.notes(report),
+        left=story.left(report),
+        recipe=story.recipe(report),
+        command=report.command,
+    )
+
+
+def write_page(folder: Path, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> Path:
+    """Write a finished folder's report.html again, now with what was measured of it.
+
+    Raises LlmqError where the folder has no report, or cannot be written.
+    """
+    from llmq.errors import LlmqError
+    from llmq.report import Report
+
+    page = folder / PAGE
+    text = report_page(Report.load(folder), measures, base)
+    try:
+        page.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LlmqError(f"{page}: cannot be written: {error.strerror}") from error
+    return page

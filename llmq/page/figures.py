@@ -1,0 +1,182 @@
+"""The figures of a run: error per weight, error along the depth, time and memory along the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from llmq.measured import digits
+from llmq.page.charts import Cell, Given, Heat, Plot, Scale, Strip, plot
+from llmq.report import Report, whole
+
+MANY = 24
+"""More kinds of weights than this, and those that differ in a number only (experts) are shown as one."""
+
+
+def heat(report: Report) -> Heat | None:
+    """Error per weight: blocks along the depth, a strip for each kind of weight; None where nothing is quantized.
+
+    Where a block has very many weights, those whose names differ in numbers only share a strip: its colour is their
+    mean error, its tooltip tells the largest as well.
+    """
+    rows = [row for row in report.weights if row["block"] is not None]
+    kinds = _kinds(report, rows)
+    quantized = {kind for row, kind in zip(rows, kinds, strict=True) if row["scheme"] is not None}
+    if not quantized:
+        return None
+    cells: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind in quantized:
+            cells.setdefault(kind, {}).setdefault(row["block"], []).append(row)
+    means = {
+        (kind, at): sum(errors) / len(errors)
+        for kind, places in cells.items()
+        for at, alike in places.items()
+        if (errors := [row["error"] for row in alike if row["scheme"] is not None])
+    }
+    scale = Scale(list(means.values()))
+    order = _order(rows, kinds)
+    strips = []
+    for kind, places in sorted(cells.items(), key=lambda item: order[item[0]]):
+        drawn = [_cell(kind, at, alike, means.get((kind, at)), scale) for at, alike in sorted(places.items())]
+        strips.append(Strip(kind, _detail(places), drawn))
+    edges = [digits(edge, 2) for edge in scale.edges()]
+    steps = [(i, edges[i], edges[i + 1]) for i in range(len(edges) - 1)] if scale.high > scale.low else []
+    worst = max(means, key=lambda place: means[place])
+    least = min(means, key=lambda place: means[place])
+    description = (
+        f"A grid of {len(strips)} kinds of weights by {len(report.blocks)} blocks. "
+        f"The largest error is {digits(means[worst], 3)} ({worst[0]} in block {worst[1]}), "
+        f"the smallest {digits(means[least], 3)} ({least[0]} in block {least[1]})."
+    )
+    return Heat("heat", "Error of every weight", description, _labels(report), strips, steps)
+
+
+def _kinds(report: Report, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What each weight is called inside its block."""
+    inside = [_inside(row["name"], report.blocks[row["block"]]["name"]) for row in rows]
+    if len(set(inside)) <= MANY:
+        return inside
+    return [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in inside]
+
+
+def _order(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict[str, float]:
+    """Where in its block each kind of weight stands, on average; weights left alone come last in a report."""
+    counts: dict[int, int] = {}
+    places: dict[str, list[int]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        if row["scheme"] is not None:
+            counts[row["block"]] = counts.get(row["block"], 0) + 1
+            places.setdefault(kind, []).append(counts[row["block"]])
+    return {kind: sum(found) / len(found) for kind, found in places.items()}
+
+
+def _inside(name: str, block: str) -> str:
+    """The part of a weight's name inside its block; a checkpoint may put other words before the block's number."""
+    if name.startswith(f"{block}."):
+        return name.removeprefix(f"{block}.")
+    number = block.rpartition(".")[2]
+    return name.partition(f".{number}.")[2] or name
+
+
+def _cell(kind: str, at: int, alike: list[dict[str, Any]], mean: float | None, scale: Scale) -> Cell:
+    where = f"block {at}, {kind}"
+    if mean is None:
+        return Cell(at, None, f"{where}: left alone ({alike[0].get('kept', '')})", "left alone")
+    text = digits(mean, 3)
+    if len(alike) == 1:
+        return Cell(at, scale.level(mean), f"{where}: {text}", text)
+    chosen = [row for row in alike if row["scheme"] is not None]
+    largest = max(chosen, key=lambda row: row["error"])
+    more = f"mean of {len(chosen)}, largest {digits(largest['error'], 3)} ({largest['name']})"
+    return Cell(at, scale.level(mean), f"{where}: {text}, {more}", f"{text} (largest {digits(largest['error'], 3)})")
+
+
+def _detail(places: dict[int, list[dict[str, Any]]]) -> str:
+    """What else is to be said of a strip: its shape and schemes' bits, where they are all alike."""
+    rows = [row for alike in places.values() for row in alike if row["scheme"] is not None]
+    shapes = {tuple(row["shape"]) for row in rows}
+    bits = sorted({row["scheme"]["bits"] for row in rows})
+    per_block = max(len(alike) for alike in places.values())
+    parts = [f"{per_block} weights"] if per_block > 1 else []
+    parts += ["×".join(map(str, next(iter(shapes))))] if len(shapes) == 1 else []
+    return " ".join([*parts, f"{'/'.join(map(str, bits))}-bit"])
+
+
+def depth(report: Report) -> Plot | None:
+    """The error of each block's output, and what it would have been without what the methods changed."""
+    if not report.blocks:
+        return None
+    errors = [block["error"] for block in report.blocks]
+    before = [_before(block) for block in report.blocks]
+    given = [Given("as written", "line", errors)]
+    if any(value is not None for value in before):
+        given.insert(0, Given("before the methods' changes", "before", before))
+    worst = max(range(len(errors)), key=lambda i: errors[i] if isfinite(errors[i]) else -1)
+    description = (
+        f"The relative error of the output of {len(errors)} blocks on the calibration text. "
+        f"It is largest in block {worst} ({digits(errors[worst], 3)}), "
+        f"{digits(errors[0], 3)} in the first block and {digits(errors[-1], 3)} in the last."
+    )
+    return plot("depth", "Error of each block's output", description, _labels(report), given, _three, tick=_two)
+
+
+def _before(block: dict[str, Any]) -> float | None:
+    """A block's error before the first change that was judged by the real quantizer, where there was one."""
+    return next((line["before"] for line in block.get("log", []) if whole(line)), None)
+
+
+def seconds(report: Report) -> Plot | None:
+    """Time along the run."""
+    if not report.blocks:
+        return None
+    times = [block["seconds"] for block in report.blocks]
+    description = (
+        f"Seconds spent on each of {len(times)} blocks, {digits(sum(times), 3)} in all; "
+        f"the shortest took {digits(min(times), 3)}, the longest {digits(max(times), 3)}."
+    )
+    given = [Given("seconds", "bars", times, bars=True)]
+    return plot("seconds", "Seconds per block", description, _labels(report), given, _three, tick=lambda v: f"{v:g} s")
+
+
+def memory(report: Report) -> Plot | None:
+    """Memory along the run; None where the run did not record it."""
+    if not any("peak" in block for block in report.blocks):
+        return None
+    unit, name = (2**30, "GiB") if report.peak_memory >= 2**30 else (2**20, "MiB")
+
+    def of(key: str) -> list[float | None]:
+        return [block[key] / unit if key in block else None for block in report.blocks]
+
+    predicted = report.predicted_memory / unit
+    given = [
+        Given("predicted", "limit", [predicted] * len(report.blocks)),
+        Given("largest so far", "before", of("peak")),
+        Given("at the block's end", "line", of("memory")),
+    ]
+
+    def text(value: float) -> str:
+        return f"{digits(value, 3)} {name}"
+
+    description = (
+        f"Resident memory of the process after each block, its largest value until then, and the {text(predicted)} "
+        f"that the plan predicted. The whole run's peak was {text(report.peak_memory / unit)}."
+    )
+    return plot(
+        "memory", "Memory", description, _labels(report), given, text, tick=lambda value: f"{value:g} {name}",
+        caption="A run that was resumed shows each block's memory in the process that quantized it.",
+    )  # fmt: skip
+
+
+def _labels(report: Report) -> list[str]:
+    return [f"block {i}" for i in range(len(report.blocks))]
+
+
+def _two(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _three(value: float) -> str:
+    return digits(value, 3)

@@ -1,0 +1,105 @@
+"""A finished folder to a repository on the hub, after checking that all of it is there.
+
+huggingface_hub does the work: one commit, so that nobody sees half a model; files that are there already, from an
+upload that was broken off, are not sent again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmq.card import CARD, write_place
+from llmq.claim import STATE
+from llmq.errors import LlmqError, first_line
+from llmq.report import REPORT, Report
+from llmq.sink import check_finished
+from llmq.source import Source
+
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def push(
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
+) -> str:
+    """Upload a finished folder as one commit and say where it is. The repository and the branch are made if need be.
+
+    The example in the folder's model card then loads from the repository.
+    Raises LlmqError where the folder is unfinished or damaged, nobody is logged in, the token may not write there, or
+    the hub cannot be reached; then nothing has changed on the hub but that the empty repository may be there.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise LlmqError(f"{repo_id!r} is no repository: write it as NAME/MODEL, letters, digits, '.', '_' and '-' only")
+    check(folder)
+    if get_token() is None:
+        raise LlmqError("nobody is logged in to the hub here: run 'hf auth login', or set HF_TOKEN to a write token")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise LlmqError(
+                f"{repo_id} is there already and public: make it private in its settings, or leave out --private"
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if (folder / CARD).is_file():
+            write_place(folder, repo_id)
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message or "Upload by llmq",
+            ignore_patterns=[f"{STATE}/*", "*.partial"],
+        )
+    except Exception as error:
+        raise _explained(error, repo_id) from error
+    return str(done.commit_url)
+
+
+def check(folder: Path) -> None:
+    """Raise LlmqError unless the folder is a whole model that llmq finished.
+
+    Reads the headers of all shards, and every byte of them where the journal of the run is still there.
+    """
+    finished = check_finished(folder)
+    source = Source(folder, trust_remote_code=True, quantized_ok=True)
+    if not Report.there(folder):
+        if not finished:
+            raise LlmqError(f"{folder} has no {REPORT}: it is not a folder that llmq finished")
+        return
+    report = Report.load(folder)
+    if report.bytes != source.total_bytes:
+        raise LlmqError(
+            f"{folder}: its weights come to {source.total_bytes:,} bytes and {REPORT} says {report.bytes:,}: "
+            "they are not of one run, write the folder again"
+        )
+
+
+def _explained(error: Exception, repo_id: str) -> LlmqError:
+    """What the hub or its client raised, in a line with the way out; what is neither's is raised as it is."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    if isinstance(error, LlmqError):
+        return error
+    where = constants.ENDPOINT
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if status in (401, 403):
+        return LlmqError(
+            f"this login may not write to {repo_id} ({where} says {status}): 'hf auth whoami' shows whose it is; log "
+            "in with a token that has write access to it"
+        )
+    if status is not None:
+        return LlmqError(f"the hub ({where}) refused {repo_id}: {first_line(error)}; the same command goes on")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return LlmqError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to upload")
+    if isinstance(error, errors.HFValidationError):
+        return LlmqError(f"{repo_id!r} is no repository: {first_line(error)}")
+    if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError):
+        return LlmqError(
+            f"{repo_id}: the hub ({where}) cannot be reached ({type(error).__name__}); check the network: the same "
+            "command goes on, and does not send again what has arrived"
+        )
+    raise error

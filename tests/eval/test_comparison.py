@@ -1,0 +1,182 @@
+"""Intervals and tests against scipy.stats, and what a comparison says of results that are known beforehand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llmq.errors import LlmqError
+from llmq_eval import intervals, tables
+from llmq_eval.comparison import Comparison, comparison
+from llmq_eval.results import Measure, Results
+from llmq_eval.store import collect
+from tests.conftest import Run
+
+RANDOM = np.random.default_rng(0)
+BASE = RANDOM.normal(2.0, 0.3, 40)
+
+
+def results(name: str, size: int, samples: np.ndarray, right: np.ndarray, kl: np.ndarray | None) -> Results:
+    value = float(np.exp(samples.mean()))
+    measures = [
+        Measure("perplexity:demo", "perplexity", value, 1.0, 2.0, "", False, "text", samples.tolist()),
+        Measure("piqa", "acc", float(right.mean()), 0.1, 0.9, "share", True, "piqa", right.astype(float).tolist()),
+    ]
+    if kl is not None:
+        measures.append(Measure("divergence:demo", "kl", float(kl.mean()), 0.0, 1.0, "nats", False, "kl", kl.tolist()))
+    base = None if kl is None else "/models/base"
+    return Results(f"/models/{name}", base, size, 4.0, {"llmq": "1"}, {"cpu": "x"}, f"{name}0123", measures)
+
+
+@pytest.fixture
+def five() -> list[Results]:
+    right = RANDOM.random(200) < 0.7
+    worse = right & (RANDOM.random(200) < 0.6)
+    noise = RANDOM.normal(0, 0.05, 40)
+    noise -= noise.mean()
+    return [
+        results("good", 50, BASE + 0.01, right, np.full(40, 0.01) + noise / 50),
+        results("same", 50, BASE + 0.01 + noise, right, np.full(40, 0.0101) + noise / 10),
+        results("bad", 40, BASE + 0.2, worse, np.full(40, 0.2) + noise),
+        results("large", 90, BASE + 0.3, worse, np.full(40, 0.3) + noise),
+        results("base", 100, BASE, right, None),
+    ]
+
+
+def test_intervals_as_scipy_has_them() -> None:
+    values = RANDOM.normal(3, 2, 17).tolist()
+    centre, low, high = intervals.mean(values)
+    expected = stats.t.interval(0.95, 16, loc=np.mean(values), scale=stats.sem(values))
+    assert (low, high) == pytest.approx(expected) and centre == pytest.approx(np.mean(values))
+    for hits in (0, 3, 20):
+        wilson = stats.binomtest(hits, 20).proportion_ci(method="wilson")
+        assert intervals.share(hits, 20) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
+    assert intervals.mean([1.0]) == (1.0, None, None)
+
+
+def test_median_interval_covers_it() -> None:
+    assert intervals.median([5, 1, 4, 2, 3]) == (3.0, None, None)
+    assert intervals.median([7, 1, 5, 2, 4, 3]) == (3.5, 1, 7)
+    draws = np.random.default_rng(1).exponential(size=(2000, 15))
+    inside = [low <= np.log(2) <= high for row in draws for _, low, high in [intervals.median(row.tolist())]]  # type: ignore[operator]
+    assert 0.95 <= np.mean(inside) <= 0.975
+
+
+def test_paired_tests_as_scipy_has_them() -> None:
+    first, second = RANDOM.normal(0, 1, 30), RANDOM.normal(0.4, 1, 30)
+    found = intervals.paired(first.tolist(), second.tolist())
+    expected = stats.ttest_rel(first, second)
+    low, high = expected.confidence_interval(0.95)
+    assert found is not None and found.name == "paired t"
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, low, high))
+    one, other = RANDOM.random(60) < 0.8, RANDOM.random(60) < 0.6
+    exact = intervals.paired(one.astype(float).tolist(), other.astype(float).tolist())
+    gained, lost = int((one & ~other).sum()), int((~one & other).sum())
+    assert exact is not None and exact.name == "exact McNemar"
+    assert exact.p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+
+
+def test_holm() -> None:
+    assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert intervals.holm([0.9, 0.5]) == [1.0, 1.0]
+
+
+def by_pair(found: Comparison, task: str) -> dict[tuple[str, str], str]:
+    return {(found.models[c.first], found.models[c.second]): c.verdict for c in found.contrasts if c.task == task}
+
+
+def test_what_is_noise_and_what_is_not(five: list[Results]) -> None:
+    found = comparison(five)
+    assert found.base == 0 and found.models == ("base", "good", "same", "bad", "large")
+    perplexity = by_pair(found, "perplexity:demo")
+    assert perplexity["good", "same"] == "within noise"
+    assert perplexity["bad", "base"] == "worse" and perplexity["bad", "large"] == "better"
+    # So small a loss in every window alike is no noise, though its interval is far inside that of either value.
+    assert perplexity["good", "base"] == "worse"
+    assert by_pair(found, "piqa") == {
+        ("good", "base"): "within noise",
+        ("same", "base"): "within noise",
+        ("bad", "base"): "worse",
+        ("large", "base"): "worse",
+        ("good", "same"): "within noise",
+        ("good", "bad"): "better",
+        ("good", "large"): "better",
+        ("same", "bad"): "better",
+        ("same", "large"): "better",
+        ("bad", "large"): "within noise",
+    }
+    line = found.lines[0]
+    assert line.cells[0].recovery == pytest.approx(100) and line.cells[3].recovery == pytest.approx(100 / np.exp(0.2))
+    bad = line.cells[3].to_base
+    assert bad is not None and bad.difference == pytest.approx(np.exp(BASE.mean() + 0.2) - np.exp(BASE.mean()))
+    assert bad.low is not None and bad.high is not None and bad.low <= bad.difference <= bad.high
+
+
+def test_pareto_front(five: list[Results]) -> None:
+    found = comparison(five)
+    front = {found.models[point.model] for point in found.pareto if point.front}
+    assert {found.models[point.model] for point in found.pareto} == set(found.models)
+    assert front == {"bad", "good", "base"}
+
+
+def test_other_protocols_are_not_compared(five: list[Results]) -> None:
+    first = five[0].measures[0]
+    five[0].measures[0] = replace(first, protocol="another window")
+    found = comparison(five)
+    assert any("perplexity:demo perplexity was measured by different protocols" in note for note in found.notes)
+    assert all("good" not in names for names in by_pair(found, "perplexity:demo"))
+    assert found.lines[0].cells[1].recovery is None
+
+
+def test_tables(five: list[Results]) -> None:
+    found = comparison(five)
+    text = tables.markdown(found)
+    assert "| base (base) | good |" in text and "≈" in text and "▼" in text and "no other is both smaller" in text
+    assert any("good ≈ same > bad > large" in line for line in tables.ranks(found))
+    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(found))))
+    assert len(rows) == 14
+    row = next(row for row in rows if (row["model"], row["metric"]) == ("good", "kl"))
+    kl = five[0].find("divergence:demo", "kl")
+    assert kl is not None and float(row["value"]) == kl.value
+    pairs = list(csv.DictReader(io.StringIO(tables.comma_separated(found, pairs=True))))
+    assert len(pairs) == len(found.contrasts) == 26
+
+
+def test_results_come_back_as_they_were(five: list[Results], tmp_path: Path) -> None:
+    measures = [replace(five[0].measures[0], value=float("inf"), low=None), *five[0].measures[1:]]
+    file = replace(five[0], measures=measures).save(tmp_path)
+    back = Results.load(file)
+    assert back.measures[1:] == five[0].measures[1:] and np.isnan(back.measures[0].value)
+    for one in five:
+        one.save(tmp_path)
+    assert {one.model for one in collect([str(tmp_path)], tmp_path)} == {one.model for one in five}
+    alone = collect([str(five[0].path(tmp_path))], tmp_path)
+    assert [one.name for one in alone] == ["good", "base"]
+
+
+def test_compare_on_the_command_line(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    out = tmp_path / "out"
+    short = ("--text", text_file, "--window", 32, "--max-windows", 3, "--out", out)
+    done = llmq("compare", tiny_model, "--out", out)
+    assert done.returncode == 2 and "run `llmq eval" in done.stderr
+    assert llmq("eval", tiny_model, "--base", tiny_model, *short).returncode == 0
+    for place in (tiny_model, out, next((out / "results").iterdir())):
+        done = llmq("compare", place, "--out", out, "--format", "csv")
+        assert done.returncode == 0, done.stderr
+        assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
+    done = llmq("compare", out, "--format", "pdf")
+    assert done.returncode == 2 and "table, markdown, csv" in done.stderr
+    (tmp_path / "broken.json").write_text("{}")
+    done = llmq("compare", tmp_path / "broken.json")
+    assert done.returncode == 2 and "holds no results" in done.stderr
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(LlmqError, match="run `llmq eval` first"):
+        comparison([])

@@ -1,0 +1,108 @@
+"""An evaluation that is killed goes on from what it finished, and comes to the same numbers, digit for digit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmq_eval.journal import Journal
+from tests.conftest import ROOT, Done, Run
+
+
+def start(*args: object) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval", *filter(None, sys.path))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llmq.cli", "eval", *map(str, args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_after(lines: int, process: subprocess.Popen[bytes], out: Path, kind: str) -> int:
+    """Kill the process once a task's journal has so many lines; how many it had in the end."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        for file in out.glob(f"cache/{kind}*.journal"):
+            if file.read_bytes().count(b"\n") >= lines:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return file.read_bytes().count(b"\n")
+        time.sleep(0.002)
+    process.kill()
+    raise AssertionError("the evaluation was over, or never began")
+
+
+def numbers(out: Path) -> dict[str, object]:
+    """Everything measured under `out`, by model."""
+    return {file.name.rpartition("-")[0]: json.loads(file.read_text())["measures"] for file in out.glob("results/*")}
+
+
+def resumed(done: Done) -> bool:
+    return done.returncode == 0 and "going on from" in done.stderr
+
+
+def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    options = ("--text", text_file, "--window", 32, "--max-windows", 400, "--batch", 3)
+    command = (tiny_model, "--base", tiny_model, "--tasks", "perplexity,divergence", *options)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert llmq("eval", *command, "--out", whole).returncode == 0
+    for kind in ("perplexity", "divergence"):
+        kept = kill_after(3, start(*command, "--out", broken), broken, kind)
+        assert kept < 134
+    done = llmq("eval", *command, "--out", broken)
+    assert resumed(done), done.stderr
+    assert numbers(broken) == numbers(whole)
+    assert not list(broken.glob("cache/*.journal"))
+    again = llmq("eval", *command, "--out", broken)
+    assert again.stderr.count("measured before") == 2
+    assert numbers(broken) == numbers(whole)
+
+
+def test_killed_between_requests(tmp_path: Path, llmq: Run) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    rows = [
+        {"goal": f"count to {i}", "sol1": "one two " * (1 + i % 7), "sol2": "three", "label": i % 2} for i in range(150)
+    ]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("demo", "--tasks", "piqa", "--data-dir", data, "--batch-size", 4)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert llmq("eval", *command, "--out", whole).returncode == 0
+    assert kill_after(2, start(*command, "--out", broken), broken, "piqa") < 74
+    done = llmq("eval", *command, "--out", broken)
+    assert resumed(done), done.stderr
+    assert numbers(broken) == numbers(whole)
+
+
+def test_a_changed_model_is_measured_again(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    command = ("eval", folder, "--text", text_file, "--window", 32, "--max-windows", 2, "--out", tmp_path / "out")
+    assert "measured before" not in llmq(*command).stderr
+    assert "measured before" in llmq(*command).stderr
+    assert "measured before" not in llmq(*command, "--batch", 2).stderr
+    assert "measured before" not in llmq(*command, "--fresh").stderr
+    state = (folder / "model.safetensors").stat()
+    os.utime(folder / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert "measured before" not in llmq(*command).stderr
+
+
+def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "journal"
+    with Journal(file) as journal:
+        journal.add({"0": 0.1 + 0.2, "1": [1e-300, True]})
+        journal.add({"2": 3})
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    with Journal(file) as journal:
+        assert journal.done == {"0": 0.1 + 0.2, "1": [1e-300, True]}
+        journal.add({"2": 4})
+    assert Journal(file).done == {"0": 0.1 + 0.2, "1": [1e-300, True], "2": 4}

@@ -1,0 +1,76 @@
+"""The model card: metadata that huggingface_hub reads, only what was tried said to work, numbers put in later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llmq.card import hub_id, model_card, write_measured, write_place
+from llmq.errors import LlmqError
+from tests.llmq.page.reports import measure, report
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    metadata = "license: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage:\n- en\n- de\ntags:\n- x\n"
+    (tmp_path / "README.md").write_text(f"---\n{metadata}---\n# Base\n")
+    return tmp_path
+
+
+def test_metadata(source: Path) -> None:
+    data = ModelCard(model_card(report(2), source)).data
+    assert data.base_model == "org/name" and data.to_dict()["base_model_relation"] == "quantized"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.tags == ["llmq", "compressed-tensors", "4-bit"]
+    assert (data.license, data.license_name, data.language) == ("other", "own", ["en", "de"])
+
+
+@pytest.mark.parametrize("card", [None, "# no metadata", "---\n: [broken\n---\n", "---\n- a list\n---\n", b"\xff\xfe"])
+def test_a_source_without_metadata(tmp_path: Path, card: str | bytes | None) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    data = ModelCard(model_card(report(2, model=str(tmp_path)), tmp_path)).data
+    assert data.license is None and data.base_model is None
+
+
+def test_ids() -> None:
+    cached = Path("/home/me/.cache/huggingface/hub/models--org--name--x/snapshots/0123")
+    assert hub_id("org/name") == "org/name" and hub_id("name") == "name"
+    assert hub_id(str(cached), cached) == "org/name--x".replace("--", "/")
+    assert hub_id("/models/name", Path("/models/name")) is None and hub_id("demo", Path("/x")) is None
+
+
+def test_usage_says_what_was_tried(source: Path) -> None:
+    text = model_card(report(2), source)
+    assert "With vLLM, which was not tried" in text and "from vllm import LLM" in text
+    odd = model_card(report(2, loaders=["vLLM has no kernels for 3 bits (not tried)"]), source)
+    assert "import LLM" not in odd and "no kernels for 3 bits" in odd
+    assert "left alone: kept by --keep; outside the decoder blocks" in text
+
+
+def test_numbers_are_put_in_and_replaced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text(model_card(report(2), source))
+    before = (out / "README.md").read_text()
+    assert "## Measured" not in before
+    base = [measure("perplexity:demo", "perplexity", 5.0, protocol="a | b")]
+    for value in (6.0, 5.5):
+        write_measured(out, [measure("perplexity:demo", "perplexity", value, protocol="a | b")], base)
+    text = (out / "README.md").read_text()
+    assert "| perplexity:demo | perplexity | 5.500 | 5.390 – 5.610 | 5.000 | 90.9 % |" in text
+    assert "6.000" not in text and text.count("## Measured") == 1
+    write_measured(out, [])
+    assert (out / "README.md").read_text() == before
+    write_place(out, "me/name-w4")
+    assert (out / "README.md").read_text() == before.replace("PATH_TO_THIS_FOLDER", "me/name-w4")
+
+
+def test_a_card_of_another(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# mine")
+    with pytest.raises(LlmqError, match="llmq did not write it"):
+        write_measured(tmp_path, [])
+    write_place(tmp_path, "me/x")
+    assert (tmp_path / "README.md").read_text() == "# mine"
