@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq import cli_adapters, cli_eval, cli_push
+from llmq import cli_adapters, cli_eval, cli_push, cli_tune
 from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.recipe import Recipe
 
@@ -142,6 +142,7 @@ def generate(
 cli_eval.add(app)
 cli_adapters.add(app, with_recipe, explained)
 app.command()(cli_push.push)
+app.command()(cli_tune.tune)
 
 
 def main() -> None:
