@@ -97,7 +97,7 @@ class Tasks:
         except Exception as error:
             raise self._explained(name, error) from error
         adapter.flush()
-        return _measures(name, found, settings, self.data.get(name))
+        return _measures(name, found, self.data.get(name))
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
@@ -251,14 +251,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     return Adapter()
 
 
-def _measures(name: str, found: dict[str, Any], settings: Settings, local: str | None) -> list[Measure]:
+def _measures(name: str, found: dict[str, Any], local: str | None) -> list[Measure]:
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
     config = found["configs"][parts[0]]
     documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
         f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else ' from local files'}, {config['output_type']}"
+        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}"
     )
     made = []
     scopes = [name] if name in found["results"] else parts
@@ -270,7 +270,9 @@ def _measures(name: str, found: dict[str, Any], settings: Settings, local: str |
                 continue
             stderr = found["results"][scope].get(f"{metric}_stderr,{kind}")
             metric = metric if kind == "none" else f"{metric} ({kind})"
-            better = found.get("higher_is_better", {}).get(scope, {}).get(label.partition(",")[0])
+            directions = found.get("higher_is_better", {})
+            of_task = directions.get(scope) or directions.get(parts[0]) or {}
+            better = of_task.get(label.partition(",")[0])
             made.append(_measure(scope, metric, float(value), stderr, better, protocol, _samples(found, of, label)))
     return made
 

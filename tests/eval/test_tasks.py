@@ -121,6 +121,7 @@ def test_groups(tmp_path: Path, llmq: Run) -> None:
     (results,) = (tmp_path / "out" / "results").iterdir()
     (measure,) = json.loads(results.read_text())["measures"]
     assert (measure["task"], measure["metric"], len(measure["samples"])) == ("mmlu", "acc", 57)
+    assert measure["higher_is_better"] is True
     assert measure["value"] == pytest.approx(sum(measure["samples"]) / 57)
     write_rows(file, of[4:])
     refused(llmq("eval", "demo", *options), subjects[0], "mmlu needs", "mmlu_test.jsonl")
