@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmq.errors import LlmqError
+from llmq.options import err_console, explained
 
 
 def tune(
@@ -19,25 +20,29 @@ def tune(
     again: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
 ) -> None:
     """Measure launch configurations of the integer kernels on this GPU and keep the fastest for later runs."""
-    from rich.progress import Progress
+    with explained():
+        from rich.progress import Progress
 
-    from llmq_kernels import tune as kernels
+        from llmq_kernels import tune as kernels
 
-    shapes = [parse(text) for text in shape]
-    try:
-        with Progress() as bar:
-            task = bar.add_task("measuring", total=None)
+        shapes = [parse(text) for text in shape]
+        try:
+            with Progress(console=err_console) as bar:
+                task = bar.add_task("measuring", total=None)
 
-            def advance(done: int, total: int, line: str) -> None:
-                bar.update(task, completed=done, total=total)
-                bar.console.print(line)
+                def advance(done: int, total: int, line: str) -> None:
+                    bar.update(task, completed=done, total=total)
+                    bar.console.print(line)
 
-            path: Path = kernels.tune(
-                shapes, bits or (4,), group_size or (128,), rows or kernels.ROWS, device, again, advance
-            )
-    except ValueError as error:
-        raise LlmqError(str(error)) from error
-    typer.echo(f"kept in {path}")
+                path: Path = kernels.tune(
+                    shapes, bits or (4,), group_size or (128,), rows or kernels.ROWS, device, again, advance
+                )
+        except ValueError as error:
+            raise LlmqError(str(error)) from error
+        except KeyboardInterrupt:
+            err_console.print("interrupted; what was measured is kept: the same command goes on from there")
+            raise typer.Exit(130) from None
+        typer.echo(f"kept in {path}")
 
 
 def parse(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ not fit together, the base's log-probabilities wait on disk.
 from __future__ import annotations
 
 import base64
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,6 +148,7 @@ def stored(
                 np.save(Path(place) / f"{span.start}.npy", of(span).cpu().numpy())
                 bar.advance(task, len(span))
         del model, of
+        gc.collect()
         # What is read back is what was computed, bit for bit: the numbers are those of two models in memory.
         yield lambda span: torch.from_numpy(np.load(Path(place) / f"{span.start}.npy")).to(device)
 

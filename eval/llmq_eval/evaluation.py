@@ -7,7 +7,6 @@ and the versions, beside it the journal of a task that is not finished, tasks/ t
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -151,9 +150,10 @@ class _Evaluation:
         if self.options.fresh:
             file.unlink(missing_ok=True)
             journal.unlink(missing_ok=True)
-        if file.is_file():
+        held = measures.read(file)
+        if held is not None:
             self.note(f"{subject.given} {name}: measured before, taken from {file} (--fresh measures again)")
-            return measures.read(file)
+            return held
         with Journal(journal) as pieces:
             if pieces.done:
                 self.note(f"{subject.given} {name}: going on from {len(pieces.done)} finished pieces")
@@ -169,7 +169,7 @@ class _Evaluation:
         parts |= {"versions": versions(*(["lm_eval"] if kind not in OWN else []))}
         if name in self.windows:
             ids = self.windows[name].ids
-            parts |= {"ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(), "shape": list(ids.shape)}
+            parts |= {"ids": self.windows[name].digest, "shape": list(ids.shape)}
             parts |= {"batch": o.batch, "protocol": self.windows[name].protocol}
         if kind == "divergence":
             assert self.base is not None

@@ -23,9 +23,12 @@ def to_json(measures: Sequence[Measure]) -> str:
     return json.dumps([plain(asdict(measure)) for measure in measures], allow_nan=False) + "\n"
 
 
-def read(file: Path) -> list[Measure]:
-    """What `to_json` wrote."""
-    return [measure_from(data) for data in json.loads(file.read_text(encoding="utf-8"))]
+def read(file: Path) -> list[Measure] | None:
+    """What `to_json` wrote; None if it is not there, or nothing that can be read."""
+    try:
+        return [measure_from(data) for data in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def perplexity(text: str, found: Perplexity) -> Measure:

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmq.errors import LlmqError
 from llmq.report import VERSIONS
 
 _SMALL = 1 << 25  # bytes of a file whose content is hashed; larger ones go by size and time
@@ -52,10 +53,16 @@ class Subject:
 
     @cached_property
     def weights(self) -> tuple[int, int, float]:
-        """Numbers in all weights, their bytes on disk, bits per weight."""
+        """Numbers in all weights, their bytes on disk, bits per weight (0 where the layout is not known)."""
         from llmq.inspection import inspect_folder
 
-        found = inspect_folder(self.folder)
+        try:
+            found = inspect_folder(self.folder)
+        except LlmqError:
+            # Whatever from_pretrained loads can be measured, also what is no safetensors checkpoint.
+            kinds = (".safetensors", ".bin", ".pt", ".gguf")
+            nbytes = sum(file.stat().st_size for file in self.folder.iterdir() if file.suffix in kinds)
+            return nbytes, nbytes, 0.0
         return found.size, found.nbytes, found.bits_per_weight
 
 

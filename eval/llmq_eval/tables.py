@@ -125,7 +125,7 @@ def front(found: Comparison) -> list[str]:
 def _grid(found: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = [
         ["size", *(size(one.bytes) for one in found.results)],
-        ["bits per weight", *(f"{one.bits_per_weight:.2f}" for one in found.results)],
+        ["bits per weight", *(f"{one.bits_per_weight:.2f}" if one.bits_per_weight else "?" for one in found.results)],
     ]
     rows += [[_title(line), *(_cell(cell) for cell in line.cells)] for line in found.lines]
     names = [name + (" (base)" if i == found.base else "") for i, name in enumerate(found.models)]

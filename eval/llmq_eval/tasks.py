@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Tasks:
     """
 
     def __init__(self, names: Sequence[str], data_dir: Path | None = None, include: Path | None = None) -> None:
-        manager = _manager()
+        manager = known = _manager()
         unknown = [name for name in names if name not in manager.task_index]
         if unknown:
             raise unknown_task(unknown[0], manager.all_tasks)
@@ -51,8 +52,9 @@ class Tasks:
             assert include is not None
             for name in names:
                 self._from_folder(manager, name, data_dir, include)
-            # A second look at lm-eval's own thousands of files takes ten seconds: only the new ones are read.
-            manager.task_index.update(_manager(include).task_index)
+            manager = _manager(include)
+            for name, entry in known.task_index.items():
+                manager.task_index.setdefault(name, entry)
         self.manager = manager
 
     def _from_folder(self, manager: Any, name: str, data_dir: Path, include: Path) -> None:
@@ -95,7 +97,7 @@ class Tasks:
         except Exception as error:
             raise self._explained(name, error) from error
         adapter.flush()
-        return _measures(name, found, settings, self.data.get(name))
+        return _measures(name, found, self.data.get(name))
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
@@ -133,12 +135,23 @@ def check_installed(names: Sequence[str]) -> None:
         raise LlmqError(f"{names[0]}: {hint}{INSTALL}")
 
 
-def _manager(include: Path | None = None) -> Any:
-    """lm-eval's own tasks, or those of a folder alone."""
+@cache
+def _own() -> Any:
+    """lm-eval's own tasks: thousands of files, ten seconds."""
     _quiet()
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include and str(include), include_defaults=include is None)
+    return TaskManager()
+
+
+def _manager(include: Path | None = None) -> Any:
+    """lm-eval's own tasks, or those of a folder alone."""
+    if include is None:
+        return _own()
+    _quiet()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(include), include_defaults=False)
 
 
 def leaves(manager: Any, name: str) -> list[str]:
@@ -238,14 +251,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     return Adapter()
 
 
-def _measures(name: str, found: dict[str, Any], settings: Settings, local: str | None) -> list[Measure]:
+def _measures(name: str, found: dict[str, Any], local: str | None) -> list[Measure]:
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
     config = found["configs"][parts[0]]
     documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
         f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else ' from local files'}, {config['output_type']}"
+        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}"
     )
     made = []
     scopes = [name] if name in found["results"] else parts
@@ -257,7 +270,9 @@ def _measures(name: str, found: dict[str, Any], settings: Settings, local: str |
                 continue
             stderr = found["results"][scope].get(f"{metric}_stderr,{kind}")
             metric = metric if kind == "none" else f"{metric} ({kind})"
-            better = found.get("higher_is_better", {}).get(scope, {}).get(label.partition(",")[0])
+            directions = found.get("higher_is_better", {})
+            of_task = directions.get(scope) or directions.get(parts[0]) or {}
+            better = of_task.get(label.partition(",")[0])
             made.append(_measure(scope, metric, float(value), stderr, better, protocol, _samples(found, of, label)))
     return made
 

@@ -6,8 +6,10 @@ nothing), and cut into consecutive windows that do not overlap; what is left ove
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,16 @@ class Windows:
         """Tokens in a window."""
         return self.ids.shape[1]
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the ids: what tells two texts of one name apart."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
     @property
     def protocol(self) -> str:
         """The part of a protocol that says which tokens are predicted."""
         return (
-            f"{self.name}, tokenized whole, {self.count} × {self.length} tokens without overlap, "
+            f"{self.name}, tokenized whole, {self.count} × {self.length} tokens without overlap, ids {self.digest[:8]}, "
             "every token after a window's first predicted"
         )
 
