@@ -44,11 +44,11 @@ def divergence(text: str, found: Divergence) -> list[Measure]:
     """Means with their intervals over windows; quantiles over positions, with intervals by resampling windows."""
     task = f"divergence:{text}"
     made = []
-    of: list[tuple[str, list[float], str, bool]] = [
+    of: list[tuple[str, list[float], str, bool | None]] = [
         ("kl", found.kl, "nats", False),
         ("top1", found.top1, "share", True),
         ("lost", found.lost, "share", False),
-        ("gained", found.gained, "share", True),
+        ("gained", found.gained, "share", None),
     ]
     for metric, samples, unit, better in of:
         value, low, high = intervals.mean(samples)

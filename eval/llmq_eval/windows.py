@@ -84,8 +84,8 @@ class Windows:
     def protocol(self) -> str:
         """The part of a protocol that says which tokens are predicted."""
         return (
-            f"{self.name}, tokenized whole, {self.count} × {self.length} tokens without overlap, ids {self.digest[:8]}, "
-            "every token after a window's first predicted"
+            f"{self.name}, tokenized whole, {self.count} × {self.length} tokens without overlap, "
+            f"ids {self.digest[:8]}, every token after a window's first predicted"
         )
 
     def check(self, model: Any, folder: Path) -> None:

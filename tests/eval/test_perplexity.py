@@ -15,7 +15,7 @@ import torch
 
 from llmq.errors import LlmqError
 from llmq_eval import perplexities, perplexity
-from tests.conftest import write_tiny_model
+from tests.conftest import Run, write_tiny_model
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
@@ -136,12 +136,15 @@ def test_other_tokenizers_are_refused(tiny_model: Path, text_file: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "window", "special"), [("books8m", 64, True), ("stories260K", 64, False)])
+@pytest.mark.parametrize("quantized", [False, True])
 @needs_shared
 def test_equals_the_peers_script(
     name: str,
     window: int,
     special: bool,
+    quantized: bool,
     tmp_path: Path,
+    llmq: Run,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -149,6 +152,11 @@ def test_equals_the_peers_script(
     text = tmp_path / "text.txt"
     text.write_text((SHARED / "data" / "books" / "heldout.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     folder = SHARED / "models" / name
+    if quantized:
+        more = ("--bits", 4, "--group-size", 64, "--ragged", "smaller")
+        assert llmq("quantize", folder, "-o", tmp_path / "w4", "--method", "rtn", *more).returncode == 0
+        folder = tmp_path / "w4"
+        capsys.readouterr()
     arguments = [folder, text, "--seqlen", window, "--max-windows", 8, "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["ppl.py", *map(str, arguments), "--threads", str(torch.get_num_threads())])
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the script sets some
