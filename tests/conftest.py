@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU, Triton's kernels run in its interpreter; triton looks for this once, and whatever is collected first
+# may import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -34,7 +39,6 @@ def write_tiny_model(
     folder: Path, *, layers: int = 3, shard: str = "200GB", dtype: str = "float32", **changes: int
 ) -> Path:
     """A random decoder of a few hundred kilobytes, saved by transformers."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
