@@ -13,6 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from bench_operators import Operator
 from torch import Tensor
@@ -134,8 +135,10 @@ def _captured(copies: Sequence[Operator], x: Tensor, rounds: int) -> Callable[[]
 
 def busy(device: torch.device) -> str:
     """A warning where other processes want the processor too; call it before there is work of one's own."""
-    load = os.getloadavg()[0]
-    if device.type == "cuda" or load < 0.5:
+    if device.type == "cuda":
+        return ""
+    load = psutil.cpu_percent(interval=1) / 100 * (os.cpu_count() or 1)
+    if load < 0.2:
         return ""
     return f"other processes kept {load:.1f} of {os.cpu_count()} processors busy before this run: times are unsteady"
 
