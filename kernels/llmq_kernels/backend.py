@@ -18,14 +18,28 @@ def triton_refusal(device: torch.device) -> str | None:
     """
     if not _installed():
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cuda":
+        return _too_old(device)
+    if os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels run on a GPU, not on {device.type}"
     return None
 
 
 def on_triton(x: Tensor) -> bool:
     """Whether a product with this input runs on Triton's kernels. They read bfloat16 and float16."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _installed()
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and _installed()
+        and _too_old(x.device) is None
+    )
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton kernels need compute capability 8.0, which {torch.cuda.get_device_name(device)} has not"
+    return None
 
 
 @functools.cache

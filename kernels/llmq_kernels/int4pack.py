@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmq_kernels.checks import FLOATS
 from llmq_kernels.reference import unpack_codes
 
 NAME = "int4pack"
@@ -182,7 +183,7 @@ def linear(
     group_size: int,
 ) -> Tensor:
     """x · Wᵀ + bias from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
-    blocks = _check(packed, scale, zero, out_features, in_features)
+    blocks = _check(packed, scale, zero, out_features, in_features, group_size)
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [rows, {in_features}], not {[*x.shape]}")
     of_operator = x.dtype == scale.dtype == torch.bfloat16 and scale.shape[2] == 2
@@ -210,7 +211,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [out, in] in `dtype`, from what `pack` made."""
-    blocks = _check(packed, scale, zero, out_features, in_features)
+    blocks = _check(packed, scale, zero, out_features, in_features, group_size)
     weight = packed.new_empty(out_features, in_features, dtype=dtype)
     for rows, slab in _slabs(blocks, scale, zero, dtype):
         part = weight[rows]
@@ -218,7 +219,9 @@ def dequantize(
     return weight
 
 
-def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int) -> Tensor:
+def _check(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group_size: int
+) -> Tensor:
     """The packed bytes by block. The operator itself would read past the end of scales that are too few."""
     how = _known()
     rows = -(-out_features // how.block) * how.block
@@ -226,9 +229,8 @@ def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, out_features: int
     fits = (
         packed.dtype == torch.uint8
         and packed.shape == (rows, in_features // 2)
-        and groups * OPERATOR_GROUPS[-1] <= in_features
-        and in_features % groups == 0
-        and in_features // groups in OPERATOR_GROUPS
+        and scale.dtype in FLOATS
+        and groups * (_group(in_features, group_size) or 0) == in_features
         and scale.shape[1:] in ((rows, 1), (rows, 2))
         and (zero is None or (zero.dtype == torch.int8 and zero.shape == (groups, rows)))
     )

@@ -38,13 +38,16 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None,
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1] or [1]."""
+    """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1]."""
     if input_scale is None:
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
-    else:
-        scale = input_scale.to(x.dtype)
-    return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+        return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+    scale = input_scale.to(x.dtype)
+    levels = (x / scale).clamp_(-128, 127).round_()
+    # What is no number has no code; its row gets no scale, as a largest magnitude would be none.
+    strange = levels.isnan().any(-1, keepdim=True)
+    return levels.nan_to_num_(0).to(torch.int8), scale.expand(x.shape[0], 1).masked_fill(strange, torch.nan)
 
 
 def multiply(codes: Tensor, weight: Tensor) -> Tensor:

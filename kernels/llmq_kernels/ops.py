@@ -157,13 +157,13 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
 def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient with respect to x of `int8_linear`, as if x were not rounded: grad [..., out] · W → [..., in]."""
     flat = grad.reshape(-1, weight.shape[0])
-    total = grad.new_zeros(flat.shape[0], weight.shape[1])
+    total = grad.new_zeros(flat.shape[0], weight.shape[1], dtype=torch.float32)
     step = max(1, SLAB // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
         dense = weight[part].to(torch.float32) * scale[part].to(torch.float32)
         total += flat[:, part] @ dense.to(grad.dtype)
-    return total.view(*grad.shape[:-1], weight.shape[1])
+    return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
 def _check_nf4(

@@ -25,6 +25,7 @@ from torch.nn.functional import linear as dense
 
 from llmq_kernels import reference
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.checks import FLOATS, check, check_sizes
 
 if TYPE_CHECKING:
     from llmq_kernels.triton.configs import Config
@@ -44,14 +45,9 @@ def refusal(
         return f"inputs must be bfloat16 or float16, not {dtype}"
     if bits not in TILE:
         return f"codes must have 2, 3, 4 or 8 bits, not {bits}"
-    if group_size % 32 and group_size < in_features:
+    if group_size < 1 or (group_size % 32 and group_size < in_features):
         return f"groups must be multiples of 32 or whole rows, not {group_size} of {in_features}"
-    reason = triton_refusal(device)
-    if reason is None and device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"needs compute capability 8.0, not {major}.{minor}"
-    return reason
+    return triton_refusal(device)
 
 
 def pack(
@@ -104,6 +100,10 @@ def linear(
     group_size: int,
 ) -> Tensor:
     """x [M, in] → [M, out] in x's dtype, by the kernel that `configs.choose` names for M rows."""
+    check_planes(packed, scale, zero, bits, out_features, in_features, group_size)
+    for name, tensor in (("packed", packed), ("scale", scale), ("zero", zero)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, as pack returns it, not with strides {[*tensor.stride()]}")
     from llmq_kernels.triton import configs
 
     gpu = configs.gpu_of(x.device)
@@ -163,6 +163,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+    check_planes(packed, scale, zero, bits, out_features, in_features, group_size)
     from llmq_kernels.triton import configs
     from llmq_kernels.triton.dequantize import launch
 
@@ -174,3 +175,21 @@ def dequantize(
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU, which need not be the one a layer lies on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check_planes(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> None:
+    """Raises TypeError or ValueError unless these are as `pack` returns them: kernels would read past their end."""
+    check_sizes(bits, group_size)
+    width = -(-in_features // TILE[bits]) * (96 if bits == 3 else 32)
+    check("packed", packed, torch.int16, (out_features, width))
+    check("scale", scale, FLOATS, (-(-in_features // group_size), out_features))
+    if zero is not None:
+        check("zero", zero, torch.int8, tuple(scale.shape))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import reference
+from llmq_kernels.checks import check_stream
 
 NAME = "stream"
 SLAB = 1 << 20
@@ -49,6 +50,7 @@ def linear(
     group_size: int,
 ) -> Tensor:
     """x [M, in] → [M, out] in x's dtype, slab by slab of output rows."""
+    check_stream(packed, scale, zero, bits, in_features, group_size, out_features)
     y = x.new_empty(x.shape[0], out_features)
     for part, weight in slabs(packed, scale, zero, bits, in_features, group_size):
         y[:, part] = reference.linear(x, weight, None if bias is None else bias[part])
@@ -66,6 +68,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+    check_stream(packed, scale, zero, bits, in_features, group_size, out_features)
     whole = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     for part, weight in slabs(packed, scale, zero, bits, in_features, group_size):
         whole[part] = weight

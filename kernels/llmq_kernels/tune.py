@@ -40,7 +40,12 @@ def tune(
     again: measure also what the table holds. progress(done, total, line) is called after each product. Returns the
     table's path. Raises ValueError without a GPU, or for a weight that the Triton kernels refuse.
     """
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no device: give cuda, or cuda:1 …") from error
+    if min((*group_sizes, *rows, *(size for shape in shapes for size in shape)), default=1) < 1:
+        raise ValueError("shapes, groups and rows are at least 1")
     if where.type != "cuda" or not torch.cuda.is_available():
         raise ValueError("tuning measures on a GPU, and torch sees none here")
     reason = triton_refusal(where)
@@ -84,6 +89,8 @@ def fastest(
             times.append((seconds(x, packed, scale, bits, group_size, config, gpu.mode) * 1e6, config))
         except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
             torch.cuda.synchronize(device)
+    if not times:
+        raise ValueError(f"no configuration for [{out}, {width}] of {bits} bits at {m} rows runs on {gpu.name}")
     return min(times, key=lambda pair: pair[0])
 
 

@@ -52,7 +52,7 @@ def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtyp
     codes, x_scale = int8_cpu.round_input(x, None)
     exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t() + bias.double()
     assert y.dtype == dtype
-    assert torch.allclose(y.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=1e-4)
+    assert torch.allclose(y.double(), exact.to(dtype).double(), rtol=3 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_refuses_sums_that_might_overflow() -> None:

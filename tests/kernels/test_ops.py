@@ -209,6 +209,54 @@ def test_misfits_are_errors_that_say_what_was_expected() -> None:
     unfit(ValueError, "2, 3, 4 and 8 bits, not 5", bits=5)
 
 
+@pytest.mark.parametrize("layout", ["stream", "planes", "int4pack"])
+def test_a_weight_that_does_not_fit_itself_is_an_error(layout: str) -> None:
+    """What a layout's pack did not return would be read past its end."""
+    x = torch.randn(2, 256).bfloat16()
+    weight = plain(64, 256, 4, 64, symmetric=False)
+    _, packed, scale, zero, bias, bits, out, width, group, name = arguments(weight, x, layout)
+    product = torch.ops.llmq.int_linear
+    product(x, packed, scale, zero, bias, bits, out, width, group, name)
+    half = torch.cat([scale, scale])[: scale.shape[0] // 2 or 1]
+    for wrong in (
+        (x, packed[: out // 2], scale, zero, bias, bits, out, width, group, name),
+        (x, packed, half, zero, bias, bits, out, width, group, name),
+        (x, packed, scale.to(torch.int32), zero, bias, bits, out, width, group, name),
+        (x, packed, scale, zero, bias, bits, 2 * out, width, group, name),
+        (x, packed.float(), scale, zero, bias, bits, out, width, group, name),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"must be|needs packed"):
+            product(*wrong)
+    if layout != "int4pack":  # its group is that of its scales
+        with pytest.raises(ValueError, match="scale must be"):
+            product(x, packed, scale, zero, bias, bits, out, width, 2 * group, name)
+        with pytest.raises(ValueError, match="must be"):
+            product(x, packed, scale, zero, bias, 2, out, width, group, name)
+
+
+@pytest.mark.parametrize("input_scale", [None, torch.tensor([0.02])])
+@pytest.mark.parametrize("triton", [False, True])
+def test_what_is_no_number_stays_none(
+    input_scale: Tensor | None, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: triton)
+    x = torch.randn(3, 64).bfloat16()
+    x[1, 5] = torch.nan
+    y = torch.ops.llmq.int8_linear(x, torch.ones(8, 64, dtype=torch.int8), torch.rand(8, 1), input_scale, None)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_int8_gradients_are_summed_in_float32() -> None:
+    weight = torch.randint(-128, 128, (4096, 1024), dtype=torch.int8)
+    scale = torch.rand(4096, 1)
+    grad = torch.randn(2, 4096).bfloat16()
+    got = torch.ops.llmq.int8_linear_grad(grad, weight, scale).double()
+    exact = grad.double() @ (weight.double() * scale.double())
+    assert (
+        got - exact
+    ).norm() / exact.norm() < 0.003  # three roundings of 0.0017: of weights, of a slab's product, of the sum
+
+
 def test_unfit_nf4_and_int8_are_errors() -> None:
     x = torch.randn(2, 64)
     packed, absmax, codebook, *rest = nf4(8, 64, False)

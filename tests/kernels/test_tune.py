@@ -40,6 +40,7 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "triton_refusal", lambda _: None)
     monkeypatch.setattr(configs, "gpu_of", lambda _: gpu)
     monkeypatch.setattr(tune, "fastest", fastest)
     configs.table.cache_clear()

@@ -43,14 +43,18 @@ def round_kernel(
         step = tl.where(step == 0.0, EPS, step)
     else:
         step = rounded(tl.load(input_scale + tl.arange(0, 1)).to(tl.float32), DTYPE, TARGET).to(tl.float32)
-    tl.store(scale + row + tl.arange(0, 1), step)
+    strange = tl.zeros([BLOCK], tl.float32)
     for start in range(0, K, BLOCK):
         value = tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)
         level = rounded(tl.div_rn(value, step), DTYPE, TARGET).to(tl.float32)
         level = tl.minimum(tl.maximum(level, -128.0), 127.0)
         # Adding 1.5 · 2²³ leaves no bit for fractions: float32's own rounding, half to even, does it.
         level = (level + 12582912.0) - 12582912.0
+        # A maximum passes over what is no number; the row's scale must not.
+        strange = tl.maximum(strange, (value != value).to(tl.float32))
         tl.store(codes + at + start + k, level.to(tl.int8), mask=start + k < K)
+    step = tl.where(tl.max(strange, 0, keep_dims=True) > 0.0, float("nan"), step)
+    tl.store(scale + row + tl.arange(0, 1), step)
 
 
 @triton.jit
