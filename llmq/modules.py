@@ -38,11 +38,13 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The codes in one row: what peft and transformers look at to learn the device. Adding to it is an error."""
-        return self.qweight.flatten()
+        """Empty: what peft and models look at for the device, and to cast inputs to its dtype. Adding is an error."""
+        return self.qweight.new_empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's."""
+        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's. Else TypeError."""
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x must be floating, not {x.dtype}")
         return self.product(x.to(self.dtype)).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
