@@ -108,15 +108,20 @@ class _Configuration:
         return config
 
 
-def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """A configuration without activation order 'group', which the files tell and newer compressed-tensors refuses."""
+def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration without activation order by group, which newer compressed-tensors refuses; and who had it."""
     groups = values.get("config_groups") or {}
     changed = {
         name: group | {"weights": group["weights"] | {"actorder": None}}
         for name, group in groups.items()
-        if isinstance(group, dict) and (group.get("weights") or {}).get("actorder") == "group"
+        if isinstance(group, dict) and _by_group((group.get("weights") or {}).get("actorder"))
     }
-    return (values | {"config_groups": groups | changed}, True) if changed else (values, False)
+    return (values | {"config_groups": groups | changed} if changed else values), tuple(changed)
+
+
+def _by_group(order: Any) -> bool:
+    """Whether compressed-tensors means, or meant, that every input has a group of its own."""
+    return order is True or str(order).lower() in ("group", "dynamic")
 
 
 def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized: bool = True, **kwargs: Any) -> Any:

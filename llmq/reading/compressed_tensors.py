@@ -95,15 +95,15 @@ class Int8Layer:
 
 
 class CompressedTensorsReader:
-    """config: transformers' CompressedTensorsConfig."""
+    """config: transformers' CompressedTensorsConfig; with `ordered`, the config_groups whose weights need a g_idx."""
 
     suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
 
     def __init__(self, config: Configuration) -> None:
         self.config = config.quantization_config
-        self.schemes = {
-            target: scheme for scheme in self.config.config_groups.values() for target in scheme.targets or ()
-        }
+        groups, ordered = self.config.config_groups, getattr(config, "ordered", ())
+        self.schemes = {target: scheme for scheme in groups.values() for target in scheme.targets or ()}
+        self.ordered = [scheme for name, scheme in groups.items() if name in ordered]
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
@@ -149,7 +149,8 @@ class CompressedTensorsReader:
                 one = () if INPUT_SCALE in stored and stored[INPUT_SCALE].shape == () else (1,)
             return Int8Layer(shape, scales, one)
         packed = str(scheme.format or self.config.format) in PACK
-        return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, GROUPS in stored, scales)
+        ordered = GROUPS in stored or any(scheme is one for one in self.ordered)
+        return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, ordered, scales)
 
     def _scheme(self, name: str, module: nn.Module) -> Any:
         """The scheme of a module as compressed-tensors finds it, or None."""

@@ -35,7 +35,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class GPTQLayer:
-    """One weight. offset: what the stored zero points lack; ordered: whether the files say each input's group."""
+    """One weight. offset: what the stored zero points lack; ordered: whether each input's group is, or must be, stored."""
 
     shape: tuple[int, int]
     bits: int
@@ -88,8 +88,9 @@ class GPTQReader:
     ) -> GPTQLayer | None:
         if CODES not in stored:
             return None
-        bits, group_size = settings(self.config, name)
-        return GPTQLayer(shape, bits, group_size if group_size > 0 else shape[1], self.offset, GROUPS in stored)
+        bits, group_size, ordered = settings(self.config, name)
+        ordered = ordered or GROUPS in stored
+        return GPTQLayer(shape, bits, group_size if group_size > 0 else shape[1], self.offset, ordered)
 
 
 def layout_of(config: Configuration) -> str:
@@ -108,8 +109,8 @@ def refusal_of_values(config: Configuration) -> str | None:
     return None
 
 
-def settings(config: Configuration, name: str) -> tuple[int, int]:
-    """Bits and group size of the weight of a module, with what the checkpoint says of it alone.
+def settings(config: Configuration, name: str) -> tuple[int, int, bool]:
+    """Bits and group size of a module's weight, and whether it needs a g_idx, with what is said of it alone.
 
     `dynamic` (gptqmodel): regular expression → other settings, where '-:' leaves a module alone; `extra_config`
     (auto-round): name or regular expression → other settings. Raises LlmqError when it must not be quantized, or has
@@ -127,4 +128,4 @@ def settings(config: Configuration, name: str) -> tuple[int, int]:
     bits, group_size = own.get("bits", config.bits), own.get("group_size", config.group_size)
     if bits not in BITS:
         raise LlmqError(f"config.json gives {name} {bits} bits, and there are kernels for {', '.join(map(str, BITS))}")
-    return bits, group_size
+    return bits, group_size, bool(own.get("desc_act", getattr(config, "desc_act", False)))
