@@ -175,6 +175,8 @@ class KernelQuantizer(HfQuantizer):
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             reason: str | None = "its weights are not in safetensors files"
         else:
+            # Twice does nothing: preprocess_model does it too, but after the files have been looked at.
+            self._convert_model_for_quantization(model)
             found = find(model, self.reader, files)
             self.placeholders, reason = found.quantized, found.unserved
         if reason is None:

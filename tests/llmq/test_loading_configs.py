@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import llmq
 from tests.llmq.test_loading import apart, layers, logits
-from tests.llmq.written import Case, Tensors, edit, write
+from tests.llmq.written import Case, Tensors, compressed, edit, save, write
+from tests.llmq.written import config as written_config
 
 
 def change(folder: Path, edited: Callable[[Any], Any]) -> None:
@@ -63,3 +66,49 @@ def test_order_by_every_name_of_it(value: Any, tmp_path: Path) -> None:
     edit(tmp_path / "m", drop_order)
     with pytest.raises(llmq.LlmqError, match="weight_g_idx is missing"):
         llmq.load(tmp_path / "m", device_map="cpu")
+
+
+def llama4(folder: Path) -> Any:
+    """A folder of compressed-tensors with an expert each a module, and the dense model."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+    from transformers.quantizers.base import SequentialLlama4TextExperts
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    config = Llama4TextConfig(vocab_size=256, initializer_range=0.2, **sizes, **heads, **experts)
+    model = Llama4ForCausalLM(config).eval()
+    model.model.layers[0].feed_forward.experts = SequentialLlama4TextExperts(config)
+    case, state, rng = Case("ct"), dict(model.state_dict()), np.random.default_rng(0)
+    ignored = [name for name, _ in model.named_modules() if "router" in name or name == "lm_head"]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name not in ignored:
+            made, weight = compressed(rng, module.out_features, module.in_features, case)
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
+            module.weight.data = torch.from_numpy(weight.astype(np.float32))
+    model.config.quantization_config = written_config(case) | {"ignore": ignored}
+    model.config.to_json_file(folder / "config.json")
+    save(folder, state)
+    return model
+
+
+def test_experts_that_transformers_takes_apart(tmp_path: Path) -> None:
+    dense = llama4(tmp_path)
+    model = llmq.load(tmp_path, device_map="cpu", dtype="float32")
+    assert len(layers(model)) == 4 + 3 + 2 * 3
+    assert apart(logits(model), logits(dense)) < 1e-4
+
+
+def test_experts_that_nobody_takes_apart_go_to_stock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transformers that does not know how to take them apart would leave them random: never on kernels."""
+    from transformers.quantizers import base
+
+    llama4(tmp_path)
+    monkeypatch.setattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    with pytest.raises(llmq.LlmqError, match="lacks 2 tensors"), caplog.at_level(logging.WARNING, "llmq"):
+        llmq.load(tmp_path, device_map="cpu", dtype="float32")
+    assert "stock transformers loads it: model.layers.0.feed_forward.experts.0." in caplog.text
