@@ -35,7 +35,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class GPTQLayer:
-    """One weight. offset: what the stored zero points lack; ordered: whether each input's group is, or must be, stored."""
+    """One weight. offset: what the stored zero points lack; ordered: whether it must have a g_idx."""
 
     shape: tuple[int, int]
     bits: int

@@ -14,7 +14,7 @@ import torch
 
 import llmq
 from tests.llmq.test_loading import apart, layers, logits
-from tests.llmq.written import Case, Tensors, compressed, edit, save, write
+from tests.llmq.written import Case, Tensors, compressed, edit, save, stream, write
 from tests.llmq.written import config as written_config
 
 
@@ -112,3 +112,44 @@ def test_experts_that_nobody_takes_apart_go_to_stock(
     with pytest.raises(llmq.LlmqError, match="lacks 2 tensors"), caplog.at_level(logging.WARNING, "llmq"):
         llmq.load(tmp_path, device_map="cpu", dtype="float32")
     assert "stock transformers loads it: model.layers.0.feed_forward.experts.0." in caplog.text
+
+
+def add_zeros(case: Case, packed: bool, value: int) -> Callable[[Tensors], None]:
+    """Zero points for symmetric weights: 0, or another value in the first place."""
+
+    def add(state: Tensors) -> None:
+        for name in [n for n in state if n.endswith(".weight_scale")]:
+            zeros = np.zeros(tuple(state[name].shape), dtype=np.int8)
+            zeros.flat[0] = value
+            made = torch.from_numpy(zeros)
+            if packed:
+                made = torch.from_numpy(stream(zeros.T + (1 << case.bits - 1), case.bits).T.copy())
+            state[name.replace("_scale", "_zero_point")] = made
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "case, packed", [(Case("ct"), True), (Case("ct"), False), (Case("ct", 3), True), (Case("ct-int8", 8), False)]
+)
+def test_zero_points_of_symmetric_weights(case: Case, packed: bool, tmp_path: Path) -> None:
+    """Stored although they are none, packed or as they are: 0 is what they may be."""
+    dense = write(tmp_path / "m", case)
+    edit(tmp_path / "m", add_zeros(case, packed, 0))
+    model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
+    assert apart(logits(model), logits(dense)) < 1e-4
+    edit(tmp_path / "m", add_zeros(case, packed, 1))
+    with pytest.raises(llmq.LlmqError, match="model.layers.0.*symmetric, but weight_zero_point has other values"):
+        llmq.load(tmp_path / "m", device_map="cpu")
+
+
+def test_zero_points_of_weights_that_meet_int8(tmp_path: Path) -> None:
+    case = Case("ct-int8", 8, -1)
+    write(tmp_path / "m", case)
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    change(tmp_path / "m", lambda own: own["config_groups"]["group_0"].update(input_activations=inputs))
+    edit(tmp_path / "m", add_zeros(case, False, 0))
+    assert "rows" in {layer.layout for layer in layers(llmq.load(tmp_path / "m", device_map="cpu"))}
+    edit(tmp_path / "m", add_zeros(case, False, -3))
+    with pytest.raises(llmq.LlmqError, match="symmetric, but weight_zero_point has other values"):
+        llmq.load(tmp_path / "m", device_map="cpu")
