@@ -25,6 +25,7 @@ from llmq.reading.awq import AWQReader
 from llmq.reading.bitsandbytes import BitsandbytesReader
 from llmq.reading.compressed_tensors import CompressedTensorsReader
 from llmq.reading.gptq import GPTQReader
+from llmq.reading.plain import mapping
 
 log = logging.getLogger("llmq")
 
@@ -99,7 +100,7 @@ class _Configuration:
         values, ordered = _without_order(values)
         # A checkpoint's wish to be made dense is there because stock readers cannot run it packed (docs/design.md).
         dense = values.pop("dequantize", False)
-        if values.get("transform_config", {}) and values["transform_config"].get("config_groups"):
+        if mapping(values.get("transform_config"), "transform_config").get("config_groups"):
             raise LlmqError("this checkpoint rotates activations while it runs (transform_config): llmq cannot yet")
         config = self.stock.from_dict(values, **kwargs)
         for key, value in (own | {"ordered": ordered, "dense": dense}).items():
@@ -110,13 +111,15 @@ class _Configuration:
 
 def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A configuration without activation order by group, which newer compressed-tensors refuses; and who had it."""
-    groups = values.get("config_groups") or {}
-    changed = {
-        name: group | {"weights": group["weights"] | {"actorder": None}}
-        for name, group in groups.items()
-        if isinstance(group, dict) and _by_group((group.get("weights") or {}).get("actorder"))
-    }
-    return (values | {"config_groups": groups | changed} if changed else values), tuple(changed)
+    groups = mapping(values.get("config_groups"), "config_groups")
+    changed = {}
+    for name, group in groups.items():
+        if isinstance(group, list):
+            continue  # the name is a preset's, and these are its targets
+        weights = mapping(mapping(group, f"config_groups.{name}").get("weights"), f"config_groups.{name}.weights")
+        if _by_group(weights.get("actorder")):
+            changed[name] = {**group, "weights": {**weights, "actorder": None}}
+    return (values | {"config_groups": {**groups, **changed}} if changed else values), tuple(changed)
 
 
 def _by_group(order: Any) -> bool:

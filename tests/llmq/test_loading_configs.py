@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import llmq
+from llmq.loading import use_kernels
 from tests.llmq.test_loading import apart, layers, logits
 from tests.llmq.written import Case, Tensors, compressed, edit, save, stream, write
 from tests.llmq.written import config as written_config
@@ -153,3 +155,38 @@ def test_zero_points_of_weights_that_meet_int8(tmp_path: Path) -> None:
     edit(tmp_path / "m", add_zeros(case, False, -3))
     with pytest.raises(llmq.LlmqError, match="symmetric, but weight_zero_point has other values"):
         llmq.load(tmp_path / "m", device_map="cpu")
+
+
+@pytest.mark.parametrize(
+    "kind, values, message",
+    [
+        ("ct", {"config_groups": [{"targets": ["Linear"]}]}, r"config_groups must be an object, not \[\{'targets'"),
+        ("ct", {"config_groups": {"group_0": 3}}, "config_groups.group_0 must be an object, not 3"),
+        ("ct", {"config_groups": {"group_0": {"weights": []}}}, r"config_groups.group_0.weights must be .*not \[\]"),
+        ("ct", {"transform_config": [1]}, r"transform_config must be an object, not \[1\]"),
+        ("gptq", {"dynamic": ["x"]}, r"dynamic must be an object, not \['x'\]"),
+        ("gptq", {"dynamic": {r"+:.*q_proj": 8}}, r"dynamic '\+:\.\*q_proj' must be an object, not 8"),
+        ("gptq", {"dynamic": {"+:*.bad(": {"bits": 4}}}, r"dynamic has '\*\.bad\(', no regular expression: nothing"),
+        ("auto-round", {"extra_config": {"*.bad(": {"bits": 4}}}, r"extra_config has '\*\.bad\(', no regular"),
+        ("auto-round", {"extra_config": ["x"]}, r"extra_config must be an object, not \['x'\]"),
+    ],
+)
+def test_values_of_the_wrong_kind(kind: str, values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path / "m", Case("ct" if kind == "ct" else "gptq"))
+    if kind == "auto-round":
+        change(tmp_path / "m", lambda own: own.update(quant_method=kind, packing_format="auto_round:auto_gptq"))
+    change(tmp_path / "m", lambda own: own.update(values))
+    use_kernels()
+    try:
+        with pytest.raises(llmq.LlmqError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    finally:
+        use_kernels(False)
+
+
+def test_presets_of_compressed_tensors(tmp_path: Path) -> None:
+    """The name of a preset, and its targets."""
+    dense = write(tmp_path / "m", Case("ct", 4, 128), hidden_size=128)
+    change(tmp_path / "m", lambda own: own.update(config_groups={"W4A16": ["Linear"]}))
+    model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
+    assert apart(logits(model), logits(dense)) < 1e-4
