@@ -195,8 +195,8 @@ class KernelQuantizer(HfQuantizer):
         for name, placeholder in self.placeholders.items():
             model.set_submodule(name, placeholder)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Stored names with a dot in their suffix go to buffers without one."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Stored names with a dot in their suffix go to buffers without one. transformers < 5.21 gives no model."""
         from transformers.core_model_loading import WeightRenaming
 
         dotted = sorted({s for p in self.placeholders.values() for s in p.layer.entries if "." in s})

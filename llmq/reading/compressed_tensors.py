@@ -123,7 +123,7 @@ class CompressedTensorsReader:
     @staticmethod
     def refusal(config: Configuration) -> str | None:
         """Why such checkpoints are not read here, or None."""
-        if config.dequantize:
+        if getattr(config, "dequantize", False):  # transformers < 5.21 has none
             return "dequantize=True asks for dense weights"
         if not config.is_quantization_compressed:
             return "its weights are not compressed"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import llmq
-from llmq.loading import use_kernels
+from llmq.loading import KernelQuantizer, use_kernels
 from tests.llmq.test_loading import apart, layers, logits
 from tests.llmq.written import Case, Tensors, compressed, edit, save, stream, write
 from tests.llmq.written import config as written_config
@@ -189,4 +189,20 @@ def test_presets_of_compressed_tensors(tmp_path: Path) -> None:
     dense = write(tmp_path / "m", Case("ct", 4, 128), hidden_size=128)
     change(tmp_path / "m", lambda own: own.update(config_groups={"W4A16": ["Linear"]}))
     model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
+    assert apart(logits(model), logits(dense)) < 1e-4
+
+
+def test_as_older_transformers_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.21 there is no model in a call, and no `dequantize` in a configuration."""
+    dense = write(tmp_path / "m", Case("ct-int8", 8, -1))
+    newer, made = KernelQuantizer.update_weight_conversions, CompressedTensorsConfig.__init__
+
+    def older(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        del self.dequantize
+
+    monkeypatch.setattr(KernelQuantizer, "update_weight_conversions", lambda self, found, _: newer(self, found))
+    monkeypatch.setattr(CompressedTensorsConfig, "__init__", older)
+    model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
+    assert layers(model)
     assert apart(logits(model), logits(dense)) < 1e-4
