@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
+import llmq
 from llmq.loading import use_kernels
-from llmq.modules import quant_linear
+from llmq.modules import IntLinear, quant_linear
 from llmq.reading.plain import CodebookWeight, Int8Weight, IntWeight, Weight
+from llmq_kernels import backend, layouts
 from tests.llmq.test_loading import apart, layers
 from tests.llmq.written import Case, config, gptq, save
 
 
-def weights(device: str = "cpu") -> list[Weight]:
+def weights() -> list[Weight]:
     """One of each kind, [32, 64]."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(-(1 << 31), 1 << 31, (32, 8), generator=generator).to(torch.int32).to(device)
-    codes = torch.randint(-127, 128, (32, 64), dtype=torch.int8, generator=generator).to(device)
-    packed = torch.randint(0, 256, (32 * 32,), dtype=torch.uint8, generator=generator).to(device)
-    codebook = torch.linspace(-1, 1, 16).to(device)
+    words = torch.randint(-(1 << 31), 1 << 31, (32, 8), generator=generator).to(torch.int32)
+    codes = torch.randint(-127, 128, (32, 64), dtype=torch.int8, generator=generator)
+    packed = torch.randint(0, 256, (32 * 32,), dtype=torch.uint8, generator=generator)
+    codebook = torch.linspace(-1, 1, 16)
     return [
-        IntWeight(words, torch.full((32, 2), 0.1, device=device), None, 4, 64, 32),
-        CodebookWeight(packed, torch.ones(32, device=device), codebook, None, None, 0.0, 32, 64, 64),
-        Int8Weight(codes, torch.full((32, 1), 0.01, device=device), None),
+        IntWeight(words, torch.full((32, 2), 0.1), None, 4, 64, 32),
+        CodebookWeight(packed, torch.ones(32), codebook, None, None, 0.0, 32, 64, 64),
+        Int8Weight(codes, torch.full((32, 1), 0.01), None),
     ]
 
 
@@ -72,3 +76,62 @@ def test_model_that_casts_to_the_dtype_of_a_weight(tmp_path: Path) -> None:
     with torch.inference_mode():
         found, wanted = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (model, dense))
     assert apart(found, wanted) < 1e-4
+
+
+def as_planes(layer: IntLinear) -> None:
+    """As on a GPU, where Triton's kernels read it."""
+    parts = layouts.pack("planes", layer.qweight, layer.scale, layer.zero, 4, 64, 32, layer.dtype)
+    layer.layout = "planes"
+    for name, part in zip(("qweight", "scale", "zero"), parts, strict=True):
+        layer.register_buffer(name, part)
+
+
+def test_planes_serve_both_half_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(layouts, "NAMES", ("stream",))
+    layer = quant_linear(weights()[0], torch.ones(32), torch.bfloat16)
+    assert isinstance(layer, IntLinear)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    wanted = quant_linear(weights()[0], torch.ones(32), torch.float32)(x)
+    monkeypatch.undo()
+    as_planes(layer)
+    scale = layer.scale
+    model = nn.Sequential(layer)
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        model.to(dtype)
+        assert (layer.layout, layer.dtype, layer.scale.dtype) == ("planes", dtype, torch.float32)
+        assert torch.equal(layer.scale, scale)
+        assert layer.bias.dtype == dtype
+        if not torch.cuda.is_available():  # Triton's interpreter
+            assert apart(layer(x.to(dtype)).float(), wanted) < 1e-2
+    with pytest.raises(llmq.LlmqError, match="packed as planes for torch.float16; .* half moved now: load .* anew"):
+        model.to(torch.float32)
+    model.to("meta")
+
+
+@pytest.mark.parametrize(
+    "dtype, installed, reason",
+    [
+        (torch.float32, True, "inputs must be bfloat16 or float16, not torch.float32"),
+        (torch.float16, False, "triton is not installed"),
+        (torch.float16, True, None),
+    ],
+)
+def test_plain_operator_on_a_gpu_is_noted(
+    dtype: torch.dtype, installed: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codebooks and int8, which have no layouts to choose from; on a CPU they have kernels of their own."""
+    monkeypatch.setattr(backend, "_installed", lambda: installed)
+    for weight in weights()[1:]:
+        assert not quant_linear(weight, None, dtype).notes
+    stored = [(weight, {n: t for n, t in vars(weight).items() if isinstance(t, torch.Tensor)}) for weight in weights()]
+    with FakeTensorMode():
+        for weight, parts in stored[1:]:
+            fake = {n: torch.empty(t.shape, dtype=t.dtype, device="cuda") for n, t in parts.items()}
+            layer = quant_linear(replace(weight, **fake), None, dtype)
+            assert list(layer.notes) == (["triton"] if reason else [])
+            assert reason is None or reason in layer.notes["triton"]
+            layer.to(torch.float32)
+            assert layer.notes
+            layer.to("cpu")
+            assert not layer.notes
