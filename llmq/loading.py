@@ -25,6 +25,7 @@ from llmq.reading.awq import AWQReader
 from llmq.reading.bitsandbytes import BitsandbytesReader
 from llmq.reading.compressed_tensors import CompressedTensorsReader
 from llmq.reading.gptq import GPTQReader
+from llmq.reading.plain import mapping
 
 log = logging.getLogger("llmq")
 
@@ -99,7 +100,7 @@ class _Configuration:
         values, ordered = _without_order(values)
         # A checkpoint's wish to be made dense is there because stock readers cannot run it packed (docs/design.md).
         dense = values.pop("dequantize", False)
-        if values.get("transform_config", {}) and values["transform_config"].get("config_groups"):
+        if mapping(values.get("transform_config"), "transform_config").get("config_groups"):
             raise LlmqError("this checkpoint rotates activations while it runs (transform_config): llmq cannot yet")
         config = self.stock.from_dict(values, **kwargs)
         for key, value in (own | {"ordered": ordered, "dense": dense}).items():
@@ -108,15 +109,22 @@ class _Configuration:
         return config
 
 
-def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """A configuration without activation order 'group', which the files tell and newer compressed-tensors refuses."""
-    groups = values.get("config_groups") or {}
-    changed = {
-        name: group | {"weights": group["weights"] | {"actorder": None}}
-        for name, group in groups.items()
-        if isinstance(group, dict) and (group.get("weights") or {}).get("actorder") == "group"
-    }
-    return (values | {"config_groups": groups | changed}, True) if changed else (values, False)
+def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration without activation order by group, which newer compressed-tensors refuses; and who had it."""
+    groups = mapping(values.get("config_groups"), "config_groups")
+    changed = {}
+    for name, group in groups.items():
+        if isinstance(group, list):
+            continue  # the name is a preset's, and these are its targets
+        weights = mapping(mapping(group, f"config_groups.{name}").get("weights"), f"config_groups.{name}.weights")
+        if _by_group(weights.get("actorder")):
+            changed[name] = {**group, "weights": {**weights, "actorder": None}}
+    return (values | {"config_groups": {**groups, **changed}} if changed else values), tuple(changed)
+
+
+def _by_group(order: Any) -> bool:
+    """Whether compressed-tensors means, or meant, that every input has a group of its own."""
+    return order is True or str(order).lower() in ("group", "dynamic")
 
 
 def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized: bool = True, **kwargs: Any) -> Any:
@@ -170,6 +178,8 @@ class KernelQuantizer(HfQuantizer):
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             reason: str | None = "its weights are not in safetensors files"
         else:
+            # Twice does nothing: preprocess_model does it too, but after the files have been looked at.
+            self._convert_model_for_quantization(model)
             found = find(model, self.reader, files)
             self.placeholders, reason = found.quantized, found.unserved
         if reason is None:
@@ -185,8 +195,8 @@ class KernelQuantizer(HfQuantizer):
         for name, placeholder in self.placeholders.items():
             model.set_submodule(name, placeholder)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Stored names with a dot in their suffix go to buffers without one."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Stored names with a dot in their suffix go to buffers without one. transformers < 5.21 gives no model."""
         from transformers.core_model_loading import WeightRenaming
 
         dotted = sorted({s for p in self.placeholders.values() for s in p.layer.entries if "." in s})

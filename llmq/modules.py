@@ -16,6 +16,9 @@ import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
 from llmq.errors import LlmqError
 from llmq.reading.plain import CodebookWeight, Int8Weight, IntWeight, Weight
 from llmq_kernels import layouts
+from llmq_kernels.backend import triton_refusal
+
+HALF = {torch.bfloat16, torch.float16}
 
 
 class QuantLinear(nn.Linear):
@@ -38,18 +41,20 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The codes in one row: what peft and transformers look at to learn the device. Adding to it is an error."""
-        return self.qweight.flatten()
+        """Empty: what peft and models look at for the device, and to cast inputs to its dtype. Adding is an error."""
+        return self.qweight.new_empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's."""
+        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's. Else TypeError."""
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x must be floating, not {x.dtype}")
         return self.product(x.to(self.dtype)).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] in the layer's dtype → [..., out]."""
         raise NotImplementedError
 
-    def moved(self) -> str | None:
+    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the weight cannot go to another kind of device or serve another dtype as it is packed, or None."""
         return None
 
@@ -58,9 +63,12 @@ class QuantLinear(nn.Linear):
         device = self.qweight.device
         to = fn(torch.empty(0, dtype=self.dtype, device=device))
         changed = (to.device.type, to.dtype) != (device.type, self.dtype) and to.device.type != "meta"
-        reason = self.moved() if changed else None
+        reason = self.moved(to.device, to.dtype) if changed else None
         if reason is not None:
-            raise LlmqError(f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; load the folder there")
+            raise LlmqError(
+                f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; a model that it is part of "
+                "is half moved now: load the folder anew, there"
+            )
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 new = fn(buffer)
@@ -72,7 +80,14 @@ class QuantLinear(nn.Linear):
         return self
 
     def settle(self) -> None:
-        """Where it now is, another layout may be better."""
+        """Where it now is, another layout may be better, or only the plain operator serve."""
+        self.notes = {}
+        if self.qweight.device.type not in ("cpu", "meta"):
+            reason = triton_refusal(self.qweight.device)
+            if self.dtype not in HALF:
+                reason = f"inputs must be bfloat16 or float16, not {self.dtype}"
+            if reason is not None:
+                self.notes = {"triton": reason}
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -108,9 +123,14 @@ class IntLinear(QuantLinear):
         )
         return y
 
-    def moved(self) -> str | None:
+    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See QuantLinear."""
-        return None if self.layout == "stream" else f"its weight is packed as {self.layout} for {self.dtype}"
+        if self.layout == "stream":
+            return None
+        # Planes are the same for both dtypes that their kernels read.
+        if self.layout == "planes" and device.type == self.qweight.device.type and {dtype, self.dtype} <= HALF:
+            return None
+        return f"its weight is packed as {self.layout} for {self.dtype}"
 
     def settle(self) -> None:
         """The plain form can be packed anew wherever it goes."""
@@ -142,6 +162,7 @@ class CodebookLinear(QuantLinear):
         self.register_buffer("qweight", weight.packed)
         for name in ("absmax", "codebook", "nested_absmax", "nested_codebook"):
             self.register_buffer(name, getattr(weight, name))
+        self.settle()
 
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
@@ -169,6 +190,7 @@ class Int8Linear(QuantLinear):
         self.register_buffer("qweight", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("input_scale", weight.input_scale)
+        self.settle()
 
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""

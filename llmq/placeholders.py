@@ -94,7 +94,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         name = target.removesuffix(".weight")
         module = linear.get(name)
         if converted or module is None:
-            known = converted or target in state or name in modules
+            known = converted or target in state or name in modules or _inside_parameters(name, modules)
             if known and found.unserved is None and not set(tensors) <= {"weight", BIAS}:
                 first = next(iter(tensors.values())).name
                 found.unserved = f"{first} is part of {name}, which is no linear module"
@@ -119,6 +119,15 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     if found.unserved is None:
         _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
     return found
+
+
+def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module that the model lacks would be part of one with parameters of its own, as fused experts are."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return bool(name) and any(True for _ in modules[name].parameters(recurse=False))
+    return False
 
 
 def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ PACKAGES = {
     "quanto": "optimum.quanto",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Standard error, llmq's log and transformers' tables of readers are the whole process's while a model is loaded.
+_one_at_a_time = threading.RLock()
 
 
 def load_model(
@@ -61,7 +65,7 @@ def load_model(
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
     try:
-        with _status(f"loading {folder}", progress), _readers(kernels):
+        with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=kind,

@@ -76,7 +76,7 @@ class AWQReader:
     ) -> AWQLayer | None:
         if CODES not in stored:
             return None
-        _, group_size = settings(self.config, name)
+        _, group_size, _ = settings(self.config, name)
         return AWQLayer(shape, group_size if group_size > 0 else shape[1])
 
 

@@ -26,7 +26,11 @@ PACK, CODES = ("pack-quantized",), ("int-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A weight whose input stays as it is. packed: as a bit stream, not one byte a code; scales: as they are stored."""
+    """A weight whose input stays as it is.
+
+    packed: as a bit stream, not one byte a code; scales: as they are stored; zeros: of a symmetric weight, as they are
+    stored though it needs none, or None.
+    """
 
     shape: tuple[int, int]
     bits: int
@@ -35,6 +39,7 @@ class PackedLayer:
     packed: bool
     ordered: bool
     scales: tuple[int, ...]
+    zeros: Entry | None = None
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -46,7 +51,9 @@ class PackedLayer:
             entries[SHAPE] = Entry((torch.int64, torch.int32), (2,))
         else:
             entries[WEIGHT] = Entry((torch.int8,), (rows, width))
-        if not self.symmetric:
+        if self.zeros is not None:
+            entries[ZERO] = self.zeros
+        elif not self.symmetric:
             entries[ZERO] = (
                 Entry((torch.int32,), (packed_width(rows, self.bits), groups))
                 if self.packed
@@ -65,7 +72,10 @@ class PackedLayer:
         else:
             words = pack_codes(tensors[WEIGHT], self.bits)
         zero = None
-        if not self.symmetric:
+        if self.zeros is not None:
+            packed = self.packed and tensors[ZERO].shape == (packed_width(rows, self.bits), groups)
+            _refuse_zeros(unpack_columns(tensors[ZERO], self.bits, rows) if packed else tensors[ZERO])
+        elif not self.symmetric:
             stored = tensors[ZERO]
             zero = unpack_columns(stored, self.bits, rows) if self.packed else stored
             zero = none_if_zero(zero.expand(rows, groups).contiguous())
@@ -78,37 +88,42 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """A weight that meets 8-bit activations; static: their scale is stored, in that shape."""
+    """A weight that meets 8-bit activations; static: their scale is stored, in that shape; zeros: as in PackedLayer."""
 
     shape: tuple[int, int]
     scales: tuple[int, ...]
     static: tuple[int, ...] | None
+    zeros: Entry | None = None
 
     @property
     def entries(self) -> Mapping[str, Entry]:
         entries = {WEIGHT: Entry((torch.int8,), self.shape), SCALE: Entry(FLOATS, self.scales)}
+        if self.zeros is not None:
+            entries[ZERO] = self.zeros
         return entries | ({} if self.static is None else {INPUT_SCALE: Entry(FLOATS, self.static)})
 
     def read(self, tensors: Mapping[str, Tensor]) -> Int8Weight:
+        if self.zeros is not None:
+            _refuse_zeros(tensors[ZERO])
         inputs = None if self.static is None else tensors[INPUT_SCALE].reshape(1)
         return Int8Weight(tensors[WEIGHT], _spread(tensors[SCALE], self.shape[0], 1), inputs)
 
 
 class CompressedTensorsReader:
-    """config: transformers' CompressedTensorsConfig."""
+    """config: transformers' CompressedTensorsConfig; with `ordered`, the config_groups whose weights need a g_idx."""
 
     suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
 
     def __init__(self, config: Configuration) -> None:
         self.config = config.quantization_config
-        self.schemes = {
-            target: scheme for scheme in self.config.config_groups.values() for target in scheme.targets or ()
-        }
+        groups, ordered = self.config.config_groups, getattr(config, "ordered", ())
+        self.schemes = {target: scheme for scheme in groups.values() for target in scheme.targets or ()}
+        self.ordered = [scheme for name, scheme in groups.items() if name in ordered]
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
         """Why such checkpoints are not read here, or None."""
-        if config.dequantize:
+        if getattr(config, "dequantize", False):  # transformers < 5.21 has none
             return "dequantize=True asks for dense weights"
         if not config.is_quantization_compressed:
             return "its weights are not compressed"
@@ -143,13 +158,16 @@ class CompressedTensorsReader:
         scales: tuple[int, ...] = (shape[0], -(-width // group_size))
         if weights.strategy == "tensor":
             scales = stored[SCALE].shape if SCALE in stored and stored[SCALE].shape in ((1, 1), ()) else (1,)
+        # Whatever its shape is: some writers store the zeros of symmetric weights, and not all pack them.
+        zeros = Entry((stored[ZERO].dtype,), stored[ZERO].shape) if weights.symmetric and ZERO in stored else None
         if inputs is not None:
             one = None
             if not inputs.dynamic:
                 one = () if INPUT_SCALE in stored and stored[INPUT_SCALE].shape == () else (1,)
-            return Int8Layer(shape, scales, one)
+            return Int8Layer(shape, scales, one, zeros)
         packed = str(scheme.format or self.config.format) in PACK
-        return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, GROUPS in stored, scales)
+        ordered = GROUPS in stored or any(scheme is one for one in self.ordered)
+        return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, ordered, scales, zeros)
 
     def _scheme(self, name: str, module: nn.Module) -> Any:
         """The scheme of a module as compressed-tensors finds it, or None."""
@@ -159,6 +177,12 @@ class CompressedTensorsReader:
             return None
         matched = match_targets(name, module, self.schemes)
         return self.schemes[matched[0]] if matched else None
+
+
+def _refuse_zeros(zero: Tensor) -> None:
+    """Raises LlmqError unless the zero points of a symmetric weight are what they must be."""
+    if bool(zero.any()):
+        raise LlmqError(f"config.json says that the weight is symmetric, but {ZERO} has other values than 0")
 
 
 def _spread(scale: Tensor, rows: int, groups: int) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.numerics.packing import packed_width, unpack_codes
-from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, none_if_zero
+from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
 from llmq.safetensors_io import TensorInfo
 
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
@@ -35,7 +35,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class GPTQLayer:
-    """One weight. offset: what the stored zero points lack; ordered: whether the files say each input's group."""
+    """One weight. offset: what the stored zero points lack; ordered: whether it must have a g_idx."""
 
     shape: tuple[int, int]
     bits: int
@@ -88,8 +88,9 @@ class GPTQReader:
     ) -> GPTQLayer | None:
         if CODES not in stored:
             return None
-        bits, group_size = settings(self.config, name)
-        return GPTQLayer(shape, bits, group_size if group_size > 0 else shape[1], self.offset, GROUPS in stored)
+        bits, group_size, ordered = settings(self.config, name)
+        ordered = ordered or GROUPS in stored
+        return GPTQLayer(shape, bits, group_size if group_size > 0 else shape[1], self.offset, ordered)
 
 
 def layout_of(config: Configuration) -> str:
@@ -108,23 +109,34 @@ def refusal_of_values(config: Configuration) -> str | None:
     return None
 
 
-def settings(config: Configuration, name: str) -> tuple[int, int]:
-    """Bits and group size of the weight of a module, with what the checkpoint says of it alone.
+def settings(config: Configuration, name: str) -> tuple[int, int, bool]:
+    """Bits and group size of a module's weight, and whether it needs a g_idx, with what is said of it alone.
 
     `dynamic` (gptqmodel): regular expression → other settings, where '-:' leaves a module alone; `extra_config`
     (auto-round): name or regular expression → other settings. Raises LlmqError when it must not be quantized, or has
-    bits without a kernel.
+    bits without a kernel, or the configuration is no such thing.
     """
-    extra: Mapping[str, Any] = getattr(config, "extra_config", None) or {}
-    own: Mapping[str, Any] = next((v for key, v in extra.items() if key == name or re.fullmatch(key, name)), {})
-    for pattern, changes in (getattr(config, "dynamic", None) or {}).items():
+    own: Mapping[str, Any] = {}
+    for pattern, changes in mapping(getattr(config, "extra_config", None), "extra_config").items():
+        if pattern == name or _expression(pattern, "extra_config").fullmatch(name):
+            own = mapping(changes, f"extra_config {pattern!r}")
+            break
+    for pattern, changes in mapping(getattr(config, "dynamic", None), "dynamic").items():
         kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
-        if re.match(pattern.removeprefix(kind), name):
+        if _expression(pattern.removeprefix(kind), "dynamic").match(name):
             if kind == "-:":
                 raise LlmqError(f"config.json leaves {name} alone ({pattern!r}), but its weight is stored quantized")
-            own = changes or {}
+            own = mapping(changes, f"dynamic {pattern!r}")
             break
     bits, group_size = own.get("bits", config.bits), own.get("group_size", config.group_size)
     if bits not in BITS:
         raise LlmqError(f"config.json gives {name} {bits} bits, and there are kernels for {', '.join(map(str, BITS))}")
-    return bits, group_size
+    return bits, group_size, bool(own.get("desc_act", getattr(config, "desc_act", False)))
+
+
+def _expression(pattern: str, key: str) -> re.Pattern[str]:
+    """A regular expression from config.json."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise LlmqError(f"config.json: {key} has {pattern!r}, no regular expression: {first_line(error)}") from error

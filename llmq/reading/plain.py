@@ -107,6 +107,13 @@ class Reader(Protocol):
 Configuration = Any
 
 
+def mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """What config.json has under a key of its quantization_config. Raises LlmqError unless an object, or nothing."""
+    if value is not None and not isinstance(value, Mapping):
+        raise LlmqError(f"config.json: {key} must be an object, not {value!r:.60}")
+    return value or {}
+
+
 def part_of_rows(width: int) -> int:
     """How many rows of `width` values to work on at a time."""
     return max(1, CHUNK // max(width, 1))

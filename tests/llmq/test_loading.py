@@ -243,6 +243,8 @@ def with_other(suffix: str, tensor: torch.Tensor) -> Any:
 BROKEN = [
     (Case("gptq"), without("qzeros"), r"model.layers.1.mlp.up_proj.qzeros is missing.*int32 \[2, 16\]"),
     (Case("gptq"), without("scales"), "up_proj.scales is missing"),
+    (Case("gptq", order=True), without("g_idx"), "model.layers.1.mlp.up_proj.g_idx is missing"),
+    (Case("ct", order=True), without("weight_g_idx"), "model.layers.1.mlp.up_proj.weight_g_idx is missing"),
     (Case("gptq"), with_other("scales", torch.ones(3, 128)), r"up_proj.scales must be .* \[2, 128\].*\[3, 128\]"),
     (Case("gptq"), with_other("scales", torch.ones(2, 128, dtype=torch.int32)), "up_proj.scales must be .*not int32"),
     (Case("gptq"), with_other("g_idx", torch.zeros(64, dtype=torch.int32)), "up_proj: g_idx must give every group 32"),

@@ -105,12 +105,13 @@ def test_what_bitsandbytes_writes(kind: str, levels: str, tmp_path: Path) -> Non
     assert apart(logits(model), logits(stock(tmp_path / "out"))) < 1e-4
 
 
-def test_merging_into_integers_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging_into_integers_fails(safe: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = llmq.load(quantized("llama", SCHEMES["w8a8"], tmp_path), device_map="cpu")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
     with pytest.raises(RuntimeError):
-        adapted.merge_and_unload(safe_merge=True)
+        adapted.merge_and_unload(safe_merge=safe)
 
 
 def test_what_is_not_served_goes_to_stock(tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture) -> None:
