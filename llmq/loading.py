@@ -179,7 +179,7 @@ class KernelQuantizer(HfQuantizer):
             reason: str | None = "its weights are not in safetensors files"
         else:
             # Twice does nothing: preprocess_model does it too, but after the files have been looked at.
-            self._convert_model_for_quantization(model)
+            self._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
             found = find(model, self.reader, files)
             self.placeholders, reason = found.quantized, found.unserved
         if reason is None:
