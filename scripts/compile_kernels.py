@@ -134,6 +134,8 @@ def nvidia(cubin: bytes) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise OSError(f"cuobjdump does not say what registers are used: {usage[:100]}")
+    if "BPT.TRAP" in sass:
+        raise ValueError("a trap: the compiler found no way to run this")
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", sass)
     loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
     return {

@@ -148,16 +148,14 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
     It reaches few configurations on purpose, so that scripts/compile_kernels.py can compile every one and see that none
     spills: K that does not fill the tiles has only the smaller ones, and AMD one for each of two kernels.
     """
-    config = _rule(gpu, bits, m, out_features, in_features, group_size)
-    # Where ptxas was seen to spill for the sake of occupancy: all but what is common.
-    return config if bits == 4 and group_size >= 64 else replace(config, registers=255)
-
-
-def _rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
     if m == 1 and (bits == 8 or not gpu.wide):
         return _gemv(bits)
-    if m <= {4: 32, 8: 16}.get(bits, 8) and gpu.mode != "plain":
-        return _splitk(gpu, bits, m, out_features, in_features)
+    # 2 and 3 bits are so many dots a tile that tensor memory may not hold their sums: Triton then compiles to a trap.
+    few = {4: 32, 8: 16}.get(bits, 32 if gpu.target in ("cuda:100", "cuda:103") else 8)
+    if m <= few and gpu.mode != "plain":
+        return _splitk(gpu, bits, m, out_features, in_features, group_size)
+    if bits in (2, 3) and few == 32:
+        return Config("dense")
     widest = 32 if bits in (2, 3) or gpu.mode == "plain" else 128 if bits == 4 and gpu.target == "cuda:90" else 64
     if m <= 4 * widest:
         return _gemm(gpu, bits, m, out_features, in_features, group_size, widest)
@@ -170,8 +168,8 @@ def _gemv(bits: int) -> Config:
     return Config("gemv", block_n=2 if bits == 3 else 4, block_m=1, parts=8 * warps, warps=warps)
 
 
-def _splitk(gpu: Gpu, bits: int, m: int, n: int, k: int) -> Config:
-    block_m, parts = power(m, 8), 8
+def _splitk(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
+    block_m, parts = power(m, 8) if bits in (4, 8) else 8, 8
     # 64 rows read x half as often: where K is whole, six warps for each multiprocessor remain, and registers suffice.
     whole = k % (parts * TILE[bits]) == 0 and -(-n // 64) * parts >= 6 * gpu.processors
     rows = 64 if whole and block_m <= {4: 16, 8: 8}.get(bits, 0) else 16 if bits == 3 else 32
@@ -179,7 +177,9 @@ def _splitk(gpu: Gpu, bits: int, m: int, n: int, k: int) -> Config:
     while stage > gpu.shared * 3 // 4:
         parts, stage = parts // 2, stage // 2
     stages = max(1, min(4, 1 + gpu.shared * 3 // 4 // stage))
-    return Config("splitk", rows, block_m, parts, warps=parts, stages=stages)
+    # Where ptxas was seen to spill for the sake of occupancy.
+    registers = None if bits == 4 and group_size >= 64 else 255
+    return Config("splitk", rows, block_m, parts, warps=parts, stages=stages, registers=registers)
 
 
 def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: int) -> Config:
@@ -192,7 +192,8 @@ def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: 
     stage = rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2
     stages = max(1, min(4, gpu.shared * 7 // 8 // stage))
     prescale = run_length(bits, group_size, k)[1] * 32 < block_m
-    return Config("gemm", rows, block_m, 1, split, 8 if rows == 128 else 4, stages, prescale)
+    registers = 255 if bits == 8 else None
+    return Config("gemm", rows, block_m, 1, split, 8 if rows == 128 else 4, stages, prescale, registers)
 
 
 def power(value: int, least: int) -> int:
