@@ -150,11 +150,13 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
     """
     if m == 1 and (bits == 8 or not gpu.wide):
         return _gemv(bits)
-    # 2 and 3 bits are so many dots a tile that tensor memory may not hold their sums: Triton then compiles to a trap.
-    few = {4: 32, 8: 16}.get(bits, 32 if gpu.target in ("cuda:100", "cuda:103") else 8)
-    if m <= few and gpu.mode != "plain":
+    # With more than four groups a tile, a fused product of many rows spills. 2 and 3 bits are so many dots a tile that
+    # tensor memory may not hold their sums: Triton then compiles to a trap.
+    short = TILE[bits] > 4 * 32 * run_length(bits, group_size, in_features)[1]
+    refused = gpu.mode != "plain" and (short or bits in (2, 3) and gpu.target in ("cuda:100", "cuda:103"))
+    if m <= (32 if refused else {4: 32, 8: 16}.get(bits, 8)) and gpu.mode != "plain":
         return _splitk(gpu, bits, m, out_features, in_features, group_size)
-    if bits in (2, 3) and few == 32:
+    if refused:
         return Config("dense")
     widest = 32 if bits in (2, 3) or gpu.mode == "plain" else 128 if bits == 4 and gpu.target == "cuda:90" else 64
     if m <= 4 * widest:
@@ -190,9 +192,10 @@ def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: 
     while whole and rows == 64 and programs * split * 2 <= gpu.processors and 8 * split * TILE[bits] <= k and split < 8:
         split *= 2
     stage = rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2
-    stages = max(1, min(4, gpu.shared * 7 // 8 // stage))
+    # Three are two buffers on sm_80 and sm_89: those of 3 bits fit just so, and with one ptxas spills.
+    stages = max(3 if gpu.mode == "ptx" else 1, min(4, gpu.shared * 7 // 8 // stage))
     prescale = run_length(bits, group_size, k)[1] * 32 < block_m
-    registers = 255 if bits == 8 else None
+    registers = 255 if bits in (2, 8) else None
     return Config("gemm", rows, block_m, 1, split, 8 if rows == 128 else 4, stages, prescale, registers)
 
 
