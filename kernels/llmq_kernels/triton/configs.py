@@ -154,7 +154,8 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
     # tensor memory may not hold their sums: Triton then compiles to a trap.
     short = TILE[bits] > 4 * 32 * run_length(bits, group_size, in_features)[1]
     refused = gpu.mode != "plain" and (short or bits in (2, 3) and gpu.target in ("cuda:100", "cuda:103"))
-    if m <= (32 if refused else {4: 32, 8: 16}.get(bits, 8)) and gpu.mode != "plain":
+    few = 32 if refused or bits == 4 and group_size >= 64 else 16 if bits in (4, 8) else 8
+    if m <= few and gpu.mode != "plain":
         return _splitk(gpu, bits, m, out_features, in_features, group_size)
     if refused:
         return Config("dense")
