@@ -302,8 +302,8 @@ def choices(family: Family) -> Iterator[Choice]:
         for bits, group_size, (n, k), m in itertools.product(TILE, (128, 32), SHAPES, BUCKETS):
             config = rule(gpu, bits, m, n, k, group_size)
             config = replace(config, split=min(config.split, 2))
-            # What EVEN_K of the kernels depends on.
-            whole = k % (TILE[bits] * config.parts) == 0 if family == "splitk" else k % TILE[bits] == 0
+            # What EVEN_K of the kernels depends on; gemv has none.
+            whole = family != "gemv" and k % (TILE[bits] * config.parts) == 0
             if config.family != family or (bits, group_size, whole, config) in seen:
                 continue
             seen.add((bits, group_size, whole, config))
