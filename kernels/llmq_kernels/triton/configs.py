@@ -7,11 +7,12 @@ warps, shared memory. No kernel is ever timed behind a user's back; `llmq_kernel
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from math import gcd
 from pathlib import Path
@@ -32,7 +33,8 @@ class Variant:
     signature: argument → triton type ("*bf16", "i32"), constexprs left out; constexprs: values of the rest (None for a
     tensor that is not there); divisible: arguments that are multiples of 16 at every launch of this variant (pointers,
     sizes), as triton's own launcher finds out by looking at them; targets: the GPUs it is for ("cuda:90",
-    "hip:gfx942"), empty for all.
+    "hip:gfx942"), empty for all; maxnreg: as
+    `Config.registers`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Variant:
     num_stages: int = 1
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Config:
     """One way to run a product.
 
     block_n, block_m: rows of the weight and of x in a program; parts: tiles side by side along K in a program (gemv,
-    splitk); split: programs that share K; prescale: scales multiply codes rather than sums (gemm).
+    splitk); split: programs that share K; prescale: scales multiply codes rather than sums (gemm). registers: how many
+    a thread may use on NVIDIA. None: as few as ptxas likes, which at times spills so that more programs fit.
     """
 
     family: Family
@@ -91,6 +95,12 @@ class Config:
     warps: int = 4
     stages: int = 1
     prescale: bool = False
+    registers: int | None = None
+
+    def options(self, mode: str) -> dict[str, int]:
+        """What Triton is told beside the kernel's arguments."""
+        limit = {"maxnreg": self.registers} if self.registers and mode == "ptx" else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 @functools.cache
@@ -108,10 +118,12 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
-    """GROUP and RUN of the kernels: codes in a group, 0 for one group; slices that surely share one, 0 for all."""
-    if group_size >= in_features:
-        return 0, 0
-    return group_size, gcd(group_size, TILE[bits]) // 32
+    """GROUP and RUN of the kernels: codes in a group; slices that surely share one.
+
+    A row with one scale runs as groups of 128 do, all of them the first: the same machine code.
+    """
+    group = 128 if group_size >= in_features else group_size
+    return group, gcd(group, TILE[bits]) // 32
 
 
 def bucket(m: int) -> int:
@@ -129,63 +141,63 @@ def choose(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, gro
 def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
     """A configuration for any GPU, by counting; nothing in it is measured.
 
-    Few rows: at least six warps for each multiprocessor, each with some tiles on their way, from as large programs as
-    allow that. Many rows: the weight is dequantized once where that costs less than what a fused kernel loses
-    to the vendor's.
+    One row where unpacking is cheap enough: no tensor cores. Few rows: K divided among eight warps of a program. More:
+    a fused product, up to four blocks of rows. Beyond, the weight is dequantized once, which then costs less than what
+    a fused kernel loses to the vendor's.
+
+    It reaches few configurations on purpose, so that scripts/compile_kernels.py can compile every one and see that none
+    spills: K that does not fill the tiles has only the smaller ones, and AMD one for each of two kernels.
     """
-    tiles = -(-in_features // TILE[bits])
-    if m <= 2 and (bits == 8 or not gpu.wide):
-        return _gemv(bits, m, out_features, tiles)
-    if m <= (32 if bits in (4, 8) else 16):
-        return _splitk(gpu, bits, m, out_features, tiles)
-    if m <= (512 if gpu.target in ("cuda:89", "cuda:90") else 256):
-        return _gemm(gpu, bits, m, out_features, in_features, group_size)
+    if m == 1 and (bits == 8 or not gpu.wide):
+        return _gemv(bits)
+    # With more than four groups a tile, a fused product of many rows spills. 2 and 3 bits are so many dots a tile that
+    # tensor memory may not hold their sums: Triton then compiles to a trap.
+    short = TILE[bits] > 4 * 32 * run_length(bits, group_size, in_features)[1]
+    refused = gpu.mode != "plain" and (short or bits in (2, 3) and gpu.target in ("cuda:100", "cuda:103"))
+    few = 32 if refused or bits == 4 and group_size >= 64 else 16 if bits in (4, 8) else 8
+    if m <= few and gpu.mode != "plain":
+        return _splitk(gpu, bits, m, out_features, in_features, group_size)
+    if refused:
+        return Config("dense")
+    widest = 32 if bits in (2, 3) or gpu.mode == "plain" else 128 if bits == 4 and gpu.target == "cuda:90" else 64
+    if m <= 4 * widest:
+        return _gemm(gpu, bits, m, out_features, in_features, group_size, widest)
     return Config("dense")
 
 
-def _gemv(bits: int, m: int, n: int, tiles: int) -> Config:
-    # A warp takes 8 tiles of a row at a time; of the widths that leave fewest lanes idle, the widest.
-    warps = min((4, 2, 1), key=lambda width: (-(-tiles // (8 * width)) * width, -width))
-    rows = (2 if bits == 3 else 4) // power(m, 1)
-    return Config("gemv", block_n=rows, block_m=power(m, 1), parts=8 * warps, warps=warps)
+def _gemv(bits: int) -> Config:
+    # A warp takes 8 tiles of a row at a time: 4096 codes of 3 bits, 1024 of 4.
+    warps = 1 if bits == 3 else 4
+    return Config("gemv", block_n=2 if bits == 3 else 4, block_m=1, parts=8 * warps, warps=warps)
 
 
-def _splitk(gpu: Gpu, bits: int, m: int, n: int, tiles: int) -> Config:
-    block_m = power(m, 8)
-    columns = -(-m // block_m)
-    most = power(tiles + 1, 2) // 2
-    wanted = 6 * gpu.processors
-    # Accumulators of a warp: rows · block_m, twice. Beyond these sizes the kernels spill (scripts/compile_kernels.py).
-    largest = (1024 if bits in (4, 8) else 512) // block_m
-    fitting = [(rows, min(parts, most)) for rows in (64, 32, 16) for parts in (4, 8) if rows <= largest]
-    enough = (fit for fit in fitting if -(-n // fit[0]) * columns * fit[1] >= wanted)
-    rows, parts = next(enough, (min(32, largest), min(8, most)))
-    programs = -(-n // rows) * columns
-    split = 1
-    while programs * parts * split < wanted and 2 * split * parts * 4 <= tiles and split < 8:
-        split *= 2
+def _splitk(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
+    block_m, parts = power(m, 8) if bits in (4, 8) else 8, 8
+    # 64 rows read x half as often: where K is whole, six warps for each multiprocessor remain, and registers suffice.
+    whole = k % (parts * TILE[bits]) == 0 and -(-n // 64) * parts >= 6 * gpu.processors
+    rows = 64 if whole and block_m <= {4: 16, 8: 8}.get(bits, 0) else 16 if bits == 3 else 32
     stage = parts * (rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2)
-    while parts > 1 and stage > gpu.shared * 3 // 4:
+    while stage > gpu.shared * 3 // 4:
         parts, stage = parts // 2, stage // 2
     stages = max(1, min(4, 1 + gpu.shared * 3 // 4 // stage))
-    return Config("splitk", rows, block_m, parts, split, warps=parts, stages=stages)
+    # Where ptxas was seen to spill for the sake of occupancy.
+    registers = None if bits == 4 and group_size >= 64 else 255
+    return Config("splitk", rows, block_m, parts, warps=parts, stages=stages, registers=registers)
 
 
-def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
-    tiles = -(-k // TILE[bits])
-    groups_of_warps = gpu.target in ("cuda:90", "cuda:100", "cuda:103")
-    block_m = 32 if m <= 32 or (bits == 3 and not groups_of_warps) else 64 if m <= 64 or bits in (2, 3) else 128
-    # 8 bits in 128 rows spill for other tensor cores than a warp-group's; 2 and 3 bits spill everywhere.
-    large = bits == 4 or (bits == 8 and groups_of_warps)
-    rows = 128 if large and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
-    programs = -(-n // rows) * -(-m // block_m)
-    split = 1
-    while programs * split * 2 <= gpu.processors and 2 * split * 4 <= tiles and split < 8:
+def _gemm(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: int) -> Config:
+    whole = k % TILE[bits] == 0 and gpu.mode != "plain"
+    block_m = min(widest, power(m, 32 if widest == 32 else 64)) if whole else min(widest, 64)
+    rows = 128 if whole and bits == 4 and -(-n // 128) * -(-m // block_m) * 2 >= gpu.processors else 64
+    programs, split = -(-n // rows) * -(-m // block_m), 1
+    while whole and rows == 64 and programs * split * 2 <= gpu.processors and 8 * split * TILE[bits] <= k and split < 8:
         split *= 2
     stage = rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2
-    stages = max(1, min(4, gpu.shared * 7 // 8 // stage))
-    prescale = group_size < k and run_length(bits, group_size, k)[1] * 32 < block_m
-    return Config("gemm", rows, block_m, 1, split, 8 if rows == 128 else 4, stages, prescale)
+    # Three are two buffers on sm_80 and sm_89: those of 3 bits fit just so, and with one ptxas spills.
+    stages = max(3 if gpu.mode == "ptx" else 1, min(4, gpu.shared * 7 // 8 // stage))
+    prescale = run_length(bits, group_size, k)[1] * 32 < block_m
+    registers = 255 if bits in (2, 8) else None
+    return Config("gemm", rows, block_m, 1, split, 8 if rows == 128 else 4, stages, prescale, registers)
 
 
 def power(value: int, least: int) -> int:
@@ -232,7 +244,8 @@ def entry(config: Config, microseconds: float) -> dict[str, Any]:
     return {"config": asdict(config), "microseconds": round(microseconds, 2)}
 
 
-SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (1024, 2048), (96, 160))
+# Rows and columns of usual weights: narrow and wide, K whole in tiles, in some of them, or in none.
+SHAPES = tuple(itertools.product((96, 1024, 4096, 8192, 28672), (160, 2048, 4096, 11008, 14336)))
 
 
 @dataclass(frozen=True)
@@ -259,9 +272,11 @@ class Choice:
         common = {"BITS": self.bits, "GROUP": group, "RUN": run, "MODE": self.gpu.mode}
         blocks = {"BLOCK_M": self.config.block_m, "BLOCK_N": self.config.block_n}
         flags = "".join(f" {name.lower()} {value}" for name, value in constexprs.items())
+        limit = self.config.options(self.gpu.mode).get("maxnreg")
         name = (
-            f"{self.config.family} {self.bits} bits group {group or 'all'} {self.dtype}{' zero' if self.zero else ''} "
+            f"{self.config.family} {self.bits} bits group {group} {self.dtype}{' zero' if self.zero else ''} "
             f"{self.config.block_n}x{self.config.block_m}{flags} warps {self.config.warps} stages {self.config.stages}"
+            f"{' free' if limit else ''}"
         )
         wide = ("x", "packed", "scale", "zero", "bias", "y", "N", "K")
         return Variant(
@@ -273,22 +288,24 @@ class Choice:
             self.config.stages,
             tuple(argument for argument in wide if argument in signature),
             (self.gpu.target,),
+            limit,
         )
 
 
 def choices(family: Family) -> Iterator[Choice]:
-    """What the rule reaches of a family, for usual shapes: every dtype, with and without zero points."""
+    """What the rule reaches of a family, for usual shapes: every dtype, with and without zero points.
+
+    All numbers of parts of K count as two: they differ in one constant of an address.
+    """
     for gpu in KNOWN:
         seen = set()
-        for bits in TILE:
-            for group_size in (128, 32, 1 << 30):
-                for n, k in SHAPES:
-                    for m in BUCKETS:
-                        config = rule(gpu, bits, m, n, k, group_size)
-                        even = k % (TILE[bits] * config.parts) == 0
-                        if config.family != family or (bits, group_size, even, config) in seen:
-                            continue
-                        seen.add((bits, group_size, even, config))
-                        for dtype in ("bf16", "fp16"):
-                            for zero in (False, True):
-                                yield Choice(gpu, bits, group_size, k, zero, dtype, config)
+        for bits, group_size, (n, k), m in itertools.product(TILE, (128, 32), SHAPES, BUCKETS):
+            config = rule(gpu, bits, m, n, k, group_size)
+            config = replace(config, split=min(config.split, 2))
+            # What EVEN_K of the kernels depends on; gemv has none.
+            whole = family != "gemv" and k % (TILE[bits] * config.parts) == 0
+            if config.family != family or (bits, group_size, whole, config) in seen:
+                continue
+            seen.add((bits, group_size, whole, config))
+            for dtype, zero in itertools.product(("bf16", "fp16"), (False, True)):
+                yield Choice(gpu, bits, group_size, k, zero, dtype, config)

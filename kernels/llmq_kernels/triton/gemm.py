@@ -46,8 +46,8 @@ def gemm_kernel(
 ):
     """y [M, N], or with SPLIT > 1 its float32 parts [SPLIT, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one group. RUN: slices that
-    certainly share a group, 0 where all do.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that certainly
+    share a group.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
@@ -70,8 +70,7 @@ def gemm_kernel(
         if BITS == 3:
             w1 = tl.load(w_at + tile * WORDS + 32, mask=row[:, None], other=0)
             w2 = tl.load(w_at + tile * WORDS + 64, mask=row[:, None], other=0)
-        if RUN > 0:
-            run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             k = tile * (SLICES * 32) + j * 32
             if EVEN_K:
@@ -88,15 +87,10 @@ def gemm_kernel(
                 w = sixteenth(w0, w1, w2, MODE)
             if zero is None:
                 z = None
-            elif RUN > 0:
-                z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
             else:
-                z = tl.load(zero + n, mask=row, other=0).to(tl.float32)
-                z = tl.broadcast_to(z[:, None], [BLOCK_N, 32])
+                z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
             codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, MODE)
-            if RUN == 0:
-                total = dot(codes, xs, total, MODE)
-            elif PRESCALE:
+            if PRESCALE:
                 s = tl.broadcast_to(s_run[j // RUN].to(DTYPE)[:, None], [BLOCK_N, 32])
                 total = dot(scaled(codes, s, MODE), xs, total, MODE)
             else:
@@ -105,8 +99,6 @@ def gemm_kernel(
                     total += run * s_run[j // RUN].to(tl.float32)[:, None]
                     if j + 1 < SLICES:
                         run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    if RUN == 0:
-        total *= tl.load(scale + n, mask=row, other=0.0).to(tl.float32)[:, None]
     y_at = y + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT == 1:
         if bias is not None:
@@ -153,8 +145,7 @@ def launch(
         EVEN_K=k == tiles * TILE[bits],
         PRESCALE=config.prescale and scale.dtype == x.dtype,
         MODE=mode,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(mode),
     )
     return y if config.split == 1 else reduce(out, bias, y)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.triton.configs import TILE, WORDS, Config, Variant, choices, run_length
+from llmq_kernels.triton.configs import WORDS, Config, Variant, choices, run_length
 from llmq_kernels.triton.unpack import plane, position, single_codes, sixteenth, slices, words
 
 
@@ -35,10 +35,9 @@ def gemv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
-    EVEN_K: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one."""
+    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]."""
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     LANES: tl.constexpr = TILES * 4
@@ -51,11 +50,7 @@ def gemv_kernel(
     x_at = x + m[:, None, None] * K + (at // 32 * (SLICES * 32) + at % 32)[None, None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N, LANES], dtype=tl.float32)
     for first in range(0, tiles, TILES):
-        if EVEN_K:
-            w_mask = row[:, None]
-            x_mask = (m < M)[:, None, None]
-        else:
-            w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
+        w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
         w0 = tl.load(w_at + first * WORDS, mask=w_mask, other=0)
         if BITS == 3:
             w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
@@ -65,8 +60,7 @@ def gemv_kernel(
             sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             offset = first * (SLICES * 32) + j * 32
-            if not EVEN_K:
-                x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
+            x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
             xs = tl.load(x_at + offset, mask=x_mask, other=0.0).to(tl.float32)
             if plane(BITS, j) == 0:
                 w = w0
@@ -79,7 +73,7 @@ def gemv_kernel(
             run += single_codes(w, BITS, position(BITS, j), MODE)[None, :, :] * xs
             if zero is not None:
                 sums += xs
-            if RUN > 0 and (j + 1) % RUN == 0:
+            if (j + 1) % RUN == 0:
                 group = tl.minimum(((first + lane_tile) * SLICES + j) * 32 // GROUP, groups - 1)
                 s = tl.load(scale + group[None, :] * N + n[:, None], mask=row[:, None], other=0.0).to(tl.float32)
                 part = tl.sum(tl.reshape(run, [BLOCK_M, BLOCK_N, LANES, 8]), axis=3)
@@ -89,15 +83,7 @@ def gemv_kernel(
                     sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
                 total += s[None, :, :] * part
                 run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
-        if RUN == 0:
-            part = tl.sum(tl.reshape(run, [BLOCK_M, BLOCK_N, LANES, 8]), axis=3)
-            if zero is not None:
-                z = tl.load(zero + n, mask=row, other=0).to(tl.float32)
-                part -= z[None, :, None] * tl.sum(tl.reshape(sums, [BLOCK_M, 1, LANES, 8]), axis=3)
-            total += part
     out = tl.sum(total, axis=2)
-    if RUN == 0:
-        out *= tl.load(scale + n, mask=row, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[None, :]
     tl.store(y + m[:, None] * N + n[None, :], out.to(y.dtype.element_ty), mask=(m < M)[:, None] & row[None, :])
@@ -137,10 +123,8 @@ def launch(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TILES=config.parts,
-        EVEN_K=k == tiles * TILE[bits] and tiles % config.parts == 0,
         MODE=mode,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(mode),
     )
     return y
 
@@ -148,6 +132,4 @@ def launch(
 def variants() -> Iterator[Variant]:
     """Everything that the rule reaches, on the GPUs it reaches it on."""
     for choice in choices("gemv"):
-        tiles, rest = divmod(choice.in_features, TILE[choice.bits])
-        even = rest == 0 and tiles % choice.config.parts == 0
-        yield choice.variant(gemv_kernel, {"TILES": choice.config.parts, "EVEN_K": even})
+        yield choice.variant(gemv_kernel, {"TILES": choice.config.parts})

@@ -10,7 +10,7 @@ with no partial sums in memory. SPLIT > 1 divides K among programs too; `reduce_
 
 Sums are float32; codes are exact; a group's sum is multiplied by its scale, so there is one rounding in all. Scales are
 fetched one step before they are needed: they are too narrow for asynchronous copies, and Triton pipelines no loop that
-carries a value further than one step.
+carries a value further than one step. Not so those of more than four groups a tile, for which there are no registers.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.triton.configs import TILE, WORDS, Config, Variant, choices, run_length
-from llmq_kernels.triton.unpack import dot, half_codes, per_group, plane, position, sixteenth, slices, words
+from llmq_kernels.triton.unpack import dot, half_codes, one_group, per_group, plane, position, sixteenth, slices, words
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -49,8 +49,8 @@ def splitk_kernel(
 ):
     """y [M, N], or with SPLIT > 1 its float32 parts [SPLIT, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. GROUP 0: one group. RUN: slices that
-    certainly share a group, 0 where all do. EVEN_K: tiles are full, and PARTS divides them.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that certainly
+    share a group. EVEN_K: tiles are full, and PARTS divides them.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
@@ -70,13 +70,16 @@ def splitk_kernel(
     begin = steps * section // SPLIT * PARTS
     end = steps * (section + 1) // SPLIT * PARTS
     total = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
-    tile = (begin + part)[:, None]
-    s_run = per_group(scale, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
-    z_run = per_group(zero, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+    AHEAD: tl.constexpr = SLICES // RUN <= 4
+    if AHEAD:
+        tile = (begin + part)[:, None]
+        s_run = per_group(scale, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+        z_run = per_group(zero, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
     for first in range(begin, end, PARTS):
-        tile = (first + PARTS + part)[:, None]
-        s_next = per_group(scale, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
-        z_next = per_group(zero, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+        tile = (first + part)[:, None]
+        if AHEAD:
+            s_next = per_group(scale, tile + PARTS, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+            z_next = per_group(zero, tile + PARTS, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
         if EVEN_K:
             w_mask = row[None, :, None]
         else:
@@ -85,8 +88,7 @@ def splitk_kernel(
         if BITS == 3:
             w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
             w2 = tl.load(w_at + first * WORDS + 64, mask=w_mask, other=0)
-        if RUN > 0:
-            run = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
+        run = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             if EVEN_K:
                 x_mask = column
@@ -104,25 +106,26 @@ def splitk_kernel(
                 w = sixteenth(w0, w1, w2, MODE)
             if zero is None:
                 z = None
-            elif RUN > 0:
-                z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, :, None], [PARTS, BLOCK_N, 32])
             else:
-                z = tl.load(zero + n, mask=row, other=0).to(tl.float32)[None, :, None]
-                z = tl.broadcast_to(z, [PARTS, BLOCK_N, 32])
+                if AHEAD:
+                    z = z_run[j // RUN]
+                else:
+                    z = one_group(zero, tile, j, n_2d, row_2d, N, groups, GROUP, SLICES)
+                z = tl.broadcast_to(z.to(tl.float32)[:, :, None], [PARTS, BLOCK_N, 32])
             codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, MODE)
-            if RUN == 0:
-                total = dot(codes, xs, total, MODE)
-            else:
-                run = dot(codes, xs, run, MODE)
-                if (j + 1) % RUN == 0:
-                    total += run * s_run[j // RUN].to(tl.float32)[:, :, None]
-                    if j + 1 < SLICES:
-                        run = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
-        s_run = s_next
-        z_run = z_next
+            run = dot(codes, xs, run, MODE)
+            if (j + 1) % RUN == 0:
+                if AHEAD:
+                    s = s_run[j // RUN]
+                else:
+                    s = one_group(scale, tile, j, n_2d, row_2d, N, groups, GROUP, SLICES)
+                total += run * s.to(tl.float32)[:, :, None]
+                if j + 1 < SLICES:
+                    run = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if AHEAD:
+            s_run = s_next
+            z_run = z_next
     out = tl.sum(total, axis=0)
-    if RUN == 0:
-        out *= tl.load(scale + n, mask=row, other=0.0).to(tl.float32)[:, None]
     if SPLIT == 1 and bias is not None:
         out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
     y_at = y + (section * M + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -188,8 +191,7 @@ def launch(
         SPLIT=config.split,
         EVEN_K=k == tiles * TILE[bits] and tiles % config.parts == 0,
         MODE=mode,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(mode),
     )
     return y if config.split == 1 else reduce(out, bias, y)
 

@@ -245,11 +245,18 @@ def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.c
     tile: a number, or [parts, 1] with n and row [1, rows]. Tiles past the end get the last group's.
     """
     found = ()
-    if values is not None and RUN > 0:
+    if values is not None:
         for r in tl.static_range(SLICES // RUN):
-            group = tl.minimum((tile * SLICES + r * RUN) * 32 // GROUP, groups - 1)
-            found = found + (tl.load(values + group * N + n, mask=row, other=0.0),)  # type: ignore[assignment]
+            one = one_group(values, tile, r * RUN, n, row, N, groups, GROUP, SLICES)
+            found = found + (one,)  # type: ignore[assignment]
     return found
+
+
+@triton.jit
+def one_group(values, tile, j, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr):
+    """What belongs to the group of slice j of a tile, from [groups, N]; arguments as in `per_group`."""
+    group = tl.minimum((tile * SLICES + j) * 32 // GROUP, groups - 1)
+    return tl.load(values + group * N + n, mask=row, other=0)
 
 
 @triton.jit
