@@ -20,6 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from llmq.errors import LlmqError
+from llmq.modules import QuantLinear
 from llmq.placeholders import Placeholder, find, inner
 from llmq.reading.awq import AWQReader
 from llmq.reading.bitsandbytes import BitsandbytesReader
@@ -218,10 +219,7 @@ class KernelQuantizer(HfQuantizer):
                 plain.setdefault("; ".join(f"{k}: {v}" for k, v in layer.notes.items()), []).append(name)
         for reason, names in plain.items():
             log.warning("%d weights run on the plain operator, such as %s: %s", len(names), names[0], reason)
-        for parameter in model.parameters():
-            # One small tensor that still lies in a mapped file keeps all of that file's pages, packed twice, resident.
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
+        _own(model)
         _give_back()
         return model
 
@@ -241,6 +239,20 @@ class KernelQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile sees one operator per layer."""
         return True
+
+
+def _own(model: Any) -> None:
+    """Copies, one at a time, what may still lie in a mapped file: one small tensor there keeps its pages resident."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            fresh = module.fresh()
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type == "cpu" and not any(buffer is part for part in fresh):
+                    # A new tensor: a view would hold on to what it is a view of, whatever its data are.
+                    module._buffers[name] = buffer.clone()
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _give_back() -> None:

@@ -89,6 +89,10 @@ class QuantLinear(nn.Linear):
             if reason is not None:
                 self.notes = {"triton": reason}
 
+    def fresh(self) -> list[Tensor]:
+        """The buffers that packing made, where the others may be the very tensors it was made from."""
+        return []
+
     def extra_repr(self) -> str:
         """What print shows."""
         return f"in={self.in_features}, out={self.out_features}, {self.layout}, bias={self.bias is not None}"
@@ -136,6 +140,10 @@ class IntLinear(QuantLinear):
         """The plain form can be packed anew wherever it goes."""
         if self.layout == "stream":
             self._pack(self.qweight, self.scale, self.zero)
+
+    def fresh(self) -> list[Tensor]:
+        """See QuantLinear."""
+        return [] if self.layout == "stream" else [self.qweight]
 
     def extra_repr(self) -> str:
         """What print shows."""
