@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,7 +103,7 @@ def evaluate(
         if not names:
             raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
         reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
-        base = base or _base(reports.values(), trust_remote_code)
+        base = base or _base(reports, trust_remote_code)
         options = Options(
             tasks=names,
             text=text,
@@ -189,11 +189,22 @@ def _folder(path: Path | None) -> Path | None:
     return path if path is None else path.expanduser()
 
 
-def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
-    """The model that the first of the reports names, where it can still be had; else a warning."""
+def _base(reports: Mapping[str, Report], trust_remote_code: bool) -> str | None:
+    """The model that the reports of the folders name, where it can still be had; else a warning.
+
+    Raises LlmqError where they name different ones: numbers of one would be told as losses against another's base.
+    """
     from llmq.hub import resolve
 
-    base = next((report.model for report in reports), None)
+    named = {report.model: report.model for report in reports.values()}
+    for model in named:
+        # One folder may be written in two ways.
+        if Path(model).is_dir():
+            named[model] = str(Path(model).resolve())
+    if len(set(named.values())) > 1:
+        told = "; ".join(f"{folder}: {report.model}" for folder, report in reports.items())
+        raise LlmqError(f"these folders have different bases ({told}): evaluate them apart, or give --base")
+    base = next(iter(named), None)
     if base is None:
         return None
     try:
