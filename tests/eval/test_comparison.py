@@ -134,6 +134,24 @@ def test_other_protocols_are_not_compared(five: list[Results]) -> None:
     assert found.lines[0].cells[1].recovery is None
 
 
+def test_losses_are_told_from_the_models_own_base(five: list[Results]) -> None:
+    """A base that is not there is no reason to take another's."""
+    five[0] = replace(five[0], base="/models/elsewhere")
+    found = comparison(five)
+    assert found.base == 0 and found.models[1] == "good"
+    assert any("good has another base (/models/elsewhere)" in note for note in found.notes)
+    for line in found.lines:
+        assert line.cells[1].recovery is None and line.cells[1].to_base is None
+        assert line.metric == "kl" or line.cells[2].to_base is not None
+    pairs = by_pair(found, "perplexity:demo")
+    assert ("good", "base") not in pairs and pairs["good", "bad"] == "better"
+    assert not any("good" in names for names in by_pair(found, "divergence:demo"))
+    assert "good" not in {found.models[point.model] for point in found.pareto}
+    without = comparison(five[:4])
+    assert without.base is None and not without.pareto
+    assert any("different bases (/models/base, /models/elsewhere)" in note for note in without.notes)
+
+
 def test_tables(five: list[Results]) -> None:
     found = comparison(five)
     text = tables.markdown(found)
