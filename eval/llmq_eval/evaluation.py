@@ -196,7 +196,8 @@ class _Evaluation:
         assert self.tasks is not None
         model = models.get(subject)
         tokenizer = models.tokenizer(subject)
-        return self.tasks.run(name, model, tokenizer, o.settings, journal, progress=o.progress)
+        shown = shown_dtype(model, o.dtype)
+        return self.tasks.run(name, model, tokenizer, o.settings, journal, shown=shown, progress=o.progress)
 
     def _divergence(self, subject: Subject, cut: Windows, models: _Models, common: dict[str, Any]) -> list[Measure]:
         o = self.options

@@ -75,9 +75,20 @@ class Tasks:
         return self.data.get(name, "hub")
 
     def run(
-        self, name: str, model: Any, tokenizer: Any, settings: Settings, journal: Journal, *, progress: bool = True
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        settings: Settings,
+        journal: Journal,
+        *,
+        shown: str,
+        progress: bool = True,
     ) -> list[Measure]:
-        """The measures of one task or group. Raises LlmqError if its documents cannot be had, or the model fails."""
+        """The measures of one task or group. shown: the dtype the model runs in, for the protocol.
+
+        Raises LlmqError if its documents cannot be had, or the model fails.
+        """
         from lm_eval import simple_evaluate
 
         adapter = _adapter(model, tokenizer, settings, journal, progress)
@@ -97,7 +108,9 @@ class Tasks:
         except Exception as error:
             raise self._explained(name, error) from error
         adapter.flush()
-        return _measures(name, found, self.data.get(name))
+        # What 'auto' found on a GPU differs from model to model, and would forbid every comparison.
+        batch = 1 if settings.batch == "auto" and model.device.type == "cpu" else settings.batch
+        return _measures(name, found, self.data.get(name), f"{shown}, batch {batch}")
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
@@ -251,14 +264,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     return Adapter()
 
 
-def _measures(name: str, found: dict[str, Any], local: str | None) -> list[Measure]:
+def _measures(name: str, found: dict[str, Any], local: str | None, ran: str) -> list[Measure]:
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
     config = found["configs"][parts[0]]
     documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
         f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}"
+        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}, {ran}"
     )
     made = []
     scopes = [name] if name in found["results"] else parts

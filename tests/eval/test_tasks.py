@@ -101,6 +101,7 @@ def test_as_its_own_command_line(tmp_path: Path, llmq: Run) -> None:
         assert measure["value"] == pytest.approx(math.exp(mean) if metric == "perplexity" else mean)
         assert measure["low"] <= measure["value"] <= measure["high"]
         assert "8 documents from local files" in measure["protocol"] and "0-shot" in measure["protocol"]
+        assert measure["protocol"].endswith(", float32, batch 2")
 
 
 @needs_lm_eval
