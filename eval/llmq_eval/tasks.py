@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,8 @@ from llmq_eval.results import Measure
 
 OWN = ("perplexity", "divergence", "speed", "memory")
 """Tasks that need no lm-eval."""
+SHARES = re.compile(r"(acc|exact_match|em|f1)(_|\b)")
+"""Metrics of lm-eval that are shares of 1; others are perplexities, bits, scores …"""
 INSTALL = "pip install 'llmq[eval]'"
 
 
@@ -311,16 +314,17 @@ def _measure(
     import math
 
     low = high = None
-    unit = "" if metric.startswith("perplexity") else "share"
+    right_or_wrong = bool(samples) and set(samples or ()) <= {0.0, 1.0}
+    # Some tasks have their F1 in percent: what is above 1 is no share.
+    unit = "share" if (right_or_wrong or SHARES.match(metric)) and 0 <= value <= 1 else ""
     if metric == "perplexity" and samples:
         samples = [-one for one in samples]
         _, below, above = intervals.mean(samples)
         low, high = (None, None) if below is None or above is None else (math.exp(below), math.exp(above))
-    elif samples and set(samples) <= {0.0, 1.0}:
+    elif samples and right_or_wrong:
         low, high = intervals.share(sum(samples), len(samples))
     elif isinstance(stderr, int | float):
         low, high = value - 1.96 * stderr, value + 1.96 * stderr
-        unit = ""
     if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
         samples = None
     return Measure(task, metric, value, low, high, unit, better, protocol, samples)
