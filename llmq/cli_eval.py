@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,9 +97,10 @@ def evaluate(
         from llmq_eval.comparison import comparison
         from llmq_eval.evaluation import Options
         from llmq_eval.evaluation import evaluate as run
-        from llmq_eval.subject import default_out
+        from llmq_eval.subject import check_device, default_out
         from llmq_eval.tasks import Settings
 
+        check_device(device)
         names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
         if not names:
             raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
@@ -172,8 +174,8 @@ def _check_format(format: str) -> None:
 
 
 def _limit(limit: float | None) -> float | None:
-    if limit == 0:
-        raise LlmqError("--limit must be a number of documents, or a share of them below 1, not 0")
+    if limit is not None and not (limit > 0 and math.isfinite(limit)):
+        raise LlmqError(f"--limit must be a number of documents, or a share of them below 1, not {limit:g}")
     return int(limit) if limit is not None and limit >= 1 else limit
 
 

@@ -274,7 +274,8 @@ def _measures(name: str, found: dict[str, Any], local: str | None, ran: str) -> 
     documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
         f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}, {ran}"
+        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}, "
+        f"{ran}"
     )
     made = []
     scopes = [name] if name in found["results"] else parts
