@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ class Tasks:
     ) -> list[Measure]:
         """The measures of one task or group. shown: the dtype the model runs in, for the protocol.
 
-        Raises LlmqError if its documents cannot be had, or the model fails.
+        Raises LlmqError if its documents cannot be had, or the model fails or overflows.
         """
         from lm_eval import simple_evaluate
 
@@ -224,6 +225,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             return
 
         def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+            number = answer[0] if isinstance(answer, tuple | list) else answer
+            if isinstance(number, float) and not math.isfinite(number):
+                # Not kept: what is in the journal is never asked again.
+                dtype = str(model.dtype).removeprefix("torch.")
+                raise LlmqError(
+                    f"{model.name_or_path}: a log likelihood is {number}; the model overflows in {dtype}, "
+                    "try --dtype float32"
+                )
             self.pending[key(kind, request)] = answer
 
         def flush(self) -> None:
@@ -312,8 +321,6 @@ def _samples(found: dict[str, Any], leaves: Sequence[str], label: str) -> list[f
 def _measure(
     task: str, metric: str, value: float, stderr: Any, better: Any, protocol: str, samples: list[float] | None
 ) -> Measure:
-    import math
-
     low = high = None
     right_or_wrong = bool(samples) and set(samples or ()) <= {0.0, 1.0}
     # Some tasks have their F1 in percent: what is above 1 is no share.
