@@ -127,7 +127,7 @@ def evaluate(
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:
             err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
-        for told in pages.tell_folders(results):
+        for told in pages.tell_folders(results, options.out):
             err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
         for report in reports.values():
             summary.headline(out_console, report)
