@@ -123,7 +123,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             fresh=fresh,
         )
-        results = run(models, base, options, lambda told: err_console.print(escape(told), style="dim", soft_wrap=True))
+        results = run(models, base, options, _note)
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:
             err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
@@ -156,7 +156,7 @@ def compare(
         from llmq_eval.subject import default_out
 
         _check_format(format)
-        found = comparison(store.collect(results, out or default_out()))
+        found = comparison(store.collect(results, out or default_out(), _note))
         if html is not None:
             pages.write(html, found)
             err_console.print(f"[dim]page: {escape(str(html))}[/]", soft_wrap=True, highlight=False)
@@ -166,6 +166,10 @@ def compare(
             print(
                 tables.markdown(found, pairs) if format == "markdown" else tables.comma_separated(found, pairs), end=""
             )
+
+
+def _note(told: str) -> None:
+    err_console.print(escape(told), style="dim", soft_wrap=True)
 
 
 def _check_format(format: str) -> None:

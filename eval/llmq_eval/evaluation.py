@@ -139,7 +139,11 @@ class _Evaluation:
         fresh = Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
         file = fresh.path(self.options.out)
         if file.is_file():
-            old = Results.load(file)
+            try:
+                old = Results.load(file)
+            except LlmqError:
+                self.note(f"{subject.given}: {file} holds no results that can be read: it is begun anew")
+                return fresh
             fresh.base = base or old.base
             fresh.versions = old.versions | used
             fresh.measures = old.measures

@@ -190,9 +190,28 @@ def test_compare_on_the_command_line(tiny_model: Path, text_file: Path, tmp_path
         assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
     done = llmq("compare", out, "--format", "pdf")
     assert done.returncode == 2 and "table, markdown, csv" in done.stderr
-    (tmp_path / "broken.json").write_text("{}")
-    done = llmq("compare", tmp_path / "broken.json")
-    assert done.returncode == 2 and "holds no results" in done.stderr
+
+
+def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    """One file that was cut off hides no others; who names it is told what to do."""
+    out = tmp_path / "out"
+    command = ("eval", tiny_model, "--text", text_file, "--window", 32, "--max-windows", 3, "--out", out)
+    assert llmq(*command).returncode == 0
+    (whole,) = (out / "results").iterdir()
+    text = whole.read_text()
+    (out / "results" / "broken.json").write_text(text[:99])
+    for place in (tiny_model, out, whole):
+        done = llmq("compare", place, "--out", out, "--format", "csv")
+        assert done.returncode == 0 and ("left out" in done.stderr) == (place != whole), done.stderr
+        assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
+    for broken in ("{}", text[:99], text.replace('"format": 1', '"format": 0')):
+        (tmp_path / "broken.json").write_text(broken)
+        done = llmq("compare", tmp_path / "broken.json")
+        assert done.returncode == 2 and done.stderr.endswith("remove it, or run `llmq eval` again\n")
+    whole.write_text(text[:99])
+    done = llmq(*command)
+    assert done.returncode == 0 and "begun anew" in done.stderr
+    assert whole.read_text() == text
 
 
 def test_nothing_to_compare() -> None:
