@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,14 +97,15 @@ def evaluate(
         from llmq_eval.comparison import comparison
         from llmq_eval.evaluation import Options
         from llmq_eval.evaluation import evaluate as run
-        from llmq_eval.subject import default_out
+        from llmq_eval.subject import check_device, default_out
         from llmq_eval.tasks import Settings
 
+        check_device(device)
         names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
         if not names:
             raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
         reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
-        base = base or _base(reports.values(), trust_remote_code)
+        base = base or _base(reports, trust_remote_code)
         options = Options(
             tasks=names,
             text=text,
@@ -121,11 +123,11 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             fresh=fresh,
         )
-        results = run(models, base, options, lambda told: err_console.print(escape(told), style="dim", soft_wrap=True))
+        results = run(models, base, options, _note)
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:
             err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
-        for told in pages.tell_folders(results):
+        for told in pages.tell_folders(results, options.out):
             err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
         for report in reports.values():
             summary.headline(out_console, report)
@@ -154,7 +156,7 @@ def compare(
         from llmq_eval.subject import default_out
 
         _check_format(format)
-        found = comparison(store.collect(results, out or default_out()))
+        found = comparison(store.collect(results, out or default_out(), _note))
         if html is not None:
             pages.write(html, found)
             err_console.print(f"[dim]page: {escape(str(html))}[/]", soft_wrap=True, highlight=False)
@@ -166,14 +168,18 @@ def compare(
             )
 
 
+def _note(told: str) -> None:
+    err_console.print(escape(told), style="dim", soft_wrap=True)
+
+
 def _check_format(format: str) -> None:
     if format not in FORMATS:
         raise LlmqError(f"--format must be one of {', '.join(FORMATS)}, not {format!r}")
 
 
 def _limit(limit: float | None) -> float | None:
-    if limit == 0:
-        raise LlmqError("--limit must be a number of documents, or a share of them below 1, not 0")
+    if limit is not None and not (limit > 0 and math.isfinite(limit)):
+        raise LlmqError(f"--limit must be a number of documents, or a share of them below 1, not {limit:g}")
     return int(limit) if limit is not None and limit >= 1 else limit
 
 
@@ -189,11 +195,22 @@ def _folder(path: Path | None) -> Path | None:
     return path if path is None else path.expanduser()
 
 
-def _base(reports: Iterable[Report], trust_remote_code: bool) -> str | None:
-    """The model that the first of the reports names, where it can still be had; else a warning."""
+def _base(reports: Mapping[str, Report], trust_remote_code: bool) -> str | None:
+    """The model that the reports of the folders name, where it can still be had; else a warning.
+
+    Raises LlmqError where they name different ones: numbers of one would be told as losses against another's base.
+    """
     from llmq.hub import resolve
 
-    base = next((report.model for report in reports), None)
+    named = {report.model: report.model for report in reports.values()}
+    for model in named:
+        # One folder may be written in two ways.
+        if Path(model).is_dir():
+            named[model] = str(Path(model).resolve())
+    if len(set(named.values())) > 1:
+        told = "; ".join(f"{folder}: {report.model}" for folder, report in reports.items())
+        raise LlmqError(f"these folders have different bases ({told}): evaluate them apart, or give --base")
+    base = next(iter(named), None)
     if base is None:
         return None
     try:

@@ -90,14 +90,21 @@ def comparison(results: Sequence[Results]) -> Comparison:
     """Compare models that were measured by the same protocols. Raises LlmqError if there is nothing to compare."""
     if not results:
         raise LlmqError("no results to compare: run `llmq eval` first")
-    bases = {one.base for one in results if one.base} & {one.model for one in results}
+    known = {one.base for one in results if one.base}
+    bases = known & {one.model for one in results}
     ordered = sorted(results, key=lambda one: one.model not in bases)
     base = 0 if len(bases) == 1 else None
     notes = []
-    if len(bases) > 1:
-        notes.append(f"the models have different bases ({', '.join(sorted(bases))}): nothing is related to a base")
-    elif not bases:
-        wanted = sorted({one.base for one in results if one.base})
+    of = [one.base for one in ordered]
+    if base is not None:
+        of[base] = ordered[base].model
+        for one, other in zip(ordered, of, strict=True):
+            if _differ(other, of[base]):
+                notes.append(f"{one.name} has another base ({other}): it is not related to {ordered[base].name}")
+    elif len(known) > 1:
+        notes.append(f"the models have different bases ({', '.join(sorted(known))}): nothing is related to a base")
+    else:
+        wanted = sorted(known)
         what = f"{wanted[0]} is not among the results" if wanted else "none was given to `llmq eval`"
         notes.append(f"without a base ({what}) there is no recovery")
     keys = list(dict.fromkeys(measure.key for one in ordered for measure in one.measures))
@@ -108,11 +115,15 @@ def comparison(results: Sequence[Results]) -> Comparison:
             notes.append(
                 f"{task} {metric} was measured by different protocols, which cannot be compared: {_list(protocols)}"
             )
-    contrasts = _contrasts(table, base)
-    lines = tuple(_line(key, row, base, contrasts) for key, row in table.items())
-    return Comparison(
-        _names(ordered), base, tuple(ordered), lines, contrasts, _pareto(ordered, base), tuple(dict.fromkeys(notes))
-    )
+    contrasts = _contrasts(table, base, of)
+    lines = tuple(_line(key, row, base, of, contrasts) for key, row in table.items())
+    pareto = _pareto(ordered, base, of)
+    return Comparison(_names(ordered), base, tuple(ordered), lines, contrasts, pareto, tuple(dict.fromkeys(notes)))
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    """Whether two models are known to have different bases."""
+    return one is not None and other is not None and one != other
 
 
 def _names(results: Sequence[Results]) -> tuple[str, ...]:
@@ -132,16 +143,20 @@ def _list(protocols: set[str]) -> str:
     return " / ".join(sorted(protocols))
 
 
-def _contrasts(table: dict[tuple[str, str], list[Measure | None]], base: int | None) -> tuple[Contrast, ...]:
-    """Every pair that can be tested, with p adjusted within its family."""
+def _contrasts(
+    table: dict[tuple[str, str], list[Measure | None]], base: int | None, of: Sequence[str | None]
+) -> tuple[Contrast, ...]:
+    """Every pair that can be tested, with p adjusted within its family. of: each model's base."""
     found = []
-    for (_, metric), row in table.items():
+    for (task, metric), row in table.items():
         if metric in UNTESTED:
             continue
         for i, j in combinations(range(len(row)), 2):
             # The base comes first in the table and second in a difference, which is what a model lost.
             first, second = (j, i) if i == base else (i, j)
             one, other = row[first], row[second]
+            if _differ(of[i], of[j]) and (second == base or task.startswith("divergence")):
+                continue
             if one and other and one.protocol == other.protocol:
                 made = _contrast(one, other, first, second)
                 if made:
@@ -184,11 +199,17 @@ def _verdict(made: Contrast, p: float, row: Sequence[Measure | None]) -> str:
     return "better" if (made.difference > 0) == measure.higher_is_better else "worse"
 
 
-def _line(key: tuple[str, str], row: Sequence[Measure | None], base: int | None, contrasts: Sequence[Contrast]) -> Line:
+def _line(
+    key: tuple[str, str],
+    row: Sequence[Measure | None],
+    base: int | None,
+    of: Sequence[str | None],
+    contrasts: Sequence[Contrast],
+) -> Line:
     some = next(measure for measure in row if measure)
     to_base = {c.first: c for c in contrasts if (c.task, c.metric) == key and c.second == base}
-    reference = None if base is None else row[base]
-    cells = tuple(Cell(measure, _recovery(measure, reference), to_base.get(i)) for i, measure in enumerate(row))
+    references = [None if base is None or _differ(other, of[base]) else row[base] for other in of]
+    cells = tuple(Cell(m, _recovery(m, references[i]), to_base.get(i)) for i, m in enumerate(row))
     return Line(*key, some.unit, some.higher_is_better, some.protocol, cells)
 
 
@@ -202,16 +223,20 @@ def _recovery(measure: Measure | None, reference: Measure | None) -> float | Non
     return 100 * over.value / under.value if under.value else None
 
 
-def _pareto(results: Sequence[Results], base: int | None) -> tuple[Point, ...]:
-    """The models in the plane of size and KL; the base is there with a KL of 0."""
+def _pareto(results: Sequence[Results], base: int | None, of: Sequence[str | None]) -> tuple[Point, ...]:
+    """The models in the plane of size and KL, which is from one base; that is there with a KL of 0."""
     task = next((m.task for one in results for m in one.measures if m.metric == "kl"), "")
     places: list[tuple[int, Results, float, float | None, float | None]] = []
     for index, one in enumerate(results):
         measure = one.find(task, "kl")
+        if base is not None and _differ(of[index], of[base]):
+            continue
         if measure is not None:
             places.append((index, one, measure.value, measure.low, measure.high))
         elif index == base and task:
             places.append((index, one, 0.0, 0.0, 0.0))
+    if len({of[index] for index, *_ in places} - {None}) > 1:
+        return ()
     return tuple(
         Point(index, one.bytes, one.bits_per_weight, kl, low, high, not _beaten(one.bytes, kl, places))
         for index, one, kl, low, high in places

@@ -19,7 +19,7 @@ from llmq_eval.journal import Journal
 from llmq_eval.perplexity import measure as measure_perplexity
 from llmq_eval.perplexity import shown_dtype
 from llmq_eval.results import Measure, Results, write
-from llmq_eval.subject import Subject, default_out, key, machine, versions
+from llmq_eval.subject import Subject, check_device, default_out, key, machine, versions
 from llmq_eval.tasks import OWN, Settings, Tasks
 from llmq_eval.windows import Windows
 
@@ -61,13 +61,15 @@ def evaluate(
 
     The results hold what this call asked for; the files under `out` keep what was measured before as well. The base is
     compared with itself only where `models` names it. note: is told what a user may want to know.
-    Raises LlmqError for unknown tasks, models that do not load, or texts and documents that cannot be had.
+    Raises LlmqError for unknown tasks, a device that is not there, models that do not load, or texts and documents that
+    cannot be had.
     """
     return _Evaluation(models, base, options, note).run()
 
 
 class _Evaluation:
     def __init__(self, models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None]) -> None:
+        check_device(options.device)
         self.options = options
         self.note = note
         self.names = list(dict.fromkeys(options.tasks))
@@ -137,7 +139,11 @@ class _Evaluation:
         fresh = Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
         file = fresh.path(self.options.out)
         if file.is_file():
-            old = Results.load(file)
+            try:
+                old = Results.load(file)
+            except LlmqError:
+                self.note(f"{subject.given}: {file} holds no results that can be read: it is begun anew")
+                return fresh
             fresh.base = base or old.base
             fresh.versions = old.versions | used
             fresh.measures = old.measures
@@ -196,7 +202,8 @@ class _Evaluation:
         assert self.tasks is not None
         model = models.get(subject)
         tokenizer = models.tokenizer(subject)
-        return self.tasks.run(name, model, tokenizer, o.settings, journal, progress=o.progress)
+        shown = shown_dtype(model, o.dtype)
+        return self.tasks.run(name, model, tokenizer, o.settings, journal, shown=shown, progress=o.progress)
 
     def _divergence(self, subject: Subject, cut: Windows, models: _Models, common: dict[str, Any]) -> list[Measure]:
         o = self.options

@@ -67,14 +67,16 @@ def write(file: Path, found: Comparison) -> None:
         raise LlmqError(f"{file}: cannot be written: {error.strerror}") from error
 
 
-def tell_folders(results: Sequence[Results]) -> list[Path]:
+def tell_folders(results: Sequence[Results], out: Path) -> list[Path]:
     """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
 
-    A folder that cannot be written is left as it is: its numbers are in the results all the same.
+    All that is saved of a model under `out` is told, not only what `results` has: that is of one call. A folder that
+    cannot be written is left as it is: its numbers are in the results all the same.
     """
-    of = {one.model: one.measures for one in results}
+    saved = [_saved(one, out) for one in results]
+    of = {one.model: one.measures for one in saved}
     written: list[Path] = []
-    for one in results:
+    for one in saved:
         folder = Path(one.model)
         if not (folder.is_absolute() and Report.there(folder)):
             continue
@@ -85,6 +87,14 @@ def tell_folders(results: Sequence[Results]) -> list[Path]:
             except LlmqError:
                 continue
     return written
+
+
+def _saved(one: Results, out: Path) -> Results:
+    """What is on disk of a model; what is at hand where that cannot be read."""
+    try:
+        return Results.load(one.path(out))
+    except LlmqError:
+        return one
 
 
 def heading(line: Line) -> str:

@@ -119,10 +119,19 @@ def measure(
     """
     begin = time.perf_counter()
     windows.check(model, folder)
-    by_window = _by_window(model, windows, batch, device, progress, journal or Journal(None))
+    journal = journal or Journal(None)
+    with torch.inference_mode():
+        for span in batches(windows.count, batch, journal, progress, "perplexity"):
+            means = _losses(model, windows.ids[span.start : span.stop].to(device))
+            if not bool(means.isfinite().all()):
+                # Not kept: what is in the journal is never measured again.
+                raise LlmqError(
+                    f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {dtype}, "
+                    "try --dtype float32"
+                )
+            journal.add({str(i): float(one) for i, one in zip(span, means, strict=True)})
+    by_window = torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)
     nll = float(by_window.mean())
-    if not math.isfinite(nll):
-        raise LlmqError(f"{folder}: its loss on the text is {nll}; the model overflows in {dtype}, try --dtype float32")
     value = math.exp(min(nll, 700.0))
     spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
     shown = shown_dtype(model, dtype)
@@ -177,19 +186,12 @@ def progress_bar(what: str, shown: bool) -> Any:
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
-def _by_window(model: Any, windows: Windows, batch: int, device: str, progress: bool, journal: Journal) -> Tensor:
-    """Mean negative log likelihood of each window in nats, float64 [windows]."""
-    with torch.inference_mode():
-        for span in batches(windows.count, batch, journal, progress, "perplexity"):
-            ids = windows.ids[span.start : span.stop].to(device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            losses = [
-                torch.nn.functional.cross_entropy(
-                    logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none"
-                )
-                for i in range(0, len(targets), _ROWS)
-            ]
-            means = torch.cat(losses).view(len(ids), -1).double().cpu().mean(1)
-            journal.add({str(i): float(value) for i, value in zip(span, means, strict=True)})
-    return torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)
+def _losses(model: Any, ids: Tensor) -> Tensor:
+    """Mean negative log likelihood of each window of a batch in nats, float64 [windows]."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    losses = [
+        torch.nn.functional.cross_entropy(logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none")
+        for i in range(0, len(targets), _ROWS)
+    ]
+    return torch.cat(losses).view(len(ids), -1).double().cpu().mean(1)

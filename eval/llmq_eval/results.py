@@ -19,6 +19,7 @@ from llmq.errors import LlmqError
 
 FORMAT = 1
 """Of the file; another number is refused."""
+AGAIN = "remove it, or run `llmq eval` again"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class Results:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
-                raise LlmqError(f"{file} was written by another version of llmq: run `llmq eval` again")
+                raise LlmqError(f"{file} was written by another version of llmq: {AGAIN}")
             return Results(**(data | {"measures": [measure_from(measure) for measure in data["measures"]]}))
         except OSError as error:
-            raise LlmqError(f"{file} cannot be read: {error.strerror}") from error
+            raise LlmqError(f"{file} cannot be read ({error.strerror}): {AGAIN}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LlmqError(f"{file} holds no results of `llmq eval`: {error}") from error
+            raise LlmqError(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
 
     def path(self, out: Path) -> Path:
         """Where `save` writes them: <out>/results/<name>-<fingerprint>.json."""

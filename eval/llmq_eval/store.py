@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmq.errors import LlmqError
@@ -10,55 +10,67 @@ from llmq_eval.results import Results
 from llmq_eval.subject import Subject
 
 
-def collect(given: Sequence[str], out: Path) -> list[Results]:
+def collect(given: Sequence[str], out: Path, note: Callable[[str], None] = lambda _: None) -> list[Results]:
     """The results that were named, and those of their base where they are beside them; each model once.
 
     given: a results file, a folder with results (the --out of `llmq eval`, or its results/), a model's folder, a hub id
-    or 'demo'. out: where the results of models are. Raises LlmqError where something has no results.
+    or 'demo'. out: where the results of models are. note: is told of files in folders that cannot be read and are left
+    out. Raises LlmqError where something has no results, or a file that was named cannot be read.
     """
+    folders = _Folders(note)
     found: dict[str, Results] = {}
     beside: list[Path] = []
     for name in given:
-        files = _files(name, out)
-        for file in files:
-            one = Results.load(file)
+        for file, one in _named(name, out, folders):
             found.setdefault(one.model, one)
             beside.append(file.parent)
     for one in list(found.values()):
         if one.base and one.base not in found:
-            base = _newest(one.base, dict.fromkeys(beside))
+            base = next((base for folder in dict.fromkeys(beside) for base in folders.of(one.base, folder)), None)
             if base is not None:
                 found[base.model] = base
     return list(found.values())
 
 
-def _files(name: str, out: Path) -> list[Path]:
+class _Folders:
+    """Folders of results, each read once; note: is told of files that cannot be read."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self.known: dict[Path, list[tuple[Path, Results]]] = {}
+
+    def read(self, folder: Path) -> list[tuple[Path, Results]]:
+        """The results in a folder, the newest first."""
+        if folder not in self.known:
+            self.known[folder] = []
+            for file in sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime):
+                try:
+                    self.known[folder].append((file, Results.load(file)))
+                except LlmqError as error:
+                    self.note(f"left out: {error}")
+        return self.known[folder]
+
+    def of(self, label: str, folder: Path) -> list[Results]:
+        """Those of a model."""
+        return [one for _, one in self.read(folder) if one.model == label]
+
+
+def _named(name: str, out: Path, folders: _Folders) -> list[tuple[Path, Results]]:
     path = Path(name).expanduser()
     if path.is_file():
-        return [path]
+        return [(path, Results.load(path))]
     if path.is_dir() and not (path / "config.json").is_file():
         for folder in (path / "results", path):
-            files = sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime)
-            if files:
-                return files
+            if found := folders.read(folder):
+                return found
         raise LlmqError(f"{name} holds no results: give the --out of `llmq eval`, or a model's folder")
     if not path.exists() and name.endswith(".json"):
         raise LlmqError(f"{name}: no such file")
     subject = Subject.of(name)
-    files = _of(subject.label, out / "results")
-    current = [file for file in files if Results.load(file).fingerprint.startswith(subject.fingerprint)]
+    there = [(file, one) for file, one in folders.read(out / "results") if one.model == subject.label]
+    current = [pair for pair in there if pair[1].fingerprint.startswith(subject.fingerprint)]
     if current:
         return current[:1]
-    if files:
+    if there:
         raise LlmqError(f"{name} has changed since it was measured: run `llmq eval {name}` again")
     raise LlmqError(f"{name} has no results in {out}: run `llmq eval {name}` first, or give its --out")
-
-
-def _of(label: str, folder: Path) -> list[Path]:
-    """The files of a model in a folder of results, the newest first."""
-    files = sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime)
-    return [file for file in files if Results.load(file).model == label]
-
-
-def _newest(label: str, folders: dict[Path, None]) -> Results | None:
-    return next((Results.load(file) for folder in folders for file in _of(label, folder)), None)

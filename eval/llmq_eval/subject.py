@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.report import VERSIONS
 
 _SMALL = 1 << 25  # bytes of a file whose content is hashed; larger ones go by size and time
@@ -80,6 +80,16 @@ def versions(*more: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | {"python": sys.version.split()[0]}
+
+
+def check_device(device: str) -> None:
+    """Raise LlmqError if torch has no such device here, or it cannot be used."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LlmqError(f"--device {device} cannot be used here: {first_line(error)}") from error
 
 
 def machine(device: str) -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +21,8 @@ from llmq_eval.results import Measure
 
 OWN = ("perplexity", "divergence", "speed", "memory")
 """Tasks that need no lm-eval."""
+SHARES = re.compile(r"(acc|exact_match|em|f1)(_|\b)")
+"""Metrics of lm-eval that are shares of 1; others are perplexities, bits, scores …"""
 INSTALL = "pip install 'llmq[eval]'"
 
 
@@ -75,9 +79,20 @@ class Tasks:
         return self.data.get(name, "hub")
 
     def run(
-        self, name: str, model: Any, tokenizer: Any, settings: Settings, journal: Journal, *, progress: bool = True
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        settings: Settings,
+        journal: Journal,
+        *,
+        shown: str,
+        progress: bool = True,
     ) -> list[Measure]:
-        """The measures of one task or group. Raises LlmqError if its documents cannot be had, or the model fails."""
+        """The measures of one task or group. shown: the dtype the model runs in, for the protocol.
+
+        Raises LlmqError if its documents cannot be had, or the model fails or overflows.
+        """
         from lm_eval import simple_evaluate
 
         adapter = _adapter(model, tokenizer, settings, journal, progress)
@@ -97,7 +112,9 @@ class Tasks:
         except Exception as error:
             raise self._explained(name, error) from error
         adapter.flush()
-        return _measures(name, found, self.data.get(name))
+        # What 'auto' found on a GPU differs from model to model, and would forbid every comparison.
+        batch = 1 if settings.batch == "auto" and model.device.type == "cpu" else settings.batch
+        return _measures(name, found, self.data.get(name), f"{shown}, batch {batch}")
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
@@ -208,6 +225,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             return
 
         def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+            number = answer[0] if isinstance(answer, tuple | list) else answer
+            if isinstance(number, float) and not math.isfinite(number):
+                # Not kept: what is in the journal is never asked again.
+                dtype = str(model.dtype).removeprefix("torch.")
+                raise LlmqError(
+                    f"{model.name_or_path}: a log likelihood is {number}; the model overflows in {dtype}, "
+                    "try --dtype float32"
+                )
             self.pending[key(kind, request)] = answer
 
         def flush(self) -> None:
@@ -251,14 +276,15 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     return Adapter()
 
 
-def _measures(name: str, found: dict[str, Any], local: str | None) -> list[Measure]:
+def _measures(name: str, found: dict[str, Any], local: str | None, ran: str) -> list[Measure]:
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
     config = found["configs"][parts[0]]
     documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
     protocol = (
         f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}"
+        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}, "
+        f"{ran}"
     )
     made = []
     scopes = [name] if name in found["results"] else parts
@@ -295,19 +321,18 @@ def _samples(found: dict[str, Any], leaves: Sequence[str], label: str) -> list[f
 def _measure(
     task: str, metric: str, value: float, stderr: Any, better: Any, protocol: str, samples: list[float] | None
 ) -> Measure:
-    import math
-
     low = high = None
-    unit = "" if metric.startswith("perplexity") else "share"
+    right_or_wrong = bool(samples) and set(samples or ()) <= {0.0, 1.0}
+    # Some tasks have their F1 in percent: what is above 1 is no share.
+    unit = "share" if (right_or_wrong or SHARES.match(metric)) and 0 <= value <= 1 else ""
     if metric == "perplexity" and samples:
         samples = [-one for one in samples]
         _, below, above = intervals.mean(samples)
         low, high = (None, None) if below is None or above is None else (math.exp(below), math.exp(above))
-    elif samples and set(samples) <= {0.0, 1.0}:
+    elif samples and right_or_wrong:
         low, high = intervals.share(sum(samples), len(samples))
     elif isinstance(stderr, int | float):
         low, high = value - 1.96 * stderr, value + 1.96 * stderr
-        unit = ""
     if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
         samples = None
     return Measure(task, metric, value, low, high, unit, better, protocol, samples)

@@ -110,8 +110,8 @@ def cut(
 ) -> Windows:
     """The windows of a text that all the models in `folders` are measured on; options as of `perplexities`.
 
-    Raises LlmqError if the text is missing, not text, or shorter than a window, or two of the models do not give it the
-    same tokens.
+    Raises LlmqError if the text is missing, not text, or shorter than a window, if the window is longer than one of the
+    models can read, or two of them do not give the text the same tokens.
     """
     for folder in folders:
         check_readable(folder)
@@ -124,9 +124,16 @@ def cut(
                 f"the tokenizers of {folders[0]} and {folder} give the text different tokens ({len(found[0][0])} and "
                 f"{len(found[-1][0])}): they cannot be compared; is one the other's base model?"
             )
-    length = window or min(default_window(folder, trust_remote_code) for folder in folders)
+    longest = {folder: most for folder in folders if (most := _longest(folder, trust_remote_code))}
+    length = window or min([WINDOW, *longest.values()])
     if length < 2:
         raise LlmqError(f"--window must be at least 2 tokens, not {length}")
+    if longest and length > min(longest.values()):
+        folder, most = min(longest.items(), key=lambda pair: pair[1])
+        raise LlmqError(
+            f"--window {length} is longer than the longest input of {folder}, {most} tokens (its "
+            f"max_position_embeddings): give {most} or less"
+        )
     ids, name = found[0]
     count = min(len(ids) // length, max_windows or len(ids))
     if not count:
@@ -139,6 +146,11 @@ def cut(
 
 def default_window(folder: Path, trust_remote_code: bool = False) -> int:
     """2048 tokens, or the longest input that the model's configuration allows, if that is less."""
+    return min(WINDOW, _longest(folder, trust_remote_code) or WINDOW)
+
+
+def _longest(folder: Path, trust_remote_code: bool) -> int | None:
+    """The longest input that the model's configuration allows; None where it names none."""
     from transformers import AutoConfig
 
     try:
@@ -146,7 +158,7 @@ def default_window(folder: Path, trust_remote_code: bool = False) -> int:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise LlmqError(f"{folder}: its config.json cannot be used: {first_line(error)}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(WINDOW, longest) if isinstance(longest, int) and longest > 1 else WINDOW
+    return longest if isinstance(longest, int) and longest > 1 else None
 
 
 def _tokens(

@@ -134,6 +134,24 @@ def test_other_protocols_are_not_compared(five: list[Results]) -> None:
     assert found.lines[0].cells[1].recovery is None
 
 
+def test_losses_are_told_from_the_models_own_base(five: list[Results]) -> None:
+    """A base that is not there is no reason to take another's."""
+    five[0] = replace(five[0], base="/models/elsewhere")
+    found = comparison(five)
+    assert found.base == 0 and found.models[1] == "good"
+    assert any("good has another base (/models/elsewhere)" in note for note in found.notes)
+    for line in found.lines:
+        assert line.cells[1].recovery is None and line.cells[1].to_base is None
+        assert line.metric == "kl" or line.cells[2].to_base is not None
+    pairs = by_pair(found, "perplexity:demo")
+    assert ("good", "base") not in pairs and pairs["good", "bad"] == "better"
+    assert not any("good" in names for names in by_pair(found, "divergence:demo"))
+    assert "good" not in {found.models[point.model] for point in found.pareto}
+    without = comparison(five[:4])
+    assert without.base is None and not without.pareto
+    assert any("different bases (/models/base, /models/elsewhere)" in note for note in without.notes)
+
+
 def test_tables(five: list[Results]) -> None:
     found = comparison(five)
     text = tables.markdown(found)
@@ -172,9 +190,28 @@ def test_compare_on_the_command_line(tiny_model: Path, text_file: Path, tmp_path
         assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
     done = llmq("compare", out, "--format", "pdf")
     assert done.returncode == 2 and "table, markdown, csv" in done.stderr
-    (tmp_path / "broken.json").write_text("{}")
-    done = llmq("compare", tmp_path / "broken.json")
-    assert done.returncode == 2 and "holds no results" in done.stderr
+
+
+def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    """One file that was cut off hides no others; who names it is told what to do."""
+    out = tmp_path / "out"
+    command = ("eval", tiny_model, "--text", text_file, "--window", 32, "--max-windows", 3, "--out", out)
+    assert llmq(*command).returncode == 0
+    (whole,) = (out / "results").iterdir()
+    text = whole.read_text()
+    (out / "results" / "broken.json").write_text(text[:99])
+    for place in (tiny_model, out, whole):
+        done = llmq("compare", place, "--out", out, "--format", "csv")
+        assert done.returncode == 0 and ("left out" in done.stderr) == (place != whole), done.stderr
+        assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
+    for broken in ("{}", text[:99], text.replace('"format": 1', '"format": 0')):
+        (tmp_path / "broken.json").write_text(broken)
+        done = llmq("compare", tmp_path / "broken.json")
+        assert done.returncode == 2 and done.stderr.endswith("remove it, or run `llmq eval` again\n")
+    whole.write_text(text[:99])
+    done = llmq(*command)
+    assert done.returncode == 0 and "begun anew" in done.stderr
+    assert whole.read_text() == text
 
 
 def test_nothing_to_compare() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,18 @@ def test_folders_learn_their_numbers(tmp_path: Path) -> None:
     (folder / REPORT).write_text(report(2).to_json())
     (folder / "README.md").write_text(model_card(report(2), tmp_path))
     both = [results(name, *SIZES[name], folder=str(tmp_path)) for name in ("base", "rtn-w4")]
-    assert tell_folders(both) == [folder / PAGE, folder / "README.md"]
+    # The call measured perplexity alone; what was measured before is saved beside it.
+    for one in both:
+        one.save(tmp_path / "out")
+    both = [replace(one, measures=one.measures[:1]) for one in both]
+    assert tell_folders(both, tmp_path / "out") == [folder / PAGE, folder / "README.md"]
     mine, base = (one.find("perplexity:demo", "perplexity") for one in reversed(both))
     assert mine and base
     said = f"{digits(base.value)} unquantized, {100 * base.value / mine.value:.1f} % kept"
     assert said in " ".join(Page((folder / PAGE).read_text()).text.split())
-    assert f"| {digits(mine.value)} |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"| {digits(mine.value)} |" in card and "hellaswag" in card and "286.1 MiB" in card
+    assert "hellaswag" in (folder / PAGE).read_text()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -87,6 +87,7 @@ def test_refusals(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     short.write_bytes(b"\xff\xfe")
     refused("not UTF-8", text=str(short))
     refused("at least 2", window=1)
+    refused("--window 257 is longer than the longest input of .*, 256 tokens .*: give 256 or less", window=257)
     refused("float12", dtype="float12")
     refused("config.json", folder=tmp_path)
 

@@ -101,6 +101,20 @@ def test_as_its_own_command_line(tmp_path: Path, llmq: Run) -> None:
         assert measure["value"] == pytest.approx(math.exp(mean) if metric == "perplexity" else mean)
         assert measure["low"] <= measure["value"] <= measure["high"]
         assert "8 documents from local files" in measure["protocol"] and "0-shot" in measure["protocol"]
+        assert measure["protocol"].endswith(", float32, batch 2")
+
+
+def test_only_shares_are_called_that() -> None:
+    """As lm-eval gives them: a perplexity or bits per byte under 1 is no percentage, nor is an F1 of 81.2."""
+
+    def unit(metric: str, value: float, samples: list[float] | None = None, stderr: object = "N/A") -> str:
+        return tasks._measure("task", metric, value, stderr, None, "protocol", samples).unit
+
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "brier_score", "embedding"):
+        assert unit(metric, 0.7) == unit(metric, 0.7, stderr=0.1) == ""
+    for metric in ("acc", "acc_norm", "exact_match (strict-match)", "em", "f1"):
+        assert unit(metric, 0.7) == unit(metric, 0.7, stderr=0.1) == "share"
+    assert unit("f1", 81.2) == "" and unit("pass@1", 0.5, [0.0, 1.0]) == "share"
 
 
 @needs_lm_eval
