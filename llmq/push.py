@@ -16,13 +16,20 @@ from llmq.report import REPORT, Report
 from llmq.sink import check_finished
 from llmq.source import Source
 
+# What a model's folder is made of; whatever else lies in it (notes, logs, a token) is nobody's business.
+_MODEL = (
+    "*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.py", "merges.txt", "vocab.txt",
+    "README.md", "report.html", "LICENSE*", "NOTICE*", "*POLICY*",
+)  # fmt: skip
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def push(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Upload a finished folder as one commit and say where it is. The repository and the branch are made if need be.
+    """Upload a finished folder as one commit, the model's files and nothing else, and say where it is.
+
+    The repository and the branch are made if need be.
 
     The example in the folder's model card then loads from the repository.
     Raises LlmqError where the folder is unfinished or damaged, nobody is logged in, the token may not write there, or
@@ -51,7 +58,8 @@ def push(
             folder_path=folder,
             revision=revision,
             commit_message=message or "Upload by llmq",
-            ignore_patterns=[f"{STATE}/*", "*.partial"],
+            allow_patterns=list(_MODEL),
+            ignore_patterns=[f"{STATE}/*", ".*", "*/.*", "*.partial"],
         )
     except Exception as error:
         raise _explained(error, repo_id) from error

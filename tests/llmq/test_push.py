@@ -47,12 +47,15 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def test_everything_arrives(hub: HubServer, client: HubClient, folder: Path) -> None:
     options = {"private": True, "revision": "w4", "message": "four bits"}
+    here = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for stray in (".env", "token.txt", "run.log"):
+        (folder / stray).write_text("hf_secret")
     answer = client.ask(do="push", folder=str(folder), repo="org/tiny-w4", token="hf_writer", options=options)
     assert answer.get("value", "").startswith(f"{hub.url}/org/tiny-w4/commit/"), answer
     there = hub.models["org/tiny-w4"]
     assert there.private and there.branches == {"w4"} and there.messages == ["four bits"]
-    here = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert there.files == here  # and nothing of .llmq/
+    here["README.md"] = (folder / "README.md").read_bytes()  # its example now names the repository
+    assert there.files == here  # and nothing of .llmq/, nor what only lies there
     assert {"report.html", "report.json", "config.json"} <= here.keys()
     assert here["README.md"].count(b'path = "org/tiny-w4"') == 2 and b"PATH_TO" not in here["README.md"]
     sent = hub.requests["POST batch"], len(hub.objects)
