@@ -26,7 +26,6 @@ from torch import Tensor
 from llmq_kernels.checks import FLOATS
 from llmq_kernels.reference import unpack_codes
 
-NAME = "int4pack"
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
 # Rows up to which the operator beats slabs. It costs the same again for every four rows (1.5 ms at 4096 x 4096), slabs

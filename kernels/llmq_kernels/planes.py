@@ -30,7 +30,6 @@ from llmq_kernels.checks import FLOATS, check, check_sizes
 if TYPE_CHECKING:
     from llmq_kernels.triton.configs import Config
 
-NAME = "planes"
 TILE = {2: 256, 3: 512, 4: 128, 8: 64}
 SLAB = 1 << 24
 WORKSPACE = 1 << 28

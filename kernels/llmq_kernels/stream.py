@@ -14,7 +14,6 @@ from torch import Tensor
 from llmq_kernels import reference
 from llmq_kernels.checks import check_stream
 
-NAME = "stream"
 SLAB = 1 << 20
 
 
