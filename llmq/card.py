@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from llmq.budget import size
 from llmq.errors import LlmqError
-from llmq.measured import Measure, Row, rows
+from llmq.measured import NO_QUALITY, Measure, Row, rows
 from llmq.report import Report
 
 CARD = "README.md"
@@ -80,16 +81,41 @@ def measured_section(measured: Sequence[Row]) -> str:
 
 
 def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Measure] = ()) -> Path:
-    """Put the measured table into a folder's card, in place of an earlier one.
+    """Put the measured table into a folder's card, and into its metadata what is of the model's quality.
 
-    Raises LlmqError where there is no card of llmq's, or it cannot be written.
+    An earlier table is replaced. Raises LlmqError where there is no card of llmq's, or it cannot be written.
     """
     text = _read(folder)
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
         raise LlmqError(f"{folder / CARD} has no place for measured numbers: llmq did not write it")
-    return _write(folder, f"{before}{begin}\n{measured_section(rows(measures, base))}{end}{after}")
+    measures = list(measures)
+    return _write(folder, _indexed(f"{before}{begin}\n{measured_section(rows(measures, base))}{end}{after}", measures))
+
+
+def _indexed(card: str, measures: Sequence[Measure]) -> str:
+    """A card with the measures as the hub's model-index, from which it shows and finds them."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    read = ModelCard(card)
+    of = [m for m in measures if m.higher_is_better is not None and m.task.partition(":")[0] not in NO_QUALITY]
+    title = re.search(r"^# (.+)$", read.text, re.MULTILINE)
+    data: Any = read.data
+    data.model_name = title[1] if of and title else None
+    data.eval_results = [
+        EvalResult(
+            "text-generation",
+            m.task,
+            m.task.rpartition(":")[2],
+            m.metric,
+            float(f"{m.value:.6g}"),
+            metric_args={"protocol": m.protocol},
+        )
+        for m in of
+        if math.isfinite(m.value)
+    ] or None
+    return str(read)
 
 
 def write_place(folder: Path, place: str) -> None:

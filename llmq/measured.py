@@ -67,14 +67,15 @@ def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]
 def recovery(measure: Measure, base: Measure) -> float | None:
     """How much of the base's quality is left, in %: the quotient, upside down where lower is better; or None.
 
-    What is no quality (a speed, a size), or is measured against the base itself (a divergence), has none.
+    What is no quality (a speed, a size), is measured against the base itself (a divergence), by another protocol, or is
+    no positive number to divide by (nor a sum of logarithms), has none.
     """
     if measure.higher_is_better is None or measure.task.partition(":")[0] in NO_QUALITY:
         return None
-    if not (measure.value and base.value):
+    over, under = (measure, base) if measure.higher_is_better else (base, measure)
+    if measure.protocol != base.protocol or not (over.value >= 0 and under.value > 0):
         return None
-    quotient = measure.value / base.value
-    return 100 * (quotient if measure.higher_is_better else 1 / quotient)
+    return 100 * over.value / under.value
 
 
 def value(number: float, unit: str = "") -> str:

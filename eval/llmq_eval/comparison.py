@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 from llmq.errors import LlmqError
+from llmq.measured import recovery
 from llmq_eval.intervals import LEVEL, Test, holm, paired, unpaired
 from llmq_eval.results import Measure, Results
 
 UNTESTED = ("lost", "gained")
 """Parts of what 'top1' says already: more tests of the same would only make every test weaker."""
+Key = tuple[str, str, str]
+"""Task, metric, protocol."""
+Table = Mapping[Key, Sequence[Measure | None]]
+"""A measure's row: one for each model."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """One model against another on one measure, over the same documents or windows.
+    """One model against another on one measure, by one protocol and over the same documents or windows.
 
     first, second: indices into `Comparison.models`. difference: first minus second, in the measure's unit, with its
     95 % interval (not for speeds, which come in no pairs). p: of the two-sided test, p_adjusted: after Holm, over its
@@ -28,6 +34,7 @@ class Contrast:
 
     task: str
     metric: str
+    protocol: str
     first: int
     second: int
     difference: float
@@ -50,7 +57,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One measure of all the models: cells in the order of `Comparison.models`."""
+    """One measure of all the models by one protocol: cells in the order of `Comparison.models`.
+
+    number: of the protocol among `Comparison.protocols`, from 1; shared: it is the measure's only one.
+    """
 
     task: str
     metric: str
@@ -58,6 +68,14 @@ class Line:
     higher_is_better: bool | None
     protocol: str
     cells: tuple[Cell, ...]
+    number: int
+    shared: bool
+
+    @property
+    def title(self) -> str:
+        """'hellaswag acc', 'perplexity:demo [2]': with the protocol's number where the measure has several lines."""
+        name = self.task if self.task.partition(":")[0] == self.metric else f"{self.task} {self.metric}"
+        return name if self.shared else f"{name} [{self.number}]"
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,15 @@ class Comparison:
     pareto: tuple[Point, ...]
     notes: tuple[str, ...]
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Each once, in the order of the lines."""
+        return tuple(dict.fromkeys(line.protocol for line in self.lines))
+
+    def line(self, one: Contrast) -> Line:
+        """The line of a difference."""
+        return next(line for line in self.lines if _key(line) == _key(one))
+
 
 def comparison(results: Sequence[Results]) -> Comparison:
     """Compare models that were measured by the same protocols. Raises LlmqError if there is nothing to compare."""
@@ -108,16 +135,18 @@ def comparison(results: Sequence[Results]) -> Comparison:
         what = f"{wanted[0]} is not among the results" if wanted else "none was given to `llmq eval`"
         notes.append(f"without a base ({what}) there is no recovery")
     keys = list(dict.fromkeys(measure.key for one in ordered for measure in one.measures))
+    first = {key[:2]: number for number, key in reversed(list(enumerate(keys)))}
+    # The protocols of one measure stand below each other.
+    keys.sort(key=lambda key: first[key[:2]])
     table = {key: [one.find(*key) for one in ordered] for key in keys}
-    for (task, metric), row in table.items():
-        protocols = {measure.protocol for measure in row if measure}
-        if len(protocols) > 1:
+    for task, metric in first:
+        if protocols := _apart(task, metric, table):
             notes.append(
                 f"{task} {metric} was measured by different protocols, which cannot be compared: {_list(protocols)}"
             )
     contrasts = _contrasts(table, base, of)
-    lines = tuple(_line(key, row, base, of, contrasts) for key, row in table.items())
-    pareto = _pareto(ordered, base, of)
+    lines = _lines(table, base, of, contrasts)
+    pareto = _pareto(ordered, table, base, of)
     return Comparison(_names(ordered), base, tuple(ordered), lines, contrasts, pareto, tuple(dict.fromkeys(notes)))
 
 
@@ -139,16 +168,26 @@ def _names(results: Sequence[Results]) -> tuple[str, ...]:
     return tuple(f"{number}. {one.name}" for number, one in enumerate(results, 1))
 
 
-def _list(protocols: set[str]) -> str:
-    return " / ".join(sorted(protocols))
+def _key(one: Line | Contrast | Measure) -> Key:
+    return one.task, one.metric, one.protocol
 
 
-def _contrasts(
-    table: dict[tuple[str, str], list[Measure | None]], base: int | None, of: Sequence[str | None]
-) -> tuple[Contrast, ...]:
+def _apart(task: str, metric: str, table: Table) -> list[str]:
+    """The protocols of a measure, if some model was measured by one and not by another."""
+    rows = {key[2]: row for key, row in table.items() if key[:2] == (task, metric)}
+    measured = [any(of) for of in zip(*rows.values(), strict=True)]
+    whole = all(cell or not there for row in rows.values() for cell, there in zip(row, measured, strict=True))
+    return [] if whole else sorted(rows)
+
+
+def _list(protocols: Sequence[str]) -> str:
+    return " / ".join(protocols)
+
+
+def _contrasts(table: Table, base: int | None, of: Sequence[str | None]) -> tuple[Contrast, ...]:
     """Every pair that can be tested, with p adjusted within its family. of: each model's base."""
     found = []
-    for (task, metric), row in table.items():
+    for (task, metric, _), row in table.items():
         if metric in UNTESTED:
             continue
         for i, j in combinations(range(len(row)), 2):
@@ -157,7 +196,7 @@ def _contrasts(
             one, other = row[first], row[second]
             if _differ(of[i], of[j]) and (second == base or task.startswith("divergence")):
                 continue
-            if one and other and one.protocol == other.protocol:
+            if one and other:
                 made = _contrast(one, other, first, second)
                 if made:
                     found.append(made)
@@ -167,13 +206,13 @@ def _contrasts(
         values = holm([p for i in members if (p := found[i].p) is not None])
         adjusted |= dict(zip(members, values, strict=True))
     return tuple(
-        replace(made, p_adjusted=adjusted[i], verdict=_verdict(made, adjusted[i], table[made.task, made.metric]))
+        replace(made, p_adjusted=adjusted[i], verdict=_verdict(made, adjusted[i], table[_key(made)]))
         for i, made in enumerate(found)
     )
 
 
 def _contrast(one: Measure, other: Measure, first: int, second: int) -> Contrast | None:
-    if not one.samples or not other.samples:
+    if not one.samples or not other.samples or not all(map(math.isfinite, (*one.samples, *other.samples))):
         return None
     if one.task == "speed":
         difference, low, high = one.value - other.value, None, None
@@ -189,7 +228,7 @@ def _contrast(one: Measure, other: Measure, first: int, second: int) -> Contrast
             # The samples are logarithms: a difference of theirs is a ratio of perplexities.
             difference, low, high = (other.value * math.expm1(min(x, 700.0)) for x in (difference, low, high))
     assert tested is not None
-    return Contrast(one.task, one.metric, first, second, difference, low, high, tested.p, None, tested.name, "")
+    return Contrast(*one.key, first, second, difference, low, high, tested.p, None, tested.name, "")
 
 
 def _verdict(made: Contrast, p: float, row: Sequence[Measure | None]) -> str:
@@ -199,41 +238,38 @@ def _verdict(made: Contrast, p: float, row: Sequence[Measure | None]) -> str:
     return "better" if (made.difference > 0) == measure.higher_is_better else "worse"
 
 
-def _line(
-    key: tuple[str, str],
-    row: Sequence[Measure | None],
-    base: int | None,
-    of: Sequence[str | None],
-    contrasts: Sequence[Contrast],
-) -> Line:
-    some = next(measure for measure in row if measure)
-    to_base = {c.first: c for c in contrasts if (c.task, c.metric) == key and c.second == base}
-    references = [None if base is None or _differ(other, of[base]) else row[base] for other in of]
-    cells = tuple(Cell(m, _recovery(m, references[i]), to_base.get(i)) for i, m in enumerate(row))
-    return Line(*key, some.unit, some.higher_is_better, some.protocol, cells)
+def _lines(table: Table, base: int | None, of: Sequence[str | None], contrasts: Sequence[Contrast]) -> tuple[Line, ...]:
+    numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(key[2] for key in table), 1)}
+    several = Counter(key[:2] for key in table)
+    made = []
+    for key, row in table.items():
+        some = next(measure for measure in row if measure)
+        to_base = {c.first: c for c in contrasts if _key(c) == key and c.second == base}
+        references = [None if base is None or _differ(of[i], of[base]) else row[base] for i in range(len(row))]
+        cells = [
+            Cell(m, recovery(m, reference) if m and reference else None, to_base.get(i))
+            for i, (m, reference) in enumerate(zip(row, references, strict=True))
+        ]
+        task, metric, protocol = key
+        number, shared = numbers[protocol], several[task, metric] == 1
+        made.append(Line(task, metric, some.unit, some.higher_is_better, protocol, tuple(cells), number, shared))
+    return tuple(made)
 
 
-def _recovery(measure: Measure | None, reference: Measure | None) -> float | None:
-    """How much of the base's quality is left, in %; None for what is no quality, or was measured otherwise."""
-    if not measure or not reference or measure.protocol != reference.protocol or measure.higher_is_better is None:
-        return None
-    if measure.task.partition(":")[0] in ("speed", "memory", "divergence"):
-        return None
-    over, under = (measure, reference) if measure.higher_is_better else (reference, measure)
-    return 100 * over.value / under.value if under.value else None
+def _pareto(results: Sequence[Results], table: Table, base: int | None, of: Sequence[str | None]) -> tuple[Point, ...]:
+    """The models in the plane of size and KL, which is from one base; that is there with a KL of 0.
 
-
-def _pareto(results: Sequence[Results], base: int | None, of: Sequence[str | None]) -> tuple[Point, ...]:
-    """The models in the plane of size and KL, which is from one base; that is there with a KL of 0."""
-    task = next((m.task for one in results for m in one.measures if m.metric == "kl"), "")
+    KL by one protocol: the one that most models have.
+    """
+    rows = [row for (_, metric, _), row in table.items() if metric == "kl"]
+    row = max(rows, key=lambda row: sum(map(bool, row)), default=[])
     places: list[tuple[int, Results, float, float | None, float | None]] = []
-    for index, one in enumerate(results):
-        measure = one.find(task, "kl")
+    for index, (one, measure) in enumerate(zip(results, row, strict=False)):
         if base is not None and _differ(of[index], of[base]):
             continue
-        if measure is not None:
+        if measure is not None and math.isfinite(measure.value):
             places.append((index, one, measure.value, measure.low, measure.high))
-        elif index == base and task:
+        elif index == base:
             places.append((index, one, 0.0, 0.0, 0.0))
     if len({of[index] for index, *_ in places} - {None}) > 1:
         return ()

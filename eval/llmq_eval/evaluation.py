@@ -7,9 +7,10 @@ and the versions, beside it the journal of a task that is not finished, tasks/ t
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Evaluation:
         check_device(options.device)
         self.options = options
         self.note = note
-        self.names = list(dict.fromkeys(options.tasks))
+        self.names = list(dict.fromkeys(_whole(name, options.text) for name in options.tasks))
         own = [name for name in self.names if name.partition(":")[0] in OWN]
         others = [name for name in self.names if name not in own]
         for name in own:
@@ -86,8 +87,6 @@ class _Evaluation:
             raise LlmqError("--write-tasks writes task files for local documents: give their folder as --data-dir")
         if any(name.startswith("divergence") for name in own) and base is None:
             raise LlmqError("divergence is measured against the unquantized model: give it as --base")
-        if any(name == "divergence:" or name == "perplexity:" for name in own):
-            raise LlmqError("a task like 'perplexity:wikitext2' needs a text after the colon")
         trust = options.trust_remote_code
         self.subjects = [Subject.of(name, trust_remote_code=trust) for name in dict.fromkeys(models)]
         self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
@@ -102,7 +101,7 @@ class _Evaluation:
         o = self.options
         return windows.cut(
             [subject.folder for subject in self.all],
-            task.partition(":")[2] or o.text,
+            task.partition(":")[2],
             window=o.window,
             max_windows=o.max_windows,
             special_tokens=o.special_tokens,
@@ -115,18 +114,17 @@ class _Evaluation:
         done = []
         with _Models(self.options) as models:
             for subject in self.all:
-                found: list[Measure] = []
                 results = self._start(subject)
+                found = replace(results, measures=[])
                 for name in self.names:
                     if name.startswith("divergence") and subject not in self.subjects:
                         continue
-                    found += self._task(subject, name, models)
+                    found = found.with_measures(self._task(subject, name, models))
                     # Saved after each task: what is finished is there, whatever happens to the next.
-                    results = results.with_measures(found)
+                    results = results.with_measures(found.measures)
                     results.save(self.options.out)
                 models.drop(subject)
-                results.measures = found
-                done.append(results)
+                done.append(found)
         return done
 
     def _start(self, subject: Subject) -> Results:
@@ -151,8 +149,8 @@ class _Evaluation:
 
     def _task(self, subject: Subject, name: str, models: _Models) -> list[Measure]:
         kind = name.partition(":")[0]
-        place = self.options.out / "cache" / self._key(subject, name, kind)
-        file, journal = place.with_suffix(".json"), place.with_suffix(".journal")
+        place, key = self.options.out / "cache", self._key(subject, name, kind)
+        file, journal = place / f"{key}.json", place / f"{key}.journal"
         if self.options.fresh:
             file.unlink(missing_ok=True)
             journal.unlink(missing_ok=True)
@@ -184,7 +182,8 @@ class _Evaluation:
             parts |= {"machine": machine(o.device), "lengths": [o.repeats, o.prompt, o.tokens]}
         elif self.tasks is not None and kind not in OWN:
             parts |= {"settings": asdict(o.settings), "documents": self.tasks.fingerprint(name)}
-        return f"{name.replace(':', '-').replace('/', '_')[-40:]}-{key(parts)}"
+        text = re.sub(r"[^A-Za-z0-9._-]+", "_", name.partition(":")[2])[-30:]
+        return "-".join(filter(None, (kind, text, key(parts))))
 
     def _measure(self, subject: Subject, name: str, kind: str, models: _Models, journal: Journal) -> list[Measure]:
         o = self.options
@@ -246,6 +245,16 @@ class _Evaluation:
                 trust_remote_code=o.trust_remote_code,
             )
         return models.speeds[subject.label]
+
+
+def _whole(name: str, text: str) -> str:
+    """A task's name with its text: two ways to name one task are one."""
+    kind, colon, given = name.partition(":")
+    if kind not in ("perplexity", "divergence"):
+        return name
+    if colon and not given:
+        raise LlmqError(f"a task like '{kind}:wikitext2' needs a text after the colon")
+    return name if given else f"{kind}:{text}"
 
 
 class _Models:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,37 @@ class Data:
     subject: str | None = None
 
 
+def from_folder(task: str, definitions: Mapping[str, Path], data_dir: Path, out: Path) -> dict[str, str]:
+    """Write into `out` the task files of a task or group from its local files; returns the documents' fingerprints.
+
+    They are by task: of `task`, and of each of its tasks that has a file of its own. A group takes one file of each of
+    its tasks, or (mmlu) one of them all. definitions: lm-eval's own file of each of its tasks, or of itself.
+    Raises LlmqError if there are none, or they cannot be used.
+    """
+    data = find(task, data_dir)
+    if data is not None and (data.subject is not None or task in definitions):
+        write_tasks(data, definitions, out)
+        return {task: fingerprint([data])}
+    if data is not None:
+        raise LlmqError(
+            f"{task} is a group of {', '.join(definitions)}: {', '.join(map(str, data.files.values()))} does not tell "
+            "which row is of which; give a file for each of them"
+        )
+    found = {leaf: find(leaf, data_dir) for leaf in definitions}
+    for leaf, of in found.items():
+        if of is None:
+            there = sorted(file.name for file in data_dir.glob("*.jsonl"))
+            have = ", ".join(there[:6]) or "no .jsonl files"
+            raise LlmqError(
+                f"{task}: {data_dir} has no {leaf}_validation.jsonl or {leaf}_test.jsonl, only {have}; without "
+                "--data-dir the documents come from the hub"
+            )
+    parts = {leaf: of for leaf, of in found.items() if of is not None}
+    for leaf, of in parts.items():
+        write_tasks(of, {leaf: definitions[leaf]}, out)
+    return {task: fingerprint(list(parts.values()))} | {leaf: fingerprint([of]) for leaf, of in parts.items()}
+
+
 def find(task: str, data_dir: Path) -> Data | None:
     """The local files of a task or group, or None if there are none."""
     files = {split: data_dir / f"{task}_{split}.jsonl" for split in SPLITS}
@@ -41,10 +72,10 @@ def find(task: str, data_dir: Path) -> Data | None:
     return Data(task, there, "subject" if task == "mmlu" else None) if there else None
 
 
-def fingerprint(data: Data) -> str:
+def fingerprint(of: Sequence[Data]) -> str:
     """Of the files' contents, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for split, file in sorted(data.files.items()):
+    for split, file in (pair for data in of for pair in sorted(data.files.items())):
         digest.update(f"{split} {file.stat().st_size}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

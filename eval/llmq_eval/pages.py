@@ -14,7 +14,7 @@ from llmq.errors import LlmqError
 from llmq.measured import digits, interval, value
 from llmq.page.frame import render
 from llmq.report import Report
-from llmq_eval import scatter, tables
+from llmq_eval import scatter, store, tables
 from llmq_eval.comparison import Cell, Comparison, Line
 from llmq_eval.results import Results
 
@@ -54,7 +54,7 @@ def compare_page(found: Comparison) -> str:
         dots=scatter.dots(found),
         pairs=pairs(found),
         notes=found.notes,
-        protocols=list(dict.fromkeys(line.protocol for line in found.lines)),
+        protocols=found.protocols,
     )
 
 
@@ -70,17 +70,18 @@ def write(file: Path, found: Comparison) -> None:
 def tell_folders(results: Sequence[Results], out: Path) -> list[Path]:
     """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
 
-    All that is saved of a model under `out` is told, not only what `results` has: that is of one call. A folder that
-    cannot be written is left as it is: its numbers are in the results all the same.
+    All that is saved of a model and of its base under `out` is told, not only what `results` has: that is of one call.
+    A folder that cannot be written is left as it is: its numbers are in the results all the same.
     """
     saved = [_saved(one, out) for one in results]
-    of = {one.model: one.measures for one in saved}
+    of = {one.model: one for one in saved}
     written: list[Path] = []
     for one in saved:
         folder = Path(one.model)
         if not (folder.is_absolute() and Report.there(folder)):
             continue
-        base = of.get(one.base, []) if one.base else []
+        found = (of.get(one.base) or store.newest(one.base, out)) if one.base else None
+        base = found.measures if found else []
         for tell in (page.write_page, card.write_measured):
             try:
                 written.append(tell(folder, one.measures, base))
@@ -99,9 +100,7 @@ def _saved(one: Results, out: Path) -> Results:
 
 def heading(line: Line) -> str:
     """A measure's name, its unit where the cells do not say it, and which direction is better."""
-    name = line.task if line.task.partition(":")[0] == line.metric else f"{line.task} {line.metric}"
-    arrow = {True: " ↑", False: " ↓", None: ""}[line.higher_is_better]
-    return f"{name}{arrow}"
+    return f"{line.title}{tables.ARROWS[line.higher_is_better]}"
 
 
 def rows(found: Comparison) -> list[Row]:
@@ -112,15 +111,17 @@ def rows(found: Comparison) -> list[Row]:
             Entry(size(results.bytes), "", "", "", str(results.bytes)),
             Entry(f"{results.bits_per_weight:.2f}", "", "", "", str(results.bits_per_weight)),
         ]
-        made.append(Row(name, i == found.base, [*first, *(_entry(line.cells[i]) for line in found.lines)]))
+        made.append(
+            Row(name, i == found.base, [*first, *(_entry(line.cells[i], i == found.base) for line in found.lines)])
+        )
     return made
 
 
-def _entry(cell: Cell) -> Entry:
+def _entry(cell: Cell, base: bool) -> Entry:
     if cell.measure is None:
         return Entry("", "", "", "", "")
     m = cell.measure
-    recovery = "" if cell.recovery is None or cell.to_base is None else f"{cell.recovery:.1f} %"
+    recovery = "" if cell.recovery is None or base else f"{cell.recovery:.1f} %"
     return Entry(
         value(m.value, m.unit), interval(m), recovery, cell.to_base.verdict if cell.to_base else "", repr(m.value)
     )
@@ -130,7 +131,7 @@ def pairs(found: Comparison) -> list[list[str]]:
     """Every difference that was tested, in words."""
     return [
         [
-            f"{one.task} {one.metric}",
+            found.line(one).title,
             found.models[one.first],
             found.models[one.second],
             f"{one.difference:+.4g}",

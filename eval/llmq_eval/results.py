@@ -11,9 +11,11 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from llmq.errors import LlmqError
 
@@ -44,9 +46,12 @@ class Measure:
     samples: list[float] | None = None
 
     @property
-    def key(self) -> tuple[str, str]:
-        """(task, metric): what is unique within the results of a model."""
-        return self.task, self.metric
+    def key(self) -> tuple[str, str, str]:
+        """(task, metric, protocol): what is unique within the results of a model."""
+        return self.task, self.metric, self.protocol
+
+
+_MEASURE = TypeAdapter(Measure)
 
 
 @dataclass
@@ -71,15 +76,15 @@ class Results:
         """What to call the model in a table: the last part of its path or id."""
         return Path(self.model).name or self.model
 
-    def find(self, task: str, metric: str) -> Measure | None:
-        """The measure of a task, or None."""
-        return next((m for m in self.measures if m.key == (task, metric)), None)
+    def find(self, task: str, metric: str, protocol: str | None = None) -> Measure | None:
+        """The measure of a task, by a protocol or by the first that there is; or None."""
+        wanted = (task, metric)
+        return next((m for m in self.measures if m.key[:2] == wanted and protocol in (None, m.protocol)), None)
 
     def with_measures(self, measures: Iterable[Measure]) -> Results:
-        """These results with others added; a task that is measured again loses its earlier measures."""
-        new = list(measures)
-        tasks = {measure.task for measure in new}
-        return replace(self, measures=[m for m in self.measures if m.task not in tasks] + new)
+        """These results with others added, which replace only what was measured by the same protocol."""
+        new = {measure.key: measure for measure in measures}
+        return replace(self, measures=[m for m in self.measures if m.key not in new] + list(new.values()))
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -92,9 +97,14 @@ class Results:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise LlmqError(f"{file} was written by another version of llmq: {AGAIN}")
-            return Results(**(data | {"measures": [measure_from(measure) for measure in data["measures"]]}))
+            data["measures"] = [_numbers(measure) for measure in data["measures"]]
+            return TypeAdapter(Results).validate_python(data)
         except OSError as error:
             raise LlmqError(f"{file} cannot be read ({error.strerror}): {AGAIN}") from error
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            told = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+            raise LlmqError(f"{file} holds no results of `llmq eval` ({told}): {AGAIN}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise LlmqError(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
 
@@ -121,10 +131,17 @@ def write(file: Path, text: str) -> None:
 
 
 def measure_from(data: dict[str, Any]) -> Measure:
-    """A measure from its fields in a file. Raises TypeError or KeyError where they are not all there."""
-    known = {one.name for one in fields(Measure)}
-    data = {name: value for name, value in data.items() if name in known}
-    return Measure(**(data | {"value": math.nan if data["value"] is None else data["value"]}))
+    """A measure from its fields in a file. Raises ValueError, TypeError or KeyError where it is none."""
+    return _MEASURE.validate_python(_numbers(data))
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a measure with the numbers that `plain` took for None: those that must be there."""
+    samples = data.get("samples")
+    return data | {
+        "value": math.nan if data["value"] is None else data["value"],
+        "samples": samples and [math.nan if one is None else one for one in samples],
+    }
 
 
 def plain(value: Any) -> Any:

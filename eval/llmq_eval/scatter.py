@@ -171,6 +171,8 @@ def dots(found: Comparison) -> list[Dots]:
         if line.metric.startswith("kl_"):
             continue
         ends = [end for m in there for end in (m.value, m.low, m.high) if end is not None and math.isfinite(end)]
+        if not ends:
+            continue
         low, high = min(ends), max(ends)
         pad = 0.06 * (high - low) or 1.0
         made.append(_dots(f"dots-{len(made)}", line, found, low - pad, high + pad))
@@ -199,7 +201,7 @@ def _dots(id: str, line: Line, found: Comparison, low: float, high: float) -> Do
     said = "; ".join(f"{dot.name} {dot.text}" for dot in drawn)
     return Dots(
         id,
-        line.task if line.task.partition(":")[0] == line.metric else f"{line.task}, {line.metric}",
+        line.title,
         f"{better} is better. {said}.",
         value(low, line.unit),
         value(high, line.unit),

@@ -32,6 +32,11 @@ def collect(given: Sequence[str], out: Path, note: Callable[[str], None] = lambd
     return list(found.values())
 
 
+def newest(label: str, out: Path) -> Results | None:
+    """What was measured last of a model (its label, as in `Results.model`) under `out`, or None."""
+    return next(iter(_Folders(lambda _: None).of(label, out / "results")), None)
+
+
 class _Folders:
     """Folders of results, each read once; note: is told of files that cannot be read."""
 

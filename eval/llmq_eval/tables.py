@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -22,6 +23,8 @@ PAIR_COLUMNS = (
     *("task", "metric", "first", "second", "difference", "low", "high", "p", "p_adjusted", "test", "verdict"),
 )
 MARKS = {"within noise": "≈", "better": "▲", "worse": "▼"}
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+"""Which direction is better."""
 LEGEND = (
     "± half of the 95 % interval; % of the base; against the base ≈ within noise, ▲ better, ▼ worse (p < 0.05, Holm)"
 )
@@ -50,8 +53,8 @@ def terminal(console: Console, found: Comparison, pairs: bool = False, plain: bo
     )
     for text in told:
         console.print(escape(text), highlight=False)
-    for protocol in dict.fromkeys(line.protocol for line in found.lines):
-        console.print(f"protocol: {protocol}", style="dim", highlight=False, markup=False)
+    for number, protocol in enumerate(found.protocols, 1):
+        console.print(f"protocol [{number}]: {protocol}", style="dim", highlight=False, markup=False)
 
 
 def markdown(found: Comparison, pairs: bool = False) -> str:
@@ -59,7 +62,7 @@ def markdown(found: Comparison, pairs: bool = False) -> str:
     parts = [_markdown(*_grid(found)), LEGEND + "."]
     parts += [_markdown(*_pairs(found))] if pairs else ["\n".join(f"- {line}" for line in ranks(found))]
     parts += ["\n".join(f"- {text}" for text in (*front(found), *found.notes))]
-    parts += ["\n".join(f"- {protocol}" for protocol in dict.fromkeys(line.protocol for line in found.lines))]
+    parts += ["\n".join(f"- [{number}] {protocol}" for number, protocol in enumerate(found.protocols, 1))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -96,15 +99,11 @@ def ranks(found: Comparison) -> list[str]:
     """For each tested measure the models from best to worst, '≈' between neighbours within noise, '>' otherwise."""
     told = []
     for line in found.lines:
-        of = {
-            frozenset((one.first, one.second)): one
-            for one in found.contrasts
-            if (one.task, one.metric) == (line.task, line.metric)
-        }
+        of = {frozenset((one.first, one.second)): one for one in found.contrasts if found.line(one) is line}
         there = [(i, cell.measure.value) for i, cell in enumerate(line.cells) if cell.measure]
         if not of or line.higher_is_better is None:
             continue
-        there.sort(key=lambda pair: -pair[1] if line.higher_is_better else pair[1])
+        there.sort(key=lambda pair: (math.isnan(pair[1]), -pair[1] if line.higher_is_better else pair[1]))
         words = [found.models[there[0][0]]]
         for (before, _), (after, _) in zip(there, there[1:], strict=False):
             one = of.get(frozenset((before, after)))
@@ -127,7 +126,9 @@ def _grid(found: Comparison) -> tuple[list[str], list[list[str]]]:
         ["size", *(size(one.bytes) for one in found.results)],
         ["bits per weight", *(f"{one.bits_per_weight:.2f}" if one.bits_per_weight else "?" for one in found.results)],
     ]
-    rows += [[_title(line), *(_cell(cell) for cell in line.cells)] for line in found.lines]
+    rows += [
+        [_title(line), *(_cell(cell, i == found.base) for i, cell in enumerate(line.cells))] for line in found.lines
+    ]
     names = [name + (" (base)" if i == found.base else "") for i, name in enumerate(found.models)]
     return ["", *names], rows
 
@@ -135,7 +136,7 @@ def _grid(found: Comparison) -> tuple[list[str], list[list[str]]]:
 def _pairs(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return ["measure", "first", "second", "first − second", "95 % interval", "p (Holm)", ""], [
         [
-            f"{one.task} {one.metric}",
+            found.line(one).title,
             found.models[one.first],
             found.models[one.second],
             f"{one.difference:+.4g}",
@@ -152,16 +153,14 @@ def _said(one: Contrast) -> str:
 
 
 def _title(line: Line) -> str:
-    arrow = {True: " ↑", False: " ↓", None: ""}[line.higher_is_better]
-    name = line.task if line.task.partition(":")[0] == line.metric else f"{line.task} {line.metric}"
     unit = f" ({line.unit})" if line.unit in ("nats", "s", "tokens/s") else ""
-    return f"{name}{unit}{arrow}"
+    return f"{line.title}{unit}{ARROWS[line.higher_is_better]}"
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell, base: bool) -> str:
     if cell.measure is None:
         return ""
-    recovery = "" if cell.recovery is None or cell.to_base is None else f" {cell.recovery:.1f} %"
+    recovery = "" if cell.recovery is None or base else f" {cell.recovery:.1f} %"
     mark = "" if cell.to_base is None else f" {MARKS[cell.to_base.verdict]}"
     return shown(cell.measure) + recovery + mark
 

@@ -8,11 +8,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llmq.errors import LlmqError, first_line
 from llmq_eval import intervals, local_tasks
@@ -62,17 +63,14 @@ class Tasks:
         self.manager = manager
 
     def _from_folder(self, manager: Any, name: str, data_dir: Path, include: Path) -> None:
-        data = local_tasks.find(name, data_dir)
-        if data is None:
-            there = sorted(file.name for file in data_dir.glob("*.jsonl")) if data_dir.is_dir() else []
-            have = ", ".join(there[:6]) or "no .jsonl files"
+        parts = leaves(manager, name)
+        code = [leaf for leaf in parts if manager.task_index[leaf].kind.name == "PY_TASK"]
+        if code:
             raise LlmqError(
-                f"{name}: {data_dir} has no {name}_validation.jsonl or {name}_test.jsonl, only {have}; without "
-                "--data-dir the documents come from the hub"
+                f"{name}: lm-eval has {code[0]} as Python code, which brings its own documents: leave out --data-dir"
             )
-        definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in leaves(manager, name)}
-        local_tasks.write_tasks(data, definitions, include)
-        self.data[name] = local_tasks.fingerprint(data)
+        definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in parts}
+        self.data |= local_tasks.from_folder(name, definitions, data_dir, include)
 
     def fingerprint(self, name: str) -> str:
         """Of a task's local documents; 'hub' for others."""
@@ -98,15 +96,17 @@ class Tasks:
         adapter = _adapter(model, tokenizer, settings, journal, progress)
         _quiet()
         try:
-            found = simple_evaluate(
-                model=adapter,
-                tasks=[name],
-                num_fewshot=settings.fewshot,
-                limit=settings.limit,
-                task_manager=self.manager,
-                bootstrap_iters=1000,
-                log_samples=True,
-            )
+            # It asks git for the commit of wherever the user is, and git's complaint is on their screen.
+            with patch("lm_eval.evaluator.get_git_commit_hash", str, create=True):
+                found = simple_evaluate(
+                    model=adapter,
+                    tasks=[name],
+                    num_fewshot=settings.fewshot,
+                    limit=settings.limit,
+                    task_manager=self.manager,
+                    bootstrap_iters=1000,
+                    log_samples=True,
+                )
         except LlmqError:
             raise
         except Exception as error:
@@ -114,7 +114,7 @@ class Tasks:
         adapter.flush()
         # What 'auto' found on a GPU differs from model to model, and would forbid every comparison.
         batch = 1 if settings.batch == "auto" and model.device.type == "cpu" else settings.batch
-        return _measures(name, found, self.data.get(name), f"{shown}, batch {batch}")
+        return _measures(name, found, self.data, f"{shown}, batch {batch}")
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
@@ -221,6 +221,16 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
                     journal.add({"batch": int(self._detect_batch_size())})
                 self.batch_size_per_gpu = journal.done["batch"]
 
+        @property
+        def prefix_token_id(self) -> Any:
+            prefix = super().prefix_token_id
+            if prefix is None:
+                raise LlmqError(
+                    f"{model.name_or_path}: its tokenizer has neither a BOS nor an EOS token, one of which lm-eval "
+                    "needs: add one to its tokenizer_config.json"
+                )
+            return prefix
+
         def set_cache_hook(self, cache_hook: Any) -> None:
             return
 
@@ -276,20 +286,21 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     return Adapter()
 
 
-def _measures(name: str, found: dict[str, Any], local: str | None, ran: str) -> list[Measure]:
+def _measures(name: str, found: dict[str, Any], local: Mapping[str, str], ran: str) -> list[Measure]:
+    """local: fingerprints of local documents by task. A tag's tasks are told one by one, a group as a whole."""
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
-    config = found["configs"][parts[0]]
-    documents = sum(found["n-samples"][leaf]["effective"] for leaf in parts)
-    protocol = (
-        f"lm-eval {_version()}, {name} version {found['versions'].get(name)}, {found['n-shot'][parts[0]]}-shot, "
-        f"{documents} documents{'' if local is None else f' from local files {local[:8]}'}, {config['output_type']}, "
-        f"{ran}"
-    )
     made = []
     scopes = [name] if name in found["results"] else parts
     for scope in scopes:
         of = parts if group else [scope]
+        documents = sum(found["n-samples"][leaf]["effective"] for leaf in of)
+        files = local.get(scope, local.get(name))
+        protocol = (
+            f"lm-eval {_version()}, {scope} version {found['versions'].get(scope)}, {found['n-shot'][of[0]]}-shot, "
+            f"{documents} documents{'' if files is None else f' from local files {files[:8]}'}, "
+            f"{found['configs'][of[0]]['output_type']}, {ran}"
+        )
         for label, value in found["results"][scope].items():
             metric, _, kind = label.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):

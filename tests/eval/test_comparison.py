@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from scipy import stats
 
 from llmq.errors import LlmqError
+from llmq.measured import recovery
 from llmq_eval import intervals, tables
 from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.results import Measure, Results
@@ -134,6 +136,52 @@ def test_other_protocols_are_not_compared(five: list[Results]) -> None:
     assert found.lines[0].cells[1].recovery is None
 
 
+def test_each_protocol_has_its_line(five: list[Results], tmp_path: Path) -> None:
+    """A model that was measured again by another window keeps both numbers, and the pairs are of one protocol."""
+    again = replace(five[0].measures[0], protocol="another window", value=9.0)
+    five[0] = five[0].with_measures([again])
+    assert five[0].find("perplexity:demo", "perplexity", "another window") == again
+    assert Results.load(five[0].save(tmp_path)).measures == five[0].measures
+    found = comparison(five)
+    lines = [line for line in found.lines if line.metric == "perplexity"]
+    assert [line.title for line in lines] == [
+        f"perplexity:demo [{1 + found.protocols.index(p)}]" for p in ("text", "another window")
+    ]
+    assert all(cell.measure for cell in lines[0].cells)
+    assert [cell.measure for cell in lines[1].cells] == [None, again, None, None, None]
+    assert {one.protocol for one in found.contrasts if one.metric == "perplexity"} == {"text"}
+    assert "perplexity:demo [1] ↓ |" in tables.markdown(found) and "- [1] text" in tables.markdown(found)
+    newer = replace(again, value=8.0)
+    assert five[0].with_measures([newer]).measures == [*five[0].measures[:-1], newer]
+
+
+def test_what_is_not_finite(five: list[Results]) -> None:
+    """A model that overflowed is neither on the front nor better than any other."""
+    for number in (0, 2):
+        broken = five[2].measures[number]
+        five[2].measures[number] = replace(broken, value=np.nan, samples=[np.nan, *(broken.samples or [])[1:]])
+    found = comparison(five)
+    assert "bad" not in {found.models[point.model] for point in found.pareto}
+    assert not any("bad" in names for names in by_pair(found, "perplexity:demo"))
+    assert by_pair(found, "perplexity:demo")["good", "same"] == "within noise"
+    assert tables.ranks(found)[0].endswith("? bad")
+    assert found.lines[0].cells[found.models.index("bad")].recovery is None
+
+
+def test_recovery_without_a_test(five: list[Results]) -> None:
+    """A number without samples cannot be tested, but what is kept of the base can be said."""
+    for one in five:
+        one.measures[1] = replace(one.measures[1], samples=None)
+    found = comparison(five)
+    kept = found.lines[1].cells[4].recovery
+    assert found.lines[1].cells[4].to_base is None and kept is not None
+    row = next(line for line in tables.markdown(found).splitlines() if line.startswith("| piqa"))
+    assert f" {kept:.1f} %" in row and row.count("%") == 9  # the base beside itself is not in %
+    zero = replace(five[0].measures[1], value=0.0)
+    assert recovery(zero, five[4].measures[1]) == 0 and recovery(five[4].measures[1], zero) is None
+    assert recovery(replace(zero, protocol="other"), five[4].measures[1]) is None
+
+
 def test_losses_are_told_from_the_models_own_base(five: list[Results]) -> None:
     """A base that is not there is no reason to take another's."""
     five[0] = replace(five[0], base="/models/elsewhere")
@@ -204,7 +252,9 @@ def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq:
         done = llmq("compare", place, "--out", out, "--format", "csv")
         assert done.returncode == 0 and ("left out" in done.stderr) == (place != whole), done.stderr
         assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
-    for broken in ("{}", text[:99], text.replace('"format": 1', '"format": 0')):
+    wrong = [text.replace(old, new) for old, new in (('"format": 1', '"format": 0'), ('"value": ', '"value": "x'))]
+    nothing = json.dumps(json.loads(text) | {"bytes": None})
+    for broken in ("{}", text[:99], *wrong, nothing, json.dumps(json.loads(text) | {"measures": [7]})):
         (tmp_path / "broken.json").write_text(broken)
         done = llmq("compare", tmp_path / "broken.json")
         assert done.returncode == 2 and done.stderr.endswith("remove it, or run `llmq eval` again\n")

@@ -128,6 +128,10 @@ def test_folders_learn_their_numbers(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert f"| {digits(mine.value)} |" in card and "hellaswag" in card and "286.1 MiB" in card
     assert "hellaswag" in (folder / PAGE).read_text()
+    # A later call without the base still knows what was measured of it.
+    tell_folders(both[1:], tmp_path / "out")
+    assert said in " ".join(Page((folder / PAGE).read_text()).text.split())
+    assert (folder / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

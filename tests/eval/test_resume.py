@@ -89,6 +89,11 @@ def test_a_changed_model_is_measured_again(tiny_model: Path, text_file: Path, tm
     assert "measured before" not in llmq(*command).stderr
     assert "measured before" in llmq(*command).stderr
     assert "measured before" not in llmq(*command, "--batch", 2).stderr
+    assert "measured before" in llmq(*command, "--tasks", f"perplexity,perplexity:{text_file}").stderr
+    # Another protocol's number stands beside the first; the same text by another name is the same number.
+    assert llmq(*command[:-3], 1, *command[-2:]).returncode == 0
+    (of,) = numbers(tmp_path / "out").values()
+    assert [f"{count} × 32 tokens" in one["protocol"] for count, one in zip((2, 1), of, strict=True)] == [True, True]  # type: ignore[arg-type, call-overload, index]
     assert "measured before" not in llmq(*command, "--fresh").stderr
     state = (folder / "model.safetensors").stat()
     os.utime(folder / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns + 1))

@@ -141,6 +141,40 @@ def test_groups(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", *options), subjects[0], "mmlu needs", "mmlu_test.jsonl")
 
 
+@needs_lm_eval
+def test_tags(tmp_path: Path, llmq: Run) -> None:
+    """A tag takes the files of its tasks, and each has the numbers that it has alone."""
+    data = tmp_path / "data"
+    write_rows(data / "arc_easy_test.jsonl", rows("arc_easy", 4))
+    options = ("--data-dir", data, "--out", tmp_path / "out")
+    refused(llmq("eval", "demo", "--tasks", "ai2_arc", *options), "has no arc_challenge_validation.jsonl")
+    write_rows(data / "arc_challenge_test.jsonl", rows("arc_easy", 6))
+    done = llmq("eval", "demo", "--tasks", "ai2_arc,arc_easy", *options)
+    assert done.returncode == 0 and "fatal" not in done.stderr, done.stderr
+    (results,) = (tmp_path / "out" / "results").iterdir()
+    measures = json.loads(results.read_text())["measures"]
+    assert sorted((m["task"], len(m["samples"])) for m in measures) == 2 * [("arc_challenge", 6)] + 2 * [
+        ("arc_easy", 4)
+    ]
+    write_rows(data / "ai2_arc_test.jsonl", rows("arc_easy", 2))
+    refused(llmq("eval", "demo", "--tasks", "ai2_arc", *options), "group of arc_challenge, arc_easy", "ai2_arc_test")
+    refused(llmq("eval", "demo", "--tasks", "fda", *options), "Python code", "leave out --data-dir")
+
+
+@needs_lm_eval
+def test_a_tokenizer_without_a_beginning(tmp_path: Path, llmq: Run) -> None:
+    import shutil
+
+    from llmq import demo
+
+    folder = shutil.copytree(demo.path(), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None, "eos_token": None}))
+    write_rows(tmp_path / "data" / "piqa_validation.jsonl", rows("piqa", 2))
+    options = ("--tasks", "piqa", "--data-dir", tmp_path / "data", "--out", tmp_path / "out")
+    refused(llmq("eval", folder, *options), "neither a BOS nor an EOS token", "tokenizer_config.json")
+
+
 def refused(done: Done, *named: str) -> None:
     said = " ".join(done.stderr.split())
     assert done.returncode == 2 and "Traceback" not in said, said

@@ -68,6 +68,21 @@ def test_numbers_are_put_in_and_replaced(source: Path, tmp_path: Path) -> None:
     assert (out / "README.md").read_text() == before.replace("PATH_TO_THIS_FOLDER", "me/name-w4")
 
 
+def test_the_hub_finds_the_numbers(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(model_card(report(2), source))
+    given = [
+        measure("perplexity:demo", "perplexity", 6.12345678, protocol="p"),
+        measure("speed", "decode_tokens_per_second", 50.0),
+        measure("perplexity:c4", "perplexity", float("nan")),
+    ]
+    write_measured(tmp_path, given)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "org/name" and data.model_name == "name-w4"
+    (found,) = data.eval_results
+    assert (found.task_type, found.dataset_name, found.metric_type) == ("text-generation", "demo", "perplexity")
+    assert found.metric_value == 6.12346 and found.metric_args == {"protocol": "p"}
+
+
 def test_a_card_of_another(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# mine")
     with pytest.raises(LlmqError, match="llmq did not write it"):
