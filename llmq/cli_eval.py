@@ -83,6 +83,12 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
     device: Device = "cpu",
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels", help="Run quantized weights packed, on llmq's operators, not as stock transformers runs them."
+        ),
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, divergence from the base, tasks, speed and memory: each number with its protocol and 95 % interval.
@@ -120,9 +126,12 @@ def evaluate(
             write_tasks=write_tasks,
             out=out or default_out(),
             repeats=repeats,
+            kernels=kernels,
             trust_remote_code=trust_remote_code,
             fresh=fresh,
         )
+        if not kernels and reports and {"speed", "memory"} & set(names):
+            _note("speed and memory are those of stock transformers; --kernels measures llmq's own operators")
         results = run(models, base, options, _note)
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:

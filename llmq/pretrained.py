@@ -176,8 +176,9 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
         )
     package = PACKAGES.get(method)
     if package and not kernels and not _installed(package):
+        other = "; `llmq eval --kernels` needs no other package" if method in ("gptq", "awq") else ""
         raise LlmqError(
-            f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}"
+            f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}{other}"
         )
     return config
 

@@ -16,7 +16,6 @@ from llmq.instructions import Example
 IGNORED = -100
 SORTED = 16
 """Steps whose rows are sorted by length together, so that little is padded."""
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 def rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:

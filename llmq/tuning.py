@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.pretrained import DTYPES
-from llmq.training import SCHEDULES
 
 OPTIMIZERS = ("auto", "8bit", "paged", "torch")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Settings:
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
             ("template", ("auto", "none")),
-            ("dtype", ("auto", *DTYPES)),
+            ("dtype", DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(str, allowed))

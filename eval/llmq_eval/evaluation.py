@@ -32,7 +32,8 @@ ROOM = 0.8
 class Options:
     """tasks: names; 'perplexity' and 'divergence' are on `text`, 'perplexity:wikitext2' on another. out: where results
     are kept. fresh: measure again what is cached. write_tasks: folder for the task files made from data_dir.
-    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`.
+    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`. kernels: quantized
+    weights stay packed and run on llmq's operators, instead of as stock transformers runs them.
     """
 
     tasks: tuple[str, ...] = ("perplexity",)
@@ -50,6 +51,7 @@ class Options:
     repeats: int = speed.REPEATS
     prompt: int = speed.PROMPT
     tokens: int = speed.TOKENS
+    kernels: bool = False
     trust_remote_code: bool = False
     progress: bool = True
     fresh: bool = False
@@ -106,6 +108,7 @@ class _Evaluation:
             max_windows=o.max_windows,
             special_tokens=o.special_tokens,
             data_dir=o.data_dir,
+            kernels=o.kernels,
             trust_remote_code=o.trust_remote_code,
             progress=o.progress,
         )
@@ -170,6 +173,8 @@ class _Evaluation:
         """A hash of everything that the numbers of a task depend on."""
         o = self.options
         parts: dict[str, Any] = {"model": subject.fingerprint, "task": name, "dtype": o.dtype, "device": o.device}
+        if o.kernels:
+            parts |= {"kernels": True}
         parts |= {"versions": versions(*(["lm_eval"] if kind not in OWN else []))}
         if name in self.windows:
             ids = self.windows[name].ids
@@ -194,14 +199,17 @@ class _Evaluation:
             cut = self.windows[name]
             model = models.get(subject)
             return [
-                measures.perplexity(cut.key, measure_perplexity(model, subject.folder, cut, dtype=o.dtype, **common))
+                measures.perplexity(
+                    cut.key,
+                    measure_perplexity(model, subject.folder, cut, dtype=o.dtype, kernels=o.kernels, **common),
+                )
             ]
         if kind == "divergence":
             return self._divergence(subject, self.windows[name], models, common)
         assert self.tasks is not None
         model = models.get(subject)
         tokenizer = models.tokenizer(subject)
-        shown = shown_dtype(model, o.dtype)
+        shown = shown_dtype(model, o.dtype, o.kernels)
         return self.tasks.run(name, model, tokenizer, o.settings, journal, shown=shown, progress=o.progress)
 
     def _divergence(self, subject: Subject, cut: Windows, models: _Models, common: dict[str, Any]) -> list[Measure]:
@@ -226,7 +234,7 @@ class _Evaluation:
                     )
                 )
             model = models.get(subject)
-            shown = shown_dtype(model, o.dtype)
+            shown = shown_dtype(model, o.dtype, o.kernels)
             found = divergence.measure(base, model, subject.folder, cut, shown=shown, **common)
         return measures.divergence(cut.key, found)
 
@@ -242,6 +250,7 @@ class _Evaluation:
                 repeats=o.repeats,
                 prompt=o.prompt,
                 tokens=o.tokens,
+                kernels=o.kernels,
                 trust_remote_code=o.trust_remote_code,
             )
         return models.speeds[subject.label]
@@ -282,6 +291,7 @@ class _Models:
             device=o.device,
             trust_remote_code=o.trust_remote_code,
             progress=o.progress,
+            kernels=o.kernels,
         )
 
     def get(self, subject: Subject, keep: bool = False) -> Any:

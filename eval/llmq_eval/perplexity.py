@@ -112,8 +112,11 @@ def measure(
     progress: bool = True,
     load_seconds: float = 0.0,
     journal: Journal | None = None,
+    kernels: bool = False,
 ) -> Perplexity:
     """The perplexity of a loaded model; what the journal holds of it is not measured again.
+
+    kernels: it was loaded on llmq's operators, for the protocol.
 
     Raises LlmqError if the tokenizer gives ids that the model does not have, or the loss is not finite.
     """
@@ -134,7 +137,7 @@ def measure(
     nll = float(by_window.mean())
     value = math.exp(min(nll, 700.0))
     spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
-    shown = shown_dtype(model, dtype)
+    shown = shown_dtype(model, dtype, kernels)
     return Perplexity(
         value=value,
         nll=nll,
@@ -150,9 +153,10 @@ def measure(
     )
 
 
-def shown_dtype(model: Any, dtype: str) -> str:
-    """The dtype that a model runs in, by name."""
-    return dtype if dtype != "auto" else str(model.dtype).removeprefix("torch.")
+def shown_dtype(model: Any, dtype: str, kernels: bool = False) -> str:
+    """What a model runs in: the dtype, by name, and whether what is quantized of it runs on llmq's operators."""
+    name = dtype if dtype != "auto" else str(model.dtype).removeprefix("torch.")
+    return f"{name} on llmq's kernels" if kernels else name
 
 
 def batches(count: int, batch: int, journal: Journal, progress: bool, what: str) -> Iterator[range]:

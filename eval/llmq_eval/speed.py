@@ -51,13 +51,18 @@ def measure(
     repeats: int = REPEATS,
     prompt: int = PROMPT,
     tokens: int = TOKENS,
+    kernels: bool = False,
     trust_remote_code: bool = False,
 ) -> Speed:
-    """Run the measurements in a fresh process. Raises LlmqError with what went wrong there."""
+    """Run the measurements in a fresh process. Raises LlmqError with what went wrong there.
+
+    kernels: quantized weights stay packed and run on llmq's operators.
+    """
     import torch
 
     arguments = [str(folder), dtype, device, str(repeats), str(prompt), str(tokens), str(torch.get_num_threads())]
-    command = [sys.executable, "-m", "llmq_eval.speed", *arguments, *(["--trust"] if trust_remote_code else [])]
+    command = [sys.executable, "-m", "llmq_eval.speed", *arguments]
+    command += [*(["--trust"] if trust_remote_code else []), *(["--kernels"] if kernels else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -73,7 +78,15 @@ def measure(
 
 
 def run(
-    folder: Path, dtype: str, device: str, repeats: int, prompt: int, tokens: int, trust_remote_code: bool
+    folder: Path,
+    dtype: str,
+    device: str,
+    repeats: int,
+    prompt: int,
+    tokens: int,
+    *,
+    kernels: bool = False,
+    trust_remote_code: bool = False,
 ) -> Speed:
     """The measurements themselves, in this process. Raises LlmqError as `load_model` does."""
     import psutil
@@ -81,6 +94,7 @@ def run(
 
     from llmq.budget import peak_memory
     from llmq.pretrained import load_model
+    from llmq_eval.perplexity import shown_dtype
     from llmq_eval.windows import default_window
 
     prompt = min(prompt, default_window(folder, trust_remote_code) - tokens - 1)
@@ -89,7 +103,7 @@ def run(
     process = psutil.Process()
     before = process.memory_info().rss
     begin = time.perf_counter()
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, kernels=kernels)
     _wait(device)
     load_seconds = time.perf_counter() - begin
     resident = process.memory_info().rss
@@ -108,7 +122,7 @@ def run(
         prompt=prompt,
         tokens=tokens,
         threads=torch.get_num_threads(),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=shown_dtype(model, "auto", kernels),
     )
 
 
@@ -157,13 +171,21 @@ def main() -> None:
     for name in ("repeats", "prompt", "tokens", "threads"):
         parser.add_argument(name, type=int)
     parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
     given = parser.parse_args()
     import torch
 
     torch.set_num_threads(given.threads)
     try:
         found = run(
-            Path(given.folder), given.dtype, given.device, given.repeats, given.prompt, given.tokens, given.trust
+            Path(given.folder),
+            given.dtype,
+            given.device,
+            given.repeats,
+            given.prompt,
+            given.tokens,
+            kernels=given.kernels,
+            trust_remote_code=given.trust,
         )
         print(json.dumps(asdict(found)))
     except LlmqError as error:

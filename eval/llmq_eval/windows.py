@@ -105,6 +105,7 @@ def cut(
     max_windows: int | None = None,
     special_tokens: bool = True,
     data_dir: Path | None = None,
+    kernels: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Windows:
@@ -114,7 +115,7 @@ def cut(
     models can read, or two of them do not give the text the same tokens.
     """
     for folder in folders:
-        check_readable(folder)
+        check_readable(folder, kernels)
     read = read_text(text, data_dir)
     found: list[tuple[Tensor, str]] = []
     for folder in folders:

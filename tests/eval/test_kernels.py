@@ -1,0 +1,52 @@
+"""Evaluation on llmq's operators: folders of other tools measured packed, with the numbers of their dense weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmq_eval import speed
+from llmq_eval.evaluation import Options, evaluate
+from tests.conftest import Run, write_tokenizer
+from tests.llmq.written import Case, write
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Weights rounded by GPTQ and AWQ: packed, and the first of them dense."""
+    made = [tmp_path / name for name in ("dense", "gptq", "awq")]
+    for folder in made[1:]:
+        dense = write(folder, Case(folder.name, 4, 32 if folder.name == "gptq" else 64, True))
+        if folder.name == "gptq":
+            dense.save_pretrained(made[0])
+    for folder in made:
+        write_tokenizer(folder)
+    return made
+
+
+def test_the_numbers_of_dense_weights(folders: list[Path], text_file: Path, tmp_path: Path) -> None:
+    options = Options(
+        tasks=("perplexity", "divergence"), text=str(text_file), window=32, max_windows=4, kernels=True,
+        out=tmp_path / "out", progress=False,
+    )  # fmt: skip
+    base, gptq, awq = evaluate([str(folder) for folder in folders], str(folders[0]), options)
+    task, name = "perplexity:words.txt", "divergence:words.txt"
+    same, other = (one.find(name, "kl") for one in (gptq, awq))
+    assert same and other and same.value < 1e-9 < 1e-3 < other.value
+    mine, dense = (one.find(task, "perplexity") for one in (gptq, base))
+    assert mine and dense and mine.value == pytest.approx(dense.value, rel=1e-6)
+    assert mine.protocol == dense.protocol and "float32 on llmq's kernels" in mine.protocol
+
+
+def test_without_them_another_package_is_needed(folders: list[Path], text_file: Path, llmq: Run) -> None:
+    command = ("eval", folders[1], "--text", text_file, "--window", 32, "--max-windows", 2)
+    done = llmq(*command)
+    assert done.returncode == 2 and "gptqmodel; `llmq eval --kernels` needs no other" in " ".join(done.stderr.split())
+    done = llmq(*command, "--kernels")
+    assert done.returncode == 0, done.stderr
+
+
+def test_speed_of_packed_weights(folders: list[Path]) -> None:
+    found = speed.measure(folders[1], dtype="float32", repeats=1, prompt=8, tokens=4, kernels=True)
+    assert found.dtype == "float32 on llmq's kernels" and min(found.prefill + found.decode) > 0
