@@ -133,6 +133,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_memory(device: torch.device) -> int | None:
+    """The most bytes that tensors took on a GPU since the last call; None on the host."""
+    if device.type != "cuda":
+        return None
+    most = int(torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
 def size(nbytes: float) -> str:
     """Bytes with a unit: 1.5 MiB."""
     for unit in ("B", "KiB", "MiB"):

@@ -16,6 +16,7 @@ from llmq.planning import Plan
 
 REPORT = "report.json"
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
+RECORDED = ("error", "seconds", "log", "memory", "peak", "device")
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Report:
     error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes,
     times in seconds, peak_memory the largest resident size of the process that finished the run. command: the command
     line that does the same again from the recipe in a file `recipe.yaml`. A block's memory and peak: the resident size
-    of the process that quantized it, at its end, and the largest until then.
+    of the process that quantized it, at its end, and the largest until then; device: on a GPU, the most that tensors
+    took there while the block was quantized.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Report:
     blocks: list[dict[str, Any]]
     warnings: list[str]
     format: str = ""
+    predicted_device_memory: int = 0
     loaders: list[str] = field(default_factory=list)
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -104,8 +107,8 @@ def make_report(
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         payload = done[f"block {index}"]
-        # A journal that an earlier llmq began has no memory in it.
-        kept = {key: payload[key] for key in ("error", "seconds", "log", "memory", "peak") if key in payload}
+        # A journal that an earlier llmq began has no memory in it, and a host no device.
+        kept = {key: payload[key] for key in RECORDED if key in payload}
         blocks.append({"name": block.name, **kept})
         weights += [{**row, "block": index} for row in payload["weights"]]
     for item in plan.items:
@@ -132,6 +135,7 @@ def make_report(
         bytes=written,
         peak_memory=peak_memory(),
         predicted_memory=plan.budget.memory,
+        predicted_device_memory=plan.budget.device_memory,
         seconds=round(seconds, 2),
         weights=weights,
         blocks=blocks,

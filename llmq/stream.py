@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmq import formats, steps
 from llmq.block import Block, relative_error, rounded_inputs
-from llmq.budget import before_blocks, peak_memory, resident_memory
+from llmq.budget import before_blocks, device_memory, peak_memory, resident_memory
 from llmq.errors import LlmqError
 from llmq.parameters import empty
 from llmq.planning import Plan
@@ -98,6 +98,8 @@ def quantize_block(
     payload = {"weights": rows, "error": relative_error(output, block.target), "probe": probe(output[0])}
     payload |= {"log": block.log, "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
+    if (on_device := device_memory(device)) is not None:
+        payload |= {"device": on_device}
     discard(block.module)
     sink.commit(f"block {index}", tensors, payload)
     return output, exact

@@ -37,6 +37,7 @@ def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable
         depth=figures.depth(report),
         seconds=figures.seconds(report),
         memory=figures.memory(report),
+        device=figures.device(report),
         worst=story.worst(report),
         undone=story.undone(report),
         tried=story.tried(report),

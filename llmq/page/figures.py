@@ -170,6 +170,30 @@ def memory(report: Report) -> Plot | None:
     )  # fmt: skip
 
 
+def device(report: Report) -> Plot | None:
+    """The GPU's memory along the run; None where there was none."""
+    if not any("device" in block for block in report.blocks):
+        return None
+    values = [block.get("device") for block in report.blocks]
+    most = max(value for value in values if value is not None)
+    unit, name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
+    predicted = report.predicted_device_memory / unit
+    given = [Given("most in the block", "line", [None if value is None else value / unit for value in values])]
+    if predicted:
+        given.insert(0, Given("predicted", "limit", [predicted] * len(values)))
+
+    def text(value: float) -> str:
+        return f"{digits(value, 3)} {name}"
+
+    description = (
+        f"The most that tensors took on the GPU while each block was quantized, {text(most / unit)} at most"
+        + (f"; the plan predicted {text(predicted)}." if predicted else ".")
+    )
+    return plot(
+        "device", "GPU memory", description, _labels(report), given, text, tick=lambda value: f"{value:g} {name}"
+    )
+
+
 def _labels(report: Report) -> list[str]:
     return [f"block {i}" for i in range(len(report.blocks))]
 

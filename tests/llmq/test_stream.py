@@ -12,6 +12,7 @@ from safetensors import safe_open
 import llmq
 from llmq import steps, stream
 from llmq.block import Block, Work
+from llmq.budget import device_memory
 from llmq.methods import Pipeline
 from llmq.planning import Plan
 from llmq.recipe import Recipe, Scheme
@@ -70,3 +71,12 @@ def test_everything_is_in_the_report(tiny_model: Path, tmp_path: Path) -> None:
         assert row["kept"] if row["scheme"] is None else 0 < row["error"] < 0.3
     assert all(0 < block["error"] < 0.5 for block in written["blocks"])
     assert written["peak_memory"] > 0 and written["bits_per_weight"] == pytest.approx(report.bits_per_weight)
+
+
+def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted anew from call to call; a host has none."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append("most") or 1 << 30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
+    assert device_memory(torch.device("cpu")) is None and not asked
+    assert device_memory(torch.device("cuda:0")) == 1 << 30 and asked == ["most", "reset"]

@@ -129,6 +129,15 @@ def test_a_report_of_an_earlier_llmq() -> None:
     assert Page(report_page(made)).plots[-2:] == ALONG[:2]
 
 
+def test_a_run_on_a_gpu() -> None:
+    made = report(3, predicted_device_memory=3 * 2**30)
+    for number, block in enumerate(made.blocks[1:]):  # the first was done elsewhere
+        block["device"] = (2 + number) * 2**29
+    page = Page(report_page(made))
+    assert page.plots[-4:] == [*ALONG, "GPU memory"]
+    assert "1.50 GiB at most; the plan predicted 3.00 GiB." in page.text
+
+
 def test_names_of_the_checkpoint_may_begin_otherwise() -> None:
     made = report(2)
     for row in made.weights[:-1]:
