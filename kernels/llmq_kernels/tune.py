@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BEYOND_CACHE = 1 << 28
+WRONG = 2e-2
+"""Relative difference to the dense product from which on a result is no rounding of bfloat16 (about 3e-3)."""
 
 
 def tune(
@@ -55,7 +58,10 @@ def tune(
 
     gpu = configs.gpu_of(where)
     path = configs.user_table(gpu.name)
-    measured = json.loads(path.read_text(encoding="utf-8"))["measured"] if path.is_file() else {}
+    measured: dict[str, Any] = {}
+    if path.is_file():
+        configs.read_table(path)
+        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
     products = [(shape, b, g, m) for shape in shapes for b in bits for g in group_sizes for m in rows]
     for done, ((out, width), b, g, m) in enumerate(products, 1):
         name = configs.key(b, configs.bucket(m), out, width, g)
@@ -72,7 +78,10 @@ def tune(
 def fastest(
     gpu: configs.Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
 ) -> tuple[float, configs.Config]:
-    """Microseconds and configuration of the fastest candidate. Raises ValueError for a weight that is refused."""
+    """Microseconds and configuration of the fastest candidate whose results are those of the dense product.
+
+    Warns of one whose results are not. Raises ValueError for a weight that is refused.
+    """
     reason = planes.refusal(device, torch.bfloat16, bits, out, width, group_size)
     if reason is not None:
         raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
@@ -83,9 +92,17 @@ def fastest(
     packed = [torch.randint(-32768, 32768, (out, size // out), dtype=torch.int16, device=device) for _ in range(copies)]
     scale = torch.full((groups, out), 0.01, dtype=torch.bfloat16, device=device)
     x = torch.randn(m, width, device=device).to(torch.bfloat16)
+    expected = planes.many_rows(x, packed[0], scale, None, None, bits, group_size)
     times = []
     for config in candidates(gpu, bits, m, out, width, group_size):
         try:
+            found = planes.run(x, packed[0], scale, None, None, bits, group_size, config, gpu.mode)
+            apart = float((found - expected).float().norm() / expected.float().norm())
+            if not apart < WRONG:
+                warnings.warn(
+                    f"left out, its results are wrong on {gpu.name} ({apart:.2g} off): {config}", stacklevel=2
+                )
+                continue
             times.append((seconds(x, packed, scale, bits, group_size, config, gpu.mode) * 1e6, config))
         except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
             torch.cuda.synchronize(device)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from llmq_kernels import tune
+from llmq_kernels import planes, tune
 from llmq_kernels.triton import configs
 
 
@@ -52,3 +54,38 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
     assert path == configs.user_table(gpu.name)
     assert configs.choose(gpu, 4, 3, 256, 512, 128) == best
     configs.table.cache_clear()
+
+
+def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast it is; the others are held to the product of the dequantized weight."""
+    gpu = configs.INTERPRETER
+    right, wrong = configs.Config("gemv", 4, 1, 8, warps=1), configs.Config("gemv", 2, 1, 8, warps=1)
+    real, fast = planes.run, {right: 2.0, wrong: 1.0, configs.Config("dense"): 3.0}
+
+    def run(*arguments: Any) -> torch.Tensor:
+        return real(*arguments) * (1.5 if arguments[7] == wrong else 1)
+
+    monkeypatch.setattr(planes, "run", run)
+    monkeypatch.setattr(planes, "refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "BEYOND_CACHE", 1)
+    monkeypatch.setattr(tune, "candidates", lambda *_: iter(fast))
+    monkeypatch.setattr(tune, "seconds", lambda *arguments: fast[arguments[5]])
+    with pytest.warns(UserWarning, match=r"results are wrong on interpreter \(0\.5 off\).*block_n=2"):
+        microseconds, config = tune.fastest(gpu, torch.device("cpu"), 4, 1, 32, 256, 128)
+    assert config == right and microseconds == pytest.approx(2e6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"family": "fast"}, {"block_n": 3}, {"warps": 0}, {"stages": "2"}, {"block_m": None}, {"blocks": 4}]
+)
+def test_a_damaged_table_is_named(change: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    whole = configs.entry(configs.Config("gemv", 2, 1, 16, warps=2), 5.0)
+    file.write_text(json.dumps({"measured": {"a": whole}}))
+    assert configs.read_table(file) == {"a": configs.Config("gemv", 2, 1, 16, warps=2)}
+    file.write_text(json.dumps({"measured": {"a": {"config": whole["config"] | change}}}))
+    with pytest.raises(ValueError, match=r"gpu\.json: no table .*; delete it and run llmq tune"):
+        configs.read_table(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"gpu\.json"):
+        configs.read_table(file)

@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
 from math import gcd
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -225,18 +226,40 @@ def table(name: str) -> dict[str, Config]:
     """Everything measured on a GPU of that name: what is shipped, and over it the user's own."""
     shipped = resources.files("llmq_kernels") / "tuned" / file_name(name)
     user = user_table(name)
-    found = read_table(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
+    found = read_table(shipped) if shipped.is_file() else {}
     if user.is_file():
-        found |= read_table(user.read_text(encoding="utf-8"))
+        found |= read_table(user)
     return found
 
 
-def read_table(text: str) -> dict[str, Config]:
-    """A table from its JSON. Raises ValueError when it is none."""
+def read_table(file: Path | Traversable) -> dict[str, Config]:
+    """A table from its JSON. Raises ValueError when it is none, or holds what no kernel can be launched with."""
     try:
-        return {name: Config(**entry["config"]) for name, entry in json.loads(text)["measured"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a table of launch configurations: {error}; delete it, or run llmq tune again") from error
+        measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
+        found = {name: Config(**entry["config"]) for name, entry in measured.items()}
+        for name, config in found.items():
+            check(name, config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: no table of launch configurations ({error}); delete it and run llmq tune") from error
+    return found
+
+
+def check(name: str, config: Config) -> None:
+    """Raise ValueError for a configuration with which no kernel can be launched, or not for the rows of its name."""
+    numbers = {field: value for field, value in asdict(config).items() if field not in ("family", "prescale")}
+    if config.family not in get_args(Family) or not isinstance(config.prescale, bool):
+        raise ValueError(f"{name}: family {config.family!r}, prescale {config.prescale!r}")
+    for field, value in numbers.items():
+        if not (isinstance(value, int) and 0 <= value <= 1024 or field == "registers" and value is None):
+            raise ValueError(f"{name}: {field} is {value!r}")
+    if config.family == "dense":
+        return
+    # What Triton makes ranges of, and warps, are powers of two.
+    for field in ("block_n", "block_m", "warps"):
+        if numbers[field] < 1 or numbers[field] & (numbers[field] - 1):
+            raise ValueError(f"{name}: {field} is {numbers[field]}, no power of two")
+    if min(config.parts, config.split, config.stages) < 1:
+        raise ValueError(f"{name}: parts {config.parts}, split {config.split}, stages {config.stages}")
 
 
 def entry(config: Config, microseconds: float) -> dict[str, Any]:
