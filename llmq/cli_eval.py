@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmq.errors import LlmqError
-from llmq.options import Device, Trust, err_console, explained
+from llmq.options import Trust, err_console, explained
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -82,7 +82,12 @@ def evaluate(
     out: Where = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
-    device: Device = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where models run: cpu, cuda, cuda:1 …, or auto: all GPUs, memory and disk for what is left."
+        ),
+    ] = "cpu",
     kernels: Annotated[
         bool,
         typer.Option(

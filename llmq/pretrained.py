@@ -12,7 +12,9 @@ import io
 import json
 import logging
 import sys
+import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def load_model(
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: say on stderr what is going on.
     quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
     without it, what only shows when the model runs is not found, and nothing is unpacked (or repacked) for inference.
-    kernels: run what llmq reads on its own operators, packed; device may then be a device map too.
+    kernels: run what llmq reads on its own operators, packed. device may be a device map too; 'auto' leaves on the disk
+    what fits neither the GPUs nor the memory, and reads it again whenever it runs.
 
     Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or misshapen.
@@ -64,6 +67,8 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
+    # What transformers makes of a checkpoint, rather than reads from it, goes there when it does not fit.
+    spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -74,14 +79,19 @@ def load_model(
                 output_loading_info=True,
                 local_files_only=True,
                 **({} if quantization is None else {"quantization_config": quantization}),
+                **({} if spilled is None else {"offload_folder": spilled.name}),
             )
             loaded[0].eval()
             if probe:
                 with torch.inference_mode():
-                    loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded[0].device), use_cache=False)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+                    where = loaded[0].device
+                    where = input_device("auto") if where.type == "meta" else where
+                    loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
+    if spilled is not None:
+        weakref.finalize(model, spilled.cleanup)
     missing = sorted(info["missing_keys"])
     if missing:
         raise LlmqError(
@@ -92,6 +102,11 @@ def load_model(
     if misshapen:
         raise LlmqError(f"{folder}: {misshapen[0]} has another shape than config.json says; write the checkpoint again")
     return model
+
+
+def input_device(device: str) -> str:
+    """Where the inputs of a model go that was loaded on `device`: for 'auto', to the first GPU, or the host."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _readers(kernels: bool) -> contextlib.AbstractContextManager[None]:

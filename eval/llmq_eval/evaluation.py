@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmq.budget import size
 from llmq.errors import LlmqError
+from llmq.pretrained import input_device
 from llmq_eval import divergence, measures, speed, tasks, windows
 from llmq_eval.journal import Journal
 from llmq_eval.perplexity import measure as measure_perplexity
@@ -74,6 +76,7 @@ class _Evaluation:
     def __init__(self, models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None]) -> None:
         check_device(options.device)
         self.options = options
+        self.place = input_device(options.device)
         self.note = note
         self.names = list(dict.fromkeys(_whole(name, options.text) for name in options.tasks))
         own = [name for name in self.names if name.partition(":")[0] in OWN]
@@ -192,7 +195,7 @@ class _Evaluation:
 
     def _measure(self, subject: Subject, name: str, kind: str, models: _Models, journal: Journal) -> list[Measure]:
         o = self.options
-        common: dict[str, Any] = {"batch": o.batch, "device": o.device, "progress": o.progress, "journal": journal}
+        common: dict[str, Any] = {"batch": o.batch, "device": self.place, "progress": o.progress, "journal": journal}
         if kind in ("speed", "memory"):
             return measures.speed(kind, self._speed(subject, models))
         if kind == "perplexity":
@@ -217,7 +220,7 @@ class _Evaluation:
         assert self.base is not None
         with ExitStack() as stack:
             if models.fit(self.base, subject):
-                base = divergence.loaded(models.get(self.base, keep=True), cut, o.device)
+                base = divergence.loaded(models.get(self.base, keep=True), cut, self.place)
             else:
                 self.note(f"{subject.given} and its base do not fit into memory together: the base's part goes to disk")
                 models.drop()
@@ -228,7 +231,7 @@ class _Evaluation:
                         lambda: models.load(reference),
                         cut,
                         batch=o.batch,
-                        device=o.device,
+                        device=self.place,
                         folder=o.out,
                         progress=o.progress,
                     )
@@ -242,6 +245,7 @@ class _Evaluation:
         """Once for both tasks, in a process of its own; no other model is in memory meanwhile."""
         o = self.options
         models.drop()
+        models.check(subject)
         if subject.label not in models.speeds:
             models.speeds[subject.label] = speed.measure(
                 subject.folder,
@@ -254,6 +258,16 @@ class _Evaluation:
                 trust_remote_code=o.trust_remote_code,
             )
         return models.speeds[subject.label]
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a model may take there now."""
+    import psutil
+    import torch
+
+    if (place := input_device(device)).startswith("cuda"):
+        return int(torch.cuda.mem_get_info(place)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _whole(name: str, text: str) -> str:
@@ -285,6 +299,7 @@ class _Models:
         from llmq.pretrained import load_model
 
         o = self.options
+        self.check(subject)
         return load_model(
             subject.folder,
             dtype=o.dtype,
@@ -309,14 +324,27 @@ class _Models:
 
     def fit(self, *subjects: Subject) -> bool:
         """Whether those of the models that are not in memory yet fit there as well, taken as dense."""
-        import psutil
-        import torch
-
         each = 2 if self.options.dtype in ("bfloat16", "float16") else 4
         needed = each * sum({s.label: s.weights[0] for s in subjects if s.label not in self.there}.values())
-        device = self.options.device
-        free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-        return needed <= ROOM * free
+        return needed <= ROOM * free_memory(self.options.device)
+
+    def check(self, subject: Subject) -> None:
+        """Raise LlmqError, with the ways out, for a model whose weights alone take more memory than is free."""
+        o = self.options
+        count, nbytes, _ = subject.weights
+        packed = subject.quantized and (o.kernels or subject.quantized != "compressed-tensors")
+        if o.device == "auto" and (packed or not subject.quantized):
+            return  # goes to several devices, or partly to the disk
+        needed = nbytes if packed else count * (4 if o.dtype == "float32" else 2)
+        free = free_memory(o.device)
+        if needed > free:
+            ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
+            ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
+            ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
+            raise LlmqError(
+                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {o.device}: "
+                + ("; ".join(ways) or "free some of it")
+            )
 
     def drop(self, subject: Subject | None = None) -> None:
         """Free a model's memory, unless it is kept; of all of them without one."""

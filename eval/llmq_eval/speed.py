@@ -93,7 +93,7 @@ def run(
     import torch
 
     from llmq.budget import peak_memory
-    from llmq.pretrained import load_model
+    from llmq.pretrained import input_device, load_model
     from llmq_eval.perplexity import shown_dtype
     from llmq_eval.windows import default_window
 
@@ -104,6 +104,7 @@ def run(
     before = process.memory_info().rss
     begin = time.perf_counter()
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, kernels=kernels)
+    device = input_device(device)
     _wait(device)
     load_seconds = time.perf_counter() - begin
     resident = process.memory_info().rss

@@ -52,6 +52,14 @@ class Subject:
         return digest.hexdigest()[:12]
 
     @cached_property
+    def quantized(self) -> str:
+        """By which method of transformers its weights are quantized; '' where they are not."""
+        from llmq.pretrained import check_readable
+
+        quantization = check_readable(self.folder, kernels=True).get("quantization_config")
+        return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else ""
+
+    @cached_property
     def weights(self) -> tuple[int, int, float]:
         """Numbers in all weights, their bytes on disk, bits per weight (0 where the layout is not known)."""
         from llmq.inspection import inspect_folder
@@ -83,9 +91,11 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def check_device(device: str) -> None:
-    """Raise LlmqError if torch has no such device here, or it cannot be used."""
+    """Raise LlmqError if torch has no such device here, or it cannot be used. 'auto' can."""
     import torch
 
+    if device == "auto":
+        return
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -96,13 +106,15 @@ def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
     import torch
 
+    from llmq.pretrained import input_device
+
     found = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "threads": str(torch.get_num_threads()),
     }
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
+    if (place := input_device(device)).startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(place)
     return found | {"device": device}
 
 

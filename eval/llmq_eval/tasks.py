@@ -204,6 +204,10 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
     import hashlib
     import json
 
+    import torch
+
+    from llmq.pretrained import input_device
+
     _quiet()
     from lm_eval.models.huggingface import HFLM
 
@@ -213,6 +217,8 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             if batch == "auto" and model.device.type == "cpu":
                 batch = 1
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+            if model.device.type == "meta":  # its first weights are on the disk
+                self._device = torch.device(input_device("auto"))
             self.pending: dict[str, Any] = {}
             self.cache_hook = self
             if batch == "auto":

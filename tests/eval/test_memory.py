@@ -1,0 +1,73 @@
+"""Models that do not fit: refused before hours go by, or measured from the disk to the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from llmq_eval import evaluation
+from llmq_eval.evaluation import Options, evaluate
+from llmq_eval.results import Measure
+from llmq_eval.subject import Subject
+from llmq_eval.tasks import installed
+from tests.conftest import Run
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with less memory than the demo model takes in float32, 12.5 MiB."""
+    found = SimpleNamespace(**psutil.virtual_memory()._asdict() | {"available": 8 << 20})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+
+
+def numbers(device: str, out: Path, data: Path) -> list[list[Measure]]:
+    """Perplexity, divergence, and log likelihoods by lm-eval, of the demo model against itself."""
+    tasks = ("perplexity", "divergence", *(["piqa"] if installed() else []))
+    options = Options(
+        tasks=tasks, window=64, max_windows=3, device=device, out=out, progress=False, data_dir=data
+    )  # fmt: skip
+    return [one.measures for one in evaluate(["demo"], "demo", options)]
+
+
+def test_refused_with_the_ways_out(small: None, tmp_path: Path, llmq: Run) -> None:
+    done = llmq("eval", "demo", "--max-windows", 1, "--out", tmp_path)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and "demo: its weights take 12.5 MiB of memory, and 8.0 MiB are free on cpu" in said
+    assert "--dtype bfloat16 takes half" in said and "--device auto" in said
+    assert llmq("eval", "demo", "--max-windows", 1, "--out", tmp_path, "--dtype", "bfloat16").returncode == 0
+    done = llmq("eval", "demo", "--tasks", "speed", "--out", tmp_path)
+    assert done.returncode == 2 and "12.5 MiB" in done.stderr
+
+
+def test_from_the_disk(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    row = '{"goal": "count to three", "sol1": "one two three", "sol2": "seven", "label": 0}\n'
+    (data / "piqa_validation.jsonl").write_text(row * 4)
+    placed = []
+    real = evaluation._Models.load
+
+    def load(self: evaluation._Models, subject: Subject) -> object:
+        model = real(self, subject)
+        placed.append(set(getattr(model, "hf_device_map", {}).values()))
+        return model
+
+    monkeypatch.setattr(evaluation._Models, "load", load)
+    found = numbers("auto", tmp_path / "a", data)
+    assert placed and all("disk" in places for places in placed)
+    monkeypatch.undo()
+    assert found == numbers("cpu", tmp_path / "b", data)
+
+
+def test_what_is_made_dense_must_fit(small: None, tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert llmq("quantize", "demo", "-o", tmp_path / "w4", "--method", "rtn", "--group-size", 64).returncode == 0
+    found = SimpleNamespace(**psutil.virtual_memory()._asdict() | {"available": 6 << 20})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    command = ("eval", tmp_path / "w4", "--max-windows", 1, "--out", tmp_path / "out", "--device", "auto")
+    done = llmq(*command)
+    assert done.returncode == 2 and "--kernels keeps its weights packed" in " ".join(done.stderr.split())
+    assert llmq(*command, "--kernels").returncode == 0
