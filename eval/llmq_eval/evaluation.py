@@ -341,8 +341,9 @@ class _Models:
             ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
             ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
             ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
+            place = input_device(o.device)
             raise LlmqError(
-                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {o.device}: "
+                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
                 + ("; ".join(ways) or "free some of it")
             )
 

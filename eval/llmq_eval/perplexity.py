@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.pretrained import load_model
+from llmq.pretrained import input_device, load_model
 from llmq_eval import windows as cutting
 from llmq_eval.journal import Journal
 from llmq_eval.windows import WINDOW, Windows, default_window
@@ -94,7 +94,14 @@ def perplexities(
         seconds = time.perf_counter() - begin
         found.append(
             measure(
-                model, folder, windows, batch=batch, dtype=dtype, device=device, progress=progress, load_seconds=seconds
+                model,
+                folder,
+                windows,
+                batch=batch,
+                dtype=dtype,
+                device=input_device(device),
+                progress=progress,
+                load_seconds=seconds,
             )
         )
         del model
