@@ -139,13 +139,13 @@ def comparison(results: Sequence[Results]) -> Comparison:
     # The protocols of one measure stand below each other.
     keys.sort(key=lambda key: first[key[:2]])
     table = {key: [one.find(*key) for one in ordered] for key in keys}
+    numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(key[2] for key in table), 1)}
     for task, metric in first:
         if protocols := _apart(task, metric, table):
-            notes.append(
-                f"{task} {metric} was measured by different protocols, which cannot be compared: {_list(protocols)}"
-            )
+            told = ", ".join(f"[{numbers[protocol]}]" for protocol in protocols)
+            notes.append(f"{task} {metric} was measured by different protocols, which cannot be compared: {told}")
     contrasts = _contrasts(table, base, of)
-    lines = _lines(table, base, of, contrasts)
+    lines = _lines(table, numbers, base, of, contrasts)
     pareto = _pareto(ordered, table, base, of)
     return Comparison(_names(ordered), base, tuple(ordered), lines, contrasts, pareto, tuple(dict.fromkeys(notes)))
 
@@ -177,11 +177,7 @@ def _apart(task: str, metric: str, table: Table) -> list[str]:
     rows = {key[2]: row for key, row in table.items() if key[:2] == (task, metric)}
     measured = [any(of) for of in zip(*rows.values(), strict=True)]
     whole = all(cell or not there for row in rows.values() for cell, there in zip(row, measured, strict=True))
-    return [] if whole else sorted(rows)
-
-
-def _list(protocols: Sequence[str]) -> str:
-    return " / ".join(protocols)
+    return [] if whole else list(rows)
 
 
 def _contrasts(table: Table, base: int | None, of: Sequence[str | None]) -> tuple[Contrast, ...]:
@@ -238,8 +234,13 @@ def _verdict(made: Contrast, p: float, row: Sequence[Measure | None]) -> str:
     return "better" if (made.difference > 0) == measure.higher_is_better else "worse"
 
 
-def _lines(table: Table, base: int | None, of: Sequence[str | None], contrasts: Sequence[Contrast]) -> tuple[Line, ...]:
-    numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(key[2] for key in table), 1)}
+def _lines(
+    table: Table,
+    numbers: Mapping[str, int],
+    base: int | None,
+    of: Sequence[str | None],
+    contrasts: Sequence[Contrast],
+) -> tuple[Line, ...]:
     several = Counter(key[:2] for key in table)
     made = []
     for key, row in table.items():

@@ -175,7 +175,10 @@ def dots(found: Comparison) -> list[Dots]:
             continue
         low, high = min(ends), max(ends)
         pad = 0.06 * (high - low) or 1.0
-        made.append(_dots(f"dots-{len(made)}", line, found, low - pad, high + pad))
+        # The axis does not go where no number can be.
+        first = max(0.0, low - pad) if low >= 0 else low - pad
+        last = min(1.0, high + pad) if line.unit == "share" and low < 1 else high + pad
+        made.append(_dots(f"dots-{len(made)}", line, found, first, last))
     return made
 
 
