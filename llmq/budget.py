@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -129,6 +130,10 @@ def resident_memory() -> int:
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
+    # Linux counts into a new program's ru_maxrss what the program that started it had: its own is VmHWM.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

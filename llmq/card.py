@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.budget import size
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.measured import NO_QUALITY, Measure, Row, rows
 from llmq.report import Report
 
@@ -71,7 +71,7 @@ def measured_section(measured: Sequence[Row]) -> str:
     """The measured table with its protocols; '' where nothing was measured."""
     if not measured:
         return ""
-    lines = ["## Measured", "", "| task | metric | value | 95 % interval | unquantized | recovery |"]
+    lines = ["## Measured", "", "| task | metric | value | 95 % interval | base | recovery |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in measured:
         cells = (row.task, row.metric, row.value, row.interval, row.base, row.recovery)
@@ -97,8 +97,12 @@ def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Mea
 def _indexed(card: str, measures: Sequence[Measure]) -> str:
     """A card with the measures as the hub's model-index, from which it shows and finds them."""
     from huggingface_hub import EvalResult, ModelCard
+    from yaml import YAMLError
 
-    read = ModelCard(card)
+    try:
+        read = ModelCard(card)
+    except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
+        raise LlmqError(f"{CARD}: its metadata cannot be read: {first_line(error)}") from error
     of = [m for m in measures if m.higher_is_better is not None and m.task.partition(":")[0] not in NO_QUALITY]
     title = re.search(r"^# (.+)$", read.text, re.MULTILINE)
     data: Any = read.data
@@ -189,8 +193,8 @@ print(LLM(path).generate("The answer is", SamplingParams(max_tokens=40))[0].outp
 def _read(folder: Path) -> str:
     try:
         return (folder / CARD).read_text(encoding="utf-8")
-    except OSError as error:
-        raise LlmqError(f"{folder / CARD}: cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LlmqError(f"{folder / CARD}: cannot be read: {first_line(error)}") from error
 
 
 def _write(folder: Path, text: str) -> Path:

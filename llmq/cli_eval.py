@@ -43,7 +43,8 @@ def add(app: typer.Typer) -> None:
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
     base: Annotated[
-        str | None, typer.Option(help="The unquantized model to measure beside them. Default: the one in report.json.")
+        str | None,
+        typer.Option(help="Measured beside them, as what they are held against. Default: the one in report.json."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -112,6 +113,7 @@ def evaluate(
         from llmq_eval.tasks import Settings
 
         check_device(device)
+        models = [str(Path(name).expanduser()) if name.startswith("~") else name for name in models]
         names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
         if not names:
             raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
@@ -141,7 +143,7 @@ def evaluate(
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:
             err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
-        for told in pages.tell_folders(results, options.out):
+        for told in pages.tell_folders(results, options.out, _note):
             err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
         for report in reports.values():
             summary.headline(out_console, report)
@@ -158,7 +160,9 @@ def compare(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with the table and the plots here, as one file.")
     ] = None,
-    out: Where = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The --out of `llmq eval`. Default: ~/.cache/llmq/eval.")
+    ] = None,
 ) -> None:
     """Evaluated models side by side: recovery in % of the base, and which differences are more than noise.
 
@@ -198,7 +202,7 @@ def _limit(limit: float | None) -> float | None:
 
 
 def _batch_size(text: str) -> int | str:
-    if text != "auto" and not (text.isdigit() and int(text)):
+    if text != "auto" and not (text.isascii() and text.isdigit() and int(text)):
         raise LlmqError(f"--batch-size must be a whole number or 'auto', not {text!r}")
     return text if text == "auto" else int(text)
 

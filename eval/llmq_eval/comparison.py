@@ -262,7 +262,12 @@ def _pareto(results: Sequence[Results], table: Table, base: int | None, of: Sequ
 
     KL by one protocol: the one that most models have.
     """
-    rows = [row for (_, metric, _), row in table.items() if metric == "kl"]
+    known = None if base is None else results[base].model
+    rows = [
+        row
+        for (_, metric, _), row in table.items()
+        if metric == "kl" and not any(m and _differ(m.base, known) for m in row)
+    ]
     row = max(rows, key=lambda row: sum(map(bool, row)), default=[])
     places: list[tuple[int, Results, float, float | None, float | None]] = []
     for index, (one, measure) in enumerate(zip(results, row, strict=False)):

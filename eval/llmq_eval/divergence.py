@@ -57,15 +57,16 @@ def measure(
     windows: Windows,
     *,
     batch: int = 1,
-    shown: str = "float32",
+    base_name: str = "base",
+    shown: str = "both in float32",
     device: str = "cpu",
     progress: bool = True,
     journal: Journal | None = None,
 ) -> Divergence:
     """The divergence of a loaded model from its base on the windows; what the journal holds is not measured again.
 
-    shown: the dtype they run in, for the protocol. Raises LlmqError if the two have different vocabularies, or the
-    logits of either are not finite.
+    base_name, shown: which model that is, and the dtypes they run in, for the protocol.
+    Raises LlmqError if the two have different vocabularies, or the logits of either are not finite.
     """
     windows.check(model, folder)
     journal = journal or Journal(None)
@@ -92,7 +93,7 @@ def measure(
         gained=[piece[3] for piece in pieces],
         quantiles=tuple(float(value) for value in np.quantile(every, QUANTILES)),
         bounds=tuple(intervals.quantile(every, q) if q < 1 else (None, None) for q in QUANTILES),
-        protocol=f"{windows.protocol}, KL(base ‖ model) in nats per position, both in {shown}, logits in float64",
+        protocol=f"{windows.protocol}, KL({base_name} ‖ model) in nats per position, {shown}, logits in float64",
     )
 
 
@@ -145,7 +146,13 @@ def stored(
             task = bar.add_task("base", total=windows.count)
             of = loaded(model, windows, device)
             for span in spans:
-                np.save(Path(place) / f"{span.start}.npy", of(span).cpu().numpy())
+                file = Path(place) / f"{span.start}.npy"
+                try:
+                    np.save(file, of(span).cpu().numpy())
+                except OSError as error:
+                    raise LlmqError(
+                        f"{file} cannot be written: {error.strerror}; lower --max-windows, or give another --out"
+                    ) from error
                 bar.advance(task, len(span))
         del model, of
         gc.collect()

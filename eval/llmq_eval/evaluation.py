@@ -6,28 +6,24 @@ and the versions, beside it the journal of a task that is not finished, tasks/ t
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq.budget import size
 from llmq.errors import LlmqError
 from llmq.pretrained import input_device
 from llmq_eval import divergence, measures, speed, tasks, windows
 from llmq_eval.journal import Journal
+from llmq_eval.models import Models
 from llmq_eval.perplexity import measure as measure_perplexity
 from llmq_eval.perplexity import shown_dtype
-from llmq_eval.results import Measure, Results, write
+from llmq_eval.results import Measure, Results, forget, make_folder, write
 from llmq_eval.subject import Subject, check_device, default_out, key, machine, versions
 from llmq_eval.tasks import OWN, Settings, Tasks
 from llmq_eval.windows import Windows
-
-ROOM = 0.8
-"""Of the free memory, what two models at once may take."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,11 @@ class _Evaluation:
         if options.write_tasks and not options.data_dir:
             raise LlmqError("--write-tasks writes task files for local documents: give their folder as --data-dir")
         if any(name.startswith("divergence") for name in own) and base is None:
-            raise LlmqError("divergence is measured against the unquantized model: give it as --base")
+            raise LlmqError("divergence is measured against another model, the unquantized one: give it as --base")
         trust = options.trust_remote_code
-        self.subjects = [Subject.of(name, trust_remote_code=trust) for name in dict.fromkeys(models)]
+        given = [Subject.of(name, trust_remote_code=trust) for name in models]
+        # One model may be named in two ways.
+        self.subjects = list({subject.label: subject for subject in reversed(given)}.values())[::-1]
         self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
         known = [subject.label for subject in self.subjects]
         self.all = self.subjects if self.base is None or self.base.label in known else [self.base, *self.subjects]
@@ -118,48 +116,34 @@ class _Evaluation:
 
     def run(self) -> list[Results]:
         done = []
-        with _Models(self.options) as models:
+        with Models(self.options) as models:
             for subject in self.all:
-                results = self._start(subject)
-                found = replace(results, measures=[])
+                found = self._start(subject)
                 for name in self.names:
                     if name.startswith("divergence") and subject not in self.subjects:
                         continue
                     found = found.with_measures(self._task(subject, name, models))
                     # Saved after each task: what is finished is there, whatever happens to the next.
-                    results = results.with_measures(found.measures)
-                    results.save(self.options.out)
+                    found.keep(self.options.out, self.note)
                 models.drop(subject)
                 done.append(found)
         return done
 
     def _start(self, subject: Subject) -> Results:
-        """What is on disk of this model in these versions, or empty results."""
+        """Results of this model in these versions, empty as yet."""
         _, nbytes, bits = subject.weights
         used = versions(*(["lm_eval"] if self.tasks else []))
         # The version of lm-eval is in the protocols of its numbers.
         fingerprint = subject.fingerprint + key({n: v for n, v in used.items() if n != "lm_eval"})[:4]
         base = None if self.base is None else self.base.label
-        fresh = Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
-        file = fresh.path(self.options.out)
-        if file.is_file():
-            try:
-                old = Results.load(file)
-            except LlmqError:
-                self.note(f"{subject.given}: {file} holds no results that can be read: it is begun anew")
-                return fresh
-            fresh.base = base or old.base
-            fresh.versions = old.versions | used
-            fresh.measures = old.measures
-        return fresh
+        return Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
 
-    def _task(self, subject: Subject, name: str, models: _Models) -> list[Measure]:
+    def _task(self, subject: Subject, name: str, models: Models) -> list[Measure]:
         kind = name.partition(":")[0]
         place, key = self.options.out / "cache", self._key(subject, name, kind)
         file, journal = place / f"{key}.json", place / f"{key}.journal"
         if self.options.fresh:
-            file.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
+            forget(file, journal)
         held = measures.read(file)
         if held is not None:
             self.note(f"{subject.given} {name}: measured before, taken from {file} (--fresh measures again)")
@@ -193,18 +177,19 @@ class _Evaluation:
         text = re.sub(r"[^A-Za-z0-9._-]+", "_", name.partition(":")[2])[-30:]
         return "-".join(filter(None, (kind, text, key(parts))))
 
-    def _measure(self, subject: Subject, name: str, kind: str, models: _Models, journal: Journal) -> list[Measure]:
+    def _measure(self, subject: Subject, name: str, kind: str, models: Models, journal: Journal) -> list[Measure]:
         o = self.options
         common: dict[str, Any] = {"batch": o.batch, "device": self.place, "progress": o.progress, "journal": journal}
         if kind in ("speed", "memory"):
-            return measures.speed(kind, self._speed(subject, models))
+            on = machine(o.device)
+            return measures.speed(kind, self._speed(subject, models), on.get("gpu", on["cpu"]))
         if kind == "perplexity":
             cut = self.windows[name]
             model = models.get(subject)
             return [
                 measures.perplexity(
                     cut.key,
-                    measure_perplexity(model, subject.folder, cut, dtype=o.dtype, kernels=o.kernels, **common),
+                    measure_perplexity(model, subject.folder, cut, kernels=o.kernels, **common),
                 )
             ]
         if kind == "divergence":
@@ -212,10 +197,10 @@ class _Evaluation:
         assert self.tasks is not None
         model = models.get(subject)
         tokenizer = models.tokenizer(subject)
-        shown = shown_dtype(model, o.dtype, o.kernels)
+        shown = shown_dtype(models.dtypes[subject.label], o.kernels)
         return self.tasks.run(name, model, tokenizer, o.settings, journal, shown=shown, progress=o.progress)
 
-    def _divergence(self, subject: Subject, cut: Windows, models: _Models, common: dict[str, Any]) -> list[Measure]:
+    def _divergence(self, subject: Subject, cut: Windows, models: Models, common: dict[str, Any]) -> list[Measure]:
         o = self.options
         assert self.base is not None
         with ExitStack() as stack:
@@ -225,7 +210,7 @@ class _Evaluation:
                 self.note(f"{subject.given} and its base do not fit into memory together: the base's part goes to disk")
                 models.drop()
                 reference = self.base
-                o.out.mkdir(parents=True, exist_ok=True)
+                make_folder(o.out)
                 base = stack.enter_context(
                     divergence.stored(
                         lambda: models.load(reference),
@@ -237,11 +222,13 @@ class _Evaluation:
                     )
                 )
             model = models.get(subject)
-            shown = shown_dtype(model, o.dtype, o.kernels)
-            found = divergence.measure(base, model, subject.folder, cut, shown=shown, **common)
-        return measures.divergence(cut.key, found)
+            mine, theirs = (shown_dtype(models.dtypes[s.label], o.kernels) for s in (subject, self.base))
+            ran = f"both in {mine}" if mine == theirs else f"in {theirs} and in {mine}"
+            name = f"{Path(self.base.label).name} {self.base.fingerprint[:8]}"
+            found = divergence.measure(base, model, subject.folder, cut, base_name=name, shown=ran, **common)
+        return measures.divergence(cut.key, found, self.base.label)
 
-    def _speed(self, subject: Subject, models: _Models) -> speed.Speed:
+    def _speed(self, subject: Subject, models: Models) -> speed.Speed:
         """Once for both tasks, in a process of its own; no other model is in memory meanwhile."""
         o = self.options
         models.drop()
@@ -260,16 +247,6 @@ class _Evaluation:
         return models.speeds[subject.label]
 
 
-def free_memory(device: str) -> int:
-    """Bytes that a model may take there now."""
-    import psutil
-    import torch
-
-    if (place := input_device(device)).startswith("cuda"):
-        return int(torch.cuda.mem_get_info(place)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def _whole(name: str, text: str) -> str:
     """A task's name with its text: two ways to name one task are one."""
     kind, colon, given = name.partition(":")
@@ -278,80 +255,3 @@ def _whole(name: str, text: str) -> str:
     if colon and not given:
         raise LlmqError(f"a task like '{kind}:wikitext2' needs a text after the colon")
     return name if given else f"{kind}:{text}"
-
-
-class _Models:
-    """The models in memory: the one at work, and the base where it is needed beside it and both fit."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.there: dict[str, Any] = {}
-        self.kept: set[str] = set()
-        self.speeds: dict[str, speed.Speed] = {}
-
-    def __enter__(self) -> _Models:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.drop()
-
-    def load(self, subject: Subject) -> Any:
-        from llmq.pretrained import load_model
-
-        o = self.options
-        self.check(subject)
-        return load_model(
-            subject.folder,
-            dtype=o.dtype,
-            device=o.device,
-            trust_remote_code=o.trust_remote_code,
-            progress=o.progress,
-            kernels=o.kernels,
-        )
-
-    def get(self, subject: Subject, keep: bool = False) -> Any:
-        """The model, loaded once. keep: until the end, rather than until the next model's turn."""
-        if subject.label not in self.there:
-            self.there[subject.label] = self.load(subject)
-        if keep:
-            self.kept.add(subject.label)
-        return self.there[subject.label]
-
-    def tokenizer(self, subject: Subject) -> Any:
-        from llmq.pretrained import load_tokenizer
-
-        return load_tokenizer(subject.folder, trust_remote_code=self.options.trust_remote_code)
-
-    def fit(self, *subjects: Subject) -> bool:
-        """Whether those of the models that are not in memory yet fit there as well, taken as dense."""
-        each = 2 if self.options.dtype in ("bfloat16", "float16") else 4
-        needed = each * sum({s.label: s.weights[0] for s in subjects if s.label not in self.there}.values())
-        return needed <= ROOM * free_memory(self.options.device)
-
-    def check(self, subject: Subject) -> None:
-        """Raise LlmqError, with the ways out, for a model whose weights alone take more memory than is free."""
-        o = self.options
-        count, nbytes, _ = subject.weights
-        packed = subject.quantized and (o.kernels or subject.quantized != "compressed-tensors")
-        if o.device == "auto" and (packed or not subject.quantized):
-            return  # goes to several devices, or partly to the disk
-        needed = nbytes if packed else count * (4 if o.dtype == "float32" else 2)
-        free = free_memory(o.device)
-        if needed > free:
-            ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
-            ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
-            ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
-            place = input_device(o.device)
-            raise LlmqError(
-                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
-                + ("; ".join(ways) or "free some of it")
-            )
-
-    def drop(self, subject: Subject | None = None) -> None:
-        """Free a model's memory, unless it is kept; of all of them without one."""
-        if subject is None:
-            self.there.clear()
-            self.kept.clear()
-        elif subject.label not in self.kept:
-            self.there.pop(subject.label, None)
-        gc.collect()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +32,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._out is not None:
-            self._out.close()
+        # What a full disk did not take was told when it was written.
+        with contextlib.suppress(OSError):
+            if self._out is not None:
+                self._out.close()
 
     def add(self, pieces: Mapping[str, Any]) -> None:
         """Keep finished pieces: all of them or, if the process is killed meanwhile, none. Raises LlmqError."""
@@ -45,7 +49,8 @@ class Journal:
                 self._out = self.file.open("a", encoding="utf-8")
                 # What was cut off stays as a line of its own, which no reader understands or takes for another.
                 self._out.write("\n" if torn else "")
-            self._out.write(json.dumps(pieces) + "\n")
+            text = json.dumps(pieces)
+            self._out.write(f"{_sum(text)} {text}\n")
             self._out.flush()
         except OSError as error:
             raise LlmqError(f"{self.file} cannot be written: {error.strerror}; give another folder as --out") from error
@@ -68,10 +73,12 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise LlmqError(f"{file} cannot be read: {error.strerror}; remove it, or give another --out") from error
     for line in lines:
-        try:
-            piece = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(piece, dict):
-            found.update(piece)
+        told, _, text = line.decode("utf-8", "replace").partition(" ")
+        if text and told == _sum(text):
+            found.update(json.loads(text))
     return found
+
+
+def _sum(text: str) -> str:
+    """What tells a line that was cut off, or damaged, from one that was written."""
+    return f"{zlib.crc32(text.encode()):08x}"

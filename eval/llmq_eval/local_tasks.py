@@ -178,7 +178,7 @@ def _texts(row: Row, column: str) -> list[str]:
 
 def _index(row: Row, column: str, choices: int) -> int:
     value = row.fields.get(column)
-    number = int(value) if isinstance(value, str) and value.isdigit() else value
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < choices:
         raise LlmqError(f"{row.where}: column {column!r} must be a number from 0 to {choices - 1}, not {_short(value)}")
     return number
@@ -215,7 +215,7 @@ def _piqa(row: Row) -> dict[str, Any]:
 
 def _arc(row: Row) -> dict[str, Any]:
     if "answerKey" in row.fields:
-        return dict(row.fields)
+        return _arc_of_the_hub(row)
     choices = _texts(row, "choices")
     letters = list(LETTERS[: len(choices)])
     answer = _index(row, "answer", len(choices))
@@ -224,6 +224,20 @@ def _arc(row: Row) -> dict[str, Any]:
         "choices": {"text": choices, "label": letters},
         "answerKey": letters[answer],
     }
+
+
+def _arc_of_the_hub(row: Row) -> dict[str, Any]:
+    choices = row.fields.get("choices")
+    labels, texts = (choices.get(name) if isinstance(choices, dict) else None for name in ("label", "text"))
+    if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts) > 1):
+        raise LlmqError(
+            f"{row.where}: with 'answerKey', column 'choices' must hold lists 'text' and 'label' of one length, "
+            f"not {_short(choices)}"
+        )
+    _text(row, "question")
+    if row.fields["answerKey"] not in labels:
+        raise LlmqError(f"{row.where}: column 'answerKey' must be one of {labels}, not {row.fields['answerKey']!r}")
+    return dict(row.fields)
 
 
 def _mmlu(row: Row) -> dict[str, Any]:

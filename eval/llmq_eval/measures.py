@@ -26,8 +26,8 @@ def to_json(measures: Sequence[Measure]) -> str:
 def read(file: Path) -> list[Measure] | None:
     """What `to_json` wrote; None if it is not there, or nothing that can be read."""
     try:
-        return [measure_from(data) for data in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [measure_from(data) for data in json.loads(file.read_text(encoding="utf-8"))] or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -40,8 +40,11 @@ def perplexity(text: str, found: Perplexity) -> Measure:
     )
 
 
-def divergence(text: str, found: Divergence) -> list[Measure]:
-    """Means with their intervals over windows; quantiles over positions, with intervals by resampling windows."""
+def divergence(text: str, found: Divergence, base: str | None = None) -> list[Measure]:
+    """Means with their intervals over windows; quantiles over positions, with intervals by resampling windows.
+
+    base: which model they are from, as in `Measure.base`.
+    """
     task = f"divergence:{text}"
     made = []
     of: list[tuple[str, list[float], str, bool | None]] = [
@@ -55,17 +58,17 @@ def divergence(text: str, found: Divergence) -> list[Measure]:
         low, high = (None, None) if low is None or high is None else (max(0.0, low), high)
         if high is not None and unit == "share":
             high = min(1.0, high)
-        made.append(Measure(task, metric, value, low, high, unit, better, found.protocol, samples))
+        made.append(Measure(task, metric, value, low, high, unit, better, found.protocol, samples, base))
     for name, value, bounds in zip(
         ("kl_p50", "kl_p90", "kl_p99", "kl_max"), found.quantiles, found.bounds, strict=True
     ):
-        made.append(Measure(task, name, value, *bounds, "nats", False, found.protocol))
+        made.append(Measure(task, name, value, *bounds, "nats", False, found.protocol, None, base))
     return made
 
 
-def speed(kind: str, found: Speed) -> list[Measure]:
-    """'speed': medians of the repeats; 'memory': bytes, one reading each."""
-    where = f"{found.dtype}, {found.threads} threads, in a process of its own"
+def speed(kind: str, found: Speed, place: str) -> list[Measure]:
+    """'speed': medians of the repeats; 'memory': bytes, one reading each. place: the processor, for the protocol."""
+    where = f"{found.dtype}, {place}, {found.threads} threads, in a process of its own"
     if kind == "memory":
         protocol = (
             f"{where}: before the model, after loading it, and at most with {found.prompt} tokens of prompt and "

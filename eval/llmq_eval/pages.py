@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,12 @@ def write(file: Path, found: Comparison) -> None:
         raise LlmqError(f"{file}: cannot be written: {error.strerror}") from error
 
 
-def tell_folders(results: Sequence[Results], out: Path) -> list[Path]:
+def tell_folders(results: Sequence[Results], out: Path, note: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
 
     All that is saved of a model and of its base under `out` is told, not only what `results` has: that is of one call.
-    A folder that cannot be written is left as it is: its numbers are in the results all the same.
+    A folder that cannot be written, or whose card is another's, is left as it is, and note is told: its numbers are in
+    the results all the same.
     """
     saved = [_saved(one, out) for one in results]
     of = {one.model: one for one in saved}
@@ -85,8 +86,8 @@ def tell_folders(results: Sequence[Results], out: Path) -> list[Path]:
         for tell in (page.write_page, card.write_measured):
             try:
                 written.append(tell(folder, one.measures, base))
-            except LlmqError:
-                continue
+            except LlmqError as error:
+                note(f"numbers not added: {error}")
     return written
 
 

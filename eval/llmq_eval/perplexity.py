@@ -144,7 +144,7 @@ def measure(
     nll = float(by_window.mean())
     value = math.exp(min(nll, 700.0))
     spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
-    shown = shown_dtype(model, dtype, kernels)
+    shown = shown_dtype(str(model.dtype).removeprefix("torch."), kernels)
     return Perplexity(
         value=value,
         nll=nll,
@@ -160,10 +160,9 @@ def measure(
     )
 
 
-def shown_dtype(model: Any, dtype: str, kernels: bool = False) -> str:
+def shown_dtype(dtype: str, kernels: bool = False) -> str:
     """What a model runs in: the dtype, by name, and whether what is quantized of it runs on llmq's operators."""
-    name = dtype if dtype != "auto" else str(model.dtype).removeprefix("torch.")
-    return f"{name} on llmq's kernels" if kernels else name
+    return f"{dtype} on llmq's kernels" if kernels else dtype
 
 
 def batches(count: int, batch: int, journal: Journal, progress: bool, what: str) -> Iterator[range]:

@@ -6,15 +6,18 @@ that is not finite, or not known, is None in the file.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from llmq.errors import LlmqError
@@ -32,7 +35,8 @@ class Measure:
     'acc', 'acc_norm', 'decode_tokens_per_second', 'resident_bytes' … low, high: its 95 % interval, None where there is
     none. higher_is_better: None where neither is. samples: one number per window or document, in the same order in
     every model of the same protocol, so that differences can be tested in pairs; for 'perplexity' they are nats per
-    token of each window, so that value = exp(mean(samples)); else value is their mean or their median.
+    token of each window, so that value = exp(mean(samples)); else value is their mean or their median. base: of a
+    divergence, the model it is from, as in `Results.base`.
     """
 
     task: str
@@ -44,6 +48,7 @@ class Measure:
     higher_is_better: bool | None
     protocol: str
     samples: list[float] | None = None
+    base: str | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -105,12 +110,32 @@ class Results:
             wrong = error.errors()[0]
             told = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
             raise LlmqError(f"{file} holds no results of `llmq eval` ({told}): {AGAIN}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise LlmqError(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
 
     def path(self, out: Path) -> Path:
-        """Where `save` writes them: <out>/results/<name>-<fingerprint>.json."""
-        return out / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{self.fingerprint}.json"
+        """Where `save` writes them: <out>/results/<name>-<fingerprint><4 digits of the path's hash>.json."""
+        place = hashlib.sha256(self.model.encode()).hexdigest()[:4]
+        return out / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{self.fingerprint}{place}.json"
+
+    def keep(self, out: Path, note: Callable[[str], None] = lambda _: None) -> Results:
+        """Add them to what is under `out` of the same model, and return the whole.
+
+        What another process saved meanwhile is kept as well. note: is told of a file that was there and is no results.
+        """
+        file = self.path(out)
+        with lock(out):
+            whole = self
+            if file.is_file():
+                try:
+                    old = Results.load(file)
+                    versions = old.versions | self.versions
+                    whole = replace(old, base=self.base or old.base, versions=versions, machine=self.machine)
+                    whole = whole.with_measures(self.measures)
+                except LlmqError:
+                    note(f"{file} holds no results that can be read: it is begun anew")
+            whole.save(out)
+        return whole
 
     def save(self, out: Path) -> Path:
         """Write them under `out`, whole or not at all, and say where."""
@@ -127,7 +152,41 @@ def write(file: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise LlmqError(f"{file} cannot be written: {error.strerror}; give another folder as --out") from error
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those above it. Raises LlmqError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmqError(f"{folder} cannot be made: {error.strerror}; give another folder as --out") from error
+
+
+def forget(*files: Path) -> None:
+    """Take files away that may be there. Raises LlmqError."""
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise LlmqError(f"{file} cannot be removed: {error.strerror}; give another folder as --out") from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder. Raises LlmqError where it cannot be written."""
+    make_folder(folder)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire()
+    except OSError as error:
+        raise LlmqError(f"{folder} cannot be written: {error.strerror}; give another folder as --out") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def measure_from(data: dict[str, Any]) -> Measure:

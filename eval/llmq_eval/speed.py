@@ -61,7 +61,8 @@ def measure(
     import torch
 
     arguments = [str(folder), dtype, device, str(repeats), str(prompt), str(tokens), str(torch.get_num_threads())]
-    command = [sys.executable, "-m", "llmq_eval.speed", *arguments]
+    # -P: no module of wherever the user is takes the place of another's.
+    command = [sys.executable, "-P", "-m", "llmq_eval.speed", *arguments]
     command += [*(["--trust"] if trust_remote_code else []), *(["--kernels"] if kernels else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -123,7 +124,7 @@ def run(
         prompt=prompt,
         tokens=tokens,
         threads=torch.get_num_threads(),
-        dtype=shown_dtype(model, "auto", kernels),
+        dtype=shown_dtype(str(model.dtype).removeprefix("torch."), kernels),
     )
 
 

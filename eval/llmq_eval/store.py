@@ -18,17 +18,18 @@ def collect(given: Sequence[str], out: Path, note: Callable[[str], None] = lambd
     out. Raises LlmqError where something has no results, or a file that was named cannot be read.
     """
     folders = _Folders(note)
-    found: dict[str, Results] = {}
+    found: dict[tuple[str, str], Results] = {}
     beside: list[Path] = []
     for name in given:
         for file, one in _named(name, out, folders):
-            found.setdefault(one.model, one)
+            # What was in one folder before and after are two models, if both were named.
+            found.setdefault((one.model, one.fingerprint), one)
             beside.append(file.parent)
     for one in list(found.values()):
-        if one.base and one.base not in found:
+        if one.base and all(one.base != model for model, _ in found):
             base = next((base for folder in dict.fromkeys(beside) for base in folders.of(one.base, folder)), None)
             if base is not None:
-                found[base.model] = base
+                found[base.model, base.fingerprint] = base
     return list(found.values())
 
 
@@ -67,13 +68,23 @@ def _named(name: str, out: Path, folders: _Folders) -> list[tuple[Path, Results]
     if path.is_dir() and not (path / "config.json").is_file():
         for folder in (path / "results", path):
             if found := folders.read(folder):
-                return found
+                newest: dict[str, tuple[Path, Results]] = {}
+                for file, one in found:
+                    newest.setdefault(one.model, (file, one))
+                return list(newest.values())
         raise LlmqError(f"{name} holds no results: give the --out of `llmq eval`, or a model's folder")
     if not path.exists() and name.endswith(".json"):
         raise LlmqError(f"{name}: no such file")
+    known = folders.read(out / "results")
+    if not path.exists():
+        # What was measured can be compared though its folder is gone; a hub id need not be downloaded for it.
+        gone = [pair for pair in known if pair[1].model in (name, str(path.absolute()))]
+        if gone:
+            return gone[:1]
     subject = Subject.of(name)
-    there = [(file, one) for file, one in folders.read(out / "results") if one.model == subject.label]
-    current = [pair for pair in there if pair[1].fingerprint.startswith(subject.fingerprint)]
+    there = [pair for pair in known if pair[1].model == subject.label]
+    # First what is of this very place; a folder that was moved is known by its files.
+    current = [pair for pair in (*there, *known) if pair[1].fingerprint.startswith(subject.fingerprint)]
     if current:
         return current[:1]
     if there:

@@ -17,7 +17,9 @@ from typing import Any
 from llmq.errors import LlmqError, first_line
 from llmq.report import VERSIONS
 
-_SMALL = 1 << 25  # bytes of a file whose content is hashed; larger ones go by size and time
+_SMALL = 1 << 25
+"""Bytes of a file whose whole content is hashed; of larger ones it is samples, and the time."""
+_SAMPLES, _SAMPLE = 256, 4096
 _IGNORED = ("report.json", "report.html", "README.md", ".gitattributes")
 
 
@@ -40,14 +42,14 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the model's files, 12 hexadecimal digits: the content of small ones, size and time of the weights."""
+        """Of the model's files, 12 hexadecimal digits: content of small ones, samples and time of larger ones."""
         digest = hashlib.sha256()
         for file in sorted(self.folder.iterdir()):
             if not file.is_file() or file.name in _IGNORED or file.name.startswith("."):
                 continue
             state = file.stat()
-            weights = file.suffix == ".safetensors" or state.st_size > _SMALL
-            what = state.st_mtime_ns if weights else hashlib.sha256(file.read_bytes()).hexdigest()
+            large = state.st_size > _SMALL
+            what = f"{state.st_mtime_ns} {_sampled(file, state.st_size)}" if large else _whole(file)
             digest.update(f"{file.name} {state.st_size} {what}\n".encode())
         return digest.hexdigest()[:12]
 
@@ -74,6 +76,21 @@ class Subject:
         return found.size, found.nbytes, found.bits_per_weight
 
 
+def _whole(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _sampled(file: Path, nbytes: int) -> str:
+    """Of the beginning (where safetensors have their header) and of pieces all over the file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        digest.update(data.read(1 << 20))
+        for number in range(_SAMPLES):
+            data.seek(number * (nbytes - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(data.read(_SAMPLE))
+    return digest.hexdigest()
+
+
 def key(*parts: Any) -> str:
     """A hash of plain data, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -97,9 +114,17 @@ def check_device(device: str) -> None:
     if device == "auto":
         return
     try:
-        torch.empty(1, device=device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing is computed there")
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LlmqError(f"--device {device} cannot be used here: {first_line(error)}") from error
+        told = first_line(error)
+        told = (
+            "torch knows no such device"
+            if told.startswith(("Expected one of", "Invalid device string"))
+            else told[:160]
+        )
+        raise LlmqError(f"--device {device} cannot be used here: {told}; there are cpu, cuda, auto") from error
 
 
 def machine(device: str) -> dict[str, str]:

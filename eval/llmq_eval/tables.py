@@ -20,11 +20,14 @@ COLUMNS = (
     *("recovery", "difference", "p_adjusted", "verdict", "protocol"),
 )
 PAIR_COLUMNS = (
-    *("task", "metric", "first", "second", "difference", "low", "high", "p", "p_adjusted", "test", "verdict"),
+    *("task", "metric", "first", "second", "difference", "low", "high", "p", "p_adjusted"),
+    *("test", "verdict", "protocol"),
 )
 MARKS = {"within noise": "≈", "better": "▲", "worse": "▼"}
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 """Which direction is better."""
+SKEWED = 1.5
+"""How much longer one side of an interval is than the other where ± would mislead."""
 LEGEND = (
     "± half of the 95 % interval; % of the base; against the base ≈ within noise, ▲ better, ▼ worse (p < 0.05, Holm)"
 )
@@ -75,7 +78,9 @@ def comma_separated(found: Comparison, pairs: bool = False) -> str:
         for one in found.contrasts:
             first, second = found.models[one.first], found.models[one.second]
             numbers = (one.difference, one.low, one.high, one.p, one.p_adjusted)
-            out.writerow([one.task, one.metric, first, second, *map(_exact, numbers), one.test, one.verdict])
+            out.writerow(
+                [one.task, one.metric, first, second, *map(_exact, numbers), one.test, one.verdict, one.protocol]
+            )
         return text.getvalue()
     out.writerow(COLUMNS)
     for line in found.lines:
@@ -166,14 +171,18 @@ def _cell(cell: Cell, base: bool) -> str:
 
 
 def shown(one: Measure) -> str:
-    """A measure with half of its interval: '12.3456 ± 0.41', '58.20 % ± 1.1', '1.2 GiB'."""
+    """A measure with half of its interval, or its ends: '58.20 % ± 1.1', '0.2 (0.1 … 0.6)', '1 GiB'."""
     if one.unit == "bytes":
         return size(one.value)
-    half = None if one.low is None or one.high is None else (one.high - one.low) / 2
-    if one.unit == "share":
-        return f"{100 * one.value:.2f} %" + ("" if half is None else f" ± {100 * half:.2g}")
-    digits = ".4f" if one.metric == "perplexity" else ".4g"
-    return f"{one.value:{digits}}" + ("" if half is None else f" ± {half:.2g}")
+    factor, unit = (100, " %") if one.unit == "share" else (1, "")
+    digits = ".2f" if unit else ".4f" if one.metric == "perplexity" else ".4g"
+    number = f"{factor * one.value:{digits}}{unit}"
+    if one.low is None or one.high is None:
+        return number
+    below, above = factor * (one.value - one.low), factor * (one.high - one.value)
+    if max(below, above) > SKEWED * min(below, above):
+        return f"{number} ({factor * one.low:.4g} … {factor * one.high:.4g})"
+    return f"{number} ± {(below + above) / 2:.2g}"
 
 
 def _exact(value: float | None) -> str:

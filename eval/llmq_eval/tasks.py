@@ -119,6 +119,8 @@ class Tasks:
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq import hub
 
+        if "sample larger than population" in str(error).lower():
+            return LlmqError(f"{name}: it has too few documents for so many examples: lower --num-fewshot")
         if name not in self.data:
             try:
                 told = hub.explain(error, name, "dataset")
@@ -129,7 +131,8 @@ class Tasks:
                         f"{name}: its documents cannot be had from the hub ({first_line(error)}); check the network, "
                         f"or give a folder with {name}_validation.jsonl as --data-dir"
                     )
-        return LlmqError(f"{name}: lm-eval failed on it: {type(error).__name__}: {first_line(error)}")
+        hint = f"; its documents are from {name}_*.jsonl, whose columns may be others" if name in self.data else ""
+        return LlmqError(f"{name}: lm-eval failed on it: {type(error).__name__}: {first_line(error)}{hint}")
 
 
 def unknown_task(name: str, known: Sequence[str]) -> LlmqError:
@@ -302,10 +305,11 @@ def _measures(name: str, found: dict[str, Any], local: Mapping[str, str], ran: s
         of = parts if group else [scope]
         documents = sum(found["n-samples"][leaf]["effective"] for leaf in of)
         files = local.get(scope, local.get(name))
+        shots = " or ".join(f"{count}-shot" for count in sorted({found["n-shot"][leaf] for leaf in of}))
+        kinds = " or ".join(sorted({found["configs"][leaf]["output_type"] for leaf in of}))
         protocol = (
-            f"lm-eval {_version()}, {scope} version {found['versions'].get(scope)}, {found['n-shot'][of[0]]}-shot, "
-            f"{documents} documents{'' if files is None else f' from local files {files[:8]}'}, "
-            f"{found['configs'][of[0]]['output_type']}, {ran}"
+            f"lm-eval {_version()}, {scope} version {found['versions'].get(scope)}, {shots}, "
+            f"{documents} documents{'' if files is None else f' from local files {files[:8]}'}, {kinds}, {ran}"
         )
         for label, value in found["results"][scope].items():
             metric, _, kind = label.partition(",")
@@ -339,6 +343,8 @@ def _measure(
     task: str, metric: str, value: float, stderr: Any, better: Any, protocol: str, samples: list[float] | None
 ) -> Measure:
     low = high = None
+    if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
+        samples = None  # a group's mean over its tasks, or no mean at all
     right_or_wrong = bool(samples) and set(samples or ()) <= {0.0, 1.0}
     # Some tasks have their F1 in percent: what is above 1 is no share.
     unit = "share" if (right_or_wrong or SHARES.match(metric)) and 0 <= value <= 1 else ""
@@ -350,8 +356,6 @@ def _measure(
         low, high = intervals.share(sum(samples), len(samples))
     elif isinstance(stderr, int | float):
         low, high = value - 1.96 * stderr, value + 1.96 * stderr
-    if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
-        samples = None
     return Measure(task, metric, value, low, high, unit, better, protocol, samples)
 
 

@@ -186,6 +186,8 @@ def read_text(text: str, data_dir: Path | None = None) -> Text:
     if text in TEXTS and not Path(text).is_file():
         content, name = _named(text, TEXTS[text], data_dir)
         return Text(content, text, name)
+    if not text:
+        raise LlmqError("--text names no text: give 'demo', wikitext2, c4, ptb or a text file")
     file = Path(text).expanduser()
     return Text(_file(file, text), file.name, file.name)
 

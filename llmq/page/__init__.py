@@ -23,7 +23,7 @@ PAGE = "report.html"
 
 
 def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
-    """report.html of a run. measures: what was measured of its result, base: the same of the unquantized model."""
+    """report.html of a run. measures: what was measured of its result, base: the same of the base model."""
     from llmq.page import figures, story
 
     measured = rows(measures, base)

@@ -51,7 +51,7 @@ def headline(report: Report, measured: Sequence[Row] = ()) -> list[Figure]:
         Figure("Bits per weight", f"{report.bits_per_weight:.2f}", f"{report.bits_per_weight_whole:.2f} whole model"),
     ]
     for row in [row for row in measured if row.metric == "perplexity"][:1]:
-        beside = f"{row.base} unquantized, {row.recovery} kept" if row.base else row.task
+        beside = f"{row.base} of the base, {row.recovery} kept" if row.base else row.task
         found.append(Figure("Perplexity", row.value, beside))
     predicted = f"{size(report.predicted_memory)} predicted"
     found.append(Figure("Peak memory", size(report.peak_memory), predicted))

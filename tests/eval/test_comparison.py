@@ -18,6 +18,7 @@ from llmq_eval import intervals, tables
 from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.results import Measure, Results
 from llmq_eval.store import collect
+from llmq_eval.subject import Subject
 from tests.conftest import Run
 
 RANDOM = np.random.default_rng(0)
@@ -267,3 +268,56 @@ def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq:
 def test_nothing_to_compare() -> None:
     with pytest.raises(LlmqError, match="run `llmq eval` first"):
         comparison([])
+
+
+def test_a_divergence_is_from_its_own_base(five: list[Results]) -> None:
+    """KL from one base is not shown in a table of another."""
+    for one in five[:2]:
+        one.measures[2] = replace(one.measures[2], base="/models/other", protocol="kl from other")
+    for one in five[2:4]:
+        one.measures[2] = replace(one.measures[2], base="/models/base", protocol="kl from base")
+    found = comparison(five)
+    assert {found.models[point.model] for point in found.pareto} == {"bad", "large", "base"}
+    assert [line.protocol for line in found.lines if line.metric == "kl"] == ["kl from other", "kl from base"]
+    assert not comparison([*five[:2], five[4]]).pareto
+
+
+def test_what_two_processes_measured_is_kept(five: list[Results], tmp_path: Path) -> None:
+    first, second = (replace(five[0], measures=[measure]) for measure in five[0].measures[:2])
+    first.keep(tmp_path)
+    assert second.keep(tmp_path).measures == five[0].measures[:2]
+    assert Results.load(first.path(tmp_path)).measures == five[0].measures[:2]
+    first.path(tmp_path).write_text("[" * 100_000)
+    told: list[str] = []
+    assert first.keep(tmp_path, told.append).measures == first.measures and "begun anew" in told[0]
+
+
+def test_which_results_are_meant(five: list[Results], tiny_model: Path, tmp_path: Path) -> None:
+    """By place, else by the files; what was in a place before and after, if both are named; what is gone."""
+    import shutil
+
+    out = tmp_path / "out"
+    one, other = (Path(shutil.copytree(tiny_model, tmp_path / name / "m")) for name in ("a", "b"))
+    measured = {
+        folder: replace(five[0], model=str(folder), base=None, fingerprint=Subject.of(str(folder)).fingerprint)
+        for folder in (one, other)
+    }
+    files = [each.save(out) for each in measured.values()]
+    assert len(set(files)) == 2  # the same files under the same name in two places
+    assert [each.model for each in collect([str(one), str(other)], out)] == [str(one), str(other)]
+    one.rename(tmp_path / "moved")
+    assert [each.fingerprint for each in collect([str(tmp_path / "moved")], out)] == [measured[one].fingerprint]
+    assert [each.model for each in collect([str(one)], out)] == [str(one)]
+    before = replace(measured[other], fingerprint="0" * 16)
+    files += [before.save(out)]
+    assert len(collect([str(files[1]), str(files[2])], out)) == 2
+    assert len(collect([str(out)], out)) == 2
+
+
+def test_ends_where_plus_and_minus_would_mislead() -> None:
+    def shown(value: float, low: float, high: float) -> str:
+        return tables.shown(Measure("piqa", "acc", value, low, high, "share", True, ""))
+
+    assert shown(0.5, 0.4, 0.6) == "50.00 % ± 10"
+    assert shown(0.0, 0.0, 0.24) == "0.00 % (0 … 24)"
+    assert tables.shown(Measure("p", "perplexity", 54.0, 1.0, 10900.0, "", False, "")) == "54.0000 (1 … 1.09e+04)"

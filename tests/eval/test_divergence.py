@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from llmq.errors import LlmqError
 from llmq.pretrained import load_model
 from llmq_eval import divergence
 from llmq_eval.evaluation import Options, evaluate
+from llmq_eval.results import Results
 from llmq_eval.windows import Windows, cut
 from tests.conftest import Run, write_tiny_model
 
@@ -125,7 +127,37 @@ def test_on_disk_where_both_do_not_fit(
 
     both = run(tmp_path / "a")
     assert not told
-    monkeypatch.setattr("llmq_eval.evaluation.ROOM", 0.0)
+    monkeypatch.setattr("llmq_eval.models.ROOM", 0.0)
     assert run(tmp_path / "b") == both
     assert any("do not fit" in line for line in told)
     assert json.loads(next((tmp_path / "b" / "results").glob("other*")).read_text())["model"] == other
+
+
+def test_another_base_stands_beside_the_first(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    base, other = map(str, pair)
+    options = Options(
+        tasks=("divergence",), text=str(text_file), window=32, max_windows=3, out=tmp_path, progress=False
+    )
+    for of in (base, other):
+        evaluate([other], of, options)
+    kept = Results.load(evaluate([other], base, options)[-1].path(tmp_path))
+    kl = {measure.base: measure.value for measure in kept.measures if measure.metric == "kl"}
+    assert set(kl) == {base, other} and kl[base] > 0 == kl[other]
+
+
+def test_the_protocol_names_both_dtypes(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, other = pair
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16).save_pretrained(half)
+    for file in base.glob("tokenizer*"):
+        (half / file.name).write_bytes(file.read_bytes())
+    options = Options(
+        tasks=("divergence",), text=str(text_file), window=32, max_windows=2, out=tmp_path, progress=False
+    )
+    (*_, found) = evaluate([str(half)], str(base), replace(options, dtype="auto"))
+    assert "in float32 and in bfloat16, logits" in found.measures[0].protocol
+    (*_, found) = evaluate([str(half), f"{half}/."], str(base), options)
+    assert "both in float32, logits" in found.measures[0].protocol
+    assert len(evaluate([str(half), f"{half}/."], None, replace(options, tasks=("perplexity",)))) == 1

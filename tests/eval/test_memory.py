@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from llmq_eval import evaluation
+from llmq_eval import models
 from llmq_eval.evaluation import Options, evaluate
 from llmq_eval.results import Measure
 from llmq_eval.subject import Subject
@@ -48,14 +48,14 @@ def test_from_the_disk(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     row = '{"goal": "count to three", "sol1": "one two three", "sol2": "seven", "label": 0}\n'
     (data / "piqa_validation.jsonl").write_text(row * 4)
     placed = []
-    real = evaluation._Models.load
+    real = models.Models.load
 
-    def load(self: evaluation._Models, subject: Subject) -> object:
+    def load(self: models.Models, subject: Subject) -> object:
         model = real(self, subject)
         placed.append(set(getattr(model, "hf_device_map", {}).values()))
         return model
 
-    monkeypatch.setattr(evaluation._Models, "load", load)
+    monkeypatch.setattr(models.Models, "load", load)
     found = numbers("auto", tmp_path / "a", data)
     assert placed and all("disk" in places for places in placed)
     monkeypatch.undo()

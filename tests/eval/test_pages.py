@@ -123,7 +123,7 @@ def test_folders_learn_their_numbers(tmp_path: Path) -> None:
     assert tell_folders(both, tmp_path / "out") == [folder / PAGE, folder / "README.md"]
     mine, base = (one.find("perplexity:demo", "perplexity") for one in reversed(both))
     assert mine and base
-    said = f"{digits(base.value)} unquantized, {100 * base.value / mine.value:.1f} % kept"
+    said = f"{digits(base.value)} of the base, {100 * base.value / mine.value:.1f} % kept"
     assert said in " ".join(Page((folder / PAGE).read_text()).text.split())
     card = (folder / "README.md").read_text()
     assert f"| {digits(mine.value)} |" in card and "hellaswag" in card and "286.1 MiB" in card
@@ -132,6 +132,23 @@ def test_folders_learn_their_numbers(tmp_path: Path) -> None:
     tell_folders(both[1:], tmp_path / "out")
     assert said in " ".join(Page((folder / PAGE).read_text()).text.split())
     assert (folder / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("spoiled", [b"---\nfoo: [unclosed\n", b"---\nmodel-index:\n- name: x\n", b"\xe9"])
+def test_a_card_that_was_edited_is_left(spoiled: bytes, tmp_path: Path) -> None:
+    from llmq.card import model_card
+
+    folder = tmp_path / "rtn-w4"
+    folder.mkdir()
+    (folder / REPORT).write_text(report(2).to_json())
+    text = model_card(report(2), tmp_path).encode()
+    spoiled = spoiled + text.removeprefix(b"---\n") if spoiled[:1] == b"-" else text + spoiled
+    (folder / "README.md").write_bytes(spoiled)
+    told: list[str] = []
+    made = results("rtn-w4", *SIZES["rtn-w4"], folder=str(tmp_path))
+    assert tell_folders([made], tmp_path / "out", told.append) == [folder / PAGE]
+    assert "numbers not added" in told[0] and "README.md" in told[0]
+    assert (folder / "README.md").read_bytes() == spoiled
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

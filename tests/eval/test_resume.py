@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from llmq.errors import LlmqError
 from llmq_eval.journal import Journal
+from llmq_eval.results import write
 from tests.conftest import ROOT, Done, Run
 
 
@@ -95,8 +97,12 @@ def test_a_changed_model_is_measured_again(tiny_model: Path, text_file: Path, tm
     (of,) = numbers(tmp_path / "out").values()
     assert [f"{count} × 32 tokens" in one["protocol"] for count, one in zip((2, 1), of, strict=True)] == [True, True]  # type: ignore[arg-type, call-overload, index]
     assert "measured before" not in llmq(*command, "--fresh").stderr
-    state = (folder / "model.safetensors").stat()
-    os.utime(folder / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    # Neither size nor time tell the weights of one file from another's.
+    weights = folder / "model.safetensors"
+    state, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert "measured before" not in llmq(*command).stderr
 
 
@@ -111,3 +117,53 @@ def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
         assert journal.done == {"0": 0.1 + 0.2, "1": [1e-300, True]}
         journal.add({"2": 4})
     assert Journal(file).done == {"0": 0.1 + 0.2, "1": [1e-300, True], "2": 4}
+
+
+def test_damage_is_measured_again(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    out = tmp_path / "out"
+    command = ("eval", tiny_model, "--text", text_file, "--window", 32, "--max-windows", 2, "--out", out)
+    assert llmq(*command).returncode == 0
+    (file,) = (out / "cache").iterdir()
+    whole = file.read_text()
+    for damaged in ("[1]", '{"a": 1}', '"abc"', "[]", "[" * 100_000, whole.replace('"value": ', '"value": "x')):
+        file.write_text(damaged)
+        done = llmq(*command)
+        assert done.returncode == 0 and "measured before" not in done.stderr, done.stderr
+        assert file.read_text() == whole
+    # A journal's pieces have a checksum each: a damaged one is not taken for a number.
+    file.unlink()
+    journal = file.with_suffix(".journal")
+    with Journal(journal) as pieces:
+        pieces.add({"0": 5.0})
+        pieces.add({"1": 6.0})
+    journal.write_text(journal.read_text().replace("5.0", "9.0"))
+    assert Journal(journal).done == {"1": 6.0}
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    class Full:
+        def write(self, text: str) -> None:
+            return
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = flush
+
+    journal = Journal(tmp_path / "a.journal")
+    journal._out = Full()  # type: ignore[assignment]
+    with pytest.raises(LlmqError, match=r"a\.journal cannot be written: No space left.*--out"), journal:
+        journal.add({"0": 1.0})
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").mkdir()
+    with pytest.raises(LlmqError, match=r"a\.json cannot be written"):
+        write(tmp_path / "results" / "a.json", "text")
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["a.json"]
+
+
+def test_where_nothing_can_be_written(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+    (tmp_path / "file").write_text("")
+    short = ("--text", text_file, "--window", 32, "--max-windows", 2, "--out", tmp_path / "file")
+    for more in ((), ("--fresh",)):
+        done = llmq("eval", tiny_model, *short, *more)
+        assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr

@@ -17,11 +17,12 @@ def test_numbers_of_a_process_of_its_own(tiny_model: Path) -> None:
     ballast = bytearray(1 << 30)
     ballast[:: 1 << 12] = b"x" * (1 << 18)
     found = speed.measure(tiny_model, dtype="float32", repeats=6, prompt=16, tokens=4)
-    assert found.peak < psutil.Process().memory_info().rss
+    assert found.peak < 1 << 30 < psutil.Process().memory_info().rss
     assert 0 < found.before < found.resident <= found.peak and found.device is None
     assert len(found.prefill) == len(found.decode) == 6 and min(found.prefill + found.decode) > 0
     assert (found.prompt, found.tokens, found.dtype) == (16, 4, "float32")
-    shown = {one.metric: one for kind in ("speed", "memory") for one in measures.speed(kind, found)}
+    shown = {one.metric: one for kind in ("speed", "memory") for one in measures.speed(kind, found, "a processor")}
+    assert all("float32, a processor, " in one.protocol for one in shown.values())
     decode = shown["decode_tokens_per_second"]
     assert decode.low == min(found.decode) and decode.high == max(found.decode)
     assert sorted(found.decode)[2] <= decode.value <= sorted(found.decode)[3]
@@ -36,3 +37,11 @@ def test_failures_are_told(tiny_model: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "homegrown"}}))
     with pytest.raises(LlmqError, match="'homegrown'.*random weights"):
         speed.measure(folder)
+
+
+def test_no_module_of_the_users_folder_is_taken(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise RuntimeError('mine')")
+    monkeypatch.chdir(tmp_path)
+    assert speed.measure(tiny_model, repeats=1, prompt=8, tokens=3).prefill

@@ -117,6 +117,22 @@ def test_only_shares_are_called_that() -> None:
     assert unit("f1", 81.2) == "" and unit("pass@1", 0.5, [0.0, 1.0]) == "share"
 
 
+def test_a_group_that_does_not_weigh_by_size() -> None:
+    """Its interval is lm-eval's, and its protocol names what its tasks differ in."""
+    rows = {"g_a": [1.0] * 100, "g_b": [0.0] * 10}
+    found = {
+        "groups": {"g": {}}, "results": {"g": {"acc,none": 0.5, "acc_stderr,none": 0.01}}, "versions": {"g": 1},
+        "samples": {leaf: [{"acc": v, "doc_id": i} for i, v in enumerate(of)] for leaf, of in rows.items()},
+        "n-samples": {leaf: {"effective": len(of)} for leaf, of in rows.items()}, "n-shot": {"g_a": 0, "g_b": 5},
+        "configs": {"g_a": {"output_type": "multiple_choice"}, "g_b": {"output_type": "generate_until"}},
+        "higher_is_better": {"g": {"acc": True}},
+    }  # fmt: skip
+    (measure,) = tasks._measures("g", found, {}, "float32")
+    assert (measure.value, measure.samples) == (0.5, None)
+    assert (measure.low, measure.high) == pytest.approx((0.5 - 0.0196, 0.5 + 0.0196))
+    assert "0-shot or 5-shot, 110 documents, generate_until or multiple_choice" in measure.protocol
+
+
 @needs_lm_eval
 def test_groups(tmp_path: Path, llmq: Run) -> None:
     """The subjects of mmlu come from one file; what it lacks of them is named."""
@@ -192,6 +208,17 @@ def refused(done: Done, *named: str) -> None:
         ("piqa", lambda row: row.update(goal=7), ("'goal' holds no text",)),
         ("hellaswag", lambda row: row.update(endings="one"), ("'endings' must be a list", "'one'")),
         ("arc_easy", lambda row: row.update(answer="B"), ("'answer' must be a number from 0 to 3, not 'B'",)),
+        (
+            "arc_easy",
+            lambda row: row.update(answerKey="A"),
+            ("with 'answerKey', column 'choices' must hold lists 'text' and 'label'",),
+        ),
+        (
+            "arc_easy",
+            lambda row: row.update(answerKey="Z", choices={"text": ["a", "b"], "label": ["A", "B"]}),
+            ("'answerKey' must be one of ['A', 'B'], not 'Z'",),
+        ),
+        ("piqa", lambda row: row.update(label="²"), ("'label' must be a number from 0 to 1, not '²'",)),
         ("winogrande", lambda row: row.update(sentence="no gap"), ("has no '_'",)),
         ("boolq", lambda row: row.update(answer="yes"), ("0 (no) or 1 (yes)",)),
     ],
@@ -214,6 +241,7 @@ def test_other_refusals(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", "--tasks", "helaswag", *options), "unknown task 'helaswag'", "hellaswag")
     refused(llmq("eval", "demo", "--tasks", "perplexty", *options), "did you mean perplexity")
     refused(llmq("eval", "demo", "--tasks", "boolq", *options), "has no boolq_validation.jsonl", "piqa_validation")
+    refused(llmq("eval", "demo", "--tasks", "piqa", "--num-fewshot", 5, *options), "lower --num-fewshot")
     with (data / "piqa_validation.jsonl").open("a") as file:
         file.write("{broken\n")
     refused(llmq("eval", "demo", "--tasks", "piqa", *options), "piqa_validation.jsonl:3", "not JSON")
@@ -243,6 +271,10 @@ def test_without_lm_eval(tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPa
         (("--text", "nowhere.txt"), "one of 'demo', 'wikitext2'"),
         (("--data-dir", "{tmp}/gone"), "no such folder"),
         (("--limit", 0), "--limit"),
+        (("--text", ""), "--text names no text"),
+        (("--device", "meta"), "nothing is computed there; there are cpu, cuda, auto"),
+        (("--device", "gpu"), "torch knows no such device; there are cpu, cuda, auto"),
+        (("--batch-size", "²"), "'auto'"),
         (("--batch-size", "many"), "'auto'"),
         (("--write-tasks", "{tmp}/tasks"), "--tasks"),
         (("--out", "{tmp}/c4.jsonl"), "--out"),

@@ -115,7 +115,7 @@ def test_measured_numbers(tmp_path: Path) -> None:
     base = [measure("perplexity:demo", "perplexity", 5.0), measure("hellaswag", "acc", 0.64, "share", True)]
     assert write_page(tmp_path, mine, base) == tmp_path / PAGE
     text = " ".join(Page((tmp_path / PAGE).read_text()).text.split())
-    assert "5.000 unquantized, 90.9 % kept" in text  # 5 / 5.5
+    assert "5.000 of the base, 90.9 % kept" in text  # 5 / 5.5
     assert "93.8 %" in text  # 0.6 / 0.64
     assert "windows of 2048 tokens" in text
     with pytest.raises(LlmqError, match=r"report\.json"):

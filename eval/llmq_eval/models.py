@@ -1,0 +1,109 @@
+"""The models of an evaluation in memory: loaded once, kept where two fit, refused before they fill it."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from llmq.budget import size
+from llmq.errors import LlmqError
+from llmq.pretrained import input_device
+from llmq_eval import speed
+from llmq_eval.subject import Subject
+
+if TYPE_CHECKING:
+    from llmq_eval.evaluation import Options
+
+ROOM = 0.8
+"""Of the free memory, what two models at once may take."""
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a model may take there now."""
+    import psutil
+    import torch
+
+    if (place := input_device(device)).startswith("cuda"):
+        return int(torch.cuda.mem_get_info(place)[0])
+    return int(psutil.virtual_memory().available)
+
+
+class Models:
+    """The models in memory: the one at work, and the base where it is needed beside it and both fit."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.there: dict[str, Any] = {}
+        self.kept: set[str] = set()
+        # By label: what was measured, and the dtype that it was loaded in.
+        self.speeds: dict[str, speed.Speed] = {}
+        self.dtypes: dict[str, str] = {}
+
+    def __enter__(self) -> Models:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def load(self, subject: Subject) -> Any:
+        from llmq.pretrained import load_model
+
+        o = self.options
+        self.check(subject)
+        model = load_model(
+            subject.folder,
+            dtype=o.dtype,
+            device=o.device,
+            trust_remote_code=o.trust_remote_code,
+            progress=o.progress,
+            kernels=o.kernels,
+        )
+        self.dtypes[subject.label] = str(model.dtype).removeprefix("torch.")
+        return model
+
+    def get(self, subject: Subject, keep: bool = False) -> Any:
+        """The model, loaded once. keep: until the end, rather than until the next model's turn."""
+        if subject.label not in self.there:
+            self.there[subject.label] = self.load(subject)
+        if keep:
+            self.kept.add(subject.label)
+        return self.there[subject.label]
+
+    def tokenizer(self, subject: Subject) -> Any:
+        from llmq.pretrained import load_tokenizer
+
+        return load_tokenizer(subject.folder, trust_remote_code=self.options.trust_remote_code)
+
+    def fit(self, *subjects: Subject) -> bool:
+        """Whether those of the models that are not in memory yet fit there as well, taken as dense."""
+        each = 2 if self.options.dtype in ("bfloat16", "float16") else 4
+        needed = each * sum({s.label: s.weights[0] for s in subjects if s.label not in self.there}.values())
+        return needed <= ROOM * free_memory(self.options.device)
+
+    def check(self, subject: Subject) -> None:
+        """Raise LlmqError, with the ways out, for a model whose weights alone take more memory than is free."""
+        o = self.options
+        count, nbytes, _ = subject.weights
+        packed = subject.quantized and (o.kernels or subject.quantized != "compressed-tensors")
+        if o.device == "auto" and (packed or not subject.quantized):
+            return  # goes to several devices, or partly to the disk
+        needed = nbytes if packed else count * (4 if o.dtype == "float32" else 2)
+        free = free_memory(o.device)
+        if needed > free:
+            ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
+            ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
+            ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
+            place = input_device(o.device)
+            raise LlmqError(
+                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
+                + ("; ".join(ways) or "free some of it")
+            )
+
+    def drop(self, subject: Subject | None = None) -> None:
+        """Free a model's memory, unless it is kept; of all of them without one."""
+        if subject is None:
+            self.there.clear()
+            self.kept.clear()
+        elif subject.label not in self.kept:
+            self.there.pop(subject.label, None)
+        gc.collect()
