@@ -59,7 +59,7 @@ class Cell:
 class Line:
     """One measure of all the models by one protocol: cells in the order of `Comparison.models`.
 
-    number: of the protocol among `Comparison.protocols`, from 1; shared: it is the measure's only one.
+    number: of the protocol among `Comparison.protocols`, from 1; only: the measure has no other.
     """
 
     task: str
@@ -69,13 +69,13 @@ class Line:
     protocol: str
     cells: tuple[Cell, ...]
     number: int
-    shared: bool
+    only: bool
 
     @property
     def title(self) -> str:
         """'hellaswag acc', 'perplexity:demo [2]': with the protocol's number where the measure has several lines."""
         name = self.task if self.task.partition(":")[0] == self.metric else f"{self.task} {self.metric}"
-        return name if self.shared else f"{name} [{self.number}]"
+        return name if self.only else f"{name} [{self.number}]"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _names(results: Sequence[Results]) -> tuple[str, ...]:
     return tuple(f"{number}. {one.name}" for number, one in enumerate(results, 1))
 
 
-def _key(one: Line | Contrast | Measure) -> Key:
+def _key(one: Line | Contrast) -> Key:
     return one.task, one.metric, one.protocol
 
 
@@ -252,8 +252,8 @@ def _lines(
             for i, (m, reference) in enumerate(zip(row, references, strict=True))
         ]
         task, metric, protocol = key
-        number, shared = numbers[protocol], several[task, metric] == 1
-        made.append(Line(task, metric, some.unit, some.higher_is_better, protocol, tuple(cells), number, shared))
+        number, only = numbers[protocol], several[task, metric] == 1
+        made.append(Line(task, metric, some.unit, some.higher_is_better, protocol, tuple(cells), number, only))
     return tuple(made)
 
 
