@@ -82,6 +82,8 @@ def load_model(
                 **({} if spilled is None else {"offload_folder": spilled.name}),
             )
             loaded[0].eval()
+            if dtype == "float32" and quantization is None:
+                widen(loaded[0])
             if probe:
                 with torch.inference_mode():
                     where = loaded[0].device
@@ -102,6 +104,20 @@ def load_model(
     if misshapen:
         raise LlmqError(f"{folder}: {misshapen[0]} has another shape than config.json says; write the checkpoint again")
     return model
+
+
+def widen(model: Any) -> None:
+    """Let a model that was asked for in float32 compute in it.
+
+    The reader of a bitsandbytes checkpoint leaves what is not quantized, and what its layers compute in, as they are in
+    the checkpoint.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) in (torch.bfloat16, torch.float16):
+            module.compute_dtype = torch.float32
 
 
 def input_device(device: str) -> str:

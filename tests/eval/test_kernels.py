@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from llmq.pretrained import load_model
 from llmq_eval import speed
 from llmq_eval.evaluation import Options, evaluate
 from tests.conftest import Run, write_tokenizer
@@ -50,3 +52,15 @@ def test_without_them_another_package_is_needed(folders: list[Path], text_file: 
 def test_speed_of_packed_weights(folders: list[Path]) -> None:
     found = speed.measure(folders[1], dtype="float32", repeats=1, prompt=8, tokens=4, kernels=True)
     assert found.dtype == "float32 on llmq's kernels" and min(found.prefill + found.decode) > 0
+
+
+def test_asked_for_in_float32_it_runs_in_it(tmp_path: Path, llmq: Run) -> None:
+    """Also what stock's reader of bitsandbytes leaves in bfloat16: else it would be in no line with its base."""
+    folder = tmp_path / "nf4"
+    assert llmq("quantize", "demo", "-o", folder, "--method", "nf4").returncode == 0
+    model = load_model(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, torch.uint8}
+    options = Options(window=64, max_windows=2, out=tmp_path / "out", progress=False)
+    base, nf4 = (one.measures[0] for one in evaluate([str(folder)], "demo", options))
+    assert base.protocol == nf4.protocol and "float32" in nf4.protocol
+    assert nf4.value == pytest.approx(base.value, rel=0.05) and nf4.value != base.value
