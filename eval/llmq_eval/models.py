@@ -50,14 +50,21 @@ class Models:
 
         o = self.options
         self.check(subject)
-        model = load_model(
-            subject.folder,
-            dtype=o.dtype,
-            device=o.device,
-            trust_remote_code=o.trust_remote_code,
-            progress=o.progress,
-            kernels=o.kernels,
-        )
+        try:
+            model = load_model(
+                subject.folder,
+                dtype=o.dtype,
+                device=o.device,
+                trust_remote_code=o.trust_remote_code,
+                progress=o.progress,
+                kernels=o.kernels,
+            )
+        except LlmqError as error:
+            if not subject.quantized or o.kernels or "cannot be loaded" not in str(error):
+                raise
+            raise LlmqError(
+                f"{error}; that is what stock transformers says: try --kernels, llmq's own readers"
+            ) from error
         self.dtypes[subject.label] = str(model.dtype).removeprefix("torch.")
         return model
 
