@@ -18,6 +18,9 @@ COPIED = ("license", "license_name", "license_link", "language")
 """What is copied from the metadata of the source's card."""
 FOLDER = "PATH_TO_THIS_FOLDER"
 _BEGIN, _END = "<!-- measured by llmq eval -->", "<!-- end of measured -->"
+_INDEX_BEGIN, _INDEX_END = "# measured by llmq eval", "# end of measured"
+_INDEX = re.compile(f"^{_INDEX_BEGIN}\n.*?^{_INDEX_END}\n", re.MULTILINE | re.DOTALL)
+_METADATA = re.compile(r"(---\n)(.*?^)(---\n.*)", re.MULTILINE | re.DOTALL)
 _PLACE = re.compile(r'^path = ".*"$', re.MULTILINE)
 
 
@@ -76,8 +79,9 @@ def measured_section(measured: Sequence[Row]) -> str:
     for row in measured:
         cells = (row.task, row.metric, row.value, row.interval, row.base, row.recovery)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    protocols = dict.fromkeys(row.protocol for row in measured if row.protocol)
-    return "\n".join([*lines, "", *(f"- {' '.join(protocol.split())}" for protocol in protocols), ""])
+    protocols = {row.number: row.protocol for row in measured if row.protocol}
+    told = (f"- [{number}] {' '.join(protocol.split())}" for number, protocol in protocols.items())
+    return "\n".join([*lines, "", *told, ""])
 
 
 def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Measure] = ()) -> Path:
@@ -95,19 +99,28 @@ def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Mea
 
 
 def _indexed(card: str, measures: Sequence[Measure]) -> str:
-    """A card with the measures as the hub's model-index, from which it shows and finds them."""
-    from huggingface_hub import EvalResult, ModelCard
-    from yaml import YAMLError
+    """A card with the measures as the hub's model-index, from which it shows and finds them.
 
-    try:
-        read = ModelCard(card)
-    except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
-        raise LlmqError(f"{CARD}: its metadata cannot be read: {first_line(error)}") from error
+    The rest of its metadata stays as it is written; a model-index that llmq did not write is left alone.
+    """
+    without = _INDEX.sub("", card)
+    parts = _METADATA.match(without)
     of = [m for m in measures if m.higher_is_better is not None and m.task.partition(":")[0] not in NO_QUALITY]
-    title = re.search(r"^# (.+)$", read.text, re.MULTILINE)
-    data: Any = read.data
-    data.model_name = title[1] if of and title else None
-    data.eval_results = [
+    of = [m for m in of if math.isfinite(m.value)]
+    if parts is None or not of or re.search(r"^model-index:", parts[2], re.MULTILINE):
+        return without
+    begin, metadata, rest = parts.groups()
+    title = re.search(r"^# (.+)$", rest, re.MULTILINE)
+    return f"{begin}{metadata}{_INDEX_BEGIN}\n{_index(title[1] if title else 'model', of)}{_INDEX_END}\n{rest}"
+
+
+def _index(name: str, measures: Sequence[Measure]) -> str:
+    """The YAML of a model-index."""
+    import yaml
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
         EvalResult(
             "text-generation",
             m.task,
@@ -116,10 +129,10 @@ def _indexed(card: str, measures: Sequence[Measure]) -> str:
             float(f"{m.value:.6g}"),
             metric_args={"protocol": m.protocol},
         )
-        for m in of
-        if math.isfinite(m.value)
-    ] or None
-    return str(read)
+        for m in measures
+    ]
+    index = {"model-index": eval_results_to_model_index(name, results)}
+    return yaml.safe_dump(index, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def write_place(folder: Path, place: str) -> None:

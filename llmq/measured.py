@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,10 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the measured table, in words. recovery: in % of the base, '' where that has no meaning."""
+    """A line of the measured table, in words. recovery: in % of the base, '' where that has no meaning.
+
+    number: of the protocol, from 1; task ends with it, as in 'perplexity:demo [2]', where the measure has several.
+    """
 
     task: str
     metric: str
@@ -41,24 +45,29 @@ class Row:
     base: str
     recovery: str
     protocol: str
+    number: int
 
 
 def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]:
     """A line for each measure, with the base's number of the same task, metric and protocol beside it."""
     found = {(m.task, m.metric, m.protocol): m for m in base}
+    measures = list(measures)
+    numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(m.protocol for m in measures), 1)}
+    several = Counter((m.task, m.metric) for m in measures)
     made = []
     for m in measures:
         other = found.get((m.task, m.metric, m.protocol))
         recovered = None if other is None else recovery(m, other)
         made.append(
             Row(
-                m.task,
+                m.task if several[m.task, m.metric] == 1 else f"{m.task} [{numbers[m.protocol]}]",
                 m.metric,
                 value(m.value, m.unit),
                 interval(m),
                 "" if other is None else value(other.value, m.unit),
                 "" if recovered is None else f"{recovered:.1f} %",
                 m.protocol,
+                numbers[m.protocol],
             )
         )
     return made

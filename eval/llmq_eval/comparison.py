@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -110,7 +111,11 @@ class Comparison:
 
     def line(self, one: Contrast) -> Line:
         """The line of a difference."""
-        return next(line for line in self.lines if _key(line) == _key(one))
+        return self._by_key[_key(one)]
+
+    @cached_property
+    def _by_key(self) -> dict[Key, Line]:
+        return {_key(line): line for line in self.lines}
 
 
 def comparison(results: Sequence[Results]) -> Comparison:
@@ -190,7 +195,9 @@ def _contrasts(table: Table, base: int | None, of: Sequence[str | None]) -> tupl
             # The base comes first in the table and second in a difference, which is what a model lost.
             first, second = (j, i) if i == base else (i, j)
             one, other = row[first], row[second]
-            if _differ(of[i], of[j]) and (second == base or task.startswith("divergence")):
+            # A divergence is from the base that it names; another number is held against the model's.
+            bases = (one and one.base or of[i], other and other.base or of[j])
+            if _differ(*bases) and (second == base or task.startswith("divergence")):
                 continue
             if one and other:
                 made = _contrast(one, other, first, second)
@@ -270,14 +277,16 @@ def _pareto(results: Sequence[Results], table: Table, base: int | None, of: Sequ
     ]
     row = max(rows, key=lambda row: sum(map(bool, row)), default=[])
     places: list[tuple[int, Results, float, float | None, float | None]] = []
+    bases: dict[int, str | None] = {}
     for index, (one, measure) in enumerate(zip(results, row, strict=False)):
-        if base is not None and _differ(of[index], of[base]):
+        bases[index] = (measure and measure.base) or of[index]
+        if base is not None and _differ(bases[index], of[base]):
             continue
         if measure is not None and math.isfinite(measure.value):
             places.append((index, one, measure.value, measure.low, measure.high))
         elif index == base:
             places.append((index, one, 0.0, 0.0, 0.0))
-    if len({of[index] for index, *_ in places} - {None}) > 1:
+    if len({bases[index] for index, *_ in places} - {None}) > 1:
         return ()
     return tuple(
         Point(index, one.bytes, one.bits_per_weight, kl, low, high, not _beaten(one.bytes, kl, places))

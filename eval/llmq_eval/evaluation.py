@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,9 @@ class _Evaluation:
         held = measures.read(file)
         if held is not None:
             self.note(f"{subject.given} {name}: measured before, taken from {file} (--fresh measures again)")
-            return held
+            # The same base may have been given by another path then.
+            of = None if self.base is None else self.base.label
+            return [replace(measure, base=of) if measure.base else measure for measure in held]
         with Journal(journal) as pieces:
             if pieces.done:
                 self.note(f"{subject.given} {name}: going on from {len(pieces.done)} finished pieces")
@@ -182,7 +184,8 @@ class _Evaluation:
         common: dict[str, Any] = {"batch": o.batch, "device": self.place, "progress": o.progress, "journal": journal}
         if kind in ("speed", "memory"):
             on = machine(o.device)
-            return measures.speed(kind, self._speed(subject, models), on.get("gpu", on["cpu"]))
+            place = on.get("gpu", on["cpu"]) + (", spread by device map" if o.device == "auto" else "")
+            return measures.speed(kind, self._speed(subject, models), place)
         if kind == "perplexity":
             cut = self.windows[name]
             model = models.get(subject)
@@ -224,7 +227,7 @@ class _Evaluation:
             model = models.get(subject)
             mine, theirs = (shown_dtype(models.dtypes[s.label], o.kernels) for s in (subject, self.base))
             ran = f"both in {mine}" if mine == theirs else f"in {theirs} and in {mine}"
-            name = f"{Path(self.base.label).name} {self.base.fingerprint[:8]}"
+            name = f"base {self.base.fingerprint[:8]}"
             found = divergence.measure(base, model, subject.folder, cut, base_name=name, shown=ran, **common)
         return measures.divergence(cut.key, found, self.base.label)
 

@@ -24,7 +24,9 @@ def free_memory(device: str) -> int:
     import torch
 
     if (place := input_device(device)).startswith("cuda"):
-        return int(torch.cuda.mem_get_info(place)[0])
+        # What torch keeps of freed tensors it gives to the next ones.
+        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0] + kept)
     return int(psutil.virtual_memory().available)
 
 
@@ -90,17 +92,20 @@ class Models:
     def check(self, subject: Subject) -> None:
         """Raise LlmqError, with the ways out, for a model whose weights alone take more memory than is free."""
         o = self.options
-        count, nbytes, _ = subject.weights
+        count, nbytes, bits = subject.weights
         packed = subject.quantized and (o.kernels or subject.quantized != "compressed-tensors")
-        if o.device == "auto" and (packed or not subject.quantized):
+        place = input_device(o.device)
+        if o.device == "auto" and (packed or not subject.quantized or place != "cpu"):
             return  # goes to several devices, or partly to the disk
-        needed = nbytes if packed else count * (4 if o.dtype == "float32" else 2)
+        each = 4 if o.dtype == "float32" else 2
+        # The least that it can be, where the file does not say how many numbers it holds.
+        dense = nbytes if o.dtype == "auto" and not subject.quantized else count * each if bits else nbytes * each // 4
+        needed = nbytes if packed else dense
         free = free_memory(o.device)
         if needed > free:
             ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
             ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
             ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
-            place = input_device(o.device)
             raise LlmqError(
                 f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
                 + ("; ".join(ways) or "free some of it")

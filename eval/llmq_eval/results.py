@@ -24,6 +24,12 @@ from llmq.errors import LlmqError
 
 FORMAT = 1
 """Of the file; another number is refused."""
+
+
+class Damaged(LlmqError):
+    """A file that was cut off, or holds something else."""
+
+
 AGAIN = "remove it, or run `llmq eval` again"
 
 
@@ -88,8 +94,9 @@ class Results:
 
     def with_measures(self, measures: Iterable[Measure]) -> Results:
         """These results with others added, which replace only what was measured by the same protocol."""
-        new = {measure.key: measure for measure in measures}
-        return replace(self, measures=[m for m in self.measures if m.key not in new] + list(new.values()))
+        # Each in its place: the same numbers make the same file.
+        whole = {measure.key: measure for measure in (*self.measures, *measures)}
+        return replace(self, measures=list(whole.values()))
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -97,7 +104,7 @@ class Results:
 
     @staticmethod
     def load(file: Path) -> Results:
-        """Read a file that `save` wrote. Raises LlmqError if it is not one."""
+        """Read a file that `save` wrote. Raises LlmqError if that cannot be done; Damaged if it is none."""
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
@@ -109,9 +116,9 @@ class Results:
         except ValidationError as error:
             wrong = error.errors()[0]
             told = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-            raise LlmqError(f"{file} holds no results of `llmq eval` ({told}): {AGAIN}") from error
+            raise Damaged(f"{file} holds no results of `llmq eval` ({told}): {AGAIN}") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise LlmqError(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
+            raise Damaged(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
 
     def path(self, out: Path) -> Path:
         """Where `save` writes them: <out>/results/<name>-<fingerprint><4 digits of the path's hash>.json."""
@@ -132,7 +139,7 @@ class Results:
                     versions = old.versions | self.versions
                     whole = replace(old, base=self.base or old.base, versions=versions, machine=self.machine)
                     whole = whole.with_measures(self.measures)
-                except LlmqError:
+                except Damaged:
                     note(f"{file} holds no results that can be read: it is begun anew")
             whole.save(out)
         return whole

@@ -177,7 +177,7 @@ def dots(found: Comparison) -> list[Dots]:
         pad = 0.06 * (high - low) or 1.0
         # The axis does not go where no number can be.
         first = max(0.0, low - pad) if low >= 0 else low - pad
-        last = min(1.0, high + pad) if line.unit == "share" and low < 1 else high + pad
+        last = min(1.0, high + pad) if line.unit == "share" and high <= 1 else high + pad
         made.append(_dots(f"dots-{len(made)}", line, found, first, last))
     return made
 

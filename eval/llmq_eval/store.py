@@ -86,7 +86,12 @@ def _named(name: str, out: Path, folders: _Folders) -> list[tuple[Path, Results]
     # First what is of this very place; a folder that was moved is known by its files.
     current = [pair for pair in (*there, *known) if pair[1].fingerprint.startswith(subject.fingerprint)]
     if current:
+        if current[0][1].model != subject.label:
+            folders.note(f"{name} has the files, and so the numbers, of {current[0][1].model}")
         return current[:1]
     if there:
-        raise LlmqError(f"{name} has changed since it was measured: run `llmq eval {name}` again")
+        raise LlmqError(
+            f"{name} has changed since it was measured, or another version of llmq or torch measured it: run "
+            f"`llmq eval {name}` again, or name its file in {out / 'results'}"
+        )
     raise LlmqError(f"{name} has no results in {out}: run `llmq eval {name}` first, or give its --out")

@@ -47,9 +47,12 @@ class Subject:
         for file in sorted(self.folder.iterdir()):
             if not file.is_file() or file.name in _IGNORED or file.name.startswith("."):
                 continue
-            state = file.stat()
-            large = state.st_size > _SMALL
-            what = f"{state.st_mtime_ns} {_sampled(file, state.st_size)}" if large else _whole(file)
+            try:
+                state = file.stat()
+                large = state.st_size > _SMALL
+                what = f"{state.st_mtime_ns} {_sampled(file, state.st_size)}" if large else _whole(file)
+            except OSError as error:
+                raise LlmqError(f"{file} cannot be read: {error.strerror}") from error
             digest.update(f"{file.name} {state.st_size} {what}\n".encode())
         return digest.hexdigest()[:12]
 

@@ -103,16 +103,20 @@ def comma_separated(found: Comparison, pairs: bool = False) -> str:
 def ranks(found: Comparison) -> list[str]:
     """For each tested measure the models from best to worst, '≈' between neighbours within noise, '>' otherwise."""
     told = []
+    tested: dict[str, dict[frozenset[int], Contrast]] = {}
+    for one in found.contrasts:
+        tested.setdefault(found.line(one).title, {})[frozenset((one.first, one.second))] = one
     for line in found.lines:
-        of = {frozenset((one.first, one.second)): one for one in found.contrasts if found.line(one) is line}
+        of = tested.get(line.title, {})
         there = [(i, cell.measure.value) for i, cell in enumerate(line.cells) if cell.measure]
         if not of or line.higher_is_better is None:
             continue
         there.sort(key=lambda pair: (math.isnan(pair[1]), -pair[1] if line.higher_is_better else pair[1]))
         words = [found.models[there[0][0]]]
         for (before, _), (after, _) in zip(there, there[1:], strict=False):
-            one = of.get(frozenset((before, after)))
-            words += ["?" if one is None else "≈" if one.verdict == "within noise" else ">", found.models[after]]
+            contrast = of.get(frozenset((before, after)))
+            mark = "?" if contrast is None else "≈" if contrast.verdict == "within noise" else ">"
+            words += [mark, found.models[after]]
         told.append(f"{_title(line)}: {' '.join(words)}")
     return told
 

@@ -280,6 +280,12 @@ def test_a_divergence_is_from_its_own_base(five: list[Results]) -> None:
     assert {found.models[point.model] for point in found.pareto} == {"bad", "large", "base"}
     assert [line.protocol for line in found.lines if line.metric == "kl"] == ["kl from other", "kl from base"]
     assert not comparison([*five[:2], five[4]]).pareto
+    # One that was held against another base later on still has its divergence from the first.
+    five[2] = replace(five[2], base="/models/other")
+    found = comparison(five[2:])
+    assert {found.models[point.model] for point in found.pareto} == {"bad", "large", "base"}
+    assert by_pair(found, "divergence:demo") == {("bad", "large"): "better"}
+    assert ("bad", "base") not in by_pair(found, "perplexity:demo")
 
 
 def test_what_two_processes_measured_is_kept(five: list[Results], tmp_path: Path) -> None:
@@ -287,6 +293,13 @@ def test_what_two_processes_measured_is_kept(five: list[Results], tmp_path: Path
     first.keep(tmp_path)
     assert second.keep(tmp_path).measures == five[0].measures[:2]
     assert Results.load(first.path(tmp_path)).measures == five[0].measures[:2]
+    again = replace(first.measures[0], value=1.0)
+    assert replace(first, measures=[again]).keep(tmp_path).measures == [again, second.measures[0]]  # in its place
+    other = first.path(tmp_path).read_text().replace('"format": 1', '"format": 2')
+    first.path(tmp_path).write_text(other)
+    with pytest.raises(LlmqError, match="another version of llmq"):
+        first.keep(tmp_path)
+    assert first.path(tmp_path).read_text() == other
     first.path(tmp_path).write_text("[" * 100_000)
     told: list[str] = []
     assert first.keep(tmp_path, told.append).measures == first.measures and "begun anew" in told[0]
@@ -306,7 +319,9 @@ def test_which_results_are_meant(five: list[Results], tiny_model: Path, tmp_path
     assert len(set(files)) == 2  # the same files under the same name in two places
     assert [each.model for each in collect([str(one), str(other)], out)] == [str(one), str(other)]
     one.rename(tmp_path / "moved")
-    assert [each.fingerprint for each in collect([str(tmp_path / "moved")], out)] == [measured[one].fingerprint]
+    told: list[str] = []
+    moved = collect([str(tmp_path / "moved")], out, told.append)
+    assert [each.fingerprint for each in moved] == [measured[one].fingerprint] and "has the files" in told[0]
     assert [each.model for each in collect([str(one)], out)] == [str(one)]
     before = replace(measured[other], fingerprint="0" * 16)
     files += [before.save(out)]

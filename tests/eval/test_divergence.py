@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,11 @@ def test_another_base_stands_beside_the_first(pair: tuple[Path, Path], text_file
     kept = Results.load(evaluate([other], base, options)[-1].path(tmp_path))
     kl = {measure.base: measure.value for measure in kept.measures if measure.metric == "kl"}
     assert set(kl) == {base, other} and kl[base] > 0 == kl[other]
+    # The base by another path is the same base.
+    shutil.copytree(base, tmp_path / "copy")
+    (*_, found) = evaluate([other], str(tmp_path / "copy"), options)
+    assert found.measures[0].key in [measure.key for measure in kept.measures]
+    assert found.measures[0].base == str(tmp_path / "copy")
 
 
 def test_the_protocol_names_both_dtypes(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:

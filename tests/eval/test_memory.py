@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from llmq.errors import LlmqError
 from llmq_eval import models
 from llmq_eval.evaluation import Options, evaluate
 from llmq_eval.results import Measure
@@ -71,3 +74,34 @@ def test_what_is_made_dense_must_fit(small: None, tmp_path: Path, llmq: Run, mon
     done = llmq(*command)
     assert done.returncode == 2 and "--kernels keeps its weights packed" in " ".join(done.stderr.split())
     assert llmq(*command, "--kernels").returncode == 0
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("weights", "quantized", "options", "fits"),
+    [
+        ((3 * MB, 6 * MB, 16.0), "", {}, False),
+        ((3 * MB, 6 * MB, 16.0), "", {"dtype": "bfloat16"}, True),
+        ((3 * MB, 12 * MB, 32.0), "", {"dtype": "auto"}, False),  # in its own dtype it is as large as its file
+        ((6 * MB, 6 * MB, 0.0), "", {}, True),  # no safetensors: the file may hold float32
+        ((9 * MB, 5 * MB, 4.2), "compressed-tensors", {}, False),  # stock makes it dense
+        ((9 * MB, 5 * MB, 4.2), "compressed-tensors", {"device": "auto"}, False),
+        ((9 * MB, 5 * MB, 4.2), "compressed-tensors", {"kernels": True}, True),
+        ((9 * MB, 5 * MB, 4.2), "bitsandbytes", {}, True),
+        ((9 * MB, 18 * MB, 16.0), "", {"device": "auto"}, True),
+    ],
+)
+def test_what_is_taken_to_fit(
+    weights: tuple[int, int, float],
+    quantized: str,
+    options: dict[str, Any],
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In 8 MiB: numbers in all weights, bytes on disk, bits per weight (0 where not known)."""
+    monkeypatch.setattr(models, "free_memory", lambda _: 8 * MB)
+    subject: Any = SimpleNamespace(given="m", label="m", weights=weights, quantized=quantized)
+    with contextlib.nullcontext() if fits else pytest.raises(LlmqError, match="8.0 MiB are free"):
+        models.Models(Options(**options)).check(subject)

@@ -81,6 +81,35 @@ def test_the_hub_finds_the_numbers(source: Path, tmp_path: Path) -> None:
     (found,) = data.eval_results
     assert (found.task_type, found.dataset_name, found.metric_type) == ("text-generation", "demo", "perplexity")
     assert found.metric_value == 6.12346 and found.metric_args == {"protocol": "p"}
+    whole = (tmp_path / "README.md").read_text()
+    write_measured(tmp_path, given)
+    assert (tmp_path / "README.md").read_text() == whole
+
+
+def test_metadata_stays_as_it_is_written(source: Path, tmp_path: Path) -> None:
+    card = model_card(report(2), source).replace(
+        "---\n", "---\n# mine\nversion: 1.10\nlanguage: [no, 'de']\nempty:\n", 1
+    )
+    given = [measure("perplexity:demo", "perplexity", 6.0, protocol="p")]
+    (tmp_path / "README.md").write_text(card)
+    write_measured(tmp_path, given)
+    write_measured(tmp_path, [])
+    assert (tmp_path / "README.md").read_text() == card
+    # Somebody's own index is left alone, and the table is written all the same.
+    own = card.replace("---\n", "---\nmodel-index: 3\n", 1)
+    (tmp_path / "README.md").write_text(own)
+    write_measured(tmp_path, given)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nmodel-index: 3\n") and text.count("model-index") == 1 and "## Measured" in text
+
+
+def test_protocols_have_numbers(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(model_card(report(2), source))
+    given = [measure("perplexity:demo", "perplexity", value, protocol=f"{value} windows") for value in (6.0, 7.0)]
+    write_measured(tmp_path, [*given, measure("piqa", "acc", 0.5, "share", True, protocol="lm-eval")])
+    text = (tmp_path / "README.md").read_text()
+    assert "| perplexity:demo [2] | perplexity | 7.000 |" in text and "- [2] 7.0 windows" in text
+    assert "| piqa | acc | 50.00 % |" in text and "- [3] lm-eval" in text
 
 
 def test_a_card_of_another(tmp_path: Path) -> None:
