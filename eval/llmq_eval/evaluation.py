@@ -140,8 +140,8 @@ class _Evaluation:
 
     def _task(self, subject: Subject, name: str, models: Models) -> list[Measure]:
         kind = name.partition(":")[0]
-        place, key = self.options.out / "cache", self._key(subject, name, kind)
-        file, journal = place / f"{key}.json", place / f"{key}.journal"
+        place, named = self.options.out / "cache", self._key(subject, name, kind)
+        file, journal = place / f"{named}.json", place / f"{named}.journal"
         if self.options.fresh:
             forget(file, journal)
         held = measures.read(file)
@@ -191,8 +191,7 @@ class _Evaluation:
             model = models.get(subject)
             return [
                 measures.perplexity(
-                    cut.key,
-                    measure_perplexity(model, subject.folder, cut, kernels=o.kernels, **common),
+                    cut.key, measure_perplexity(model, subject.folder, cut, kernels=o.kernels, **common)
                 )
             ]
         if kind == "divergence":

@@ -98,7 +98,6 @@ def perplexities(
                 folder,
                 windows,
                 batch=batch,
-                dtype=dtype,
                 device=input_device(device),
                 progress=progress,
                 load_seconds=seconds,
@@ -114,7 +113,6 @@ def measure(
     windows: Windows,
     *,
     batch: int = 1,
-    dtype: str = "float32",
     device: str = "cpu",
     progress: bool = True,
     load_seconds: float = 0.0,
@@ -129,22 +127,23 @@ def measure(
     """
     begin = time.perf_counter()
     windows.check(model, folder)
+    dtype = str(model.dtype).removeprefix("torch.")
     journal = journal or Journal(None)
     with torch.inference_mode():
         for span in batches(windows.count, batch, journal, progress, "perplexity"):
             means = _losses(model, windows.ids[span.start : span.stop].to(device))
             if not bool(means.isfinite().all()):
                 # Not kept: what is in the journal is never measured again.
+                ways = "its weights may be damaged" if dtype == "float32" else "try --dtype float32"
                 raise LlmqError(
-                    f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {dtype}, "
-                    "try --dtype float32"
+                    f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {dtype}: {ways}"
                 )
             journal.add({str(i): float(one) for i, one in zip(span, means, strict=True)})
     by_window = torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)
     nll = float(by_window.mean())
     value = math.exp(min(nll, 700.0))
     spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
-    shown = shown_dtype(str(model.dtype).removeprefix("torch."), kernels)
+    shown = shown_dtype(dtype, kernels)
     return Perplexity(
         value=value,
         nll=nll,

@@ -33,10 +33,12 @@ def test_perplexity(overflowing: torch.nn.Module, tiny_model: Path, text_file: P
     cut = windows.cut([tiny_model], str(text_file), window=32, max_windows=4, progress=False)
     with (
         Journal(tmp_path / "journal") as journal,
-        pytest.raises(LlmqError, match="loss on the text is nan.*--dtype float32"),
+        pytest.raises(LlmqError, match="loss on the text is nan; .* overflows in float32: its weights may be damaged"),
     ):
         measure(overflowing, tiny_model, cut, progress=False, journal=journal)
     assert set(Journal(tmp_path / "journal").done) == {"0"}
+    with pytest.raises(LlmqError, match="overflows in bfloat16: try --dtype float32"):
+        measure(overflowing.to(torch.bfloat16), tiny_model, cut, progress=False)
 
 
 @pytest.mark.skipif(not tasks.installed(), reason="lm-eval is not installed: pip install 'llmq[eval]'")
