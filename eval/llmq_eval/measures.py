@@ -89,8 +89,13 @@ def speed(kind: str, found: Speed, place: str) -> list[Measure]:
         f"{where}, batch 1, median of {len(found.prefill)} repeats, prefill of {found.prompt} tokens, then "
         f"{found.tokens - 1} tokens one by one by generate()"
     )
-    made = [Measure("speed", "load_seconds", found.load_seconds, None, None, "s", False, f"{where}, once")]
-    for name, samples in (("prefill_tokens_per_second", found.prefill), ("decode_tokens_per_second", found.decode)):
+    loaded = f"{where}, median of {len(found.load_seconds)} loads after a first one"
+    made = []
+    for name, samples, unit, better, said in (
+        ("load_seconds", found.load_seconds, "s", False, loaded),
+        ("prefill_tokens_per_second", found.prefill, "tokens/s", True, protocol),
+        ("decode_tokens_per_second", found.decode, "tokens/s", True, protocol),
+    ):
         value, low, high = intervals.median(samples)
-        made.append(Measure("speed", name, value, low, high, "tokens/s", True, protocol, samples))
+        made.append(Measure("speed", name, value, low, high, unit, better, said, samples))
     return made

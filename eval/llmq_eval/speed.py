@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -25,12 +26,13 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Speed:
-    """load_seconds: of `load_model`, weights to memory and ready to run. prefill, decode: tokens per second at batch 1,
-    one number per repeat. Memory in bytes: before: of the process before the model; resident: after loading; peak: its
-    largest; device: the most that tensors took on the GPU, None on a CPU. prompt, tokens: lengths; threads: of torch.
+    """load_seconds: of `load_model`, weights to memory and ready to run. prefill, decode: tokens per second at batch 1.
+    All three have one number per repeat. Memory in bytes: before: of the process before the model; resident: after
+    loading; peak: its largest; device: the most that tensors took on the GPU, None on a CPU. prompt, tokens: lengths;
+    threads: of torch.
     """
 
-    load_seconds: float
+    load_seconds: list[float]
     prefill: list[float]
     decode: list[float]
     before: int
@@ -103,28 +105,40 @@ def run(
         raise LlmqError(f"{folder} has no room for {tokens} new tokens: its longest input is shorter")
     process = psutil.Process()
     before = process.memory_info().rss
-    begin = time.perf_counter()
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, kernels=kernels)
-    device = input_device(device)
-    _wait(device)
-    load_seconds = time.perf_counter() - begin
+
+    def load() -> tuple[Any, float]:
+        begin = time.perf_counter()
+        made = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, kernels=kernels)
+        _wait(input_device(device))
+        return made, time.perf_counter() - begin
+
+    model, _ = load()
+    place = input_device(device)
     resident = process.memory_info().rss
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, rows, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    timed = [_once(model, ids, tokens, device) for _ in range(repeats + 1)][1:]
-    on_device = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+    ids = torch.randint(0, rows, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
+    timed = [_once(model, ids, tokens, place) for _ in range(repeats + 1)][1:]
+    on_device = torch.cuda.max_memory_allocated(place) if place.startswith("cuda") else None
+    peak, kind = peak_memory(), shown_dtype(str(model.dtype).removeprefix("torch."), kernels)
+    # The first has imported what it needs, and is not counted; the memory of these is not measured.
+    loads = []
+    for _ in range(repeats):
+        del model
+        gc.collect()
+        model, seconds = load()
+        loads.append(seconds)
     return Speed(
-        load_seconds=load_seconds,
+        load_seconds=loads,
         prefill=[prompt / first for first, _ in timed],
         decode=[(tokens - 1) / rest for _, rest in timed],
         before=before,
         resident=resident,
-        peak=peak_memory(),
+        peak=peak,
         device=on_device,
         prompt=prompt,
         tokens=tokens,
         threads=torch.get_num_threads(),
-        dtype=shown_dtype(str(model.dtype).removeprefix("torch."), kernels),
+        dtype=kind,
     )
 
 

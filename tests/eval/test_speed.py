@@ -19,10 +19,13 @@ def test_numbers_of_a_process_of_its_own(tiny_model: Path) -> None:
     found = speed.measure(tiny_model, dtype="float32", repeats=6, prompt=16, tokens=4)
     assert found.peak < 1 << 30 < psutil.Process().memory_info().rss
     assert 0 < found.before < found.resident <= found.peak and found.device is None
-    assert len(found.prefill) == len(found.decode) == 6 and min(found.prefill + found.decode) > 0
+    assert len(found.prefill) == len(found.decode) == len(found.load_seconds) == 6
+    assert min(found.prefill + found.decode + found.load_seconds) > 0
     assert (found.prompt, found.tokens, found.dtype) == (16, 4, "float32")
     shown = {one.metric: one for kind in ("speed", "memory") for one in measures.speed(kind, found, "a processor")}
     assert all("float32, a processor, " in one.protocol for one in shown.values())
+    load = shown["load_seconds"]
+    assert load.low == min(found.load_seconds) and load.high == max(found.load_seconds)
     decode = shown["decode_tokens_per_second"]
     assert decode.low == min(found.decode) and decode.high == max(found.decode)
     assert sorted(found.decode)[2] <= decode.value <= sorted(found.decode)[3]
