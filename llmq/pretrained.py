@@ -90,6 +90,8 @@ def load_model(
                     where = input_device("auto") if where.type == "meta" else where
                     loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if spilled is not None:
+            spilled.cleanup()
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     if spilled is not None:

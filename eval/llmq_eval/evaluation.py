@@ -19,7 +19,6 @@ from llmq_eval import divergence, measures, speed, tasks, windows
 from llmq_eval.journal import Journal
 from llmq_eval.models import Models
 from llmq_eval.perplexity import measure as measure_perplexity
-from llmq_eval.perplexity import shown_dtype
 from llmq_eval.results import Measure, Results, forget, make_folder, write
 from llmq_eval.subject import Subject, check_device, default_out, key, machine, versions
 from llmq_eval.tasks import OWN, Settings, Tasks
@@ -199,7 +198,7 @@ class _Evaluation:
         assert self.tasks is not None
         model = models.get(subject)
         tokenizer = models.tokenizer(subject)
-        shown = shown_dtype(models.dtypes[subject.label], o.kernels)
+        shown = models.shown[subject.label]
         return self.tasks.run(name, model, tokenizer, o.settings, journal, shown=shown, progress=o.progress)
 
     def _divergence(self, subject: Subject, cut: Windows, models: Models, common: dict[str, Any]) -> list[Measure]:
@@ -224,7 +223,7 @@ class _Evaluation:
                     )
                 )
             model = models.get(subject)
-            mine, theirs = (shown_dtype(models.dtypes[s.label], o.kernels) for s in (subject, self.base))
+            mine, theirs = models.shown[subject.label], models.shown[self.base.label]
             ran = f"both in {mine}" if mine == theirs else f"in {theirs} and in {mine}"
             name = f"base {self.base.fingerprint[:8]}"
             found = divergence.measure(base, model, subject.folder, cut, base_name=name, shown=ran, **common)

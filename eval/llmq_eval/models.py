@@ -9,6 +9,7 @@ from llmq.budget import size
 from llmq.errors import LlmqError
 from llmq.pretrained import input_device
 from llmq_eval import speed
+from llmq_eval.perplexity import shown_dtype
 from llmq_eval.subject import Subject
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ class Models:
         self.options = options
         self.there: dict[str, Any] = {}
         self.kept: set[str] = set()
-        # By label: what was measured, and the dtype that it was loaded in.
+        # By label: what was measured, and what it was loaded to run in, for the protocol.
         self.speeds: dict[str, speed.Speed] = {}
-        self.dtypes: dict[str, str] = {}
+        self.shown: dict[str, str] = {}
 
     def __enter__(self) -> Models:
         return self
@@ -67,7 +68,7 @@ class Models:
             raise LlmqError(
                 f"{error}; that is what stock transformers says: try --kernels, llmq's own readers"
             ) from error
-        self.dtypes[subject.label] = str(model.dtype).removeprefix("torch.")
+        self.shown[subject.label] = shown_dtype(model, o.kernels)
         return model
 
     def get(self, subject: Subject, keep: bool = False) -> Any:

@@ -127,23 +127,22 @@ def measure(
     """
     begin = time.perf_counter()
     windows.check(model, folder)
-    dtype = str(model.dtype).removeprefix("torch.")
+    shown = shown_dtype(model, kernels)
     journal = journal or Journal(None)
     with torch.inference_mode():
         for span in batches(windows.count, batch, journal, progress, "perplexity"):
             means = _losses(model, windows.ids[span.start : span.stop].to(device))
             if not bool(means.isfinite().all()):
                 # Not kept: what is in the journal is never measured again.
-                ways = "its weights may be damaged" if dtype == "float32" else "try --dtype float32"
+                ways = "its weights may be damaged" if model.dtype == torch.float32 else "try --dtype float32"
                 raise LlmqError(
-                    f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {dtype}: {ways}"
+                    f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {shown}: {ways}"
                 )
             journal.add({str(i): float(one) for i, one in zip(span, means, strict=True)})
     by_window = torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)
     nll = float(by_window.mean())
     value = math.exp(min(nll, 700.0))
     spread = float(by_window.std() / math.sqrt(windows.count)) if windows.count > 1 else math.nan
-    shown = shown_dtype(dtype, kernels)
     return Perplexity(
         value=value,
         nll=nll,
@@ -159,8 +158,9 @@ def measure(
     )
 
 
-def shown_dtype(dtype: str, kernels: bool = False) -> str:
+def shown_dtype(model: Any, kernels: bool = False) -> str:
     """What a model runs in: the dtype, by name, and whether what is quantized of it runs on llmq's operators."""
+    dtype = str(model.dtype).removeprefix("torch.")
     return f"{dtype} on llmq's kernels" if kernels else dtype
 
 

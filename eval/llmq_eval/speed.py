@@ -119,7 +119,7 @@ def run(
     ids = torch.randint(0, rows, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     timed = [_once(model, ids, tokens, place) for _ in range(repeats + 1)][1:]
     on_device = torch.cuda.max_memory_allocated(place) if place.startswith("cuda") else None
-    peak, kind = peak_memory(), shown_dtype(str(model.dtype).removeprefix("torch."), kernels)
+    peak, kind = peak_memory(), shown_dtype(model, kernels)
     # The first has imported what it needs, and is not counted; the memory of these is not measured.
     loads = []
     for _ in range(repeats):

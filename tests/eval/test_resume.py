@@ -15,6 +15,7 @@ import pytest
 from llmq.errors import LlmqError
 from llmq_eval.journal import Journal
 from llmq_eval.results import write
+from llmq_eval.subject import Subject
 from tests.conftest import ROOT, Done, Run
 
 
@@ -167,3 +168,21 @@ def test_where_nothing_can_be_written(tiny_model: Path, text_file: Path, tmp_pat
     for more in ((), ("--fresh",)):
         done = llmq("eval", tiny_model, *short, *more)
         assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_large_files_go_by_samples_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file too large to hash: its beginning, its end and pieces between, besides its time."""
+    monkeypatch.setattr("llmq_eval.subject._SMALL", 1 << 10)
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(3 << 20)
+    found = set()
+    for place in (None, 0, (1 << 20) - 1, (3 << 20) - 1, (3 << 20) // 2):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place : place + (16 << 10)] = b"x" * len(changed[place : place + (16 << 10)])
+        weights.write_bytes(changed)
+        os.utime(weights, ns=(0, 0))
+        found.add(Subject("m", "m", tmp_path).fingerprint)
+    os.utime(weights, ns=(0, 1))
+    found.add(Subject("m", "m", tmp_path).fingerprint)
+    assert len(found) == 6

@@ -245,7 +245,7 @@ def read_table(file: Path | Traversable) -> dict[str, Config]:
 
 
 def check(name: str, config: Config) -> None:
-    """Raise ValueError for a configuration with which no kernel can be launched, or not for the rows of its name."""
+    """Raise ValueError for a configuration with which no kernel can be launched."""
     numbers = {field: value for field, value in asdict(config).items() if field not in ("family", "prescale")}
     if config.family not in get_args(Family) or not isinstance(config.prescale, bool):
         raise ValueError(f"{name}: family {config.family!r}, prescale {config.prescale!r}")
