@@ -211,7 +211,7 @@ def _read(folder: Path) -> str:
 
 
 def _write(folder: Path, text: str) -> Path:
-    from llmq import checkpoint
+    from llmq.training import state as checkpoint
 
     checkpoint.write(folder / CARD, text)
     return folder / CARD

@@ -18,8 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from llmq.checked import nearest
 from llmq.errors import LlmqError, first_line
+from llmq.validate import nearest
 
 GROUP = "llmq.methods"
 FOLDER = Path(__file__).parent / "methods"

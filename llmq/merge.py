@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import checkpoint, formats, hub, instructions, job, methods
+from llmq import formats, hub, instructions, job, methods
 from llmq.adapters import Adapter
 from llmq.budget import check_writable
 from llmq.calibration import Windows
@@ -39,7 +39,8 @@ from llmq.sink import Sink
 from llmq.source import Source, check_finite
 from llmq.stream import Watch
 from llmq.tokens import encode
-from llmq.training import held_out_loss
+from llmq.training import state as checkpoint
+from llmq.training.steps import held_out_loss
 from llmq.tuning import Settings
 
 RECORD = "merge.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmq.checked import nearest
 from llmq.errors import LlmqError
 from llmq.recipe import Recipe, read_yaml
+from llmq.validate import nearest
 
 FOLDER = Path(__file__).parent / "recipes"
 

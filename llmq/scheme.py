@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmq.checked import check_choice, check_keys, check_types, made
 from llmq.errors import LlmqError
+from llmq.validate import check_choice, check_keys, check_types, made
 
 GRIDS = ("int", "float", "nf4")
 RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")

@@ -31,7 +31,7 @@ from llmq.merge import MergeReport, merge
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Bars
 from llmq.recipe import Calibration, Recipe, Scheme
-from llmq.training import held_out_loss
+from llmq.training.steps import held_out_loss
 from llmq.tuning import Settings
 
 LONGEST = 200

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 from llmq import catalog
-from llmq.checked import check_type
 from llmq.errors import LlmqError, first_line
 from llmq.methods.base import Method
 from llmq.recipe import Recipe
 from llmq.statistics import Statistic
+from llmq.validate import check_type
 
 DEFAULT_QUANTIZER = "rtn"
 

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmq.checked import check_choice
 from llmq.errors import LlmqError
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import RANGES, Scheme
 from llmq.statistics import Hessian
+from llmq.validate import check_choice
 
 
 class GPTQ(Method):

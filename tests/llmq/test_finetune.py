@@ -18,14 +18,14 @@ from tests.llmq.refusal import refused
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from llmq import checkpoint
 from llmq.adapters import CONFIG, WEIGHTS
 from llmq.errors import LlmqError
 from llmq.finetune import CURVE, LOSSES, finetune
 from llmq.instructions import Example
 from llmq.pretrained import load_model
 from llmq.progress import Silent
-from llmq.training import IGNORED, loss_of, make_optimizer, padded, rate, steps_of
+from llmq.training import state as checkpoint
+from llmq.training.steps import IGNORED, loss_of, make_optimizer, padded, rate, steps_of
 from llmq.tuning import Settings
 
 # A rank at which the adapters are large enough for bitsandbytes to keep their state in 8 bits.

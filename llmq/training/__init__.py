@@ -1,0 +1,1 @@
+"""Training on a frozen base: steps, resumable state, learning curves."""
