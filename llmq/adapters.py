@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llmq.checkpoint.tensors import TensorInfo, read_header, read_tensor
 from llmq.errors import LlmqError
-from llmq.safetensors_io import TensorInfo, read_header, read_tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

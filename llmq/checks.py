@@ -8,12 +8,12 @@ from math import prod
 from torch import nn
 
 from llmq import formats
+from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError
 from llmq.items import Item, matches
 from llmq.methods.base import Method
 from llmq.naming import Links
 from llmq.recipe import Recipe, Scheme
-from llmq.source import Source
 
 
 def check_sources(source: Source, model: nn.Module, links: Links) -> None:

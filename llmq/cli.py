@@ -88,7 +88,7 @@ def inspect(
     """Every weight of a folder: bits, group size, error, bytes; whichever tool wrote it."""
     with explained():
         from llmq import render
-        from llmq.hub import resolve
+        from llmq.checkpoint.hub import resolve
 
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
@@ -132,8 +132,8 @@ def generate(
 ) -> None:
     """Go on from a prompt, greedily: a quick look at what the model says."""
     with explained():
+        from llmq.checkpoint.hub import resolve
         from llmq.generate import generate as run
-        from llmq.hub import resolve
 
         folder = resolve(model, trust_remote_code=trust_remote_code)
         run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)

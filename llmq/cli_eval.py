@@ -218,7 +218,7 @@ def _base(reports: Mapping[str, Report], trust_remote_code: bool) -> str | None:
 
     Raises LlmqError where they name different ones: numbers of one would be told as losses against another's base.
     """
-    from llmq.hub import resolve
+    from llmq.checkpoint.hub import resolve
 
     named = {report.model: report.model for report in reports.values()}
     for model in named:

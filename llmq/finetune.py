@@ -23,17 +23,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from llmq import hub
 from llmq.adapters import CONFIG, RECORD, WEIGHTS, require
 from llmq.budget import check_writable, peak_memory
-from llmq.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
+from llmq.checkpoint import hub
+from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
+from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError, first_line
 from llmq.instructions import Example, Examples, read
 from llmq.job import check_device
 from llmq.merging import is_nf4
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
-from llmq.source import Source
 from llmq.training import state as checkpoint
 from llmq.training.curve import svg
 from llmq.training.steps import held_out_loss, loss_of, make_optimizer, mode, rate, split, steps_of

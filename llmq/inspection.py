@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmq.checkpoint.source import Source, TensorInfo
 from llmq.errors import LlmqError
 from llmq.report import REPORT
-from llmq.source import Source, TensorInfo
 
 # Endings that, beside a tensor that holds the codes, belong to the same weight.
 _COMPANIONS = {

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from llmq import formats
+from llmq.checkpoint.source import Source
 from llmq.discover import Structure
 from llmq.naming import Links
 from llmq.recipe import Recipe, Scheme
-from llmq.source import Source
 
 SMALLEST_GROUP = 16
 

@@ -79,7 +79,7 @@ def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", tr
     bfloat16 or float16. Nothing global is changed. Raises LlmqError when the folder is no model, or its tensors and its
     config.json do not fit each other.
     """
-    from llmq.hub import resolve
+    from llmq.checkpoint.hub import resolve
     from llmq.pretrained import load_model
 
     folder = resolve(str(model), trust_remote_code=trust_remote_code)

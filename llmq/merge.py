@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import formats, hub, instructions, job, methods
+from llmq import formats, instructions, job, methods
 from llmq.adapters import Adapter
 from llmq.budget import check_writable
 from llmq.calibration import Windows
-from llmq.claim import refuse_foreign
+from llmq.checkpoint import hub
+from llmq.checkpoint.claim import refuse_foreign
+from llmq.checkpoint.sink import Sink
+from llmq.checkpoint.source import Source, check_finite
 from llmq.errors import LlmqError
 from llmq.finetune import examples
 from llmq.merging import Merged, open_base
@@ -35,8 +38,6 @@ from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe
 from llmq.report import Report, versions
 from llmq.scheme import Scheme, changed_scheme
-from llmq.sink import Sink
-from llmq.source import Source, check_finite
 from llmq.stream import Watch
 from llmq.tokens import encode
 from llmq.training import state as checkpoint

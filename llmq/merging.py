@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from llmq import discover
 from llmq.adapters import Adapter, Pair, require
+from llmq.checkpoint.source import Source
+from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.errors import LlmqError
 from llmq.naming import link
-from llmq.safetensors_io import TensorInfo, read_tensor
-from llmq.source import Source
 
 TRAINED_ON = ("auto", "base", "nf4")
 BLOCK = 64

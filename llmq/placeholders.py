@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.tensors import TensorInfo, read_header
 from llmq.errors import LlmqError
 from llmq.modules import QuantLinear, quant_linear
 from llmq.reading.plain import FLOATS, Entry, Layer, Reader
-from llmq.safetensors_io import TensorInfo, read_header
 
 BIAS = "bias"
 Stored = dict[str, TensorInfo]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmq import checks, discover, methods
 from llmq.budget import Budget, Load, check_room, predict
 from llmq.calibration import Windows
+from llmq.checkpoint.source import Source
 from llmq.discover import Structure
 from llmq.errors import LlmqError
 from llmq.items import Item, find_items
@@ -21,7 +22,6 @@ from llmq.naming import Links, link
 from llmq.pair import Found
 from llmq.pairs import find_in
 from llmq.recipe import Recipe, Scheme
-from llmq.source import Source
 
 BATCH_TOKENS = 2048
 CHECK_TOKENS = 512

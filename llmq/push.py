@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 
 from llmq.card import CARD, write_place
-from llmq.claim import STATE
+from llmq.checkpoint.claim import STATE
+from llmq.checkpoint.sink import check_finished
+from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError, first_line
 from llmq.report import REPORT, Report
-from llmq.sink import check_finished
-from llmq.source import Source
 
 # What a model's folder is made of; whatever else lies in it (notes, logs, a token) is nobody's business.
 _MODEL = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq import hub
+from llmq.checkpoint import hub
 from llmq.errors import LlmqError, first_line
 from llmq.recipe import Calibration
 

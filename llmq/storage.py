@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from llmq import formats
 from llmq.block import Block, Work
+from llmq.checkpoint.sink import Sink
+from llmq.checkpoint.source import check_finite
 from llmq.errors import LlmqError
 from llmq.numerics.quantized import Quantized
 from llmq.parameters import assign, empty
 from llmq.planning import Plan
 from llmq.record import Call
-from llmq.sink import Sink
-from llmq.source import check_finite
 
 REST_BYTES = 2**28
 

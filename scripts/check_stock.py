@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq import stream
 from llmq.block import Block
-from llmq.hub import resolve
+from llmq.checkpoint.hub import resolve
 from llmq.planning import Plan
 from llmq.recipe import Recipe, Scheme
 

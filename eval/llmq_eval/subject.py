@@ -33,8 +33,8 @@ class Subject:
 
     @staticmethod
     def of(given: str, *, trust_remote_code: bool = False) -> Subject:
-        """Find a model by folder, hub id or 'demo'. Raises LlmqError as `llmq.hub.resolve` does."""
-        from llmq.hub import resolve
+        """Find a model by folder, hub id or 'demo'. Raises LlmqError as `llmq.checkpoint.hub.resolve` does."""
+        from llmq.checkpoint.hub import resolve
 
         folder = resolve(given, trust_remote_code=trust_remote_code)
         local = given != "demo" and Path(given).expanduser().is_dir()

@@ -117,7 +117,7 @@ class Tasks:
         return _measures(name, found, self.data, f"{shown}, batch {batch}")
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
-        from llmq import hub
+        from llmq.checkpoint import hub
 
         if "sample larger than population" in str(error).lower():
             return LlmqError(f"{name}: it has too few documents for so many examples: lower --num-fewshot")

@@ -247,7 +247,7 @@ def _hub_rows(key: str, named: Named) -> Callable[[], Iterator[tuple[str, Any]]]
     def rows() -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
 
-        from llmq import hub
+        from llmq.checkpoint import hub
 
         files = {"data_files": {named.split: named.files}} if named.files else {}
         try:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.numerics.packing import pack_codes, packed_width
 from llmq.reading.gptq import layout_of, refusal_of_values, settings
 from llmq.reading.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
-from llmq.safetensors_io import TensorInfo
 
 CODES, ZEROS, SCALES = "qweight", "qzeros", "scales"
 FORMATS = ("gemm", "auto_round:auto_awq", "auto_round:awq")

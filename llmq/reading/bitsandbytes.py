@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.errors import LlmqError, first_line
 from llmq.reading.plain import CodebookWeight, Configuration, Entry
-from llmq.safetensors_io import TensorInfo, read_tensor
 
 PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_LEVELS = "weight.nested_absmax", "weight.nested_quant_map"

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
 from llmq.numerics.packing import packed_width, unpack_codes
 from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
-from llmq.safetensors_io import TensorInfo
 
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
 FORMATS = {

@@ -52,7 +52,7 @@ class HubClient:
 
 def _answer(question: dict[str, Any]) -> Any:
     if question["do"] == "resolve":
-        from llmq.hub import resolve
+        from llmq.checkpoint.hub import resolve
 
         return str(resolve(question["model"], trust_remote_code=question.get("trust_remote_code", False)))
     if question["do"] == "push":

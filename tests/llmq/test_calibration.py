@@ -258,7 +258,8 @@ def test_demo_text(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_heavy_packages_wait_until_needed() -> None:
     code = (
-        "import sys, llmq.calibration, llmq.hub; print([m for m in ('datasets', 'transformers') if m in sys.modules])"
+        "import sys, llmq.calibration, llmq.checkpoint.hub\n"
+        "print([m for m in ('datasets', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == "[]"

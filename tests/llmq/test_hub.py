@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmq import hub as hub_module
+from llmq.checkpoint import hub as hub_module
+from llmq.checkpoint.hub import is_path, resolve
 from llmq.errors import LlmqError
-from llmq.hub import is_path, resolve
 from tests.conftest import write_tokenizer
 from tests.llmq.hub_client import HubClient
 from tests.llmq.hub_server import HubServer, Repo

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmq.checkpoint.source import INDEX, Source, check_finite
+from llmq.checkpoint.tensors import encode, read_header, read_tensor
 from llmq.errors import LlmqError
-from llmq.safetensors_io import encode, read_header, read_tensor
-from llmq.source import INDEX, Source, check_finite
 from tests.llmq.refusal import refused
 
 CONFIG = {"model_type": "anything", "hidden_size": 8}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmq.sink import Sink
+from llmq.checkpoint.sink import Sink
 
 PRINT = {"source": "ab" * 32, "recipe": {"methods": ["rtn"], "scheme": {"bits": 4, "group_size": None}}, "seed": 0}
 CONFIG = {"model_type": "anything", "quantization_config": {"quant_method": "x"}}

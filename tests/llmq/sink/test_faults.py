@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmq.sink import Sink
-from llmq.source import INDEX, Source
+from llmq.checkpoint.sink import Sink
+from llmq.checkpoint.source import INDEX, Source
 from tests.llmq.refusal import refused
 from tests.llmq.sink.job import CONFIG, PRINT, content, in_child, opened, work
 

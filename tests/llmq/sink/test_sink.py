@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llmq.sink import Sink
-from llmq.source import INDEX, Source
+from llmq.checkpoint.sink import Sink
+from llmq.checkpoint.source import INDEX, Source
 from tests.llmq.refusal import refused
 from tests.llmq.sink.job import CONFIG, PRINT, UNITS, content, in_child, opened, tensors_of, work
 

@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from llmq.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
+from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
+from llmq.checkpoint.source import INDEX
+from llmq.checkpoint.tensors import DTYPE_NAMES, TensorInfo, encode, read_header, read_tensor
 from llmq.errors import LlmqError
-from llmq.safetensors_io import DTYPE_NAMES, TensorInfo, encode, read_header, read_tensor
-from llmq.source import INDEX
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PARTIAL = ".partial"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
-from llmq.safetensors_io import TensorInfo, read_header, read_rows, read_tensor
 
 __all__ = ["INDEX", "Source", "TensorInfo", "check_finite"]
 
