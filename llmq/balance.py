@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmq.block import Block, Work
+from llmq.discovery.pairs import Pair, Sink
 from llmq.numerics.activations import round_per_token, round_static, static_scale
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import QuantizedWeight
 from llmq.numerics.ranges import round_to_grid
-from llmq.pair import Pair, Sink
 from llmq.scheme import Scheme
 from llmq.statistics import Inputs
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.capture import collect
+from llmq.discovery.calls import Call
+from llmq.discovery.matmuls import collect
+from llmq.discovery.pairs import LINEAR, NORM, Pair
+from llmq.discovery.parameters import assign
 from llmq.numerics.activations import round_per_token, round_static
 from llmq.numerics.histogram import Magnitudes, find_activation_scale
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import Quantized, QuantizedWeight
-from llmq.pair import LINEAR, NORM, Pair
-from llmq.parameters import assign
-from llmq.record import Call
 from llmq.scheme import Scheme
 from llmq.statistics import Inputs, Statistic
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from llmq import formats
 from llmq.checkpoint.source import Source
+from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.items import Item, matches
 from llmq.methods.base import Method
-from llmq.naming import Links
 from llmq.recipe import Recipe, Scheme
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from llmq import formats
 from llmq.checkpoint.source import Source
-from llmq.discover import Structure
-from llmq.naming import Links
+from llmq.discovery.blocks import Structure
+from llmq.discovery.names import Links
 from llmq.recipe import Recipe, Scheme
 
 SMALLEST_GROUP = 16

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import discover
 from llmq.adapters import Adapter, Pair, require
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo, read_tensor
+from llmq.discovery import blocks as discover
+from llmq.discovery.names import link
 from llmq.errors import LlmqError
-from llmq.naming import link
 
 TRAINED_ON = ("auto", "base", "nf4")
 BLOCK = 64

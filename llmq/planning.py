@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq import checks, discover, methods
+from llmq import checks, methods
 from llmq.budget import Budget, Load, check_room, predict
 from llmq.calibration import Windows
 from llmq.checkpoint.source import Source
-from llmq.discover import Structure
+from llmq.discovery import blocks as discover
+from llmq.discovery.blocks import Structure
+from llmq.discovery.find_pairs import find_in
+from llmq.discovery.names import Links, link
+from llmq.discovery.pairs import Found
 from llmq.errors import LlmqError
 from llmq.items import Item, find_items
 from llmq.methods import Pipeline
-from llmq.naming import Links, link
-from llmq.pair import Found
-from llmq.pairs import find_in
 from llmq.recipe import Recipe, Scheme
 
 BATCH_TOKENS = 2048

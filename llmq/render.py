@@ -14,8 +14,8 @@ from llmq.budget import size
 
 if TYPE_CHECKING:
     from llmq.catalog import Description
+    from llmq.discovery.pairs import Found
     from llmq.inspection import Inspection, Row
-    from llmq.pair import Found
     from llmq.recipe import Recipe
 
 
@@ -81,7 +81,7 @@ def methods(console: Console, found: Sequence[Description]) -> None:
 
 def pairs(console: Console, found: Mapping[str, Found]) -> None:
     """Where scales can move, a table for every kind of block: from what, to what, or why not."""
-    from llmq.pair import explain
+    from llmq.discovery.pairs import explain
 
     alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
     for name, one in found.items():

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from llmq.block import Block, Work, relative_error
+from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
-from llmq.parameters import assign
 
 INVARIANCE = 0.02
 

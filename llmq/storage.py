@@ -11,11 +11,11 @@ from llmq import formats
 from llmq.block import Block, Work
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
+from llmq.discovery.calls import Call
+from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
 from llmq.numerics.quantized import Quantized
-from llmq.parameters import assign, empty
 from llmq.planning import Plan
-from llmq.record import Call
 
 REST_BYTES = 2**28
 

@@ -18,10 +18,10 @@ from llmq.block import Block, relative_error, rounded_inputs
 from llmq.budget import before_blocks, device_memory, peak_memory, resident_memory
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
+from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
-from llmq.parameters import empty
 from llmq.planning import Plan
-from llmq.record import Call, Recording, record
 from llmq.storage import discard, fill, load, open_block, release, rest, restore, untouched
 
 PROBE_VALUES = 256

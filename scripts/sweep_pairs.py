@@ -30,7 +30,8 @@ def check(name: str) -> dict[str, Any]:
     import torch
 
     import llmq
-    from llmq import discover, pairs
+    from llmq.discovery import blocks as discover
+    from llmq.discovery import find_pairs as pairs
 
     row: dict[str, Any] = {"type": name, "result": "not built", "pairs": 0, "rejected": 0, "blocks": {}, "words": ""}
     began = time.perf_counter()

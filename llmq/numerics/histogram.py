@@ -32,7 +32,7 @@ CLIPS = tuple(2 ** (-step / 16) for step in range(145))
 
 
 class Magnitudes:
-    """The histogram of |x| over a whole input, its extremes and moments: a Statistic (see `llmq.capture`).
+    """The histogram of |x| over a whole input, its extremes and moments: a Statistic (see `llmq.discovery.matmuls`).
 
     counts: int64 [2048], bin j holding j·reach/2048 ≤ |x| < (j+1)·reach/2048; reach: a power of two, 0 before the first
     value that is not 0; low, high: the extremes; total, size, square: Σx, Σ|x|, Σx², float64 []; count: values seen.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmq import discover
-from llmq.record import record
+from llmq.discovery import blocks as discover
+from llmq.discovery.calls import record
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from llmq import discover
+from llmq.discovery import blocks as discover
 from llmq.errors import LlmqError
 
 DENSE = [

@@ -13,8 +13,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from llmq import discover, pairs
-from llmq.pair import Found, Pair
+from llmq.discovery import blocks as discover
+from llmq.discovery import find_pairs as pairs
+from llmq.discovery.pairs import Found, Pair
 
 V_O, UP_DOWN = "self_attn.v_proj -> self_attn.o_proj", "mlp.up_proj -> mlp.down_proj"
 IN_QKV = "input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.balance import CLIPS, Candidate, balance, loss, normalized, side
 from llmq.block import Block, Work
-from llmq.pair import NORM, Pair
+from llmq.discovery.pairs import NORM, Pair
 from llmq.recipe import Activations, Recipe, Scheme
 from llmq.statistics import Inputs
 from tests.llmq.blocks import apart, open_block, write

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from llmq import steps
 from llmq.block import Block, relative_error
+from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.methods.rtn import RTN
-from llmq.pair import LINEAR, NORM, Pair
 from llmq.recipe import Activations, Recipe, Scheme
 from llmq.statistics import Inputs
 from tests.llmq.blocks import apart, open_block, write

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu, silu, softmax
 
-from llmq import parameters, probe
-from llmq.pair import Edit, Found, Pair, Sink
-from llmq.pairs import find_pairs
-from llmq.record import Call
+from llmq.discovery import bench as probe
+from llmq.discovery import parameters
+from llmq.discovery.calls import Call
+from llmq.discovery.find_pairs import find_pairs
+from llmq.discovery.pairs import Edit, Found, Pair, Sink
 
 WIDTH, INNER, TOKENS = 12, 20, 8
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from llmq import catalog, methods
 from llmq.balance import Candidate, Side
+from llmq.discovery.pairs import Pair, Sink
 from llmq.methods.awq import AWQ
 from llmq.methods.base import Method
 from llmq.methods.gptq import GPTQ
 from llmq.methods.outlier_suppression_plus import OutlierSuppressionPlus
 from llmq.methods.rtn import RTN
 from llmq.methods.smoothquant import SmoothQuant
-from llmq.pair import Pair, Sink
 from llmq.recipe import Recipe, Scheme
 from llmq.statistics import Hessian, Inputs, MeanSquare
 from tests.llmq.refusal import refused

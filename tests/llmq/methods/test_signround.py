@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from llmq.block import Block, Work
+from llmq.discovery.calls import Call
 from llmq.methods.signround import SignRound
 from llmq.numerics.nearest import round_to_nearest
 from llmq.numerics.quantized import QuantizedWeight
-from llmq.record import Call
 from llmq.scheme import Activations, Scheme
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.capture import Statistic
+from llmq.discovery.matmuls import Statistic
 from llmq.errors import LlmqError
 from llmq.numerics.estimators import laplace_clip, normal_clip
 from llmq.numerics.histogram import BINS, METHODS, TOP, Magnitudes, find_activation_scale, round_to

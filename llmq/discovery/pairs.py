@@ -1,7 +1,7 @@
 """Scale pairs of a decoder block: where a positive factor per channel can move from one parameter to those it feeds.
 
 Methods that migrate scales between a norm and the matrices behind it, or between two matrices (AWQ, SmoothQuant,
-Outlier Suppression), work on these. llmq/pairs.py finds them.
+Outlier Suppression), work on these. find_pairs.py finds them.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.capture import watch_matmuls
-from llmq.parameters import swapped
-from llmq.record import Call
+from llmq.discovery.calls import Call
+from llmq.discovery.matmuls import watch_matmuls
+from llmq.discovery.parameters import swapped
 
 SAMPLES = 32  # hidden states of single tokens: enough that few channels behind a ReLU are zero for all of them
 MOST = 512  # as many where some are: a few activations keep one channel in twenty

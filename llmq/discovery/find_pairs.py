@@ -1,7 +1,7 @@
 """Finds scale pairs in a decoder block by running it, never by name, and proves each by running it again.
 
 A source (a norm's weight, a matrix's output rows) gets a factor of its own for every channel; the inputs of later
-products tell by which factor each of their columns was multiplied (llmq/probe.py), so which channel feeds it. The pair
+products tell by which factor each of their columns was multiplied (bench.py), so which channel feeds it. The pair
 is kept only if random factors at the source, moderate and large ones, and their inverse at every consumer leave the
 block's output unchanged.
 Matrices that hold several projections: the values of causal attention are what its first token's output consists of,
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.discover import make_of, recorded
+from llmq.discovery.bench import SAME, Bench, Run, Unsteady, followed, leave, unchanged
+from llmq.discovery.blocks import make_of, recorded
+from llmq.discovery.calls import Call
+from llmq.discovery.pairs import LINEAR, NORM, Edit, Found, Pair, Rejection, Sink
+from llmq.discovery.pairs import explain as explain
+from llmq.discovery.parameters import randomize
 from llmq.errors import LlmqError, first_line
-from llmq.pair import LINEAR, NORM, Edit, Found, Pair, Rejection, Sink
-from llmq.pair import explain as explain
-from llmq.parameters import randomize
-from llmq.probe import SAME, Bench, Run, Unsteady, followed, leave, unchanged
-from llmq.record import Call
 
 PARTS = 4  # a fused projection is cut into at most this many parts
 LARGE = 10  # powers of two by which a source is made larger in its last proof

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.capture import Matmul, Modules, watch_matmuls, watch_modules
+from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
+from llmq.discovery.parameters import assign as assign
+from llmq.discovery.parameters import empty as empty
+from llmq.discovery.parameters import zeros as zeros
+from llmq.discovery.stock import unpackable
 from llmq.errors import LlmqError, first_line
-from llmq.parameters import assign as assign
-from llmq.parameters import empty as empty
-from llmq.parameters import zeros as zeros
-from llmq.record import Call, Recording, record
-from llmq.stock import unpackable
 
 PROBE_TOKENS = 8
 

@@ -1,0 +1,1 @@
+"""What a model is made of, found by running it: blocks, calls, products, names, pairs."""
