@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llmq.block import Block, Work
 from llmq.discovery.pairs import Pair, Sink
-from llmq.numerics.activations import round_per_token, round_static, static_scale
-from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import round_to_grid
-from llmq.scheme import Scheme
+from llmq.grids.activations import round_per_token, round_static, static_scale
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.ranges import round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.statistics import Inputs
 
 TINY = 1e-5

@@ -19,11 +19,11 @@ from llmq.discovery.calls import Call
 from llmq.discovery.matmuls import collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
-from llmq.numerics.activations import round_per_token, round_static
-from llmq.numerics.histogram import Magnitudes, find_activation_scale
-from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import Quantized, QuantizedWeight
-from llmq.scheme import Scheme
+from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.base import Quantized, QuantizedWeight
+from llmq.grids.histogram import Magnitudes, find_activation_scale
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme
 from llmq.statistics import Inputs, Statistic
 
 CHUNK = 1 << 21

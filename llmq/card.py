@@ -168,7 +168,7 @@ def source_metadata(source: Path) -> dict[str, Any]:
 
 
 def _kinds(report: Report) -> str:
-    from llmq.scheme import Scheme, changed_scheme
+    from llmq.grids.scheme import Scheme, changed_scheme
 
     kinds = {str(changed_scheme(row["scheme"], Scheme(), "report")) for row in report.weights if row["scheme"]}
     return ", ".join(sorted(kinds))

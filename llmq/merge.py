@@ -29,15 +29,15 @@ from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source, check_finite
 from llmq.errors import LlmqError
 from llmq.finetune import examples
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.merging import Merged, open_base
 from llmq.methods.base import Method
-from llmq.numerics.nearest import round_to_nearest
 from llmq.planning import Plan, make_plan
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
 from llmq.recipe import Calibration, Recipe
 from llmq.report import Report, versions
-from llmq.scheme import Scheme, changed_scheme
 from llmq.stream import Watch
 from llmq.tokens import encode
 from llmq.training import state as checkpoint

@@ -15,7 +15,7 @@ import yaml
 
 from llmq import catalog
 from llmq.errors import LlmqError
-from llmq.scheme import RANGES, Activations, Scheme, changed_scheme
+from llmq.grids.scheme import RANGES, Activations, Scheme, changed_scheme
 from llmq.validate import check_choice, check_keys, check_types, made, nearest
 
 __all__ = ["RANGES", "Activations", "Calibration", "Recipe", "Scheme", "nearest", "parse_override"]

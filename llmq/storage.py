@@ -14,7 +14,7 @@ from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import Quantized
+from llmq.grids.base import Quantized
 from llmq.planning import Plan
 
 REST_BYTES = 2**28

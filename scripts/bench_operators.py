@@ -133,7 +133,7 @@ def llmq_int(weight: Weight) -> Prepared | str:
 def llmq_nf4(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.nf4_linear, magnitudes in 8 bits."""
     import llmq_kernels.ops  # noqa: F401
-    from llmq.numerics.nf4 import quantize_nf4
+    from llmq.grids.nf4 import quantize_nf4
     from llmq.recipe import Scheme
 
     made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4", double_quant=True))
@@ -152,7 +152,7 @@ def llmq_nf4(weight: Weight) -> Prepared | str:
 def llmq_int8(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.int8_linear: inputs rounded to 8 bits per token, one scale per output."""
     import llmq_kernels.ops  # noqa: F401
-    from llmq.numerics.activations import round_per_token
+    from llmq.grids.activations import round_per_token
 
     scale = weight.dense.abs().amax(1, keepdim=True) / 127
     codes = (weight.dense / scale).round_().to(torch.int8)

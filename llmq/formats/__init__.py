@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmq.formats import bitsandbytes, compressed_tensors, eight_bit
-from llmq.numerics.quantized import Quantized
-from llmq.scheme import Scheme
+from llmq.grids.base import Quantized
+from llmq.grids.scheme import Scheme
 
 
 class Format(Protocol):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.nf4 import NESTED_BLOCK, SIZES, Nested, NF4Weight, block_size
+from llmq.grids.nf4 import NESTED_BLOCK, SIZES, Nested, NF4Weight, block_size
 from llmq.recipe import Scheme
 
 QUANT_METHOD = "bitsandbytes"

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import check_range
 from llmq.numerics.packing import pack_codes, pack_columns, packed_width, unpack_codes, unpack_columns
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import check_range
 from llmq.recipe import Scheme
 
 QUANT_METHOD = "compressed-tensors"

@@ -3,7 +3,7 @@
 What is stored for a weight [out, in] is listed in `spec`: codes as they are, not packed; the configuration is in
 `compressed_tensors`. Written against
 compressed-tensors 0.20; tried with stock transformers 5.23 on the CPU, which rounds the activations of every product
-(see llmq.numerics.activations):
+(see llmq.grids.activations):
 
 - Dynamic activations store nothing. Static ones store `input_scale` [1]. Scales belong in the model's dtype: loading
   rounds others to it, so what float32 scales meant is not what runs.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import QuantizedWeight
+from llmq.grids.base import QuantizedWeight
 from llmq.recipe import Scheme
 
 DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}

@@ -15,10 +15,10 @@ from torch import Tensor
 from llmq.balance import Candidate, Side, balance, normalized, side
 from llmq.block import Block
 from llmq.errors import LlmqError
+from llmq.grids.base import Quantized
+from llmq.grids.ranges import find_range
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
-from llmq.numerics.quantized import Quantized
-from llmq.numerics.ranges import find_range
 from llmq.recipe import Scheme
 from llmq.statistics import Hessian, Inputs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import Quantized
+from llmq.grids.base import Quantized
 from llmq.recipe import Scheme
 from llmq.statistics import Statistic
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
-from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import RANGES, Scheme
 from llmq.statistics import Hessian
 from llmq.validate import check_choice

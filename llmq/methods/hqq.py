@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.grids.base import QuantizedWeight
 from llmq.methods.base import Method, Stats
 from llmq.numerics.hqq import check_options, half_quadratic
-from llmq.numerics.quantized import QuantizedWeight
 from llmq.recipe import Scheme
 
 

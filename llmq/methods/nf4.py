@@ -1,4 +1,4 @@
-"""NF4 (Dettmers et al. 2023, QLoRA, arXiv:2305.14314): the arithmetic is in `llmq.numerics.nf4`."""
+"""NF4 (Dettmers et al. 2023, QLoRA, arXiv:2305.14314): the arithmetic is in `llmq.grids.nf4`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from llmq.grids.base import Quantized
+from llmq.grids.nearest import round_to_nearest
 from llmq.methods.base import Method, Stats
-from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import Quantized
 from llmq.recipe import Scheme
 
 

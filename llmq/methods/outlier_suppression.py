@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmq.balance import Candidate, balance, rounded_output_error, side
 from llmq.block import Block, Work
+from llmq.grids.activations import static_scale
 from llmq.methods.base import Method
-from llmq.numerics.activations import static_scale
 from llmq.statistics import Inputs
 
 COARSE = (0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)

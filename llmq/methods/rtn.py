@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.grids.base import Quantized
+from llmq.grids.nearest import round_to_nearest
 from llmq.methods.base import Method, Stats, statistic
-from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import Quantized
 from llmq.recipe import RANGES, Scheme
 from llmq.statistics import MeanSquare
 from llmq.validate import check_choice

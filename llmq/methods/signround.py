@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llmq.block import Block, Work
 from llmq.errors import LlmqError
+from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.base import QuantizedWeight
 from llmq.methods.base import Method
-from llmq.numerics.activations import round_per_token, round_static
 from llmq.numerics.learned_rounding import LearnedWeight
-from llmq.numerics.quantized import QuantizedWeight
 
 # One batch in this many is held out, and chooses among the iterates; they are compared this many times.
 HELD_OUT = 8

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.numerics.quantized import QuantizedWeight
+from llmq.grids.base import QuantizedWeight
 
 
 def improve(

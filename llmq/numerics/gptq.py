@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import check_range, find_range, round_to_grid
 from llmq.numerics.descent import improve
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import check_range, find_range, round_to_grid
 from llmq.recipe import ACT_ORDERS, Scheme
 
 DAMPINGS = 4

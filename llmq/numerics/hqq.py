@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, parts
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, parts
 from llmq.recipe import Scheme
 
 STARTS = tuple(1.1 * 0.88**step for step in range(14))

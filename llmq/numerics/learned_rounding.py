@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.numerics.quantized import QuantizedWeight
+from llmq.grids.base import QuantizedWeight
 
 # How near to the next code a position may start.
 EDGE = 0.49

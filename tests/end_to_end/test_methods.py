@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmq
 from llmq import job, stream
 from llmq.block import Block
-from llmq.numerics.activations import round_per_token, round_static
+from llmq.grids.activations import round_per_token, round_static
 from llmq.planning import Plan
 from llmq.progress import Silent
 from llmq.recipe import Activations, Recipe, Scheme

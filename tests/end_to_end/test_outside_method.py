@@ -25,7 +25,7 @@ METHOD = '''
 from __future__ import annotations
 
 from llmq.methods.base import Method
-from llmq.numerics.nearest import round_to_nearest
+from llmq.grids.nearest import round_to_nearest
 
 
 class Coarse(Method):

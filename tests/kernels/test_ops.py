@@ -150,7 +150,7 @@ def test_a_weight_has_no_gradient() -> None:
 
 
 def test_int8_twin_is_the_simulation_that_quantizers_optimize() -> None:
-    from llmq.numerics.activations import round_per_token, round_static
+    from llmq.grids.activations import round_per_token, round_static
 
     codes = torch.randint(-128, 128, (9, 64), dtype=torch.int8)
     scale = torch.rand(9, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmq.numerics.activations import round_per_token, round_static
+from llmq.grids.activations import round_per_token, round_static
 from llmq_kernels import int8_cpu
 
 pytest.importorskip("triton")

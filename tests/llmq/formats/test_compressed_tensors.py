@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.recipe import Scheme
 
 IDS = torch.arange(24).view(2, 12)

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors, eight_bit
-from llmq.numerics.activations import round_per_token, round_static, static_scale
-from llmq.numerics.float8 import find_float8_scale, round_to_float8
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
+from llmq.grids.activations import round_per_token, round_static, static_scale
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.float8 import find_float8_scale, round_to_float8
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.recipe import Activations, Scheme
 
 IDS = torch.arange(24).view(2, 12)

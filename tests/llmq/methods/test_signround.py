@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from llmq.block import Block, Work
 from llmq.discovery.calls import Call
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Activations, Scheme
 from llmq.methods.signround import SignRound
-from llmq.numerics.nearest import round_to_nearest
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.scheme import Activations, Scheme
 
 
 class Toy(nn.Module):

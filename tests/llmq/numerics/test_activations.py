@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.activations import round_per_token, round_static, static_scale
+from llmq.grids.activations import round_per_token, round_static, static_scale
 
 GRIDS = ("int", "float")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.numerics.descent import improve
 from llmq.numerics.gptq import solve
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
 from llmq.recipe import Scheme
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics import float8
-from llmq.numerics.float8 import find_float8_scale, round_to_float8
+from llmq.grids import float8
+from llmq.grids.float8 import find_float8_scale, round_to_float8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

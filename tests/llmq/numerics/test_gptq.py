@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.numerics.gptq import factorize, solve
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
 from llmq.recipe import ACT_ORDERS, Scheme
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmq.discovery.matmuls import Statistic
 from llmq.errors import LlmqError
-from llmq.numerics.estimators import laplace_clip, normal_clip
-from llmq.numerics.histogram import BINS, METHODS, TOP, Magnitudes, find_activation_scale, round_to
+from llmq.grids.estimators import laplace_clip, normal_clip
+from llmq.grids.histogram import BINS, METHODS, TOP, Magnitudes, find_activation_scale, round_to
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.methods import find
 from llmq.numerics.hqq import _shrink, half_quadratic
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
 from llmq.recipe import Scheme
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.numerics.learned_rounding import LearnedWeight, positions
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
 from llmq.recipe import Scheme
 
 

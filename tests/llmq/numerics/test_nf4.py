@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics import nf4
-from llmq.numerics.nf4 import quantize_nf4
+from llmq.grids import nf4
+from llmq.grids.nf4 import quantize_nf4
 from llmq.recipe import Scheme
 
 F = pytest.importorskip("bitsandbytes.functional")
@@ -163,6 +163,6 @@ def test_refusals() -> None:
 
 
 def test_importing_llmq_imports_no_bitsandbytes() -> None:
-    code = "import sys, llmq.numerics.nf4; sys.exit('bitsandbytes' in sys.modules)"
+    code = "import sys, llmq.grids.nf4; sys.exit('bitsandbytes' in sys.modules)"
     path = {"PYTHONPATH": ":".join(p for p in sys.path if p)}
     assert subprocess.run([sys.executable, "-c", code], env=path).returncode == 0

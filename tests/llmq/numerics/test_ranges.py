@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.quantized import QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.ranges import find_range, round_to_grid
 from llmq.recipe import Scheme
 
 
@@ -131,7 +131,7 @@ def test_one_column_and_long_rows() -> None:
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmq.numerics import ranges
+    from llmq.grids import ranges
 
     weight, importance = sample(0, 40, 64)
     whole = quantized(weight, Scheme(3, 16), "weighted", importance)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.numerics.float8 import find_float8_scale, round_to_float8
-from llmq.numerics.nf4 import quantize_nf4
-from llmq.numerics.quantized import Quantized, QuantizedWeight
-from llmq.numerics.ranges import find_range, round_to_grid
-from llmq.scheme import Scheme
+from llmq.grids.base import Quantized, QuantizedWeight
+from llmq.grids.float8 import find_float8_scale, round_to_float8
+from llmq.grids.nf4 import quantize_nf4
+from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 
 
 def round_to_nearest(

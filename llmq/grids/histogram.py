@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.entropy import entropy_clip, even_cells
-from llmq.numerics.estimators import LAPLACE, laplace_clip, normal_clip
+from llmq.grids.entropy import entropy_clip, even_cells
+from llmq.grids.estimators import LAPLACE, laplace_clip, normal_clip
 
 BINS = 2048
 PIECE = 1 << 20
@@ -93,7 +93,7 @@ def find_activation_scale(
     """The scale of a whole input, float32 [1], positive and finite: its clip over 127 (int8) or 448 (float8_e4m3fn).
 
     method: 'minmax': the largest magnitude; 'percentile': that share of the values is covered; 'mse': least squared
-    error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `llmq.numerics.entropy`; 'aciq': Banner et al. 2018
+    error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `llmq.grids.entropy`; 'aciq': Banner et al. 2018
     (arXiv:1810.05723), the clip of least expected error under the likelier of Laplace and normal, for fp8 found by
     integrating that density. None reaches beyond the largest magnitude. grid: 'int' or 'float'. An input that was 0
     throughout has scale 1. Raises LlmqError at an unknown method or grid, or where nothing was seen.

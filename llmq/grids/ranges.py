@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics.estimators import CLIPPED, Histogram, clip_bounds
+from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
 from llmq.recipe import RANGES, Scheme
 
 CHUNK = 1 << 17

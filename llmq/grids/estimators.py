@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmq.numerics.entropy import entropy_clip, even_cells
+from llmq.grids.entropy import entropy_clip, even_cells
 
 CLIPPED = ("percentile", "kl", "aciq")
 PERCENTILE = {2: 91.0, 3: 97.0, 4: 99.0, 5: 99.7, 6: 99.9, 7: 99.97, 8: 99.99}

@@ -1,0 +1,1 @@
+"""Which values a quantized weight can take, and how its input is rounded."""
