@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import LlmqError
-from llmq.recipe import Calibration, Recipe, Scheme
+from llmq.grids.scheme import Scheme
+from llmq.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
     from llmq.job import plan, quantize

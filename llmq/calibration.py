@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.recipe import Calibration
+from llmq.recipe.recipe import Calibration
 from llmq.rows import Row, RowReader, hub_rows, jsonl_rows, parquet_rows
 from llmq.tokens import encode, tokenize
 

@@ -11,9 +11,10 @@ from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
 from llmq.items import Item, matches
 from llmq.methods.base import Method
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 
 
 def check_sources(source: Source, model: nn.Module, links: Links) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from llmq import cli_adapters, cli_eval, cli_push, cli_tune
 from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
-from llmq.recipe import Recipe
+from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="llmq",
@@ -105,7 +105,8 @@ def inspect(
 def recipes() -> None:
     """The presets for --recipe, each with a sentence of advice."""
     with explained():
-        from llmq import presets, render
+        from llmq import render
+        from llmq.recipe import presets
 
         render.recipes(out_console, [(n, presets.recipe(n), presets.advice(n)) for n in presets.names()])
 
@@ -114,7 +115,8 @@ def recipes() -> None:
 def methods() -> None:
     """The methods for --method, what each is and which options it has."""
     with explained():
-        from llmq import catalog, render
+        from llmq import render
+        from llmq.recipe import catalog
 
         found, broken = catalog.known()
         render.methods(out_console, found)

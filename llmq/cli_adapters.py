@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq.recipe import Recipe
+from llmq.recipe.recipe import Recipe
 from llmq.tuning import Settings
 
 SHOWN = 5

@@ -14,7 +14,8 @@ from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import Structure
 from llmq.discovery.names import Links
-from llmq.recipe import Recipe, Scheme
+from llmq.grids.scheme import Scheme
+from llmq.recipe.recipe import Recipe
 
 SMALLEST_GROUP = 16
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import card, catalog, formats, methods, stream
+from llmq import card, formats, methods, stream
 from llmq.budget import check_writable
 from llmq.calibration import Windows, windows
 from llmq.checkpoint import hub
@@ -19,10 +19,12 @@ from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError, first_line
+from llmq.grids.scheme import Scheme
 from llmq.page import PAGE, report_page
 from llmq.planning import Plan, make_plan
 from llmq.progress import Silent
-from llmq.recipe import Calibration, Recipe, Scheme
+from llmq.recipe import catalog
+from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import REPORT, Report, make_report, versions
 from llmq.storage import rest
 

@@ -36,7 +36,7 @@ from llmq.methods.base import Method
 from llmq.planning import Plan, make_plan
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
-from llmq.recipe import Calibration, Recipe
+from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import Report, versions
 from llmq.stream import Watch
 from llmq.tokens import encode

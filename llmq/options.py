@@ -1,7 +1,7 @@
 """The command-line options that make a recipe: a few of its own, and the keyword arguments of every method.
 
-A method's options are read from its source (`llmq.catalog`), so that `--help` needs no torch and a method from outside
-has its options here as well.
+A method's options are read from its source (`llmq.recipe.catalog`), so that `--help` needs no torch and a method from
+outside has its options here as well.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq import catalog, presets
 from llmq.errors import LlmqError
-from llmq.recipe import Recipe, parse_override
+from llmq.recipe import catalog, presets
+from llmq.recipe.recipe import Recipe, parse_override
 
 err_console = Console(stderr=True)
 

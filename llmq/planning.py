@@ -20,9 +20,10 @@ from llmq.discovery.find_pairs import find_in
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found
 from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
 from llmq.items import Item, find_items
 from llmq.methods import Pipeline
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048
 CHECK_TOKENS = 512

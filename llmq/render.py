@@ -13,10 +13,10 @@ from rich.table import Table
 from llmq.budget import size
 
 if TYPE_CHECKING:
-    from llmq.catalog import Description
     from llmq.discovery.pairs import Found
     from llmq.inspection import Inspection, Row
-    from llmq.recipe import Recipe
+    from llmq.recipe.catalog import Description
+    from llmq.recipe.recipe import Recipe
 
 
 def inspection(console: Console, found: Inspection) -> None:

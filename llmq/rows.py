@@ -10,7 +10,7 @@ from typing import Any
 
 from llmq.checkpoint import hub
 from llmq.errors import LlmqError, first_line
-from llmq.recipe import Calibration
+from llmq.recipe.recipe import Calibration
 
 CHAT = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}

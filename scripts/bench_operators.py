@@ -134,7 +134,7 @@ def llmq_nf4(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.nf4_linear, magnitudes in 8 bits."""
     import llmq_kernels.ops  # noqa: F401
     from llmq.grids.nf4 import quantize_nf4
-    from llmq.recipe import Scheme
+    from llmq.grids.scheme import Scheme
 
     made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4", double_quant=True))
     assert made.nested is not None

@@ -26,11 +26,12 @@ from rich.table import Table
 
 from llmq import demo
 from llmq.finetune import finetune
+from llmq.grids.scheme import Scheme
 from llmq.instructions import read
 from llmq.merge import MergeReport, merge
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Bars
-from llmq.recipe import Calibration, Recipe, Scheme
+from llmq.recipe.recipe import Calibration, Recipe
 from llmq.training.steps import held_out_loss
 from llmq.tuning import Settings
 

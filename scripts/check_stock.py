@@ -28,8 +28,9 @@ import llmq
 from llmq import stream
 from llmq.block import Block
 from llmq.checkpoint.hub import resolve
+from llmq.grids.scheme import Scheme
 from llmq.planning import Plan
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 
 LIMIT = 1e-3
 READER = """

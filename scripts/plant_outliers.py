@@ -21,8 +21,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
+from llmq.grids.scheme import Activations, Scheme
 from llmq.planning import pairs_of
-from llmq.recipe import Activations, Calibration, Recipe, Scheme
+from llmq.recipe.recipe import Calibration, Recipe
 from llmq.tokens import tokenize
 
 METHODS = ["rtn", "smoothquant", "outlier_suppression", "outlier_suppression_plus", "smoothquant+gptq"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.grids.nf4 import NESTED_BLOCK, SIZES, Nested, NF4Weight, block_size
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 QUANT_METHOD = "bitsandbytes"
 PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"

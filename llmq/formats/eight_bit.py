@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
 WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 from llmq_kernels.reference import dequantize
 
 CHUNK = 1 << 21

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 CHUNK = 1 << 20
 NESTED_BLOCK = 256

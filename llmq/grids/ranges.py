@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
-from llmq.recipe import RANGES, Scheme
+from llmq.grids.scheme import RANGES, Scheme
 
 CHUNK = 1 << 17
 COARSE = 10

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
-from llmq import catalog
 from llmq.errors import LlmqError, first_line
 from llmq.methods.base import Method
-from llmq.recipe import Recipe
+from llmq.recipe import catalog
+from llmq.recipe.recipe import Recipe
 from llmq.statistics import Statistic
 from llmq.validate import check_type
 

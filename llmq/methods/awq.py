@@ -17,9 +17,9 @@ from llmq.block import Block
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.grids.ranges import find_range
+from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
-from llmq.recipe import Scheme
 from llmq.statistics import Hessian, Inputs
 
 

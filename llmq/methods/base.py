@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 from llmq.statistics import Statistic
 
 if TYPE_CHECKING:

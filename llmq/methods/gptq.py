@@ -9,9 +9,9 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
+from llmq.grids.scheme import RANGES, Scheme
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
-from llmq.recipe import RANGES, Scheme
 from llmq.statistics import Hessian
 from llmq.validate import check_choice
 

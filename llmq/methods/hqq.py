@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight
+from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method, Stats
 from llmq.numerics.hqq import check_options, half_quadratic
-from llmq.recipe import Scheme
 
 
 class HQQ(Method):

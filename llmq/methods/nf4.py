@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llmq.grids.base import Quantized
 from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method, Stats
-from llmq.recipe import Scheme
 
 
 class NF4(Method):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llmq.grids.base import Quantized
 from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import RANGES, Scheme
 from llmq.methods.base import Method, Stats, statistic
-from llmq.recipe import RANGES, Scheme
 from llmq.statistics import MeanSquare
 from llmq.validate import check_choice
 

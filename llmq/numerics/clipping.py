@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import round_to_grid
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 FACTORS = (0.7, 0.75, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.14, 1.2)
 CHUNK = 1 << 20

@@ -22,10 +22,11 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import check_range, find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.numerics.descent import improve
-from llmq.recipe import ACT_ORDERS, Scheme
 
 DAMPINGS = 4
+ACT_ORDERS = ("none", "static", "grouped")
 
 
 def solve(

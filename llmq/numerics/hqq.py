@@ -24,7 +24,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, parts
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 STARTS = tuple(1.1 * 0.88**step for step in range(14))
 """The scales to start from beside that of 'mse', as shares of min-max: 1.1 to 0.21."""

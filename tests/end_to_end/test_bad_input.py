@@ -222,7 +222,8 @@ def test_output_holds_something_else(tiny_model: Path, tmp_path: Path, text_file
 def test_full_disk_then_room(tmp_path: Path, text_file: Path, llmq: Run) -> None:
     """A small tmpfs fills in the middle of a run; with room again the same command ends as an unbroken run does."""
     import llmq as api
-    from llmq.recipe import Calibration, Recipe, Scheme
+    from llmq.grids.scheme import Scheme
+    from llmq.recipe.recipe import Calibration, Recipe
 
     model = write_tiny_model(tmp_path / "model", layers=8)
     disk = tmp_path / "disk"

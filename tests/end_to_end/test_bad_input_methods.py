@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmq import catalog, methods, presets
-from llmq.recipe import Recipe
+from llmq import methods
+from llmq.recipe import catalog, presets
+from llmq.recipe.recipe import Recipe
 from tests.architectures import tiny
 from tests.conftest import Done, Run, write_tokenizer
 from tests.end_to_end.test_bad_input import check_refusal

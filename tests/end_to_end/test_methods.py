@@ -20,9 +20,10 @@ import llmq
 from llmq import job, stream
 from llmq.block import Block
 from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.scheme import Activations, Scheme
 from llmq.planning import Plan
 from llmq.progress import Silent
-from llmq.recipe import Activations, Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from llmq.report import Report
 from tests.conftest import Run
 from tests.llmq.blocks import apart, ids, write

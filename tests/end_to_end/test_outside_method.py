@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmq import catalog, methods, options
-from llmq.recipe import Recipe
+from llmq import methods, options
+from llmq.recipe import catalog
+from llmq.recipe.recipe import Recipe
 from tests.conftest import ROOT
 from tests.llmq.refusal import refused
 

@@ -58,7 +58,8 @@ def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file: Path, stop_after: int) -> None:
     import llmq
-    from llmq.recipe import Calibration, Recipe, Scheme
+    from llmq.grids.scheme import Scheme
+    from llmq.recipe.recipe import Calibration, Recipe
 
     recipe = Recipe(scheme=Scheme(4, 32), calibration=Calibration(str(text_file), 4, 64))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmq import job, storage, stream
 from llmq.block import Block
 from llmq.progress import Silent
-from llmq.recipe import Recipe
+from llmq.recipe.recipe import Recipe
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")

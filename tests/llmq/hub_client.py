@@ -64,7 +64,7 @@ def _answer(question: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     from llmq.calibration import windows
-    from llmq.recipe import Calibration
+    from llmq.recipe.recipe import Calibration
 
     datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.1
     tokenizer = AutoTokenizer.from_pretrained(question["tokenizer"])

@@ -11,7 +11,8 @@ from torch import Tensor
 from llmq.balance import CLIPS, Candidate, balance, loss, normalized, side
 from llmq.block import Block, Work
 from llmq.discovery.pairs import NORM, Pair
-from llmq.recipe import Activations, Recipe, Scheme
+from llmq.grids.scheme import Activations, Scheme
+from llmq.recipe.recipe import Recipe
 from llmq.statistics import Inputs
 from tests.llmq.blocks import apart, open_block, write
 

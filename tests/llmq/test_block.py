@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from llmq import steps
 from llmq.block import Block, relative_error
 from llmq.discovery.pairs import LINEAR, NORM, Pair
+from llmq.grids.scheme import Activations, Scheme
 from llmq.methods.rtn import RTN
-from llmq.recipe import Activations, Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from llmq.statistics import Inputs
 from tests.llmq.blocks import apart, open_block, write
 

@@ -18,7 +18,7 @@ from llmq import calibration as module
 from llmq import tokens
 from llmq.calibration import windows
 from llmq.errors import LlmqError
-from llmq.recipe import Calibration
+from llmq.recipe.recipe import Calibration
 from llmq.tokens import tokenize
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"

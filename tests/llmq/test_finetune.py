@@ -205,7 +205,8 @@ def test_foreign_folders_are_left_alone(tmp_path: Path, tiny_model: Path, rows: 
 
 def test_bases_that_cannot_be_trained_on(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     import llmq
-    from llmq.recipe import Recipe, Scheme
+    from llmq.grids.scheme import Scheme
+    from llmq.recipe.recipe import Recipe
 
     llmq.quantize(str(tiny_model), tmp_path / "w4", Recipe(methods=("rtn",), scheme=Scheme(4, 32)))
     refused(lambda: finetune(str(tmp_path / "w4"), rows, tmp_path / "out", SETTINGS), "compressed-tensors", "NF4")

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTen
 
 import llmq
 from llmq import job
+from llmq.grids.scheme import Activations, Scheme
 from llmq.loading import use_kernels
-from llmq.recipe import Activations, Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import ids, write
 from tests.llmq.test_loading import apart, layers
 from tests.llmq.written import Case, edit

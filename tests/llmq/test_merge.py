@@ -21,9 +21,10 @@ import llmq
 from llmq import cli, cli_adapters
 from llmq.adapters import Adapter
 from llmq.checkpoint.source import Source
+from llmq.grids.scheme import Scheme
 from llmq.merge import merge, scales, what_is_left
 from llmq.merging import Merged, NF4Source, open_base
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
 
 RTN = Recipe(methods=("rtn",), scheme=Scheme(4, 32))

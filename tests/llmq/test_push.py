@@ -12,8 +12,9 @@ import pytest
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
 from llmq.push import check
-from llmq.recipe import Calibration, Recipe, Scheme
+from llmq.recipe.recipe import Calibration, Recipe
 from tests.conftest import Run
 from tests.llmq.hub_client import HubClient
 from tests.llmq.hub_server import HubServer, Repo

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llmq import methods
 from llmq.errors import LlmqError
-from llmq.recipe import RAGGED, RANGES, Activations, Calibration, Recipe, Scheme, parse_override
+from llmq.grids.scheme import RANGES, Activations, Scheme
+from llmq.recipe.recipe import RAGGED, Calibration, Recipe, parse_override
 from tests.llmq.refusal import refused
 
 eight_bit = st.builds(

@@ -14,11 +14,12 @@ from llmq import steps
 from llmq.block import Block
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
+from llmq.grids.scheme import Activations, Scheme
 from llmq.methods import Pipeline
 from llmq.methods.base import Method, Stats
 from llmq.methods.gptq import GPTQ
 from llmq.methods.rtn import RTN
-from llmq.recipe import Activations, Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from llmq.statistics import Hessian, Inputs
 from tests.llmq.blocks import apart, open_block
 

@@ -14,9 +14,10 @@ from llmq import steps, stream
 from llmq.block import Block, Work
 from llmq.budget import device_memory
 from llmq.checkpoint.sink import Sink
+from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import Plan
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe.recipe import Recipe
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from llmq.errors import LlmqError
 from llmq.formats import bitsandbytes as bnb
 from llmq.grids.nf4 import quantize_nf4
-from llmq.recipe import Activations, Scheme
+from llmq.grids.scheme import Activations, Scheme
 
 pytest.importorskip("bitsandbytes")
 

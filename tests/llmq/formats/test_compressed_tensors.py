@@ -16,7 +16,7 @@ from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -18,7 +18,7 @@ from llmq.grids.activations import round_per_token, round_static, static_scale
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.float8 import find_float8_scale, round_to_float8
 from llmq.grids.ranges import find_range, round_to_grid
-from llmq.recipe import Activations, Scheme
+from llmq.grids.scheme import Activations, Scheme
 
 IDS = torch.arange(24).view(2, 12)
 SCHEMES = [

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import catalog, methods
+from llmq import methods
 from llmq.balance import Candidate, Side
 from llmq.discovery.pairs import Pair, Sink
+from llmq.grids.scheme import Scheme
 from llmq.methods.awq import AWQ
 from llmq.methods.base import Method
 from llmq.methods.gptq import GPTQ
 from llmq.methods.outlier_suppression_plus import OutlierSuppressionPlus
 from llmq.methods.rtn import RTN
 from llmq.methods.smoothquant import SmoothQuant
-from llmq.recipe import Recipe, Scheme
+from llmq.recipe import catalog
+from llmq.recipe.recipe import Recipe
 from llmq.statistics import Hessian, Inputs, MeanSquare
 from tests.llmq.refusal import refused
 

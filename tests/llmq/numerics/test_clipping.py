@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.numerics.clipping import FACTORS, clip_groups
-from llmq.recipe import Scheme
 
 SCHEMES = [Scheme(4, 16), Scheme(3, 32, symmetric=False), Scheme(2, 16), Scheme(4, None), Scheme(8, 16)]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.numerics.descent import improve
 from llmq.numerics.gptq import solve
-from llmq.recipe import Scheme
 
 
 def problem(seed: int, width: int = 48) -> tuple[Tensor, Tensor]:

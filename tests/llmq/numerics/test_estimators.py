@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.grids.entropy import entropy_clip, even_cells
 from llmq.grids.estimators import BINS, PERCENTILE, REACH, STRIDE, Histogram, clip_bounds, laplace_clip, normal_clip
 from llmq.grids.ranges import find_range, round_to_grid
-from llmq.recipe import RANGES, Scheme
+from llmq.grids.scheme import RANGES, Scheme
 
 
 def sample(seed: int, rows: int, width: int) -> Tensor:

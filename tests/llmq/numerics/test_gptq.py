@@ -12,8 +12,8 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
-from llmq.numerics.gptq import factorize, solve
-from llmq.recipe import ACT_ORDERS, Scheme
+from llmq.grids.scheme import Scheme
+from llmq.numerics.gptq import ACT_ORDERS, factorize, solve
 
 
 def objective(weight: Tensor, q: QuantizedWeight, hessian: Tensor) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.methods import find
 from llmq.numerics.hqq import _shrink, half_quadratic
-from llmq.recipe import Scheme
 
 
 def sample(seed: int, rows: int = 6, width: int = 64, tails: float = 0.5) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.scheme import Scheme
 from llmq.numerics.learned_rounding import LearnedWeight, positions
-from llmq.recipe import Scheme
 
 
 def random(rows: int, width: int, seed: int) -> Tensor:

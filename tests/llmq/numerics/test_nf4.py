@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids import nf4
 from llmq.grids.nf4 import quantize_nf4
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 F = pytest.importorskip("bitsandbytes.functional")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
-from llmq.recipe import Scheme
+from llmq.grids.scheme import Scheme
 
 
 def quantized(

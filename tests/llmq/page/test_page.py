@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 from llmq.measured import digits, recovery, rows
 from llmq.page import PAGE, report_page, write_page
 from llmq.page.charts import LEVELS, Scale, ticks
-from llmq.recipe import Recipe
+from llmq.recipe.recipe import Recipe
 from llmq.report import REPORT, Report
 from tests.llmq.page.reports import Page, measure, report
 

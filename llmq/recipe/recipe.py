@@ -13,15 +13,12 @@ from typing import Any, cast
 
 import yaml
 
-from llmq import catalog
 from llmq.errors import LlmqError
-from llmq.grids.scheme import RANGES, Activations, Scheme, changed_scheme
-from llmq.validate import check_choice, check_keys, check_types, made, nearest
-
-__all__ = ["RANGES", "Activations", "Calibration", "Recipe", "Scheme", "nearest", "parse_override"]
+from llmq.grids.scheme import Scheme, changed_scheme
+from llmq.recipe import catalog
+from llmq.validate import check_choice, check_keys, check_types, made
 
 RAGGED = ("error", "smaller", "channel", "keep")
-ACT_ORDERS = ("none", "static", "grouped")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.recipe import Recipe, read_yaml
+from llmq.recipe.recipe import Recipe, read_yaml
 from llmq.validate import nearest
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:

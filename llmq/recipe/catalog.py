@@ -22,7 +22,7 @@ from llmq.errors import LlmqError, first_line
 from llmq.validate import nearest
 
 GROUP = "llmq.methods"
-FOLDER = Path(__file__).parent / "methods"
+FOLDER = Path(__file__).parent.parent / "methods"
 
 
 @dataclass(frozen=True)
