@@ -96,7 +96,7 @@ def inspect(
 
             render.pairs(out_console, pairs_of(path, trust_remote_code))
             return
-        from llmq.inspection import inspect_folder
+        from llmq.formats.inspection import inspect_folder
 
         render.inspection(out_console, inspect_folder(path))
 

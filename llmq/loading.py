@@ -20,13 +20,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from llmq.errors import LlmqError
+from llmq.formats.awq import AWQReader
+from llmq.formats.bitsandbytes.read import BitsandbytesReader
+from llmq.formats.compressed_tensors.read import CompressedTensorsReader
+from llmq.formats.gptq import GPTQReader
+from llmq.formats.plain import mapping
 from llmq.modules import QuantLinear
 from llmq.placeholders import Placeholder, find, inner
-from llmq.reading.awq import AWQReader
-from llmq.reading.bitsandbytes import BitsandbytesReader
-from llmq.reading.compressed_tensors import CompressedTensorsReader
-from llmq.reading.gptq import GPTQReader
-from llmq.reading.plain import mapping
 
 log = logging.getLogger("llmq")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
 from llmq.errors import LlmqError
-from llmq.reading.plain import CodebookWeight, Int8Weight, IntWeight, Weight
+from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
 from llmq_kernels import layouts
 from llmq_kernels.backend import triton_refusal
 

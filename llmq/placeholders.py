@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_header
 from llmq.errors import LlmqError
+from llmq.formats.plain import FLOATS, Entry, Layer, Reader
 from llmq.modules import QuantLinear, quant_linear
-from llmq.reading.plain import FLOATS, Entry, Layer, Reader
 
 BIAS = "bias"
 Stored = dict[str, TensorInfo]

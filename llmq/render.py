@@ -14,7 +14,7 @@ from llmq.budget import size
 
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found
-    from llmq.inspection import Inspection, Row
+    from llmq.formats.inspection import Inspection, Row
     from llmq.recipe.catalog import Description
     from llmq.recipe.recipe import Recipe
 

@@ -116,7 +116,7 @@ def torch_dense(weight: Weight) -> Prepared | str:
 def llmq_int(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.int_linear, in the layout that llmq chooses."""
     import llmq_kernels.ops  # noqa: F401
-    from llmq.numerics.packing import pack_codes
+    from llmq.formats.packing import pack_codes
     from llmq_kernels import layouts
 
     (rows, width), bits, group = weight.shape, weight.bits, weight.group_size

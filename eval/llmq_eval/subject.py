@@ -67,7 +67,7 @@ class Subject:
     @cached_property
     def weights(self) -> tuple[int, int, float]:
         """Numbers in all weights, their bytes on disk, bits per weight (0 where the layout is not known)."""
-        from llmq.inspection import inspect_folder
+        from llmq.formats.inspection import inspect_folder
 
         try:
             found = inspect_folder(self.folder)

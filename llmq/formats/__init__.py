@@ -8,7 +8,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from llmq.formats import bitsandbytes, compressed_tensors, eight_bit
+from llmq.formats.bitsandbytes import write as bitsandbytes
+from llmq.formats.compressed_tensors import eight_bit
+from llmq.formats.compressed_tensors import packed as compressed_tensors
 from llmq.grids.base import Quantized
 from llmq.grids.scheme import Scheme
 

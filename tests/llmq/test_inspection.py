@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmq import render
 from llmq.errors import LlmqError
-from llmq.inspection import Row, inspect_folder
+from llmq.formats.inspection import Row, inspect_folder
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"
 OUT, IN = 64, 256

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import llmq
+from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
 from llmq.loading import use_kernels
 from llmq.modules import IntLinear, quant_linear
-from llmq.reading.plain import CodebookWeight, Int8Weight, IntWeight, Weight
 from llmq_kernels import backend, layouts
 from tests.llmq.test_loading import apart, layers
 from tests.llmq.written import Case, config, gptq, save

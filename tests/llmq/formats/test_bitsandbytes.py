@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.formats import bitsandbytes as bnb
+from llmq.formats.bitsandbytes import write as bnb
 from llmq.grids.nf4 import quantize_nf4
 from llmq.grids.scheme import Activations, Scheme
 

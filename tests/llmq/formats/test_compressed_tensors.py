@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats.compressed_tensors import packed as ct
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import find_range, round_to_grid
 from llmq.grids.scheme import Scheme

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors, eight_bit
+from llmq.formats.compressed_tensors import eight_bit
+from llmq.formats.compressed_tensors import packed as compressed_tensors
 from llmq.grids.activations import round_per_token, round_static, static_scale
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.float8 import find_float8_scale, round_to_float8

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.numerics import packing
-from llmq.numerics.packing import pack_codes, pack_columns, packed_width, unpack_codes, unpack_columns
+from llmq.formats import packing
+from llmq.formats.packing import pack_codes, pack_columns, packed_width, unpack_codes, unpack_columns
 
 
 def some_codes(rows: int, n: int, bits: int, seed: int) -> Tensor:

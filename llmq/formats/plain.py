@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
-from llmq.numerics.packing import pack_codes, unpack_codes
+from llmq.formats.packing import pack_codes, unpack_codes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BITS = (2, 3, 4, 8)

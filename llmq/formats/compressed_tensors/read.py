@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
-from llmq.formats.eight_bit import INPUT_SCALE, WEIGHT
-from llmq.numerics.packing import pack_codes, packed_width, unpack_columns
-from llmq.reading.plain import FLOATS, Configuration, Entry, Int8Weight, IntWeight, in_groups, none_if_zero, served
+from llmq.formats.compressed_tensors.eight_bit import INPUT_SCALE, WEIGHT
+from llmq.formats.compressed_tensors.packed import PACKED, SCALE, SHAPE, ZERO
+from llmq.formats.packing import pack_codes, packed_width, unpack_columns
+from llmq.formats.plain import FLOATS, Configuration, Entry, Int8Weight, IntWeight, in_groups, none_if_zero, served
 
 GROUPS = "weight_g_idx"
 PACK, CODES = ("pack-quantized",), ("int-quantized", "naive-quantized")

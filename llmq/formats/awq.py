@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.numerics.packing import pack_codes, packed_width
-from llmq.reading.gptq import layout_of, refusal_of_values, settings
-from llmq.reading.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
+from llmq.formats.gptq import layout_of, refusal_of_values, settings
+from llmq.formats.packing import pack_codes, packed_width
+from llmq.formats.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
 
 CODES, ZEROS, SCALES = "qweight", "qzeros", "scales"
 FORMATS = ("gemm", "auto_round:auto_awq", "auto_round:awq")

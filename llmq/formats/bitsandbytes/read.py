@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.errors import LlmqError, first_line
-from llmq.reading.plain import CodebookWeight, Configuration, Entry
+from llmq.formats.plain import CodebookWeight, Configuration, Entry
 
 PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_LEVELS = "weight.nested_absmax", "weight.nested_quant_map"

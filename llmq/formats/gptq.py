@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
-from llmq.numerics.packing import packed_width, unpack_codes
-from llmq.reading.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
+from llmq.formats.packing import packed_width, unpack_codes
+from llmq.formats.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
 
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
 FORMATS = {

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.formats.packing import pack_codes, pack_columns, packed_width, unpack_codes, unpack_columns
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.ranges import check_range
 from llmq.grids.scheme import Scheme
-from llmq.numerics.packing import pack_codes, pack_columns, packed_width, unpack_codes, unpack_columns
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"

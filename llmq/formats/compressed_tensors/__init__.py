@@ -1,0 +1,1 @@
+"""compressed-tensors on disk: written and read."""
