@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
+from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import Pair, Sink
 from llmq.grids.activations import round_per_token, round_static, static_scale
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.ranges import round_to_grid
 from llmq.grids.scheme import Scheme
-from llmq.statistics import Inputs
 
 TINY = 1e-5
 CLIPPED_BITS = 5

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.block import Block, Work, relative_error
+from llmq.block.block import Block, Work, relative_error
 from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import formats
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call

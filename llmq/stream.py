@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import formats, steps
-from llmq.block import Block, relative_error, rounded_inputs
+from llmq.block.block import Block, relative_error, rounded_inputs
 from llmq.budget import before_blocks, device_memory, peak_memory, resident_memory
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq import stream
-from llmq.block import Block
+from llmq.block.block import Block
 from llmq.checkpoint.hub import resolve
 from llmq.grids.scheme import Scheme
 from llmq.planning import Plan

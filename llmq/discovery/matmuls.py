@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmq.statistics import Statistic
+from llmq.block.statistics import Statistic
 
 PRODUCTS = {
     torch.nn.functional.linear,

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
+from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError, first_line
 from llmq.methods.base import Method
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
-from llmq.statistics import Statistic
 from llmq.validate import check_type
 
 DEFAULT_QUANTIZER = "rtn"

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from llmq.balance import Candidate, Side, balance, normalized, side
-from llmq.block import Block
+from llmq.block.block import Block
+from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
-from llmq.statistics import Hessian, Inputs
 
 
 class AWQ(Method):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.grids.scheme import Scheme
-from llmq.statistics import Statistic
 
 if TYPE_CHECKING:
-    from llmq.block import Block
+    from llmq.block.block import Block
 
 Stats = Mapping[type[Any], Any]
 S = TypeVar("S")

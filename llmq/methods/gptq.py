@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmq.block.statistics import Hessian
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.scheme import RANGES, Scheme
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.gptq import solve
-from llmq.statistics import Hessian
 from llmq.validate import check_choice
 
 

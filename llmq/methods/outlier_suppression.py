@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llmq.balance import Candidate, balance, rounded_output_error, side
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
+from llmq.block.statistics import Inputs
 from llmq.grids.activations import static_scale
 from llmq.methods.base import Method
-from llmq.statistics import Inputs
 
 COARSE = (0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
 FINE = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)

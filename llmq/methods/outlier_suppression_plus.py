@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from llmq.balance import Candidate, Side, balance, side
-from llmq.block import Block
+from llmq.block.block import Block
+from llmq.block.statistics import Inputs
 from llmq.errors import LlmqError
 from llmq.methods.base import Method
-from llmq.statistics import Inputs
 
 
 class OutlierSuppressionPlus(Method):

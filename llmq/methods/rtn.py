@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.block.statistics import MeanSquare
 from llmq.grids.base import Quantized
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import RANGES, Scheme
 from llmq.methods.base import Method, Stats, statistic
-from llmq.statistics import MeanSquare
 from llmq.validate import check_choice
 
 

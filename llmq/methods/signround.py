@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
 from llmq.errors import LlmqError
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.base import QuantizedWeight

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from llmq.balance import Candidate, Side, balance, normalized, side
-from llmq.block import Block
+from llmq.block.block import Block
+from llmq.block.statistics import Inputs
 from llmq.errors import LlmqError
 from llmq.methods.base import Method
-from llmq.statistics import Inputs
 
 STEPS = 10
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmq
 from llmq import job, stream
-from llmq.block import Block
+from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning import Plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmq import job, storage, stream
-from llmq.block import Block
+from llmq.block.block import Block
 from llmq.progress import Silent
 from llmq.recipe.recipe import Recipe
 from tests.architectures import tiny

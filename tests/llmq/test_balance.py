@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llmq.balance import CLIPS, Candidate, balance, loss, normalized, side
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
+from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import NORM, Pair
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
-from llmq.statistics import Inputs
 from tests.llmq.blocks import apart, open_block, write
 
 SCHEMES = [

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmq import steps
-from llmq.block import Block
+from llmq.block.block import Block
+from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.grids.scheme import Activations, Scheme
@@ -20,7 +21,6 @@ from llmq.methods.base import Method, Stats
 from llmq.methods.gptq import GPTQ
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
-from llmq.statistics import Hessian, Inputs
 from tests.llmq.blocks import apart, open_block
 
 W4 = Recipe(methods=("awq",), scheme=Scheme(4, 16))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import llmq
 from llmq import steps, stream
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
 from llmq.budget import device_memory
 from llmq.checkpoint.sink import Sink
 from llmq.grids.scheme import Scheme

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmq import methods
 from llmq.balance import Candidate, Side
+from llmq.block.statistics import Hessian, Inputs, MeanSquare
 from llmq.discovery.pairs import Pair, Sink
 from llmq.grids.scheme import Scheme
 from llmq.methods.awq import AWQ
@@ -23,7 +24,6 @@ from llmq.methods.rtn import RTN
 from llmq.methods.smoothquant import SmoothQuant
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
-from llmq.statistics import Hessian, Inputs, MeanSquare
 from tests.llmq.refusal import refused
 
 BUILT_IN = [name for name in catalog.names() if catalog.entry_point(name) is None]

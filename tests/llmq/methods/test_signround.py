@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.block import Block, Work
+from llmq.block.block import Block, Work
 from llmq.discovery.calls import Call
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.calls import Call
 from llmq.discovery.matmuls import collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
@@ -24,7 +25,6 @@ from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
-from llmq.statistics import Inputs, Statistic
 
 CHUNK = 1 << 21
 

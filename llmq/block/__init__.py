@@ -1,0 +1,1 @@
+"""A decoder block while it is quantized: what methods see."""
