@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llmq.balance import Candidate, Side, balance, normalized, side
 from llmq.block.block import Block
 from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
+from llmq.methods._pair_scales import Candidate, Side, balance, normalized, side
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
 

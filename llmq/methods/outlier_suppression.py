@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmq.balance import Candidate, balance, rounded_output_error, side
 from llmq.block.block import Block, Work
 from llmq.block.statistics import Inputs
 from llmq.grids.activations import static_scale
+from llmq.methods._pair_scales import Candidate, balance, rounded_output_error, side
 from llmq.methods.base import Method
 
 COARSE = (0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from llmq.balance import Candidate, Side, balance, side
 from llmq.block.block import Block
 from llmq.block.statistics import Inputs
 from llmq.errors import LlmqError
+from llmq.methods._pair_scales import Candidate, Side, balance, side
 from llmq.methods.base import Method
 
 

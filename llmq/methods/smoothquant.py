@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from llmq.balance import Candidate, Side, balance, normalized, side
 from llmq.block.block import Block
 from llmq.block.statistics import Inputs
 from llmq.errors import LlmqError
+from llmq.methods._pair_scales import Candidate, Side, balance, normalized, side
 from llmq.methods.base import Method
 
 STEPS = 10

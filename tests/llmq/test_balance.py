@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.balance import CLIPS, Candidate, balance, loss, normalized, side
 from llmq.block.block import Block, Work
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import NORM, Pair
 from llmq.grids.scheme import Activations, Scheme
+from llmq.methods._pair_scales import CLIPS, Candidate, balance, loss, normalized, side
 from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import apart, open_block, write
 
@@ -191,7 +191,7 @@ def test_better_on_the_rows_and_worse_for_the_block_is_undone(tmp_path: Path, mo
     worse = torch.ones(pair.channels)
     worse[5::16] = 1 / 40
     before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
-    monkeypatch.setattr("llmq.balance.loss", lambda block, pair, candidate: float(candidate is None))
+    monkeypatch.setattr("llmq.methods._pair_scales.loss", lambda block, pair, candidate: float(candidate is None))
     assert not balance(block, pair, [Candidate("worse", worse)], "test")
     (line,) = block.log
     assert not line["kept"] and line["choice"] == "worse" and line["after"] > line["before"]

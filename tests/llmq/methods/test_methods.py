@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from llmq import methods
-from llmq.balance import Candidate, Side
 from llmq.block.statistics import Hessian, Inputs, MeanSquare
 from llmq.discovery.pairs import Pair, Sink
 from llmq.grids.scheme import Scheme
+from llmq.methods._pair_scales import Candidate, Side
 from llmq.methods.awq import AWQ
 from llmq.methods.base import Method
 from llmq.methods.gptq import GPTQ
