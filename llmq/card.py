@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.budget import size
 from llmq.errors import LlmqError, first_line
 from llmq.measured import NO_QUALITY, Measure, Row, rows
+from llmq.planning.memory import size
 from llmq.report import Report
 
 CARD = "README.md"

@@ -92,7 +92,7 @@ def inspect(
 
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
-            from llmq.planning import pairs_of
+            from llmq.planning.plan import pairs_of
 
             render.pairs(out_console, pairs_of(path, trust_remote_code))
             return

@@ -24,14 +24,14 @@ import torch
 from torch import nn
 
 from llmq.adapters import CONFIG, RECORD, WEIGHTS, require
-from llmq.budget import check_writable, peak_memory
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.checkpoint.source import Source
+from llmq.data.instructions import Example, Examples, read
 from llmq.errors import LlmqError, first_line
-from llmq.instructions import Example, Examples, read
 from llmq.job import check_device
 from llmq.merging import is_nf4
+from llmq.planning.memory import check_writable, peak_memory
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
 from llmq.training import state as checkpoint

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from llmq import card, formats, methods, stream
-from llmq.budget import check_writable
-from llmq.calibration import Windows, windows
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source
+from llmq.data.calibration import Windows, windows
 from llmq.errors import LlmqError, first_line
 from llmq.grids.scheme import Scheme
 from llmq.page import PAGE, report_page
-from llmq.planning import Plan, make_plan
+from llmq.planning.memory import check_writable
+from llmq.planning.plan import Plan, make_plan
 from llmq.progress import Silent
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe

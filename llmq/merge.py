@@ -19,27 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import formats, instructions, job, methods
+from llmq import formats, job, methods
 from llmq.adapters import Adapter
-from llmq.budget import check_writable
-from llmq.calibration import Windows
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source, check_finite
+from llmq.data import instructions
+from llmq.data.calibration import Windows
+from llmq.data.tokens import encode
 from llmq.errors import LlmqError
 from llmq.finetune import examples
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.merging import Merged, open_base
 from llmq.methods.base import Method
-from llmq.planning import Plan, make_plan
+from llmq.planning.memory import check_writable
+from llmq.planning.plan import Plan, make_plan
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Silent
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import Report, versions
 from llmq.stream import Watch
-from llmq.tokens import encode
 from llmq.training import state as checkpoint
 from llmq.training.steps import held_out_loss
 from llmq.tuning import Settings

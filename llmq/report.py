@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
-from llmq.budget import peak_memory
 from llmq.errors import LlmqError
-from llmq.planning import Plan
+from llmq.planning.memory import peak_memory
+from llmq.planning.plan import Plan
 
 REPORT = "report.json"
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")

@@ -15,7 +15,7 @@ from llmq.discovery.calls import Call
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
-from llmq.planning import Plan
+from llmq.planning.plan import Plan
 
 REST_BYTES = 2**28
 

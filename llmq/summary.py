@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq.budget import size
-from llmq.items import Item
-from llmq.planning import Plan
+from llmq.planning.memory import size
+from llmq.planning.plan import Plan
+from llmq.planning.weights import Item
 from llmq.report import Report
 
 WORST = 5

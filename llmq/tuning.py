@@ -22,7 +22,7 @@ class Settings:
     accumulate: passes per step. epochs, or steps where that is not 0. warmup: share of the steps in which the rate
     rises to lr; then it falls by the schedule. seqlen: tokens per row at most, and no more than the model takes.
     eval_share: of the rows, held out by chance, unless a file of held-out rows is given. template: auto or none, see
-    llmq.instructions. dtype: what the base computes in; auto is the checkpoint's own, and bfloat16 where that is
+    llmq.data.instructions. dtype: what the base computes in; auto is the checkpoint's own, and bfloat16 where that is
     float16, whose range is too small to train in.
     """
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq import demo
+from llmq.data.instructions import read
 from llmq.finetune import finetune
 from llmq.grids.scheme import Scheme
-from llmq.instructions import read
 from llmq.merge import MergeReport, merge
 from llmq.pretrained import load_model, load_tokenizer
 from llmq.progress import Bars

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
+from llmq.data.tokens import tokenize
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.tokens import tokenize
 
 METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround"]
 

@@ -29,7 +29,7 @@ from llmq import stream
 from llmq.block.block import Block
 from llmq.checkpoint.hub import resolve
 from llmq.grids.scheme import Scheme
-from llmq.planning import Plan
+from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
 
 LIMIT = 1e-3

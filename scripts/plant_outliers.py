@@ -21,10 +21,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
+from llmq.data.tokens import tokenize
 from llmq.grids.scheme import Activations, Scheme
-from llmq.planning import pairs_of
+from llmq.planning.plan import pairs_of
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.tokens import tokenize
 
 METHODS = ["rtn", "smoothquant", "outlier_suppression", "outlier_suppression_plus", "smoothquant+gptq"]
 FACTORS = torch.tensor([32.0, 64.0])

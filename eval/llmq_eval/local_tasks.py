@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from llmq.data.rows import Row, jsonl_rows
 from llmq.errors import LlmqError
-from llmq.rows import Row, jsonl_rows
 from llmq_eval.results import write
 
 SPLITS = ("train", "dev", "validation", "test")

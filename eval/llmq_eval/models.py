@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING, Any
 
-from llmq.budget import size
 from llmq.errors import LlmqError
+from llmq.planning.memory import size
 from llmq.pretrained import input_device
 from llmq_eval import speed
 from llmq_eval.perplexity import shown_dtype

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmq.budget import size
 from llmq.measured import digits, interval, value
 from llmq.page.charts import LOGARITHMIC, ticks
+from llmq.planning.memory import size
 from llmq_eval.comparison import Comparison, Line
 
 HEIGHT = 320

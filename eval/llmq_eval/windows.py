@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.data.tokens import tokenize
 from llmq.errors import LlmqError, first_line
 from llmq.pretrained import check_readable, load_tokenizer
-from llmq.tokens import tokenize
 
 WINDOW = 2048
 
@@ -221,7 +221,7 @@ def _named(key: str, named: Named, data_dir: Path | None) -> tuple[str, str]:
         if text.is_file():
             return _file(text, str(text)), f"{key} from {text.name}"
         if rows.is_file():
-            from llmq.rows import jsonl_rows
+            from llmq.data.rows import jsonl_rows
 
             def local(file: Path = rows) -> Iterator[tuple[str, Any]]:
                 for row in jsonl_rows(file, "evaluation text"):

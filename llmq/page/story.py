@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llmq.budget import size
 from llmq.measured import Row, digits
+from llmq.planning.memory import size
 from llmq.report import Report, describe, whole
 
 T = TypeVar("T")

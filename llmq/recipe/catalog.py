@@ -111,7 +111,7 @@ def describe(name: str) -> Description:
 
 @cache
 def _own() -> tuple[str, ...]:
-    return tuple(sorted(f.stem for f in FOLDER.glob("*.py") if f.stem not in ("__init__", "base")))
+    return tuple(sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "base" and not f.stem.startswith("_")))
 
 
 @cache

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.adapters import require
+from llmq.data.instructions import Example
 from llmq.errors import LlmqError, first_line
-from llmq.instructions import Example
 
 IGNORED = -100
 SORTED = 16

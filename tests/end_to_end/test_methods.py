@@ -21,7 +21,7 @@ from llmq import job, stream
 from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
-from llmq.planning import Plan
+from llmq.planning.plan import Plan
 from llmq.progress import Silent
 from llmq.recipe.recipe import Recipe
 from llmq.report import Report

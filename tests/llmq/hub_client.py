@@ -63,7 +63,7 @@ def _answer(question: dict[str, Any]) -> Any:
     import datasets.config
     from transformers import AutoTokenizer
 
-    from llmq.calibration import windows
+    from llmq.data.calibration import windows
     from llmq.recipe.recipe import Calibration
 
     datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.1

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmq import calibration as module
-from llmq import tokens
-from llmq.calibration import windows
+from llmq.data import calibration as module
+from llmq.data import tokens
+from llmq.data.calibration import windows
+from llmq.data.tokens import tokenize
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
-from llmq.tokens import tokenize
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
@@ -258,7 +258,7 @@ def test_demo_text(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_heavy_packages_wait_until_needed() -> None:
     code = (
-        "import sys, llmq.calibration, llmq.checkpoint.hub\n"
+        "import sys, llmq.data.calibration, llmq.checkpoint.hub\n"
         "print([m for m in ('datasets', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())

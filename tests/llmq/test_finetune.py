@@ -19,9 +19,9 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 from llmq.adapters import CONFIG, WEIGHTS
+from llmq.data.instructions import Example
 from llmq.errors import LlmqError
 from llmq.finetune import CURVE, LOSSES, finetune
-from llmq.instructions import Example
 from llmq.pretrained import load_model
 from llmq.progress import Silent
 from llmq.training import state as checkpoint

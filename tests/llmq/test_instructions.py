@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmq.instructions import Example, read
+from llmq.data.instructions import Example, read
 from tests.llmq.refusal import refused
 
 TEMPLATE = (

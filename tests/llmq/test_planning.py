@@ -12,8 +12,8 @@ import torch
 from llmq import job
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
-from llmq.items import matches
-from llmq.planning import Plan
+from llmq.planning.plan import Plan
+from llmq.planning.weights import matches
 from llmq.recipe.recipe import Recipe
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused

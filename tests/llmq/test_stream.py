@@ -12,11 +12,11 @@ from safetensors import safe_open
 import llmq
 from llmq import steps, stream
 from llmq.block.block import Block, Work
-from llmq.budget import device_memory
 from llmq.checkpoint.sink import Sink
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
-from llmq.planning import Plan
+from llmq.planning.memory import device_memory
+from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused

@@ -23,9 +23,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from llmq.data.rows import CHAT, Row, chat_messages, jsonl_rows, parquet_rows
+from llmq.data.tokens import encode
 from llmq.errors import LlmqError, first_line
-from llmq.rows import CHAT, Row, chat_messages, jsonl_rows, parquet_rows
-from llmq.tokens import encode
 
 PLAIN = "### {role}:\n{content}"
 """A turn without a chat template, its role capitalized; a blank line between turns. An answer is asked for by the first

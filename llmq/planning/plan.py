@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq import checks, methods
-from llmq.budget import Budget, Load, check_room, predict
-from llmq.calibration import Windows
+from llmq import methods
 from llmq.checkpoint.source import Source
+from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
 from llmq.discovery.find_pairs import find_in
@@ -21,8 +20,10 @@ from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
-from llmq.items import Item, find_items
 from llmq.methods import Pipeline
+from llmq.planning import checks
+from llmq.planning.memory import Budget, Load, check_room, predict
+from llmq.planning.weights import Item, find_items
 from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048

@@ -12,8 +12,8 @@ from llmq.checkpoint.source import Source
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
-from llmq.items import Item, matches
 from llmq.methods.base import Method
+from llmq.planning.weights import Item, matches
 from llmq.recipe.recipe import Recipe
 
 

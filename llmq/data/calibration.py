@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.data.rows import Row, RowReader, hub_rows, jsonl_rows, parquet_rows
+from llmq.data.tokens import encode, tokenize
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
-from llmq.rows import Row, RowReader, hub_rows, jsonl_rows, parquet_rows
-from llmq.tokens import encode, tokenize
 
 WHOLE = 64 << 20
 """Bytes up to which a text file is tokenized as a whole. Of a larger one, only the places where windows are taken."""

@@ -1,0 +1,1 @@
+"""Text into token ids: calibration windows, rows of data sets, instructions."""

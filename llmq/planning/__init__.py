@@ -1,0 +1,1 @@
+"""The checks of the first seconds: what happens to every weight, and what it needs."""
