@@ -17,10 +17,10 @@ from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
+    from llmq.inference.linear import QuantLinear
+    from llmq.inference.transformers_hook import load, use_kernels
     from llmq.job import plan, quantize
-    from llmq.loading import load, use_kernels
-    from llmq.modules import QuantLinear
-    from llmq.report import Report
+    from llmq.report.report import Report
 
 __all__ = [
     "Calibration",
@@ -38,10 +38,10 @@ __all__ = [
 _LAZY = {
     "plan": "job",
     "quantize": "job",
-    "load": "loading",
-    "use_kernels": "loading",
-    "QuantLinear": "modules",
-    "Report": "report",
+    "load": "inference.transformers_hook",
+    "use_kernels": "inference.transformers_hook",
+    "QuantLinear": "inference.linear",
+    "Report": "report.report",
 }
 
 

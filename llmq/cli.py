@@ -36,7 +36,8 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
-    from llmq import job, summary
+    from llmq import job
+    from llmq.report import summary
 
     made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
     summary.plan(out_console, made)
@@ -57,8 +58,9 @@ def quantize(
 
     Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
     """
-    from llmq import job, summary
-    from llmq.progress import Bars
+    from llmq import job
+    from llmq.report import summary
+    from llmq.report.progress import Bars
 
     made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
     if dry_run:
@@ -87,8 +89,8 @@ def inspect(
 ) -> None:
     """Every weight of a folder: bits, group size, error, bytes; whichever tool wrote it."""
     with explained():
-        from llmq import render
         from llmq.checkpoint.hub import resolve
+        from llmq.report import render
 
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
@@ -105,8 +107,8 @@ def inspect(
 def recipes() -> None:
     """The presets for --recipe, each with a sentence of advice."""
     with explained():
-        from llmq import render
         from llmq.recipe import presets
+        from llmq.report import render
 
         render.recipes(out_console, [(n, presets.recipe(n), presets.advice(n)) for n in presets.names()])
 
@@ -115,8 +117,8 @@ def recipes() -> None:
 def methods() -> None:
     """The methods for --method, what each is and which options it has."""
     with explained():
-        from llmq import render
         from llmq.recipe import catalog
+        from llmq.report import render
 
         found, broken = catalog.known()
         render.methods(out_console, found)
@@ -135,7 +137,7 @@ def generate(
     """Go on from a prompt, greedily: a quick look at what the model says."""
     with explained():
         from llmq.checkpoint.hub import resolve
-        from llmq.generate import generate as run
+        from llmq.inference.generate import generate as run
 
         folder = resolve(model, trust_remote_code=trust_remote_code)
         run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llmq.adapters.settings import Settings
 from llmq.recipe.recipe import Recipe
-from llmq.tuning import Settings
 
 SHOWN = 5
 """Weights in the table of what is left."""
@@ -109,8 +109,8 @@ def finetune(
 
     The loss is taken on the answers only. Killed at any moment, the same command goes on from the last checkpoint.
     """
-    from llmq import finetune as tuning
-    from llmq.progress import Bars
+    from llmq.adapters import finetune as tuning
+    from llmq.report.progress import Bars
 
     settings = Settings(
         base_bits=base_bits,
@@ -183,8 +183,8 @@ def merge(
 
     [bold]--bits 16[/] writes the merged weights unquantized. Without --calib, the tune's own data calibrates.
     """
-    from llmq import merge as merging
-    from llmq.progress import Bars
+    from llmq.adapters import merge as merging
+    from llmq.report.progress import Bars
 
     console = Console(stderr=True)
     try:

@@ -15,7 +15,7 @@ from llmq.errors import LlmqError
 from llmq.options import Trust, err_console, explained
 
 if TYPE_CHECKING:
-    from llmq.report import Report
+    from llmq.report.report import Report
 
 FORMATS = ("table", "markdown", "csv")
 out_console = Console()
@@ -103,8 +103,8 @@ def evaluate(
     before is not measured again. `llmq compare` puts models side by side.
     """
     with explained():
-        from llmq import summary
-        from llmq.report import Report
+        from llmq.report import summary
+        from llmq.report.report import Report
         from llmq_eval import pages, tables
         from llmq_eval.comparison import comparison
         from llmq_eval.evaluation import Options

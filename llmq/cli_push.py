@@ -24,7 +24,7 @@ def push(
     """Check that a folder is whole, and upload it to the Hugging Face hub. The same command goes on after a break."""
     with explained():
         from llmq.push import push as upload
-        from llmq.report import Report
+        from llmq.report.report import Report
 
         if Report.there(folder) and Path(Report.load(folder).model).is_absolute():
             err_console.print(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import card, formats, methods, stream
+from llmq import formats, methods, stream
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
@@ -19,13 +19,14 @@ from llmq.checkpoint.source import Source
 from llmq.data.calibration import Windows, windows
 from llmq.errors import LlmqError, first_line
 from llmq.grids.scheme import Scheme
-from llmq.page import PAGE, report_page
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
-from llmq.progress import Silent
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.report import REPORT, Report, make_report, versions
+from llmq.report import card
+from llmq.report.page import PAGE, report_page
+from llmq.report.progress import Silent
+from llmq.report.report import REPORT, Report, make_report, versions
 from llmq.storage import rest
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llmq.card import CARD, write_place
 from llmq.checkpoint.claim import STATE
 from llmq.checkpoint.sink import check_finished
 from llmq.checkpoint.source import Source
 from llmq.errors import LlmqError, first_line
-from llmq.report import REPORT, Report
+from llmq.report.card import CARD, write_place
+from llmq.report.report import REPORT, Report
 
 # What a model's folder is made of; whatever else lies in it (notes, logs, a token) is nobody's business.
 _MODEL = (

@@ -80,7 +80,7 @@ def work(about: Result) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import llmq
-    import llmq.loading
+    import llmq.inference.transformers_hook
 
     if about["threads"]:
         torch.set_num_threads(about["threads"])

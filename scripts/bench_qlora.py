@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq import demo
+from llmq.adapters.finetune import finetune
+from llmq.adapters.merge import MergeReport, merge
+from llmq.adapters.settings import Settings
 from llmq.data.instructions import read
-from llmq.finetune import finetune
 from llmq.grids.scheme import Scheme
-from llmq.merge import MergeReport, merge
-from llmq.pretrained import load_model, load_tokenizer
-from llmq.progress import Bars
+from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.recipe.recipe import Calibration, Recipe
+from llmq.report.progress import Bars
 from llmq.training.steps import held_out_loss
-from llmq.tuning import Settings
 
 LONGEST = 200
 """Characters of an instruction or answer at most."""

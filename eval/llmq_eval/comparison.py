@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 from llmq.errors import LlmqError
-from llmq.measured import recovery
+from llmq.report.measured import recovery
 from llmq_eval.intervals import LEVEL, Test, holm, paired, unpaired
 from llmq_eval.results import Measure, Results
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.pretrained import input_device
+from llmq.inference.pretrained import input_device
 from llmq_eval import divergence, measures, speed, tasks, windows
 from llmq_eval.journal import Journal
 from llmq_eval.models import Models

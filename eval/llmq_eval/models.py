@@ -6,8 +6,8 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import LlmqError
+from llmq.inference.pretrained import input_device
 from llmq.planning.memory import size
-from llmq.pretrained import input_device
 from llmq_eval import speed
 from llmq_eval.perplexity import shown_dtype
 from llmq_eval.subject import Subject
@@ -49,7 +49,7 @@ class Models:
         self.drop()
 
     def load(self, subject: Subject) -> Any:
-        from llmq.pretrained import load_model
+        from llmq.inference.pretrained import load_model
 
         o = self.options
         self.check(subject)
@@ -80,7 +80,7 @@ class Models:
         return self.there[subject.label]
 
     def tokenizer(self, subject: Subject) -> Any:
-        from llmq.pretrained import load_tokenizer
+        from llmq.inference.pretrained import load_tokenizer
 
         return load_tokenizer(subject.folder, trust_remote_code=self.options.trust_remote_code)
 

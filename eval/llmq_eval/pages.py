@@ -8,12 +8,12 @@ from pathlib import Path
 
 from jinja2 import PackageLoader
 
-from llmq import card, page
 from llmq.errors import LlmqError
-from llmq.measured import digits, interval, value
-from llmq.page.frame import render
 from llmq.planning.memory import size
-from llmq.report import Report
+from llmq.report import card, page
+from llmq.report.measured import digits, interval, value
+from llmq.report.page.frame import render
+from llmq.report.report import Report
 from llmq_eval import scatter, store, tables
 from llmq_eval.comparison import Cell, Comparison, Line
 from llmq_eval.results import Results

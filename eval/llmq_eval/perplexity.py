@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.pretrained import input_device, load_model
+from llmq.inference.pretrained import input_device, load_model
 from llmq_eval import windows as cutting
 from llmq_eval.journal import Journal
 from llmq_eval.windows import WINDOW, Windows, default_window

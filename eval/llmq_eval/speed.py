@@ -95,8 +95,8 @@ def run(
     import psutil
     import torch
 
+    from llmq.inference.pretrained import input_device, load_model
     from llmq.planning.memory import peak_memory
-    from llmq.pretrained import input_device, load_model
     from llmq_eval.perplexity import shown_dtype
     from llmq_eval.windows import default_window
 

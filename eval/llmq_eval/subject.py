@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError, first_line
-from llmq.report import VERSIONS
+from llmq.report.report import VERSIONS
 
 _SMALL = 1 << 25
 """Bytes of a file whose whole content is hashed; of larger ones it is samples, and the time."""
@@ -59,7 +59,7 @@ class Subject:
     @cached_property
     def quantized(self) -> str:
         """By which method of transformers its weights are quantized; '' where they are not."""
-        from llmq.pretrained import check_readable
+        from llmq.inference.pretrained import check_readable
 
         quantization = check_readable(self.folder, kernels=True).get("quantization_config")
         return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else ""
@@ -134,7 +134,7 @@ def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
     import torch
 
-    from llmq.pretrained import input_device
+    from llmq.inference.pretrained import input_device
 
     found = {
         "system": f"{platform.system()} {platform.machine()}",

@@ -209,7 +209,7 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
 
     import torch
 
-    from llmq.pretrained import input_device
+    from llmq.inference.pretrained import input_device
 
     _quiet()
     from lm_eval.models.huggingface import HFLM

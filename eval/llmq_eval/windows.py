@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmq.data.tokens import tokenize
 from llmq.errors import LlmqError, first_line
-from llmq.pretrained import check_readable, load_tokenizer
+from llmq.inference.pretrained import check_readable, load_tokenizer
 
 WINDOW = 2048
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from llmq.checkpoint.source import Source, TensorInfo
 from llmq.errors import LlmqError
-from llmq.report import REPORT
+from llmq.report.report import REPORT
 
 # Endings that, beside a tensor that holds the codes, belong to the same weight.
 _COMPANIONS = {

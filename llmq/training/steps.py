@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import require
+from llmq.adapters.lora import require
 from llmq.data.instructions import Example
 from llmq.errors import LlmqError, first_line
 

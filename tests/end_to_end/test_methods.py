@@ -22,9 +22,9 @@ from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.plan import Plan
-from llmq.progress import Silent
 from llmq.recipe.recipe import Recipe
-from llmq.report import Report
+from llmq.report.progress import Silent
+from llmq.report.report import Report
 from tests.conftest import Run
 from tests.llmq.blocks import apart, ids, write
 

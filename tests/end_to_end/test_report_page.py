@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.card import hub_id
+from llmq.report.card import hub_id
 from tests.conftest import Run
 from tests.end_to_end.test_resume import digests
 from tests.llmq.page.reports import Page

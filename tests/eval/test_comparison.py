@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from llmq.errors import LlmqError
-from llmq.measured import recovery
+from llmq.report.measured import recovery
 from llmq_eval import intervals, tables
 from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.results import Measure, Results

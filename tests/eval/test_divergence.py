@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.pretrained import load_model
+from llmq.inference.pretrained import load_model
 from llmq_eval import divergence
 from llmq_eval.evaluation import Options, evaluate
 from llmq_eval.results import Results

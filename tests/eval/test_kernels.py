@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq.pretrained import load_model
+from llmq.inference.pretrained import load_model
 from llmq_eval import speed
 from llmq_eval.evaluation import Options, evaluate
 from tests.conftest import Run, write_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.pretrained import load_model, load_tokenizer
+from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq_eval import tasks, windows
 from llmq_eval.journal import Journal
 from llmq_eval.perplexity import measure

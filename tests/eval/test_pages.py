@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llmq.measured import digits
-from llmq.page import PAGE
-from llmq.report import REPORT
+from llmq.report.measured import digits
+from llmq.report.page import PAGE
+from llmq.report.report import REPORT
 from llmq_eval import intervals, scatter
 from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.pages import compare_page, tell_folders, write
@@ -109,7 +109,7 @@ def test_hostile_names() -> None:
 
 
 def test_folders_learn_their_numbers(tmp_path: Path) -> None:
-    from llmq.card import model_card
+    from llmq.report.card import model_card
 
     folder = tmp_path / "rtn-w4"
     folder.mkdir()
@@ -135,7 +135,7 @@ def test_folders_learn_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_card_that_cannot_be_read_is_left(tmp_path: Path) -> None:
-    from llmq.card import model_card
+    from llmq.report.card import model_card
 
     folder = tmp_path / "rtn-w4"
     folder.mkdir()

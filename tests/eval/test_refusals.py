@@ -12,7 +12,7 @@ from tests.llmq.page.reports import report
 
 
 def test_folders_of_different_bases(tmp_path: Path, llmq: Run) -> None:
-    from llmq.report import REPORT
+    from llmq.report.report import REPORT
 
     for name, base in {"a": "org/x", "b": "org/y"}.items():
         (tmp_path / name).mkdir()

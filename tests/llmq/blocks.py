@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llmq import job, storage, stream
 from llmq.block.block import Block
-from llmq.progress import Silent
 from llmq.recipe.recipe import Recipe
+from llmq.report.progress import Silent
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")

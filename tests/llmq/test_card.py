@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from llmq.card import hub_id, model_card, write_measured, write_place
 from llmq.errors import LlmqError
+from llmq.report.card import hub_id, model_card, write_measured, write_place
 from tests.llmq.page.reports import measure, report
 
 

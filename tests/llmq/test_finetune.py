@@ -18,15 +18,15 @@ from tests.llmq.refusal import refused
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from llmq.adapters import CONFIG, WEIGHTS
+from llmq.adapters.finetune import CURVE, LOSSES, finetune
+from llmq.adapters.lora import CONFIG, WEIGHTS
+from llmq.adapters.settings import Settings
 from llmq.data.instructions import Example
 from llmq.errors import LlmqError
-from llmq.finetune import CURVE, LOSSES, finetune
-from llmq.pretrained import load_model
-from llmq.progress import Silent
+from llmq.inference.pretrained import load_model
+from llmq.report.progress import Silent
 from llmq.training import state as checkpoint
 from llmq.training.steps import IGNORED, loss_of, make_optimizer, padded, rate, steps_of
-from llmq.tuning import Settings
 
 # A rank at which the adapters are large enough for bitsandbytes to keep their state in 8 bits.
 SETTINGS = Settings(rank=64, lr=5e-3, steps=7, batch=4, dropout=0.1, eval_share=0.2)
@@ -83,7 +83,7 @@ def test_stock_peft_reads_the_adapter(tmp_path: Path, tiny_model: Path, rows: Pa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from llmq.finetune import examples
+    from llmq.adapters.finetune import examples
 
     settings = replace(SETTINGS, base_bits=bits)
     outcome = finetune(str(tiny_model), rows, tmp_path / "out", settings)

@@ -13,9 +13,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq import render
 from llmq.errors import LlmqError
 from llmq.formats.inspection import Row, inspect_folder
+from llmq.report import render
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"
 OUT, IN = 64, 256

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import llmq
-from llmq.loading import use_kernels
-from llmq.modules import IntLinear
+from llmq.inference.linear import IntLinear
+from llmq.inference.transformers_hook import use_kernels
 from llmq_kernels import layouts
 from tests.llmq.written import Case, Tensors, edit, linears, save, tiny, write
 

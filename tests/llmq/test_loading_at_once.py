@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import llmq
-from llmq.pretrained import load_model
+from llmq.inference.pretrained import load_model
 from tests.llmq.test_loading import layers
 from tests.llmq.written import Case, tiny, write
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import llmq
-from llmq.loading import KernelQuantizer, use_kernels
+from llmq.inference.transformers_hook import KernelQuantizer, use_kernels
 from tests.llmq.test_loading import apart, layers, logits
 from tests.llmq.written import Case, Tensors, compressed, edit, save, stream, write
 from tests.llmq.written import config as written_config

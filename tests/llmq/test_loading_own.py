@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTen
 import llmq
 from llmq import job
 from llmq.grids.scheme import Activations, Scheme
-from llmq.loading import use_kernels
+from llmq.inference.transformers_hook import use_kernels
 from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import ids, write
 from tests.llmq.test_loading import apart, layers

@@ -19,11 +19,11 @@ pytest.importorskip("bitsandbytes")
 
 import llmq
 from llmq import cli, cli_adapters
-from llmq.adapters import Adapter
+from llmq.adapters.lora import Adapter
+from llmq.adapters.merge import merge, scales, what_is_left
+from llmq.adapters.merged import Merged, NF4Source, open_base
 from llmq.checkpoint.source import Source
 from llmq.grids.scheme import Scheme
-from llmq.merge import merge, scales, what_is_left
-from llmq.merging import Merged, NF4Source, open_base
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
 
@@ -334,8 +334,8 @@ def test_interrupted_commands_say_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmq.finetune.finetune", interrupted)
-    monkeypatch.setattr("llmq.merge.merge", interrupted)
+    monkeypatch.setattr("llmq.adapters.finetune.finetune", interrupted)
+    monkeypatch.setattr("llmq.adapters.merge.merge", interrupted)
     for words in (["finetune", tiny_model, "--data", "x.jsonl"], ["merge", tiny_model, adapter]):
         done = command(*words, "-o", tmp_path)
         assert done.exit_code == 130 and "the same command goes on" in " ".join(done.output.split())

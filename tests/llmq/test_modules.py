@@ -14,8 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 import llmq
 from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
-from llmq.loading import use_kernels
-from llmq.modules import IntLinear, quant_linear
+from llmq.inference.linear import IntLinear, quant_linear
+from llmq.inference.transformers_hook import use_kernels
 from llmq_kernels import backend, layouts
 from tests.llmq.test_loading import apart, layers
 from tests.llmq.written import Case, config, gptq, save

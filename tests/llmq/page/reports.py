@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
-from llmq.report import Report
+from llmq.report.report import Report
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 LOADS = ("src", "srcset", "data", "poster", "background", "action", "ping", "style")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmq.page import report_page
+from llmq.report.page import report_page
 from tests import browser
 from tests.llmq.page.reports import Page, measure, report
 from tests.llmq.page.test_page import HOSTILE

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from llmq.errors import LlmqError
-from llmq.measured import digits, recovery, rows
-from llmq.page import PAGE, report_page, write_page
-from llmq.page.charts import LEVELS, Scale, ticks
 from llmq.recipe.recipe import Recipe
-from llmq.report import REPORT, Report
+from llmq.report.measured import digits, recovery, rows
+from llmq.report.page import PAGE, report_page, write_page
+from llmq.report.page.charts import LEVELS, Scale, ticks
+from llmq.report.report import REPORT, Report
 from tests.llmq.page.reports import Page, measure, report
 
 HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(2)>{{ 7 * 7 }}"
@@ -175,7 +175,7 @@ def test_levels_agree_with_the_edges(values: list[float]) -> None:
 
 def colours(theme: str) -> list[str]:
     """The heat map's colours of a theme, from the style sheet."""
-    import llmq.page
+    import llmq.report.page
 
     css = (Path(llmq.page.__file__).parent / "templates" / "style.css").read_text()
     light, dark = css.split("@media (prefers-color-scheme: dark)")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llmq.measured import Row, digits
 from llmq.planning.memory import size
-from llmq.report import Report, describe, whole
+from llmq.report.measured import Row, digits
+from llmq.report.report import Report, describe, whole
 
 T = TypeVar("T")
 WORST = 12

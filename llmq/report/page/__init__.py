@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.measured import Measure, rows
-from llmq.page.frame import render
+from llmq.report.measured import Measure, rows
+from llmq.report.page.frame import render
 
 if TYPE_CHECKING:
-    from llmq.report import Report
+    from llmq.report.report import Report
 
 __all__ = ["PAGE", "report_page", "write_page"]
 
@@ -24,7 +24,7 @@ PAGE = "report.html"
 
 def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
     """report.html of a run. measures: what was measured of its result, base: the same of the base model."""
-    from llmq.page import figures, story
+    from llmq.report.page import figures, story
 
     measured = rows(measures, base)
     return render(
@@ -54,7 +54,7 @@ def write_page(folder: Path, measures: Iterable[Measure] = (), base: Iterable[Me
     Raises LlmqError where the folder has no report, or cannot be written.
     """
     from llmq.errors import LlmqError
-    from llmq.report import Report
+    from llmq.report.report import Report
 
     page = folder / PAGE
     text = report_page(Report.load(folder), measures, base)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import Adapter, Pair, require
+from llmq.adapters.lora import Adapter, Pair, require
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.discovery import blocks as discover

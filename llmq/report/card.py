@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError, first_line
-from llmq.measured import NO_QUALITY, Measure, Row, rows
 from llmq.planning.memory import size
-from llmq.report import Report
+from llmq.report.measured import NO_QUALITY, Measure, Row, rows
+from llmq.report.report import Report
 
 CARD = "README.md"
 COPIED = ("license", "license_name", "license_link", "language")

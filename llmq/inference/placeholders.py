@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.tensors import TensorInfo, read_header
 from llmq.errors import LlmqError
 from llmq.formats.plain import FLOATS, Entry, Layer, Reader
-from llmq.modules import QuantLinear, quant_linear
+from llmq.inference.linear import QuantLinear, quant_linear
 
 BIAS = "bias"
 Stored = dict[str, TensorInfo]

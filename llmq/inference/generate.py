@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.pretrained import load_model, load_tokenizer
+from llmq.inference.pretrained import load_model, load_tokenizer
 
 
 def generate(

@@ -25,8 +25,8 @@ from llmq.formats.bitsandbytes.read import BitsandbytesReader
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
 from llmq.formats.gptq import GPTQReader
 from llmq.formats.plain import mapping
-from llmq.modules import QuantLinear
-from llmq.placeholders import Placeholder, find, inner
+from llmq.inference.linear import QuantLinear
+from llmq.inference.placeholders import Placeholder, find, inner
 
 log = logging.getLogger("llmq")
 
@@ -80,7 +80,7 @@ def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", tr
     config.json do not fit each other.
     """
     from llmq.checkpoint.hub import resolve
-    from llmq.pretrained import load_model
+    from llmq.inference.pretrained import load_model
 
     folder = resolve(str(model), trust_remote_code=trust_remote_code)
     return load_model(

@@ -12,7 +12,7 @@ from rich.table import Table
 from llmq.planning.memory import size
 from llmq.planning.plan import Plan
 from llmq.planning.weights import Item
-from llmq.report import Report
+from llmq.report.report import Report
 
 WORST = 5
 

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from llmq import formats, job, methods
-from llmq.adapters import Adapter
+from llmq.adapters.finetune import examples
+from llmq.adapters.lora import Adapter
+from llmq.adapters.merged import Merged, open_base
+from llmq.adapters.settings import Settings
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
@@ -29,21 +32,18 @@ from llmq.data import instructions
 from llmq.data.calibration import Windows
 from llmq.data.tokens import encode
 from llmq.errors import LlmqError
-from llmq.finetune import examples
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme, changed_scheme
-from llmq.merging import Merged, open_base
+from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.methods.base import Method
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
-from llmq.pretrained import load_model, load_tokenizer
-from llmq.progress import Silent
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.report import Report, versions
+from llmq.report.progress import Silent
+from llmq.report.report import Report, versions
 from llmq.stream import Watch
 from llmq.training import state as checkpoint
 from llmq.training.steps import held_out_loss
-from llmq.tuning import Settings
 
 RECORD = "merge.json"
 UNIT_BYTES = 2**28
@@ -119,8 +119,8 @@ def merge(
     """Merge a LoRA adapter (a folder) into a base (folder, hub id or 'demo') and write it to `out`, quantized.
 
     recipe: as in `llmq.quantize`; its calibration text may be rows as `llmq finetune` reads them. plain: write the
-    merged weights as they are, in the base's dtype, instead. trained_on: see llmq.merging.Merged. loss: load what was
-    written, whole, and measure it on the tune's held-out rows. Resumes as quantize does.
+    merged weights as they are, in the base's dtype, instead. trained_on: see llmq.adapters.merged.Merged. loss: load
+    what was written, whole, and measure it on the tune's held-out rows. Resumes as quantize does.
     Raises LlmqError, naming the first weight, where the adapter does not fit.
     """
     began, out, watch = time.perf_counter(), Path(out), watch or Silent()

@@ -131,7 +131,7 @@ def _readers(kernels: bool) -> contextlib.AbstractContextManager[None]:
     """llmq's own readers of quantized checkpoints, for as long as one is loaded."""
     if not kernels:
         return contextlib.nullcontext()
-    from llmq.loading import reading
+    from llmq.inference.transformers_hook import reading
 
     return reading()
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from llmq.measured import digits
-from llmq.page.charts import Cell, Given, Heat, Plot, Scale, Strip, plot
-from llmq.report import Report, whole
+from llmq.report.measured import digits
+from llmq.report.page.charts import Cell, Given, Heat, Plot, Scale, Strip, plot
+from llmq.report.report import Report, whole
 
 MANY = 24
 """More kinds of weights than this, and those that differ in a number only (experts) are shown as one."""

@@ -23,21 +23,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from llmq.adapters import CONFIG, RECORD, WEIGHTS, require
+from llmq.adapters.lora import CONFIG, RECORD, WEIGHTS, require
+from llmq.adapters.merged import is_nf4
+from llmq.adapters.settings import Outcome, Settings, card
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.checkpoint.source import Source
 from llmq.data.instructions import Example, Examples, read
 from llmq.errors import LlmqError, first_line
+from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.job import check_device
-from llmq.merging import is_nf4
 from llmq.planning.memory import check_writable, peak_memory
-from llmq.pretrained import load_model, load_tokenizer
-from llmq.progress import Silent
+from llmq.report.progress import Silent
 from llmq.training import state as checkpoint
 from llmq.training.curve import svg
 from llmq.training.steps import held_out_loss, loss_of, make_optimizer, mode, rate, split, steps_of
-from llmq.tuning import Outcome, Settings, card
 
 LOSSES = "loss.jsonl"
 CURVE = "loss.svg"

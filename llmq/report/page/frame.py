@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 def render(template: str, *, loaders: Sequence[BaseLoader] = (), **data: Any) -> str:
     """The page that a template makes of the data. loaders: where else templates are looked for, first."""
-    where = ChoiceLoader([*loaders, PackageLoader("llmq.page")])
+    where = ChoiceLoader([*loaders, PackageLoader("llmq.report.page")])
     environment = Environment(
         loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -35,7 +35,7 @@ def breaks(name: str) -> Markup:
 
 @cache
 def _part(name: str) -> str:
-    return (files("llmq.page") / "templates" / name).read_text(encoding="utf-8")
+    return (files("llmq.report.page") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -1,0 +1,1 @@
+"""LoRA adapters: trained on a frozen base, merged into it."""

@@ -1,0 +1,1 @@
+"""Packed weights at work: linear layers, loading, generation."""
