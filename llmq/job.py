@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq import formats, methods, stream
+from llmq.block_io import rest
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.sink import Sink
@@ -27,7 +28,6 @@ from llmq.report import card
 from llmq.report.page import PAGE, report_page
 from llmq.report.progress import Silent
 from llmq.report.report import REPORT, Report, make_report, versions
-from llmq.storage import rest
 
 
 def plan(

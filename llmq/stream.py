@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmq import formats, steps
 from llmq.block.block import Block, relative_error, rounded_inputs
+from llmq.block_io import discard, fill, load, open_block, release, rest, restore, untouched
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, record
@@ -22,7 +23,6 @@ from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.planning.memory import before_blocks, device_memory, peak_memory, resident_memory
 from llmq.planning.plan import Plan
-from llmq.storage import discard, fill, load, open_block, release, rest, restore, untouched
 
 PROBE_VALUES = 256
 PROBE_TOLERANCE = 1e-3

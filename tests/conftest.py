@@ -108,7 +108,7 @@ def llmq() -> Run:
     """Call the command line in this process: llmq('quantize', 'demo', …). An unforeseen exception is a traceback."""
 
     def run(*args: object) -> Done:
-        from llmq.cli import app
+        from llmq.cli.app import app
 
         result = CliRunner().invoke(app, [str(a) for a in args])
         unforeseen = result.exception is not None and not isinstance(result.exception, SystemExit)

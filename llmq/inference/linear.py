@@ -1,7 +1,7 @@
 """QuantLinear: a linear layer whose weight stays packed; its forward is one operator of llmq_kernels.
 
-Made by `llmq.inference.transformers_hook` from what a checkpoint stores. Buffers only, so nothing trains; the input gets
-a gradient, which is what adapters on top need. It is an nn.Linear, as bitsandbytes' is, so peft finds it by itself.
+Made by transformers_hook.py from what a checkpoint stores. Buffers only, so nothing trains; the input gets a gradient,
+which is what adapters on top need. It is an nn.Linear, as bitsandbytes' is, so peft finds it by itself.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def tune(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     pytest.importorskip("peft")
     from typer.testing import CliRunner
 
-    from llmq.cli import app
+    from llmq.cli.app import app
 
     folder = tmp_path_factory.mktemp("tune")
     data = folder / "rows.jsonl"
@@ -210,7 +210,7 @@ def test_every_preset_can_be_made(name: str) -> None:
 def test_recipes_are_listed(llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from llmq import cli
+    from llmq.cli import app as cli
 
     monkeypatch.setattr(cli, "out_console", Console(width=240))
     done = llmq("recipes")

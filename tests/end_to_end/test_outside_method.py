@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmq import methods, options
+from llmq import methods
+from llmq.cli import options
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ import pytest
 from llmq.report.card import hub_id
 from tests.conftest import Run
 from tests.end_to_end.test_resume import digests
-from tests.llmq.page.reports import Page
+from tests.llmq.report.page.reports import Page
 
 
 def test_do_it_again(

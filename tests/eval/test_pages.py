@@ -18,8 +18,8 @@ from llmq_eval.pages import compare_page, tell_folders, write
 from llmq_eval.results import Measure, Results
 from tests import browser
 from tests.conftest import Run
-from tests.llmq.page.reports import Page, report
-from tests.llmq.page.test_page import HOSTILE
+from tests.llmq.report.page.reports import Page, report
+from tests.llmq.report.page.test_page import HOSTILE
 
 SIZES = {"base": (6_558_208, 16.0, 0.0), "rtn-w4": (2_475_000, 6.0, 0.045), "gptq-w4": (2_475_000, 6.0, 0.018)}
 SIZES |= {"rtn-w3": (2_180_000, 5.2, 0.21), "gptq-w3": (2_180_000, 5.2, 0.098), "nf4": (2_600_000, 6.3, 0.031)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import Run
-from tests.llmq.page.reports import report
+from tests.llmq.report.page.reports import report
 
 
 def test_folders_of_different_bases(tmp_path: Path, llmq: Run) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmq import job, storage, stream
+from llmq import block_io as storage
+from llmq import job, stream
 from llmq.block.block import Block
 from llmq.recipe.recipe import Recipe
 from llmq.report.progress import Silent

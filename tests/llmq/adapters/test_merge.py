@@ -18,11 +18,12 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 import llmq
-from llmq import cli, cli_adapters
 from llmq.adapters.lora import Adapter
 from llmq.adapters.merge import merge, scales, what_is_left
 from llmq.adapters.merged import Merged, NF4Source, open_base
 from llmq.checkpoint.source import Source
+from llmq.cli import adapters as cli_adapters
+from llmq.cli import app as cli
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmq.cli.options import err_console, explained
 from llmq.errors import LlmqError
-from llmq.options import err_console, explained
 
 
 def tune(

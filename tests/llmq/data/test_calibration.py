@@ -21,7 +21,7 @@ from llmq.data.tokens import tokenize
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
 
-SHARED = Path(__file__).parent.parent.parent.parent / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
 WORDS = ["a", "bee", "sees", "déjà", "vu", "at", "noon", ";", "128", "bees", "see", "none", "\U0001f41d"]
 TEMPLATE = (

@@ -18,7 +18,7 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.inference.transformers_hook import use_kernels
 from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import ids, write
-from tests.llmq.test_loading import apart, layers
+from tests.llmq.inference.test_transformers_hook import apart, layers
 from tests.llmq.written import Case, edit
 from tests.llmq.written import write as write_case
 

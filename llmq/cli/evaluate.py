@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq.cli.options import Trust, err_console, explained
 from llmq.errors import LlmqError
-from llmq.options import Trust, err_console, explained
 
 if TYPE_CHECKING:
     from llmq.report.report import Report

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from llmq.errors import LlmqError
 from llmq.report.card import hub_id, model_card, write_measured, write_place
-from tests.llmq.page.reports import measure, report
+from tests.llmq.report.page.reports import measure, report
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq.options import err_console, explained
+from llmq.cli.options import err_console, explained
 
 out_console = Console()
 

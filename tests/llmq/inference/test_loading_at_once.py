@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import llmq
 from llmq.inference.pretrained import load_model
-from tests.llmq.test_loading import layers
+from tests.llmq.inference.test_transformers_hook import layers
 from tests.llmq.written import Case, tiny, write
 
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq import cli_adapters, cli_eval, cli_push, cli_tune
-from llmq.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli import adapters, evaluate, push, tune
+from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
@@ -143,16 +143,12 @@ def generate(
         run(folder, prompt, tokens, device=device, trust_remote_code=trust_remote_code)
 
 
-cli_eval.add(app)
-cli_adapters.add(app, with_recipe, explained)
-app.command()(cli_push.push)
-app.command()(cli_tune.tune)
+evaluate.add(app)
+adapters.add(app, with_recipe, explained)
+app.command()(push.push)
+app.command()(tune.tune)
 
 
 def main() -> None:
     """The console script."""
     sys.exit(app())
-
-
-if __name__ == "__main__":
-    main()

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import INDEX, Source
+from tests.llmq.checkpoint.sink.job import CONFIG, PRINT, UNITS, content, in_child, opened, tensors_of, work
 from tests.llmq.refusal import refused
-from tests.llmq.sink.job import CONFIG, PRINT, UNITS, content, in_child, opened, tensors_of, work
 
 
 def test_what_is_written(tmp_path: Path, unbroken: dict[str, bytes]) -> None:

@@ -17,7 +17,7 @@ from llmq.errors import LlmqError
 from llmq.formats.inspection import Row, inspect_folder
 from llmq.report import render
 
-SHARED = Path(__file__).parent.parent.parent.parent / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 OUT, IN = 64, 256
 bf16 = torch.bfloat16
 

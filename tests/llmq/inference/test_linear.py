@@ -17,7 +17,7 @@ from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
 from llmq.inference.linear import IntLinear, quant_linear
 from llmq.inference.transformers_hook import use_kernels
 from llmq_kernels import backend, layouts
-from tests.llmq.test_loading import apart, layers
+from tests.llmq.inference.test_transformers_hook import apart, layers
 from tests.llmq.written import Case, config, gptq, save
 
 

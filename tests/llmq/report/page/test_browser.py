@@ -10,8 +10,8 @@ import pytest
 
 from llmq.report.page import report_page
 from tests import browser
-from tests.llmq.page.reports import Page, measure, report
-from tests.llmq.page.test_page import HOSTILE
+from tests.llmq.report.page.reports import Page, measure, report
+from tests.llmq.report.page.test_page import HOSTILE
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import torch
 
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import INDEX, Source
+from tests.llmq.checkpoint.sink.job import CONFIG, PRINT, content, in_child, opened, work
 from tests.llmq.refusal import refused
-from tests.llmq.sink.job import CONFIG, PRINT, content, in_child, opened, work
 
 
 class Failing:

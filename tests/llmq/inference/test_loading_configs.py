@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import llmq
 from llmq.inference.transformers_hook import KernelQuantizer, use_kernels
-from tests.llmq.test_loading import apart, layers, logits
+from tests.llmq.inference.test_transformers_hook import apart, layers, logits
 from tests.llmq.written import Case, Tensors, compressed, edit, save, stream, write
 from tests.llmq.written import config as written_config
 

@@ -14,7 +14,7 @@ from llmq.report.measured import digits, recovery, rows
 from llmq.report.page import PAGE, report_page, write_page
 from llmq.report.page.charts import LEVELS, Scale, ticks
 from llmq.report.report import REPORT, Report
-from tests.llmq.page.reports import Page, measure, report
+from tests.llmq.report.page.reports import Page, measure, report
 
 HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 ALONG = ["Error of each block's output", "Seconds per block", "Memory"]
@@ -177,7 +177,7 @@ def colours(theme: str) -> list[str]:
     """The heat map's colours of a theme, from the style sheet."""
     import llmq.report.page
 
-    css = (Path(llmq.page.__file__).parent / "templates" / "style.css").read_text()
+    css = (Path(llmq.report.page.__file__).parent / "templates" / "style.css").read_text()
     light, dark = css.split("@media (prefers-color-scheme: dark)")
     return re.findall(r"--h\d: (#[0-9a-f]{6})", light if theme == "light" else dark)[:LEVELS]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.llmq.sink.job import aux, content, work
+from tests.llmq.checkpoint.sink.job import aux, content, work
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import llmq
-from tests.llmq.test_loading import layers
-from tests.llmq.test_loading_own import SCHEMES, quantized
+from tests.llmq.inference.test_loading_own import SCHEMES, quantized
+from tests.llmq.inference.test_transformers_hook import layers
 from tests.llmq.written import Case, write
 
 
