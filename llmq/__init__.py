@@ -18,7 +18,8 @@ from llmq.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
     from llmq.inference.linear import QuantLinear
-    from llmq.inference.transformers_hook import load, use_kernels
+    from llmq.inference.pretrained import load
+    from llmq.inference.transformers_hook import use_kernels
     from llmq.job import plan, quantize
     from llmq.report.report import Report
 
@@ -38,7 +39,7 @@ __all__ = [
 _LAZY = {
     "plan": "job",
     "quantize": "job",
-    "load": "inference.transformers_hook",
+    "load": "inference.pretrained",
     "use_kernels": "inference.transformers_hook",
     "QuantLinear": "inference.linear",
     "Report": "report.report",

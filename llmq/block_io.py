@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
 
@@ -95,13 +93,6 @@ def _works(plan: Plan, index: int) -> list[Work]:
         parameter = f"{item.module}.weight".removeprefix(prefix)
         works.append(Work(item.name, parameter, module, item.scheme, module.weight.detach(), item.shares))
     return works
-
-
-def release() -> None:
-    """Hand freed memory back to the system: glibc keeps what it may need again, which adds up over blocks."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def discard(block: nn.Module) -> None:

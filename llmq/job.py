@@ -15,19 +15,21 @@ from llmq import formats, methods, stream
 from llmq.block_io import rest
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
+from llmq.checkpoint.files import CARD, REPORT
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import Source
+from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.calibration import Windows, windows
 from llmq.errors import LlmqError, first_line
 from llmq.grids.scheme import Scheme
+from llmq.machine import check_device
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import card
 from llmq.report.page import PAGE, report_page
-from llmq.report.progress import Silent
-from llmq.report.report import REPORT, Report, make_report, versions
+from llmq.report.report import Report, make_report, versions
+from llmq.watch import Silent, Watch
 
 
 def plan(
@@ -50,7 +52,7 @@ def plan(
     if out is not None:
         check_writable(Path(out))
         refuse_foreign(Path(out))
-    source = Source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
+    source = FolderSource(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def wanted(longest: int | None) -> Windows:
         if ids is not None:
@@ -71,7 +73,7 @@ def quantize(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
-    watch: stream.Watch | None = None,
+    watch: Watch | None = None,
     made: Plan | None = None,
     command: str | None = None,
 ) -> Report:
@@ -100,7 +102,7 @@ def quantize(
         told = {
             REPORT: report.to_json(),
             PAGE: report_page(report),
-            card.CARD: card.model_card(report, made.source.folder),
+            CARD: card.model_card(report, made.source.folder),
         }
         sink.finish(config(made), made.source.aux_files(), told)
     return report
@@ -153,11 +155,3 @@ def calibration_windows(source: Source, calibration: Calibration, seed: int, lon
     if longest is not None:
         calibration = replace(calibration, seqlen=min(calibration.seqlen, longest))
     return windows(calibration, tokenizer, seed=seed)
-
-
-def check_device(device: str) -> None:
-    """Raise LlmqError where torch does not know or have the device."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise LlmqError(f"--device {device}: not usable here ({first_line(error)}); --device cpu always is") from error

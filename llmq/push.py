@@ -10,11 +10,12 @@ import re
 from pathlib import Path
 
 from llmq.checkpoint.claim import STATE
+from llmq.checkpoint.files import CARD, REPORT
 from llmq.checkpoint.sink import check_finished
-from llmq.checkpoint.source import Source
+from llmq.checkpoint.source import FolderSource
 from llmq.errors import LlmqError, first_line
-from llmq.report.card import CARD, write_place
-from llmq.report.report import REPORT, Report
+from llmq.report.card import write_place
+from llmq.report.report import Report
 
 # What a model's folder is made of; whatever else lies in it (notes, logs, a token) is nobody's business.
 _MODEL = (
@@ -72,7 +73,7 @@ def check(folder: Path) -> None:
     Reads the headers of all shards, and every byte of them where the journal of the run is still there.
     """
     finished = check_finished(folder)
-    source = Source(folder, trust_remote_code=True, quantized_ok=True)
+    source = FolderSource(folder, trust_remote_code=True, quantized_ok=True)
     if not Report.there(folder):
         if not finished:
             raise LlmqError(f"{folder} has no {REPORT}: it is not a folder that llmq finished")

@@ -8,37 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq import formats, steps
 from llmq.block.block import Block, relative_error, rounded_inputs
-from llmq.block_io import discard, fill, load, open_block, release, rest, restore, untouched
+from llmq.block_io import discard, fill, load, open_block, rest, restore, untouched
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, record
 from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
-from llmq.planning.memory import before_blocks, device_memory, peak_memory, resident_memory
+from llmq.machine import device_memory, give_back, peak_memory, resident_memory
+from llmq.planning.memory import before_blocks
 from llmq.planning.plan import Plan
+from llmq.watch import Watch
 
 PROBE_VALUES = 256
 PROBE_TOLERANCE = 1e-3
-
-
-class Watch(Protocol):
-    """Is told how far the run has come; the command line draws a progress bar from it."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def step(self, text: str) -> None:
-        """One step is done."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know happened."""
 
 
 def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
@@ -62,7 +51,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     for index in todo:
         calls = [calls[index] for calls in recording.calls]
         hidden, exact = quantize_block(plan, sink, index, hidden, exact, calls, device)
-        release()
+        give_back()
         watch.step(f"{units[index]}: output error {sink.done[units[index]]['error']:.2e}")
     del hidden, exact
     verify(plan, sink, recording, device, watch)
@@ -123,7 +112,7 @@ def replay(
         output = forward(block, hidden, calls, device)
     check_probe(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
     discard(block)
-    release()
+    give_back()
     return output
 
 

@@ -58,6 +58,89 @@ def test_imports_point_one_way(package: str) -> None:
     assert not wrong
 
 
+# Folders and files of llmq/, lowest first: each imports only what stands in earlier groups (docs/design.md, §2).
+GROUPS = (
+    {"errors", "validate", "machine", "watch", "demo"},
+    {"checkpoint", "discovery", "grids"},
+    {"recipe", "numerics", "formats", "block"},
+    {"data", "methods", "inference"},
+    {"planning", "training"},
+    {"report", "steps", "block_io"},
+    {"stream", "push"},
+    {"job"},
+    {"adapters"},
+    {"cli"},
+)
+MOST_NAMES = 28
+
+
+def module_name(file: Path) -> str:
+    """The dotted name of a module of llmq."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_imported(file: Path, modules: set[str]) -> set[str]:
+    """Every module of llmq that the file imports, inside functions and for type checking too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in modules else str(node.module))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found & modules
+
+
+def room(module: str) -> str:
+    """The folder or file directly under llmq/ that a module is in; llmq itself, which only hands on names, is none."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def imports_of_llmq() -> dict[str, set[str]]:
+    """Module → the modules that it imports."""
+    modules = {module_name(file) for file in sources("llmq")}
+    return {module_name(file): modules_imported(file, modules) for file in sources("llmq")}
+
+
+def test_every_room_has_its_group() -> None:
+    assert {room(module) for module in imports_of_llmq()} - {""} == set().union(*GROUPS)
+
+
+def test_a_folder_imports_only_earlier_groups() -> None:
+    level = {name: i for i, group in enumerate(GROUPS) for name in group}
+    wrong = [
+        f"{module} imports {other}"
+        for module, reached in imports_of_llmq().items()
+        for other in reached
+        if room(module)
+        and room(other)
+        and room(other) != room(module)
+        # The ground is files without folders: they may build on each other, in a row.
+        and (level[room(other)] > level[room(module)] or level[room(other)] == level[room(module)] > 0)
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Inner imports are counted; a package that hands on the names of its modules is not."""
+    left = {
+        module: {other for other in reached if other != module and not module.startswith(other + ".")}
+        for module, reached in imports_of_llmq().items()
+    }
+    while free := [module for module, reached in left.items() if not reached & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+def test_the_hall_is_small() -> None:
+    names = [path.name for path in (ROOT / "llmq").iterdir() if path.name != "__pycache__"]
+    assert len(names) <= MOST_NAMES, sorted(names)
+
+
 def test_kernels_know_torch_and_nothing_above_it() -> None:
     above = {"transformers", "accelerate", "datasets", "huggingface_hub", "compressed_tensors", "typer", "rich"}
     wrong = {str(file.relative_to(ROOT)): found for file in sources("llmq_kernels") if (found := imports(file) & above)}

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from llmq.errors import LlmqError
@@ -18,40 +17,12 @@ from llmq.inference.pretrained import input_device
 from llmq_eval import divergence, measures, speed, tasks, windows
 from llmq_eval.journal import Journal
 from llmq_eval.models import Models
+from llmq_eval.options import Options
 from llmq_eval.perplexity import measure as measure_perplexity
 from llmq_eval.results import Measure, Results, forget, make_folder, write
-from llmq_eval.subject import Subject, check_device, default_out, key, machine, versions
-from llmq_eval.tasks import OWN, Settings, Tasks
+from llmq_eval.subject import Subject, check_device, key, machine, versions
+from llmq_eval.tasks import OWN, Tasks
 from llmq_eval.windows import Windows
-
-
-@dataclass(frozen=True)
-class Options:
-    """tasks: names; 'perplexity' and 'divergence' are on `text`, 'perplexity:wikitext2' on another. out: where results
-    are kept. fresh: measure again what is cached. write_tasks: folder for the task files made from data_dir.
-    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`. kernels: quantized
-    weights stay packed and run on llmq's operators, instead of as stock transformers runs them.
-    """
-
-    tasks: tuple[str, ...] = ("perplexity",)
-    text: str = "demo"
-    window: int | None = None
-    max_windows: int | None = None
-    batch: int = 1
-    dtype: str = "float32"
-    device: str = "cpu"
-    special_tokens: bool = True
-    settings: Settings = field(default_factory=Settings)
-    data_dir: Path | None = None
-    write_tasks: Path | None = None
-    out: Path = field(default_factory=default_out)
-    repeats: int = speed.REPEATS
-    prompt: int = speed.PROMPT
-    tokens: int = speed.TOKENS
-    kernels: bool = False
-    trust_remote_code: bool = False
-    progress: bool = True
-    fresh: bool = False
 
 
 def evaluate(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmq.errors import LlmqError
 from llmq.inference.pretrained import input_device
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq_eval import speed
 from llmq_eval.perplexity import shown_dtype
 from llmq_eval.subject import Subject
 
 if TYPE_CHECKING:
-    from llmq_eval.evaluation import Options
+    from llmq_eval.options import Options
 
 ROOM = 0.8
 """Of the free memory, what two models at once may take."""

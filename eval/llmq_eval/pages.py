@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import PackageLoader
 
 from llmq.errors import LlmqError
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq.report import card, page
 from llmq.report.measured import digits, interval, value
 from llmq.report.page.frame import render

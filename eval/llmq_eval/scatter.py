@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq.report.measured import digits, interval, value
 from llmq.report.page.charts import LOGARITHMIC, ticks
 from llmq_eval.comparison import Comparison, Line

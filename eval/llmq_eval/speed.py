@@ -96,7 +96,7 @@ def run(
     import torch
 
     from llmq.inference.pretrained import input_device, load_model
-    from llmq.planning.memory import peak_memory
+    from llmq.machine import peak_memory
     from llmq_eval.perplexity import shown_dtype
     from llmq_eval.windows import default_window
 

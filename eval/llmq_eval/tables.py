@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq_eval.comparison import Cell, Comparison, Contrast, Line
 from llmq_eval.results import Measure
 

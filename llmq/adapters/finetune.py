@@ -23,21 +23,22 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from llmq.adapters.lora import CONFIG, RECORD, WEIGHTS, require
+from llmq.adapters.lora import CONFIG, RECORD, WEIGHTS
 from llmq.adapters.merged import is_nf4
 from llmq.adapters.settings import Outcome, Settings, card
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
-from llmq.checkpoint.source import Source
+from llmq.checkpoint.files import write
+from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.instructions import Example, Examples, read
 from llmq.errors import LlmqError, first_line
 from llmq.inference.pretrained import load_model, load_tokenizer
-from llmq.job import check_device
-from llmq.planning.memory import check_writable, peak_memory
-from llmq.report.progress import Silent
-from llmq.training import state as checkpoint
+from llmq.machine import check_device, peak_memory, require
+from llmq.planning.memory import check_writable
 from llmq.training.curve import svg
+from llmq.training.state import load, save
 from llmq.training.steps import held_out_loss, loss_of, make_optimizer, mode, rate, split, steps_of
+from llmq.watch import Silent
 
 LOSSES = "loss.jsonl"
 CURVE = "loss.svg"
@@ -75,7 +76,7 @@ def finetune(
     check_writable(out)
     refuse_foreign(out)
     folder = hub.resolve(model, trust_remote_code=trust_remote_code)
-    source = Source(folder, trust_remote_code, quantized_ok=True)
+    source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     if settings.base_bits == 4:
         require("bitsandbytes", "an NF4 base")
     _refuse_base(folder, source.config, settings)
@@ -219,7 +220,7 @@ class _Run:
     def train(self, save_every: int) -> None:
         """From the last checkpoint, or the beginning, to the last step."""
         settings, state = self.settings, self.out / STATE
-        about = checkpoint.load(state, self.trained, self.optimizer)
+        about = load(state, self.trained, self.optimizer)
         begun = 0 if about is None else about["step"]
         if about is not None:
             self.tokens, self.seconds = about["tokens"], about["seconds"]
@@ -227,7 +228,7 @@ class _Run:
         clock = time.perf_counter() - self.seconds
         losses = self.out / LOSSES
         kept = [] if about is None else [line for line in _lines(losses) if line["step"] <= begun]
-        checkpoint.write(losses, "".join(json.dumps(line) + "\n" for line in kept))
+        write(losses, "".join(json.dumps(line) + "\n" for line in kept))
         if about is None:
             self._measure(0)
             self._save(0)
@@ -282,7 +283,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         about = {"step": step, "tokens": self.tokens, "seconds": self.seconds}
-        checkpoint.save(self.out / STATE, self.trained, self.optimizer, about)
+        save(self.out / STATE, self.trained, self.optimizer, about)
 
     def finish(self, data: list[str]) -> Outcome:
         """Write the adapter, the curve and the card; the record last, which says that all of it is there."""
@@ -312,11 +313,11 @@ class _Run:
         settled.target_modules = sorted(settled.target_modules)  # PEFT's set is in another order in every process
         self.model.save_pretrained(made, save_embedding_layers=False)
         for name in (WEIGHTS, CONFIG):
-            checkpoint.write(self.out / name, (made / name).read_bytes())
+            write(self.out / name, (made / name).read_bytes())
         shutil.rmtree(made)
-        checkpoint.write(self.out / CURVE, svg(training, measured))
-        checkpoint.write(self.out / "README.md", card(outcome, self.out.absolute().name))
-        checkpoint.write(self.out / RECORD, json.dumps(asdict(outcome), indent=1, sort_keys=True) + "\n")
+        write(self.out / CURVE, svg(training, measured))
+        write(self.out / "README.md", card(outcome, self.out.absolute().name))
+        write(self.out / RECORD, json.dumps(asdict(outcome), indent=1, sort_keys=True) + "\n")
         return outcome
 
 
@@ -369,7 +370,7 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> int:
             compare(out, json.loads(json.dumps(fingerprint)))
         else:
             refuse_foreign(out)
-            checkpoint.write(state / FINGERPRINT, json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
+            write(state / FINGERPRINT, json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
     except BaseException:
         os.close(lock)
         raise

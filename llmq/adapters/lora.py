@@ -8,9 +8,7 @@ or embeddings, initializations that change the base weights …) is refused: mer
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_tensor
 from llmq.errors import LlmqError
+from llmq.machine import require
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -129,16 +128,6 @@ class Adapter:
         for name in (CONFIG, WEIGHTS):
             digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()
-
-
-def require(package: str, what: str) -> Any:
-    """An optional package, imported. Raises LlmqError with the command that installs it."""
-    # What bitsandbytes says when it is imported, by itself or by PEFT (a missing kernel), is nothing the user can use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise LlmqError(f"{what} needs {package}: pip install {package}") from error
 
 
 def _object(file: Path) -> dict[str, Any]:

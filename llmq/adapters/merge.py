@@ -26,8 +26,9 @@ from llmq.adapters.merged import Merged, open_base
 from llmq.adapters.settings import Settings
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
+from llmq.checkpoint.files import write
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import Source, check_finite
+from llmq.checkpoint.source import FolderSource, Source, check_finite
 from llmq.data import instructions
 from llmq.data.calibration import Windows
 from llmq.data.tokens import encode
@@ -35,15 +36,14 @@ from llmq.errors import LlmqError
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.inference.pretrained import load_model, load_tokenizer
+from llmq.machine import check_device
 from llmq.methods.base import Method
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.report.progress import Silent
 from llmq.report.report import Report, versions
-from llmq.stream import Watch
-from llmq.training import state as checkpoint
 from llmq.training.steps import held_out_loss
+from llmq.watch import Silent, Watch
 
 RECORD = "merge.json"
 UNIT_BYTES = 2**28
@@ -124,7 +124,7 @@ def merge(
     Raises LlmqError, naming the first weight, where the adapter does not fit.
     """
     began, out, watch = time.perf_counter(), Path(out), watch or Silent()
-    job.check_device(device)
+    check_device(device)
     check_writable(out)
     refuse_foreign(out)
     folder = hub.resolve(base, trust_remote_code=trust_remote_code)
@@ -157,7 +157,7 @@ def merge(
         seconds=round(time.perf_counter() - began, 2),
         notes=notes,
     )
-    checkpoint.write(out / RECORD, json.dumps(asdict(merged), indent=1, sort_keys=True) + "\n")
+    write(out / RECORD, json.dumps(asdict(merged), indent=1, sort_keys=True) + "\n")
     _complete_card(out, merged)
     return merged
 
@@ -231,7 +231,7 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
 
 def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Left]:
     """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
-    written = Source(out, source.trust_remote_code, quantized_ok=True)
+    written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
     rows = {} if report is None else {row["name"]: row for row in report.weights if row["scheme"] is not None}
     moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
     changed = [name for name, change in source.changes.items() if change.pair is not None]
@@ -342,4 +342,4 @@ def _complete_card(out: Path, report: MergeReport) -> None:
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {out.absolute().name}\n\n{report.base}.\n"
     note = f"\nMerged with the LoRA adapter {Path(report.adapter).name}: `merge.json` says how much of it is left.\n"
     if note not in text:
-        checkpoint.write(card, text + note)
+        write(card, text + note)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters.lora import Adapter, Pair, require
-from llmq.checkpoint.source import Source
-from llmq.checkpoint.tensors import TensorInfo, read_tensor
+from llmq.adapters.lora import Adapter, Pair
+from llmq.checkpoint.source import FolderSource, Source, Wrapped
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import link
 from llmq.errors import LlmqError
+from llmq.machine import require
 
 TRAINED_ON = ("auto", "base", "nf4")
 BLOCK = 64
@@ -28,46 +30,50 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
 
 
-class NF4Source(Source):
+class NF4Source(Wrapped):
     """A folder that bitsandbytes quantized to NF4, read as the weights that its codes stand for.
 
-    Everything is as in Source; a quantized weight's dtype and shape are those it had before. Raises LlmqError for a
-    folder that is quantized in another way.
+    A quantized weight's dtype and shape are those it had before. Raises LlmqError for a folder that is quantized in
+    another way.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        super().__init__(folder, trust_remote_code, quantized_ok=True)
+        super().__init__(FolderSource(folder, trust_remote_code, quantized_ok=True))
         if not is_nf4(self.config):
             raise LlmqError(f"{folder} is quantized, and not by bitsandbytes to NF4: start from the unquantized model")
         self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-        self._stored = dict(self._infos)
-        for name in [n.removesuffix(_STATE) for n in self._stored if n.endswith(_STATE)]:
-            state = self._state(name)
-            shape, dtype = tuple(int(n) for n in state["shape"]), getattr(torch, state["dtype"])
-            size = dtype.itemsize
-            for n in shape:
-                size *= n
-            self._infos[name] = TensorInfo(name, dtype, shape, self._stored[name].file, 0, size)
-            for part in _PARTS:
-                self._infos.pop(name + part, None)
+        stored = set(self.base.names())
+        self.quantized = {n.removesuffix(_STATE): self._info(n.removesuffix(_STATE)) for n in stored if _STATE in n}
+        parts = {name + part for name in self.quantized for part in _PARTS}
+        self._names = [name for name in self.base.names() if name not in parts]
 
-    def _state(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(bytes(read_tensor(self._stored[name + _STATE]).tolist()))
-        return state
+    def _info(self, name: str) -> TensorInfo:
+        state = json.loads(bytes(self.base.read(name + _STATE).tolist()))
+        shape, dtype = tuple(int(n) for n in state["shape"]), getattr(torch, state["dtype"])
+        return TensorInfo(name, dtype, shape, self.base.info(name).file, 0, math.prod(shape) * dtype.itemsize)
+
+    def names(self) -> list[str]:
+        """See `Source.names`: the weights, without what quantization stores beside them."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Source.info`: a weight as it was before it was quantized."""
+        return self.quantized.get(name) or self.base.info(name)
+
+    def changes_tensor(self, name: str) -> bool:
+        """See `Wrapped.changes_tensor`."""
+        return name in self.quantized
 
     def read(self, name: str) -> Tensor:
         """The tensor in the dtype it had, dequantized by bitsandbytes where it is quantized."""
-        if name + _STATE not in self._stored:
-            return super().read(name)
+        if name not in self.quantized:
+            return self.base.read(name)
         bnb = require("bitsandbytes", "reading an NF4 model")
-        parts = {f"w{p}": read_tensor(self._stored[name + p]) for p in _PARTS if name + p in self._stored}
+        stored = set(self.base.names())
+        parts = {f"w{p}": self.base.read(name + p) for p in _PARTS if name + p in stored}
         state = bnb.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-        value: Tensor = bnb.functional.dequantize_4bit(read_tensor(self._stored[name]), state)
+        value: Tensor = bnb.functional.dequantize_4bit(self.base.read(name), state)
         return value
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop−1; all of a quantized weight is dequantized for them."""
-        return self.read(name)[start:stop] if name + _STATE in self._stored else super().read_rows(name, start, stop)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Change:
     turned: bool
 
 
-class Merged(Source):
+class Merged(Wrapped):
     """`base` with `adapter` merged in. changes: tensor → what becomes of it.
 
     trained_on: 'nf4' where the tune was made on an NF4 base: each weight that was quantized then is rounded to NF4 and
@@ -93,9 +99,8 @@ class Merged(Source):
     def __init__(self, base: Source, adapter: Adapter, trained_on: str = "auto") -> None:
         if trained_on not in TRAINED_ON:
             raise LlmqError(f"--trained-on must be one of {', '.join(TRAINED_ON)}, not {trained_on!r}")
-        self.base, self.adapter = base, adapter
-        self.folder, self.trust_remote_code = base.folder, base.trust_remote_code
-        self.config, self.index, self.shards, self._infos = base.config, base.index, base.shards, base._infos
+        super().__init__(base)
+        self.adapter = adapter
         record = adapter.record.get("base", {})
         if trained_on == "auto":
             trained_on = "nf4" if record.get("bits") == 4 else "base"
@@ -148,9 +153,9 @@ class Merged(Source):
         """The tensor as merged, in the dtype that the base stores it in."""
         return self.exact(name)[0].to(self.info(name).dtype) if name in self.changes else self.base.read(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop−1; all of a changed weight is merged for them."""
-        return self.read(name)[start:stop] if name in self.changes else self.base.read_rows(name, start, stop)
+    def changes_tensor(self, name: str) -> bool:
+        """See `Wrapped.changes_tensor`."""
+        return name in self.changes
 
     def fingerprint(self) -> str:
         """A hash of the base, the adapter and how they are merged."""
@@ -161,8 +166,8 @@ class Merged(Source):
 
 def open_base(folder: Path, trust_remote_code: bool = False) -> Source:
     """A base model: unquantized, or a bitsandbytes NF4 folder read as what its codes stand for. Raises LlmqError."""
-    quantized = Source(folder, trust_remote_code, quantized_ok=True).config.get("quantization_config")
-    return NF4Source(folder, trust_remote_code) if quantized else Source(folder, trust_remote_code)
+    quantized = FolderSource(folder, trust_remote_code, quantized_ok=True).config.get("quantization_config")
+    return NF4Source(folder, trust_remote_code) if quantized else FolderSource(folder, trust_remote_code)
 
 
 def is_nf4(config: dict[str, Any]) -> bool:

@@ -15,23 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmq.checkpoint.files import CARD, INDEX, PICKLES, SINGLE, goes_along
 from llmq.errors import LlmqError, first_line
+from llmq.machine import existing
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-CARD = "README.md"
-"""Fetched for its metadata: the licence and the languages go into the card of what is made of the model."""
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 ATTEMPTS = 4
 """Tries of a download; the waits between them are 1, 2 and 4 seconds. Finished files are not fetched again."""
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
-_CARRIED_NAMES = ("license", "licence", "notice")
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -179,7 +174,7 @@ def _weights(name: str, files: dict[str, int]) -> list[str] | None:
             f"{name} has neither {SINGLE} nor {INDEX} on the hub, only {', '.join(sorted(found)[:3])}: "
             "it is an adapter, a variant or a part of a model; give the model that it belongs to"
         )
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
     if pickles:
         raise LlmqError(
             f"{name} has only pickled weights ({', '.join(pickles[:3])}), which can run code when read, so llmq does "
@@ -201,13 +196,12 @@ def _indexed(name: str, index: Path, files: dict[str, int]) -> list[str]:
 
 def _carried(file: str, trust_remote_code: bool) -> bool:
     """Whether a file that is no weight goes with the model: configuration, tokenizer, licence, and its own code."""
-    if file.endswith(".py"):
-        return trust_remote_code
+    # The card is fetched for its metadata: licence and languages go into the card of what is made of the model.
     if file.endswith(".jinja") or file == CARD:
         return True
-    if "/" in file or file.endswith(".index.json"):
-        return False
-    return file.endswith(_CARRIED) or file.lower().startswith(_CARRIED_NAMES)
+    if file.endswith(".py"):
+        return trust_remote_code
+    return "/" not in file and goes_along(file, code=False)
 
 
 def _check_disk(name: str, commit: str | None, sizes: dict[str, int]) -> None:
@@ -215,11 +209,10 @@ def _check_disk(name: str, commit: str | None, sizes: dict[str, int]) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     cache = Path(constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     needed = sum(
         size for file, size in sizes.items() if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
     )
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(cache)).free
     if needed > free:
         raise LlmqError(
             f"{name} needs {needed / 2**30:.1f} GiB in {cache} and {free / 2**30:.1f} GiB are free: "

@@ -20,12 +20,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
-from llmq.checkpoint.source import INDEX
+from llmq.checkpoint.files import INDEX, PARTIAL, put, sync_folder, write_all
 from llmq.checkpoint.tensors import DTYPE_NAMES, TensorInfo, encode, read_header, read_tensor
 from llmq.errors import LlmqError
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_PARTIAL = ".partial"
 _PIECE = 1 << 24
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
@@ -202,11 +201,11 @@ class Sink:
             os.ftruncate(self._journal, good)
             os.fsync(self._journal)
         known = {entry["shard"] for entry in self._entries.values()}
-        for stray in [*self._state.glob("*" + _PARTIAL), *self.out.iterdir()]:
-            of_ours = stray.suffix == _PARTIAL or _SHARD.fullmatch(stray.name) or stray.name == INDEX
+        for stray in [*self._state.glob("*" + PARTIAL), *self.out.iterdir()]:
+            of_ours = stray.suffix == PARTIAL or _SHARD.fullmatch(stray.name) or stray.name == INDEX
             if of_ours and stray.name not in known and not (stray.name == INDEX and self.finished):
                 stray.unlink()
-        _sync_folder(self._state)
+        sync_folder(self._state)
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.done[entry["unit"]] = entry.pop("payload")
@@ -218,7 +217,7 @@ class Sink:
         line = json.dumps(entry).encode() + b"\n"
         before = os.fstat(self._journal).st_size
         try:
-            _write_all(self._journal, memoryview(line))
+            write_all(self._journal, memoryview(line))
             os.fsync(self._journal)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -231,26 +230,10 @@ class Sink:
 
     def _put(self, path: Path, pieces: Iterable[memoryview], size: int) -> str:
         """Write a file whole or not at all; returns its sha256. Raises LlmqError when the disk is full or fails."""
-        partial = self._state / (path.name + _PARTIAL)
-        digest = hashlib.sha256()
         try:
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                for piece in pieces:
-                    _write_all(fd, piece)
-                    digest.update(piece)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            partial.rename(path)
-            _sync_folder(path.parent)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise self._failed(path.name, size, error) from error
-            raise
-        return digest.hexdigest()
+            return put(path, pieces, self._state / (path.name + PARTIAL))
+        except OSError as error:
+            raise self._failed(path.name, size, error) from error
 
     def _failed(self, what: str, needed: int, error: OSError) -> LlmqError:
         kept = f"{len(self._entries)} of {self.units} blocks are kept"
@@ -325,20 +308,3 @@ def _pieces_of(path: Path) -> tuple[int, Iterator[memoryview]]:
         return path.stat().st_size, pieces()
     except OSError as error:
         raise LlmqError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put renames on disk; some file systems can not, and then the folder's order is theirs."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}:
-            raise
-    finally:
-        os.close(fd)

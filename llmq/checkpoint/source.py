@@ -5,30 +5,56 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.files import INDEX, PICKLES, REPORT, SINGLE, goes_along
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
-__all__ = ["INDEX", "Source", "TensorInfo", "check_finite"]
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CARRIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm"}
-_CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
 # What speaks of the source's own weights would be untrue, or taken for true, beside the quantized ones.
-_LEFT = {"config.json", "params.json", "adapter_config.json", "quantize_config.json", "report.json"}
+_LEFT = {"config.json", "params.json", "adapter_config.json", "quantize_config.json", REPORT}
 _CARRIED_MAX = 128 << 20
 _CHUNK = 4096
 _CHUNKS = 64
 
 
-class Source:
+class Source(Protocol):
+    """A checkpoint to read: a folder, or a folder seen through something (an adapter merged into it, as `Wrapped`).
+
+    config: of its config.json; folder: where it, the tokenizer and the licence are.
+    """
+
+    folder: Path
+    trust_remote_code: bool
+    config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Every tensor, in the order in which it is cheapest to read them."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and file of a tensor as `read` gives it. Raises KeyError for a name that is not there."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own. Raises LlmqError if the file fails or was cut."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop−1 of a tensor. Raises as read, and IndexError out of range."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+
+    def aux_files(self) -> list[Path]:
+        """What goes along unchanged, sorted by name."""
+
+    def fingerprint(self) -> str:
+        """A hash that tells this checkpoint from another."""
+
+
+class FolderSource:
     """A model folder: its config, and its tensors by name.
 
     Every check that needs no weight is made here, in well under a second per hundred shards. Raises LlmqError, one
@@ -79,7 +105,7 @@ class Source:
                 f"{self.folder} has {len(found)} safetensors files but no {INDEX} that says which are the model: "
                 "download the index as well"
             )
-        pickles = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.name.endswith(PICKLES))
         if pickles:
             raise LlmqError(
                 f"{self.folder} has its weights as pickles only ({pickles[0]}), which can run code when opened and are "
@@ -134,15 +160,13 @@ class Source:
         Weights, indexes, config.json, model cards and pickles stay behind, and so do subfolders. Python files go along
         only where the config names them.
         """
-        carried = _CARRIED | ({".py"} if "auto_map" in self.config else set())
         return sorted(
             path
             for path in self.folder.iterdir()
             if path.is_file()
             and not path.name.startswith(".")
             and path.name not in _LEFT
-            and not path.name.endswith(".index.json")
-            and (path.suffix.lower() in carried or path.name.lower().startswith(_CARRIED_NAMES))
+            and goes_along(path.name, code="auto_map" in self.config)
             and path.stat().st_size <= _CARRIED_MAX
         )
 
@@ -176,6 +200,47 @@ class Source:
             except OSError as error:
                 raise LlmqError(f"cannot read {shard}: {error.strerror}") from error
         return digest.hexdigest()
+
+
+class Wrapped:
+    """A source seen through something: everything is the base's but for what a subclass says otherwise."""
+
+    def __init__(self, base: Source) -> None:
+        self.base = base
+        self.folder, self.trust_remote_code, self.config = base.folder, base.trust_remote_code, base.config
+
+    def names(self) -> list[str]:
+        """See `Source.names`."""
+        return self.base.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Source.info`."""
+        return self.base.info(name)
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`."""
+        return self.base.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Source.read_rows`; all of a tensor is read where `read` changes it."""
+        return self.read(name)[start:stop] if self.changes_tensor(name) else self.base.read_rows(name, start, stop)
+
+    def changes_tensor(self, name: str) -> bool:
+        """Whether `read` gives something else than the base."""
+        return False
+
+    @property
+    def total_bytes(self) -> int:
+        """See `Source.total_bytes`."""
+        return sum(self.info(name).nbytes for name in self.names())
+
+    def aux_files(self) -> list[Path]:
+        """See `Source.aux_files`."""
+        return self.base.aux_files()
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.base.fingerprint()
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -107,8 +107,8 @@ def evaluate(
         from llmq.report.report import Report
         from llmq_eval import pages, tables
         from llmq_eval.comparison import comparison
-        from llmq_eval.evaluation import Options
         from llmq_eval.evaluation import evaluate as run
+        from llmq_eval.options import Options
         from llmq_eval.subject import check_device, default_out
         from llmq_eval.tasks import Settings
 

@@ -5,16 +5,14 @@ Products are seen at the torch function, not at nn.Linear, so fused and sliced p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from llmq.block.statistics import Statistic
 
 PRODUCTS = {
     torch.nn.functional.linear,
@@ -155,13 +153,20 @@ def watch_modules(module: nn.Module) -> Iterator[Modules]:
             hook.remove()
 
 
+class Takes(Protocol):
+    """What an input can be given to: a statistic of it."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., width]."""
+
+
 @contextmanager
-def collect(modules: Mapping[nn.Module, list[Statistic]]) -> Iterator[None]:
+def collect(modules: Mapping[nn.Module, Sequence[Takes]]) -> Iterator[None]:
     """Feed each module's input to its statistics while the context is open."""
     hooks = []
     for module, statistics in modules.items():
 
-        def feed(_: nn.Module, args: tuple[Any, ...], statistics: list[Statistic] = statistics) -> None:
+        def feed(_: nn.Module, args: tuple[Any, ...], statistics: Sequence[Takes] = statistics) -> None:
             for statistic in statistics:
                 statistic.update(args[0])
 

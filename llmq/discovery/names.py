@@ -6,9 +6,10 @@ Checkpoints are written with the names they were read with, so every server that
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
+
+from llmq.discovery.rename import renamer
 
 
 @dataclass
@@ -22,22 +23,12 @@ class Links:
 
 def link(model: nn.Module, names: list[str]) -> Links:
     """Match the checkpoint's tensor names to the model's parameters and buffers, as from_pretrained would."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    state = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-    links = Links()
+    renamed, state, links = renamer(model), model.state_dict(), Links()
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], prefix, state)
+        target, converted = renamed(name)
         if target not in state:
             links.unused.append(name)
-        elif pattern is not None:
+        elif converted:
             links.converted[target] = f"transformers converts {name} while loading it"
         else:
             links.source[target] = name

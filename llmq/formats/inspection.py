@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmq.checkpoint.source import Source, TensorInfo
+from llmq.checkpoint.files import REPORT
+from llmq.checkpoint.source import FolderSource, Source
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
-from llmq.report.report import REPORT
 
 # Endings that, beside a tensor that holds the codes, belong to the same weight.
 _COMPANIONS = {
@@ -101,7 +102,7 @@ def inspect_folder(path: Path) -> Inspection:
 
     Raises LlmqError if it is no model folder, or its files are missing or damaged.
     """
-    source = Source(Path(path), trust_remote_code=True, quantized_ok=True)
+    source = FolderSource(Path(path), trust_remote_code=True, quantized_ok=True)
     found = source.config.get("quantization_config") or source.config.get("compression_config") or {}
     config: dict[str, Any] = found if isinstance(found, dict) else {}
     method = config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else None)

@@ -6,7 +6,7 @@ random numbers. Here the files decide, the configuration must agree, and everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_header
+from llmq.discovery.rename import renamer
 from llmq.errors import LlmqError
 from llmq.formats.plain import FLOATS, Entry, Layer, Reader
 from llmq.inference.linear import QuantLinear, quant_linear
@@ -84,7 +85,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     configuration says, a linear module of the base model has no tensor at all, or a file is damaged.
     """
     stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
-    renamed = _renamer(model)
+    renamed = renamer(model)
     modules, state = dict(model.named_modules()), model.state_dict()
     linear = {name: module for name, module in modules.items() if sizes(module) is not None}
     found = Found()
@@ -169,26 +170,6 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
         width, rows = module.weight.shape
         return rows, width
     return None
-
-
-def _renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """A stored name → the model's name for it, and whether transformers makes something else of the tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    state = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-
-    def renamed(name: str) -> tuple[str, bool]:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], prefix, state)
-        return target, pattern is not None
-
-    return renamed
 
 
 def _check_complete(model: nn.Module, linear: Mapping[str, nn.Module], seen: set[str], file: Path | None) -> None:

@@ -39,6 +39,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _one_at_a_time = threading.RLock()
 
 
+def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """A model's folder, or a hub id, on llmq's kernels, in evaluation mode; what is not quantized is loaded as it is.
+
+    device_map: as from_pretrained takes it: 'auto', 'cpu', 'cuda' …; dtype: auto (the checkpoint's own), float32,
+    bfloat16 or float16. Nothing global is changed. Raises LlmqError when the folder is no model, or its tensors and its
+    config.json do not fit each other.
+    """
+    from llmq.checkpoint.hub import resolve
+
+    folder = resolve(str(model), trust_remote_code=trust_remote_code)
+    return load_model(
+        folder, dtype=dtype, device=device_map, trust_remote_code=trust_remote_code, probe=False, kernels=True
+    )
+
+
 def load_model(
     folder: Path,
     *,

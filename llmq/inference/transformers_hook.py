@@ -1,4 +1,4 @@
-"""Standard checkpoints on llmq's kernels: `load`, and `use_kernels`, after which stock from_pretrained does the same.
+"""Standard checkpoints on llmq's kernels: `use_kernels`, after which stock from_pretrained runs them.
 
 Transformers looks up the reader of a quantization method in two tables; `use_kernels` puts its own readers there and
 takes them out again. A reader puts placeholders where the files have quantized weights, transformers fills them as
@@ -9,11 +9,9 @@ a time. What is not served goes to the reader that stock transformers has, with 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers.quantizers import auto
@@ -27,6 +25,7 @@ from llmq.formats.gptq import GPTQReader
 from llmq.formats.plain import mapping
 from llmq.inference.linear import QuantLinear
 from llmq.inference.placeholders import Placeholder, find, inner
+from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
 
@@ -70,22 +69,6 @@ def reading() -> Iterator[None]:
         yield
     finally:
         use_kernels(before)
-
-
-def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A model's folder, or a hub id, on llmq's kernels, in evaluation mode; what is not quantized is loaded as it is.
-
-    device_map: as from_pretrained takes it: 'auto', 'cpu', 'cuda' …; dtype: auto (the checkpoint's own), float32,
-    bfloat16 or float16. Nothing global is changed. Raises LlmqError when the folder is no model, or its tensors and its
-    config.json do not fit each other.
-    """
-    from llmq.checkpoint.hub import resolve
-    from llmq.inference.pretrained import load_model
-
-    folder = resolve(str(model), trust_remote_code=trust_remote_code)
-    return load_model(
-        folder, dtype=dtype, device=device_map, trust_remote_code=trust_remote_code, probe=False, kernels=True
-    )
 
 
 class _Configuration:
@@ -220,7 +203,7 @@ class KernelQuantizer(HfQuantizer):
         for reason, names in plain.items():
             log.warning("%d weights run on the plain operator, such as %s: %s", len(names), names[0], reason)
         _own(model)
-        _give_back()
+        give_back()
         return model
 
     def is_serializable(self) -> bool:
@@ -253,9 +236,3 @@ def _own(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def _give_back() -> None:
-    """Freed memory to the system: glibc would keep what the stored tensors took, a third of the model, for itself."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 from torch import nn
 
 from llmq.errors import LlmqError
+from llmq.machine import existing, size
 
 FORWARD_COPIES = 6
 TRANSIENT = 96 * 2**20
@@ -116,41 +114,3 @@ def check_writable(out: Path) -> None:
         raise LlmqError(f"{folder} is a file, not a folder; choose another -o")
     if not os.access(folder, os.W_OK):
         raise LlmqError(f"{folder}: no permission to write there; choose another -o")
-
-
-def existing(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
-    return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
-
-
-def resident_memory() -> int:
-    """The resident size of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    # Linux counts into a new program's ru_maxrss what the program that started it had: its own is VmHWM.
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_memory(device: torch.device) -> int | None:
-    """The most bytes that tensors took on a GPU since the last call; None on the host."""
-    if device.type != "cuda":
-        return None
-    most = int(torch.cuda.max_memory_allocated(device))
-    torch.cuda.reset_peak_memory_stats(device)
-    return most
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a unit: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"

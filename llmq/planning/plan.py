@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import methods
-from llmq.checkpoint.source import Source
+from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
@@ -119,7 +119,7 @@ def make_plan(
 
 def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     """Where scales can move in the blocks of the model in a folder. Raises LlmqError."""
-    source = Source(folder, trust_remote_code, quantized_ok=True)
+    source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     model = discover.build(folder, _model_dtype(source), trust_remote_code)
     return find_in(model, discover.find(model).path)
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq.checkpoint.files import CARD, write
 from llmq.errors import LlmqError, first_line
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq.report.measured import NO_QUALITY, Measure, Row, rows
 from llmq.report.report import Report
 
-CARD = "README.md"
 COPIED = ("license", "license_name", "license_link", "language")
 """What is copied from the metadata of the source's card."""
 FOLDER = "PATH_TO_THIS_FOLDER"
@@ -211,7 +211,5 @@ def _read(folder: Path) -> str:
 
 
 def _write(folder: Path, text: str) -> Path:
-    from llmq.training import state as checkpoint
-
-    checkpoint.write(folder / CARD, text)
+    write(folder / CARD, text)
     return folder / CARD

@@ -89,7 +89,7 @@ def recovery(measure: Measure, base: Measure) -> float | None:
 
 def value(number: float, unit: str = "") -> str:
     """A number with its unit as people write it: bytes as MiB, a share as %, else four significant digits."""
-    from llmq.planning.memory import size
+    from llmq.machine import size
 
     if number != number:
         return "not a number"

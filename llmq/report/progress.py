@@ -49,16 +49,3 @@ class Bars:
     def note(self, text: str) -> None:
         """Something the user should know happened."""
         self.progress.console.print(text, highlight=False, markup=False)
-
-
-class Silent:
-    """A Watch that shows nothing."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def step(self, text: str) -> None:
-        """One step is done."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know happened."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq.planning.memory import size
+from llmq.machine import size
 
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
+from llmq.checkpoint.files import REPORT
 from llmq.errors import LlmqError
-from llmq.planning.memory import peak_memory
+from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
 
-REPORT = "report.json"
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
 RECORDED = ("error", "seconds", "log", "memory", "peak", "device")
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq.planning.plan import Plan
 from llmq.planning.weights import Item
 from llmq.report.report import Report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.files import write
 from llmq.errors import LlmqError, first_line
 
 FILE = "checkpoint.safetensors"
 _KEY = "llmq"
 _TENSOR = "tensor in the file"
-
-
-def write(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all, replacing what had the name. Raises LlmqError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise LlmqError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from error
 
 
 def save(

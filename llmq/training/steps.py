@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters.lora import require
 from llmq.data.instructions import Example
 from llmq.errors import LlmqError, first_line
+from llmq.machine import require
 
 IGNORED = -100
 SORTED = 16

@@ -23,8 +23,8 @@ from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
-from llmq.report.progress import Silent
 from llmq.report.report import Report
+from llmq.watch import Silent
 from tests.conftest import Run
 from tests.llmq.blocks import apart, ids, write
 

@@ -14,7 +14,8 @@ import torch
 from llmq.errors import LlmqError
 from llmq.inference.pretrained import load_model
 from llmq_eval import divergence
-from llmq_eval.evaluation import Options, evaluate
+from llmq_eval.evaluation import evaluate
+from llmq_eval.options import Options
 from llmq_eval.results import Results
 from llmq_eval.windows import Windows, cut
 from tests.conftest import Run, write_tiny_model

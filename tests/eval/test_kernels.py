@@ -9,7 +9,8 @@ import torch
 
 from llmq.inference.pretrained import load_model
 from llmq_eval import speed
-from llmq_eval.evaluation import Options, evaluate
+from llmq_eval.evaluation import evaluate
+from llmq_eval.options import Options
 from tests.conftest import Run, write_tokenizer
 from tests.llmq.written import Case, write
 

@@ -12,7 +12,8 @@ import pytest
 
 from llmq.errors import LlmqError
 from llmq_eval import models
-from llmq_eval.evaluation import Options, evaluate
+from llmq_eval.evaluation import evaluate
+from llmq_eval.options import Options
 from llmq_eval.results import Measure
 from llmq_eval.subject import Subject
 from llmq_eval.tasks import installed

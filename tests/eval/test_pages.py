@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from llmq.checkpoint.files import REPORT
 from llmq.report.measured import digits
 from llmq.report.page import PAGE
-from llmq.report.report import REPORT
 from llmq_eval import intervals, scatter
 from llmq_eval.comparison import Comparison, comparison
 from llmq_eval.pages import compare_page, tell_folders, write

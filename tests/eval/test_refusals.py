@@ -12,7 +12,7 @@ from tests.llmq.report.page.reports import report
 
 
 def test_folders_of_different_bases(tmp_path: Path, llmq: Run) -> None:
-    from llmq.report.report import REPORT
+    from llmq.checkpoint.files import REPORT
 
     for name, base in {"a": "org/x", "b": "org/y"}.items():
         (tmp_path / name).mkdir()

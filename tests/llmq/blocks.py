@@ -11,7 +11,7 @@ from llmq import block_io as storage
 from llmq import job, stream
 from llmq.block.block import Block
 from llmq.recipe.recipe import Recipe
-from llmq.report.progress import Silent
+from llmq.watch import Silent
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from llmq import steps, stream
 from llmq.block.block import Block, Work
 from llmq.checkpoint.sink import Sink
 from llmq.grids.scheme import Scheme
+from llmq.machine import device_memory
 from llmq.methods import Pipeline
-from llmq.planning.memory import device_memory
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
 from tests.conftest import write_tiny_model

@@ -53,13 +53,10 @@ def write_page(folder: Path, measures: Iterable[Measure] = (), base: Iterable[Me
 
     Raises LlmqError where the folder has no report, or cannot be written.
     """
-    from llmq.errors import LlmqError
+    from llmq.checkpoint.files import write
     from llmq.report.report import Report
 
     page = folder / PAGE
     text = report_page(Report.load(folder), measures, base)
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LlmqError(f"{page}: cannot be written: {error.strerror}") from error
+    write(page, text)
     return page

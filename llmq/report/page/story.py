@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llmq.planning.memory import size
+from llmq.machine import size
 from llmq.report.measured import Row, digits
 from llmq.report.report import Report, describe, whole
 

@@ -24,9 +24,9 @@ from llmq.adapters.settings import Settings
 from llmq.data.instructions import Example
 from llmq.errors import LlmqError
 from llmq.inference.pretrained import load_model
-from llmq.report.progress import Silent
 from llmq.training import state as checkpoint
 from llmq.training.steps import IGNORED, loss_of, make_optimizer, padded, rate, steps_of
+from llmq.watch import Silent
 
 # A rank at which the adapters are large enough for bitsandbytes to keep their state in 8 bits.
 SETTINGS = Settings(rank=64, lr=5e-3, steps=7, batch=4, dropout=0.1, eval_share=0.2)

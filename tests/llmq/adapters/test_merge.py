@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from typer import Typer
 from typer.testing import CliRunner
 
+from llmq.checkpoint.source import FolderSource
+
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
@@ -21,7 +23,6 @@ import llmq
 from llmq.adapters.lora import Adapter
 from llmq.adapters.merge import merge, scales, what_is_left
 from llmq.adapters.merged import Merged, NF4Source, open_base
-from llmq.checkpoint.source import Source
 from llmq.cli import adapters as cli_adapters
 from llmq.cli import app as cli
 from llmq.grids.scheme import Scheme
@@ -88,14 +89,14 @@ def test_as_peft_merges(tmp_path: Path, tiny_model: Path, options: dict[str, Any
     from peft import PeftModel
 
     folder = write_adapter(tmp_path / "adapter", tiny_model, **options)
-    check(Merged(Source(tiny_model), Adapter(folder)), PeftModel.from_pretrained(load(tiny_model), folder))
+    check(Merged(FolderSource(tiny_model), Adapter(folder)), PeftModel.from_pretrained(load(tiny_model), folder))
 
 
 def test_as_peft_merges_weights_that_are_turned_around(tmp_path: Path, turned_model: Path) -> None:
     from peft import PeftModel
 
     folder = write_adapter(tmp_path / "adapter", turned_model, fan_in_fan_out=True)
-    check(Merged(Source(turned_model), Adapter(folder)), PeftModel.from_pretrained(load(turned_model), folder))
+    check(Merged(FolderSource(turned_model), Adapter(folder)), PeftModel.from_pretrained(load(turned_model), folder))
 
 
 def check(merged: Merged, model: Any) -> None:
@@ -118,8 +119,8 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
 
     base: Path = request.getfixturevalue(kind)
     folder = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "up_proj", "c_fc"])
-    merged = Merged(Source(base), Adapter(folder), "nf4")
-    plain = Merged(Source(base), Adapter(folder), "base")
+    merged = Merged(FolderSource(base), Adapter(folder), "nf4")
+    plain = Merged(FolderSource(base), Adapter(folder), "base")
     model = load(base, quantization_config=nf4())
     modules = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     rounded = {n.removeprefix("transformer."): n for n in modules}
@@ -128,7 +129,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
         module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
         value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         value = value.t() if change.turned else value
-        delta = 0.0 if change.pair is None else plain.exact(name)[0] - Source(base).read(name)
+        delta = 0.0 if change.pair is None else plain.exact(name)[0] - FolderSource(base).read(name)
         assert torch.allclose(merged.read(name), value + delta, rtol=1e-5, atol=1e-6), name
         assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
 
@@ -138,8 +139,8 @@ def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, adapter: Path
     load(tiny_model, quantization_config=nf4()).save_pretrained(tmp_path / "nf4")
     source = open_base(tmp_path / "nf4")
     assert isinstance(source, NF4Source)
-    assert sorted(source.names()) == sorted(Source(tiny_model).names())
-    there, then = Merged(source, Adapter(adapter)), Merged(Source(tiny_model), Adapter(adapter), "nf4")
+    assert sorted(source.names()) == sorted(FolderSource(tiny_model).names())
+    there, then = Merged(source, Adapter(adapter)), Merged(FolderSource(tiny_model), Adapter(adapter), "nf4")
     for name in there.names():
         assert there.info(name).shape == then.info(name).shape
         assert torch.equal(there.read(name), then.read(name)), name
@@ -153,9 +154,9 @@ def test_what_finetune_recorded_decides(tmp_path: Path, tiny_model: Path, adapte
     some = ["model.layers.0.self_attn.q_proj"]
     record = {"base": {"bits": 4, "dtype": "float32", "double_quant": True, "nf4": some, "fingerprint": "another"}}
     (folder / "finetune.json").write_text(json.dumps(record))
-    merged = Merged(Source(tiny_model), Adapter(folder))
+    merged = Merged(FolderSource(tiny_model), Adapter(folder))
     assert [name for name, change in merged.changes.items() if change.rounded] == [f"{some[0]}.weight"]
-    assert Merged(Source(tiny_model), Adapter(folder), "base").fingerprint() != merged.fingerprint()
+    assert Merged(FolderSource(tiny_model), Adapter(folder), "base").fingerprint() != merged.fingerprint()
     notes = merge(str(tiny_model), folder, tmp_path / "out", plain=True).notes
     assert any("not the same checkpoint" in note for note in notes)
 
@@ -196,7 +197,7 @@ def test_quantized_as_the_merged_checkpoint_would_be(
 def test_what_is_left_is_measured_on_the_written_weights(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
     """Against the definition, from the model as stock transformers loads it; naive rounding by its definition."""
     report = merge(str(tiny_model), adapter, tmp_path / "out", RTN)
-    merged, model = Merged(Source(tiny_model), Adapter(adapter)), load(tmp_path / "out")
+    merged, model = Merged(FolderSource(tiny_model), Adapter(adapter)), load(tmp_path / "out")
     with torch.no_grad():
         model(torch.tensor([[1]]))
     for one in report.left:
@@ -282,7 +283,7 @@ def test_an_adapter_that_does_not_fit(
 
 def test_an_adapter_of_a_tied_weight(tmp_path: Path, turned_model: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", turned_model, target_modules=["lm_head"])
-    refused(lambda: Merged(Source(turned_model), Adapter(folder)), "lm_head", "serves another module")
+    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "serves another module")
 
 
 def test_folders_that_are_no_adapter_or_not_ours(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
@@ -291,7 +292,7 @@ def test_folders_that_are_no_adapter_or_not_ours(tmp_path: Path, tiny_model: Pat
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     refused(lambda: merge(str(tiny_model), pickled, tmp_path / "out", RTN), "adapter_model.safetensors", "pickles")
     refused(lambda: merge(str(tiny_model), adapter, adapter, RTN), "holds other files")
-    refused(lambda: Merged(Source(tiny_model), Adapter(adapter), "int4"), "--trained-on")
+    refused(lambda: Merged(FolderSource(tiny_model), Adapter(adapter), "int4"), "--trained-on")
 
 
 def test_another_adapter_does_not_go_on_in_its_folder(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmq.checkpoint.source import INDEX, Source, check_finite
+from llmq.checkpoint.files import INDEX
+from llmq.checkpoint.source import FolderSource, check_finite
 from llmq.checkpoint.tensors import encode, read_header, read_tensor
 from llmq.errors import LlmqError
 from tests.llmq.refusal import refused
@@ -68,7 +69,7 @@ def with_header(path: Path, header: object, data: bytes = b"") -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 7), (2, 3, 4), (0, 4), (4, 0)], ids=str)
 def test_reads_and_writes_as_safetensors_does(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    source = Source(one(tmp_path / "m", {"odd": torch.ones(3, dtype=torch.uint8), "t": tensor}))
+    source = FolderSource(one(tmp_path / "m", {"odd": torch.ones(3, dtype=torch.uint8), "t": tensor}))
     info = source.info("t")
     assert (info.dtype, info.shape, info.nbytes) == (dtype, shape, tensor.nbytes)
     read = source.read("t")
@@ -110,7 +111,7 @@ def test_encode_takes_views(tmp_path: Path) -> None:
 
 
 def test_rows(tmp_path: Path) -> None:
-    source = Source(one(tmp_path / "m"))
+    source = FolderSource(one(tmp_path / "m"))
     assert torch.equal(source.read_rows("a.weight", 2, 5), source.read("a.weight")[2:5])
     assert source.read_rows("a.weight", 2, 2).shape == (0, 4)
     with pytest.raises(IndexError):
@@ -118,15 +119,15 @@ def test_rows(tmp_path: Path) -> None:
 
 
 def test_sharded_and_single(tmp_path: Path) -> None:
-    source = Source(sharded(tmp_path / "s"))
+    source = FolderSource(sharded(tmp_path / "s"))
     assert source.names() == ["x", "y", "z"] and "z" in source and "w" not in source
     assert source.total_bytes == 3 * 64
     assert float(source.read("z")[0, 0]) == ord("z")
     other = one(tmp_path / "o")
     (other / "model.safetensors").rename(other / "weights.safetensors")
-    assert Source(other).names() == ["a.weight", "b"]
+    assert FolderSource(other).names() == ["a.weight", "b"]
     shutil.copy(other / "weights.safetensors", other / "more.safetensors")
-    refused(lambda: Source(other), "2 safetensors files", INDEX)
+    refused(lambda: FolderSource(other), "2 safetensors files", INDEX)
 
 
 def test_a_tensor_the_index_forgot_is_kept_and_a_double_is_the_index_s(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_tensor_the_index_forgot_is_kept_and_a_double_is_the_index_s(tmp_path:
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["y"]
     (folder / INDEX).write_text(json.dumps(index))
-    source = Source(folder)
+    source = FolderSource(folder)
     assert set(source.names()) == {"x", "y", "z"} and source.info("x").file == first
 
 
@@ -147,22 +148,22 @@ def test_shards_in_a_subfolder(tmp_path: Path) -> None:
         shard.rename(folder / "sub" / shard.name)
     where = json.loads((folder / INDEX).read_text())["weight_map"]
     (folder / INDEX).write_text(json.dumps({"weight_map": {name: f"sub/{shard}" for name, shard in where.items()}}))
-    assert Source(folder).names() == ["x", "y", "z"]
+    assert FolderSource(folder).names() == ["x", "y", "z"]
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:
-    refused(lambda: Source(tmp_path / "no"), "no", "does not exist")
-    refused(lambda: Source(tmp_path), "not a model folder", "config.json")
+    refused(lambda: FolderSource(tmp_path / "no"), "no", "does not exist")
+    refused(lambda: FolderSource(tmp_path), "not a model folder", "config.json")
     (tmp_path / "file").write_text("")
-    refused(lambda: Source(tmp_path / "file"), "is a file")
+    refused(lambda: FolderSource(tmp_path / "file"), "is a file")
     (tmp_path / "config.json").write_text("{not json")
-    refused(lambda: Source(tmp_path), "config.json", "not valid JSON")
+    refused(lambda: FolderSource(tmp_path), "config.json", "not valid JSON")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: Source(tmp_path), "config.json", "not valid JSON")
+    refused(lambda: FolderSource(tmp_path), "config.json", "not valid JSON")
     (tmp_path / "config.json").write_text("[]")
-    refused(lambda: Source(tmp_path), "config.json", "not a JSON object")
+    refused(lambda: FolderSource(tmp_path), "config.json", "not a JSON object")
     (tmp_path / "config.json").write_text("{}")
-    refused(lambda: Source(tmp_path), "no weights", INDEX)
+    refused(lambda: FolderSource(tmp_path), "no weights", INDEX)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_not_a_model_folder(tmp_path: Path) -> None:
 def test_pickles_only(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    refused(lambda: Source(tmp_path), name, "convert", "save_pretrained")
+    refused(lambda: FolderSource(tmp_path), name, "convert", "save_pretrained")
 
 
 def test_index_faults(tmp_path: Path) -> None:
@@ -179,16 +180,16 @@ def test_index_faults(tmp_path: Path) -> None:
     index = folder / INDEX
     good = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"ghost": "model-00002-of-00002.safetensors"}}))
-    refused(lambda: Source(folder), "ghost", "model-00002-of-00002", INDEX)
+    refused(lambda: FolderSource(folder), "ghost", "model-00002-of-00002", INDEX)
     for outside in ("../x.safetensors", "/etc/x.safetensors", 3):
         index.write_text(json.dumps({"weight_map": {"x": outside}}))
-        refused(lambda: Source(folder), "tensor x", INDEX)
+        refused(lambda: FolderSource(folder), "tensor x", INDEX)
     for bad in ("{}", '{"weight_map": {}}', '{"weight_map": []}', "nope", "[" * 100_000):
         index.write_text(bad)
-        refused(lambda: Source(folder), INDEX)
+        refused(lambda: FolderSource(folder), INDEX)
     index.write_text(json.dumps(good))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(lambda: Source(folder), "model-00002-of-00002.safetensors", "missing", "download")
+    refused(lambda: FolderSource(folder), "model-00002-of-00002.safetensors", "missing", "download")
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -201,7 +202,7 @@ def test_truncated_anywhere(tmp_path: Path, data: st.DataObject) -> None:
     whole = (tmp_path / "whole").read_bytes()
     length = data.draw(st.integers(0, len(whole) - 1))
     (folder / "model-00002-of-00002.safetensors").write_bytes(whole[:length])
-    refused(lambda: Source(folder), "model-00002-of-00002.safetensors", "truncated", "download")
+    refused(lambda: FolderSource(folder), "model-00002-of-00002.safetensors", "truncated", "download")
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -214,7 +215,7 @@ def test_a_damaged_header_is_refused_or_read_in_bounds(tmp_path: Path, data: st.
         raw[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
     try:
-        source = Source(path.parent)
+        source = FolderSource(path.parent)
     except LlmqError as error:
         assert "model.safetensors" in str(error)
     else:
@@ -231,7 +232,7 @@ def test_header_faults(tmp_path: Path) -> None:
         return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
     def expect(*words: str) -> None:
-        refused(lambda: Source(path.parent), "model.safetensors", *words)
+        refused(lambda: FolderSource(path.parent), "model.safetensors", *words)
 
     with_header(path, b"{broken")
     expect("not JSON")
@@ -276,20 +277,24 @@ def test_header_faults(tmp_path: Path) -> None:
 def test_already_quantized(tmp_path: Path) -> None:
     section = {"quantization_config": {"quant_method": "gptq"}}
     folder = one(tmp_path / "m", config=CONFIG | section)
-    refused(lambda: Source(folder), "already quantized", "gptq")
-    assert Source(folder, quantized_ok=True).names()
-    refused(lambda: Source(one(tmp_path / "n", config=CONFIG | {"text_config": section})), "already quantized", "gptq")
-    refused(lambda: Source(one(tmp_path / "o", config=CONFIG | {"compression_config": {"a": 1}})), "already quantized")
+    refused(lambda: FolderSource(folder), "already quantized", "gptq")
+    assert FolderSource(folder, quantized_ok=True).names()
+    refused(
+        lambda: FolderSource(one(tmp_path / "n", config=CONFIG | {"text_config": section})), "already quantized", "gptq"
+    )
+    refused(
+        lambda: FolderSource(one(tmp_path / "o", config=CONFIG | {"compression_config": {"a": 1}})), "already quantized"
+    )
 
 
 def test_remote_code(tmp_path: Path) -> None:
     remote = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
     folder = one(tmp_path / "m", config=CONFIG | remote)
     (folder / "modeling_mine.py").write_text("")
-    refused(lambda: Source(folder), "--trust-remote-code", "'anything'")
-    source = Source(folder, trust_remote_code=True)
+    refused(lambda: FolderSource(folder), "--trust-remote-code", "'anything'")
+    source = FolderSource(folder, trust_remote_code=True)
     assert source.trust_remote_code and "modeling_mine.py" in [path.name for path in source.aux_files()]
-    assert Source(one(tmp_path / "known", config=remote | {"model_type": "gpt2"})).names()
+    assert FolderSource(one(tmp_path / "known", config=remote | {"model_type": "gpt2"})).names()
 
 
 def test_aux_files(tmp_path: Path) -> None:
@@ -302,31 +307,31 @@ def test_aux_files(tmp_path: Path) -> None:
         (folder / name).write_text("x")
     (folder / "sub").mkdir()
     (folder / "sub" / "vocab.json").write_text("x")
-    assert [path.name for path in Source(folder).aux_files()] == sorted(carried)
+    assert [path.name for path in FolderSource(folder).aux_files()] == sorted(carried)
 
 
 def test_fingerprint_tells_apart(tmp_path: Path) -> None:
     folder = one(tmp_path / "m", {"w": torch.randn(400, 400)})
     same = shutil.copytree(folder, tmp_path / "copy")
-    first = Source(folder).fingerprint()
-    assert Source(same).fingerprint() == first
+    first = FolderSource(folder).fingerprint()
+    assert FolderSource(same).fingerprint() == first
     path = same / "model.safetensors"
     whole = path.read_bytes()
     for place in (-1, len(whole) - 640_000):
         changed = bytearray(whole)
         changed[place] ^= 1
         path.write_bytes(changed)
-        assert Source(same).fingerprint() != first
+        assert FolderSource(same).fingerprint() != first
     path.write_bytes(whole)
     (same / "config.json").write_text("{}")
-    assert Source(same).fingerprint() != first
-    assert Source(sharded(tmp_path / "s")).fingerprint() != first
+    assert FolderSource(same).fingerprint() != first
+    assert FolderSource(sharded(tmp_path / "s")).fingerprint() != first
     tiny = one(tmp_path / "tiny", {"w": torch.zeros(0)})
-    assert len(Source(tiny).fingerprint()) == 64
+    assert len(FolderSource(tiny).fingerprint()) == 64
 
 
 def test_cut_while_running(tmp_path: Path) -> None:
-    source = Source(one(tmp_path / "m"))
+    source = FolderSource(one(tmp_path / "m"))
     path = tmp_path / "m" / "model.safetensors"
     os.truncate(path, path.stat().st_size - 4)
     refused(lambda: [source.read(name) for name in source.names()], "became shorter", "model.safetensors")
@@ -347,13 +352,13 @@ def test_unreadable_by_permission() -> None:
             path.chmod(0)
             if root:
                 os.seteuid(65534)
-            refused(lambda: Source(folder), "cannot read", said, "Permission denied")
+            refused(lambda: FolderSource(folder), "cannot read", said, "Permission denied")
             if root:
                 os.seteuid(0)
         folder.chmod(0)
         if root:
             os.seteuid(65534)
-        refused(lambda: Source(folder), "cannot read", "config.json", "Permission denied")
+        refused(lambda: FolderSource(folder), "cannot read", "config.json", "Permission denied")
     finally:
         if root:
             os.seteuid(0)
@@ -366,10 +371,10 @@ def test_unreadable(tmp_path: Path) -> None:
     folder = one(tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("/proc/self/mem")  # opens, and fails to read with EIO
-    refused(lambda: Source(folder), "model.safetensors")
+    refused(lambda: FolderSource(folder), "model.safetensors")
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    refused(lambda: Source(folder), "cannot read", "config.json")
+    refused(lambda: FolderSource(folder), "cannot read", "config.json")
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point], ids=str)

@@ -20,7 +20,7 @@ from llmq.checkpoint.source import Source, check_finite
 def resident(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) // 1024
 
-source = Source(Path(sys.argv[1]))
+source = FolderSource(Path(sys.argv[1]))
 check_finite(source.read("w0")[:8], "warm")
 before = resident("VmRSS")
 for name in source.names():

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from llmq.checkpoint.files import INDEX
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import INDEX, Source
+from llmq.checkpoint.source import FolderSource
 from tests.llmq.checkpoint.sink.job import CONFIG, PRINT, content, in_child, opened, work
 from tests.llmq.refusal import refused
 
@@ -64,7 +65,7 @@ def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dic
 
         assert in_child(job) == -signal.SIGKILL
         loadable = (out / INDEX).exists()
-        assert not loadable or Source(out, quantized_ok=True).names()
+        assert not loadable or FolderSource(out, quantized_ok=True).names()
         assert work(out, carried) == []
         assert content(out) == unbroken, at
 

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from llmq.checkpoint.files import INDEX
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import INDEX, Source
+from llmq.checkpoint.source import FolderSource
 from tests.llmq.checkpoint.sink.job import CONFIG, PRINT, UNITS, content, in_child, opened, tensors_of, work
 from tests.llmq.refusal import refused
 
@@ -32,7 +33,7 @@ def test_what_is_written(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     index = json.loads(unbroken[INDEX])
     assert list(index["weight_map"]) == sorted(index["weight_map"])
     assert index["metadata"]["total_size"] == 4 * (16 * 8 * 4 + 16 * 2 + 3)
-    source = Source(out, quantized_ok=True)
+    source = FolderSource(out, quantized_ok=True)
     for unit, shard in zip([unit for unit in UNITS if unit != "nothing"], shards, strict=True):
         loaded = load_file(out / shard)
         for name, tensor in tensors_of(unit).items():

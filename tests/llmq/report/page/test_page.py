@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmq.checkpoint.files import REPORT
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 from llmq.report.measured import digits, recovery, rows
 from llmq.report.page import PAGE, report_page, write_page
 from llmq.report.page.charts import LEVELS, Scale, ticks
-from llmq.report.report import REPORT, Report
+from llmq.report.report import Report
 from tests.llmq.report.page.reports import Page, measure, report
 
 HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(2)>{{ 7 * 7 }}"

@@ -1,0 +1,39 @@
+"""What an evaluation is asked for, beside its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmq_eval import speed
+from llmq_eval.subject import default_out
+from llmq_eval.tasks import Settings
+
+
+@dataclass(frozen=True)
+class Options:
+    """tasks: names; 'perplexity' and 'divergence' are on `text`, 'perplexity:wikitext2' on another. out: where results
+    are kept. fresh: measure again what is cached. write_tasks: folder for the task files made from data_dir.
+    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`. kernels: quantized
+    weights stay packed and run on llmq's operators, instead of as stock transformers runs them.
+    """
+
+    tasks: tuple[str, ...] = ("perplexity",)
+    text: str = "demo"
+    window: int | None = None
+    max_windows: int | None = None
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    special_tokens: bool = True
+    settings: Settings = field(default_factory=Settings)
+    data_dir: Path | None = None
+    write_tasks: Path | None = None
+    out: Path = field(default_factory=default_out)
+    repeats: int = speed.REPEATS
+    prompt: int = speed.PROMPT
+    tokens: int = speed.TOKENS
+    kernels: bool = False
+    trust_remote_code: bool = False
+    progress: bool = True
+    fresh: bool = False

@@ -1,0 +1,81 @@
+"""The files of a model folder beside its tensors: their names, which go along, and how one is written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmq.errors import LlmqError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+REPORT = "report.json"
+CARD = "README.md"
+PARTIAL = ".partial"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
+_CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
+
+
+def goes_along(name: str, *, code: bool) -> bool:
+    """Whether a file that is no weight belongs to the model: configuration, tokenizer, chat template, licence, and its
+    own Python code where `code` says so. name: without a folder."""
+    if name.endswith(".index.json"):
+        return False
+    known = name.lower().endswith(_CARRIED) or name.lower().startswith(_CARRIED_NAMES)
+    return known or (code and name.endswith(".py"))
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all, replacing what had the name. Raises LlmqError."""
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        put(path, [memoryview(content)], path.with_name(path.name + PARTIAL))
+    except OSError as error:
+        raise LlmqError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from error
+
+
+def put(path: Path, pieces: Iterable[memoryview], partial: Path) -> str:
+    """Write a file under the name `partial`, sync it, and rename it to `path`; returns its sha256.
+
+    Whatever goes wrong, `path` is as it was and `partial` is gone. Raises OSError, and what the pieces raise.
+    """
+    digest = hashlib.sha256()
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            for piece in pieces:
+                write_all(fd, piece)
+                digest.update(piece)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """All of the data, in as many writes as it takes. Raises OSError."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Put renames on disk; some file systems can not, and then the folder's order is theirs."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}:
+            raise
+    finally:
+        os.close(fd)

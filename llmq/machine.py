@@ -1,0 +1,85 @@
+"""What this machine has: memory, devices, disks, optional packages."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from llmq.errors import LlmqError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_device(device: str) -> None:
+    """Raise LlmqError where torch does not know or have the device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise LlmqError(f"--device {device}: not usable here ({first_line(error)}); --device cpu always is") from error
+
+
+def require(package: str, what: str) -> Any:
+    """An optional package, imported. Raises LlmqError with the command that installs it."""
+    # What bitsandbytes says when it is imported, by itself or by PEFT (a missing kernel), is nothing the user can use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise LlmqError(f"{what} needs {package}: pip install {package}") from error
+
+
+def existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+
+
+def resident_memory() -> int:
+    """The resident size of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    # Linux counts into a new program's ru_maxrss what the program that started it had: its own is VmHWM.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_memory(device: torch.device) -> int | None:
+    """The most bytes that tensors took on a GPU since the last call; None on the host."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    most = int(torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system: glibc keeps what it may need again, which adds up over blocks."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a unit: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
