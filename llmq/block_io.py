@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import formats
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
@@ -47,7 +47,7 @@ def fill(plan: Plan, index: int, device: torch.device) -> nn.Module:
     return block.to(device)
 
 
-def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[Work]:
+def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[WeightState]:
     """The block as it was written: every tensor read back from the output folder, quantized ones dequantized.
 
     Returns its quantized weights, which say how their inputs are rounded.
@@ -67,11 +67,11 @@ def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[Wo
             value = quantized[name].dequantize(plan.dtype)
         assign(plan.model, name, (value.to(plan.dtype) if value.is_floating_point() else value).to(device))
     block.to(device)
-    works = _works(plan, index)
-    for work in works:
-        work.quantized = quantized[f"{plan.structure.blocks[index].name}.{work.parameter}"]
-        work.input_scale = getattr(work.quantized, "input_scale", None)
-    return works
+    states = _states(plan, index)
+    for state in states:
+        state.quantized = quantized[f"{plan.structure.blocks[index].name}.{state.parameter}"]
+        state.input_scale = getattr(state.quantized, "input_scale", None)
+    return states
 
 
 def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], device: torch.device) -> Block:
@@ -80,19 +80,19 @@ def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], 
     name = plan.structure.blocks[index].name
     pairs = plan.pairs[name].pairs if name in plan.pairs else []
     module = plan.model.get_submodule(name)
-    works = _works(plan, index)
-    return Block(module, works, inputs, calls, pairs=pairs, scale_dtype=plan.dtype, device=device)
+    states = _states(plan, index)
+    return Block(module, states, inputs, calls, pairs=pairs, scale_dtype=plan.dtype, device=device)
 
 
-def _works(plan: Plan, index: int) -> list[Work]:
+def _states(plan: Plan, index: int) -> list[WeightState]:
     prefix = plan.structure.blocks[index].name + "."
-    works = []
+    states = []
     for item in plan.of_block(index):
         module = plan.model.get_submodule(item.module)
         assert isinstance(module, nn.Linear) and item.scheme is not None
         parameter = f"{item.module}.weight".removeprefix(prefix)
-        works.append(Work(item.name, parameter, module, item.scheme, module.weight.detach(), item.shares))
-    return works
+        states.append(WeightState(item.name, parameter, module, item.scheme, module.weight.detach(), item.input_id))
+    return states
 
 
 def discard(block: nn.Module) -> None:

@@ -121,7 +121,7 @@ def config(made: Plan) -> dict[str, Any]:
     groups: dict[Scheme, list[str]] = {}
     ignore: list[str] = []
     linears = {n for n, m in made.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for item in made.items:
+    for item in made.weights:
         names = list(dict.fromkeys([item.module, item.name]))
         if item.scheme is not None:
             groups.setdefault(item.scheme, []).extend(names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.block.block import Block, Work, relative_error
+from llmq.block.block import Block, WeightState, relative_error
 from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
@@ -20,7 +20,7 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
     """Everything a recipe's methods do to a block whose target is known: afterwards its weights are rounded in place.
 
     A transform stands only where the block, quantized as it will be written, is nearer to its target with it than
-    without; so does a refinement. What was tried, and what came of it, is in the block's log.
+    without; so does a refinement. Every attempt and its outcome is recorded in the block's log.
     """
     if pipeline.transforms:
         transform(block, pipeline)
@@ -28,10 +28,10 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
     for method in pipeline.refiners:
         refine(block, method)
-    for work in block.weights.values():
-        assert work.quantized is not None
-        value = work.quantized.dequantize(work.module.weight.dtype)
-        assign(block.module, work.parameter, value)
+    for state in block.weights.values():
+        assert state.quantized is not None
+        value = state.quantized.dequantize(state.module.weight.dtype)
+        assign(block.module, state.parameter, value)
 
 
 def transform(block: Block, pipeline: Pipeline) -> None:
@@ -59,8 +59,8 @@ def transform(block: Block, pipeline: Pipeline) -> None:
         if moved > INVARIANCE:
             block.log[-1] |= {"after": None, "why": f"the block's unrounded output moved by {moved:.1e}"}
     if not trial.kept:
-        for work, quantized, scale in results:
-            work.quantized, work.input_scale = quantized, scale
+        for state, quantized, scale in results:
+            state.quantized, state.input_scale = quantized, scale
 
 
 def refine(block: Block, method: Method) -> None:
@@ -77,30 +77,30 @@ def refine(block: Block, method: Method) -> None:
 
 def round_weights(block: Block, quantizer: Method) -> None:
     """Quantize every weight from the statistics of the block as it is."""
-    if not all(set(quantizer.needs) <= work.statistics.keys() for work in block.weights.values()):
+    if not all(set(quantizer.needs) <= state.statistics.keys() for state in block.weights.values()):
         block.observe(quantizer.needs)
-    last = {work.shares: work for work in block.weights.values()}
+    last = {state.input_id: state for state in block.weights.values()}
     block.calibrate_inputs()
-    for work in block.weights.values():
+    for state in block.weights.values():
         began = time.perf_counter()
         try:
-            found = quantizer.quantize(work.value.detach(), work.scheme, work.statistics, block.scale_dtype)
+            found = quantizer.quantize(state.value.detach(), state.scheme, state.statistics, block.scale_dtype)
         except LlmqError as problem:
-            raise LlmqError(f"{work.name}.weight: {problem}") from problem
-        block.set_quantized(work.parameter, found)
-        work.seconds = time.perf_counter() - began
-        if last[work.shares] is work:
-            work.statistics.clear()
+            raise LlmqError(f"{state.name}.weight: {problem}") from problem
+        block.set_quantized(state.parameter, found)
+        state.seconds = time.perf_counter() - began
+        if last[state.input_id] is state:
+            state.statistics.clear()
 
 
-def row(work: Work) -> dict[str, Any]:
+def row(state: WeightState) -> dict[str, Any]:
     """A weight's line of the report. error: relative, of the rounded weight to what was to be rounded."""
-    assert work.quantized is not None
-    value: Tensor = work.quantized.dequantize(work.module.weight.dtype)
+    assert state.quantized is not None
+    value: Tensor = state.quantized.dequantize(state.module.weight.dtype)
     return {
-        "name": work.name,
-        "shape": list(work.value.shape),
-        "error": relative_error([value], [work.value]),
-        "notes": list(work.quantized.notes),
-        "seconds": round(work.seconds, 3),
+        "name": state.name,
+        "shape": list(state.value.shape),
+        "error": relative_error([value], [state.value]),
+        "notes": list(state.quantized.notes),
+        "seconds": round(state.seconds, 3),
     }

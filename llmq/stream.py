@@ -26,8 +26,8 @@ from llmq.planning.memory import before_blocks
 from llmq.planning.plan import Plan
 from llmq.watch import Watch
 
-PROBE_VALUES = 256
-PROBE_TOLERANCE = 1e-3
+SIGNATURE_VALUES = 256
+SIGNATURE_TOLERANCE = 1e-3
 
 
 def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
@@ -36,24 +36,24 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     Raises LlmqError naming the weight or file; finished blocks are kept, and the same call goes on from there.
     """
     copy_rest(plan, sink, watch)
-    recording = skeleton(plan, device, watch)
+    recording = record_calls(plan, device, watch)
     hidden, recording.hidden = recording.hidden, recording.hidden[:1]
-    exact = hidden if plan.pipeline.exact else None
+    float_hidden = hidden if plan.pipeline.float_target else None
     units = [f"block {i}" for i in range(len(plan.structure.blocks))]
     todo = [i for i, unit in enumerate(units) if unit not in sink.done]
     watch.stage("Quantizing", len(units))
     for index in range(todo[0] if todo else 0):
         calls = [calls[index] for calls in recording.calls]
-        if exact is not None:
-            exact = unquantized(plan, index, exact, calls, device)
+        if float_hidden is not None:
+            float_hidden = unquantized(plan, index, float_hidden, calls, device)
         hidden = replay(plan, sink, index, hidden, calls, device)
         watch.step(f"{units[index]} was already done")
     for index in todo:
         calls = [calls[index] for calls in recording.calls]
-        hidden, exact = quantize_block(plan, sink, index, hidden, exact, calls, device)
+        hidden, float_hidden = quantize_block(plan, sink, index, hidden, float_hidden, calls, device)
         give_back()
         watch.step(f"{units[index]}: output error {sink.done[units[index]]['error']:.2e}")
-    del hidden, exact
+    del hidden, float_hidden
     verify(plan, sink, recording, device, watch)
 
 
@@ -62,42 +62,44 @@ def quantize_block(
     sink: Sink,
     index: int,
     hidden: list[Tensor],
-    exact: list[Tensor] | None,
+    float_hidden: list[Tensor] | None,
     calls: list[Call],
     device: torch.device,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
 
-    exact: the unquantized model's hidden states, where a method's target is what this block makes of them; they are
-    returned one block further on.
+    float_hidden: the unquantized model's hidden states, where a method's target is what this block makes of them; the
+    block's output for them is returned too.
     """
     began = time.perf_counter()
     block = open_block(plan, index, hidden, calls, device)
     block.target = block.observe(plan.pipeline.first)
     check_output(plan, index, block.target, "before any quantization: it overflows, or its weights are damaged")
-    if exact is not None:
-        exact = block.target if exact is hidden else forward(block.module, exact, calls, device)
-        block.target = exact
+    if float_hidden is not None:
+        float_hidden = block.target if float_hidden is hidden else forward(block.module, float_hidden, calls, device)
+        block.target = float_hidden
     steps.quantize(block, plan.pipeline)
     rows, tensors = pack_weights(plan, index, block)
     tensors |= untouched(plan, index, block)
     with rounded_inputs(block.weights.values()):
         output = block.outputs()
     check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
-    payload = {"weights": rows, "error": relative_error(output, block.target), "probe": probe(output[0])}
+    payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
     payload |= {"log": block.log, "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
     if (on_device := device_memory(device)) is not None:
         payload |= {"device": on_device}
     discard(block.module)
     sink.commit(f"block {index}", tensors, payload)
-    return output, exact
+    return output, float_hidden
 
 
-def unquantized(plan: Plan, index: int, exact: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
+def unquantized(
+    plan: Plan, index: int, float_hidden: list[Tensor], calls: list[Call], device: torch.device
+) -> list[Tensor]:
     """What the unquantized block makes of the unquantized model's hidden states."""
     block = fill(plan, index, device)
-    output = forward(block, exact, calls, device)
+    output = forward(block, float_hidden, calls, device)
     discard(block)
     return output
 
@@ -106,17 +108,17 @@ def replay(
     plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
 ) -> list[Tensor]:
     """The output of a block as it was written, compared with the one it had in memory."""
-    works = restore(plan, sink, index, device)
+    states = restore(plan, sink, index, device)
     block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    with rounded_inputs(works):
+    with rounded_inputs(states):
         output = forward(block, hidden, calls, device)
-    check_probe(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
+    check_signature(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
     discard(block)
     give_back()
     return output
 
 
-def skeleton(plan: Plan, device: torch.device, watch: Watch) -> Recording:
+def record_calls(plan: Plan, device: torch.device, watch: Watch) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the host."""
     model = plan.model
     blocks = [model.get_submodule(block.name) for block in plan.structure.blocks]
@@ -176,19 +178,19 @@ def copy_rest(plan: Plan, sink: Sink, watch: Watch) -> None:
         watch.step(unit)
 
 
-def probe(hidden: Tensor) -> list[float]:
+def output_signature(hidden: Tensor) -> list[float]:
     """A block's output to be known again by: its norm, and values at places drawn by a fixed seed."""
     flat = hidden.flatten()
-    places = torch.randint(flat.numel(), (PROBE_VALUES,), generator=torch.Generator().manual_seed(0))
+    places = torch.randint(flat.numel(), (SIGNATURE_VALUES,), generator=torch.Generator().manual_seed(0))
     return [float(torch.linalg.vector_norm(flat.float())), *flat[places].float().tolist()]
 
 
-def check_probe(payload: Mapping[str, Any], hidden: Tensor, name: str) -> None:
+def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> None:
     """Raise LlmqError when a block read back gives another output than it gave in memory."""
-    then, now = torch.tensor(payload["probe"]), torch.tensor(probe(hidden))
+    then, now = torch.tensor(payload["signature"]), torch.tensor(output_signature(hidden))
     apart = float((then - now)[1:].norm() / then[1:].norm().clamp_min(1e-30))
     apart = max(apart, abs(float(now[0] / then[0].clamp_min(1e-30)) - 1))
-    if not apart <= PROBE_TOLERANCE:
+    if not apart <= SIGNATURE_TOLERANCE:
         raise LlmqError(
             f"{name}: read back from disk it gives another output than in memory (relative difference {apart:.1e}); "
             "the disk or memory is faulty, another program changed the folder, or the run began on another machine: "

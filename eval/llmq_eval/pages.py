@@ -70,7 +70,7 @@ def write(file: Path, found: Comparison) -> None:
 def tell_folders(results: Sequence[Results], out: Path, note: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
 
-    All that is saved of a model and of its base under `out` is told, not only what `results` has: that is of one call.
+    Writes every stored measurement of a model and its base under `out`, not only those of this call's `results`.
     A folder that cannot be written, or whose card is another's, is left as it is, and note is told: its numbers are in
     the results all the same.
     """

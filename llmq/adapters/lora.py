@@ -44,7 +44,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraFactors:
     """The two factors of one weight's change, and their scale. a: [r, in]; b: [out, r]."""
 
     module: str
@@ -65,7 +65,7 @@ class Pair:
 class Adapter:
     """A folder with adapter_config.json and adapter_model.safetensors.
 
-    pairs: module path in the model → its change; record: what `llmq finetune` wrote beside it, empty for an adapter
+    factors: module path in the model → its change; record: what `llmq finetune` wrote beside it, empty for an adapter
     from elsewhere. Raises LlmqError, naming the file or weight, if it is missing, damaged, or not plain LoRA.
     """
 
@@ -82,11 +82,11 @@ class Adapter:
                 f"{self.folder} has no {WEIGHTS} (pickles are not read): save the adapter again with PEFT's "
                 "save_pretrained"
             )
-        self.pairs = self._pairs(read_header(weights))
+        self.factors = self._pairs(read_header(weights))
         record = self.folder / RECORD
         self.record = _object(record) if record.is_file() else {}
 
-    def _pairs(self, infos: dict[str, TensorInfo]) -> dict[str, Pair]:
+    def _pairs(self, infos: dict[str, TensorInfo]) -> dict[str, LoraFactors]:
         halves: dict[str, dict[str, TensorInfo]] = {}
         for name, info in infos.items():
             module, _, rest = name.removeprefix(_PREFIX).rpartition(".lora_")
@@ -96,15 +96,15 @@ class Adapter:
                     "merge it with the tool that trained it"
                 )
             halves.setdefault(module, {})[rest[0]] = info
-        pairs = {}
+        factors = {}
         for module, half in halves.items():
             a, b = half.get("A"), half.get("B")
             if a is None or b is None or a.shape[0] != b.shape[1]:
                 raise LlmqError(f"{self.folder}: the adapter of {module} lacks a half, or its halves do not fit")
-            pairs[module] = Pair(module, a, b, self._scale(module, a.shape[0]))
-        if not pairs:
+            factors[module] = LoraFactors(module, a, b, self._scale(module, a.shape[0]))
+        if not factors:
             raise LlmqError(f"{self.folder / WEIGHTS} holds no adapter")
-        return pairs
+        return factors
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = self.config.get("lora_alpha", 8)

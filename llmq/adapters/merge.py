@@ -50,7 +50,7 @@ UNIT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Left:
+class Retention:
     """How much of the adapter's change D of one weight W is left in what was written, Q, with E = Q − (W + D).
 
     survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of the change's own direction that is in Q; 1 is all of it. snr: ‖D‖ / ‖E‖,
@@ -80,13 +80,13 @@ class MergeReport:
     bits: int
     recipe: dict[str, Any] | None
     calibration: str
-    left: list[Left]
+    left: list[Retention]
     seconds: float
     notes: list[str] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
-    def worst(self) -> list[Left]:
+    def worst(self) -> list[Retention]:
         """The weights with the least of their change left, the worst first."""
         return sorted(self.left, key=lambda one: math.inf if one.snr is None else one.snr)
 
@@ -229,12 +229,12 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
         sink.finish(source.config, source.aux_files(), {})
 
 
-def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Left]:
+def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Retention]:
     """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
     written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
     rows = {} if report is None else {row["name"]: row for row in report.weights if row["scheme"] is not None}
     moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
-    changed = [name for name, change in source.changes.items() if change.pair is not None]
+    changed = [name for name, change in source.changes.items() if change.factors is not None]
     watch.stage("Measuring", len(changed))
     left = []
     for name in changed:
@@ -242,14 +242,14 @@ def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> l
         assert delta is not None
         row = rows.get(name.removesuffix(".weight"))
         if row is None:
-            left.append(Left(name, *what_is_left(written.read(name).float(), exact, delta)))
+            left.append(Retention(name, *retention(written.read(name).float(), exact, delta)))
         else:
             value = stored(written, row)
             if moved:
                 factor = scales(value, exact)
                 exact, delta = exact * factor, delta * factor
             naive = rounded(exact.to(source.info(name).dtype), row["scheme"])
-            left.append(Left(name, *what_is_left(value, exact, delta), *what_is_left(naive, exact, delta)[:2]))
+            left.append(Retention(name, *retention(value, exact, delta), *retention(naive, exact, delta)[:2]))
         watch.step("")
     return left
 
@@ -275,8 +275,8 @@ def measure_loss(source: Merged, out: Path, rows: tuple[instructions.Example, ..
     return {"base": record["before"], "tuned": record["after"], "merged": merged}
 
 
-def what_is_left(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
-    """(survived, snr, change) of Left, from three float32 tensors of one shape: what was written, W + D, and D."""
+def retention(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
+    """(survived, snr, change) of Retention, from three float32 tensors of one shape: what was written, W + D, and D."""
     error = (value - exact).double().flatten()
     change = delta.double().flatten()
     size = float(change @ change)

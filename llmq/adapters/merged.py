@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters.lora import Adapter, Pair
+from llmq.adapters.lora import Adapter, LoraFactors
 from llmq.checkpoint.source import FolderSource, Source, Wrapped
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.discovery import blocks as discover
@@ -78,9 +78,9 @@ class NF4Source(Wrapped):
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor. pair: what the adapter adds; rounded: to NF4 first; turned: stored as [in, out]."""
+    """One tensor. factors: what the adapter adds; rounded: to NF4 first; turned: stored as [in, out]."""
 
-    pair: Pair | None
+    factors: LoraFactors | None
     rounded: bool
     turned: bool
 
@@ -118,7 +118,7 @@ class Merged(Wrapped):
         if self.trained_on == "nf4" and not isinstance(self.base, NF4Source):
             nf4 = set(quantizable(model) if rounded is None else rounded)
         changes = {}
-        for name in dict.fromkeys([*self.adapter.pairs, *sorted(nf4)]):
+        for name in dict.fromkeys([*self.adapter.factors, *sorted(nf4)]):
             module, tensor = modules.get(name), links.source.get(f"{name}.weight")
             who = f"{self.adapter.folder} does not fit {self.folder}: it changes {name}"
             if module is None:
@@ -126,13 +126,13 @@ class Merged(Wrapped):
             if tensor is None:
                 why = links.converted.get(f"{name}.weight", "the checkpoint has no weight for it")
                 raise LlmqError(f"{who}, which cannot be merged: {why}")
-            pair, turned = self.adapter.pairs.get(name), turned_around(module)
+            factors, turned = self.adapter.factors.get(name), turned_around(module)
             shape = self.base.info(tensor).shape
-            if pair is not None and pair.shape != (shape[::-1] if turned else shape):
-                raise LlmqError(f"{who} by [{pair.shape[0]}, {pair.shape[1]}], and the weight is {[*shape]}")
-            if pair is not None and sum(t == tensor for t in links.source.values()) > 1:
+            if factors is not None and factors.shape != (shape[::-1] if turned else shape):
+                raise LlmqError(f"{who} by [{factors.shape[0]}, {factors.shape[1]}], and the weight is {[*shape]}")
+            if factors is not None and sum(t == tensor for t in links.source.values()) > 1:
                 raise LlmqError(f"{who}, whose weight {tensor} serves another module too: it cannot be merged")
-            changes[tensor] = Change(pair, name in nf4, turned)
+            changes[tensor] = Change(factors, name in nf4, turned)
         return changes
 
     def exact(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -143,9 +143,9 @@ class Merged(Wrapped):
             value = weight.to(self.dtype or weight.dtype)
             value = through_nf4(value.t().contiguous() if change.turned else value, self.double)
             weight = value.t() if change.turned else value
-        if change.pair is None:
+        if change.factors is None:
             return weight.float(), None
-        delta = change.pair.delta()
+        delta = change.factors.delta()
         delta = delta.t().contiguous() if change.turned else delta
         return weight.float() + delta, delta
 

@@ -1,4 +1,5 @@
-"""A decoder block at work: its weights, its inputs, and how far it is from what it should give. Methods see this.
+"""A decoder block while it is quantized: its weights, its inputs, and how far it is from what it should give. Methods
+see this.
 
 A block can tell its own error with all its weights rounded, and undo what was tried on it. It knows no model, no file
 and no plan.
@@ -30,13 +31,13 @@ CHUNK = 1 << 21
 
 
 @dataclass
-class Work:
-    """One weight at work.
+class WeightState:
+    """One weight while it is quantized.
 
     value: what is to be rounded, [out, in], in the model's dtype or, once a transform changed it, float32; parameter:
-    its name within the block; shares: what weights with the same input have in common; statistics: of that input, while
-    they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are static;
-    importance: E[x²] of its input channels as far as it is known, float32 [in]; rounded: the weight to nearest.
+    its name within the block; input_id: the same for all weights that are fed by the same tensor; statistics: of that
+    input, while they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are
+    static; importance: E[x²] of its input channels as far as it is known, float32 [in]; rounded: the weight to nearest.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Work:
     module: nn.Linear
     scheme: Scheme
     value: Tensor
-    shares: int
+    input_id: int
     statistics: dict[type[Any], Any] = field(default_factory=dict)
     quantized: Quantized | None = None
     input_scale: Tensor | None = None
@@ -75,7 +76,7 @@ class Block:
     def __init__(
         self,
         module: nn.Module,
-        works: Sequence[Work],
+        states: Sequence[WeightState],
         inputs: list[Tensor],
         calls: list[Call],
         *,
@@ -84,7 +85,7 @@ class Block:
         device: torch.device | None = None,
     ) -> None:
         self.module, self.inputs, self.calls, self.pairs = module, inputs, calls, list(pairs)
-        self.weights = {work.parameter: work for work in works}
+        self.weights = {state.parameter: state for state in states}
         self.scale_dtype = scale_dtype
         self.device = device or torch.device("cpu")
         self.target: list[Tensor] = []
@@ -105,32 +106,32 @@ class Block:
         """One pass of the block as it is: its outputs, and the statistics of every distinct input anew."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
         fed: dict[nn.Module, list[Statistic]] = {}
-        for work in self.weights.values():
-            if work.shares not in held:
-                held[work.shares] = {need: need(work.value.shape[1], self.device) for need in needs}
-                fed[work.module] = list(held[work.shares].values())
-            work.statistics = held[work.shares]
+        for state in self.weights.values():
+            if state.input_id not in held:
+                held[state.input_id] = {need: need(state.value.shape[1], self.device) for need in needs}
+                fed[state.module] = list(held[state.input_id].values())
+            state.statistics = held[state.input_id]
         with collect(fed):
             return self.outputs()
 
     def weigh(self) -> None:
         """Take each input channel's importance from the statistics, where they have it."""
-        for work in self.weights.values():
-            if Inputs in work.statistics:
-                work.importance, work.rounded, self._error = work.statistics[Inputs].mean_square, None, None
+        for state in self.weights.values():
+            if Inputs in state.statistics:
+                state.importance, state.rounded, self._error = state.statistics[Inputs].mean_square, None, None
 
     def forget(self) -> None:
         """Let go of all statistics."""
-        for work in self.weights.values():
-            work.statistics = {}
+        for state in self.weights.values():
+            state.statistics = {}
 
     @contextmanager
     def rounding(self) -> Iterator[None]:
         """The block with every weight rounded (as quantized, else to nearest) and inputs rounded as schemes say."""
         before = {}
-        for name, work in self.weights.items():
-            before[name] = work.module.weight.data
-            assign(self.module, name, self._rounded(work).to(before[name].dtype))
+        for name, state in self.weights.items():
+            before[name] = state.module.weight.data
+            assign(self.module, name, self._rounded(state).to(before[name].dtype))
         try:
             with rounded_inputs(self.weights.values()):
                 yield
@@ -138,15 +139,15 @@ class Block:
             for name, value in before.items():
                 assign(self.module, name, value)
 
-    def _rounded(self, work: Work) -> Tensor:
-        if work.quantized is not None:
-            return work.quantized.dequantize(work.module.weight.dtype)
-        if work.rounded is None:
-            weighted = work.importance is not None and work.scheme.grid == "int"
+    def _rounded(self, state: WeightState) -> Tensor:
+        if state.quantized is not None:
+            return state.quantized.dequantize(state.module.weight.dtype)
+        if state.rounded is None:
+            weighted = state.importance is not None and state.scheme.grid == "int"
             how = "weighted" if weighted else "mse"
-            nearest = round_to_nearest(work.value, work.scheme, self.scale_dtype, how, work.importance)
-            work.rounded = nearest.dequantize(work.module.weight.dtype)
-        return work.rounded
+            nearest = round_to_nearest(state.value, state.scheme, self.scale_dtype, how, state.importance)
+            state.rounded = nearest.dequantize(state.module.weight.dtype)
+        return state.rounded
 
     def error(self) -> float:
         """‖output − target‖ / ‖target‖ over all batches, everything rounded; known until something changes."""
@@ -158,26 +159,26 @@ class Block:
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
-        missing: dict[int, tuple[Magnitudes, nn.Module, list[tuple[Work, str]]]] = {}
-        for work in self.weights.values():
-            kind = work.scheme.activations
-            if kind is not None and not kind.dynamic and work.input_scale is None:
-                missing.setdefault(work.shares, (Magnitudes(work.value.shape[1], self.device), work.module, []))[
+        missing: dict[int, tuple[Magnitudes, nn.Module, list[tuple[WeightState, str]]]] = {}
+        for state in self.weights.values():
+            kind = state.scheme.activations
+            if kind is not None and not kind.dynamic and state.input_scale is None:
+                missing.setdefault(state.input_id, (Magnitudes(state.value.shape[1], self.device), state.module, []))[
                     2
-                ].append((work, kind.range))
+                ].append((state, kind.range))
         if not missing:
             return
         with collect({module: [histogram] for histogram, module, _ in missing.values()}):
             self.outputs()
         for histogram, _, fed in missing.values():
-            for work, method in fed:
-                work.input_scale = find_activation_scale(histogram, method, work.scheme.grid).to(self.device)
+            for state, method in fed:
+                state.input_scale = find_activation_scale(histogram, method, state.scheme.grid).to(self.device)
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
         parameters = dict(self.module.named_parameters())
-        works = {name: replace(work) for name, work in self.weights.items()}
+        states = {name: replace(state) for name, state in self.weights.items()}
         changed, error, trial = set(self.changed), self._error, Trial()
         try:
             yield trial
@@ -185,8 +186,8 @@ class Block:
             if not trial.kept:
                 for name, parameter in parameters.items():
                     assign(self.module, name, parameter.data)
-                for name, work in works.items():
-                    vars(self.weights[name]).update(vars(work))
+                for name, state in states.items():
+                    vars(self.weights[name]).update(vars(state))
                 self.changed, self._error = changed, error
 
     def set(self, parameter: str, value: Tensor) -> None:
@@ -194,8 +195,8 @@ class Block:
         dtype = self.module.get_parameter(parameter).dtype
         assign(self.module, parameter, value.to(dtype))
         if parameter in self.weights:
-            work = self.weights[parameter]
-            work.value, work.rounded, work.quantized = value, None, None
+            state = self.weights[parameter]
+            state.value, state.rounded, state.quantized = value, None, None
         else:
             self.changed.add(parameter)
         self._error = None
@@ -207,28 +208,30 @@ class Block:
 
     def set_quantized(self, parameter: str, quantized: Quantized) -> None:
         """Give a weight its result."""
-        work = self.weights[parameter]
-        work.quantized = with_input_scale(quantized, work.input_scale)
+        state = self.weights[parameter]
+        state.quantized = with_input_scale(quantized, state.input_scale)
         self._error = None
 
     def get(self, parameter: str) -> Tensor:
         """A parameter in float32, as exactly as it is known."""
-        work = self.weights.get(parameter)
-        return (self.module.get_parameter(parameter).data if work is None else work.value).to(torch.float32)
+        state = self.weights.get(parameter)
+        return (self.module.get_parameter(parameter).data if state is None else state.value).to(torch.float32)
 
     def scale(self, pair: Pair, scale: Tensor, shift: Tensor | None = None) -> None:
         """Move a positive factor per channel from a pair's source to what it feeds: x → (x − shift) / scale.
 
         scale, shift: float32 [channels]; a shift needs a pair that is `shiftable`. What the source is stored in rounds
-        the factor, and the consumers are given exactly what came of it. Where a consumer is not quantized, factors are
-        powers of two, which lose nothing in storage.
+        the factor, and the consumers are multiplied by the factor that was actually stored. Where a consumer is not
+        quantized, factors are powers of two, which lose nothing in storage.
         """
-        matrices = [sink.parameter for sink in pair.sinks] + ([pair.source] if pair.kind == LINEAR else [])
+        matrices = [consumer.parameter for consumer in pair.consumers] + ([pair.source] if pair.kind == LINEAR else [])
         exact = not all(name in self.weights for name in matrices)
         if exact:
             scale = torch.exp2(torch.log2(scale).round())
         if shift is not None:
-            moved = pair.shifts(shift, {sink.parameter: self.get(sink.parameter) for sink in pair.sinks})
+            moved = pair.shifts(
+                shift, {consumer.parameter: self.get(consumer.parameter) for consumer in pair.consumers}
+            )
             for name, change in moved.items():
                 self.set(name, self.get(name) + change.to(self.device))
         if pair.kind == NORM:
@@ -237,12 +240,12 @@ class Block:
             scale = torch.where(stored == scale.to(stored.device), stored, 1.0) if exact else stored
         for name, edit in pair.edits(scale).items():
             self.set(name, edit.of(self.get(name)))
-        for sink in pair.sinks:
-            if sink.parameter in self.weights:
-                work = self.weights[sink.parameter]
-                work.input_scale = None
-                if work.importance is not None:
-                    work.importance = work.importance / scale.to(self.device)[sink.channel.to(self.device)] ** 2
+        for consumer in pair.consumers:
+            if consumer.parameter in self.weights:
+                state = self.weights[consumer.parameter]
+                state.input_scale = None
+                if state.importance is not None:
+                    state.importance = state.importance / scale.to(self.device)[consumer.channel.to(self.device)] ** 2
 
     def _storable(self, pair: Pair, scale: Tensor) -> Tensor:
         """The factors that a norm's weight is really divided by, once the quotient is rounded to its stored dtype."""
@@ -256,9 +259,9 @@ class Block:
 
 
 @contextmanager
-def rounded_inputs(works: Iterable[Work]) -> Iterator[None]:
+def rounded_inputs(states: Iterable[WeightState]) -> Iterator[None]:
     """Round the input of each weight whose scheme says so, while the context is open."""
-    hooks = [rounding_hook(w.module, w.scheme, w.input_scale) for w in works if w.scheme.activations is not None]
+    hooks = [rounding_hook(w.module, w.scheme, w.input_scale) for w in states if w.scheme.activations is not None]
     try:
         yield
     finally:

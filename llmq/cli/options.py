@@ -45,7 +45,7 @@ Symmetric = Annotated[
         help="Without or with zero points. Default symmetric: stock transformers fails on packed zero points.",
     ),
 ]
-Grid = Annotated[str | None, typer.Option(help="int (default), float (FP8) or nf4.")]
+Grid = Annotated[str | None, typer.Option(help="int (default), fp8 or nf4.")]
 Activations = Annotated[
     str | None,
     typer.Option(

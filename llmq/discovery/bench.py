@@ -102,7 +102,7 @@ class Bench:
         self.base = self.run()
 
     def _dead(self) -> bool:
-        """Whether a column of some product's input is next to never there, and others are."""
+        """Whether some input column is almost always zero while others are not."""
         alive = [_alive(use.input) for use in self.base.uses if use.input.shape[0] >= self.tokens]
         return any(bool(some.any()) and not bool(some.all()) for some in alive)
 

@@ -1,4 +1,5 @@
-"""What a model is made of, found by running it: decoder blocks, their weights, who shares an input. Never by name.
+"""What a model is made of, found by running it: decoder blocks, their weights, which of them share an input. Never by
+name.
 
 The model is built without memory for its parameters; a structural run on zeros (a few tokens) shows the rest. See
 docs/design.md.
@@ -28,26 +29,26 @@ PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightInfo:
     """One Linear weight of a block. name: its module's path in the model; rows × width: [out, in].
 
-    shares: an identifier that weights fed by the same tensor have in common (servers fuse those); splits_input: whether
-    a tensor-parallel server cuts it along its input (a weight fed by neither the block's input nor a norm).
+    input_id: the same for all weights fed by the same tensor (servers fuse those); row_parallel: whether a
+    tensor-parallel server cuts it along its input (a weight fed by neither the block's input nor a norm).
     """
 
     name: str
     rows: int
     width: int
-    shares: int
-    splits_input: bool
+    input_id: int
+    row_parallel: bool
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockInfo:
     """One decoder block. left: parameters with two or more axes that stay as they are, each with the reason."""
 
     name: str
-    weights: tuple[Weight, ...]
+    weights: tuple[WeightInfo, ...]
     left: dict[str, str]
 
 
@@ -56,7 +57,7 @@ class Structure:
     """The blocks of a model in order, and the path of the list that holds them."""
 
     path: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockInfo, ...]
 
 
 def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -104,7 +105,7 @@ def find(model: nn.Module) -> Structure:
         owners = Counter(id(p) for b in blocks for p in b.parameters())
         try:
             with recorded(model, blocks) as recording:
-                found: dict[Any, Block] = {}
+                found: dict[Any, BlockInfo] = {}
                 hidden, calls = recording.hidden[0], recording.calls[0]
                 seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
             return Structure(path, tuple(_packable(model, seen)))
@@ -133,12 +134,12 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
         yield recording
 
 
-def _packable(model: nn.Module, blocks: list[Block]) -> Iterator[Block]:
+def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
     reason = "stock transformers cannot load it packed: the model's own code takes hold of it while loading"
     for block in blocks:
         left = block.left | {f"{w.name}.weight": reason for w in block.weights if w.name in bad}
-        yield Block(block.name, tuple(w for w in block.weights if w.name not in bad), left)
+        yield BlockInfo(block.name, tuple(w for w in block.weights if w.name not in bad), left)
 
 
 def _is_input(model: nn.Module, name: str) -> bool:
@@ -148,8 +149,8 @@ def _is_input(model: nn.Module, name: str) -> bool:
 
 
 def _inspect(
-    name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, Block]
-) -> Block:
+    name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, BlockInfo]
+) -> BlockInfo:
     tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
     make = make_of(block, call, tied)
     if make not in found:
@@ -157,12 +158,12 @@ def _inspect(
             call.run(block, hidden)
         found[make] = _weights_of(block, matmuls, modules, hidden, tied)
     known = found[make]
-    weights = tuple(Weight(f"{name}.{w.name}", w.rows, w.width, w.shares, w.splits_input) for w in known.weights)
-    return Block(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
+    weights = tuple(WeightInfo(f"{name}.{w.name}", w.rows, w.width, w.input_id, w.row_parallel) for w in known.weights)
+    return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
 
 
 def make_of(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
-    """What blocks of the same make have in common: one run speaks for all, unless blocks leave something for others."""
+    """Key shared by structurally identical blocks, of which one is run; blocks that leave something have their own."""
     shapes = tuple((n, tuple(p.shape), p.dtype, n in tied) for n, p in block.named_parameters())
     return type(block), shapes, _arguments(call), id(block) if _leaves_something(call) else 0
 
@@ -180,13 +181,13 @@ def _arguments(call: Call) -> tuple[Any, ...]:
     return tuple(kind(a) for a in call.args) + tuple((k, kind(v)) for k, v in call.kwargs.items())
 
 
-def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidden: Tensor, tied: set[str]) -> Block:
+def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidden: Tensor, tied: set[str]) -> BlockInfo:
     linears = {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
     tokens = hidden.numel() // hidden.shape[-1]
     chosen = any(m.chosen for m in matmuls)
     inputs: dict[int, int] = {}
-    weights: list[Weight] = []
+    weights: list[WeightInfo] = []
     left: dict[str, str] = {}
     for parameter, value in block.named_parameters():
         if value.dim() < 2:
@@ -204,9 +205,11 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
             left[parameter] = reason
         else:
             pointer = uses[0].input.untyped_storage().data_ptr() if uses[0].input is not None else 0
-            shares = inputs.setdefault(pointer, len(inputs))
-            weights.append(Weight(linears[parameter], value.shape[0], value.shape[1], shares, pointer not in known))
-    return Block("", tuple(weights), left)
+            input_id = inputs.setdefault(pointer, len(inputs))
+            weights.append(
+                WeightInfo(linears[parameter], value.shape[0], value.shape[1], input_id, pointer not in known)
+            )
+    return BlockInfo("", tuple(weights), left)
 
 
 def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:

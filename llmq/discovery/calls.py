@@ -18,7 +18,8 @@ from llmq.errors import LlmqError
 
 @dataclass
 class Call:
-    """How a block was called: arguments with the hidden states cut out; where they go; where they are in the result."""
+    """A recorded call: its arguments without the hidden states; `slot` takes them, `element` is their index in the
+    result."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

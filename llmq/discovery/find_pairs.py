@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmq.discovery.bench import SAME, Bench, Run, Unsteady, followed, leave, unchanged
 from llmq.discovery.blocks import make_of, recorded
 from llmq.discovery.calls import Call
-from llmq.discovery.pairs import LINEAR, NORM, Edit, Found, Pair, Rejection, Sink
+from llmq.discovery.pairs import LINEAR, NORM, Consumer, Edit, Found, Pair, Rejection
 from llmq.discovery.pairs import explain as explain
 from llmq.discovery.parameters import randomize
 from llmq.errors import LlmqError, first_line
@@ -112,20 +112,20 @@ class _Search:
             edits = {name: Edit(0, factors, float(name == shifted)) for name in chosen}
             run = self._run(edits)
             first = first or run
-            sinks = self._sinks(run, factors)
-            if sinks:
+            consumers = self._consumers(run, factors)
+            if consumers:
                 break
             if not self._moves(first):
                 raise _Refused(self._why(first, factors))
         else:
             assert first is not None
             raise _Refused(self._why(first, factors))
-        weights = [shifted] if shifted else [n for n in chosen if len(chosen) == 1 or self._carries(n, sinks)]
+        weights = [shifted] if shifted else [n for n in chosen if len(chosen) == 1 or self._carries(n, consumers)]
         others = [n for n in chosen if n not in weights]
         if len(weights) != 1 or len(others) > 1:
             raise _Refused("its vectors are not one weight and one bias")
         bias = others[0] if others else None
-        pair = Pair(NORM, weights[0], bias, 0, float(bool(shifted)), None, size, sinks, size)
+        pair = Pair(NORM, weights[0], bias, 0, float(bool(shifted)), None, size, consumers, size)
         return self._proven(self._trimmed(pair), run)
 
     def _linear(self, name: str) -> Pair:
@@ -142,17 +142,17 @@ class _Search:
             return self._run(edits), factors
 
         whole, factors = scaled(torch.arange(size))
-        run, sinks = whole, self._sinks(whole, factors)
-        if not sinks and self._moves(whole):
-            values = self._sinks(whole, factors, first=True)
+        run, consumers = whole, self._consumers(whole, factors)
+        if not consumers and self._moves(whole):
+            values = self._consumers(whole, factors, first=True)
             for rows in [_channels(values)] if values else self._parts(name, whole, size):
                 run, part = scaled(rows)
-                sinks = self._sinks(run, part)
-                if sinks:
+                consumers = self._consumers(run, part)
+                if consumers:
                     break
-        if not sinks:
+        if not consumers:
             raise _Refused(self._why(whole, factors, name))
-        return self._proven(self._trimmed(Pair(LINEAR, name, bias, axis, 0.0, None, size, sinks, size)), run)
+        return self._proven(self._trimmed(Pair(LINEAR, name, bias, axis, 0.0, None, size, consumers, size)), run)
 
     def _run(self, edits: dict[str, Edit]) -> Run:
         run = self.bench.run({name: edit.of(self.block.get_parameter(name)) for name, edit in edits.items()})
@@ -181,7 +181,7 @@ class _Search:
                 yield from (torch.arange(size)[i * width : (i + 1) * width] for i in reversed(range(parts)))
                 yield from (torch.arange(size)[i::parts] for i in range(parts))
 
-    def _sinks(self, run: Run, factors: Tensor, first: bool = False) -> tuple[Sink, ...]:
+    def _consumers(self, run: Run, factors: Tensor, first: bool = False) -> tuple[Consumer, ...]:
         """The matrices all of whose input columns follow a factor; on each sequence's first token only, if asked to."""
         channels: dict[str, list[Tensor]] = {}
         uses: dict[str, list[Any]] = {}
@@ -189,7 +189,7 @@ class _Search:
             rows = slice(None, None, self.bench.tokens if first else None)
             channels.setdefault(new.parameter, []).append(followed(old.input[rows], new.input[rows], factors))
             uses.setdefault(new.parameter, []).append(old)
-        sinks = []
+        consumers = []
         for name, maps in channels.items():
             if not any(bool((m >= 0).all()) for m in maps):
                 if any(bool((m >= 0).any()) for m in maps) and not first:
@@ -198,8 +198,8 @@ class _Search:
             if not first:
                 self._check(name, uses[name], maps)
             width = self.shapes[name][1 - self.axes[name]] if name in self.axes else 0
-            sinks.append(Sink(name, self.axes.get(name, 1), maps[0], self._beside(name, width)))
-        return tuple(sinks)
+            consumers.append(Consumer(name, self.axes.get(name, 1), maps[0], self._beside(name, width)))
+        return tuple(consumers)
 
     def _check(self, name: str, uses: list[Any], maps: list[Tensor]) -> None:
         if name in self.shared:
@@ -217,10 +217,10 @@ class _Search:
         beside = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == prefix and shape == (size,)]
         return beside[0] if len(beside) == 1 else None
 
-    def _carries(self, name: str, sinks: tuple[Sink, ...]) -> bool:
-        """Whether nothing of the hidden states reaches the sinks when a vector is zero: it is a weight, no bias."""
+    def _carries(self, name: str, consumers: tuple[Consumer, ...]) -> bool:
+        """Whether nothing of the hidden states reaches the consumers when a vector is zero: it is a weight, no bias."""
         run = self.bench.run({name: torch.zeros_like(self.block.get_parameter(name))})
-        for use in (use for use in run.uses if use.parameter in {sink.parameter for sink in sinks}):
+        for use in (use for use in run.uses if use.parameter in {consumer.parameter for consumer in consumers}):
             if use.input.shape[0] % self.bench.tokens:
                 return False
             sequences = use.input.reshape(-1, self.bench.tokens, use.input.shape[-1])
@@ -230,15 +230,15 @@ class _Search:
 
     def _trimmed(self, pair: Pair) -> Pair:
         """The pair with channels for those entries only that feed something."""
-        rows = _channels(pair.sinks)
+        rows = _channels(pair.consumers)
         if len(rows) == pair.entries:
             return pair
         index = torch.full((pair.entries,), -1).index_copy(0, rows, torch.arange(len(rows)))
-        sinks = tuple(replace(sink, channel=index[sink.channel]) for sink in pair.sinks)
-        return replace(pair, rows=rows, sinks=sinks, channels=len(rows))
+        consumers = tuple(replace(consumer, channel=index[consumer.channel]) for consumer in pair.consumers)
+        return replace(pair, rows=rows, consumers=consumers, channels=len(rows))
 
     def _proven(self, pair: Pair, run: Run) -> Pair:
-        """The pair, if it leaves the block as it was; `run` has the source scaled without its sinks."""
+        """The pair, if it leaves the block as it was; `run` has the source scaled without its consumers."""
         if {pair.source, pair.bias} & self.shared:
             raise _Refused("it is shared with another block")
         effect = run.apart(self.bench.base)
@@ -252,10 +252,10 @@ class _Search:
         large = self.bench.random(pair.channels).sub(1.5).mul(LARGE).exp2()
         if not self._run(pair.edits(large)).apart(self.bench.base) <= SAME:
             raise _Refused("large values of it are cut off on the way")
-        if pair.bias is None or any(sink.bias is None for sink in pair.sinks):
+        if pair.bias is None or any(consumer.bias is None for consumer in pair.consumers):
             return pair
         able = replace(pair, shiftable=True)
-        weights = {sink.parameter: self.block.get_parameter(sink.parameter) for sink in pair.sinks}
+        weights = {consumer.parameter: self.block.get_parameter(consumer.parameter) for consumer in pair.consumers}
         shifts = able.shifts(self.bench.random(pair.channels), weights)
         shifted = self.bench.run({name: self.block.get_parameter(name) + extra for name, extra in shifts.items()})
         return able if shifted.apart(self.bench.base) <= SAME else pair
@@ -269,7 +269,7 @@ class _Search:
             return ELSEWHERE
         if not self._moves(run):
             return "no matrix product of the block comes after it"
-        if self._sinks(run, factors.square()):
+        if self._consumers(run, factors.square()):
             return "what it feeds follows the square of a factor on it"
         if partly:
             return partly
@@ -282,9 +282,9 @@ class _Search:
         return "no matrix product has an input that follows it, channel by channel"
 
 
-def _channels(sinks: Iterable[Sink]) -> Tensor:
-    """The channels that occur in the sinks' maps, in order."""
-    return torch.unique(torch.cat([sink.channel for sink in sinks]))  # type: ignore[no-any-return]
+def _channels(consumers: Iterable[Consumer]) -> Tensor:
+    """The channels that occur in the consumers' maps, in order."""
+    return torch.unique(torch.cat([consumer.channel for consumer in consumers]))  # type: ignore[no-any-return]
 
 
 def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> dict[str, Found]:
@@ -322,7 +322,7 @@ def find_in(model: nn.Module, path: str) -> dict[str, Found]:
 
 
 def _attributes(blocks: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """What each block's modules are and hold in plain values, but for the numbers by which blocks know their place."""
+    """Plain attributes of each block's modules, ignoring the layer index."""
     plain = (bool, int, float, str)
     values = [
         {

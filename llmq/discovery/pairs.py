@@ -33,7 +33,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Sink:
+class Consumer:
     """A matrix that a source feeds.
 
     axis: which axis of the stored parameter its input runs along (1 for nn.Linear, 0 for a matrix stored [in, out]);
@@ -55,7 +55,7 @@ class Pair:
     source, bias: parameter names within the block; the bias is divided with the source.
     axis: the axis of the stored source along which its channels lie. offset: 1 for norms that multiply by 1 + w.
     rows: int64 [channels], the source's entry of each channel; None where channel c is entry c of `entries`.
-    shiftable: whether a constant per channel can be taken off the source's bias and given back by the sinks' biases.
+    shiftable: whether a constant per channel can leave the source's bias and be added to the consumers' biases.
     """
 
     kind: str
@@ -65,13 +65,13 @@ class Pair:
     offset: float
     rows: Tensor | None
     entries: int
-    sinks: tuple[Sink, ...]
+    consumers: tuple[Consumer, ...]
     channels: int
     shiftable: bool = False
 
     def describe(self) -> str:
-        """What it connects, in words: 'source → sink, sink'."""
-        return f"{self.source} → {', '.join(sink.parameter for sink in self.sinks)}"
+        """What it connects, in words: 'source → consumer, consumer'."""
+        return f"{self.source} → {', '.join(consumer.parameter for consumer in self.consumers)}"
 
     def gain(self, source: Tensor) -> Tensor:
         """How much the source multiplies each channel by: |w| of a norm, the length of a matrix's rows.
@@ -96,36 +96,36 @@ class Pair:
         made = {self.source: Edit(self.axis, inverse, self.offset)}
         if self.bias is not None:
             made[self.bias] = Edit(0, inverse)
-        return made | {s.parameter: Edit(s.axis, scale[s.channel]) for s in self.sinks}
+        return made | {s.parameter: Edit(s.axis, scale[s.channel]) for s in self.consumers}
 
     def shifts(self, shift: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What taking `shift` [channels] off the source's output adds to each bias, float32: −z, and W z at the sinks.
+        """What taking `shift` [channels] off the source's output adds to the biases, float32: −z; W z at the consumers.
 
-        weights: the sinks' matrices by parameter name, as stored. Outlier Suppression+ (Wei et al., 2023), §4.1.
+        weights: the consumers' matrices by parameter name, as stored. Outlier Suppression+ (Wei et al., 2023), §4.1.
         Raises ValueError where the pair is not shiftable.
         """
         if not self.shiftable or self.bias is None:
             raise ValueError(f"{self.source}: nothing could absorb a shift here")
         shift = shift.detach().float().cpu()
         made = {self.bias: self._spread(-shift, 0.0)}
-        for sink in self.sinks:
-            weight = weights[sink.parameter].float()
-            moved = shift[sink.channel].to(weight.device)
-            assert sink.bias is not None
-            made[sink.bias] = weight @ moved if sink.axis == 1 else moved @ weight
+        for consumer in self.consumers:
+            weight = weights[consumer.parameter].float()
+            moved = shift[consumer.channel].to(weight.device)
+            assert consumer.bias is not None
+            made[consumer.bias] = weight @ moved if consumer.axis == 1 else moved @ weight
         return made
 
     def apply(self, block: nn.Module, scale: Tensor) -> None:
-        """Divide the source by `scale` [channels] > 0 and multiply the sinks by it, in place, computed in float32."""
+        """Divide the source by `scale` [channels] > 0 and multiply the consumers by it, in place, in float32."""
         with torch.no_grad():
             for name, edit in self.edits(scale).items():
                 parameter = block.get_parameter(name)
                 parameter.copy_(edit.of(parameter))
 
     def apply_shift(self, block: nn.Module, shift: Tensor) -> None:
-        """Take `shift` [channels] off the source's output and give it back at the sinks' biases, in place."""
+        """Take `shift` [channels] off the source's output and give it back at the consumers' biases, in place."""
         with torch.no_grad():
-            weights = {s.parameter: block.get_parameter(s.parameter) for s in self.sinks}
+            weights = {s.parameter: block.get_parameter(s.parameter) for s in self.consumers}
             for name, value in self.shifts(shift, weights).items():
                 parameter = block.get_parameter(name)
                 parameter.copy_(parameter.float() + value.to(parameter.device))
@@ -161,5 +161,5 @@ def explain(pairs: list[Pair], rejections: list[Rejection]) -> list[tuple[str, s
     rows = []
     for pair in pairs:
         source = pair.source + (f" [{pair.channels} of {pair.entries} rows]" if pair.rows is not None else "")
-        rows.append((source, ", ".join(s.parameter for s in pair.sinks), pair.kind + ", shift" * pair.shiftable))
+        rows.append((source, ", ".join(s.parameter for s in pair.consumers), pair.kind + ", shift" * pair.shiftable))
     return rows + [(r.source, r.reason, "") for r in rejections]

@@ -34,7 +34,7 @@ def of(scheme: Scheme) -> Format:
     """The format that holds a scheme."""
     if scheme.grid == "nf4":
         return cast(Format, bitsandbytes)
-    if scheme.grid == "float" or scheme.activations is not None:
+    if scheme.grid == "fp8" or scheme.activations is not None:
         return cast(Format, eight_bit)
     return cast(Format, compressed_tensors)
 

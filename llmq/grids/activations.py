@@ -14,13 +14,13 @@ from torch import Tensor
 from llmq.errors import LlmqError
 
 # The lowest and highest value of each grid, and what the largest magnitude is divided by to give the scale.
-LIMITS = {"int": (-128.0, 127.0, 127.5), "float": (-448.0, 448.0, 448.0)}
+LIMITS = {"int": (-128.0, 127.0, 127.5), "fp8": (-448.0, 448.0, 448.0)}
 
 
 def round_per_token(x: Tensor, grid: str) -> Tensor:
     """Every token's values on a grid of its own: the scale is the token's largest magnitude over the grid's.
 
-    x: any float [..., width]; grid: 'int' (8 bits) or 'float' (float8_e4m3fn). Returns x's shape and dtype. Raises
+    x: any float [..., width]; grid: 'int' (8 bits) or 'fp8' (float8_e4m3fn). Returns x's shape and dtype. Raises
     LlmqError at another grid. compressed-tensors agrees for inputs of three axes, which decoders have; given two it
     takes one scale for all of them, and so would differ from its own servers.
     """
@@ -32,7 +32,7 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     """Values on a grid known beforehand; what lies beyond its ends is clipped.
 
     x: any float [..., width]; scale: any float that broadcasts to x, positive, turned into x's dtype first;
-    grid: 'int' (8 bits) or 'float' (float8_e4m3fn). Returns x's shape and dtype. Raises LlmqError at another grid.
+    grid: 'int' (8 bits) or 'fp8' (float8_e4m3fn). Returns x's shape and dtype. Raises LlmqError at another grid.
     """
     low, high, _ = _limits(grid)
     scale = scale.to(x.dtype)

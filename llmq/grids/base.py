@@ -33,7 +33,7 @@ class Quantized(Protocol):
 class QuantizedWeight:
     """A weight [out, in] on a grid of steps: w ≈ (codes − zero) · scale, group by group along the input axis.
 
-    codes: int8 [out, in], in [scheme.qmin, scheme.qmax], or float8_e4m3fn where the grid is 'float'; scale: [out,
+    codes: int8 [out, in], in [scheme.qmin, scheme.qmax], or float8_e4m3fn where the grid is 'fp8'; scale: [out,
     groups], in the dtype it is stored in; zero: int8 [out, groups] in the range of the codes, or None when symmetric;
     notes: what fell back, for the report; input_scale: float32 [1], where the input is rounded by a static scale.
     """

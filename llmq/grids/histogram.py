@@ -22,7 +22,7 @@ BINS = 2048
 PIECE = 1 << 20
 SMALLEST = -100
 """The least exponent of the reach: below 2^−100 everything is one bin, and float32 can still divide by a bin."""
-TOP = {"int": 127.0, "float": 448.0}
+TOP = {"int": 127.0, "fp8": 448.0}
 """The largest level: of int8 used symmetrically, of float8_e4m3fn."""
 METHODS = ("minmax", "percentile", "mse", "kl", "aciq")
 PARTS = 8
@@ -95,7 +95,7 @@ def find_activation_scale(
     method: 'minmax': the largest magnitude; 'percentile': that share of the values is covered; 'mse': least squared
     error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `llmq.grids.entropy`; 'aciq': Banner et al. 2018
     (arXiv:1810.05723), the clip of least expected error under the likelier of Laplace and normal, for fp8 found by
-    integrating that density. None reaches beyond the largest magnitude. grid: 'int' or 'float'. An input that was 0
+    integrating that density. None reaches beyond the largest magnitude. grid: 'int' or 'fp8'. An input that was 0
     throughout has scale 1. Raises LlmqError at an unknown method or grid, or where nothing was seen.
     """
     if method not in METHODS:
@@ -181,4 +181,4 @@ def _float_clip(density: str) -> float:
     reach = 32.0
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) * reach / BINS
     counts = torch.exp(-middle if density == "laplace" else -middle.square() / 2)
-    return _least_error(counts, reach, reach, "float")
+    return _least_error(counts, reach, reach, "fp8")

@@ -22,7 +22,7 @@ def round_to_nearest(
     """
     if scheme.grid == "nf4":
         return quantize_nf4(weight, scheme, scale_dtype)
-    if scheme.grid == "float":
+    if scheme.grid == "fp8":
         scale = find_float8_scale(weight, range, scale_dtype)
         return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
     scale, zero = find_range(weight, scheme, range, importance, scale_dtype)

@@ -14,7 +14,7 @@ side; that is an ordinary value for every reader, and worth a third of a bit at 
 Cheng et al. 2023, arXiv:2309.05516).
 
 Everything is in float32, on groups first brought to magnitude 1 by an exact power of two, so that
-neither half precision nor tiny weights overflow or vanish when squared. Work goes through chunks that fit the
+neither half precision nor tiny weights overflow or vanish when squared. WeightState goes through chunks that fit the
 processor's cache.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 from llmq.errors import LlmqError
 from llmq.validate import check_choice, check_keys, check_types, made
 
-GRIDS = ("int", "float", "nf4")
+GRIDS = ("int", "fp8", "nf4")
 RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -38,7 +38,7 @@ class Activations:
 class Scheme:
     """The grid of a weight [out, in].
 
-    grid: 'int': w ≈ (code − zero) · scale, codes in [−2^(bits−1), 2^(bits−1) − 1]; 'float': float8_e4m3fn · scale;
+    grid: 'int': w ≈ (code − zero) · scale, codes in [−2^(bits−1), 2^(bits−1) − 1]; 'fp8': float8_e4m3fn · scale;
     'nf4': one of 16 normal quantiles · the largest magnitude of its block. bits: 2…8 (float: 8, nf4: 4). group_size:
     input columns that share a scale, for nf4 elements of the flattened weight; None is one scale per output channel.
     symmetric: zero is 0 and not stored. double_quant: nf4 only, the block maxima are stored in 8 bits. activations: how
@@ -60,8 +60,8 @@ class Scheme:
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
         plain = self.group_size is None and self.symmetric and self.bits == 8
-        if self.grid == "float" and not plain:
-            raise LlmqError("grid 'float' (FP8) is 8 bits, symmetric, group size 'channel'")
+        if self.grid == "fp8" and not plain:
+            raise LlmqError("grid 'fp8' is 8 bits, symmetric, group size 'channel'")
         if self.activations is not None and (self.grid == "nf4" or not plain):
             raise LlmqError(
                 f"activations are rounded to 8 bits where weights are 8 bits, symmetric, group size 'channel': {self} "
@@ -78,7 +78,7 @@ class Scheme:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         if self.grid == "nf4":
             return f"nf4 {group}{' double-quantized' if self.double_quant else ''}"
-        name = "fp8 channel" if self.grid == "float" else f"{self.bits}-bit {group}"
+        name = "fp8 channel" if self.grid == "fp8" else f"{self.bits}-bit {group}"
         if self.grid == "int":
             name += " symmetric" if self.symmetric else " asymmetric"
         return name + (f", {self.activations} activations" if self.activations else "")

@@ -90,7 +90,7 @@ class QuantLinear(nn.Linear):
                 self.notes = {"triton": reason}
 
     def fresh(self) -> list[Tensor]:
-        """The buffers that packing made, where the others may be the very tensors it was made from."""
+        """Buffers allocated by packing; others may alias the mapped checkpoint."""
         return []
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ DEFAULT_QUANTIZER = "rtn"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A recipe's methods at work, in order: transforms, the quantizer, what refines its result."""
+    """A recipe's methods, ready to run, in order: transforms, the quantizer, what refines its result."""
 
     transforms: tuple[Method, ...]
     quantizer: Method
@@ -48,9 +48,9 @@ class Pipeline:
         return () if self.transforms else self.quantizer.needs
 
     @property
-    def exact(self) -> bool:
+    def float_target(self) -> bool:
         """Whether a refiner's target is what the unquantized model, not the quantized one so far, makes of a block."""
-        return any(method.exact for method in self.refiners)
+        return any(method.float_target for method in self.refiners)
 
 
 def find(name: str) -> type[Method]:

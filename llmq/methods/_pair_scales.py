@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
-from llmq.discovery.pairs import Pair, Sink
+from llmq.discovery.pairs import Consumer, Pair
 from llmq.grids.activations import round_per_token, round_static, static_scale
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
@@ -50,37 +50,41 @@ class Side(NamedTuple):
 
 def side(block: Block, pair: Pair) -> Side | None:
     """The statistics of a pair's consumers by channel; None where none of them is quantized."""
-    works = quantized_sinks(block, pair)
-    if not works:
+    states = quantized_consumers(block, pair)
+    if not states:
         return None
-    sink, work = works[0]
-    inputs: Inputs = work.statistics[Inputs]
-    weights = torch.stack([_by_channel(w.value.float().abs().amax(0), s, pair.channels) for s, w in works]).amax(0)
-    shares = torch.stack([_by_channel(_share(w), s, pair.channels) for s, w in works]).mean(0)
+    consumer, state = states[0]
+    inputs: Inputs = state.statistics[Inputs]
+    weights = torch.stack([_by_channel(w.value.float().abs().amax(0), s, pair.channels) for s, w in states]).amax(0)
+    shares = torch.stack([_by_channel(_share(w), s, pair.channels) for s, w in states]).mean(0)
     return Side(
-        _by_channel(inputs.mean_abs, sink, pair.channels),
-        -_by_channel(-inputs.low, sink, pair.channels),
-        _by_channel(inputs.high, sink, pair.channels),
+        _by_channel(inputs.mean_abs, consumer, pair.channels),
+        -_by_channel(-inputs.low, consumer, pair.channels),
+        _by_channel(inputs.high, consumer, pair.channels),
         weights,
         shares,
     )
 
 
-def _by_channel(columns: Tensor, sink: Sink, channels: int) -> Tensor:
+def _by_channel(columns: Tensor, consumer: Consumer, channels: int) -> Tensor:
     """The largest value of the columns that a channel feeds: float32 [channels]."""
     found = torch.full((channels,), -torch.inf, device=columns.device)
-    return found.scatter_reduce_(0, sink.channel.to(columns.device), columns, "amax")
+    return found.scatter_reduce_(0, consumer.channel.to(columns.device), columns, "amax")
 
 
-def _share(work: Work) -> Tensor:
-    weight = work.value.float().abs()
-    groups = weight.view(weight.shape[0], work.scheme.groups(weight.shape[1]), -1)
+def _share(state: WeightState) -> Tensor:
+    weight = state.value.float().abs()
+    groups = weight.view(weight.shape[0], state.scheme.groups(weight.shape[1]), -1)
     return (groups / groups.amax(-1, keepdim=True).clamp_min(TINY)).flatten(1).mean(0)
 
 
-def quantized_sinks(block: Block, pair: Pair) -> list[tuple[Sink, Work]]:
-    """A pair's consumers that are quantized, with their work."""
-    return [(sink, block.weights[sink.parameter]) for sink in pair.sinks if sink.parameter in block.weights]
+def quantized_consumers(block: Block, pair: Pair) -> list[tuple[Consumer, WeightState]]:
+    """A pair's consumers that are quantized, with their state."""
+    return [
+        (consumer, block.weights[consumer.parameter])
+        for consumer in pair.consumers
+        if consumer.parameter in block.weights
+    ]
 
 
 def normalized(scale: Tensor) -> Tensor:
@@ -122,17 +126,17 @@ def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: s
 def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
     """How much the rounded consumers' outputs differ from the exact ones, on the sampled rows: Σ ‖Q(x)Q(W)ᵀ − xWᵀ‖²."""
     total = 0.0
-    for sink, work in quantized_sinks(block, pair):
-        x, weight = work.statistics[Inputs].rows, work.value.float()
+    for consumer, state in quantized_consumers(block, pair):
+        x, weight = state.statistics[Inputs].rows, state.value.float()
         exact = x @ weight.t()
         if candidate is not None:
-            factor = candidate.scale[sink.channel]
+            factor = candidate.scale[consumer.channel]
             if candidate.shift is not None:
-                x = x - candidate.shift[sink.channel]
+                x = x - candidate.shift[consumer.channel]
                 exact = x @ weight.t()
             x, weight = x / factor, weight * factor
-        near = _near(weight, work.scheme, x.square().mean(0))
-        total += float((rounded(x, work.scheme) @ near.t() - exact).square().sum())
+        near = _near(weight, state.scheme, x.square().mean(0))
+        total += float((rounded(x, state.scheme) @ near.t() - exact).square().sum())
     return total
 
 
@@ -168,10 +172,10 @@ def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     return best
 
 
-def rounded_output_error(work: Work, rows: Tensor, clip: Tensor, scale_dtype: torch.dtype) -> float:
+def rounded_output_error(state: WeightState, rows: Tensor, clip: Tensor, scale_dtype: torch.dtype) -> float:
     """‖Q(x)Q(W)ᵀ − xWᵀ‖² on rows [n, in] with the static input scale of a largest magnitude `clip`."""
-    weight = work.value.float()
-    if work.rounded is None:
-        work.rounded = round_to_nearest(weight, work.scheme, scale_dtype).dequantize(torch.float32)
-    x = round_static(rows, static_scale(clip, work.scheme.grid), work.scheme.grid)
-    return float((x @ work.rounded.float().t() - rows @ weight.t()).square().sum())
+    weight = state.value.float()
+    if state.rounded is None:
+        state.rounded = round_to_nearest(weight, state.scheme, scale_dtype).dequantize(torch.float32)
+    x = round_static(rows, static_scale(clip, state.scheme.grid), state.scheme.grid)
+    return float((x @ state.rounded.float().t() - rows @ weight.t()).square().sum())

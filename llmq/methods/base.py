@@ -25,14 +25,14 @@ class Method:
     """Any of three things, by which of its functions it has: a transform, a quantizer, a refinement.
 
     transform_needs, needs: the statistics taken of every weight's input before `transform` and before `quantize`; which
-    ones may depend on the options. exact: for a
-    refinement, whether its target is what the unquantized model makes of a block, instead of the block on the quantized
-    model's own hidden states. scheme: what a quantized weight is by default with this method, as in a recipe.
+    ones may depend on the options. float_target: for a refinement, whether its target is computed from the unquantized
+    model's hidden states, instead of the quantized model's. scheme: what a quantized weight is by default with this
+    method, as in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
     needs: tuple[type[Statistic], ...] = ()
-    exact: bool = False
+    float_target: bool = False
     scheme: ClassVar[dict[str, Any]] = {}
 
     def transform(self, block: Block) -> None:

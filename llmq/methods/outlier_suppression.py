@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.grids.activations import static_scale
 from llmq.methods._pair_scales import Candidate, balance, rounded_output_error, side
@@ -39,23 +39,23 @@ class OutlierSuppression(Method):
         static = [w for w in block.weights.values() if w.scheme.activations and not w.scheme.activations.dynamic]
         if static:
             block.observe(self.transform_needs)
-            for shares in dict.fromkeys(work.shares for work in static):
-                alike = [work for work in static if work.shares == shares]
+            for input_id in dict.fromkeys(state.input_id for state in static):
+                alike = [state for state in static if state.input_id == input_id]
                 scale = clip_tokens(alike, block.scale_dtype)
-                for work in alike:
-                    block.set_input_scale(work.parameter, scale)
+                for state in alike:
+                    block.set_input_scale(state.parameter, scale)
 
 
-def clip_tokens(works: list[Work], scale_dtype: torch.dtype) -> Tensor:
+def clip_tokens(states: list[WeightState], scale_dtype: torch.dtype) -> Tensor:
     """The static scale of the input that these weights share with which their outputs on the sampled rows err least.
 
     One scale for all of them: servers fuse weights that share an input. Returns float32 [1].
     """
-    rows = works[0].statistics[Inputs].rows
+    rows = states[0].statistics[Inputs].rows
     sizes = rows.abs().amax(1)
 
     def cost(clip: Tensor) -> float:
-        return sum(rounded_output_error(work, rows, clip, scale_dtype) for work in works)
+        return sum(rounded_output_error(state, rows, clip, scale_dtype) for state in states)
 
     best, least = sizes.max(), cost(sizes.max())
     for clips in (torch.quantile(sizes, torch.tensor(COARSE, device=sizes.device)), None):
@@ -63,4 +63,4 @@ def clip_tokens(works: list[Work], scale_dtype: torch.dtype) -> Tensor:
             error = cost(clip)
             if error < least:
                 best, least = clip, error
-    return static_scale(best, works[0].scheme.grid)
+    return static_scale(best, states[0].scheme.grid)

@@ -32,4 +32,4 @@ class RTN(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return ("int", "float", "nf4")
+        return ("int", "fp8", "nf4")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.base import QuantizedWeight
@@ -34,7 +34,7 @@ class SignRound(Method):
     share of it.
     """
 
-    exact = True
+    float_target = True
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class SignRound(Method):
 
         The iterate kept is the one nearest to the target on batches that no step was taken on; it may be the start.
         """
-        works = [
+        states = [
             w for w in block.weights.values() if isinstance(w.quantized, QuantizedWeight) and w.scheme.grid == "int"
         ]
-        if works:
-            _Descent(self, block, works).run()
+        if states:
+            _Descent(self, block, states).run()
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Positions and momentum in float32, the rounded weight, its gradient, the best codes; a step's temporaries."""
@@ -73,19 +73,19 @@ class SignRound(Method):
 class _Descent:
     """One block's descent."""
 
-    def __init__(self, method: SignRound, block: Block, works: list[Work]) -> None:
+    def __init__(self, method: SignRound, block: Block, states: list[WeightState]) -> None:
         self.method, self.block = method, block
-        self.learned: list[tuple[Work, LearnedWeight]] = []
-        for work in works:
-            assert isinstance(work.quantized, QuantizedWeight)
-            self.learned.append((work, LearnedWeight(work.quantized, work.value, MOMENTUM)))
+        self.learned: list[tuple[WeightState, LearnedWeight]] = []
+        for state in states:
+            assert isinstance(state.quantized, QuantizedWeight)
+            self.learned.append((state, LearnedWeight(state.quantized, state.value, MOMENTUM)))
         self.generator = torch.Generator().manual_seed(method.seed)
         order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
         count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
         self.held, self.train = order[:count] or order, order[count:]
 
     def run(self) -> None:
-        """Takes every step; leaves the best iterate in the block's works."""
+        """Takes every step; leaves the best iterate in the block's states."""
         method, looks = self.method, max(1, self.method.iterations // LOOKS)
         with _straight_through(self.block), self._rounded():
             least = self._held_out()
@@ -103,20 +103,20 @@ class _Descent:
                     now = self._held_out()
                     if now < least:
                         least, best = now, [learned.quantized() for _, learned in self.learned]
-        for (work, _), found in zip(self.learned, best, strict=True):
-            self.block.set_quantized(work.parameter, found)
+        for (state, _), found in zip(self.learned, best, strict=True):
+            self.block.set_quantized(state.parameter, found)
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
         """Every weight of the block is rounded while the context is open; those that are learned have gradients."""
-        modules = {work.module: work for work in self.block.weights.values() if work.quantized is not None}
+        modules = {state.module: state for state in self.block.weights.values() if state.quantized is not None}
         before = {module: module.weight.data for module in modules}
         try:
-            for module, work in modules.items():
-                assert work.quantized is not None
-                module.weight.data = work.quantized.dequantize(module.weight.dtype)
-            for work, _ in self.learned:
-                work.module.weight.requires_grad_(True)
+            for module, state in modules.items():
+                assert state.quantized is not None
+                module.weight.data = state.quantized.dequantize(module.weight.dtype)
+            for state, _ in self.learned:
+                state.module.weight.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
@@ -128,12 +128,12 @@ class _Descent:
         for index in batches:
             loss = self._error(index)
             loss.backward()  # type: ignore[no-untyped-call]
-        for work, learned in self.learned:
-            gradient = work.module.weight.grad
+        for state, learned in self.learned:
+            gradient = state.module.weight.grad
             if gradient is not None:
                 learned.step(gradient, self.method.reach * share, self.method.scale_reach * share)
-                work.module.weight.grad = None
-                learned.value(work.module.weight.data)
+                state.module.weight.grad = None
+                learned.value(state.module.weight.data)
 
     def _error(self, index: int) -> Tensor:
         """The squared distance of each token's output to its target, as a share of the target's square; their mean."""
@@ -154,17 +154,17 @@ class _Descent:
 def _straight_through(block: Block) -> Iterator[None]:
     """Where inputs are rounded, gradients pass as though they were not."""
     with ExitStack() as stack:
-        for work in block.weights.values():
-            if work.scheme.activations is not None:
+        for state in block.weights.values():
+            if state.scheme.activations is not None:
 
-                def hook(_: Any, args: tuple[Any, ...], work: Work = work) -> tuple[Any, ...]:
-                    x, scale = args[0], work.input_scale
+                def hook(_: Any, args: tuple[Any, ...], state: WeightState = state) -> tuple[Any, ...]:
+                    x, scale = args[0], state.input_scale
                     rounded = (
-                        round_per_token(x, work.scheme.grid)
+                        round_per_token(x, state.scheme.grid)
                         if scale is None
-                        else round_static(x, scale.to(x.device), work.scheme.grid)
+                        else round_static(x, scale.to(x.device), state.scheme.grid)
                     )
                     return (x + (rounded - x).detach(), *args[1:])
 
-                stack.callback(work.module.register_forward_pre_hook(hook, prepend=True).remove)
+                stack.callback(state.module.register_forward_pre_hook(hook, prepend=True).remove)
         yield

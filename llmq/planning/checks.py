@@ -13,7 +13,7 @@ from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
-from llmq.planning.weights import Item, matches
+from llmq.planning.weights import WeightPlan, matches
 from llmq.recipe.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def check_sources(source: Source, model: nn.Module, links: Links) -> None:
             )
 
 
-def check_patterns(recipe: Recipe, items: list[Item]) -> None:
+def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
     """Raises LlmqError where --keep or --override matches nothing, or only what is left alone."""
     names = [i.name for i in items]
     for option, patterns in (("--keep", recipe.keep), ("--override", [p for p, _ in recipe.overrides])):
@@ -51,7 +51,7 @@ def check_patterns(recipe: Recipe, items: list[Item]) -> None:
             raise LlmqError(f"--override {pattern!r} matches only what is left alone: {one.name} ({one.reason})")
 
 
-def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -> None:
+def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp: int) -> None:
     """Raises LlmqError where nothing is left to quantize, or a scheme fits no format, weight, method or server."""
     chosen = [i for i in items if i.scheme is not None]
     if not chosen:
@@ -70,7 +70,7 @@ def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -
     ragged = [
         i
         for i in chosen
-        if i.scheme and i.scheme.grid != "float" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
+        if i.scheme and i.scheme.grid != "fp8" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
     ]
     if ragged:
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
@@ -87,19 +87,19 @@ def check_items(items: list[Item], recipe: Recipe, quantizer: Method, tp: int) -
         )
 
 
-def _splits(item: Item, tp: int) -> bool:
+def _splits(item: WeightPlan, tp: int) -> bool:
     rows, width = item.shape
     assert item.scheme is not None
     if item.scheme.grid != "int":
-        return (width if item.splits_input else rows) % tp == 0
-    if not item.splits_input:
+        return (width if item.row_parallel else rows) % tp == 0
+    if not item.row_parallel:
         # Zero points are packed along the output.
         return rows % tp == 0 and (item.scheme.symmetric or rows // tp * item.scheme.bits % 32 == 0)
     part = width // tp
     return width % tp == 0 and part % (item.scheme.group_size or 1) == 0 and part * item.scheme.bits % 32 == 0
 
 
-def _name_all(items: list[Item]) -> str:
+def _name_all(items: list[WeightPlan]) -> str:
     """Every weight by name; those that differ only in their block in one, with the blocks."""
     alike: dict[tuple[str, tuple[int, ...], Scheme | None], list[int]] = {}
     for item in items:
@@ -122,13 +122,13 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
 
 
-def warnings(items: list[Item]) -> list[str]:
+def warnings(items: list[WeightPlan]) -> list[str]:
     """What the user should know though nothing is wrong, a sentence each."""
     warnings = []
     families: dict[tuple[int | None, int], set[str]] = {}
     for item in items:
         if item.block is not None and (item.scheme is not None or "--keep" in item.reason):
-            families.setdefault((item.block, item.shares), set()).add(str(item.scheme or "kept"))
+            families.setdefault((item.block, item.input_id), set()).add(str(item.scheme or "kept"))
     mixed = [f"block {b}: {' and '.join(sorted(s))}" for (b, _), s in families.items() if len(s) > 1]
     if mixed:
         warnings.append(

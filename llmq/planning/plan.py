@@ -23,7 +23,7 @@ from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
 from llmq.planning.memory import Budget, Load, check_room, predict
-from llmq.planning.weights import Item, find_items
+from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048
@@ -40,21 +40,21 @@ class Plan:
     structure: Structure
     links: Links
     dtype: torch.dtype
-    items: list[Item]
+    weights: list[WeightPlan]
     calibration: Windows
     pipeline: Pipeline
     pairs: dict[str, Found] = field(default_factory=dict)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
 
-    def of_block(self, index: int) -> list[Item]:
+    def of_block(self, index: int) -> list[WeightPlan]:
         """The quantized weights of one block, in order."""
-        return [i for i in self.items if i.block == index and i.scheme is not None]
+        return [i for i in self.weights if i.block == index and i.scheme is not None]
 
     @property
     def schemes(self) -> set[Scheme]:
         """Every scheme that some weight gets."""
-        return {i.scheme for i in self.items if i.scheme is not None}
+        return {i.scheme for i in self.weights if i.scheme is not None}
 
     @property
     def ids(self) -> Tensor:
@@ -69,7 +69,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, scales and zero points included."""
-        chosen = [i for i in self.items if i.scheme is not None]
+        chosen = [i for i in self.weights if i.scheme is not None]
         return 8 * sum(i.after for i in chosen) / max(1, sum(prod(i.shape) for i in chosen))
 
 
@@ -92,10 +92,10 @@ def make_plan(
     structure = discover.find(model)
     links = link(model, source.names())
     pipeline = methods.make(recipe)
-    items = find_items(source, recipe, model, structure, links, dtype)
+    items = plan_weights(source, recipe, model, structure, links, dtype)
     checks.check_sources(source, model, links)
     checks.check_patterns(recipe, items)
-    checks.check_items(items, recipe, pipeline.quantizer, tp)
+    checks.check_weights(items, recipe, pipeline.quantizer, tp)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
         found = windows(_longest(model))
@@ -151,7 +151,7 @@ def _budget(plan: Plan, device: str) -> Budget:
         module = plan.model.get_submodule(block.name)
         inside += [f"{block.name}.{n}" for n, _ in module.named_parameters()]
         mine = plan.of_block(index)
-        inputs = {i.shares: sum(need.nbytes(i.shape[1]) for need in plan.pipeline.needs) for i in mine}
+        inputs = {i.input_id: sum(need.nbytes(i.shape[1]) for need in plan.pipeline.needs) for i in mine}
         numbers = sum(prod(i.shape) for i in mine)
         # Transforms work on float32 copies beside the block, and keep both results until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
@@ -163,7 +163,7 @@ def _budget(plan: Plan, device: str) -> Budget:
                 max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
             )
         )
-    saved = sum(i.before - i.after for i in plan.items if i.scheme is not None)
+    saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(
         plan.model,
@@ -174,7 +174,7 @@ def _budget(plan: Plan, device: str) -> Budget:
         loads,
         plan.source.total_bytes - saved,
         device,
-        chains=4 if plan.pipeline.exact else 3,
+        chains=4 if plan.pipeline.float_target else 3,
     )
 
 

@@ -21,7 +21,7 @@ SMALLEST_GROUP = 16
 
 
 @dataclass(frozen=True)
-class Item:
+class WeightPlan:
     """One weight with two or more axes: what becomes of it.
 
     module: its path in the model; tensor: its name in the checkpoint; scheme: None when it is left alone, for `reason`;
@@ -36,8 +36,8 @@ class Item:
     scheme: Scheme | None
     reason: str = ""
     block: int | None = None
-    shares: int = 0
-    splits_input: bool = False
+    input_id: int = 0
+    row_parallel: bool = False
 
     @property
     def name(self) -> str:
@@ -54,9 +54,9 @@ def matches(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-def find_items(
+def plan_weights(
     source: Source, recipe: Recipe, model: nn.Module, structure: Structure, links: Links, dtype: torch.dtype
-) -> list[Item]:
+) -> list[WeightPlan]:
     items = []
     planned: set[str] = set()
     for index, block in enumerate(structure.blocks):
@@ -69,7 +69,7 @@ def find_items(
                 items.append(_left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
                 continue
             before = source.info(tensor).nbytes
-            item = Item(
+            item = WeightPlan(
                 weight.name,
                 tensor,
                 (weight.rows, weight.width),
@@ -78,8 +78,8 @@ def find_items(
                 None,
                 "",
                 index,
-                weight.shares,
-                weight.splits_input,
+                weight.input_id,
+                weight.row_parallel,
             )
             items.append(_schemed(item, recipe, dtype))
         for parameter, reason in block.left.items():
@@ -99,12 +99,12 @@ def find_items(
 
 def _left(
     parameter: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str, block: int | None
-) -> Item:
+) -> WeightPlan:
     size = prod(shape) * dtype.itemsize
-    return Item(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
+    return WeightPlan(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
 
 
-def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
+def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan:
     scheme = recipe.scheme
     for pattern, override in recipe.overrides:
         if matches(pattern, item.name):
@@ -112,7 +112,7 @@ def _schemed(item: Item, recipe: Recipe, dtype: torch.dtype) -> Item:
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason="kept by --keep")
     rows, width = item.shape
-    group = None if scheme.grid == "float" else scheme.group_size
+    group = None if scheme.grid == "fp8" else scheme.group_size
     if group and width % group:
         # All nf4 weights of a folder are of one kind, so there is no smaller group to go to.
         if recipe.ragged == "error" or (scheme.grid == "nf4" and recipe.ragged != "keep"):

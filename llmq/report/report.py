@@ -111,7 +111,7 @@ def make_report(
         kept = {key: payload[key] for key in RECORDED if key in payload}
         blocks.append({"name": block.name, **kept})
         weights += [{**row, "block": index} for row in payload["weights"]]
-    for item in plan.items:
+    for item in plan.weights:
         if item.scheme is None:
             weights.append(
                 {

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmq.machine import size
 from llmq.planning.plan import Plan
-from llmq.planning.weights import Item
+from llmq.planning.weights import WeightPlan
 from llmq.report.report import Report
 
 WORST = 5
@@ -26,14 +26,14 @@ def plan(console: Console, made: Plan) -> None:
     table.add_column("scheme")
     for heading in ("before", "after", "bits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for item in made.items:
+    for item in made.weights:
         table.add_row(*_row(item))
     console.print(table)
     console.print()
     summary(console, made)
 
 
-def _row(item: Item) -> list[str]:
+def _row(item: WeightPlan) -> list[str]:
     what = str(item.scheme) if item.scheme else f"[dim]kept: {escape(str(item.reason))}[/]"
     bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
     return [escape(item.name), " × ".join(map(str, item.shape)), what, size(item.before), size(item.after), bits]
@@ -41,7 +41,7 @@ def _row(item: Item) -> list[str]:
 
 def summary(console: Console, made: Plan) -> None:
     """A plan in a few lines: what is quantized, to which size, from which text, in how much memory and disk."""
-    chosen = [i for i in made.items if i.scheme is not None]
+    chosen = [i for i in made.weights if i.scheme is not None]
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
     grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")

@@ -204,7 +204,7 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
         for name, weight in kept.items():
             reference.get_parameter(name).copy_(weight)
     target = logits(reference, ids)
-    inside = [i for i in plan.items if i.block is not None and len(i.shape) == 2]
+    inside = [i for i in plan.weights if i.block is not None and len(i.shape) == 2]
     chosen = [i for i in inside if i.scheme is not None]
     count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
     share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"

@@ -59,7 +59,7 @@ def test_names_what_it_leaves(tmp_path: Path) -> None:
 def test_weights_with_one_input_share_it(tmp_path: Path) -> None:
     structure = discover.find(discover.build(tiny.make("llama", tmp_path), torch.float32))
     by_leaf = {w.name.rpartition(".")[2]: w for w in structure.blocks[2].weights}
-    shares = {leaf: w.shares for leaf, w in by_leaf.items()}
-    assert shares["q_proj"] == shares["k_proj"] == shares["v_proj"] != shares["o_proj"]
-    assert shares["gate_proj"] == shares["up_proj"] != shares["down_proj"]
-    assert {leaf for leaf, w in by_leaf.items() if w.splits_input} == {"o_proj", "down_proj"}
+    input_id = {leaf: w.input_id for leaf, w in by_leaf.items()}
+    assert input_id["q_proj"] == input_id["k_proj"] == input_id["v_proj"] != input_id["o_proj"]
+    assert input_id["gate_proj"] == input_id["up_proj"] != input_id["down_proj"]
+    assert {leaf for leaf, w in by_leaf.items() if w.row_parallel} == {"o_proj", "down_proj"}

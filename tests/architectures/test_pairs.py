@@ -79,8 +79,8 @@ def found_in(folder: Path) -> dict[str, Found]:
 
 def described(pair: Pair) -> str:
     rows = "" if pair.rows is None else "[v_rows]" if pair.channels <= pair.entries // 3 else "[up_rows]"
-    sinks = ", ".join(s.parameter.removesuffix(".weight") for s in pair.sinks)
-    return f"{pair.source.removesuffix('.weight')}{rows} -> {sinks}"
+    consumers = ", ".join(s.parameter.removesuffix(".weight") for s in pair.consumers)
+    return f"{pair.source.removesuffix('.weight')}{rows} -> {consumers}"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -92,7 +92,7 @@ def test_finds_what_the_code_connects(name: str, tmp_path: Path) -> None:
         assert sum(pair.shiftable for pair in own.pairs) == SHIFTABLE.get(name, 0)
         offset = float(name in ("gemma2", "gemma3_text"))
         assert {pair.offset for pair in own.pairs if pair.kind == "norm"} <= {offset}
-        assert {sink.axis for pair in own.pairs for sink in pair.sinks} == {0 if name == "gpt2" else 1}
+        assert {consumer.axis for pair in own.pairs for consumer in pair.consumers} == {0 if name == "gpt2" else 1}
     real = checks.stock(tmp_path)
     before = checks.logits(real, tiny.tokens())
     applied = checks.pairs_applied(real, found, before, tiny.tokens())
@@ -119,7 +119,7 @@ def rows_and_columns(folder: Path, source: str) -> tuple[Tensor, Tensor]:
     own = next(iter(found_in(folder).values()))
     pair = next(pair for pair in own.pairs if pair.source == source)
     rows = torch.arange(pair.entries) if pair.rows is None else pair.rows
-    return rows, pair.sinks[0].channel
+    return rows, pair.consumers[0].channel
 
 
 def test_grouped_heads_share_channels(tmp_path: Path) -> None:

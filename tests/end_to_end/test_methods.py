@@ -127,8 +127,8 @@ RECIPES = [
     recipe("smoothquant+gptq", STATIC, alpha=0.5),
     recipe("outlier_suppression", STATIC),
     recipe("outlier_suppression_plus", W8A8),
-    recipe("rtn", Scheme(8, None, grid="float", activations=Activations())),
-    recipe("smoothquant", Scheme(8, None, grid="float", activations=Activations(dynamic=False))),
+    recipe("rtn", Scheme(8, None, grid="fp8", activations=Activations())),
+    recipe("smoothquant", Scheme(8, None, grid="fp8", activations=Activations(dynamic=False))),
 ]
 
 

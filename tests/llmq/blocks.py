@@ -31,7 +31,7 @@ def write(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def open_block(folder: Path, recipe: Recipe, windows: Tensor | None = None, index: int = 0) -> Block:
     """A block of a checkpoint at the moment before anything is done to it, its target known."""
     plan = job.plan(str(folder), recipe, ids=ids() if windows is None else windows)
-    recording = stream.skeleton(plan, CPU, Silent())
+    recording = stream.record_calls(plan, CPU, Silent())
     calls = [calls[index] for calls in recording.calls]
     block = storage.open_block(plan, index, recording.hidden, calls, CPU)
     block.target = block.outputs()

@@ -55,13 +55,13 @@ class Careless(Method):
 
 
 class Cheat(Method):
-    """Changes the function to one that is nearer to its target once rounded: that is a quantizer's work."""
+    """Changes the function to one that is nearer to its target once rounded: that is a quantizer's state."""
 
     transform_needs = (Hessian,)
 
     def transform(self, block: Block) -> None:
-        for name, work in block.weights.items():
-            found = GPTQ().quantize(work.value, work.scheme, work.statistics, block.scale_dtype)
+        for name, state in block.weights.items():
+            found = GPTQ().quantize(state.value, state.scheme, state.statistics, block.scale_dtype)
             block.set(name, found.dequantize(torch.float32))
 
 
@@ -69,8 +69,8 @@ class Zero(Method):
     """A refinement that loses everything."""
 
     def refine(self, block: Block) -> None:
-        for name, work in block.weights.items():
-            q: Any = work.quantized
+        for name, state in block.weights.items():
+            q: Any = state.quantized
             block.set_quantized(name, replace(q, codes=torch.zeros_like(q.codes)))
 
 
@@ -79,8 +79,8 @@ class Better(Method):
 
     def refine(self, block: Block) -> None:
         block.observe((Hessian,))
-        for name, work in block.weights.items():
-            block.set_quantized(name, GPTQ().quantize(work.value, work.scheme, work.statistics, block.scale_dtype))
+        for name, state in block.weights.items():
+            block.set_quantized(name, GPTQ().quantize(state.value, state.scheme, state.statistics, block.scale_dtype))
 
 
 def pipeline(*transforms: Method, quantizer: Method | None = None, refine: tuple[Method, ...] = ()) -> Pipeline:
@@ -90,9 +90,9 @@ def pipeline(*transforms: Method, quantizer: Method | None = None, refine: tuple
 def results(block: Block) -> dict[str, tuple[bytes, ...]]:
     """Everything written of a block: codes, scales, input scales, the other parameters."""
     found = {}
-    for name, work in block.weights.items():
-        q: Any = work.quantized
-        assert (work.input_scale is None) == (q.input_scale is None)
+    for name, state in block.weights.items():
+        q: Any = state.quantized
+        assert (state.input_scale is None) == (q.input_scale is None)
         scale = b"" if q.input_scale is None else q.input_scale.numpy().tobytes()
         found[name] = (q.codes.numpy().tobytes(), q.scale.float().numpy().tobytes(), scale)
     for name in {n for n, _ in block.module.named_parameters()} - block.weights.keys():
@@ -187,9 +187,9 @@ def test_statistics_are_those_of_the_block_after_the_transform(tiny_model: Path)
     names = list(block.weights)
     pair = block.pairs[0]
     factor = torch.exp2(torch.arange(pair.channels) % 13 - 6.0)
-    for sink in pair.sinks:
-        index = str(names.index(sink.parameter))
-        assert torch.allclose(after[index] * factor[sink.channel] ** 2, before[index], rtol=1e-3)
+    for consumer in pair.consumers:
+        index = str(names.index(consumer.parameter))
+        assert torch.allclose(after[index] * factor[consumer.channel] ** 2, before[index], rtol=1e-3)
 
 
 def test_a_weight_that_cannot_be_rounded_is_named(tiny_model: Path) -> None:
@@ -207,9 +207,9 @@ def test_the_row_of_a_weight(tiny_model: Path) -> None:
     block = open_block(tiny_model, W4)
     value = next(iter(block.weights.values())).value.double().clone()
     steps.quantize(block, pipeline())
-    work = next(iter(block.weights.values()))
-    assert work.quantized is not None
-    row = steps.row(work)
-    rounded = work.quantized.dequantize(torch.float32).double()
+    state = next(iter(block.weights.values()))
+    assert state.quantized is not None
+    row = steps.row(state)
+    rounded = state.quantized.dequantize(torch.float32).double()
     assert row["error"] == pytest.approx(float((rounded - value).norm() / value.norm()), rel=1e-5)
-    assert (row["name"], row["shape"]) == (work.name, list(value.shape))
+    assert (row["name"], row["shape"]) == (state.name, list(value.shape))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import llmq
 from llmq import steps, stream
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.checkpoint.sink import Sink
 from llmq.grids.scheme import Scheme
 from llmq.machine import device_memory
@@ -28,7 +28,7 @@ RECIPE = Recipe(scheme=Scheme(4, 32))
 def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = stream.restore
 
-    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[Work]:
+    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[WeightState]:
         works = real(plan, sink, index, device)
         if index == 2:
             plan.model.get_parameter("model.layers.2.mlp.down_proj.weight").data[1:] = 0

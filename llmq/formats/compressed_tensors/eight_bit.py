@@ -22,7 +22,7 @@ from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.scheme import Scheme
 
-DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
+DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
 WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 SUFFIXES = (WEIGHT, SCALE, INPUT_SCALE)
 

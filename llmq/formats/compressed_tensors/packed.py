@@ -80,7 +80,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 def format_of(scheme: Scheme) -> str:
     """The name that compressed-tensors has for the way a scheme is stored."""
-    if scheme.grid == "float":
+    if scheme.grid == "fp8":
         return "float-quantized"
     return FORMAT if scheme.activations is None else "int-quantized"
 
@@ -126,7 +126,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     """The arguments that compressed-tensors calls QuantizationArgs."""
     return {
         "num_bits": scheme.bits,
-        "type": scheme.grid,
+        "type": "float" if scheme.grid == "fp8" else scheme.grid,
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group_size is None else "group",
         "group_size": scheme.group_size,

@@ -21,7 +21,7 @@ pytest.importorskip("bitsandbytes")
 
 import llmq
 from llmq.adapters.lora import Adapter
-from llmq.adapters.merge import merge, scales, what_is_left
+from llmq.adapters.merge import merge, retention, scales
 from llmq.adapters.merged import Merged, NF4Source, open_base
 from llmq.cli import adapters as cli_adapters
 from llmq.cli import app as cli
@@ -109,7 +109,7 @@ def check(merged: Merged, model: Any) -> None:
         assert torch.allclose(value, expected[key], rtol=1e-5, atol=1e-6), name
         changed += not torch.equal(value, merged.base.read(name))
         assert torch.equal(merged.read_rows(name, 1, 3), value[1:3])
-    assert changed == len(merged.adapter.pairs)
+    assert changed == len(merged.adapter.factors)
 
 
 @pytest.mark.parametrize("kind", ["tiny_model", "turned_model"])
@@ -124,7 +124,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
     model = load(base, quantization_config=nf4())
     modules = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     rounded = {n.removeprefix("transformer."): n for n in modules}
-    assert len(merged.changes) == len(modules) > len(merged.adapter.pairs)
+    assert len(merged.changes) == len(modules) > len(merged.adapter.factors)
     for name, change in merged.changes.items():
         module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
         value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -214,8 +214,8 @@ def test_what_is_left_is_measured_on_the_written_weights(tmp_path: Path, tiny_mo
 
 def test_the_measure_at_its_ends() -> None:
     exact, delta = torch.randn(8, 32), torch.randn(8, 32) * 0.01
-    assert what_is_left(exact, exact, delta)[:2] == (1.0, None)
-    survived, snr, _ = what_is_left(exact - delta, exact, delta)  # the base: nothing of the change is there
+    assert retention(exact, exact, delta)[:2] == (1.0, None)
+    survived, snr, _ = retention(exact - delta, exact, delta)  # the base: nothing of the change is there
     assert survived == pytest.approx(0, abs=1e-3) and snr == pytest.approx(1, rel=1e-3)
 
 

@@ -1,4 +1,6 @@
-"""A block at work: moving scales leaves its function alone, a trial leaves no trace, its error is what it says."""
+"""A block while it is quantized: moving scales leaves its function alone, a trial leaves no trace, its error is what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,13 @@ def test_a_scale_leaves_the_function_alone(kind: str, tmp_path: Path) -> None:
     for pair in block.pairs:
         block.scale(pair, drawn(pair.channels), shift_of(pair))
         assert apart(block.outputs(), block.target) < 1e-4, pair.describe()
-        for sink in pair.sinks:
-            work = block.weights[sink.parameter]
-            assert not torch.allclose(work.value, before[sink.parameter], rtol=0.1)
-            assert work.value.dtype == torch.float32
-            assert torch.equal(work.module.weight.data, work.value)
+        for consumer in pair.consumers:
+            state = block.weights[consumer.parameter]
+            assert not torch.allclose(state.value, before[consumer.parameter], rtol=0.1)
+            assert state.value.dtype == torch.float32
+            assert torch.equal(state.module.weight.data, state.value)
     sources = {name for pair in block.pairs for name in (pair.source, pair.bias) if name}
-    biases = {sink.bias for pair in shifted for sink in pair.sinks if sink.bias}
+    biases = {consumer.bias for pair in shifted for consumer in pair.consumers if consumer.bias}
     assert block.changed == (sources | biases) - block.weights.keys()
 
 
@@ -64,8 +66,8 @@ def products(block: Block, pair: Pair) -> list[Tensor]:
     source = block.get(pair.source).double()
     rows = torch.arange(pair.entries) if pair.rows is None else pair.rows
     found = []
-    for sink in pair.sinks:
-        weight, channel = block.get(sink.parameter).double(), rows[sink.channel]
+    for consumer in pair.consumers:
+        weight, channel = block.get(consumer.parameter).double(), rows[consumer.channel]
         if pair.kind == NORM:
             found.append(weight * (source[channel] + pair.offset))
         else:
@@ -88,7 +90,7 @@ def test_what_a_norm_loses_in_storage_the_consumers_make_up_for(kind: str, tmp_p
             assert stored.dtype == torch.bfloat16
             lost = max(lost, float((((source + pair.offset) / scale) / (stored.float() + pair.offset) - 1).abs().max()))
     assert lost > 1e-3
-    assert all(block.weights[s.parameter].value.dtype == torch.float32 for pair in block.pairs for s in pair.sinks)
+    assert all(block.weights[s.parameter].value.dtype == torch.float32 for pair in block.pairs for s in pair.consumers)
 
 
 def test_a_channel_whose_gain_is_nothing_stays(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_a_channel_whose_gain_is_nothing_stays(tmp_path: Path) -> None:
     weight[3], weight[5] = 0, 2.0**-126  # a quotient that its dtype has no number for
     block.set(pair.source, weight.float())
     block.target = block.outputs()
-    before = {s.parameter: block.get(s.parameter) for s in pair.sinks}
+    before = {s.parameter: block.get(s.parameter) for s in pair.consumers}
     block.scale(pair, torch.full((pair.channels,), 2.0**30))
     assert float(block.get(pair.source)[3]) == 0
     for name, value in before.items():
@@ -120,11 +122,11 @@ def test_where_a_consumer_is_kept_factors_are_powers_of_two(kind: str, kept: str
     touched = [
         p
         for p in block.pairs
-        if any(kept in n for n in (*(s.parameter for s in p.sinks), p.source * (p.kind == LINEAR)))
+        if any(kept in n for n in (*(s.parameter for s in p.consumers), p.source * (p.kind == LINEAR)))
     ]
     assert touched
     for pair in touched:
-        names = [pair.source, *(s.parameter for s in pair.sinks)]
+        names = [pair.source, *(s.parameter for s in pair.consumers)]
         before = {name: whole(block, pair, name) for name in names}
         block.scale(pair, drawn(pair.channels))
         for name in names:
@@ -136,9 +138,9 @@ def test_where_a_consumer_is_kept_factors_are_powers_of_two(kind: str, kept: str
 def state(block: Block) -> dict[str, Any]:
     """Everything of a block that something tried on it can change."""
     found: dict[str, Any] = {f"p {n}": p.detach().clone() for n, p in block.module.named_parameters()}
-    for name, work in block.weights.items():
+    for name, state in block.weights.items():
         for field in ("value", "input_scale", "importance", "rounded", "quantized"):
-            value = getattr(work, field)
+            value = getattr(state, field)
             found[f"{field} {name}"] = value.clone() if isinstance(value, Tensor) else value
     return found | {"changed": set(block.changed), "error": block._error}
 
@@ -171,7 +173,7 @@ def everything(block: Block) -> None:
 def test_a_trial_leaves_no_trace(recipe: Recipe, stop: bool, tmp_path: Path) -> None:
     block = open_block(write("opt", tmp_path / "model", torch.bfloat16), recipe)
     for begun in (False, True):
-        if begun:  # in the middle of work as well
+        if begun:  # in the middle of state as well
             everything(block)
         before = state(block)
         try:
@@ -197,9 +199,9 @@ def test_a_trial_leaves_no_trace(recipe: Recipe, stop: bool, tmp_path: Path) -> 
 def by_hand(block: Block, rounded_input: Callable[[Tensor, str], Tensor]) -> float:
     """The error of the block with every weight as its result has it, on a copy of its module, in float64 at the end."""
     module = copy.deepcopy(block.module)
-    for name, work in block.weights.items():
-        assert work.quantized is not None
-        q: Any = work.quantized
+    for name, state in block.weights.items():
+        assert state.quantized is not None
+        q: Any = state.quantized
         scale = q.scale.double().repeat_interleave(q.codes.shape[1] // q.scale.shape[1], 1)
         module.get_parameter(name).data.copy_(q.codes.double() * scale)
         owner = module.get_submodule(name.rpartition(".")[0])
@@ -250,12 +252,12 @@ def largest_inputs(block: Block) -> dict[str, float]:
     """The largest magnitude that enters each weight, seen by hooks of our own."""
     found: dict[str, float] = {}
     hooks = []
-    for name, work in block.weights.items():
+    for name, state in block.weights.items():
 
         def see(_: nn.Module, args: tuple[Tensor], name: str = name) -> None:
             found[name] = max(found.get(name, 0.0), float(args[0].abs().max()))
 
-        hooks.append(work.module.register_forward_pre_hook(see))
+        hooks.append(state.module.register_forward_pre_hook(see))
     block.outputs()
     for hook in hooks:
         hook.remove()
@@ -265,13 +267,13 @@ def largest_inputs(block: Block) -> dict[str, float]:
 def test_static_scales_are_found_and_found_again_where_a_scale_moved(tmp_path: Path) -> None:
     block = open_block(write("llama", tmp_path / "model"), STATIC)
     block.error()
-    first = {name: float(work.input_scale) for name, work in block.weights.items()}  # type: ignore[arg-type]
+    first = {name: float(state.input_scale) for name, state in block.weights.items()}  # type: ignore[arg-type]
     for name, top in largest_inputs(block).items():
         assert first[name] == pytest.approx(top / 127, rel=0.01)
     pair = block.pairs[0]
-    moved = {sink.parameter for sink in pair.sinks}
+    moved = {consumer.parameter for consumer in pair.consumers}
     block.scale(pair, drawn(pair.channels))
-    assert {name for name, work in block.weights.items() if work.input_scale is None} == moved
+    assert {name for name, state in block.weights.items() if state.input_scale is None} == moved
     block.error()
     for name, top in largest_inputs(block).items():
         scale = block.weights[name].input_scale
@@ -289,11 +291,11 @@ def test_importance_follows_a_scale(tmp_path: Path) -> None:
     block.weigh()
     for pair in block.pairs:
         block.scale(pair, drawn(pair.channels))
-    found = {name: work.importance for name, work in block.weights.items()}
+    found = {name: state.importance for name, state in block.weights.items()}
     block.observe((Inputs,))
     block.weigh()
-    for name, work in block.weights.items():
-        assert torch.allclose(found[name], work.importance, rtol=1e-3), name  # type: ignore[arg-type]
+    for name, state in block.weights.items():
+        assert torch.allclose(found[name], state.importance, rtol=1e-3), name  # type: ignore[arg-type]
 
 
 def test_relative_error_of_nothing() -> None:

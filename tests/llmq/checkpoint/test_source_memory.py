@@ -15,7 +15,7 @@ from tests.llmq.checkpoint.test_source import one
 RSS = """
 import resource, sys, torch
 from pathlib import Path
-from llmq.checkpoint.source import Source, check_finite
+from llmq.checkpoint.source import FolderSource, check_finite
 
 def resident(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) // 1024

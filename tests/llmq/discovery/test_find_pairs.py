@@ -17,7 +17,7 @@ from llmq.discovery import bench as probe
 from llmq.discovery import parameters
 from llmq.discovery.calls import Call
 from llmq.discovery.find_pairs import find_pairs
-from llmq.discovery.pairs import Edit, Found, Pair, Sink
+from llmq.discovery.pairs import Consumer, Edit, Found, Pair
 
 WIDTH, INNER, TOKENS = 12, 20, 8
 
@@ -92,8 +92,8 @@ def test_a_gated_block(offset: float, bias: bool) -> None:
     norm, up = pairs.pop("norm.weight"), pairs.pop("up.weight")
     assert not pairs and reasons.keys() == {"gate.weight", "down.weight"}
     assert (norm.kind, norm.offset, norm.bias) == ("norm", offset, "norm.bias" if bias else None)
-    assert [s.parameter for s in norm.sinks] == ["gate.weight", "up.weight"]
-    assert (up.kind, up.bias, [s.parameter for s in up.sinks]) == (
+    assert [s.parameter for s in norm.consumers] == ["gate.weight", "up.weight"]
+    assert (up.kind, up.bias, [s.parameter for s in up.consumers]) == (
         "linear",
         "up.bias" if bias else None,
         ["down.weight"],
@@ -204,7 +204,7 @@ def test_values_are_found_wherever_they_lie() -> None:
     block = Made(attention, qkv=fc(12, WIDTH, bias=True), out=fc(WIDTH, 6, bias=True))
     pair = search(block)[0]["qkv.weight"]
     assert pair.rows is not None and pair.rows.tolist() == [3, 4, 5]
-    assert pair.sinks[0].channel.tolist() == [0, 1, 2, 0, 1, 2]
+    assert pair.consumers[0].channel.tolist() == [0, 1, 2, 0, 1, 2]
     assert pair.shiftable
     assert moved(block, pair) < 1e-6
     assert moved(block, pair, shift=True) < 1e-6
@@ -244,8 +244,8 @@ def test_matrices_stored_the_other_way_round() -> None:
     up, bias = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
     block = Made(forward, norm=Norm(WIDTH), down=fc(WIDTH, WIDTH), up=up, bias=bias)
     pairs, _ = search(block)
-    assert pairs["norm.weight"].sinks[0].axis == 0
-    assert (pairs["up"].axis, pairs["up"].bias, pairs["up"].sinks[0].axis) == (1, "bias", 1)
+    assert pairs["norm.weight"].consumers[0].axis == 0
+    assert (pairs["up"].axis, pairs["up"].bias, pairs["up"].consumers[0].axis) == (1, "bias", 1)
     init(block.norm)  # type: ignore[arg-type]
     assert moved(block, pairs["norm.weight"]) < 1e-6
     assert moved(block, pairs["up"]) < 1e-6
@@ -290,8 +290,8 @@ def test_randomize_gives_back_what_was_there() -> None:
 @settings(max_examples=30, deadline=None)
 def test_edits_undo_each_other(channels: int, offset: float, random: Any) -> None:
     scale = torch.tensor([random.uniform(0.1, 10) for _ in range(channels)])
-    sink = Sink("m", 1, torch.arange(2 * channels) % channels, None)
-    pair = Pair("norm", "w", "b", 0, offset, None, channels, (sink,), channels)
+    consumer = Consumer("m", 1, torch.arange(2 * channels) % channels, None)
+    pair = Pair("norm", "w", "b", 0, offset, None, channels, (consumer,), channels)
     values = {"w": torch.randn(channels), "b": torch.randn(channels), "m": torch.randn(3, 2 * channels)}
     there = {name: edit.of(values[name]) for name, edit in pair.edits(scale).items()}
     back = {name: edit.of(there[name]) for name, edit in pair.edits(1 / scale).items()}

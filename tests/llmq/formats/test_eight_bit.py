@@ -22,15 +22,16 @@ from llmq.grids.ranges import find_range, round_to_grid
 from llmq.grids.scheme import Activations, Scheme
 
 IDS = torch.arange(24).view(2, 12)
+TYPES = {"int": "int", "fp8": "float"}
 SCHEMES = [
     Scheme(8, None, grid=grid, activations=activations)
-    for grid in ("int", "float")
+    for grid in ("int", "fp8")
     for activations in (Activations(), Activations(dynamic=False))
-] + [Scheme(8, None, grid="float")]
+] + [Scheme(8, None, grid="fp8")]
 
 
 def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
-    if scheme.grid == "float":
+    if scheme.grid == "fp8":
         scale = find_float8_scale(weight, "mse", dtype)
         return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
     scale, _ = find_range(weight, scheme, "mse", None, dtype)
@@ -135,12 +136,14 @@ def test_spec_pack_unpack(scheme: Scheme) -> None:
 def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
     read = QuantizationConfig.model_validate(compressed_tensors.config({scheme: ["a"]}, ["head"]))
     group = read.config_groups["group_0"]
-    assert group.format == read.format == f"{scheme.grid}-quantized" and read.ignore == ["head"]
-    assert group.weights.strategy == "channel" and group.weights.type == scheme.grid and group.weights.num_bits == 8
+    assert group.format == read.format == f"{TYPES[scheme.grid]}-quantized" and read.ignore == ["head"]
+    assert (
+        group.weights.strategy == "channel" and group.weights.type == TYPES[scheme.grid] and group.weights.num_bits == 8
+    )
     if scheme.activations is None:
         assert group.input_activations is None
     else:
-        assert group.input_activations.type == scheme.grid and group.input_activations.num_bits == 8
+        assert group.input_activations.type == TYPES[scheme.grid] and group.input_activations.num_bits == 8
         assert group.input_activations.dynamic is scheme.activations.dynamic
         assert group.input_activations.strategy == ("token" if scheme.activations.dynamic else "tensor")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.activations import round_per_token, round_static, static_scale
 
-GRIDS = ("int", "float")
+GRIDS = ("int", "fp8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,9 +64,9 @@ def test_by_hand() -> None:
     assert round_per_token(x, "int").tolist() == [[-128.0, 127.0, 63.0, 0.0, 1.0]]
     assert round_static(x, torch.tensor(2.0), "int").tolist() == [[-128.0, 128.0, 64.0, 0.0, 0.0]]
     x = torch.tensor([[448.0, -17.0, 0.01]])
-    assert round_per_token(x, "float").tolist() == [[448.0, -16.0, 5 / 512]]
-    assert round_static(x, torch.tensor(0.5), "float").tolist() == [[224.0, -16.0, 0.5 * 10 / 512]]
-    assert (static_scale(255.0, "int"), static_scale(896.0, "float"), static_scale(0.0, "int")) == (2.0, 2.0, 1.0)
+    assert round_per_token(x, "fp8").tolist() == [[448.0, -16.0, 5 / 512]]
+    assert round_static(x, torch.tensor(0.5), "fp8").tolist() == [[224.0, -16.0, 0.5 * 10 / 512]]
+    assert (static_scale(255.0, "int"), static_scale(896.0, "fp8"), static_scale(0.0, "int")) == (2.0, 2.0, 1.0)
 
 
 def test_refuses_other_grids() -> None:

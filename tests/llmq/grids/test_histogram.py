@@ -69,7 +69,7 @@ def test_it_is_a_statistic_and_zeros_come_first() -> None:
     assert statistic.count == 48
 
 
-@pytest.mark.parametrize("grid", ["int", "float"])
+@pytest.mark.parametrize("grid", ["int", "fp8"])
 @pytest.mark.parametrize("q", [99.0, 99.9, 99.99, 99.999])
 def test_minmax_and_percentile_are_numpys(q: float, grid: str) -> None:
     x = sample(0, outliers=True)
@@ -80,7 +80,7 @@ def test_minmax_and_percentile_are_numpys(q: float, grid: str) -> None:
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-@pytest.mark.parametrize("grid", ["int", "float"])
+@pytest.mark.parametrize("grid", ["int", "fp8"])
 def test_mse_is_the_best_of_a_search_over_the_raw_samples(grid: str, outliers: bool) -> None:
     x = torch.from_numpy(sample(1, outliers))
     scale = find_activation_scale(gathered(*x), "mse", grid)
@@ -139,7 +139,7 @@ def test_kl_is_the_least_of_migaczs_loop(outliers: bool) -> None:
     assert clip < 0.7 * statistic.top or not outliers
 
 
-@pytest.mark.parametrize("grid", ["int", "float"])
+@pytest.mark.parametrize("grid", ["int", "fp8"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["zeros", "constant", "one value", "tiny", "huge", "outlier"])
 def test_hostile_inputs_give_a_usable_scale(kind: str, method: str, grid: str) -> None:

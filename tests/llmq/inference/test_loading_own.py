@@ -117,7 +117,7 @@ def test_merging_into_integers_fails(safe: bool, tmp_path: Path) -> None:
 
 def test_what_is_not_served_goes_to_stock(tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture) -> None:
     """FP8, weights that the user wants dense, a model quantized while it is loaded: one line, and stock's result."""
-    eight = quantized("llama", Scheme(8, None, grid="float", activations=Activations()), tmp_path / "fp8")
+    eight = quantized("llama", Scheme(8, None, grid="fp8", activations=Activations()), tmp_path / "fp8")
     four = quantized("llama", SCHEMES["w4"], tmp_path / "w4")
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (eight, {}, "stored as float-quantized"),

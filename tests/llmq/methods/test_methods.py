@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmq import methods
 from llmq.block.statistics import Hessian, Inputs, MeanSquare
-from llmq.discovery.pairs import Pair, Sink
+from llmq.discovery.pairs import Consumer, Pair
 from llmq.grids.scheme import Scheme
 from llmq.methods._pair_scales import Candidate, Side
 from llmq.methods.awq import AWQ
@@ -94,12 +94,12 @@ def test_smoothquant_alpha_is_a_share(alpha: float) -> None:
 
 def test_gamma_migration() -> None:
     """Outlier Suppression §4.1: γ moves out of a norm, so that its output is as even as what it normalizes."""
-    sink = Sink("m", 1, torch.arange(3), None)
-    norm = Pair("norm", "w", None, 0, 0.0, None, 3, (sink,), 3)
+    consumer = Consumer("m", 1, torch.arange(3), None)
+    norm = Pair("norm", "w", None, 0, 0.0, None, 3, (consumer,), 3)
     assert near(norm.gain(row(-3, 0.5, 2)), 3, 0.5, 2)
-    plus_one = Pair("norm", "w", None, 0, 1.0, None, 3, (sink,), 3)
+    plus_one = Pair("norm", "w", None, 0, 1.0, None, 3, (consumer,), 3)
     assert near(plus_one.gain(row(-3, 0.5, 2)), 2, 1.5, 3)
-    matrix = Pair("linear", "a", None, 0, 0.0, torch.tensor([2, 0]), 3, (sink,), 2)
+    matrix = Pair("linear", "a", None, 0, 0.0, torch.tensor([2, 0]), 3, (consumer,), 2)
     assert near(matrix.gain(torch.tensor([[3.0, 4], [0, 1], [5, 12]])), 13, 5)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import NORM, Pair
 from llmq.grids.scheme import Activations, Scheme
@@ -22,7 +22,7 @@ SCHEMES = [
     Scheme(8, 16),
     Scheme(8, None, activations=Activations()),
     Scheme(8, None, activations=Activations(dynamic=False)),
-    Scheme(8, None, grid="float", activations=Activations()),
+    Scheme(8, None, grid="fp8", activations=Activations()),
 ]
 
 
@@ -47,7 +47,7 @@ def float8(value: Tensor) -> Tensor:
 
 def rounded_weight(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     """Each group on min-max or a clipped grid, by which of them loses least; float64."""
-    if scheme.grid == "float":
+    if scheme.grid == "fp8":
         scale = weight.abs().amax(1, keepdim=True) / 448
         return float8(weight / scale) * scale
     size = scheme.group_size or weight.shape[1]
@@ -74,28 +74,28 @@ def rounded_input(x: Tensor, scheme: Scheme) -> Tensor:
     if scheme.activations is None:
         return x
     top = x.abs().amax(-1, keepdim=True) if scheme.activations.dynamic else x.abs().max()
-    if scheme.grid == "float":
+    if scheme.grid == "fp8":
         return float8(x / top * 448) * top / 448
     scale = top.float() / 127.5
     return (x.float() / scale).round().clamp(-128, 127).double() * scale
 
 
-def reference(works: list[tuple[Work, Tensor]], scale: Tensor | None, shift: Tensor | None) -> float:
+def reference(states: list[tuple[WeightState, Tensor]], scale: Tensor | None, shift: Tensor | None) -> float:
     """Σ ‖Q(x')Q(W')ᵀ − x'W'ᵀ‖², x' = (x − shift)/scale, W' = W·scale; in float64."""
     total = 0.0
-    for work, channel in works:
-        x, weight = work.statistics[Inputs].rows.double(), work.value.double()
+    for state, channel in states:
+        x, weight = state.statistics[Inputs].rows.double(), state.value.double()
         if shift is not None:
             x = x - shift.double()[channel]
         if scale is not None:
             x, weight = x / scale.double()[channel], weight * scale.double()[channel]
-        near = rounded_weight(weight, work.scheme, x.square().mean(0))
-        total += float((rounded_input(x, work.scheme) @ near.t() - x @ weight.t()).square().sum())
+        near = rounded_weight(weight, state.scheme, x.square().mean(0))
+        total += float((rounded_input(x, state.scheme) @ near.t() - x @ weight.t()).square().sum())
     return total
 
 
-def consumers(block: Block, pair: Pair) -> list[tuple[Work, Tensor]]:
-    return [(block.weights[s.parameter], s.channel) for s in pair.sinks if s.parameter in block.weights]
+def consumers(block: Block, pair: Pair) -> list[tuple[WeightState, Tensor]]:
+    return [(block.weights[s.parameter], s.channel) for s in pair.consumers if s.parameter in block.weights]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -123,22 +123,22 @@ def test_a_side_is_what_channels_carry(tmp_path: Path) -> None:
         found = side(block, pair)
         assert found is not None
         fed: list[Tensor] = []
-        module = block.weights[pair.sinks[0].parameter].module
+        module = block.weights[pair.consumers[0].parameter].module
         hook = module.register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0].flatten(0, 1)))
         block.outputs()
         hook.remove()
         x = torch.cat(fed).double()
         for channel in (0, 1, pair.channels - 1):
-            columns = [c for c in range(x.shape[1]) if int(pair.sinks[0].channel[c]) == channel]
+            columns = [c for c in range(x.shape[1]) if int(pair.consumers[0].channel[c]) == channel]
             part = x[:, columns]
             assert float(found.mean[channel]) == pytest.approx(float(part.abs().mean(0).max()), rel=1e-5)
             assert float(found.low[channel]) == pytest.approx(float(part.min()), rel=1e-5)
             assert float(found.high[channel]) == pytest.approx(float(part.max()), rel=1e-5)
-            weights = [work.value[:, columns].abs() for work, _ in consumers(block, pair)]
+            weights = [state.value[:, columns].abs() for state, _ in consumers(block, pair)]
             assert float(found.weight[channel]) == max(float(w.max()) for w in weights)
             shares = []
-            for work, _ in consumers(block, pair):
-                group = work.value.abs().unflatten(1, (-1, 16))
+            for state, _ in consumers(block, pair):
+                group = state.value.abs().unflatten(1, (-1, 16))
                 shares.append((group / group.amax(-1, keepdim=True)).flatten(1).mean(0)[columns].max())
             assert float(found.share[channel]) == pytest.approx(float(torch.stack(shares).mean()), rel=1e-5)
 
@@ -203,7 +203,7 @@ def test_a_pair_of_kept_consumers_has_no_side(tmp_path: Path) -> None:
     recipe = Recipe(methods=("smoothquant",), scheme=Scheme(8, None), keep=("o_proj",))
     block = open_block(write("llama", tmp_path / "model"), recipe)
     block.observe((Inputs,))
-    pair = next(p for p in block.pairs if p.sinks[0].parameter.endswith("o_proj.weight"))
+    pair = next(p for p in block.pairs if p.consumers[0].parameter.endswith("o_proj.weight"))
     assert side(block, pair) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.block.block import Block, Work
+from llmq.block.block import Block, WeightState
 from llmq.discovery.calls import Call
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
@@ -33,19 +33,19 @@ def block_of(scheme: Scheme, batches: int = 8) -> Block:
     mix = torch.randn(16, 16, generator=generator)
     inputs = [torch.randn(1, 24, 16, generator=generator) @ mix for _ in range(batches)]
     linears = {"first.weight": module.first, "second.weight": module.second}
-    works = [
-        Work(name=n, parameter=n, module=m, scheme=scheme, value=m.weight.data.clone(), shares=i)
+    states = [
+        WeightState(name=n, parameter=n, module=m, scheme=scheme, value=m.weight.data.clone(), input_id=i)
         for i, (n, m) in enumerate(linears.items())
     ]
-    block = Block(module, works, inputs, [Call((None,), {}, 0, None)] * batches)
+    block = Block(module, states, inputs, [Call((None,), {}, 0, None)] * batches)
     block.target = block.outputs()
-    for work in works:
-        work.quantized = round_to_nearest(work.value, scheme, block.scale_dtype)
+    for state in states:
+        state.quantized = round_to_nearest(state.value, scheme, block.scale_dtype)
     return block
 
 
 def codes(block: Block) -> list[Tensor]:
-    found = [work.quantized for work in block.weights.values()]
+    found = [state.quantized for state in block.weights.values()]
     return [q.codes for q in found if isinstance(q, QuantizedWeight)]
 
 
@@ -84,8 +84,8 @@ def test_gradients_pass_the_rounding_of_inputs() -> None:
     scheme = Scheme(8, None, activations=Activations())
     block = block_of(scheme)
     # Only the first weight is far off, and its gradient comes through the rounded input of the second.
-    work = block.weights["first.weight"]
-    work.quantized = round_to_nearest(work.value * 1.1, scheme, block.scale_dtype)
+    state = block.weights["first.weight"]
+    state.quantized = round_to_nearest(state.value * 1.1, scheme, block.scale_dtype)
     before = block.error()
     SignRound(iterations=60, reach=0.0, scale_reach=0.3).refine(block)
     assert block.error() < 0.5 * before

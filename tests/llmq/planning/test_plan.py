@@ -33,12 +33,12 @@ def make(model: Path, bits: int = 4, group: int | None = 32, tp: int = 1, **reci
 
 
 def scheme_of(plan: Plan, name: str = ANY) -> Scheme | None:
-    return next(item.scheme for item in plan.items if item.name == name)
+    return next(item.scheme for item in plan.weights if item.name == name)
 
 
 def test_everything_is_accounted_for(tiny_model: Path) -> None:
     plan = make(tiny_model)
-    assert {i.name for i in plan.items if i.scheme} == {
+    assert {i.name for i in plan.weights if i.scheme} == {
         f"model.layers.{layer}.{part}"
         for layer in range(3)
         for part in (
@@ -46,11 +46,11 @@ def test_everything_is_accounted_for(tiny_model: Path) -> None:
             *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
         )
     }
-    assert {i.name: i.reason for i in plan.items if not i.scheme} == {
+    assert {i.name: i.reason for i in plan.weights if not i.scheme} == {
         "model.embed_tokens": "outside the decoder blocks",
         "lm_head": "outside the decoder blocks",
     }
-    assert sum(i.before for i in plan.items) <= plan.source.total_bytes
+    assert sum(i.before for i in plan.weights) <= plan.source.total_bytes
     assert plan.bits_per_weight == pytest.approx(4 + 32 / 32 + 128 / (64 * 64), abs=0.05)  # float32 scales, the shapes
 
 
@@ -76,7 +76,7 @@ def test_ragged_is_refused_by_name(ragged_model: Path) -> None:
 def test_override_and_keep(tiny_model: Path) -> None:
     plan = make(tiny_model, overrides=(("down_proj", Scheme(8, 64)),), keep=("re:layers\\.0\\.",))
     assert scheme_of(plan) == Scheme(8, 64)
-    assert all(i.scheme is None and "--keep" in i.reason for i in plan.items if i.block == 0)
+    assert all(i.scheme is None and "--keep" in i.reason for i in plan.weights if i.block == 0)
     assert not [w for w in plan.warnings if "share an input" in w]
 
 

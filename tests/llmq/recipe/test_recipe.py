@@ -19,7 +19,7 @@ eight_bit = st.builds(
     Scheme,
     bits=st.just(8),
     group_size=st.none(),
-    grid=st.sampled_from(["int", "float"]),
+    grid=st.sampled_from(["int", "fp8"]),
     activations=st.none() | st.builds(Activations, st.booleans(), st.sampled_from(["minmax", "mse"])),
 )
 schemes = (
@@ -71,7 +71,7 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("options: 3", ("options must be a mapping",)),
         ("sweeps: 1", ("unknown key 'sweeps'",)),
         ("scheme: {grid: nf5}", ("grid 'nf5' is not known", "did you mean 'nf4'")),
-        ("scheme: {grid: float}", ("grid 'float' (FP8) is 8 bits",)),
+        ("scheme: {grid: fp8}", ("grid 'fp8' is 8 bits",)),
         ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 32",)),
         ("scheme: {activations: dynamic}", ("activations are rounded to 8 bits where weights are 8 bits",)),
         ("scheme: {activations: dynamc}", ("did you mean 'dynamic'",)),
