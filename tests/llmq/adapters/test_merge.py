@@ -129,7 +129,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
         module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
         value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         value = value.t() if change.turned else value
-        delta = 0.0 if change.pair is None else plain.exact(name)[0] - FolderSource(base).read(name)
+        delta = 0.0 if change.factors is None else plain.exact(name)[0] - FolderSource(base).read(name)
         assert torch.allclose(merged.read(name), value + delta, rtol=1e-5, atol=1e-6), name
         assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
 
@@ -190,7 +190,7 @@ def test_quantized_as_the_merged_checkpoint_would_be(
     for file in sorted((tmp_path / "expected").glob("*.safetensors")):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     weights = [one.name for one in report.left]
-    assert len(weights) == 21 and {w.removesuffix(".weight") for w in weights} == set(Adapter(adapter).pairs)
+    assert len(weights) == 21 and {w.removesuffix(".weight") for w in weights} == set(Adapter(adapter).factors)
     assert "merge.json" in (tmp_path / "out" / "README.md").read_text()
 
 
