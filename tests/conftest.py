@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from typer.testing import CliRunner
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # may import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes says nothing of the code on a busy machine.
+settings.register_profile("llmq", deadline=None)
+settings.load_profile("llmq")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from llmq.adapters.lora import CONFIG, RECORD, WEIGHTS
-from llmq.adapters.merged import is_nf4
 from llmq.adapters.settings import Outcome, Settings, card
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
@@ -32,6 +31,7 @@ from llmq.checkpoint.files import write
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.instructions import Example, Examples, read
 from llmq.errors import LlmqError, first_line
+from llmq.formats.bitsandbytes.source import is_nf4
 from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.machine import check_device, peak_memory, require
 from llmq.planning.memory import check_writable

@@ -7,73 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.adapters.lora import Adapter, LoraFactors
 from llmq.checkpoint.source import FolderSource, Source, Wrapped
-from llmq.checkpoint.tensors import TensorInfo
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import link
 from llmq.errors import LlmqError
-from llmq.machine import require
+from llmq.formats.bitsandbytes.source import NF4Source, through_nf4
 
 TRAINED_ON = ("auto", "base", "nf4")
-BLOCK = 64
-"""Weights that share a scale in NF4, the only block size that QLoRA and transformers use."""
-_STATE = ".quant_state.bitsandbytes__nf4"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
-
-
-class NF4Source(Wrapped):
-    """A folder that bitsandbytes quantized to NF4, read as the weights that its codes stand for.
-
-    A quantized weight's dtype and shape are those it had before. Raises LlmqError for a folder that is quantized in
-    another way.
-    """
-
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        super().__init__(FolderSource(folder, trust_remote_code, quantized_ok=True))
-        if not is_nf4(self.config):
-            raise LlmqError(f"{folder} is quantized, and not by bitsandbytes to NF4: start from the unquantized model")
-        self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-        stored = set(self.base.names())
-        self.quantized = {n.removesuffix(_STATE): self._info(n.removesuffix(_STATE)) for n in stored if _STATE in n}
-        parts = {name + part for name in self.quantized for part in _PARTS}
-        self._names = [name for name in self.base.names() if name not in parts]
-
-    def _info(self, name: str) -> TensorInfo:
-        state = json.loads(bytes(self.base.read(name + _STATE).tolist()))
-        shape, dtype = tuple(int(n) for n in state["shape"]), getattr(torch, state["dtype"])
-        return TensorInfo(name, dtype, shape, self.base.info(name).file, 0, math.prod(shape) * dtype.itemsize)
-
-    def names(self) -> list[str]:
-        """See `Source.names`: the weights, without what quantization stores beside them."""
-        return self._names
-
-    def info(self, name: str) -> TensorInfo:
-        """See `Source.info`: a weight as it was before it was quantized."""
-        return self.quantized.get(name) or self.base.info(name)
-
-    def changes_tensor(self, name: str) -> bool:
-        """See `Wrapped.changes_tensor`."""
-        return name in self.quantized
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in the dtype it had, dequantized by bitsandbytes where it is quantized."""
-        if name not in self.quantized:
-            return self.base.read(name)
-        bnb = require("bitsandbytes", "reading an NF4 model")
-        stored = set(self.base.names())
-        parts = {f"w{p}": self.base.read(name + p) for p in _PARTS if name + p in stored}
-        state = bnb.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-        value: Tensor = bnb.functional.dequantize_4bit(self.base.read(name), state)
-        return value
 
 
 @dataclass(frozen=True)
@@ -170,14 +117,6 @@ def open_base(folder: Path, trust_remote_code: bool = False) -> Source:
     return NF4Source(folder, trust_remote_code) if quantized else FolderSource(folder, trust_remote_code)
 
 
-def is_nf4(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a model that bitsandbytes quantized to NF4."""
-    section = config.get("quantization_config")
-    return (
-        isinstance(section, dict) and bool(section.get("load_in_4bit")) and section.get("bnb_4bit_quant_type") == "nf4"
-    )
-
-
 def quantizable(model: nn.Module) -> list[str]:
     """The modules that transformers turns into NF4 ones: linear, and not the output layer or tied to another."""
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -192,11 +131,3 @@ def turned_around(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
-
-
-def through_nf4(weight: Tensor, double: bool) -> Tensor:
-    """[out, in] to NF4 and back by bitsandbytes, in the weight's dtype: what an NF4 base computes with."""
-    functional = require("bitsandbytes", "merging a tune of an NF4 base").functional
-    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
-    value: Tensor = functional.dequantize_4bit(codes, state)
-    return value

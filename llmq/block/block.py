@@ -143,9 +143,7 @@ class Block:
         if state.quantized is not None:
             return state.quantized.dequantize(state.module.weight.dtype)
         if state.rounded is None:
-            weighted = state.importance is not None and state.scheme.grid == "int"
-            how = "weighted" if weighted else "mse"
-            nearest = round_to_nearest(state.value, state.scheme, self.scale_dtype, how, state.importance)
+            nearest = round_to_nearest(state.value, state.scheme, self.scale_dtype, importance=state.importance)
             state.rounded = nearest.dequantize(state.module.weight.dtype)
         return state.rounded
 

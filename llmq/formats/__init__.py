@@ -1,93 +1,75 @@
-"""Formats: one file each, bytes on disk and nothing else. This one chooses among them, and says who reads what."""
+"""Formats: one file or folder each, which holds all that is known of it. This one asks them (see `base`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+import importlib
+import pkgutil
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from llmq.formats.bitsandbytes import write as bitsandbytes
-from llmq.formats.compressed_tensors import eight_bit
-from llmq.formats.compressed_tensors import packed as compressed_tensors
-from llmq.grids.base import Quantized
+from llmq.formats.base import Format, Groups, Loader
 from llmq.grids.scheme import Scheme
 
 
-class Format(Protocol):
-    """What each file here has, as functions."""
-
-    def spec(
-        self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What a weight [out, in] becomes: suffix → (dtype, shape)."""
-
-    def pack(self, q: Any) -> dict[str, Tensor]:
-        """The tensors to store, by suffix, as `spec` says."""
-
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
-        """The inverse of `pack`. Raises LlmqError when tensors are missing or misshapen."""
-
-
 def of(scheme: Scheme) -> Format:
-    """The format that holds a scheme."""
-    if scheme.grid == "nf4":
-        return cast(Format, bitsandbytes)
-    if scheme.grid == "fp8" or scheme.activations is not None:
-        return cast(Format, eight_bit)
-    return cast(Format, compressed_tensors)
+    """The format that holds a scheme: its grid names it."""
+    return cast(Format, importlib.import_module(f"{__name__}.{scheme.rules.format}"))
+
+
+@cache
+def known() -> tuple[Any, ...]:
+    """Every format here that reads checkpoints, written by llmq or not."""
+    found = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return tuple(module for module in found if hasattr(module, "READERS"))
+
+
+def readers() -> dict[str, tuple[Any, ...]]:
+    """Method in transformers' tables → the classes here that read it, the first that does not refuse is taken."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for module in known():
+        for method, reader in module.READERS.items():
+            found[method] = (*found.get(method, ()), reader)
+    return found
+
+
+def packages() -> dict[str, str]:
+    """Method in config.json → the package that stock transformers needs to read it."""
+    return {method: package for module in known() for method, package in module.PACKAGES.items()}
+
+
+def method_of(section: Mapping[str, Any]) -> str | None:
+    """What the `quantization_config` of any folder says that it was quantized with."""
+    method = section.get("quant_method")
+    if method:
+        return str(method)
+    return next((str(name) for module in known() for name in module.PACKAGES if module.claims(section)), None)
 
 
 def refusal(schemes: Collection[Scheme]) -> str | None:
     """Why these schemes cannot be in one folder, in a sentence, or None."""
-    nf4 = {s for s in schemes if s.grid == "nf4"}
-    if nf4 and len(schemes) > 1:
-        listed = ", ".join(sorted(map(str, schemes)))
-        return f"one folder holds nf4 weights of one kind, or other grids, not both ({listed}): --keep some weights"
+    alone = [scheme for scheme in schemes if of(scheme).ONE_SCHEME]
+    if len(schemes) > 1 and alone:
+        listed, kind = ", ".join(sorted(map(str, schemes))), alone[0].rules.name
+        return f"one folder holds {kind} weights of one kind, or other grids, not both ({listed}): --keep some weights"
+    used = {of(scheme) for scheme in schemes}
+    if len(used) > 1:
+        return f"one folder has one format, which does not hold all of {', '.join(sorted(map(str, schemes)))}"
     return None
 
 
-def config(groups: Mapping[Scheme, Sequence[str]], ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint whose model computes in `dtype`.
-
-    groups: the module names of each scheme; ignore: the names of linear modules left alone. Names as in the checkpoint,
-    without '.weight'. Raises LlmqError when nothing is quantized.
-    """
-    if any(scheme.grid == "nf4" for scheme in groups):
-        compute = str(dtype).removeprefix("torch.")
-        return bitsandbytes.config(groups, ignore) | {"bnb_4bit_compute_dtype": compute}
-    return compressed_tensors.config(groups, ignore)
+def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
+    """See `Format.config`."""
+    return of(next(iter(groups), Scheme())).config(groups, ignore, dtype)
 
 
 def name(schemes: Collection[Scheme]) -> str:
     """The format's name for people."""
-    if any(scheme.grid == "nf4" for scheme in schemes):
-        return "bitsandbytes nf4"
-    kinds = sorted({compressed_tensors.format_of(scheme) for scheme in schemes})
-    return f"compressed-tensors {', '.join(kinds)}"
+    return of(next(iter(schemes), Scheme())).title(schemes)
 
 
-def loaders(schemes: Collection[Scheme]) -> list[str]:
-    """Who reads a folder with these schemes, a sentence each."""
-    if any(scheme.grid == "nf4" for scheme in schemes):
-        return ["stock transformers with bitsandbytes reads it, on a GPU or CPU", "vLLM reads it (not tried)"]
-    said = []
-    if all(scheme.symmetric for scheme in schemes):
-        said.append("stock transformers with compressed-tensors reads it, on a GPU or CPU")
-    elif len(schemes) == 1:
-        said.append(
-            "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while loading, so "
-            "that it takes the memory of an unquantized model"
-        )
-    else:
-        said.append(
-            "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another scheme: "
-            "give all weights one scheme, or leave zero points out (--symmetric)"
-        )
-    odd = sorted({s.bits for s in schemes if s.bits not in (4, 8)})
-    if odd:
-        said.append(f"vLLM has no kernels for {', '.join(map(str, odd))} bits (not tried)")
-    else:
-        said.append("vLLM reads it (not tried)")
-    return said
+def loaders(schemes: Collection[Scheme]) -> list[Loader]:
+    """Who reads a folder with these schemes."""
+    return of(next(iter(schemes), Scheme())).loaders(schemes)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.formats.gptq import layout_of, refusal_of_values, settings
+from llmq.formats.gptq import claims, inspect, layout_of, refusal_of_values, settings
 from llmq.formats.packing import pack_codes, packed_width
 from llmq.formats.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
 
-CODES, ZEROS, SCALES = "qweight", "qzeros", "scales"
+__all__ = ["claims", "inspect"]
+
+CODES, ZEROS, SCALES_NAME = "qweight", "qzeros", "scales"
 FORMATS = ("gemm", "auto_round:auto_awq", "auto_round:awq")
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word holds each of its eight columns."""
@@ -37,7 +39,7 @@ class AWQLayer:
         return {
             CODES: Entry((torch.int32,), (width, words)),
             ZEROS: Entry((torch.int32,), (groups, words)),
-            SCALES: Entry(FLOATS, (groups, rows)),
+            SCALES_NAME: Entry(FLOATS, (groups, rows)),
         }
 
     def read(self, tensors: Mapping[str, Tensor]) -> IntWeight:
@@ -50,13 +52,13 @@ class AWQLayer:
             codes = _columns(stored[:, start : start + step]).t()
             words[part] = pack_codes(codes[: words[part].shape[0]].contiguous(), 4)
         zero = none_if_zero(_columns(tensors[ZEROS])[:, :rows].t().contiguous())
-        return IntWeight(words, tensors[SCALES].t().contiguous(), zero, 4, width, self.group_size)
+        return IntWeight(words, tensors[SCALES_NAME].t().contiguous(), zero, 4, width, self.group_size)
 
 
 class AWQReader:
     """config: transformers' AwqConfig or AutoRoundConfig."""
 
-    suffixes = (CODES, ZEROS, SCALES, "weight", "bias")
+    suffixes = (CODES, ZEROS, SCALES_NAME, "weight", "bias")
 
     def __init__(self, config: Configuration) -> None:
         self.config = config
@@ -85,3 +87,10 @@ def _columns(words: Tensor) -> Tensor:
     shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device) * 4
     nibbles = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).sub_(8)
     return nibbles.to(torch.int8).flatten(1)
+
+
+READERS = {"awq": AWQReader, "auto-round": AWQReader}
+PACKAGES = {"awq": "gptqmodel"}
+COMPANIONS: dict[str, tuple[str, ...]] = {}
+SCALES: tuple[str, ...] = ()
+"""GPTQ's file knows the weights of both by their shapes."""

@@ -8,6 +8,7 @@ says each input's group where the order is not the natural one. Read off files o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
+from llmq.formats.base import Row, dtype_name
 from llmq.formats.packing import packed_width, unpack_codes
 from llmq.formats.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
 
-CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
+CODES, ZEROS, SCALES_NAME, GROUPS = "qweight", "qzeros", "scales", "g_idx"
 FORMATS = {
     "gptq": 1,
     "gptq_v2": 0,
@@ -50,7 +53,7 @@ class GPTQLayer:
         entries = {
             CODES: Entry((torch.int32,), (packed_width(width, self.bits), rows)),
             ZEROS: Entry((torch.int32,), (groups, packed_width(rows, self.bits))),
-            SCALES: Entry(FLOATS, (groups, rows)),
+            SCALES_NAME: Entry(FLOATS, (groups, rows)),
         }
         return entries | ({GROUPS: Entry((torch.int32, torch.int64), (width,))} if self.ordered else {})
 
@@ -64,13 +67,14 @@ class GPTQLayer:
         if self.ordered:
             words, order = in_groups(words, self.bits, width, tensors[GROUPS], self.group_size)
         zero_point = none_if_zero(zero.t().contiguous())
-        return IntWeight(words, tensors[SCALES].t().contiguous(), zero_point, self.bits, width, self.group_size, order)
+        scale = tensors[SCALES_NAME].t().contiguous()
+        return IntWeight(words, scale, zero_point, self.bits, width, self.group_size, order)
 
 
 class GPTQReader:
     """config: transformers' GPTQConfig, with `dynamic` where the checkpoint has it, or AutoRoundConfig."""
 
-    suffixes = (CODES, ZEROS, SCALES, GROUPS, "weight", "bias")
+    suffixes = (CODES, ZEROS, SCALES_NAME, GROUPS, "weight", "bias")
 
     def __init__(self, config: Configuration) -> None:
         self.config = config
@@ -140,3 +144,34 @@ def _expression(pattern: str, key: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise LlmqError(f"config.json: {key} has {pattern!r}, no regular expression: {first_line(error)}") from error
+
+
+def inspect(
+    source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
+) -> Row:
+    """What a quantized weight is, from the headers of the tensors that store it.
+
+    GPTQ packs along the inputs, AWQ along the outputs; scales are [groups, out] in both.
+    """
+    nbytes = sum(part.nbytes for part in parts.values())
+    qweight, scales = parts["qweight"], parts["scales"]
+    bits = int(config.get("bits") or config.get("w_bit") or 4)
+    per_word = qweight.dtype.itemsize * 8
+    out = scales.shape[-1]
+    inputs = qweight.shape[0] if qweight.shape[-1] != out else qweight.shape[0] * per_word // bits
+    group = math.ceil(inputs / scales.shape[0]) if scales.shape[0] > 1 else 0
+    stated = config.get("sym", not config["zero_point"] if "zero_point" in config else method != "awq")
+    return Row(
+        f"{module}.weight", (out, inputs), "int", bits, group, bool(stated), None, nbytes, dtype_name(qweight.dtype)
+    )
+
+
+def claims(section: Mapping[str, Any]) -> bool:
+    """Whether a configuration that names no method is of this format: one of GPTQ always names itself."""
+    return False
+
+
+READERS = {"gptq": GPTQReader, "auto-round": GPTQReader}
+PACKAGES = {"gptq": "gptqmodel"}
+COMPANIONS = {CODES: (ZEROS, SCALES_NAME, GROUPS)}
+SCALES = (SCALES_NAME,)

@@ -11,20 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
-
-# The lowest and highest value of each grid, and what the largest magnitude is divided by to give the scale.
-LIMITS = {"int": (-128.0, 127.0, 127.5), "fp8": (-448.0, 448.0, 448.0)}
+from llmq.grids.base import rounding_of
+from llmq.grids.table import find, inputs_of
 
 
 def round_per_token(x: Tensor, grid: str) -> Tensor:
     """Every token's values on a grid of its own: the scale is the token's largest magnitude over the grid's.
 
-    x: any float [..., width]; grid: 'int' (8 bits) or 'fp8' (float8_e4m3fn). Returns x's shape and dtype. Raises
-    LlmqError at another grid. compressed-tensors agrees for inputs of three axes, which decoders have; given two it
+    x: any float [..., width]; grid: 'int' (8 bits) or 'fp8'. Returns x's shape and dtype. Raises LlmqError at a grid
+    that leaves inputs alone. compressed-tensors agrees for inputs of three axes, which decoders have; given two it
     takes one scale for all of them, and so would differ from its own servers.
     """
-    scale = x.abs().amax(-1, keepdim=True) / _limits(grid)[2]
+    scale = x.abs().amax(-1, keepdim=True) / inputs_of(grid).divisor
     return round_static(x, scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps), grid)
 
 
@@ -32,22 +30,15 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     """Values on a grid known beforehand; what lies beyond its ends is clipped.
 
     x: any float [..., width]; scale: any float that broadcasts to x, positive, turned into x's dtype first;
-    grid: 'int' (8 bits) or 'fp8' (float8_e4m3fn). Returns x's shape and dtype. Raises LlmqError at another grid.
+    grid: 'int' (8 bits) or 'fp8'. Returns x's shape and dtype. Raises LlmqError at a grid that leaves inputs alone.
     """
-    low, high, _ = _limits(grid)
+    limits = inputs_of(grid)
     scale = scale.to(x.dtype)
-    levels = (x / scale).clamp_(low, high)
-    levels = levels.round_() if grid == "int" else levels.to(torch.float8_e4m3fn).to(x.dtype)
+    levels = rounding_of(find(grid)).round_input((x / scale).clamp_(limits.low, limits.high))
     return levels.mul_(scale)
 
 
 def static_scale(largest: Tensor | float, grid: str) -> Tensor:
     """The scale of a grid whose end is the largest magnitude an input is to keep, float32 [1]; 1 where that is 0."""
     top = torch.as_tensor(largest, dtype=torch.float32).reshape(1)
-    return torch.where(top > 0, top / _limits(grid)[2], 1.0)
-
-
-def _limits(grid: str) -> tuple[float, float, float]:
-    if grid not in LIMITS:
-        raise LlmqError(f"activations are rounded on the grid {' or '.join(LIMITS)}, not {grid!r}")
-    return LIMITS[grid]
+    return torch.where(top > 0, top / inputs_of(grid).divisor, 1.0)

@@ -8,29 +8,80 @@ suit a channel best, between min-max and twice it, and is never worse (3 % less 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import Rounding, check_range, storable
+from llmq.grids.scheme import Scheme
+from llmq.grids.table import find
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
-RANGES = ("minmax", "mse")
 CHUNK = 1 << 18
 # Multiples of min-max that are tried: one octave, beyond which the mantissas repeat. Half the step gains 0.5 % more.
 STEPS = tuple(2.0 ** (step / 8) for step in range(1, 8))
 
 
-def find_float8_scale(weight: Tensor, method: str = "minmax", scale_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+class Float8(Rounding):
+    """See `Rounding`: torch's own conversion rounds."""
+
+    code_dtype = DTYPE
+
+    def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
+        """See `Rounding.levels`: 253, as 0 and −0 are one point."""
+        return _levels(device)
+
+    def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+        """See `Rounding.nearest`: what lies beyond ±448 is clipped. There are no zero points."""
+        return scaled.clamp_(-LARGEST, LARGEST).to(DTYPE).to(torch.float32)
+
+    def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.encode`."""
+        return points.to(DTYPE)
+
+    def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.decode`."""
+        return codes
+
+    def find_scale(
+        self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Rounding.find_scale`."""
+        check_range(method, scheme, weight.shape[1])
+        return find_float8_scale(weight, method, scale_dtype, importance), None
+
+    def round_input(self, scaled: Tensor) -> Tensor:
+        """See `Rounding.round_input`."""
+        return scaled.to(DTYPE).to(scaled.dtype)
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    every = torch.arange(256, dtype=torch.uint8, device=device).view(DTYPE).to(torch.float32)
+    return torch.unique(every[torch.isfinite(every)])  # type: ignore[no-any-return]
+
+
+def find_float8_scale(
+    weight: Tensor,
+    method: str = "minmax",
+    scale_dtype: torch.dtype = torch.bfloat16,
+    importance: Tensor | None = None,
+) -> Tensor:
     """The scale of every output channel, as it is stored.
 
-    weight: any float [out, in]; method: 'minmax' or 'mse'. Returns
+    weight: any float [out, in]; method: 'minmax', 'mse', or 'weighted' by the importance, float [in]. Returns
     [out, 1] in scale_dtype, positive, normal and finite; 1 for a channel of zeros. Temporaries stay below a few MiB
-    whatever the matrix, unless one row is longer than that. Raises LlmqError when the method is unknown or the weight
-    is not finite.
+    whatever the matrix, unless one row is longer than that. Raises LlmqError when the weight is not finite, or the
+    importance is missing.
     """
-    if method not in RANGES:
-        raise LlmqError(f"range of an 8-bit float weight must be one of {', '.join(RANGES)}, not {method!r}")
+    if method not in find("fp8").ranges:
+        raise LlmqError(f"range of an fp8 weight must be one of {', '.join(find('fp8').ranges)}, not {method!r}")
+    if method == "weighted" and importance is None:
+        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' where there is none")
+    by = importance.to(torch.float32)[None] if method == "weighted" and importance is not None else None
     rows, width = weight.shape
     step = max(1, CHUNK // width)
     top = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
@@ -38,10 +89,10 @@ def find_float8_scale(weight: Tensor, method: str = "minmax", scale_dtype: torch
         top[start : start + step] = weight[start : start + step].abs().amax(1, keepdim=True).to(torch.float32)
     if not bool(torch.isfinite(top).all()):
         raise LlmqError("the weight holds values that are not finite")
-    scale = _stored(top / LARGEST, scale_dtype)
-    if method == "mse":
-        candidates = [scale] + [_stored(top * (factor / LARGEST), scale_dtype) for factor in STEPS]
-        errors = torch.stack([_errors(weight, candidate, top) for candidate in candidates])
+    scale = storable(top / LARGEST, scale_dtype)
+    if method != "minmax":
+        candidates = [scale] + [storable(top * (factor / LARGEST), scale_dtype) for factor in STEPS]
+        errors = torch.stack([_errors(weight, candidate, top, by) for candidate in candidates])
         scale = torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
     return torch.where(top > 0, scale, 1.0).to(scale_dtype)
 
@@ -60,14 +111,9 @@ def round_to_float8(weight: Tensor, scale: Tensor) -> Tensor:
     return codes
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scale as it comes back from disk: rounded to its dtype, finite, normal; float32."""
-    info = torch.finfo(dtype)
-    return scale.clamp(info.tiny, info.max).to(dtype).to(torch.float32)
-
-
-def _errors(weight: Tensor, scale: Tensor, top: Tensor) -> Tensor:
-    """Σ (w − ŵ)² of every channel, in units of its largest magnitude so that none vanishes: float32 [out, 1]."""
+def _errors(weight: Tensor, scale: Tensor, top: Tensor, by: Tensor | None) -> Tensor:
+    """Σ (w − ŵ)² of every channel, by importance [1, in] where there is one, in units of its largest magnitude so that
+    none vanishes: float32 [out, 1]."""
     rows, width = weight.shape
     errors = torch.empty_like(scale)
     step = max(1, CHUNK // width)
@@ -75,5 +121,6 @@ def _errors(weight: Tensor, scale: Tensor, top: Tensor) -> Tensor:
         part = slice(start, start + step)
         wanted = weight[part].to(torch.float32)
         found = round_to_float8(wanted, scale[part]).to(torch.float32).mul_(scale[part])
-        errors[part] = found.sub_(wanted).div_(top[part].clamp_min(1e-38)).square_().sum(1, keepdim=True)
+        found.sub_(wanted).div_(top[part].clamp_min(1e-38)).square_()
+        errors[part] = (found if by is None else found.mul_(by)).sum(1, keepdim=True)
     return errors

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.activations import round_static
+from llmq.grids.base import rounding_of
 from llmq.grids.entropy import entropy_clip, even_cells
 from llmq.grids.estimators import LAPLACE, laplace_clip, normal_clip
+from llmq.grids.table import find, inputs_of
 
 BINS = 2048
 PIECE = 1 << 20
 SMALLEST = -100
 """The least exponent of the reach: below 2^−100 everything is one bin, and float32 can still divide by a bin."""
-TOP = {"int": 127.0, "fp8": 448.0}
-"""The largest level: of int8 used symmetrically, of float8_e4m3fn."""
 METHODS = ("minmax", "percentile", "mse", "kl", "aciq")
 PARTS = 8
 """Points that stand for a bin where the error of a grid is summed."""
@@ -90,18 +91,17 @@ class Magnitudes:
 def find_activation_scale(
     statistic: Magnitudes, method: str = "minmax", grid: str = "int", percentile: float = 99.99
 ) -> Tensor:
-    """The scale of a whole input, float32 [1], positive and finite: its clip over 127 (int8) or 448 (float8_e4m3fn).
+    """The scale of a whole input, float32 [1], positive and finite: its clip over 127.5 (int8) or 448 (float8_e4m3fn).
 
     method: 'minmax': the largest magnitude; 'percentile': that share of the values is covered; 'mse': least squared
-    error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `llmq.grids.entropy`; 'aciq': Banner et al. 2018
+    error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `entropy`; 'aciq': Banner et al. 2018
     (arXiv:1810.05723), the clip of least expected error under the likelier of Laplace and normal, for fp8 found by
     integrating that density. None reaches beyond the largest magnitude. grid: 'int' or 'fp8'. An input that was 0
     throughout has scale 1. Raises LlmqError at an unknown method or grid, or where nothing was seen.
     """
     if method not in METHODS:
         raise LlmqError(f"the range of activations must be one of {', '.join(METHODS)}, not {method!r}")
-    if grid not in TOP:
-        raise LlmqError(f"the grid of activations must be one of {', '.join(TOP)}, not {grid!r}")
+    limits = inputs_of(grid)
     if not 0 < percentile <= 100:
         raise LlmqError(f"percentile must lie above 0 and not above 100, not {percentile!r}")
     if statistic.count == 0:
@@ -118,15 +118,8 @@ def find_activation_scale(
         clip = _entropy(counts, statistic.reach, top, grid)
     elif method == "aciq":
         clip = _analytic(statistic, grid)
-    scale = (min(clip, top) if clip > 0 else top) / TOP[grid]
+    scale = (min(clip, top) if clip > 0 else top) / limits.divisor
     return torch.tensor([scale], dtype=torch.float32).clamp_min_(torch.finfo(torch.float32).tiny)
-
-
-def round_to(value: Tensor, scale: Tensor | float, grid: str) -> Tensor:
-    """`value` as the grid with that scale has it, in float32: int8's −127…127, or float8_e4m3fn's −448…448."""
-    level = (value / scale).clamp_(-TOP[grid], TOP[grid])
-    level = level.round_() if grid == "int" else level.to(torch.float8_e4m3fn).to(torch.float32)
-    return level * scale
 
 
 def _percentile(counts: Tensor, reach: float, share: float) -> float:
@@ -143,9 +136,12 @@ def _least_error(counts: Tensor, reach: float, top: float, grid: str) -> float:
     # In units of the reach: nothing overflows when squared.
     value = (torch.arange(BINS * PARTS, dtype=torch.float32) + 0.5) / (BINS * PARTS)
     weight = counts.to(torch.float32).repeat_interleave(PARTS) / counts.sum()
+    # The signs are not known: as many values are taken to lie below 0 as above.
+    both = torch.stack([value, -value])
     best, found = math.inf, top
     for share in CLIPS:
-        left = value - round_to(value, top / reach * share / TOP[grid], grid)
+        scale = torch.tensor(top / reach * share / inputs_of(grid).divisor)
+        left = both - round_static(both, scale, grid)
         error = float((left.square_() * weight).sum(dtype=torch.float64))
         if error < best:
             best, found = error, top * share
@@ -156,12 +152,14 @@ def _entropy(counts: Tensor, reach: float, top: float, grid: str) -> float:
     """The clip of least divergence: at least 128 bins are kept, as many as int8 has magnitudes."""
     used = min(int(top * BINS / reach) + 1, BINS)
     kept = torch.arange(min(128, used), used + 1)
-    if grid == "int":
+    rounding, limits = rounding_of(find(grid)), inputs_of(grid)
+    if rounding.even:
         cells = even_cells(kept, BINS, 128)
     else:
-        # The cells of a float grid widen outwards: the bins that round to one code share a cell.
-        middle = (torch.arange(BINS) + 0.5)[None] / kept[:, None] * TOP[grid]
-        cells = middle.clamp_(max=TOP[grid]).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64)
+        # Cells that widen outwards: the bins that round to one value share a cell.
+        middle = (torch.arange(BINS) + 0.5)[None] / kept[:, None] * limits.high
+        values = rounding.round_input(middle.clamp_(max=limits.high))
+        cells = torch.searchsorted(torch.unique(values), values)
     keep = int(kept[entropy_clip(counts, kept, cells)])
     return top if keep == used else keep * reach / BINS
 
@@ -170,15 +168,17 @@ def _analytic(statistic: Magnitudes, grid: str) -> float:
     """Banner et al.'s clip around 0, as the grid is symmetric."""
     mean = float(statistic.size) / statistic.count
     deviation = math.sqrt(float(statistic.square) / statistic.count)
-    if mean < LAPLACE * deviation:
-        return mean * (laplace_clip(8) if grid == "int" else _float_clip("laplace"))
-    return deviation * (normal_clip(8) if grid == "int" else _float_clip("normal"))
+    laplace = mean < LAPLACE * deviation
+    size = mean if laplace else deviation
+    if rounding_of(find(grid)).even:
+        return size * (laplace_clip(8) if laplace else normal_clip(8))
+    return size * _integrated(laplace, grid)
 
 
 @functools.cache
-def _float_clip(density: str) -> float:
-    """The clip of least expected error on float8_e4m3fn, in units of b (laplace) or σ (normal), by integration."""
+def _integrated(laplace: bool, grid: str) -> float:
+    """The clip of least expected error on a grid, in units of b (Laplace) or σ (normal), by integration."""
     reach = 32.0
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) * reach / BINS
-    counts = torch.exp(-middle if density == "laplace" else -middle.square() / 2)
-    return _least_error(counts, reach, reach, "fp8")
+    counts = torch.exp(-middle if laplace else -middle.square() / 2)
+    return _least_error(counts, reach, reach, grid)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import Quantized, QuantizedWeight
+from llmq.grids.codebook import Codebook
 from llmq.grids.scheme import Scheme
 
 CHUNK = 1 << 20
@@ -27,33 +29,39 @@ NESTED_BLOCK = 256
 SMALLEST = 1e-38
 # How finely the 8-bit codes' table cuts [-1, 1].
 STEPS = 65535
-SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """Double quantization: a block's magnitude is levels[code] · absmax + offset.
+    """Double quantization: a block's magnitude is codebook[code] · absmax + offset.
 
-    absmax: float32 [ceil(blocks/256)]; levels: float32 [256], ascending; offset: the mean of the magnitudes.
+    absmax: float32 [ceil(blocks/256)]; codebook: float32 [256], ascending; offset: the mean of the magnitudes; codes:
+    uint8 [blocks], where they are not kept elsewhere.
     """
 
     absmax: Tensor
-    levels: Tensor
+    codebook: Tensor
     offset: float
+    codes: Tensor | None = None
+
+    def read(self, codes: Tensor) -> Tensor:
+        """The magnitudes that codes, uint8 [blocks], stand for: float32 [blocks]."""
+        spread = self.absmax.repeat_interleave(NESTED_BLOCK)[: len(codes)]
+        return self.codebook[codes.to(torch.int32)].mul_(spread).add_(self.offset)
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A weight [out, in] of n values in NF4: w ≈ levels[code] · magnitude of its block.
+    """A weight [out, in] of n values in NF4: w ≈ codebook[code] · magnitude of its block.
 
     packed: uint8 [ceil(n/2), 1], row-major, the first of two codes in the high four bits; absmax: the magnitudes,
-    float32 [ceil(n/block)], or their codes, uint8, when `nested` is there; levels: float32 [16], ascending;
+    float32 [ceil(n/block)], or their codes, uint8, when `nested` is there; codebook: float32 [16], ascending;
     shape: of the weight; dtype: what the weight was in, and readers make of it; notes: what fell back, for the report.
     """
 
     packed: Tensor
     absmax: Tensor
-    levels: Tensor
+    codebook: Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
     scheme: Scheme
@@ -64,8 +72,7 @@ class NF4Weight:
         """The magnitude of every block, float32 [ceil(n/block)]."""
         if self.nested is None:
             return self.absmax
-        spread = self.nested.absmax.repeat_interleave(NESTED_BLOCK)[: len(self.absmax)]
-        return self.nested.levels[self.absmax.to(torch.int32)].mul_(spread).add_(self.nested.offset)
+        return self.nested.read(self.absmax)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`.
@@ -73,7 +80,7 @@ class NF4Weight:
         Equal to bitsandbytes' dequantize_4bit bit for bit, but for two oddities of its own on CPUs with AVX-512: it
         takes the wrong magnitudes when 16 divides the inputs and the block does not, and makes subnormal bfloat16 0.
         """
-        block, n = block_size(self.scheme), self.shape[0] * self.shape[1]
+        block, n = group_of(self.scheme), self.shape[0] * self.shape[1]
         weight = torch.empty(n, dtype=dtype, device=self.packed.device)
         absmax, packed = self.magnitudes(), self.packed.view(-1)
         for start in range(0, n, CHUNK):
@@ -81,16 +88,62 @@ class NF4Weight:
             pairs = packed[start // 2 : (stop + 1) // 2]
             codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[: stop - start]
             scale = absmax[start // block : -(-stop // block)].repeat_interleave(block)[: stop - start]
-            weight[start:stop] = self.levels[codes.to(torch.int32)].mul_(scale)
+            weight[start:stop] = self.codebook[codes.to(torch.int32)].mul_(scale)
         return weight.view(self.shape)
 
 
-def block_size(scheme: Scheme) -> int:
-    """The values that share a magnitude. Raises LlmqError when bitsandbytes has no such block."""
-    size = scheme.group_size
-    if size not in SIZES:
-        raise LlmqError(f"an nf4 group size must be one of {', '.join(map(str, SIZES))}, not {size or 'channel'}")
-    return size
+class NF4(Codebook):
+    """See `Rounding`: scales are float32 whatever the model's dtype, and 'minmax' is bitsandbytes' own rounding."""
+
+    scale_dtype = torch.float32
+
+    def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
+        """See `Rounding.levels`: bitsandbytes' own 16."""
+        return tables(device)[0]
+
+    def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Nested | None]:
+        """See `Rounding.settle`: with double quantization, the scales that their codes stand for, and those codes."""
+        if not scheme.double_quant:
+            return scale, None
+        codes, nested = double_quantize(scale.flatten())
+        return nested.read(codes).view_as(scale), replace(nested, codes=codes)
+
+    def round(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None
+    ) -> Quantized:
+        """See `Rounding.round`."""
+        if method == "minmax":
+            return quantize_nf4(weight, scheme, scale_dtype)
+        return super().round(weight, scheme, scale_dtype, method, importance)
+
+    def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> NF4Weight:
+        """See `Rounding.finish`. Raises LlmqError where the codes of doubly quantized scales are missing."""
+        scheme, nested = weight.scheme, weight.stored_scale
+        if scheme.double_quant and not isinstance(nested, Nested):
+            raise LlmqError("a doubly quantized weight needs the codes of its scales: round it by `rounded_on`")
+        codes = weight.codes.reshape(-1)
+        packed = ((codes[::2] << 4) | codes[1::2]).view(-1, 1)
+        absmax = weight.scale.flatten() if nested is None else nested.codes
+        rows, width = weight.codes.shape
+        codebook = tables(codes.device)[0]
+        return NF4Weight(packed, absmax, codebook, (rows, width), dtype, scheme, nested, weight.notes)
+
+    def reopen(self, weight: Quantized) -> QuantizedWeight:
+        """See `Rounding.reopen`."""
+        if not isinstance(weight, NF4Weight):
+            return super().reopen(weight)
+        rows, width = weight.shape
+        packed = weight.packed.view(-1)
+        codes = torch.stack((packed >> 4, packed & 15), 1).view(rows, width)
+        scale = weight.magnitudes().view(rows, -1)
+        nested = None if weight.nested is None else replace(weight.nested, codes=weight.absmax)
+        return QuantizedWeight(codes, scale, None, weight.scheme, weight.notes, stored_scale=nested)
+
+
+def group_of(scheme: Scheme) -> int:
+    """The values that share a magnitude: an nf4 scheme always has a group size."""
+    assert scheme.group_size is not None
+    return scheme.group_size
 
 
 def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> NF4Weight:
@@ -105,7 +158,7 @@ def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = Non
     The offset is torch's mean, as it is bitsandbytes': from some 100 thousand blocks on its last bit depends on the
     number of threads.
     """
-    block, n = block_size(scheme), weight.numel()
+    block, n = group_of(scheme), weight.numel()
     levels, _ = tables(weight.device)
     bounds = (levels[:-1] + levels[1:]) / 2
     flat = weight.reshape(-1)
@@ -144,7 +197,12 @@ def _scaled(part: Tensor, absmax: Tensor, block: int) -> Tensor:
 
 def _nest(weight: NF4Weight) -> NF4Weight:
     """The same weight with its magnitudes in 8 bits."""
-    absmax = weight.absmax
+    codes, nested = double_quantize(weight.absmax)
+    return replace(weight, absmax=codes, nested=nested)
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Nested]:
+    """Magnitudes, float32 [blocks], in 8 bits: their codes, uint8 [blocks], and what they mean. Raises LlmqError."""
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
         raise LlmqError("the weight is too large for double quantization: turn double_quant off")
@@ -159,8 +217,7 @@ def _nest(weight: NF4Weight) -> NF4Weight:
     # A block of subnormal magnitudes has no reciprocal: what is not a number gets step 0 there.
     codes = table[steps.nan_to_num_(0.0).to(torch.int32)]
     codes.masked_fill_((most == 0).unsqueeze(1), 0)
-    nested = Nested(most, levels, float(offset))
-    return replace(weight, absmax=codes.view(-1)[: len(absmax)].clone(), nested=nested)
+    return codes.view(-1)[: len(absmax)].clone(), Nested(most, levels, float(offset))
 
 
 def _lookup(levels: Tensor) -> Tensor:
@@ -175,14 +232,13 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
     Raises LlmqError when bitsandbytes is not installed.
     """
-    normal, dynamic = _tables()
-    return normal.to(device), dynamic.to(device)
+    return _tables(torch.device(device))
 
 
 @cache
-def _tables() -> tuple[Tensor, Tensor]:
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     try:
         from bitsandbytes.functional import create_dynamic_map, get_4bit_type
     except ImportError as error:
         raise LlmqError("nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
-    return get_4bit_type("nf4", device="cpu"), create_dynamic_map()
+    return get_4bit_type("nf4", device="cpu").to(device), create_dynamic_map().to(device)

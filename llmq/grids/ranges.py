@@ -1,4 +1,4 @@
-"""Which scale and zero point a group of weights gets, and which code each weight gets then.
+"""Which scale and zero point a group of weights gets on the grid of whole numbers.
 
 Searched or told. `minmax` covers every weight: the extremes decide, one outlier stretches the grid for its whole group.
 `mse` lets the extremes clip where that lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², where the
@@ -21,17 +21,16 @@ processor's cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.grids.base import check_range, parts, root_of, storable
 from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
-from llmq.grids.scheme import RANGES, Scheme
+from llmq.grids.scheme import Scheme
 
-CHUNK = 1 << 17
 COARSE = 10
 ROUNDS = 2
 # From this many bits on, the extra level goes to the side of the largest weight without trying the other.
@@ -58,10 +57,7 @@ class _Groups(NamedTuple):
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as it comes back from disk: rounded to its dtype, finite, normal, never 0; still in units of 1."""
-        info = torch.finfo(self.dtype)
-        true = scale * self.unit
-        size = true.abs().clamp_(info.tiny, info.max).to(self.dtype).to(torch.float32)
-        return torch.copysign(size, true).div_(self.unit)
+        return storable(scale, self.dtype, self.unit)
 
 
 class _Best(NamedTuple):
@@ -87,7 +83,7 @@ def find_range(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and zero point of every group.
 
-    weight: any float [out, in], the group size dividing in; method: one of RANGES; importance: float [in], not
+    weight: any float [out, in], the group size dividing in; method: see above; importance: float [in], not
     negative, used by 'weighted' only, where it is required; scale_dtype: what the scale is stored in.
     Returns the scale [out, groups] in scale_dtype, finite and never 0 (1 where a whole group is 0; it may be negative
     when the scheme is symmetric), and the zero point int8 [out, groups], or None when the scheme is symmetric.
@@ -102,7 +98,7 @@ def find_range(
     groups = scheme.groups(width)
     root = None
     if method == "weighted" and importance is not None:
-        root = _root(importance.to(torch.float32).view(1, groups, -1))
+        root = root_of(importance.to(torch.float32).view(1, groups, -1))
     limit = _entropy_limit(weight, groups, scheme.bits) if method == "kl" else math.inf
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
@@ -114,53 +110,6 @@ def find_range(
         if zero is not None:
             zero[start : start + step] = torch.where(top > 0, best.zero, 0.0).squeeze(-1).to(torch.int8)
     return scale, zero
-
-
-def check_range(method: str, scheme: Scheme, width: int) -> None:
-    """Raises LlmqError when there is no such way to choose a range, or the groups do not divide the inputs."""
-    if method not in RANGES:
-        raise LlmqError(f"range must be one of {', '.join(RANGES)}, not {method!r}")
-    if width == 0 or (scheme.group_size is not None and width % scheme.group_size):
-        raise LlmqError(f"group size {scheme.group_size} does not divide the {width} inputs of the weight")
-
-
-def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """The nearest code of every weight: clamp(round(w / scale) + zero).
-
-    weight: any float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None. Returns int8 [out, in].
-    """
-    rows, width = weight.shape
-    groups = scale.shape[1]
-    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-    step = max(1, CHUNK // width)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        part = part / scale[start : start + step].to(torch.float32).unsqueeze(-1)
-        part.round_()
-        if zero is not None:
-            part += zero[start : start + step].unsqueeze(-1)
-        codes[start : start + step] = part.clamp_(scheme.qmin, scheme.qmax).flatten(1).to(torch.int8)
-    return codes
-
-
-def _root(importance: Tensor) -> Tensor:
-    """The root of the importance [1, groups, size], its mean brought to 1 in each group; all 0 means all equal."""
-    mean = importance.mean(-1, keepdim=True)
-    return torch.where(mean > 0, importance / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0).sqrt_()
-
-
-def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Some rows at a time: the first row's number, the groups [rows, groups, size] in float32, the largest magnitude
-    and the power of two that brings it to 1 or below, each [rows, groups, 1]. Raises LlmqError at values not finite.
-    """
-    rows, width = weight.shape
-    step = max(1, CHUNK // width)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        top = part.abs().amax(-1, keepdim=True)
-        if not bool(torch.isfinite(top).all()):
-            raise LlmqError("the weight holds values that are not finite")
-        yield start, part, top, torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
 
 
 def _entropy_limit(weight: Tensor, groups: int, bits: int) -> float:

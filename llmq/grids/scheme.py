@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmq.errors import LlmqError
+from llmq.grids.table import GRIDS, RANGES, Grid, find
 from llmq.validate import check_choice, check_keys, check_types, made
-
-GRIDS = ("int", "fp8", "nf4")
-RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
-NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,13 @@ class Activations:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The grid of a weight [out, in].
+    """What a quantized weight [out, in] is: w ≈ (point − zero) · scale, with points of a grid.
 
-    grid: 'int': w ≈ (code − zero) · scale, codes in [−2^(bits−1), 2^(bits−1) − 1]; 'fp8': float8_e4m3fn · scale;
-    'nf4': one of 16 normal quantiles · the largest magnitude of its block. bits: 2…8 (float: 8, nf4: 4). group_size:
-    input columns that share a scale, for nf4 elements of the flattened weight; None is one scale per output channel.
-    symmetric: zero is 0 and not stored. double_quant: nf4 only, the block maxima are stored in 8 bits. activations: how
-    the weight's input is rounded when the model runs; None leaves it alone.
+    grid: 'int': whole numbers from −2^(bits−1) to 2^(bits−1) − 1; 'fp8': float8_e4m3fn; 'nf4': 16 normal quantiles.
+    What each allows is in `grids.table`. bits: of a code. group_size: input columns that share a scale (nf4: elements
+    of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored. double_quant:
+    the scales are stored in 8 bits themselves. activations: how the weight's input is rounded when the model runs; None
+    leaves it alone.
     """
 
     bits: int = 4
@@ -54,34 +51,36 @@ class Scheme:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice("grid", self.grid, GRIDS)
+        grid = find(self.grid)
         if not 2 <= self.bits <= 8:
             raise LlmqError(f"bits must be a whole number from 2 to 8, not {self.bits!r}")
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
+        refusal = grid.refusal(self.bits, self.group_size, self.symmetric)
         plain = self.group_size is None and self.symmetric and self.bits == 8
-        if self.grid == "fp8" and not plain:
-            raise LlmqError("grid 'fp8' is 8 bits, symmetric, group size 'channel'")
-        if self.activations is not None and (self.grid == "nf4" or not plain):
+        if self.activations is not None and refusal is None and (grid.inputs is None or not plain):
             raise LlmqError(
                 f"activations are rounded to 8 bits where weights are 8 bits, symmetric, group size 'channel': {self} "
                 "is not: --activations none leaves them alone, or choose --bits 8 --group-size channel"
             )
-        if self.double_quant and self.grid != "nf4":
-            raise LlmqError("double_quant is for grid 'nf4' only")
-        if self.grid == "nf4" and (self.bits != 4 or not self.symmetric or self.group_size not in NF4_BLOCKS):
-            raise LlmqError(
-                f"grid 'nf4' is 4 bits, symmetric, in blocks (group size) of {', '.join(map(str, NF4_BLOCKS))}"
-            )
+        if self.double_quant and not grid.double_quant:
+            having = ", ".join(repr(g.name) for g in GRIDS.values() if g.double_quant)
+            raise LlmqError(f"double_quant is for grid {having} only")
+        if refusal is not None:
+            raise LlmqError(refusal)
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
-        if self.grid == "nf4":
-            return f"nf4 {group}{' double-quantized' if self.double_quant else ''}"
-        name = "fp8 channel" if self.grid == "fp8" else f"{self.bits}-bit {group}"
-        if self.grid == "int":
+        name = f"{self.rules.label.format(bits=self.bits)} {group}"
+        if self.rules.zero_points:
             name += " symmetric" if self.symmetric else " asymmetric"
+        name += " double-quantized" if self.double_quant else ""
         return name + (f", {self.activations} activations" if self.activations else "")
+
+    @property
+    def rules(self) -> Grid:
+        """Its grid: what it allows, how it rounds, who stores it."""
+        return GRIDS[self.grid]
 
     @property
     def qmin(self) -> int:
@@ -103,7 +102,8 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
     values = check_keys(data, Scheme, where)
     if values.get("group_size") == "channel":
         values["group_size"] = None
-    if values.get("grid", "nf4") != "nf4":
+    grid = values.get("grid", base.grid)
+    if isinstance(grid, str) and not made(lambda: find(grid), where).double_quant:
         values.setdefault("double_quant", False)
     if "activations" in values:
         values["activations"] = _activations(values["activations"], f"{where}: activations")

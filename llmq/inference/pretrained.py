@@ -21,18 +21,11 @@ from typing import Any
 
 import torch
 
+from llmq import formats
 from llmq.errors import LlmqError, first_line
 
-# quantization method in config.json → the package that transformers needs to read it
-PACKAGES = {
-    "compressed-tensors": "compressed_tensors",
-    "bitsandbytes": "bitsandbytes",
-    "gptq": "gptqmodel",
-    "awq": "gptqmodel",
-    "hqq": "hqq",
-    "torchao": "torchao",
-    "quanto": "optimum.quanto",
-}
+OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
+"""Formats that only stock transformers reads: method in config.json → the package that it needs."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Standard error, llmq's log and transformers' tables of readers are the whole process's while a model is loaded.
@@ -214,17 +207,15 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return config
-    method = str(quantization.get("quant_method", ""))
-    if not method and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"
+    method = formats.method_of(quantization) or ""
     if not _known(method):
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: "
             "load it with the tool that wrote it"
         )
-    package = PACKAGES.get(method)
+    package = (OTHERS | formats.packages()).get(method)
     if package and not kernels and not _installed(package):
-        other = "; `llmq eval --kernels` needs no other package" if method in ("gptq", "awq") else ""
+        other = "; `llmq eval --kernels` needs no other package" if method in formats.readers() else ""
         raise LlmqError(
             f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}{other}"
         )

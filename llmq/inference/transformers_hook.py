@@ -17,27 +17,14 @@ from typing import Any
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from llmq import formats
 from llmq.errors import LlmqError
-from llmq.formats.awq import AWQReader
-from llmq.formats.bitsandbytes.read import BitsandbytesReader
-from llmq.formats.compressed_tensors.read import CompressedTensorsReader
-from llmq.formats.gptq import GPTQReader
 from llmq.formats.plain import mapping
 from llmq.inference.linear import QuantLinear
 from llmq.inference.placeholders import Placeholder, find, inner
 from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
-
-READERS: dict[str, tuple[Any, ...]] = {
-    "compressed-tensors": (CompressedTensorsReader,),
-    "gptq": (GPTQReader,),
-    "awq": (AWQReader,),
-    "auto-round": (GPTQReader, AWQReader),
-    "bitsandbytes_4bit": (BitsandbytesReader,),
-    "bitsandbytes_8bit": (BitsandbytesReader,),
-}
-"""Method in config.json → who reads it, the first that does not refuse."""
 
 _stock: dict[str, tuple[Any, Any]] = {}
 
@@ -50,9 +37,10 @@ def use_kernels(on: bool = True) -> None:
     """
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     if on and not _stock:
-        _stock.update({method: (quantizers[method], configs[method]) for method in READERS if method in quantizers})
+        readers = formats.readers()
+        _stock.update({method: (quantizers[method], configs[method]) for method in readers if method in quantizers})
         for method, (quantizer, config) in _stock.items():
-            quantizers[method] = partial(_quantizer, quantizer, READERS[method])  # type: ignore[assignment]
+            quantizers[method] = partial(_quantizer, quantizer, readers[method])  # type: ignore[assignment]
             configs[method] = _Configuration(config)  # type: ignore[assignment]
     elif not on and _stock:
         for method, (quantizer, config) in _stock.items():

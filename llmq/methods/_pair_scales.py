@@ -16,9 +16,8 @@ from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import Consumer, Pair
 from llmq.grids.activations import round_per_token, round_static, static_scale
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, round_to_grid
 from llmq.grids.nearest import round_to_nearest
-from llmq.grids.ranges import round_to_grid
 from llmq.grids.scheme import Scheme
 
 TINY = 1e-5
@@ -154,7 +153,7 @@ def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     as a search."""
     nearest = round_to_nearest(weight, scheme, torch.float32, "minmax")
     plain = nearest.dequantize(torch.float32)
-    if scheme.grid != "int" or scheme.bits > CLIPPED_BITS or not isinstance(nearest, QuantizedWeight):
+    if scheme.bits > CLIPPED_BITS or scheme.rules.calibrated == "minmax" or not isinstance(nearest, QuantizedWeight):
         return plain
     groups = scheme.groups(weight.shape[1])
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from llmq.block.block import Block
 from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
-from llmq.grids.base import Quantized
-from llmq.grids.ranges import find_range
+from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS
 from llmq.methods._pair_scales import Candidate, Side, balance, normalized, side
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
@@ -55,5 +55,10 @@ class AWQ(Method):
         """See `Method.quantize`."""
         hessian = statistic(stats, Hessian)
         moments = hessian.total / max(1, hessian.count)
-        scale, zero = find_range(weight, scheme, "weighted", moments.diagonal(), scale_dtype)
-        return clip_groups(weight, scale, zero, scheme, moments)
+        rounding = rounding_of(scheme.rules)
+        scale, zero = rounding.find_scale(weight, scheme, "weighted", moments.diagonal(), scale_dtype)
+        return rounding.finish(clip_groups(weight, scale, zero, scheme, moments), scale_dtype)
+
+    def grids(self) -> tuple[str, ...]:
+        """See `Method.grids`."""
+        return tuple(GRIDS)

@@ -51,9 +51,23 @@ class Method:
         """The grids that `quantize` knows."""
         return ("int",)
 
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why `quantize` cannot round to a scheme, in a sentence, or None."""
+        if scheme.grid in self.grids():
+            return None
+        return f"rounds to the grid {', '.join(map(repr, self.grids()))}, not to {scheme}"
+
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Bytes that it needs for a weight of this shape, beside the weight and its statistics."""
         return 2 * math.prod(shape)
+
+
+def range_refusal(range: str | None, scheme: Scheme) -> str | None:
+    """Why scales of a scheme cannot be found in this way, or None."""
+    ranges = scheme.rules.ranges
+    return (
+        None if range is None or range in ranges else f"finds scales by {range!r}: {scheme} knows {', '.join(ranges)}"
+    )
 
 
 def statistic(stats: Stats, kind: type[S]) -> S:

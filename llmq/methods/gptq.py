@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llmq.block.statistics import Hessian
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.scheme import RANGES, Scheme
-from llmq.methods.base import Method, Stats, statistic
+from llmq.grids.base import Quantized, rounding_of
+from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS, RANGES
+from llmq.methods.base import Method, Stats, range_refusal, statistic
 from llmq.numerics.gptq import solve
 from llmq.validate import check_choice
 
@@ -42,9 +43,9 @@ class GPTQ(Method):
             raise LlmqError(f"damping must lie between 0 and 1, not {damping!r}")
         self.range, self.act_order, self.damping, self.sweeps = range, act_order, damping, sweeps
 
-    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
         """See `Method.quantize`."""
-        return solve(
+        solved = solve(
             weight,
             statistic(stats, Hessian).total,
             scheme,
@@ -54,6 +55,15 @@ class GPTQ(Method):
             sweeps=self.sweeps,
             scale_dtype=scale_dtype,
         )
+        return rounding_of(scheme.rules).finish(solved, scale_dtype)
+
+    def grids(self) -> tuple[str, ...]:
+        """See `Method.grids`."""
+        return tuple(GRIDS)
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """See `Method.refusal`."""
+        return super().refusal(scheme) or range_refusal(self.range, scheme)
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Two more [in, in] matrices while factoring, then four of the weight's size, all float32."""

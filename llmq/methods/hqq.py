@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS
 from llmq.methods.base import Method, Stats
 from llmq.numerics.hqq import check_options, half_quadratic
 
@@ -22,6 +23,11 @@ class HQQ(Method):
         check_options(p, unbiased=unbiased)
         self.p, self.unbiased = p, unbiased
 
-    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
         """See `Method.quantize`."""
-        return half_quadratic(weight, scheme, scale_dtype, p=self.p, unbiased=self.unbiased)
+        found = half_quadratic(weight, scheme, scale_dtype, p=self.p, unbiased=self.unbiased)
+        return rounding_of(scheme.rules).finish(found, scale_dtype)
+
+    def grids(self) -> tuple[str, ...]:
+        """See `Method.grids`."""
+        return tuple(GRIDS)

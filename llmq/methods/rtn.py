@@ -8,19 +8,22 @@ from torch import Tensor
 from llmq.block.statistics import MeanSquare
 from llmq.grids.base import Quantized
 from llmq.grids.nearest import round_to_nearest
-from llmq.grids.scheme import RANGES, Scheme
-from llmq.methods.base import Method, Stats, statistic
+from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS, RANGES
+from llmq.methods.base import Method, Stats, range_refusal, statistic
 from llmq.validate import check_choice
 
 
 class RTN(Method):
     """Round to nearest; no calibration data.
 
-    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs.
+    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs;
+    without it as is usual on the grid, mse on int and fp8, minmax on nf4.
     """
 
-    def __init__(self, *, range: str = "mse") -> None:
-        check_choice("range", range, RANGES)
+    def __init__(self, *, range: str | None = None) -> None:
+        if range is not None:
+            check_choice("range", range, RANGES)
         self.range = range
         if range == "weighted":
             self.needs = (MeanSquare,)
@@ -32,4 +35,8 @@ class RTN(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return ("int", "fp8", "nf4")
+        return tuple(GRIDS)
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """See `Method.refusal`."""
+        return super().refusal(scheme) or range_refusal(self.range, scheme)

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
 from llmq.grids.activations import round_per_token, round_static
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import rounding_of
 from llmq.methods.base import Method
 from llmq.numerics.learned_rounding import LearnedWeight
 
@@ -55,13 +55,11 @@ class SignRound(Method):
         self.reach, self.scale_reach = reach, scale_reach
 
     def refine(self, block: Block) -> None:
-        """See `Method.refine`. Weights on another grid than integers stay as they are.
+        """See `Method.refine`.
 
         The iterate kept is the one nearest to the target on batches that no step was taken on; it may be the start.
         """
-        states = [
-            w for w in block.weights.values() if isinstance(w.quantized, QuantizedWeight) and w.scheme.grid == "int"
-        ]
+        states = [state for state in block.weights.values() if state.quantized is not None]
         if states:
             _Descent(self, block, states).run()
 
@@ -77,8 +75,9 @@ class _Descent:
         self.method, self.block = method, block
         self.learned: list[tuple[WeightState, LearnedWeight]] = []
         for state in states:
-            assert isinstance(state.quantized, QuantizedWeight)
-            self.learned.append((state, LearnedWeight(state.quantized, state.value, MOMENTUM)))
+            assert state.quantized is not None
+            start = rounding_of(state.scheme.rules).reopen(state.quantized)
+            self.learned.append((state, LearnedWeight(start, state.value, MOMENTUM)))
         self.generator = torch.Generator().manual_seed(method.seed)
         order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
         count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
@@ -104,7 +103,8 @@ class _Descent:
                     if now < least:
                         least, best = now, [learned.quantized() for _, learned in self.learned]
         for (state, _), found in zip(self.learned, best, strict=True):
-            self.block.set_quantized(state.parameter, found)
+            stored = rounding_of(state.scheme.rules).finish(found, self.block.scale_dtype)
+            self.block.set_quantized(state.parameter, stored)
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:

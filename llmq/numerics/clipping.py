@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounded_on
 from llmq.grids.scheme import Scheme
 
 FACTORS = (0.7, 0.75, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.14, 1.2)
@@ -41,4 +40,4 @@ def clip_groups(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sche
             better = cost < least
             least = torch.where(better, cost, least)
             best[start : start + step] = torch.where(better, tried, best[start : start + step])
-    return QuantizedWeight(round_to_grid(weight, best, zero, scheme), best, zero, scheme)
+    return rounded_on(weight, best, zero, scheme)

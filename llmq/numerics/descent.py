@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, rounding_of
 
 
 def improve(
@@ -49,14 +49,16 @@ class _Descent:
         self.size = q.codes.shape[1] // q.scale.shape[1]
         error = weight.to(torch.float32) - q.dequantize(torch.float32)
         self.gradient = hessian @ error.t()
-        self.codes = torch.empty(q.codes.t().shape, device=weight.device).copy_(q.codes.t())
+        self.rounding = rounding_of(q.scheme.rules)
+        points = self.rounding.decode(q.codes, q.scheme)
+        self.points = torch.empty(points.t().shape, device=weight.device).copy_(points.t())
         self.scale = q.scale.to(torch.float32).t().contiguous()
         self.zero = None if q.zero is None else q.zero.to(torch.float32).t().contiguous()
         self.curvature = hessian.diagonal()
 
     def run(self, sweeps: int, block_size: int) -> QuantizedWeight:
         """Every group, `sweeps` times."""
-        width = self.codes.shape[0]
+        width = self.points.shape[0]
         for _ in range(sweeps):
             for start in range(0, width, self.size):
                 group = slice(start, start + self.size)
@@ -70,7 +72,7 @@ class _Descent:
                 for inside in range(start, start + self.size, block_size):
                     part = slice(inside, min(inside + block_size, start + self.size))
                     self._move(part, self._recode(part.start, part.stop, self.gradient[part].clone()))
-        codes = self.codes.to(torch.int8).t().contiguous()
+        codes = self.rounding.encode(self.points, self.q.scheme).t().contiguous()
         return replace(self.q, codes=codes, scale=self.scale.t().to(self.q.scale.dtype).contiguous())
 
     def _move(self, part: slice, shift: Tensor) -> None:
@@ -80,7 +82,9 @@ class _Descent:
     def _rescale(self, start: int) -> Tensor:
         """The best scale of the group that begins at a column, for its codes; returns by how much Ŵ shifts there."""
         group, part = start // self.size, slice(start, start + self.size)
-        levels = self.codes[part] if self.zero is None else self.codes[part] - self.zero[group]
+        if self.q.stored_scale is not None:  # scales that are quantized themselves stay
+            return torch.zeros_like(self.points[part])
+        levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels
         slope = (levels * self.gradient[part]).sum(0)
         bend = (levels * bend).sum(0)
@@ -104,9 +108,10 @@ class _Descent:
         # An input that never fired has the damping for curvature and goes to the nearest code; without any, it stays.
         steps = (self.curvature[part, None] * scale).reciprocal_().nan_to_num_(0, 0, 0)
         for k in range(stop - start):
-            codes = self.codes[start + k]
-            change = gradient[k].mul_(steps[k]).add_(codes).round_().clamp_(scheme.qmin, scheme.qmax).sub_(codes)
-            codes += change
+            points = self.points[start + k]
+            wanted = gradient[k].mul_(steps[k]).add_(points)
+            change = self.rounding.nearest(wanted, None, scheme).sub_(points)
+            points += change
             torch.mul(change, scale, out=moved[k])
             if k + 1 < stop - start:
                 gradient[k + 1 :].addr_(hessian[k, k + 1 :], moved[k], alpha=-1)

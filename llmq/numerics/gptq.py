@@ -15,13 +15,13 @@ after which the objective has grown by exactly ‖wₖ − ŵₖ‖² / U[k,k]²
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import check_range, find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight, check_range, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.numerics.descent import improve
 
@@ -44,12 +44,13 @@ def solve(
     """Quantizes a weight so that the layer's output on the calibration text changes least.
 
     weight: any float [out, in], not changed; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, in any
-    unit; range_method: see `ranges`. act_order: 'none' takes columns as they stand and finds each group's range when
-    its turn comes, in what earlier columns have made of it; 'static' takes columns by falling diag(H), with all ranges
-    found beforehand; 'grouped' takes groups by falling Σ diag(H), columns inside them likewise, and finds each group's
-    range when its turn comes. Groups stay where they are: no permutation is stored. damping: a share of mean(diag H)
-    added to the diagonal; block_size: columns between two updates of all the rest; sweeps: how often scales and codes
-    are revisited afterwards (see `descent`; 0 is the paper's GPTQ).
+    unit; range_method: one of the grid's ranges. act_order: 'none' takes columns as they stand and finds each group's
+    range when its turn comes, in what earlier columns have made of it; 'static' takes columns by falling diag(H), with
+    all ranges found beforehand; 'grouped' takes groups by falling Σ diag(H), columns inside them likewise, and finds
+    each group's range when its turn comes. Groups stay where they are: no permutation is stored. Where scales are
+    quantized themselves, all are found beforehand, whatever the order. damping: a share of mean(diag H) added to the
+    diagonal; block_size: columns between two updates of all the rest; sweeps: how often scales and codes are revisited
+    afterwards (see `descent`; 0 is the paper's GPTQ).
 
     Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
     When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, and if that fails
@@ -73,13 +74,13 @@ def solve(
     order = _order(diagonal, scheme, act_order)
     factor, notes = factorize(hessian, order, damping)
     if factor is None:
-        scale, zero = find_range(weight, scheme, range_method, importance, scale_dtype)
-        return QuantizedWeight(round_to_grid(weight, scale, zero, scheme), scale, zero, scheme, notes)
+        scale, zero = rounding_of(scheme.rules).find_scale(weight, scheme, range_method, importance, scale_dtype)
+        return rounded_on(weight, scale, zero, scheme, notes)
     pivots = factor.diagonal() ** -2
     factor /= factor.diagonal().clone()[:, None]
     pivots[(diagonal if order is None else diagonal[order]) <= 0] = 0
     solved = _Columns(weight, factor, order, scheme, range_method, pivots, scale_dtype)
-    if act_order == "static":
+    if act_order == "static" or scheme.double_quant:
         solved.range_all()
     q = replace(solved.run(block_size), notes=notes)
     del factor, solved
@@ -192,8 +193,11 @@ class _Columns:
         self.size = scheme.group_size or self.width
         ordered = weight.t() if order is None else weight.t()[order]
         self.columns = torch.empty(self.width, rows, device=weight.device).copy_(ordered)
-        self.codes = torch.empty(self.width, rows, dtype=torch.int8, device=weight.device)
-        self.scale = torch.empty(rows, self.width // self.size, dtype=scale_dtype, device=weight.device)
+        self.rounding = rounding_of(scheme.rules)
+        self.codes = torch.empty(self.width, rows, dtype=self.rounding.code_dtype, device=weight.device)
+        kept = self.rounding.scale_dtype or scale_dtype
+        self.scale = torch.empty(rows, self.width // self.size, dtype=kept, device=weight.device)
+        self.stored_scale: Any = None
         self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=torch.int8, device=weight.device)
         self.ranged = False
 
@@ -202,7 +206,10 @@ class _Columns:
         importance = self.importance
         if self.order is not None:
             importance = torch.empty_like(importance).index_copy_(0, self.order, importance)
-        self.scale, self.zero = find_range(self.weight, self.scheme, self.range_method, importance, self.scale_dtype)
+        scale, self.zero = self.rounding.find_scale(
+            self.weight, self.scheme, self.range_method, importance, self.scale_dtype
+        )
+        self.scale, self.stored_scale = self.rounding.settle(scale, self.scheme)
         self.ranged = True
 
     def run(self, block_size: int) -> QuantizedWeight:
@@ -214,8 +221,11 @@ class _Columns:
                 self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors, alpha=-1)
         codes = self.codes
         if self.order is not None:
-            codes = torch.empty_like(codes).index_copy_(0, self.order, codes)
-        return QuantizedWeight(codes.t().contiguous(), self.scale, self.zero, self.scheme)
+            # Copied as bytes, which every dtype of codes is.
+            codes = torch.empty_like(codes)
+            codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
+        codes = codes.t().contiguous()
+        return QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
 
     def _bounds(self, block_size: int) -> list[int]:
         """Where blocks begin and end. Without an order they keep to the groups: a range sees every update."""
@@ -231,8 +241,8 @@ class _Columns:
         errors = torch.empty_like(block)
         unit = self.unit[start:stop, start:stop]
         where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
-        qmin, qmax = self.scheme.qmin, self.scheme.qmax
-        scale = zero = block
+        rounding, scale = self.rounding, block
+        zero: Tensor | None = None
         held = -1
         for k, column in enumerate(where):
             group = column // self.size
@@ -243,13 +253,9 @@ class _Columns:
                 scale = self.scale[:, group].to(torch.float32)
                 if self.zero is not None:
                     zero = self.zero[:, group].to(torch.float32)
-            code = (block[k] / scale).round_()
-            if self.zero is None:
-                self.codes[start + k] = code.clamp_(qmin, qmax)
-                value = code.mul_(scale)
-            else:
-                self.codes[start + k] = code.add_(zero).clamp_(qmin, qmax)
-                value = code.sub_(zero).mul_(scale)
+            point = rounding.nearest(block[k] / scale, zero, self.scheme)
+            self.codes[start + k] = rounding.encode(point, self.scheme)
+            value = (point if zero is None else point.sub_(zero)).mul_(scale)
             torch.sub(block[k], value, out=errors[k])
             if k + 1 < len(where):
                 block[k + 1 :].addr_(unit[k, k + 1 :], errors[k], alpha=-1)
@@ -258,9 +264,8 @@ class _Columns:
     def _range(self, group: int, block: Tensor, column: int) -> None:
         """Finds the range of the group that begins at `column`, from its weights as they are now."""
         current = self.columns[column : column + self.size].t().contiguous()
-        scheme = replace(self.scheme, group_size=None)
         importance = self.importance[column : column + self.size]
-        scale, zero = find_range(current, scheme, self.range_method, importance, self.scale_dtype)
+        scale, zero = self.rounding.find_scale(current, self.scheme, self.range_method, importance, self.scale_dtype)
         self.scale[:, group] = scale[:, 0]
         if self.zero is not None and zero is not None:
             self.zero[:, group] = zero[:, 0]

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, parts
+from llmq.grids.base import QuantizedWeight, parts, rounded_on, rounding_of, storable
 from llmq.grids.scheme import Scheme
 
 STARTS = tuple(1.1 * 0.88**step for step in range(14))
@@ -60,8 +59,10 @@ def half_quadratic(
     group size that does not divide, or values that are not finite.
     """
     check_options(p, beta=beta, kappa=kappa, iterations=iterations, unbiased=unbiased)
-    scale, zero = find_range(weight, scheme, "mse", None, scale_dtype)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    rounding = rounding_of(scheme.rules)
+    scale_dtype = rounding.scale_dtype or scale_dtype
+    scale, zero = rounding.find_scale(weight, scheme, "mse", None, scale_dtype)
+    codes = torch.empty(weight.shape, dtype=rounding.code_dtype, device=weight.device)
     for start, part, top, unit in parts(weight, scale.shape[1]):
         rows = slice(start, start + len(part))
         first = scale[rows].to(torch.float32).unsqueeze(-1) / unit
@@ -76,12 +77,14 @@ def half_quadratic(
         for shift in () if scheme.symmetric else (-1, 1):
             solver.descend(solver.scale, solver.shifted(shift), beta, kappa, 2)
         levels = solver.levels(solver.scale, solver.zero)
-        codes[rows] = (levels + solver.zero).flatten(1).to(torch.int8)
+        codes[rows] = rounding.encode((levels + solver.zero).flatten(1), scheme)
         found = solver.straightened(levels, unbiased) if unbiased else solver.scale
         live = top > 0
         scale[rows] = torch.where(live, found * unit, 1.0).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
+    if scheme.double_quant:
+        return rounded_on(weight, scale, zero, scheme)
     return QuantizedWeight(codes, scale, zero, scheme)
 
 
@@ -98,21 +101,20 @@ class _Solver:
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as it comes back from disk, in units of 1: rounded to its dtype, finite, normal, never 0."""
-        info = torch.finfo(self.dtype)
-        true = scale * self.unit
-        size = true.abs().clamp_(info.tiny, info.max).to(self.dtype).to(torch.float32)
-        return torch.copysign(size, true).div_(self.unit)
+        return storable(scale, self.dtype, self.unit)
 
     def levels(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """code − zero of every weight."""
-        levels = (self.weight / scale).round_()
-        return torch.minimum(torch.maximum(levels, self.scheme.qmin - zero), self.scheme.qmax - zero)
+        """point − zero of every weight."""
+        rounding = rounding_of(self.scheme.rules)
+        if self.scheme.symmetric:
+            return rounding.nearest(self.weight / scale, None, self.scheme)
+        return rounding.nearest(self.weight / scale, zero, self.scheme).sub_(zero)
 
     def narrowed(self, share: float) -> tuple[Tensor, list[Tensor]]:
         """A share of min-max on the side that the best so far is on; zero points that clip both ends alike, or one."""
         scheme = self.scheme
         if scheme.symmetric:
-            size = torch.maximum(self.high, -self.low) * (2 * share / (2**scheme.bits - 1))
+            size = torch.maximum(self.high, -self.low) * (share / rounding_of(scheme.rules).reach(scheme))
             return torch.copysign(size, self.scale), [self.zero]
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         scale = self.stored((high - low) * (share / (2**scheme.bits - 1)))

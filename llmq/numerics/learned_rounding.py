@@ -16,23 +16,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, rounding_of
 
 # How near to the next code a position may start.
 EDGE = 0.49
 
 
 def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
-    """Where on the grid each weight stands, in steps: float32 [out, groups, size], so that rounding it gives `q.codes`.
+    """Where on the grid each weight stands, in levels counted from the lowest (on whole numbers: in steps from 0):
+    float32 [out, groups, size], so that rounding it gives `q.codes`.
 
-    That is w / s + zero where this rounds to the code, else what is nearest to it and does.
+    That is where w / s + zero lies where this rounds to the code, else what is nearest to it and does.
     """
+    rounding = rounding_of(q.scheme.rules)
     scale = q.scale.to(torch.float32).unsqueeze(-1)
-    codes = q.codes.to(torch.float32).view(*scale.shape[:2], -1)
-    away = weight.to(torch.float32).view_as(codes) / scale - codes
+    points = rounding.decode(q.codes, q.scheme).to(torch.float32).view(*scale.shape[:2], -1)
+    away = weight.to(torch.float32).view_as(points) / scale - points
     if q.zero is not None:
         away += q.zero.to(torch.float32).unsqueeze(-1)
-    return away.clamp_(-EDGE, EDGE).add_(codes)
+    away = rounding.in_steps(away, points, q.scheme)
+    return away.clamp_(-EDGE, EDGE).add_(rounding.rank(points, q.scheme))
 
 
 class LearnedWeight:
@@ -45,15 +48,16 @@ class LearnedWeight:
 
     def __init__(self, q: QuantizedWeight, weight: Tensor, momentum: float = 0.0) -> None:
         self.q, self.momentum = q, momentum
+        self.rounding, self.limits = rounding_of(q.scheme.rules), rounding_of(q.scheme.rules).ranks(q.scheme)
         self.position = positions(weight, q)
         self.base = q.scale.to(torch.float32).unsqueeze(-1)
         self.factor = torch.ones_like(self.base)
         self.zero = None if q.zero is None else q.zero.to(torch.float32).unsqueeze(-1)
         self.slope, self.pull = torch.zeros_like(self.position), torch.zeros_like(self.base)
 
-    def codes(self) -> Tensor:
-        """The codes as they are now, as float32 [out, groups, size]."""
-        return self.position.round().clamp_(self.q.scheme.qmin, self.q.scheme.qmax)
+    def points(self) -> Tensor:
+        """The points of the grid as they are now, float32 [out, groups, size]."""
+        return self.rounding.of_rank(self.position.round().clamp_(*self.limits), self.q.scheme)
 
     def scale(self) -> Tensor:
         """The scales as they would be stored, as float32 [out, groups, 1]: finite, normal, of the sign they had."""
@@ -63,7 +67,7 @@ class LearnedWeight:
 
     def value(self, out: Tensor) -> None:
         """Writes the weight that codes and scales stand for into `out` [out, in], rounded once to its dtype."""
-        levels = self.codes()
+        levels = self.points()
         if self.zero is not None:
             levels -= self.zero
         out.copy_(levels.mul_(self.scale()).flatten(1))
@@ -74,19 +78,22 @@ class LearnedWeight:
         Positions stay less than one code beyond the ends of the grid, so they can come back.
         """
         slope = gradient.to(torch.float32).view_as(self.position)
-        levels = self.codes()
+        levels = self.points()
         if self.zero is not None:
             levels -= self.zero
         pull = levels.mul_(slope).sum(-1, keepdim=True).mul_(self.base)
         self.pull.lerp_(pull, 1 - self.momentum)
         # A step along z moves ŵ by s, whose sign counts; its size would not change which way to go.
         self.slope.lerp_(slope, 1 - self.momentum)
-        self.factor.sub_(self.pull.sign(), alpha=scale_rate).clamp_(0.1, 10)
-        scheme = self.q.scheme
+        if self.q.stored_scale is None:  # scales that are quantized themselves stay
+            self.factor.sub_(self.pull.sign(), alpha=scale_rate).clamp_(0.1, 10)
         signs = torch.sign(self.slope).mul_(self.base.sign())
-        self.position.sub_(signs, alpha=rate).clamp_(scheme.qmin - EDGE, scheme.qmax + EDGE)
+        lowest, highest = self.limits
+        self.position.sub_(signs, alpha=rate).clamp_(lowest - EDGE, highest + EDGE)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it is now."""
-        codes = self.codes().flatten(1).to(torch.int8)
+        codes = self.rounding.encode(self.points().flatten(1), self.q.scheme)
+        if self.q.stored_scale is not None:
+            return replace(self.q, codes=codes)
         return replace(self.q, codes=codes, scale=self.scale().squeeze(-1).to(self.q.scale.dtype))

@@ -67,16 +67,12 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
             f"method {'+'.join(recipe.methods)!r} rounds to the grid {', '.join(quantizer.grids())!r}, not to {odd}: "
             f"choose another scheme, or --method rtn, which knows every grid"
         )
-    ragged = [
-        i
-        for i in chosen
-        if i.scheme and i.scheme.grid != "fp8" and i.scheme.group_size and i.shape[1] % i.scheme.group_size
-    ]
+    ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(
             f"the group size does not divide the width of {_name_all(ragged)}. Ways out: --group-size with a divisor, "
-            + (other if any(i.scheme and i.scheme.grid == "int" for i in ragged) else "")
+            + (other if any(i.scheme and not formats.of(i.scheme).ONE_SCHEME for i in ragged) else "")
             + "--ragged keep (leave them alone), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
@@ -88,15 +84,9 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
 
 
 def _splits(item: WeightPlan, tp: int) -> bool:
-    rows, width = item.shape
     assert item.scheme is not None
-    if item.scheme.grid != "int":
-        return (width if item.row_parallel else rows) % tp == 0
-    if not item.row_parallel:
-        # Zero points are packed along the output.
-        return rows % tp == 0 and (item.scheme.symmetric or rows // tp * item.scheme.bits % 32 == 0)
-    part = width // tp
-    return width % tp == 0 and part % (item.scheme.group_size or 1) == 0 and part * item.scheme.bits % 32 == 0
+    rows, width = item.shape
+    return formats.of(item.scheme).splits((rows, width), item.scheme, tp, item.row_parallel)
 
 
 def _name_all(items: list[WeightPlan]) -> str:
@@ -140,5 +130,5 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     if share < 0.9:
         warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
     schemes = {i.scheme for i in items if i.scheme is not None}
-    warnings += [loader for loader in formats.loaders(schemes) if "fails" in loader]
+    warnings += [loader.sentence for loader in formats.loaders(schemes) if loader.works is False]
     return warnings

@@ -112,10 +112,10 @@ def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason="kept by --keep")
     rows, width = item.shape
-    group = None if scheme.grid == "fp8" else scheme.group_size
+    group = scheme.group_size
     if group and width % group:
-        # All nf4 weights of a folder are of one kind, so there is no smaller group to go to.
-        if recipe.ragged == "error" or (scheme.grid == "nf4" and recipe.ragged != "keep"):
+        # Where all weights of a folder have one scheme, there is no smaller group to go to.
+        if recipe.ragged == "error" or (formats.of(scheme).ONE_SCHEME and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
             return replace(item, reason=f"group size {group} does not divide its width {width}")

@@ -14,7 +14,8 @@ from llmq.machine import size
 
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found
-    from llmq.formats.inspection import Inspection, Row
+    from llmq.formats.base import Row
+    from llmq.formats.inspection import Inspection
     from llmq.recipe.catalog import Description
     from llmq.recipe.recipe import Recipe
 

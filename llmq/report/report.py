@@ -141,7 +141,7 @@ def make_report(
         blocks=blocks,
         warnings=plan.warnings,
         format=formats.name(plan.schemes),
-        loaders=formats.loaders(plan.schemes),
+        loaders=[loader.sentence for loader in formats.loaders(plan.schemes)],
         command=command,
         versions=versions(),
     )

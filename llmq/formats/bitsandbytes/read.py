@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit checkpoints, NF4 and FP4: what is stored is what the kernel reads, but for a JSON of sizes.
 
-The bytes are told in `llmq.formats.bitsandbytes`, which writes them; here any block size, codebook and storage dtype is
+The bytes are told in `write`; here any block size, codebook and storage dtype is
 read that bitsandbytes writes.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.errors import LlmqError, first_line
+from llmq.formats.bitsandbytes.write import ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_LEVELS, PACKED, STATE
 from llmq.formats.plain import CodebookWeight, Configuration, Entry
+from llmq.grids.nf4 import NESTED_BLOCK
+from llmq.grids.table import find
 
-PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"
-NESTED_ABSMAX, NESTED_LEVELS = "weight.nested_absmax", "weight.nested_quant_map"
-STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-NESTED_BLOCK = 256
-SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+STATES = (STATE, "weight.quant_state.bitsandbytes__fp4")
+SIZES = find("nf4").group_sizes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.nf4 import NESTED_BLOCK, SIZES, Nested, NF4Weight, block_size
+from llmq.grids.nf4 import NESTED_BLOCK, Nested, NF4Weight, group_of
 from llmq.grids.scheme import Scheme
 
 QUANT_METHOD = "bitsandbytes"
@@ -45,7 +45,7 @@ def spec(
     only when the weight is. Raises LlmqError when the block does not divide `in`.
     """
     rows, width = shape
-    block = block_size(scheme)
+    block = group_of(scheme)
     if width == 0 or width % block:
         raise LlmqError(f"group size {block} does not divide the {width} inputs of the weight")
     blocks = rows * width // block
@@ -66,9 +66,9 @@ def spec(
 def pack(q: NF4Weight) -> dict[str, Tensor]:
     """The tensors to store, by suffix, as `spec` says."""
     # All weights share the two tables of levels; stored tensors must not.
-    tensors = {PACKED: q.packed, ABSMAX: q.absmax, LEVELS: q.levels.clone()}
+    tensors = {PACKED: q.packed, ABSMAX: q.absmax, LEVELS: q.codebook.clone()}
     if q.nested is not None:
-        tensors |= {NESTED_ABSMAX: q.nested.absmax, NESTED_LEVELS: q.nested.levels.clone()}
+        tensors |= {NESTED_ABSMAX: q.nested.absmax, NESTED_LEVELS: q.nested.codebook.clone()}
     state = _state(q.shape, q.scheme, q.dtype, None if q.nested is None else q.nested.offset)
     return tensors | {STATE: torch.frombuffer(bytearray(state), dtype=torch.uint8).to(q.packed.device)}
 
@@ -82,7 +82,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> NF4Weight:
     state = json.loads(bytes(tensors[STATE].tolist()))
     rows, width = state["shape"]
     dtype: torch.dtype = getattr(torch, state["dtype"])
-    if (state["quant_type"], state["blocksize"]) != ("nf4", block_size(scheme)):
+    if (state["quant_type"], state["blocksize"]) != ("nf4", group_of(scheme)):
         raise LlmqError(f"{STATE} says {state['quant_type']} in blocks of {state['blocksize']}, not {scheme}")
     for suffix, (kind, shape) in spec((rows, width), scheme, dtype).items():
         found = tensors[suffix]
@@ -99,13 +99,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> NF4Weight:
 
 def refusal(scheme: Scheme) -> str | None:
     """Why stock readers cannot load this scheme, in a sentence, or None."""
-    if scheme.grid != "nf4" or scheme.bits != 4:
-        return f"bitsandbytes stores 4-bit nf4 weights, not {scheme}"
-    if scheme.activations is not None:
-        return "bitsandbytes leaves activations as they are: nf4 is for weights only"
-    if scheme.group_size not in SIZES:
-        return f"bitsandbytes has blocks of {', '.join(map(str, SIZES))} weights only"
-    return None
+    return None if scheme.rules.format == "bitsandbytes" else f"bitsandbytes stores 4-bit nf4 weights, not {scheme}"
 
 
 def config(
@@ -153,7 +147,7 @@ def _state(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, offset: f
     """The JSON that bitsandbytes' QuantState writes beside a weight; offset: of the magnitudes quantized in turn."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
-        "blocksize": block_size(scheme),
+        "blocksize": group_of(scheme),
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [*shape],
     }

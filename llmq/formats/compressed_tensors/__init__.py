@@ -1,1 +1,105 @@
-"""compressed-tensors on disk: written and read."""
+"""compressed-tensors on disk: integers in packed words (`packed`), 8-bit codes as they are (`eight_bit`), and what both
+share. `read` is for what other writers make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmq.formats.base import Groups, Loader, Spec
+from llmq.formats.compressed_tensors import eight_bit, packed
+from llmq.formats.compressed_tensors.config import config_of, layout_of
+from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
+from llmq.formats.compressed_tensors.read import CompressedTensorsReader
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.scheme import Scheme
+
+__all__ = ["COMPANIONS", "SCALES", "inspect"]
+
+ONE_SCHEME = False
+READERS = {"compressed-tensors": CompressedTensorsReader}
+PACKAGES = {"compressed-tensors": "compressed_tensors"}
+
+
+def claims(section: Mapping[str, Any]) -> bool:
+    """Whether a configuration that names no method is of this format: compressed-tensors always names itself."""
+    return False
+
+
+def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:
+    """See `Format.spec`."""
+    return _layout(scheme).spec(shape, scheme, scale_dtype)
+
+
+def pack(q: QuantizedWeight) -> dict[str, Tensor]:
+    """See `Format.pack`."""
+    return _layout(q.scheme).pack(q)
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """See `Format.unpack`."""
+    return _layout(scheme).unpack(tensors, scheme)
+
+
+def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
+    """See `Format.splits`."""
+    return _layout(scheme).splits(shape, scheme, parts, row_parallel)
+
+
+def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
+    """See `Format.config`."""
+    return config_of(groups, ignore)
+
+
+def title(schemes: Collection[Scheme]) -> str:
+    """See `Format.title`."""
+    return f"compressed-tensors {', '.join(sorted({layout_of(scheme) for scheme in schemes}))}"
+
+
+def loaders(schemes: Collection[Scheme]) -> list[Loader]:
+    """See `Format.loaders`."""
+    said = []
+    if all(scheme.symmetric for scheme in schemes):
+        said.append(Loader("stock transformers with compressed-tensors reads it, on a GPU or CPU"))
+    elif len(schemes) == 1:
+        said.append(
+            Loader(
+                "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while "
+                "loading, so that it takes the memory of an unquantized model"
+            )
+        )
+    else:
+        said.append(
+            Loader(
+                "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another "
+                "scheme: give all weights one scheme, or leave zero points out (--symmetric)",
+                works=False,
+            )
+        )
+    odd = sorted({s.bits for s in schemes if s.bits not in (4, 8)})
+    if odd:
+        said.append(Loader(f"vLLM has no kernels for {', '.join(map(str, odd))} bits (not tried)", works=None))
+    else:
+        said.append(Loader("vLLM reads it (not tried)", works=None))
+    return said
+
+
+class _Layout(Protocol):
+    """What each of the two files has."""
+
+    def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
+
+    def pack(self, q: QuantizedWeight) -> dict[str, Tensor]: ...
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight: ...
+
+    def splits(self, shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool: ...
+
+
+def _layout(scheme: Scheme) -> _Layout:
+    """The file that stores a scheme."""
+    return packed if layout_of(scheme) == packed.FORMAT else eight_bit

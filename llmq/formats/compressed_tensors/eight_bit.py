@@ -1,9 +1,8 @@
 """compressed-tensors `int-quantized` and `float-quantized`: 8-bit weights that meet 8-bit activations (W8A8, FP8).
 
 What is stored for a weight [out, in] is listed in `spec`: codes as they are, not packed; the configuration is in
-`compressed_tensors`. Written against
-compressed-tensors 0.20; tried with stock transformers 5.23 on the CPU, which rounds the activations of every product
-(see llmq.grids.activations):
+`config`. Written against compressed-tensors 0.20; tried with stock transformers 5.23 on the CPU, which rounds the
+activations of every product (see llmq.grids.activations):
 
 - Dynamic activations store nothing. Static ones store `input_scale` [1]. Scales belong in the model's dtype: loading
   rounds others to it, so what float32 scales meant is not what runs.
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.scheme import Scheme
 
-DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
 WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 SUFFIXES = (WEIGHT, SCALE, INPUT_SCALE)
 
@@ -33,7 +31,7 @@ def spec(
     """What a weight [out, in] becomes: suffix → (dtype, shape)."""
     rows, width = shape
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        WEIGHT: (DTYPES[scheme.grid], (rows, width)),
+        WEIGHT: (rounding_of(scheme.rules).code_dtype, (rows, width)),
         SCALE: (scale_dtype, (rows, 1)),
     }
     if _static(scheme):
@@ -68,6 +66,11 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
                 f"{suffix} of a {scheme} weight must be {dtype} {[*shape]}, not {found.dtype} {[*found.shape]}"
             )
     return QuantizedWeight(codes, scale, None, scheme, input_scale=tensors.get(INPUT_SCALE))
+
+
+def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
+    """See `Format.splits`: nothing is packed, and there is one scale per output channel."""
+    return shape[1 if row_parallel else 0] % parts == 0
 
 
 def _static(scheme: Scheme) -> bool:

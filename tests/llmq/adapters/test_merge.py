@@ -19,10 +19,12 @@ from llmq.checkpoint.source import FolderSource
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+from llmq.formats.bitsandbytes.source import NF4Source
+
 import llmq
 from llmq.adapters.lora import Adapter
 from llmq.adapters.merge import merge, retention, scales
-from llmq.adapters.merged import Merged, NF4Source, open_base
+from llmq.adapters.merged import Merged, open_base
 from llmq.cli import adapters as cli_adapters
 from llmq.cli import app as cli
 from llmq.grids.scheme import Scheme

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors import packed as ct
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.formats.compressed_tensors.config import config_of
+from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 
 IDS = torch.arange(24).view(2, 12)
@@ -52,7 +53,7 @@ def save(folder: Path, scheme: Scheme, other: Scheme | None = None) -> Tensor:
         tensors |= {f"{name}.{suffix}": value for suffix, value in ct.pack(q).items()}
     with torch.inference_mode():
         logits: Tensor = model(IDS).logits
-    config.quantization_config = ct.config(groups, ["lm_head"])
+    config.quantization_config = config_of(groups, ["lm_head"])
     config.architectures, config.dtype = ["LlamaForCausalLM"], "float32"
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -105,9 +106,9 @@ def test_unpack_is_the_inverse_of_pack(bits: int, size: int | None, symmetric: b
 
 
 def test_one_scheme_is_written_as_a_class_and_several_by_name() -> None:
-    one = ct.config({Scheme(4, 128): ["a.x", "a.y"]}, ["head"])
+    one = config_of({Scheme(4, 128): ["a.x", "a.y"]}, ["head"])
     assert one["config_groups"]["group_0"]["targets"] == ["Linear"] and one["ignore"] == ["head"]
-    two = ct.config({Scheme(8, None): ["a.z"], Scheme(4, 128): ["a.y", "a.x"], Scheme(3, 128): []}, ["head"])
+    two = config_of({Scheme(8, None): ["a.z"], Scheme(4, 128): ["a.y", "a.x"], Scheme(3, 128): []}, ["head"])
     assert [group["targets"] for group in two["config_groups"].values()] == [["a.x", "a.y"], ["a.z"]]
 
 
@@ -115,7 +116,7 @@ def test_refusals() -> None:
     with pytest.raises(LlmqError, match="does not divide"):
         ct.spec((8, 100), Scheme(4, 64), torch.bfloat16)
     with pytest.raises(LlmqError, match="nothing is quantized"):
-        ct.config({Scheme(): []}, [])
+        config_of({Scheme(): []}, [])
     tensors = ct.pack(rounded(torch.randn(8, 64), Scheme(4, 32)))
     with pytest.raises(LlmqError, match="weight_zero_point, not in the checkpoint"):
         ct.unpack(tensors, Scheme(4, 32, False))

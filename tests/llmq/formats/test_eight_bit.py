@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors import eight_bit
-from llmq.formats.compressed_tensors import packed as compressed_tensors
+from llmq.formats.compressed_tensors.config import config_of
 from llmq.grids.activations import round_per_token, round_static, static_scale
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, round_to_grid
 from llmq.grids.float8 import find_float8_scale, round_to_float8
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Activations, Scheme
 
 IDS = torch.arange(24).view(2, 12)
@@ -91,7 +91,7 @@ def save(folder: Path, scheme: Scheme, dtype: torch.dtype, other: Scheme | None 
         groups.setdefault(mine, []).append(name)
     with torch.inference_mode():
         logits: Tensor = model(IDS).logits
-    config.quantization_config = compressed_tensors.config(groups, ["lm_head"])
+    config.quantization_config = config_of(groups, ["lm_head"])
     config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -134,7 +134,7 @@ def test_spec_pack_unpack(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
-    read = QuantizationConfig.model_validate(compressed_tensors.config({scheme: ["a"]}, ["head"]))
+    read = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, ["head"]))
     group = read.config_groups["group_0"]
     assert group.format == read.format == f"{TYPES[scheme.grid]}-quantized" and read.ignore == ["head"]
     assert (
@@ -150,7 +150,7 @@ def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
 
 def test_refusals() -> None:
     with pytest.raises(LlmqError, match="nothing is quantized"):
-        compressed_tensors.config({SCHEMES[0]: []}, [])
+        config_of({SCHEMES[0]: []}, [])
     static = rounded(torch.randn(8, 16), SCHEMES[1], torch.float32)
     with pytest.raises(LlmqError, match="needs the scale of its input"):
         eight_bit.pack(static)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.formats.inspection import Row, inspect_folder
+from llmq.formats.base import Row
+from llmq.formats.inspection import inspect_folder
 from llmq.report import render
 
 SHARED = Path(__file__).parents[4] / "shared"

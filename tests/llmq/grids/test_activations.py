@@ -29,7 +29,11 @@ def sample(seed: int, dtype: torch.dtype) -> Tensor:
 
 def args(grid: str, dynamic: bool) -> QuantizationArgs:
     return QuantizationArgs(
-        num_bits=8, type=grid, symmetric=True, strategy="token" if dynamic else "tensor", dynamic=dynamic
+        num_bits=8,
+        type={"int": "int", "fp8": "float"}[grid],
+        symmetric=True,
+        strategy="token" if dynamic else "tensor",
+        dynamic=dynamic,
     )
 
 
@@ -71,5 +75,5 @@ def test_by_hand() -> None:
 
 def test_refuses_other_grids() -> None:
     for call in (lambda: round_per_token(torch.ones(1, 2), "nf4"), lambda: static_scale(1.0, "nf4")):
-        with pytest.raises(LlmqError, match="int or float, not 'nf4'"):
+        with pytest.raises(LlmqError, match="int or fp8, not 'nf4'"):
             call()

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmq.grids.base import round_to_grid
 from llmq.grids.entropy import entropy_clip, even_cells
 from llmq.grids.estimators import BINS, PERCENTILE, REACH, STRIDE, Histogram, clip_bounds, laplace_clip, normal_clip
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import RANGES, Scheme
 
 

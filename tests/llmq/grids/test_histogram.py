@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.discovery.matmuls import Statistic
+from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError
+from llmq.grids.activations import round_static
 from llmq.grids.estimators import laplace_clip, normal_clip
-from llmq.grids.histogram import BINS, METHODS, TOP, Magnitudes, find_activation_scale, round_to
+from llmq.grids.histogram import BINS, METHODS, Magnitudes, find_activation_scale
+from llmq.grids.table import inputs_of
 
 CPU = torch.device("cpu")
 
@@ -74,8 +76,10 @@ def test_it_is_a_statistic_and_zeros_come_first() -> None:
 def test_minmax_and_percentile_are_numpys(q: float, grid: str) -> None:
     x = sample(0, outliers=True)
     statistic = gathered(*torch.from_numpy(x))
-    assert float(find_activation_scale(statistic, "minmax", grid)) == pytest.approx(np.abs(x).max() / TOP[grid])
-    got = float(find_activation_scale(statistic, "percentile", grid, q)) * TOP[grid]
+    assert float(find_activation_scale(statistic, "minmax", grid)) == pytest.approx(
+        np.abs(x).max() / inputs_of(grid).divisor
+    )
+    got = float(find_activation_scale(statistic, "percentile", grid, q)) * inputs_of(grid).divisor
     assert got == pytest.approx(np.percentile(np.abs(x), q, method="inverted_cdf"), abs=1.01 * statistic.reach / BINS)
 
 
@@ -86,9 +90,9 @@ def test_mse_is_the_best_of_a_search_over_the_raw_samples(grid: str, outliers: b
     scale = find_activation_scale(gathered(*x), "mse", grid)
 
     def error(scale: float) -> float:
-        return float((x.double() - round_to(x, scale, grid).double()).square().mean())
+        return float((x.double() - round_static(x, torch.tensor(scale), grid).double()).square().mean())
 
-    top = float(x.abs().max()) / TOP[grid]
+    top = float(x.abs().max()) / inputs_of(grid).divisor
     least = min(error(top * share) for share in np.geomspace(0.05, 1, 150))
     assert error(float(scale)) < 1.02 * least
     assert not (outliers and grid == "int") or error(float(scale)) < 0.9 * error(top)
@@ -104,7 +108,7 @@ def test_aciq_is_the_papers_clip_of_the_raw_samples(draw: str) -> None:
     else:
         want = normal_clip(8) * math.sqrt((x.astype(np.float64) ** 2).mean())
     got = find_activation_scale(gathered(torch.from_numpy(x)), "aciq", "int")
-    assert float(got) * 127 == pytest.approx(want, rel=1e-4)
+    assert float(got) * 127.5 == pytest.approx(want, rel=1e-4)
 
 
 def reference_kl(x: np.ndarray, reach: float, top: float) -> tuple[list[int], list[float]]:
@@ -131,7 +135,7 @@ def reference_kl(x: np.ndarray, reach: float, top: float) -> tuple[list[int], li
 def test_kl_is_the_least_of_migaczs_loop(outliers: bool) -> None:
     x = sample(2, outliers)
     statistic = gathered(*torch.from_numpy(x))
-    clip = float(find_activation_scale(statistic, "kl", "int")) * 127
+    clip = float(find_activation_scale(statistic, "kl", "int")) * 127.5
     _, values = reference_kl(x, statistic.reach, statistic.top)
     kept = round(clip / statistic.reach * BINS)
     candidates, mine = reference_kl(x, statistic.reach, kept * statistic.reach / BINS - 1e-9)
@@ -155,14 +159,14 @@ def test_hostile_inputs_give_a_usable_scale(kind: str, method: str, grid: str) -
     scale = find_activation_scale(gathered(x), method, grid)
     assert scale.dtype == torch.float32 and scale.shape == (1,)
     assert bool(torch.isfinite(scale).all()) and float(scale) > 0
-    assert float(scale) * TOP[grid] <= max(float(x.abs().max()) * 1.0001, 1e-35) or kind == "zeros"
+    assert float(scale) * inputs_of(grid).divisor <= max(float(x.abs().max()) * 1.0001, 1e-35) or kind == "zeros"
 
 
 def test_refusals() -> None:
     statistic = gathered(torch.ones(2, 4))
     with pytest.raises(LlmqError, match="must be one of minmax"):
         find_activation_scale(statistic, "best")
-    with pytest.raises(LlmqError, match="grid of activations"):
+    with pytest.raises(LlmqError, match="on the grid int or fp8"):
         find_activation_scale(statistic, "minmax", "nf4")
     with pytest.raises(LlmqError, match="percentile"):
         find_activation_scale(statistic, "percentile", "int", 0)

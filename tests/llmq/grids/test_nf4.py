@@ -38,11 +38,11 @@ def check(weight: Tensor, double_quant: bool, size: int = 64) -> None:
     packed, state = theirs(weight, double_quant, size)
     ours = quantize_nf4(weight, scheme(double_quant, size))
     assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
-    assert ours.absmax.dtype == state.absmax.dtype and torch.equal(ours.levels, state.code)
+    assert ours.absmax.dtype == state.absmax.dtype and torch.equal(ours.codebook, state.code)
     assert (ours.nested is None) == (not double_quant)
     if ours.nested is not None:
         assert torch.equal(ours.nested.absmax, state.state2.absmax) and ours.nested.offset == float(state.offset)
-        assert torch.equal(ours.nested.levels, state.state2.code)
+        assert torch.equal(ours.nested.codebook, state.state2.code)
     if weight.shape[1] % size == 0:
         for state.dtype in DTYPES:
             assert torch.equal(ours.dequantize(state.dtype), F.dequantize_4bit(packed, state))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids import base
+from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 
 
@@ -131,11 +132,10 @@ def test_one_column_and_long_rows() -> None:
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmq.grids import ranges
 
     weight, importance = sample(0, 40, 64)
     whole = quantized(weight, Scheme(3, 16), "weighted", importance)
-    monkeypatch.setattr(ranges, "CHUNK", 128)
+    monkeypatch.setattr(base, "CHUNK", 128)
     parts = quantized(weight, Scheme(3, 16), "weighted", importance)
     assert torch.equal(whole.scale, parts.scale) and torch.equal(whole.codes, parts.codes)
 

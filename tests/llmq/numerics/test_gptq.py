@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.gptq import ACT_ORDERS, factorize, solve
 

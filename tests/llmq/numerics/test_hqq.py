@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.methods import find
 from llmq.numerics.hqq import _shrink, half_quadratic

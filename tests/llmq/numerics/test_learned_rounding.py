@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.ranges import find_range, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.learned_rounding import LearnedWeight, positions
 

@@ -1,0 +1,44 @@
+"""bitsandbytes' weights in any folder, of 4 or 8 bits, for `llmq inspect`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmq.checkpoint.source import Source
+from llmq.checkpoint.tensors import TensorInfo
+from llmq.errors import LlmqError
+from llmq.formats.base import SMALL, Row, dtype_name
+
+COMPANIONS = {
+    "weight": (
+        "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4",
+    )
+}  # fmt: skip
+"""Endings that, beside a tensor that holds the codes, belong to the same weight."""
+SCALES = ("SCB", "weight.absmax")
+
+
+def inspect(
+    source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
+) -> Row:
+    """What a quantized weight is, from the headers of the tensors that store it."""
+    name, nbytes = f"{module}.weight", sum(part.nbytes for part in parts.values())
+    weight = parts["weight"]
+    if "SCB" in parts:
+        return Row(name, weight.shape, "int", 8, 0, True, None, nbytes, dtype_name(weight.dtype))
+    for ending, part in parts.items():
+        if "quant_state" in ending and part.nbytes < SMALL:
+            try:
+                state = json.loads(bytes(source.read(part.name).tolist()))
+                shape = tuple(int(size) for size in state["shape"])
+                kind, group = str(state["quant_type"]), int(state["blocksize"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LlmqError(f"{part.file}: {part.name} is damaged ({error}); download it again") from error
+            return Row(name, shape, kind, 4, group, True, None, nbytes, dtype_name(weight.dtype))
+    size = 2 * math.prod(weight.shape)
+    group = size // parts["weight.absmax"].shape[0]
+    return Row(name, (size,), "nf4", 4, group, True, None, nbytes, dtype_name(weight.dtype))
