@@ -4,10 +4,10 @@
     python scripts/compare_bytes.py v0.1.0 --work /tmp/bytes --only 'w8a8*' '*asymmetric*'
 
 Quantizes two models (`demo` and books8m) by every preset, every method and some overrides, with the code of REV and
-with the code of the present tree, each run in a process of its own, and compares what was written: every safetensors
-shard, the index, the config, the tokenizer's and the generation files. Every run has one thread, so that sums do not
-depend on how busy the machine is. What REV wrote is remembered as hashes under --work, so the second comparison takes
-half the time. Cases whose bytes are meant to change are listed apart. Exits 1 if any other differs.
+with the code of the present tree, each run in a process of its own (a fork), and compares what was written: every
+safetensors shard, the index, the config, the tokenizer's and the generation files. Every run has one thread, so that
+sums do not depend on how busy the machine is. What REV wrote is remembered as hashes under --work, so the second
+comparison takes half the time. Cases whose bytes are meant to change are listed apart. Exits 1 if any other differs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import queue
 import re
 import subprocess
 import sys
@@ -27,18 +28,21 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXCLUDED = {"report.json", "report.html", "README.md"}  # they hold times and memory; .llmq/ holds the journal
 LEARNED = {"signround", "w2a16", "w3a16", "w4a16-best"}  # what takes --iterations
+W8 = "--bits 8 --group-size channel"
 STATIC = "static activation scales are found differently, on purpose"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -48,48 +52,82 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
 }
 
-# What presets and defaults leave out. The third entry says why bytes may change; where it is empty, none may.
-OVERRIDES = [
-    ("gptq --asymmetric", "--method gptq --asymmetric", ""),
-    ("hqq --asymmetric", "--method hqq --asymmetric", ""),
-    ("rtn --asymmetric", "--method rtn --bits 8 --asymmetric", ""),
-    ("awq --asymmetric", "--method awq --asymmetric", ""),
-    ("gptq channel", "--method gptq --group-size channel", ""),
-    ("gptq 3 bits", "--method gptq --bits 3", ""),
-    ("gptq 2 bits g64", "--method gptq --bits 2 --group-size 64", ""),
-    ("gptq 5 bits", "--method gptq --bits 5 --group-size 32", ""),
-    ("gptq act-order static", "--method gptq --act-order static --range mse --sweeps 0", ""),
-    ("gptq act-order none", "--method gptq --act-order none --range minmax", ""),
-    ("rtn weighted", "--method rtn --range weighted", ""),
-    ("rtn kl", "--method rtn --range kl", ""),
-    ("awq+gptq", "--method awq+gptq", ""),
-    (
-        "mixed schemes",
-        "--method gptq --override down_proj=bits:8 --override q_proj=group_size:channel --keep o_proj",
-        "",
-    ),
-    ("ragged smaller", "--method rtn --group-size 96 --ragged smaller", ""),
-    ("ragged channel", "--method rtn --group-size 96 --ragged channel", ""),
-    ("the demo's own text", "--method gptq --calib demo", ""),
-    ("osp w8a8", "--method outlier_suppression_plus+gptq --bits 8 --group-size channel --activations dynamic", ""),
-    ("fp8 static", "--recipe fp8 --activations static", STATIC),
-    ("w8a8 static", "--recipe w8a8 --activations static", STATIC),
-    ("w8a8-smoothquant static", "--recipe w8a8-smoothquant --activations static", STATIC),
-    (
-        "outlier suppression static",
-        "--method outlier_suppression --bits 8 --group-size channel --activations static",
-        STATIC,
-    ),
-]
+# What presets and defaults leave out.
+OVERRIDES = f"""
+--method gptq --asymmetric
+--method hqq --asymmetric
+--method rtn --bits 8 --asymmetric
+--method awq --asymmetric
+--method gptq --group-size channel
+--method gptq --bits 3
+--method gptq --bits 2 --group-size 64
+--method gptq --bits 5 --group-size 32
+--method gptq --act-order static --range mse --sweeps 0
+--method gptq --act-order none --range minmax
+--method rtn --range weighted
+--method rtn --range kl
+--method awq+gptq
+--method gptq --override down_proj=bits:8 --override q_proj=group_size:channel --keep o_proj
+--method rtn --group-size 96 --ragged smaller
+--method rtn --group-size 96 --ragged channel
+--method gptq --calib demo
+--method outlier_suppression_plus+gptq {W8} --activations dynamic
+--recipe fp8 --activations static
+--recipe w8a8 --activations static
+--recipe w8a8-smoothquant --activations static
+--method outlier_suppression {W8} --activations static
+""".strip().splitlines()
 
 
 @dataclass(frozen=True)
 class Case:
     """One command, but for the model and the folder."""
 
-    name: str
     options: tuple[str, ...]
-    expected: str = ""  # why its bytes may change
+
+    @property
+    def name(self) -> str:
+        """Its options as one writes them, but for the usual first word."""
+        return " ".join(self.options).removeprefix("--method ")
+
+    @property
+    def expected(self) -> str:
+        """Why its bytes may change; where it is empty, none may."""
+        return STATIC if ("--activations", "static") in pairwise(self.options) else ""
+
+
+# Loads everything once by a plan, then runs each command that it is told in a fork, which starts as clean as a process
+# of its own but seconds sooner.
+SERVER = """
+import importlib, json, os, pathlib, sys
+import llmq, llmq_kernels
+tree, entry = pathlib.Path(sys.argv[1]), sys.argv[2]
+assert all(pathlib.Path(m.__file__).is_relative_to(tree) for m in (llmq, llmq_kernels)), llmq.__file__
+module, function = entry.split(":")
+main = getattr(importlib.import_module(module), function)
+
+def run(words, log):
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.argv = ["llmq", *words]
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+
+commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+try:
+    run(["plan", "demo"], open(os.devnull, "w"))
+except SystemExit:
+    pass
+for line in commands:
+    words, path = json.loads(line)
+    child = os.fork()
+    if not child:
+        run(words, open(path, "w"))
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -99,32 +137,51 @@ class Tree:
     label: str
     folder: Path
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Its own command line in a process of its own, which proves that it is this tree's."""
+    def start(self) -> subprocess.Popen[str]:
+        """Its own command line in processes of its own, which prove that it is this tree's."""
         entry = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]["scripts"]["llmq"]
-        module, function = entry.split(":")
-        code = (
-            "import sys, importlib, pathlib, llmq, llmq_kernels\n"
-            f"tree = pathlib.Path({str(self.folder)!r})\n"
-            "assert all(pathlib.Path(m.__file__).is_relative_to(tree) for m in (llmq, llmq_kernels)), llmq.__file__\n"
-            f"sys.argv[0] = 'llmq'\nimportlib.import_module({module!r}).{function}()"
-        )
         path = os.pathsep.join(str(self.folder / part) for part in ("", "kernels", "eval"))
-        return subprocess.run(
-            [sys.executable, "-c", code, *words],
+        return subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(self.folder), entry],
             cwd=self.folder,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
         )
 
-    def listed(self, what: str) -> list[str]:
-        """The names of its recipes or methods, as its own command prints them."""
-        done = self.run(what)
-        if done.returncode:
-            sys.exit(f"`llmq {what}` of {self.label} failed:\n{done.stderr}")
-        words = re.findall(r"^([\w-]+) ", done.stdout, flags=re.MULTILINE)  # wide enough that nothing wraps
-        return [word for word in words if word != "recipe"]  # the heading of the table
+
+class Worker:
+    """One thread's processes, one for each tree."""
+
+    def __init__(self) -> None:
+        self.servers: dict[Tree, subprocess.Popen[str]] = {}
+
+    def run(self, tree: Tree, words: list[str], log: Path) -> tuple[int, str]:
+        """The exit code of one command, and all that it printed."""
+        if tree not in self.servers:
+            self.servers[tree] = tree.start()
+        server = self.servers[tree]
+        assert server.stdin and server.stdout
+        print(json.dumps([words, str(log)]), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        if not answer:
+            sys.exit(f"llmq of {tree.label} ({tree.folder}) does not start: see above")
+        return int(answer), log.read_text()
+
+    def stop(self) -> None:
+        """No commands any more."""
+        for server in self.servers.values():
+            server.communicate()
+
+
+def listed(worker: Worker, tree: Tree, what: str, scratch: Path) -> list[str]:
+    """The names of its recipes or methods, as its own command prints them."""
+    code, printed = worker.run(tree, [what], scratch / "listed")
+    if code:
+        sys.exit(f"`llmq {what}` of {tree.label} failed:\n{printed}")
+    words = re.findall(r"^([\w-]+) ", printed, flags=re.MULTILINE)  # wide enough that nothing wraps
+    return [word for word in words if word != "recipe"]  # the heading of the table
 
 
 def unpacked(revision: str, work: Path) -> Tree:
@@ -145,17 +202,14 @@ def unpacked(revision: str, work: Path) -> Tree:
     return Tree(commit, folder)
 
 
-def cases_of(tree: Tree, iterations: int) -> list[Case]:
+def cases_of(recipes: list[str], methods: list[str], iterations: int) -> list[Case]:
     """Every recipe, every method, and the overrides."""
 
-    def fewer(name: str) -> tuple[str, ...]:
-        return ("--iterations", str(iterations)) if name in LEARNED else ()
+    def case(kind: str, name: str) -> Case:
+        return Case((f"--{kind}", name, *(("--iterations", str(iterations)) if name in LEARNED else ())))
 
-    return [
-        *(Case(f"recipe {name}", ("--recipe", name, *fewer(name))) for name in tree.listed("recipes")),
-        *(Case(f"method {name}", ("--method", name, *fewer(name))) for name in tree.listed("methods")),
-        *(Case(name, tuple(options.split()), expected) for name, options, expected in OVERRIDES),
-    ]
+    every = [case("recipe", name) for name in recipes] + [case("method", name) for name in methods]
+    return every + [Case(tuple(options.split())) for options in OVERRIDES]
 
 
 def digest(data: bytes) -> str:
@@ -188,22 +242,24 @@ def contents(folder: Path) -> dict[str, Any]:
     return files
 
 
-def quantized(tree: Tree, model: str, options: tuple[str, ...], scratch: Path) -> dict[str, Any]:
+def quantized(worker: Worker, tree: Tree, model: str, options: tuple[str, ...], scratch: Path) -> dict[str, Any]:
     """One run: what it wrote, or the words in which it refused."""
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         out = Path(place, "out")
         began = time.perf_counter()
-        done = tree.run("quantize", model, "-o", str(out), *options)
+        code, printed = worker.run(tree, ["quantize", model, "-o", str(out), *options], Path(place, "log"))
         row: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1)}
-        if done.returncode:
-            words = " ".join(done.stderr.split())
+        if code:
+            words = " ".join(printed.split())
             if "error: " not in words or "Traceback" in words:
-                return row | {"failed": done.stderr[-2000:]}
+                return row | {"failed": printed[-2000:]}
             return row | {"refused": words[words.index("error: ") :].replace(place, "")}
         return row | {"files": contents(out)}
 
 
-def remembered(cache: Path, tree: Tree, model: str, options: tuple[str, ...], scratch: Path) -> dict[str, Any]:
+def remembered(
+    cache: Path, worker: Worker, tree: Tree, model: str, options: tuple[str, ...], scratch: Path
+) -> dict[str, Any]:
     """The same, from the cache if this very command was run before with the same libraries."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", "tokenizers", "numpy")}
     key = {"model": model, "options": options, "python": platform.python_version(), **libraries}
@@ -211,9 +267,9 @@ def remembered(cache: Path, tree: Tree, model: str, options: tuple[str, ...], sc
     if path.exists():
         row: dict[str, Any] = json.loads(path.read_text())
         return row
-    row = quantized(tree, model, options, scratch)
+    row = quantized(worker, tree, model, options, scratch)
     if "failed" not in row:
-        half = path.with_suffix(".half")
+        half = path.with_suffix(f".{os.getpid()}")  # two comparisons may fill one cache
         half.write_text(json.dumps({"key": key, **row}))
         half.rename(path)
     return row
@@ -291,16 +347,18 @@ def main() -> None:
     # Wider than a redirected output's 80, which would cut the names of cases.
     console = Console(width=None if sys.stdout.isatty() else 160)
 
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.workers) as pool:
-        work = (args.work or Path(scratch)).resolve()
-        cache = work / "cache"
-        cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.workers) as pool:
+        scratch = Path(temporary)
+        work: Path = (args.work or scratch).resolve()
+        work.mkdir(parents=True, exist_ok=True)
         before, now = unpacked(args.revision, work), Tree("the present tree", ROOT)
-        cache /= before.label
-        cache.mkdir(exist_ok=True)
+        cache = work / "cache" / before.label
+        cache.mkdir(parents=True, exist_ok=True)
+        workers = [Worker() for _ in range(args.workers)]
+        recipes, methods = (listed(workers[0], before, what, scratch) for what in ("recipes", "methods"))
         cases = [
             case
-            for case in cases_of(before, args.iterations)
+            for case in cases_of(recipes, methods, args.iterations)
             if any(fnmatch.fnmatch(case.name, pattern) for pattern in args.only)
         ]
         console.print(f"{before.label} and {now.label} ({ROOT}), {len(cases)} cases on {', '.join(args.models)}")
@@ -311,28 +369,35 @@ def main() -> None:
             highlight=False,
         )
         began = time.perf_counter()
-        jobs: list[tuple[str, Case, Future[dict[str, Any]], Future[dict[str, Any]] | None]] = []
-        for model in args.models:
-            for case in cases:
-                common = ("--samples", "8", "--seqlen", "256")
+        idle = queue.SimpleQueue[Worker]()
+        for worker in workers:
+            idle.put(worker)
+
+        def compared(model: str, case: Case) -> Verdict:
+            worker = idle.get()
+            try:
                 given = () if "--calib" in case.options else ("--calib", str(text))
-                options = (*case.options, *given, *common)
-                old = pool.submit(remembered, cache, before, places[model], options, Path(scratch))
-                new = None if args.baseline else pool.submit(quantized, now, places[model], options, Path(scratch))
-                jobs.append((model, case, old, new))
-        verdicts = []
-        for done, (model, case, old, new) in enumerate(jobs, 1):
-            verdict = judge(model, case, old.result(), (new or old).result())
-            verdicts.append(verdict)
-            print(f"{done}/{len(jobs)} {model} {case.name}: {verdict.result}", file=sys.stderr, flush=True)
+                options = (*case.options, *given, "--samples", "8", "--seqlen", "256")
+                old = remembered(cache, worker, before, places[model], options, scratch)
+                new = old if args.baseline else quantized(worker, now, places[model], options, scratch)
+            finally:
+                idle.put(worker)
+            verdict = judge(model, case, old, new)
+            print(f"{model} {case.name}: {verdict.result}, {verdict.seconds:.0f} s", file=sys.stderr, flush=True)
+            return verdict
+
+        jobs = [pool.submit(compared, model, case) for model in args.models for case in cases]
+        verdicts = [job.result() for job in jobs]
+        for worker in workers:
+            worker.stop()
 
     if args.o:
         args.o.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
     table = Table("model", "case", "verdict", "seconds", "what differs")
     for v in verdicts:
-        parts = [line if len(line) < 200 else line[:200] + " …" for line in v.differences[:4]]
-        more = [f"… {len(v.differences) - 4} more, see below or -o"] if len(v.differences) > 4 else []
-        table.add_row(v.model, v.case, v.result, f"{v.seconds:.0f}", "\n".join(parts + more))
+        first = v.differences[0][:100] if v.differences else ""
+        more = f" … and {len(v.differences) - 1} more, below" if len(v.differences) > 1 else ""
+        table.add_row(v.model, v.case, v.result, f"{v.seconds:.0f}", escape(first + more))
     console.print(table)
     for v in verdicts:
         if v.differences:
