@@ -40,6 +40,7 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVER = Path(__file__).with_name("command_server.py")
 EXCLUDED = {"report.json", "report.html", "README.md"}  # they hold times and memory; .llmq/ holds the journal
 LEARNED = {"signround", "w2a16", "w3a16", "w4a16-best"}  # what takes --iterations
 W8 = "--bits 8 --group-size channel"
@@ -96,40 +97,6 @@ class Case:
         return STATIC if ("--activations", "static") in pairwise(self.options) else ""
 
 
-# Loads everything once by a plan, then runs each command that it is told in a fork, which starts as clean as a process
-# of its own but seconds sooner.
-SERVER = """
-import importlib, json, os, pathlib, sys
-import llmq, llmq_kernels
-tree, entry = pathlib.Path(sys.argv[1]), sys.argv[2]
-assert all(pathlib.Path(m.__file__).is_relative_to(tree) for m in (llmq, llmq_kernels)), llmq.__file__
-module, function = entry.split(":")
-main = getattr(importlib.import_module(module), function)
-
-def run(words, log):
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.argv = ["llmq", *words]
-    try:
-        main()
-    finally:
-        sys.stdout.flush()
-
-commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-try:
-    run(["plan", "demo"], open(os.devnull, "w"))
-except SystemExit:
-    pass
-for line in commands:
-    words, path = json.loads(line)
-    child = os.fork()
-    if not child:
-        run(words, open(path, "w"))
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
-"""
-
-
 @dataclass(frozen=True)
 class Tree:
     """One version of the code, unpacked in a folder."""
@@ -142,7 +109,7 @@ class Tree:
         entry = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]["scripts"]["llmq"]
         path = os.pathsep.join(str(self.folder / part) for part in ("", "kernels", "eval"))
         return subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(self.folder), entry],
+            [sys.executable, "-P", str(SERVER), str(self.folder), entry],
             cwd=self.folder,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
             stdin=subprocess.PIPE,
