@@ -83,6 +83,11 @@ class Scheme:
         return GRIDS[self.grid]
 
     @property
+    def stored_bits(self) -> float:
+        """What a code takes on disk, in bits; it may be a fraction."""
+        return float(self.rules.stored_bits or self.bits)
+
+    @property
     def qmin(self) -> int:
         """The smallest code."""
         return -(1 << (self.bits - 1))

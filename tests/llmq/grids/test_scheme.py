@@ -1,0 +1,52 @@
+"""Schemes: what people read of them, what a recipe may change in them."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmq.errors import LlmqError
+from llmq.grids.scheme import Activations, Scheme, changed_scheme
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Scheme(), "4-bit g128 symmetric"),
+        (Scheme(3, None, False), "3-bit channel asymmetric"),
+        (Scheme(8, None, activations=Activations()), "8-bit channel symmetric, dynamic activations"),
+        (Scheme(8, None, grid="fp8", activations=Activations(False, "mse")), "fp8 channel, static (mse) activations"),
+        (Scheme(4, 64, grid="nf4", double_quant=True), "nf4 g64 double-quantized"),
+    ],
+)
+def test_schemes_in_words(scheme: Scheme, words: str) -> None:
+    assert str(scheme) == words
+
+
+def test_double_quantization_does_not_follow_to_a_grid_without_it() -> None:
+    nf4 = Scheme(4, 64, grid="nf4", double_quant=True)
+    assert changed_scheme({"grid": "int"}, nf4, "here") == Scheme(4, 64)
+    assert changed_scheme({"group_size": 128}, nf4, "here").double_quant
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"grid": 4}, "here: grid must be text, not 4"),
+        ({"grid": "float"}, "here: grid 'float' is not known: choose from int, fp8, nf4"),
+        ({"grid": "nf4", "bits": 3}, "here: grid 'nf4' is 4 bits, symmetric, in blocks"),
+        ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
+        (
+            {"grid": "nf4", "group_size": 64, "activations": "dynamic"},
+            "activations are rounded to 8 bits where weights",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_with_its_place(values: dict[str, object], told: str) -> None:
+    with pytest.raises(LlmqError) as error:
+        changed_scheme(values, Scheme(), "here")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("width", "group", "groups"), [(256, 128, 2), (96, None, 1), (96, 32, 3)])
+def test_groups_of_a_row(width: int, group: int | None, groups: int) -> None:
+    assert Scheme(4, group).groups(width) == groups
