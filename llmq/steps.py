@@ -20,7 +20,8 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
     """Everything a recipe's methods do to a block whose target is known: afterwards its weights are rounded in place.
 
     A transform stands only where the block, quantized as it will be written, is nearer to its target with it than
-    without; so does a refinement. Every attempt and its outcome is recorded in the block's log.
+    without; so does a refinement. A method that says there is nothing to do in the block is not judged. Every attempt
+    and its outcome is recorded in the block's log.
     """
     if pipeline.transforms:
         transform(block, pipeline)
@@ -41,44 +42,71 @@ def transform(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
         plain, results = block.error(), [(w, w.quantized, w.input_scale) for w in block.weights.values()]
     with block.trial() as trial:
+        used = []
         for method in pipeline.transforms:
             block.observe(method.transform_needs)
             block.weigh()
-            method.transform(block)
+            nothing = method.transform(block)
             block.forget()
-        moved = relative_error(block.outputs(), float_output)
-        if moved <= INVARIANCE:
-            round_weights(block, pipeline.quantizer)
-            after = block.error()
-        else:
-            after = float("inf")
-        name = "+".join(type(method).__name__ for method in pipeline.transforms)
-        if after < plain:
+            if nothing is None:
+                used.append(method)
+            else:
+                skip(block, method, nothing)
+        if used and judge(block, pipeline.quantizer, used, plain, float_output):
             trial.keep()
-        block.log.append({"what": name, "before": plain, "after": after, "kept": after < plain})
-        if moved > INVARIANCE:
-            block.log[-1] |= {"after": None, "why": f"the block's unrounded output moved by {moved:.1e}"}
     if not trial.kept:
         for state, quantized, scale in results:
             state.quantized, state.input_scale = quantized, scale
 
 
+def judge(block: Block, quantizer: Method, used: list[Method], plain: float, float_output: list[Tensor]) -> bool:
+    """Round the transformed block; whether it is nearer to its target than without, which is also put in its log.
+
+    plain: the block's error without the transforms; float_output: its unrounded output without them, which they must
+    not change.
+    """
+    line = {"what": "+".join(type(method).__name__ for method in used), "before": plain, "after": None, "kept": False}
+    moved = relative_error(block.outputs(), float_output)
+    if moved > INVARIANCE:
+        block.log.append(line | {"why": f"the block's unrounded output moved by {moved:.1e}"})
+        return False
+    round_weights(block, quantizer)
+    after = block.error()
+    block.log.append(line | {"after": after, "kept": after < plain})
+    return after < plain
+
+
 def refine(block: Block, method: Method) -> None:
-    """Let a method improve on the quantized weights; what does not lower the block's error is undone."""
+    """Let a method improve on the quantized weights; what does not lower the block's error is undone.
+
+    Its statistics are those of the block as quantized so far, inputs rounded as schemes say.
+    """
     before = block.error()
+    if method.refine_needs:
+        with block.rounding():
+            block.observe(method.refine_needs)
     with block.trial() as trial:
-        method.refine(block)
-        after = block.error()
-        if after < before:
-            trial.keep()
-        line = {"what": type(method).__name__, "before": before, "after": after, "kept": after < before}
-        block.log.append(line)
+        nothing = method.refine(block)
+        if nothing is not None:
+            skip(block, method, nothing)
+        else:
+            after = block.error()
+            if after < before:
+                trial.keep()
+            line = {"what": type(method).__name__, "before": before, "after": after, "kept": after < before}
+            block.log.append(line)
+    block.forget()
+
+
+def skip(block: Block, method: Method, why: str) -> None:
+    """Put in the block's log that a method had nothing to do there."""
+    block.log.append({"what": type(method).__name__, "before": None, "after": None, "kept": False, "why": why})
 
 
 def round_weights(block: Block, quantizer: Method) -> None:
     """Quantize every weight from the statistics of the block as it is."""
-    if not all(set(quantizer.needs) <= state.statistics.keys() for state in block.weights.values()):
-        block.observe(quantizer.needs)
+    if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
+        block.observe(quantizer.quantize_needs)
     last = {state.input_id: state for state in block.weights.values()}
     block.calibrate_inputs()
     for state in block.weights.values():

@@ -34,18 +34,19 @@ class Pipeline:
     @property
     def calibrated(self) -> bool:
         """Whether anything here looks at calibration data."""
-        return bool(self.transforms or self.refiners or self.quantizer.needs)
+        return bool(self.transforms or self.refiners or self.quantizer.quantize_needs)
 
     @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        """Every statistic that is taken at some time, each once."""
-        found = [*self.quantizer.needs, *(need for method in self.transforms for need in method.transform_needs)]
-        return tuple(dict.fromkeys(found))
+    def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:
+        """The statistics of each pass that takes some, in order. Those of one pass are let go before the next."""
+        found = [method.transform_needs for method in self.transforms]
+        found += [self.quantizer.quantize_needs, *(method.refine_needs for method in self.refiners)]
+        return tuple(needs for needs in found if needs)
 
     @property
     def first(self) -> tuple[type[Statistic], ...]:
         """The statistics to take in the first pass of a block: the quantizer's, where nothing comes before it."""
-        return () if self.transforms else self.quantizer.needs
+        return () if self.transforms else self.quantizer.quantize_needs
 
     @property
     def float_target(self) -> bool:

@@ -61,12 +61,13 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
     refusal = formats.refusal(schemes)
     if refusal:
         raise LlmqError(refusal)
-    odd = next((s for s in schemes if s.grid not in quantizer.grids()), None)
-    if odd is not None:
-        raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r} rounds to the grid {', '.join(quantizer.grids())!r}, not to {odd}: "
-            f"choose another scheme, or --method rtn, which knows every grid"
-        )
+    for scheme in sorted(schemes, key=str):
+        reason = quantizer.refusal(scheme)
+        if reason:
+            raise LlmqError(
+                f"method {'+'.join(recipe.methods)!r} cannot round to {scheme}: {reason}; choose another scheme, or "
+                "--method rtn, which knows every grid"
+            )
     ragged = [
         i
         for i in chosen

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmq import steps
-from llmq.block.block import Block
+from llmq.block.block import Block, rounded_inputs
 from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
@@ -162,6 +162,68 @@ def test_a_refinement_that_helps_stands(tiny_model: Path) -> None:
     assert [(line["what"], line["kept"]) for line in block.log] == [("Better", True), ("Zero", False)]
     assert block.log[1]["before"] == block.log[0]["after"] < block.log[0]["before"]
     assert apart(block.outputs(), block.target) == pytest.approx(block.log[0]["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [W4, STATIC])
+def test_a_refinement_is_given_the_statistics_that_it_asks_for(recipe: Recipe, tiny_model: Path) -> None:
+    """Of the inputs that weights meet in the written model: those of the block as quantized, rounded as schemes say."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Asking(Method):
+        refine_needs = (Inputs, Hessian)
+
+        def refine(self, block: Block) -> str | None:
+            for name, state in block.weights.items():
+                assert state.statistics.keys() == {Inputs, Hessian}
+                seen[name] = state.statistics[Hessian].total.clone()
+            return "it only looked"
+
+    block = open_block(tiny_model, recipe)
+    steps.quantize(block, pipeline(refine=(Asking(),)))
+    assert all(not state.statistics for state in block.weights.values())
+    # By now the block's weights are the rounded ones.
+    with rounded_inputs(block.weights.values()):
+        block.observe((Hessian,))
+    for name, state in block.weights.items():
+        assert torch.allclose(seen[name], state.statistics[Hessian].total, rtol=1e-4, atol=1e-4)
+
+
+class Idle(Method):
+    """Finds nothing to do, after having changed something."""
+
+    def transform(self, block: Block) -> str | None:
+        Careless().transform(block)
+        return "no place for it"
+
+    def refine(self, block: Block) -> str | None:
+        Zero().refine(block)
+        return "nothing is left"
+
+
+def test_a_method_may_have_nothing_to_do(tiny_model: Path) -> None:
+    plain, tried = open_block(tiny_model, W4), open_block(tiny_model, W4)
+    steps.quantize(plain, pipeline())
+    steps.quantize(tried, pipeline(Idle(), refine=(Idle(),)))
+    assert results(tried) == results(plain) and not tried.changed
+    assert [(line["what"], line["after"], line["why"]) for line in tried.log] == [
+        ("Idle", None, "no place for it"),
+        ("Idle", None, "nothing is left"),
+    ]
+
+
+def test_a_transform_with_nothing_to_do_leaves_the_others_alone(tiny_model: Path) -> None:
+    class Content(Method):
+        def transform(self, block: Block) -> str | None:
+            return "no place for it"
+
+    plain, tried = open_block(tiny_model, W4), open_block(tiny_model, W4)
+    for block in (plain, tried):
+        Spread().transform(block)
+        block.changed.clear()
+    steps.quantize(plain, pipeline(Gather()))
+    steps.quantize(tried, pipeline(Content(), Gather()))
+    assert results(tried) == results(plain)
+    assert [(line["what"], line["kept"]) for line in tried.log] == [("Content", False), ("Gather", True)]
 
 
 def test_statistics_are_those_of_the_block_after_the_transform(tiny_model: Path) -> None:
