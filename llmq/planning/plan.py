@@ -23,6 +23,7 @@ from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
 from llmq.planning.memory import Budget, Load, check_room, predict
+from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
 
@@ -96,6 +97,7 @@ def make_plan(
     checks.check_sources(source, model, links)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
+    try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
         found = windows(_longest(model))
