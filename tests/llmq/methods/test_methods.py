@@ -218,6 +218,7 @@ def test_the_catalog_says_what_the_class_is(name: str) -> None:
         assert len(option.help) > 10 and not option.help.endswith((".", ";")), (
             f"{name} --{option.name}: {option.help!r}"
         )
+    assert said.kind == kind.__name__
     assert set(said.roles) == methods._roles(kind) and said.roles
     assert said.scheme == kind.scheme and not said.outside
     assert said.summary and "\n" not in said.summary and (kind.__doc__ or "").split()[0] == said.summary.split()[0]
