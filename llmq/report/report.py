@@ -121,7 +121,7 @@ def make_report(
                     "scheme": None,
                     "bytes": item.before,
                     "error": 0.0,
-                    "kept": item.reason,
+                    "kept": str(item.reason),
                 }
             )
     return Report(
