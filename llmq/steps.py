@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from torch import Tensor
 
-from llmq.block.block import Block, WeightState, relative_error
+from llmq.block.attempt import Attempt, Outcome
+from llmq.block.block import Block, relative_error
 from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
@@ -65,15 +65,13 @@ def judge(block: Block, quantizer: Method, used: list[Method], plain: float, flo
     plain: the block's error without the transforms; float_output: its unrounded output without them, which they must
     not change.
     """
-    line = {"what": "+".join(type(method).__name__ for method in used), "before": plain, "after": None, "kept": False}
     moved = relative_error(block.outputs(), float_output)
     if moved > INVARIANCE:
-        block.log.append(line | {"why": f"the block's unrounded output moved by {moved:.1e}"})
+        why = f"the block's unrounded output moved by {moved:.1e}"
+        block.log.append(Attempt(name(*used), None, plain, None, Outcome.UNDONE, why=why))
         return False
     round_weights(block, quantizer)
-    after = block.error()
-    block.log.append(line | {"after": after, "kept": after < plain})
-    return after < plain
+    return better(block, name(*used), plain)
 
 
 def refine(block: Block, method: Method) -> None:
@@ -89,18 +87,27 @@ def refine(block: Block, method: Method) -> None:
         nothing = method.refine(block)
         if nothing is not None:
             skip(block, method, nothing)
-        else:
-            after = block.error()
-            if after < before:
-                trial.keep()
-            line = {"what": type(method).__name__, "before": before, "after": after, "kept": after < before}
-            block.log.append(line)
+        elif better(block, name(method), before):
+            trial.keep()
     block.forget()
+
+
+def better(block: Block, what: str, before: float) -> bool:
+    """Whether the block's error is less than before; which is put in its log."""
+    after = block.error()
+    outcome = Outcome.KEPT if after < before else Outcome.UNDONE
+    block.log.append(Attempt(what, None, before, after, outcome))
+    return after < before
 
 
 def skip(block: Block, method: Method, why: str) -> None:
     """Put in the block's log that a method had nothing to do there."""
-    block.log.append({"what": type(method).__name__, "before": None, "after": None, "kept": False, "why": why})
+    block.log.append(Attempt(name(method), None, None, None, Outcome.SKIPPED, why=why))
+
+
+def name(*methods: Method) -> str:
+    """What the log calls methods that are judged together."""
+    return "+".join(type(method).__name__ for method in methods)
 
 
 def round_weights(block: Block, quantizer: Method) -> None:
@@ -119,16 +126,3 @@ def round_weights(block: Block, quantizer: Method) -> None:
         state.seconds = time.perf_counter() - began
         if last[state.input_id] is state:
             state.statistics.clear()
-
-
-def row(state: WeightState) -> dict[str, Any]:
-    """A weight's line of the report. error: relative, of the rounded weight to what was to be rounded."""
-    assert state.quantized is not None
-    value: Tensor = state.quantized.dequantize(state.module.weight.dtype)
-    return {
-        "name": state.name,
-        "shape": list(state.value.shape),
-        "error": relative_error([value], [state.value]),
-        "notes": list(state.quantized.notes),
-        "seconds": round(state.seconds, 3),
-    }

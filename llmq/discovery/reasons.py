@@ -20,6 +20,7 @@ class Kind(StrEnum):
     NOT_LOADABLE = "not_loadable"
     NOT_STORED = "not_stored"
     NOT_LOADED = "not_loaded"
+    UNTOLD = "untold"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Reason:
     decoder block; SHARED: between blocks; UNUSED: in no matrix product; NOT_LINEAR: not of a Linear module, or not
     multiplied by it; IN_PARTS: used in slices; REPEATED: used several times in a block; NOT_LOADABLE: stock
     transformers fails to load it packed; NOT_STORED: the checkpoint has it in another form or not at all; NOT_LOADED: a
-    tensor that the model does not have.
+    tensor that the model does not have; UNTOLD: in the report of an earlier llmq.
     sentence: the same for people, with what is particular to the weight.
     """
 
