@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from torch import Tensor
 
-from llmq.block.block import Block, WeightState, relative_error
+from llmq.block.attempt import Attempt, Outcome
+from llmq.block.block import Block, relative_error
 from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
@@ -20,7 +20,8 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
     """Everything a recipe's methods do to a block whose target is known: afterwards its weights are rounded in place.
 
     A transform stands only where the block, quantized as it will be written, is nearer to its target with it than
-    without; so does a refinement. Every attempt and its outcome is recorded in the block's log.
+    without; so does a refinement. A method that says there is nothing to do in the block is not judged. Every attempt
+    and its outcome is recorded in the block's log.
     """
     if pipeline.transforms:
         transform(block, pipeline)
@@ -41,44 +42,78 @@ def transform(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
         plain, results = block.error(), [(w, w.quantized, w.input_scale) for w in block.weights.values()]
     with block.trial() as trial:
+        used = []
         for method in pipeline.transforms:
             block.observe(method.transform_needs)
             block.weigh()
-            method.transform(block)
+            nothing = method.transform(block)
             block.forget()
-        moved = relative_error(block.outputs(), float_output)
-        if moved <= INVARIANCE:
-            round_weights(block, pipeline.quantizer)
-            after = block.error()
-        else:
-            after = float("inf")
-        name = "+".join(type(method).__name__ for method in pipeline.transforms)
-        if after < plain:
+            if nothing is None:
+                used.append(method)
+            else:
+                skip(block, method, nothing)
+        if used and judge(block, pipeline.quantizer, used, plain, float_output):
             trial.keep()
-        block.log.append({"what": name, "before": plain, "after": after, "kept": after < plain})
-        if moved > INVARIANCE:
-            block.log[-1] |= {"after": None, "why": f"the block's unrounded output moved by {moved:.1e}"}
     if not trial.kept:
         for state, quantized, scale in results:
             state.quantized, state.input_scale = quantized, scale
 
 
+def judge(block: Block, quantizer: Method, used: list[Method], plain: float, float_output: list[Tensor]) -> bool:
+    """Round the transformed block; whether it is nearer to its target than without, which is also put in its log.
+
+    plain: the block's error without the transforms; float_output: its unrounded output without them, which they must
+    not change.
+    """
+    moved = relative_error(block.outputs(), float_output)
+    if moved > INVARIANCE:
+        why = f"the block's unrounded output moved by {moved:.1e}"
+        block.log.append(Attempt(name(*used), None, plain, None, Outcome.UNDONE, why=why))
+        return False
+    round_weights(block, quantizer)
+    return better(block, name(*used), plain)
+
+
 def refine(block: Block, method: Method) -> None:
-    """Let a method improve on the quantized weights; what does not lower the block's error is undone."""
+    """Let a method improve on the quantized weights; what does not lower the block's error is undone.
+
+    Its statistics are those of the block as quantized so far, inputs rounded as schemes say.
+    """
     before = block.error()
+    if method.refine_needs:
+        with block.rounding():
+            block.observe(method.refine_needs)
     with block.trial() as trial:
-        method.refine(block)
-        after = block.error()
-        if after < before:
+        nothing = method.refine(block)
+        if nothing is not None:
+            skip(block, method, nothing)
+        elif better(block, name(method), before):
             trial.keep()
-        line = {"what": type(method).__name__, "before": before, "after": after, "kept": after < before}
-        block.log.append(line)
+    block.forget()
+
+
+def better(block: Block, what: str, before: float) -> bool:
+    """Whether the block's error is less than before; which is put in its log."""
+    after = block.error()
+    outcome = Outcome.KEPT if after < before else Outcome.UNDONE
+    block.log.append(Attempt(what, None, before, after, outcome))
+    return after < before
+
+
+def skip(block: Block, method: Method, why: str) -> None:
+    """Put in the block's log that a method had nothing to do there."""
+    block.log.append(Attempt(name(method), None, None, None, Outcome.SKIPPED, why=why))
+
+
+def name(*methods: Method) -> str:
+    """What the log calls methods that are judged together."""
+    return "+".join(type(method).__name__ for method in methods)
 
 
 def round_weights(block: Block, quantizer: Method) -> None:
     """Quantize every weight from the statistics of the block as it is."""
-    if not all(set(quantizer.needs) <= state.statistics.keys() for state in block.weights.values()):
-        block.observe(quantizer.needs)
+    if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
+        block.observe(quantizer.quantize_needs)
     last = {state.input_id: state for state in block.weights.values()}
     block.calibrate_inputs()
     for state in block.weights.values():
@@ -91,16 +126,3 @@ def round_weights(block: Block, quantizer: Method) -> None:
         state.seconds = time.perf_counter() - began
         if last[state.input_id] is state:
             state.statistics.clear()
-
-
-def row(state: WeightState) -> dict[str, Any]:
-    """A weight's line of the report. error: relative, of the rounded weight to what was to be rounded."""
-    assert state.quantized is not None
-    value: Tensor = state.quantized.dequantize(state.module.weight.dtype)
-    return {
-        "name": state.name,
-        "shape": list(state.value.shape),
-        "error": relative_error([value], [state.value]),
-        "notes": list(state.quantized.notes),
-        "seconds": round(state.seconds, 3),
-    }

@@ -24,6 +24,7 @@ from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.memory import before_blocks
 from llmq.planning.plan import Plan
+from llmq.report.rows import weight_row
 from llmq.watch import Watch
 
 SIGNATURE_VALUES = 256
@@ -85,7 +86,7 @@ def quantize_block(
         output = block.outputs()
     check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
     payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
-    payload |= {"log": block.log, "seconds": round(time.perf_counter() - began, 3)}
+    payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
     if (on_device := device_memory(device)) is not None:
         payload |= {"device": on_device}
@@ -159,7 +160,7 @@ def pack_weights(plan: Plan, index: int, block: Block) -> tuple[list[dict[str, A
     tensors: dict[str, Tensor] = {}
     for item, work in zip(plan.of_block(index), block.weights.values(), strict=True):
         assert item.scheme is not None and work.quantized is not None
-        rows.append(steps.row(work) | {"scheme": asdict(item.scheme), "bytes": item.after})
+        rows.append(asdict(weight_row(work, index, item.after)))
         packed = formats.of(item.scheme).pack(work.quantized)
         tensors |= {f"{item.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
     return rows, tensors

@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from llmq.data.calibration import Windows
 from llmq.data.tokens import encode
 from llmq.errors import LlmqError
 from llmq.grids.nearest import round_to_nearest
-from llmq.grids.scheme import Scheme, changed_scheme
+from llmq.grids.scheme import Scheme
 from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.machine import check_device
 from llmq.methods.base import Method
@@ -42,6 +41,7 @@ from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report.report import Report, versions
+from llmq.report.rows import WeightRow
 from llmq.training.steps import held_out_loss
 from llmq.watch import Silent, Watch
 
@@ -232,7 +232,7 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
 def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Retention]:
     """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
     written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
-    rows = {} if report is None else {row["name"]: row for row in report.weights if row["scheme"] is not None}
+    rows = {} if report is None else {row.name: row for row in report.quantized}
     moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
     changed = [name for name, change in source.changes.items() if change.factors is not None]
     watch.stage("Measuring", len(changed))
@@ -248,7 +248,7 @@ def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> l
             if moved:
                 factor = scales(value, exact)
                 exact, delta = exact * factor, delta * factor
-            naive = rounded(exact.to(source.info(name).dtype), row["scheme"])
+            naive = rounded(exact.to(source.info(name).dtype), row.scheme)
             left.append(Retention(name, *retention(value, exact, delta), *retention(naive, exact, delta)[:2]))
         watch.step("")
     return left
@@ -286,18 +286,16 @@ def retention(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float
     return 1 + float(error @ change) / size, size**0.5 / apart if apart else None, size**0.5 / max(whole, 1e-30)
 
 
-def stored(written: Source, row: Mapping[str, Any]) -> Tensor:
+def stored(written: Source, row: WeightRow) -> Tensor:
     """A quantized weight of the written folder, dequantized to float32."""
-    scheme = changed_scheme(row["scheme"], Scheme(), "report")
-    prefix = row["name"] + "."
+    prefix = row.name + "."
     tensors = {n.removeprefix(prefix): written.read(n) for n in written.names() if n.startswith(prefix)}
-    return formats.of(scheme).unpack(tensors, scheme).dequantize(torch.float32)
+    return formats.of(row.scheme).unpack(tensors, row.scheme).dequantize(torch.float32)
 
 
-def rounded(weight: Tensor, scheme: Mapping[str, Any]) -> Tensor:
+def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
     """The weight rounded to nearest on the scheme's grid, from its smallest to its largest value; float32."""
-    grid = changed_scheme(scheme, Scheme(), "report")
-    return round_to_nearest(weight, grid, weight.dtype, "minmax").dequantize(torch.float32)
+    return round_to_nearest(weight, scheme, weight.dtype, "minmax").dequantize(torch.float32)
 
 
 def transforms(method: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.block.attempt import Attempt
 from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.calls import Call
 from llmq.discovery.matmuls import collect
@@ -90,7 +91,7 @@ class Block:
         self.device = device or torch.device("cpu")
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
-        self.log: list[dict[str, Any]] = []
+        self.log: list[Attempt] = []
         self._error: float | None = None
 
     def output(self, index: int) -> Tensor:

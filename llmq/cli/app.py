@@ -37,10 +37,10 @@ def plan(
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
     from llmq import job
-    from llmq.report import summary
+    from llmq.report import terminal
 
     made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
-    summary.plan(out_console, made)
+    terminal.plan(out_console, made)
 
 
 @app.command()
@@ -59,14 +59,14 @@ def quantize(
     Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
     """
     from llmq import job
-    from llmq.report import summary
+    from llmq.report import terminal
     from llmq.report.progress import Bars
 
     made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
     if dry_run:
-        summary.plan(out_console, made)
+        terminal.plan(out_console, made)
         return
-    summary.summary(out_console, made)
+    terminal.summary(out_console, made)
     try:
         with Bars(err_console) as bars:
             report = job.quantize(
@@ -75,7 +75,7 @@ def quantize(
     except KeyboardInterrupt:
         err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
         raise typer.Exit(130) from None
-    summary.report(out_console, report)
+    terminal.report(out_console, report)
 
 
 @app.command()
@@ -90,17 +90,17 @@ def inspect(
     """Every weight of a folder: bits, group size, error, bytes; whichever tool wrote it."""
     with explained():
         from llmq.checkpoint.hub import resolve
-        from llmq.report import render
+        from llmq.report import terminal
 
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
             from llmq.planning.plan import pairs_of
 
-            render.pairs(out_console, pairs_of(path, trust_remote_code))
+            terminal.pairs(out_console, pairs_of(path, trust_remote_code))
             return
         from llmq.formats.inspection import inspect_folder
 
-        render.inspection(out_console, inspect_folder(path))
+        terminal.inspection(out_console, inspect_folder(path))
 
 
 @app.command()
@@ -108,9 +108,9 @@ def recipes() -> None:
     """The presets for --recipe, each with a sentence of advice."""
     with explained():
         from llmq.recipe import presets
-        from llmq.report import render
+        from llmq.report import terminal
 
-        render.recipes(out_console, [(n, presets.recipe(n), presets.advice(n)) for n in presets.names()])
+        terminal.recipes(out_console, [(n, presets.recipe(n), presets.advice(n)) for n in presets.names()])
 
 
 @app.command()
@@ -118,10 +118,10 @@ def methods() -> None:
     """The methods for --method, what each is and which options it has."""
     with explained():
         from llmq.recipe import catalog
-        from llmq.report import render
+        from llmq.report import terminal
 
         found, broken = catalog.known()
-        render.methods(out_console, found)
+        terminal.methods(out_console, found)
         for problem in broken:
             err_console.print(f"[yellow]warning:[/] {escape(problem)}", highlight=False, soft_wrap=True)
 

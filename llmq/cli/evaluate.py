@@ -103,7 +103,7 @@ def evaluate(
     before is not measured again. `llmq compare` puts models side by side.
     """
     with explained():
-        from llmq.report import summary
+        from llmq.report import terminal
         from llmq.report.report import Report
         from llmq_eval import pages, tables
         from llmq_eval.comparison import comparison
@@ -146,7 +146,7 @@ def evaluate(
         for told in pages.tell_folders(results, options.out, _note):
             err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
         for report in reports.values():
-            summary.headline(out_console, report)
+            terminal.headline(out_console, report)
 
 
 def compare(

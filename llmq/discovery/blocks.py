@@ -22,6 +22,7 @@ from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
+from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.stock import unpackable
 from llmq.errors import LlmqError, first_line
 
@@ -49,7 +50,7 @@ class BlockInfo:
 
     name: str
     weights: tuple[WeightInfo, ...]
-    left: dict[str, str]
+    left: dict[str, Reason]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
 
 def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
-    reason = "stock transformers cannot load it packed: the model's own code takes hold of it while loading"
+    reason = Reason(
+        Kind.NOT_LOADABLE,
+        "stock transformers cannot load it packed: the model's own code takes hold of it while loading",
+    )
     for block in blocks:
         left = block.left | {f"{w.name}.weight": reason for w in block.weights if w.name in bad}
         yield BlockInfo(block.name, tuple(w for w in block.weights if w.name not in bad), left)
@@ -188,7 +192,7 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
     chosen = any(m.chosen for m in matmuls)
     inputs: dict[int, int] = {}
     weights: list[WeightInfo] = []
-    left: dict[str, str] = {}
+    left: dict[str, Reason] = {}
     for parameter, value in block.named_parameters():
         if value.dim() < 2:
             continue
@@ -200,7 +204,7 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
             )
         reason = _reason(value, uses, modules.linears.get(linears[parameter], 0) if parameter in linears else None)
         if parameter in tied:
-            left[parameter] = "it is shared with another block"
+            left[parameter] = Reason(Kind.SHARED, "it is shared with another block")
         elif reason:
             left[parameter] = reason
         else:
@@ -222,17 +226,19 @@ def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> 
     return any(u.chosen for u in uses) and used < value.numel()
 
 
-def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> str:
-    """Why a parameter stays as it is; empty when it is the weight of a Linear module called once."""
+def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | None:
+    """Why a parameter stays as it is; None when it is the weight of a Linear module called once."""
     if not uses:
-        return "no matrix product with it was seen"
+        return Reason(Kind.UNUSED, "no matrix product with it was seen")
     if calls is None:
-        return "it is not the weight of a Linear module, and loaders replace only those"
+        return Reason(Kind.NOT_LINEAR, "it is not the weight of a Linear module, and loaders replace only those")
     if not calls:
-        return "its module is never called: the model takes the weight out of it"
+        return Reason(Kind.NOT_LINEAR, "its module is never called: the model takes the weight out of it")
     if not all(u.whole for u in uses):
-        return "it is used in slices, not as one matrix"
-    return "it is used more than once in a block" if len(uses) > 1 or calls > 1 else ""
+        return Reason(Kind.IN_PARTS, "it is used in slices, not as one matrix")
+    if len(uses) > 1 or calls > 1:
+        return Reason(Kind.REPEATED, "it is used more than once in a block")
+    return None
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Methods: one file and one class each. A method sees weights, statistics and a block; never a model."""
+"""Methods: one file and one class each. A method sees weights, statistics and a block; never a model.
+
+Everything that the author of a method in another package needs is handed on from here.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
-from llmq.block.statistics import Statistic
+from llmq.block.block import Block
+from llmq.block.statistics import Hessian, Inputs, MeanSquare, Statistic
 from llmq.errors import LlmqError, first_line
-from llmq.methods.base import Method
+from llmq.grids.base import Quantized, QuantizedWeight
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme
+from llmq.methods.base import Method, Stats, statistic
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
 from llmq.validate import check_type
+
+__all__ = [
+    "Block",
+    "Hessian",
+    "Inputs",
+    "LlmqError",
+    "MeanSquare",
+    "Method",
+    "Pipeline",
+    "Quantized",
+    "QuantizedWeight",
+    "Scheme",
+    "Statistic",
+    "Stats",
+    "find",
+    "make",
+    "round_to_nearest",
+    "statistic",
+]
 
 DEFAULT_QUANTIZER = "rtn"
 
@@ -34,18 +60,19 @@ class Pipeline:
     @property
     def calibrated(self) -> bool:
         """Whether anything here looks at calibration data."""
-        return bool(self.transforms or self.refiners or self.quantizer.needs)
+        return bool(self.transforms or self.refiners or self.quantizer.quantize_needs)
 
     @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        """Every statistic that is taken at some time, each once."""
-        found = [*self.quantizer.needs, *(need for method in self.transforms for need in method.transform_needs)]
-        return tuple(dict.fromkeys(found))
+    def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:
+        """The statistics of each pass that takes some, in order. Those of one pass are let go before the next."""
+        found = [method.transform_needs for method in self.transforms]
+        found += [self.quantizer.quantize_needs, *(method.refine_needs for method in self.refiners)]
+        return tuple(needs for needs in found if needs)
 
     @property
     def first(self) -> tuple[type[Statistic], ...]:
         """The statistics to take in the first pass of a block: the quantizer's, where nothing comes before it."""
-        return () if self.transforms else self.quantizer.needs
+        return () if self.transforms else self.quantizer.quantize_needs
 
     @property
     def float_target(self) -> bool:
@@ -54,20 +81,24 @@ class Pipeline:
 
 
 def find(name: str) -> type[Method]:
-    """The method's class. Raises LlmqError where there is none of that name, or its package cannot be imported."""
+    """The method's class: the one that the catalog describes.
+
+    Raises LlmqError where there is no method of that name, or its package cannot be imported.
+    """
     catalog.check(name)
     outside = catalog.entry_point(name)
-    if outside is not None:
-        try:
-            kind = outside.load()
-        except Exception as error:  # another package's code can fail in any way
-            raise LlmqError(f"method {name!r}: {outside.value} cannot be imported: {first_line(error)}") from error
-        if not (inspect.isclass(kind) and issubclass(kind, Method)):
-            raise LlmqError(f"method {name!r}: {outside.value} is no class derived from llmq.methods.base.Method")
-        return kind
-    module = importlib.import_module(f"{__name__}.{name}")
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    return next(c for c in own if issubclass(c, Method))
+    if outside is None:
+        own: type[Method] = getattr(importlib.import_module(f"{__name__}.{name}"), catalog.describe(name).kind)
+        return own
+    try:
+        kind = outside.load()
+    except Exception as error:  # another package's code can fail in any way
+        raise LlmqError(f"method {name!r}: {outside.value} cannot be imported: {first_line(error)}") from error
+    if inspect.ismodule(kind):
+        kind = getattr(kind, catalog.describe(name).kind, None)
+    if not (inspect.isclass(kind) and issubclass(kind, Method)):
+        raise LlmqError(f"method {name!r}: {outside.value} is no class derived from llmq.methods.Method")
+    return kind
 
 
 def make(recipe: Recipe) -> Pipeline:

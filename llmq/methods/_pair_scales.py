@@ -7,11 +7,12 @@ always among them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import Consumer, Pair
@@ -102,23 +103,18 @@ def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: s
         error = loss(block, pair, candidate)
         if error < least:
             best, least = candidate, error
-    line: dict[str, Any] = {
-        "what": f"{method}: {pair.describe()}",
-        "before": block.error(),
-        "after": None,
-        "kept": False,
-    }
+    where, before = pair.describe(), block.error()
     if best is None:
-        block.log.append(line | {"why": "no scale tried was better than none"})
+        why = "no scale tried was better than none"
+        block.log.append(Attempt(method, where, before, None, Outcome.UNDONE, why=why))
         return False
     with block.trial() as trial:
         block.scale(pair, best.scale, best.shift)
-        line["after"] = block.error()
-        line["choice"] = best.what
-        if line["after"] < line["before"]:
+        after = block.error()
+        if after < before:
             trial.keep()
-            line["kept"] = True
-    block.log.append(line)
+    outcome = Outcome.KEPT if trial.kept else Outcome.UNDONE
+    block.log.append(Attempt(method, where, before, after, outcome, best.what))
     return trial.kept
 
 

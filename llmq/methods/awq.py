@@ -30,7 +30,7 @@ class AWQ(Method):
     """
 
     transform_needs = (Inputs,)
-    needs = (Hessian,)
+    quantize_needs = (Hessian,)
 
     def __init__(self, *, alphas: int = 10) -> None:
         if alphas < 1:

@@ -24,27 +24,44 @@ S = TypeVar("S")
 class Method:
     """Any of three things, by which of its functions it has: a transform, a quantizer, a refinement.
 
-    transform_needs, needs: the statistics taken of every weight's input before `transform` and before `quantize`; which
-    ones may depend on the options. float_target: for a refinement, whether its target is computed from the unquantized
-    model's hidden states, instead of the quantized model's. scheme: what a quantized weight is by default with this
-    method, as in a recipe.
+    transform_needs, quantize_needs, refine_needs: the statistics taken of every weight's input before each of the
+    three; which ones may depend on the options. Each is taken in a pass of the calibration windows of its own and let
+    go before the next one. Of which inputs: for `transform`, those of the block as it is then; for `quantize`, those of
+    the block after all transforms, unrounded; for `refine`, those of the block as quantized so far, inputs rounded
+    where schemes say so: what each weight is multiplied by when the written model runs.
+    float_target: for a refinement, whether its target is computed from the unquantized model's hidden states, instead
+    of the quantized model's. scheme: what a quantized weight is by default with this method, as in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
-    needs: tuple[type[Statistic], ...] = ()
+    quantize_needs: tuple[type[Statistic], ...] = ()
+    refine_needs: tuple[type[Statistic], ...] = ()
     float_target: bool = False
     scheme: ClassVar[dict[str, Any]] = {}
 
-    def transform(self, block: Block) -> None:
-        """Changes the block's weights in a way that leaves its function as it is and makes rounding cost less."""
+    def transform(self, block: Block) -> str | None:
+        """Changes the block's weights in a way that leaves its function as it is and makes rounding cost less.
+
+        Returns why there is nothing to do in this block, in a sentence, or None. `block.weights` have the statistics
+        that `transform_needs` asks for.
+        """
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
-        """Rounds one weight [out, in]; scales come in `scale_dtype`. Raises LlmqError on values not finite."""
+        """Rounds one weight [out, in], in the model's dtype or float32; scales come in `scale_dtype`.
+
+        Returns what the scheme's format stores: of the type, with tensors of the dtypes and shapes, that
+        `round_to_nearest` returns for it. The plan calls it once for every scheme, on a small random weight, and
+        refuses what cannot be stored. Raises LlmqError on values not finite.
+        """
         raise NotImplementedError
 
-    def refine(self, block: Block) -> None:
-        """Replaces what the quantizer made of the block's weights by something better."""
+    def refine(self, block: Block) -> str | None:
+        """Replaces what the quantizer made of the block's weights by something better.
+
+        Returns why there is nothing to do in this block, in a sentence, or None. `block.weights` have the statistics
+        that `refine_needs` asks for.
+        """
         raise NotImplementedError
 
     def grids(self) -> tuple[str, ...]:
@@ -52,10 +69,8 @@ class Method:
         return ("int",)
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Why `quantize` cannot round to a scheme, in a sentence, or None."""
-        if scheme.grid in self.grids():
-            return None
-        return f"rounds to the grid {', '.join(map(repr, self.grids()))}, not to {scheme}"
+        """Why `quantize` cannot round to a scheme, in a clause, or None where it can. Asked by the plan."""
+        return None if scheme.grid in self.grids() else f"it rounds to the grid {', '.join(self.grids())!r}"
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Bytes that it needs for a weight of this shape, beside the weight and its statistics."""
@@ -65,9 +80,9 @@ class Method:
 def range_refusal(range: str | None, scheme: Scheme) -> str | None:
     """Why scales of a scheme cannot be found in this way, or None."""
     ranges = scheme.rules.ranges
-    return (
-        None if range is None or range in ranges else f"finds scales by {range!r}: {scheme} knows {', '.join(ranges)}"
-    )
+    if range is None or range in ranges:
+        return None
+    return f"its scales are found by {', '.join(ranges)}, not by --range {range}"
 
 
 def statistic(stats: Stats, kind: type[S]) -> S:

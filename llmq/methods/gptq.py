@@ -26,7 +26,7 @@ class GPTQ(Method):
     revisited once all are there, 0 is the paper's GPTQ.
     """
 
-    needs = (Hessian,)
+    quantize_needs = (Hessian,)
 
     def __init__(
         self,

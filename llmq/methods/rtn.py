@@ -26,7 +26,7 @@ class RTN(Method):
             check_choice("range", range, RANGES)
         self.range = range
         if range == "weighted":
-            self.needs = (MeanSquare,)
+            self.quantize_needs = (MeanSquare,)
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
         """See `Method.quantize`."""

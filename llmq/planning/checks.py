@@ -46,7 +46,7 @@ def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
             if not hit:
                 raise LlmqError(f"{option} {pattern!r} matches no weight; a weight's name looks like {names[0]!r}")
     for pattern, _ in recipe.overrides:
-        if not any(matches(pattern, i.name) and (i.scheme or "--keep" in i.reason) for i in items):
+        if not any(matches(pattern, i.name) and (i.scheme or i.by_user) for i in items):
             one = next(i for i in items if matches(pattern, i.name))
             raise LlmqError(f"--override {pattern!r} matches only what is left alone: {one.name} ({one.reason})")
 
@@ -55,18 +55,19 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
     """Raises LlmqError where nothing is left to quantize, or a scheme fits no format, weight, method or server."""
     chosen = [i for i in items if i.scheme is not None]
     if not chosen:
-        reasons = sorted({i.reason for i in items if i.block is not None and i.reason})
+        reasons = sorted({i.reason.sentence for i in items if i.block is not None and i.reason})
         raise LlmqError("there is nothing to quantize: " + "; ".join(reasons))
     schemes = {i.scheme for i in chosen if i.scheme is not None}
     refusal = formats.refusal(schemes)
     if refusal:
         raise LlmqError(refusal)
-    odd = next((s for s in schemes if s.grid not in quantizer.grids()), None)
-    if odd is not None:
-        raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r} rounds to the grid {', '.join(quantizer.grids())!r}, not to {odd}: "
-            f"choose another scheme, or --method rtn, which knows every grid"
-        )
+    for scheme in sorted(schemes, key=str):
+        reason = quantizer.refusal(scheme)
+        if reason:
+            raise LlmqError(
+                f"method {'+'.join(recipe.methods)!r} cannot round to {scheme}: {reason}; choose another scheme, or "
+                "--method rtn, which knows every grid"
+            )
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
@@ -117,7 +118,7 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     warnings = []
     families: dict[tuple[int | None, int], set[str]] = {}
     for item in items:
-        if item.block is not None and (item.scheme is not None or "--keep" in item.reason):
+        if item.block is not None and (item.scheme is not None or item.by_user):
             families.setdefault((item.block, item.input_id), set()).add(str(item.scheme or "kept"))
     mixed = [f"block {b}: {' and '.join(sorted(s))}" for (b, _), s in families.items() if len(s) > 1]
     if mixed:

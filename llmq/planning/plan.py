@@ -23,6 +23,7 @@ from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
 from llmq.planning.memory import Budget, Load, check_room, predict
+from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
 
@@ -96,6 +97,7 @@ def make_plan(
     checks.check_sources(source, model, links)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
+    try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
         found = windows(_longest(model))
@@ -151,7 +153,11 @@ def _budget(plan: Plan, device: str) -> Budget:
         module = plan.model.get_submodule(block.name)
         inside += [f"{block.name}.{n}" for n, _ in module.named_parameters()]
         mine = plan.of_block(index)
-        inputs = {i.input_id: sum(need.nbytes(i.shape[1]) for need in plan.pipeline.needs) for i in mine}
+        widths = {i.input_id: i.shape[1] for i in mine}
+        # The statistics of one pass are let go before the next one's are taken.
+        statistics = (
+            sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes
+        )
         numbers = sum(prod(i.shape) for i in mine)
         # Transforms work on float32 copies beside the block, and keep both results until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
@@ -159,7 +165,7 @@ def _budget(plan: Plan, device: str) -> Budget:
             Load(
                 sum(p.numel() for p in module.parameters()) * size + copies,
                 sum(i.after for i in mine),
-                sum(inputs.values()),
+                max(statistics, default=0),
                 max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
             )
         )

@@ -14,10 +14,14 @@ from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import Structure
 from llmq.discovery.names import Links
+from llmq.discovery.reasons import Kind, Reason
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 
 SMALLEST_GROUP = 16
+BY_USER = Reason(Kind.BY_USER, "kept by --keep")
+OUTSIDE = Reason(Kind.OUTSIDE, "outside the decoder blocks")
+NOT_LOADED = Reason(Kind.NOT_LOADED, "transformers does not load it: copied as it is")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class WeightPlan:
     before: int
     after: int
     scheme: Scheme | None
-    reason: str = ""
+    reason: Reason | None = None
     block: int | None = None
     input_id: int = 0
     row_parallel: bool = False
@@ -43,6 +47,11 @@ class WeightPlan:
     def name(self) -> str:
         """The weight's name for people and patterns: the checkpoint's, without '.weight'."""
         return self.tensor.removesuffix(".weight")
+
+    @property
+    def by_user(self) -> bool:
+        """Whether it is left alone because the user said so."""
+        return self.reason is not None and self.reason.kind is Kind.BY_USER
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -65,7 +74,8 @@ def plan_weights(
             planned.add(parameter)
             tensor = links.source.get(parameter)
             if tensor is None:
-                reason = links.converted.get(parameter, "the checkpoint has no tensor for it")
+                sentence = links.converted.get(parameter, "the checkpoint has no tensor for it")
+                reason = Reason(Kind.NOT_STORED, sentence)
                 items.append(_left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
                 continue
             before = source.info(tensor).nbytes
@@ -76,7 +86,7 @@ def plan_weights(
                 before,
                 before,
                 None,
-                "",
+                None,
                 index,
                 weight.input_id,
                 weight.row_parallel,
@@ -89,16 +99,16 @@ def plan_weights(
     for parameter, value in model.named_parameters():
         if value.dim() >= 2 and parameter not in planned:
             tensor = links.source.get(parameter, parameter)
-            items.append(_left(parameter, tensor, tuple(value.shape), dtype, "outside the decoder blocks", None))
+            items.append(_left(parameter, tensor, tuple(value.shape), dtype, OUTSIDE, None))
     for tensor in links.unused:
         shape = source.info(tensor).shape
         if len(shape) >= 2:
-            items.append(_left(tensor, tensor, shape, dtype, "transformers does not load it: copied as it is", None))
+            items.append(_left(tensor, tensor, shape, dtype, NOT_LOADED, None))
     return items
 
 
 def _left(
-    parameter: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str, block: int | None
+    parameter: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype, reason: Reason, block: int | None
 ) -> WeightPlan:
     size = prod(shape) * dtype.itemsize
     return WeightPlan(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
@@ -110,7 +120,7 @@ def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan
         if matches(pattern, item.name):
             scheme = override
     if any(matches(pattern, item.name) for pattern in recipe.keep):
-        return replace(item, reason="kept by --keep")
+        return replace(item, reason=BY_USER)
     rows, width = item.shape
     group = scheme.group_size
     if group and width % group:
@@ -118,7 +128,8 @@ def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan
         if recipe.ragged == "error" or (formats.of(scheme).ONE_SCHEME and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
-            return replace(item, reason=f"group size {group} does not divide its width {width}")
+            sentence = f"group size {group} does not divide its width {width}"
+            return replace(item, reason=Reason(Kind.INDIVISIBLE, sentence))
         scheme = replace(scheme, group_size=_smaller(width, group) if recipe.ragged == "smaller" else None)
     sizes = formats.of(scheme).spec((rows, width), scheme, dtype)
     after = sum(prod(shape) * kind.itemsize for kind, shape in sizes.values())

@@ -1,9 +1,9 @@
 """Which methods there are, and what each says of itself, read from its source without importing it (or torch).
 
-A method is a file under `llmq/methods/` with one class in it, or an entry point of the group `llmq.methods` in any
-installed package: its name is what people write after `--method`, its class's keyword arguments become command-line
-options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a plain dict, is the
-scheme that the method is for.
+A method is the public class derived from `Method` in a file under `llmq/methods/`, or an entry point of the group
+`llmq.methods` in any installed package: its name is what people write after `--method`, its class's keyword arguments
+become command-line options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a
+plain dict, is the scheme that the method is for. Other classes of the file are its own affair.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Description:
-    """What a method says of itself. roles: which of transform, quantize and refine it has."""
+    """What a method says of itself. kind: its class's name; roles: which of transform, quantize, refine it has."""
 
     name: str
+    kind: str
     summary: str
     options: tuple[Option, ...]
     roles: tuple[str, ...]
@@ -88,25 +89,25 @@ def describe(name: str) -> Description:
     """What the method says of itself. Raises LlmqError where there is no such method, or its source cannot be read."""
     check(name)
     outside = entry_point(name)
-    file, wanted = (FOLDER / f"{name}.py", "") if outside is None else (_file(outside), outside.attr)
+    file, wanted = (FOLDER / f"{name}.py", "") if outside is None else (_file(outside), outside.attr or "")
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
         raise LlmqError(f"method {name!r}: {file} cannot be read: {first_line(error)}") from error
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
-    found = next((c for c in classes if c.name == wanted or not wanted), None)
-    if found is None:
-        raise LlmqError(f"method {name!r}: {file} has no class {wanted or 'of its own'}")
-    text = " ".join((ast.get_docstring(found) or "").split())
-    defined = {n.name: n for n in found.body if isinstance(n, ast.FunctionDef)}
+    line = _line(tree, wanted)
+    if not line:
+        raise LlmqError(
+            f"method {name!r}: {file} has no {f'class {wanted}' if wanted else 'class derived from Method'}"
+        )
+    text = " ".join((ast.get_docstring(line[0]) or "").split())
+    defined = {n.name: n for one in reversed(line) for n in one.body if isinstance(n, ast.FunctionDef)}
     roles = tuple(role for role in ("transform", "quantize", "refine") if role in defined)
     try:
-        scheme = _scheme(found)
+        scheme = next(filter(None, map(_scheme, line)), {})
     except (ValueError, TypeError) as error:
         raise LlmqError(f"method {name!r}: {file}: scheme must be a plain dict of literals") from error
-    return Description(
-        name, text.partition(". ")[0].rstrip(":."), _options(defined, text), roles, scheme, outside is not None
-    )
+    summary = text.partition(". ")[0].rstrip(":.")
+    return Description(name, line[0].name, summary, _options(defined, text), roles, scheme, outside is not None)
 
 
 @cache
@@ -127,6 +128,31 @@ def _file(point: EntryPoint) -> Path:
     if spec is None or spec.origin is None:
         raise LlmqError(f"method {point.name!r}: there is no module {point.module} (entry point {point.value})")
     return Path(spec.origin)
+
+
+def _line(tree: ast.Module, wanted: str) -> list[ast.ClassDef]:
+    """The method's class, `wanted` or else the first public one derived from Method, then its bases in the file.
+
+    Empty where there is none.
+    """
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    called = {alias.asname or alias.name for node in imports for alias in node.names if alias.name == "Method"}
+
+    def line(name: str) -> list[ast.ClassDef]:
+        found = [name]
+        for one in found:  # which grows as bases are found
+            bases = [base.id for base in classes[one].bases if isinstance(base, ast.Name)]
+            found += [base for base in bases if base in classes and base not in found]
+        return [classes[one] for one in found]
+
+    def derived(name: str) -> bool:
+        bases = [ast.unparse(base) for node in line(name) for base in node.bases]
+        return any(base in called or base.endswith(".Method") for base in bases)
+
+    if wanted:
+        return line(wanted) if wanted in classes else []
+    return next((line(name) for name in classes if not name.startswith("_") and derived(name)), [])
 
 
 def _options(defined: dict[str, ast.FunctionDef], text: str) -> tuple[Option, ...]:

@@ -28,7 +28,7 @@ def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> st
     """README.md of a written folder. source: the folder that was quantized, whose card tells its licence."""
     base = hub_id(report.model, source)
     name = Path(report.out).name
-    left = sorted({str(row["kept"]) for row in report.weights if row["scheme"] is None})
+    left = sorted({str(row.reason) for row in report.kept})
     what = f"[{base}](https://huggingface.co/{base})" if base else Path(report.model).name
     methods = " + ".join(report.recipe["methods"])
     return f"""---
@@ -149,7 +149,7 @@ def _metadata(report: Report, base: str | None, source: Path) -> str:
     given: dict[str, Any] = {}
     if base:
         given |= {"base_model": base, "base_model_relation": "quantized"}
-    bits = sorted({row["scheme"]["bits"] for row in report.weights if row["scheme"] is not None})
+    bits = sorted({row.scheme.bits for row in report.quantized})
     tags = ["llmq", report.format.partition(" ")[0], *(f"{count}-bit" for count in bits)]
     known = source_metadata(source)
     given |= {key: known[key] for key in COPIED if known.get(key)}
@@ -168,10 +168,7 @@ def source_metadata(source: Path) -> dict[str, Any]:
 
 
 def _kinds(report: Report) -> str:
-    from llmq.grids.scheme import Scheme, changed_scheme
-
-    kinds = {str(changed_scheme(row["scheme"], Scheme(), "report")) for row in report.weights if row["scheme"]}
-    return ", ".join(sorted(kinds))
+    return ", ".join(sorted({str(row.scheme) for row in report.quantized}))
 
 
 def _usage(report: Report) -> str:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llmq import formats
+from llmq.block.attempt import Attempt, Outcome
 from llmq.checkpoint.files import REPORT
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
+from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_block, read_weight
 
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
-RECORDED = ("error", "seconds", "log", "memory", "peak", "device")
 
 
 @dataclass
 class Report:
-    """Everything a run did. weights: one row per weight with two or more axes, kept ones with their reason.
+    """Everything a run did. weights: one row per weight with two or more axes, those left alone with their reason.
 
-    error: relative Frobenius error of a weight, or of a block's output on the calibration windows. Sizes in bytes,
-    times in seconds, peak_memory the largest resident size of the process that finished the run. command: the command
-    line that does the same again from the recipe in a file `recipe.yaml`. A block's memory and peak: the resident size
-    of the process that quantized it, at its end, and the largest until then; device: on a GPU, the most that tensors
-    took there while the block was quantized.
+    Sizes in bytes, times in seconds, peak_memory the largest resident size of the process that finished the run.
+    command: the command line that does the same again from the recipe in a file `recipe.yaml`. What the rows hold is
+    told in `llmq.report.rows`; report.json has all of it under the same names.
     """
 
     model: str
@@ -41,8 +41,8 @@ class Report:
     peak_memory: int
     predicted_memory: int
     seconds: float
-    weights: list[dict[str, Any]]
-    blocks: list[dict[str, Any]]
+    weights: list[WeightRow | KeptRow]
+    blocks: list[BlockRow]
     warnings: list[str]
     format: str = ""
     predicted_device_memory: int = 0
@@ -58,12 +58,21 @@ class Report:
     @property
     def fallbacks(self) -> list[tuple[str, str]]:
         """(weight, note) for everything that did not go the usual way."""
-        return [(row["name"], note) for row in self.weights for note in row.get("notes", [])]
+        return [(row.name, note) for row in self.quantized for note in row.notes]
 
     @property
-    def undone(self) -> list[tuple[str, str]]:
-        """(block, what) for everything that was tried and undone, because the block's error did not fall."""
-        return [(b["name"], describe(line)) for b in self.blocks for line in b.get("log", []) if not line["kept"]]
+    def quantized(self) -> list[WeightRow]:
+        """The weights that are quantized, in the order of their blocks."""
+        return [row for row in self.weights if isinstance(row, WeightRow)]
+
+    @property
+    def kept(self) -> list[KeptRow]:
+        """The weights that were left alone."""
+        return [row for row in self.weights if isinstance(row, KeptRow)]
+
+    def attempts(self, *outcomes: Outcome) -> list[tuple[str, Attempt]]:
+        """(block, attempt) for everything that methods tried, with one of these outcomes."""
+        return [(block.name, attempt) for block in self.blocks for attempt in block.log if attempt.outcome in outcomes]
 
     def to_json(self) -> str:
         """The text of report.json."""
@@ -78,21 +87,19 @@ class Report:
     def load(folder: Path) -> Report:
         """The report of a finished folder. Raises LlmqError where there is none."""
         try:
-            return Report(**json.loads((folder / REPORT).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {error}") from error
+            return Report.from_dict(json.loads((folder / REPORT).read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, LlmqError) as error:
+            raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {first_line(error)}") from error
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Report:
+        """A report from the data of report.json, of an earlier llmq too.
 
-def whole(line: dict[str, Any]) -> bool:
-    """Whether a line of a block's log judges the block as it is written, not one pair rounded in the simplest way."""
-    return ": " not in line["what"]
-
-
-def describe(line: dict[str, Any]) -> str:
-    """A line of a block's log in words: what was tried, and the block's error before and after."""
-    after = "" if line.get("after") is None else f" → {line['after']:.4f}"
-    why = f" ({line['why']})" if line.get("why") else ""
-    return f"{line['what']}: error {line['before']:.4f}{after}{why}"
+        Raises KeyError, TypeError, ValueError, AttributeError or LlmqError where it is none.
+        """
+        weights = [read_weight(row) for row in data["weights"]]
+        blocks = [read_block(row) for row in data["blocks"]]
+        return Report(**{**data, "weights": weights, "blocks": blocks})
 
 
 def versions() -> dict[str, str]:
@@ -107,23 +114,11 @@ def make_report(
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         payload = done[f"block {index}"]
-        # A journal that an earlier llmq began has no memory in it, and a host no device.
-        kept = {key: payload[key] for key in RECORDED if key in payload}
-        blocks.append({"name": block.name, **kept})
-        weights += [{**row, "block": index} for row in payload["weights"]]
+        blocks.append(read_block({"name": block.name, **payload}))
+        weights += [read_weight({"block": index, **row}) for row in payload["weights"]]
     for item in plan.weights:
-        if item.scheme is None:
-            weights.append(
-                {
-                    "name": item.name,
-                    "shape": list(item.shape),
-                    "block": item.block,
-                    "scheme": None,
-                    "bytes": item.before,
-                    "error": 0.0,
-                    "kept": item.reason,
-                }
-            )
+        if item.reason is not None:
+            weights.append(KeptRow(item.name, item.shape, item.block, item.before, item.reason))
     return Report(
         model=model,
         out=str(out),

@@ -208,7 +208,7 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     chosen = [i for i in inside if i.scheme is not None]
     count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
     share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
-    left = sorted({i.reason for i in inside if i.scheme is None})
+    left = sorted({str(i.reason) for i in inside if i.scheme is None})
     return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from llmq.discovery import blocks as discover
+from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 
 DENSE = [
@@ -53,7 +54,8 @@ def test_refuses_blocks_called_twice(tmp_path: Path) -> None:
 def test_names_what_it_leaves(tmp_path: Path) -> None:
     structure = discover.find(discover.build(tiny.make("zamba", tmp_path), torch.float32))
     reasons = {reason for block in structure.blocks for reason in block.left.values()}
-    assert "it is shared with another block" in reasons
+    assert "it is shared with another block" in {str(reason) for reason in reasons}
+    assert Kind.SHARED in {reason.kind for reason in reasons}
 
 
 def test_weights_with_one_input_share_it(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmq
 from llmq import job, stream
+from llmq.block.attempt import Outcome
 from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
@@ -142,11 +143,11 @@ def test_stock_transformers_gives_the_logits_in_memory(
     # 8-bit inputs: a value between two codes may fall on either side after sums in another order.
     tolerance = 1e-4 if chosen.scheme.activations is None else 5e-3
     assert apart([logits(loaded(tmp_path / "out"))], [target]) < tolerance
-    tried = [line for block in report.blocks for line in block["log"]]
+    tried = [line for block in report.blocks for line in block.log]
     if chosen.methods[0] in ("hqq", "rtn"):
         assert not tried
     else:
-        assert any(line["kept"] for line in tried)
+        assert any(line.outcome is Outcome.KEPT for line in tried)
         assert any("layernorm" in name for name in memory.parameters)
 
 
@@ -246,7 +247,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def log(report: Report) -> list[Any]:
     """What was tried in each block."""
-    return [(block["name"], block["error"], block["log"]) for block in report.blocks]
+    return [(block.name, block.error, block.log) for block in report.blocks]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -274,6 +275,9 @@ def whole() -> dict[str, Path]:
     return {}
 
 
+PLACES = {("smoothquant", False), ("SmoothQuant", True)}
+
+
 def test_the_report_says_what_was_tried(
     outlying: Path, tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,15 +292,15 @@ def test_the_report_says_what_was_tried(
     assert done.returncode == 0, done.stderr
     written = json.loads((out / "report.json").read_text())
     tried = [line for block in written["blocks"] for line in block["log"]]
-    kept = [line for line in tried if line["kept"]]
+    kept = [line for line in tried if line["outcome"] == "kept"]
     assert kept and len(kept) < len(tried)
     for line in tried:
-        assert line["before"] > 0 and line["what"].startswith(("smoothquant: ", "SmoothQuant"))
-        assert line["after"] is None or line["kept"] == (line["after"] < line["before"])
+        assert line["before"] > 0 and (line["method"], line["where"] is None) in PLACES
+        assert line["after"] is None or (line["outcome"] == "kept") == (line["after"] < line["before"])
         assert line["after"] is not None or "no scale tried" in line["why"]
     said = " ".join(done.stdout.split())
     assert f"tried {len(tried)} changes to the blocks, kept {len(kept)}, undid {len(tried) - len(kept)}" in said
     assert "undone in model.layers." in said and "loads: stock transformers" in said and "vLLM" in said
     assert written["format"] == "compressed-tensors int-quantized" and len(written["loaders"]) == 2
-    assert len(Report.load(out).undone) == len(tried) - len(kept)
+    assert len(Report.load(out).attempts(Outcome.UNDONE)) == len(tried) - len(kept)
     assert written["recipe"]["options"] == {"alpha": 0.9}

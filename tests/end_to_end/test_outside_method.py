@@ -26,8 +26,7 @@ METHOD = '''
 
 from __future__ import annotations
 
-from llmq.methods.base import Method
-from llmq.grids.nearest import round_to_nearest
+from llmq.methods import Method, round_to_nearest
 
 
 class Coarse(Method):
@@ -164,6 +163,31 @@ def test_it_is_a_method_like_others(site: Path, inside: Callable[[Path], None]) 
     refused(lambda: made("coarce"), "did you mean 'coarse'?")
 
 
+KMEANS = (
+    METHOD.replace(
+        "        found.codes[found.codes.abs() <= self.least] = 0\n        return found",
+        "        return QuantizedWeight((found.codes + 8).to(torch.uint8), found.scale, None, scheme)",
+    )
+    .replace("import Method, round", "import Method, QuantizedWeight, round")
+    .replace("from llmq", "import torch\nfrom llmq")
+)
+
+
+def test_what_no_format_stores_is_refused_by_the_plan(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
+    """Before any work, with the method's and the weight's name."""
+    site = install(tmp_path / "site", "coarse = mymethod:Coarse", mymethod=KMEANS)
+    done = run(site, "plan", tiny_model, "--method", "coarse", "--calib", text_file, *SHORT)
+    said = words(done.stderr)
+    assert done.returncode == 2 and "Traceback" not in said, said
+    for word in (
+        "'coarse'",
+        "model.layers.0.self_attn.q_proj.weight",
+        "codes to pack must be int8",
+        "codes int8 [8, 64]",
+    ):
+        assert word in said, said
+
+
 def test_what_is_no_literal_is_shown_as_it_stands(tmp_path: Path, inside: Callable[[Path], None]) -> None:
     """Arguments with or without names, annotations of all kinds, a default that is an expression."""
     signature = "self, its_option: int = 1 + LEAST, share: Optional[float] = None, *, loud: bool = False"
@@ -180,10 +204,61 @@ def test_what_is_no_literal_is_shown_as_it_stands(tmp_path: Path, inside: Callab
     assert vars(made("coarse", share=0.5, its_option=2).quantizer)["least"] == 2
 
 
+HELPED = METHOD.replace(
+    "\n\nclass Coarse(Method)",
+    '''
+from dataclasses import dataclass
+
+
+@dataclass
+class Settings:
+    """Says how. Not a method, though it comes first."""
+
+    wrong: int = 0
+
+
+class _Shared(Method):
+    scheme = {"bits": 3}
+
+    def __init__(self, *, its_option: int = 1, loud: bool = False) -> None:
+        self.least, self.loud = its_option, loud
+
+
+class Coarse(_Shared)''',
+).replace(
+    """    def __init__(self, *, its_option: int = 1, loud: bool = False) -> None:
+        self.least, self.loud = its_option, loud
+
+    def quantize""",
+    "    def quantize",
+)
+
+
+@pytest.mark.parametrize("entry_point", ["coarse = mymethod:Coarse", "coarse = mymethod"])
+def test_a_helper_class_before_it_hides_nothing(
+    entry_point: str, tmp_path: Path, inside: Callable[[Path], None]
+) -> None:
+    """What is described is what runs: the class derived from Method, here through another class of the file."""
+    assert HELPED.count("def __init__") == 1 and "class Coarse(_Shared)" in HELPED
+    inside(install(tmp_path / "site", entry_point, mymethod=HELPED))
+    found = catalog.describe("coarse")
+    assert (found.kind, found.roles, found.scheme) == ("Coarse", ("quantize",), {"bits": 3})
+    assert found.summary == "Rounds to nearest and lets the smallest codes go"
+    assert [(o.name, o.default) for o in found.options] == [("its_option", 1), ("loud", False)]
+    assert methods.find("coarse").__name__ == "Coarse"
+    quantizer = made("coarse", its_option=4).quantizer
+    assert (type(quantizer).__name__, vars(quantizer)) == ("Coarse", {"least": 4, "loud": False})
+
+
+def test_a_module_without_a_method_is_named(tmp_path: Path, inside: Callable[[Path], None]) -> None:
+    inside(install(tmp_path / "site", "coarse = mymethod", mymethod="class Coarse:\n    pass\n"))
+    refused(lambda: made("coarse"), "'coarse'", "no class derived from Method")
+
+
 BROKEN = {
     "import error": (
         "coarse = mymethod:Coarse",
-        METHOD.replace("from llmq.numerics", "import nowhere_to_be_found\nfrom llmq.numerics"),
+        METHOD.replace("from llmq.methods", "import nowhere_to_be_found\nfrom llmq.methods"),
         "nowhere_to_be_found",
     ),
     "no method": ("coarse = mymethod:Coarse", "class Coarse:\n    '''Not one.'''\n", "no class derived from"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmq import steps
-from llmq.block.block import Block
+from llmq.block.attempt import Attempt, Outcome
+from llmq.block.block import Block, rounded_inputs
 from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
@@ -114,12 +115,12 @@ def test_a_transform_that_does_harm_is_undone(
     assert results(tried) == results(plain)
     assert not tried.changed
     (line,) = tried.log
-    assert line["what"] == bad.__name__ and not line["kept"]  # type: ignore[attr-defined]
-    assert line["before"] == pytest.approx(plain.error(), rel=1e-5)
+    assert line.method == bad.__name__ and line.outcome is Outcome.UNDONE  # type: ignore[attr-defined]
+    assert line.before == pytest.approx(plain.error(), rel=1e-5)
     if bad is not Spread:
-        assert line["after"] is None and "unrounded output moved" in line["why"]
+        assert line.after is None and "unrounded output moved" in line.why
     else:
-        assert line["after"] > line["before"]
+        assert line.after is not None and line.before is not None and line.after > line.before
 
 
 def test_a_transform_that_helps_stands(tiny_model: Path) -> None:
@@ -131,18 +132,19 @@ def test_a_transform_that_helps_stands(tiny_model: Path) -> None:
     steps.quantize(plain, pipeline())
     steps.quantize(tried, pipeline(Gather()))
     (line,) = tried.log
-    assert line["kept"] and line["after"] < 0.5 * line["before"]
+    assert line.outcome is Outcome.KEPT and line.after is not None and line.before is not None
+    assert line.after < 0.5 * line.before
     assert results(tried) != results(plain)
     assert tried.changed == {p.source for p in tried.pairs} - tried.weights.keys()
     # The weights of the block are the rounded ones by now: its output is off by just the error that was logged.
-    assert apart(tried.outputs(), target) == pytest.approx(line["after"], rel=1e-4)
-    assert apart(plain.outputs(), target) == pytest.approx(line["before"], rel=1e-4)
+    assert apart(tried.outputs(), target) == pytest.approx(line.after, rel=1e-4)
+    assert apart(plain.outputs(), target) == pytest.approx(line.before, rel=1e-4)
 
 
 def test_several_transforms_stand_or_fall_together(tiny_model: Path) -> None:
     block = open_block(tiny_model, W4)
     steps.quantize(block, pipeline(Spread(), Gather()))
-    assert [line["what"] for line in block.log] == ["Spread+Gather"]
+    assert [line.method for line in block.log] == ["Spread+Gather"]
 
 
 @pytest.mark.parametrize("recipe", [W4, STATIC])
@@ -152,16 +154,84 @@ def test_a_refinement_that_does_harm_is_undone(recipe: Recipe, tiny_model: Path)
     steps.quantize(tried, pipeline(refine=(Zero(),)))
     assert results(tried) == results(plain)
     (line,) = tried.log
-    assert (line["what"], line["kept"]) == ("Zero", False)
-    assert line["after"] > line["before"] == pytest.approx(plain.error(), rel=1e-5)
+    assert (line.method, line.where, line.outcome) == ("Zero", None, Outcome.UNDONE)
+    assert line.after is not None and line.before is not None
+    assert line.after > line.before == pytest.approx(plain.error(), rel=1e-5)
 
 
 def test_a_refinement_that_helps_stands(tiny_model: Path) -> None:
     block = open_block(tiny_model, W4)
     steps.quantize(block, pipeline(refine=(Better(), Zero())))
-    assert [(line["what"], line["kept"]) for line in block.log] == [("Better", True), ("Zero", False)]
-    assert block.log[1]["before"] == block.log[0]["after"] < block.log[0]["before"]
-    assert apart(block.outputs(), block.target) == pytest.approx(block.log[0]["after"], rel=1e-4)
+    first, second = block.log
+    assert [(line.method, line.outcome) for line in block.log] == [("Better", Outcome.KEPT), ("Zero", Outcome.UNDONE)]
+    assert first.before is not None and first.after is not None
+    assert second.before == first.after < first.before
+    assert apart(block.outputs(), block.target) == pytest.approx(first.after, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [W4, STATIC])
+def test_a_refinement_is_given_the_statistics_that_it_asks_for(recipe: Recipe, tiny_model: Path) -> None:
+    """Of the inputs that weights meet in the written model: those of the block as quantized, rounded as schemes say."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Asking(Method):
+        refine_needs = (Inputs, Hessian)
+
+        def refine(self, block: Block) -> str | None:
+            for name, state in block.weights.items():
+                assert state.statistics.keys() == {Inputs, Hessian}
+                seen[name] = state.statistics[Hessian].total.clone()
+            return "it only looked"
+
+    block = open_block(tiny_model, recipe)
+    steps.quantize(block, pipeline(refine=(Asking(),)))
+    assert all(not state.statistics for state in block.weights.values())
+    # By now the block's weights are the rounded ones.
+    with rounded_inputs(block.weights.values()):
+        block.observe((Hessian,))
+    for name, state in block.weights.items():
+        assert torch.allclose(seen[name], state.statistics[Hessian].total, rtol=1e-4, atol=1e-4)
+
+
+class Idle(Method):
+    """Finds nothing to do, after having changed something."""
+
+    def transform(self, block: Block) -> str | None:
+        Careless().transform(block)
+        return "no place for it"
+
+    def refine(self, block: Block) -> str | None:
+        Zero().refine(block)
+        return "nothing is left"
+
+
+def test_a_method_may_have_nothing_to_do(tiny_model: Path) -> None:
+    plain, tried = open_block(tiny_model, W4), open_block(tiny_model, W4)
+    steps.quantize(plain, pipeline())
+    steps.quantize(tried, pipeline(Idle(), refine=(Idle(),)))
+    assert results(tried) == results(plain) and not tried.changed
+    assert tried.log == [
+        Attempt("Idle", None, None, None, Outcome.SKIPPED, why="no place for it"),
+        Attempt("Idle", None, None, None, Outcome.SKIPPED, why="nothing is left"),
+    ]
+
+
+def test_a_transform_with_nothing_to_do_leaves_the_others_alone(tiny_model: Path) -> None:
+    class Content(Method):
+        def transform(self, block: Block) -> str | None:
+            return "no place for it"
+
+    plain, tried = open_block(tiny_model, W4), open_block(tiny_model, W4)
+    for block in (plain, tried):
+        Spread().transform(block)
+        block.changed.clear()
+    steps.quantize(plain, pipeline(Gather()))
+    steps.quantize(tried, pipeline(Content(), Gather()))
+    assert results(tried) == results(plain)
+    assert [(line.method, line.outcome) for line in tried.log] == [
+        ("Content", Outcome.SKIPPED),
+        ("Gather", Outcome.KEPT),
+    ]
 
 
 def test_statistics_are_those_of_the_block_after_the_transform(tiny_model: Path) -> None:
@@ -201,15 +271,3 @@ def test_a_weight_that_cannot_be_rounded_is_named(tiny_model: Path) -> None:
     first = next(iter(block.weights.values())).name
     with pytest.raises(LlmqError, match=f"{first}.weight: not this one"):
         steps.quantize(block, pipeline(quantizer=Picky()))
-
-
-def test_the_row_of_a_weight(tiny_model: Path) -> None:
-    block = open_block(tiny_model, W4)
-    value = next(iter(block.weights.values())).value.double().clone()
-    steps.quantize(block, pipeline())
-    state = next(iter(block.weights.values()))
-    assert state.quantized is not None
-    row = steps.row(state)
-    rounded = state.quantized.dequantize(torch.float32).double()
-    assert row["error"] == pytest.approx(float((rounded - value).norm() / value.norm()), rel=1e-5)
-    assert (row["name"], row["shape"]) == (state.name, list(value.shape))

@@ -18,6 +18,7 @@ from llmq.machine import device_memory
 from llmq.methods import Pipeline
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
 
@@ -67,9 +68,10 @@ def test_every_source_dtype(dtype: str, tmp_path: Path) -> None:
 def test_everything_is_in_the_report(tiny_model: Path, tmp_path: Path) -> None:
     report = llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {row["name"] for row in written["weights"]} == {row["name"] for row in report.weights}
+    assert {row["name"] for row in written["weights"]} == {row.name for row in report.weights}
     for row in written["weights"]:
-        assert row["kept"] if row["scheme"] is None else 0 < row["error"] < 0.3
+        assert row["reason"]["sentence"] if "reason" in row else 0 < row["error"] < 0.3
+    assert Report.load(tmp_path / "out") == report
     assert all(0 < block["error"] < 0.5 for block in written["blocks"])
     assert written["peak_memory"] > 0 and written["bits_per_weight"] == pytest.approx(report.bits_per_weight)
 

@@ -40,6 +40,7 @@ def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable
         device=figures.device(report),
         worst=story.worst(report),
         undone=story.undone(report),
+        skipped=story.skipped(report),
         tried=story.tried(report),
         notes=story.notes(report),
         left=story.left(report),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
-from typing import Any
 
 from llmq.report.measured import digits
 from llmq.report.page.charts import Cell, Given, Heat, Plot, Scale, Strip, plot
-from llmq.report.report import Report, whole
+from llmq.report.report import Report
+from llmq.report.rows import BlockRow, KeptRow, WeightRow
 
+Row = WeightRow | KeptRow
 MANY = 24
 """More kinds of weights than this, and those that differ in a number only (experts) are shown as one."""
 
@@ -21,20 +22,20 @@ def heat(report: Report) -> Heat | None:
     Where a block has very many weights, those whose names differ in numbers only share a strip: its colour is their
     mean error, its tooltip tells the largest as well.
     """
-    rows = [row for row in report.weights if row["block"] is not None]
+    rows = [(row, row.block) for row in report.weights if row.block is not None]
     kinds = _kinds(report, rows)
-    quantized = {kind for row, kind in zip(rows, kinds, strict=True) if row["scheme"] is not None}
+    quantized = {kind for (row, _), kind in zip(rows, kinds, strict=True) if isinstance(row, WeightRow)}
     if not quantized:
         return None
-    cells: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for row, kind in zip(rows, kinds, strict=True):
+    cells: dict[str, dict[int, list[Row]]] = {}
+    for (row, at), kind in zip(rows, kinds, strict=True):
         if kind in quantized:
-            cells.setdefault(kind, {}).setdefault(row["block"], []).append(row)
+            cells.setdefault(kind, {}).setdefault(at, []).append(row)
     means = {
         (kind, at): sum(errors) / len(errors)
         for kind, places in cells.items()
         for at, alike in places.items()
-        if (errors := [row["error"] for row in alike if row["scheme"] is not None])
+        if (errors := [row.error for row in _quantized(alike)])
     }
     scale = Scale(list(means.values()))
     order = _order(rows, kinds)
@@ -54,22 +55,26 @@ def heat(report: Report) -> Heat | None:
     return Heat("heat", "Error of every weight", description, _labels(report), strips, steps)
 
 
-def _kinds(report: Report, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _quantized(rows: Iterable[Row]) -> list[WeightRow]:
+    return [row for row in rows if isinstance(row, WeightRow)]
+
+
+def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
     """What each weight is called inside its block."""
-    inside = [_inside(row["name"], report.blocks[row["block"]]["name"]) for row in rows]
+    inside = [_inside(row.name, report.blocks[at].name) for row, at in rows]
     if len(set(inside)) <= MANY:
         return inside
     return [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in inside]
 
 
-def _order(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict[str, float]:
+def _order(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, float]:
     """Where in its block each kind of weight stands, on average; weights left alone come last in a report."""
     counts: dict[int, int] = {}
     places: dict[str, list[int]] = {}
-    for row, kind in zip(rows, kinds, strict=True):
-        if row["scheme"] is not None:
-            counts[row["block"]] = counts.get(row["block"], 0) + 1
-            places.setdefault(kind, []).append(counts[row["block"]])
+    for (row, at), kind in zip(rows, kinds, strict=True):
+        if isinstance(row, WeightRow):
+            counts[at] = counts.get(at, 0) + 1
+            places.setdefault(kind, []).append(counts[at])
     return {kind: sum(found) / len(found) for kind, found in places.items()}
 
 
@@ -81,24 +86,25 @@ def _inside(name: str, block: str) -> str:
     return name.partition(f".{number}.")[2] or name
 
 
-def _cell(kind: str, at: int, alike: list[dict[str, Any]], mean: float | None, scale: Scale) -> Cell:
+def _cell(kind: str, at: int, alike: list[Row], mean: float | None, scale: Scale) -> Cell:
     where = f"block {at}, {kind}"
     if mean is None:
-        return Cell(at, None, f"{where}: left alone ({alike[0].get('kept', '')})", "left alone")
+        reason = next(str(row.reason) for row in alike if isinstance(row, KeptRow))
+        return Cell(at, None, f"{where}: left alone ({reason})", "left alone")
     text = digits(mean, 3)
     if len(alike) == 1:
         return Cell(at, scale.level(mean), f"{where}: {text}", text)
-    chosen = [row for row in alike if row["scheme"] is not None]
-    largest = max(chosen, key=lambda row: row["error"])
-    more = f"mean of {len(chosen)}, largest {digits(largest['error'], 3)} ({largest['name']})"
-    return Cell(at, scale.level(mean), f"{where}: {text}, {more}", f"{text} (largest {digits(largest['error'], 3)})")
+    chosen = _quantized(alike)
+    largest = max(chosen, key=lambda row: row.error)
+    more = f"mean of {len(chosen)}, largest {digits(largest.error, 3)} ({largest.name})"
+    return Cell(at, scale.level(mean), f"{where}: {text}, {more}", f"{text} (largest {digits(largest.error, 3)})")
 
 
-def _detail(places: dict[int, list[dict[str, Any]]]) -> str:
+def _detail(places: dict[int, list[Row]]) -> str:
     """What else is to be said of a strip: its shape and schemes' bits, where they are all alike."""
-    rows = [row for alike in places.values() for row in alike if row["scheme"] is not None]
-    shapes = {tuple(row["shape"]) for row in rows}
-    bits = sorted({row["scheme"]["bits"] for row in rows})
+    rows = [row for alike in places.values() for row in _quantized(alike)]
+    shapes = {row.shape for row in rows}
+    bits = sorted({row.scheme.bits for row in rows})
     per_block = max(len(alike) for alike in places.values())
     parts = [f"{per_block} weights"] if per_block > 1 else []
     parts += ["×".join(map(str, next(iter(shapes))))] if len(shapes) == 1 else []
@@ -109,7 +115,7 @@ def depth(report: Report) -> Plot | None:
     """The error of each block's output, and what it would have been without what the methods changed."""
     if not report.blocks:
         return None
-    errors = [block["error"] for block in report.blocks]
+    errors = [block.error for block in report.blocks]
     before = [_before(block) for block in report.blocks]
     given = [Given("as written", "line", errors)]
     if any(value is not None for value in before):
@@ -123,16 +129,16 @@ def depth(report: Report) -> Plot | None:
     return plot("depth", "Error of each block's output", description, _labels(report), given, _three, tick=_two)
 
 
-def _before(block: dict[str, Any]) -> float | None:
+def _before(block: BlockRow) -> float | None:
     """A block's error before the first change that was judged by the real quantizer, where there was one."""
-    return next((line["before"] for line in block.get("log", []) if whole(line)), None)
+    return next((tried.before for tried in block.log if tried.whole and tried.before is not None), None)
 
 
 def seconds(report: Report) -> Plot | None:
     """Time along the run."""
     if not report.blocks:
         return None
-    times = [block["seconds"] for block in report.blocks]
+    times = [block.seconds for block in report.blocks]
     description = (
         f"Seconds spent on each of {len(times)} blocks, {digits(sum(times), 3)} in all; "
         f"the shortest took {digits(min(times), 3)}, the longest {digits(max(times), 3)}."
@@ -143,18 +149,18 @@ def seconds(report: Report) -> Plot | None:
 
 def memory(report: Report) -> Plot | None:
     """Memory along the run; None where the run did not record it."""
-    if not any("peak" in block for block in report.blocks):
+    if all(block.peak is None for block in report.blocks):
         return None
     unit, name = (2**30, "GiB") if report.peak_memory >= 2**30 else (2**20, "MiB")
 
-    def of(key: str) -> list[float | None]:
-        return [block[key] / unit if key in block else None for block in report.blocks]
+    def shown(values: Iterable[int | None]) -> list[float | None]:
+        return [None if value is None else value / unit for value in values]
 
     predicted = report.predicted_memory / unit
     given = [
         Given("predicted", "limit", [predicted] * len(report.blocks)),
-        Given("largest so far", "before", of("peak")),
-        Given("at the block's end", "line", of("memory")),
+        Given("largest so far", "before", shown(block.peak for block in report.blocks)),
+        Given("at the block's end", "line", shown(block.memory for block in report.blocks)),
     ]
 
     def text(value: float) -> str:
@@ -172,10 +178,10 @@ def memory(report: Report) -> Plot | None:
 
 def device(report: Report) -> Plot | None:
     """The GPU's memory along the run; None where there was none."""
-    if not any("device" in block for block in report.blocks):
+    values = [block.device for block in report.blocks]
+    most = max((value for value in values if value is not None), default=None)
+    if most is None:
         return None
-    values = [block.get("device") for block in report.blocks]
-    most = max(value for value in values if value is not None)
     unit, name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
     predicted = report.predicted_device_memory / unit
     given = [Given("most in the block", "line", [None if value is None else value / unit for value in values])]

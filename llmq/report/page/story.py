@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
+from llmq.block.attempt import Attempt, Outcome
 from llmq.machine import size
 from llmq.report.measured import Row, digits
-from llmq.report.report import Report, describe, whole
+from llmq.report.report import Report
+from llmq.report.rows import WeightRow
 
 T = TypeVar("T")
 WORST = 12
@@ -72,32 +74,34 @@ def duration(seconds: float) -> str:
 
 def worst(report: Report) -> list[list[str]]:
     """The weights that lost most: name, shape, bits, error."""
-    rows = sorted((row for row in report.weights if row["scheme"] is not None), key=lambda row: -row["error"])
+    rows = sorted(report.quantized, key=lambda row: -row.error)
     return [
-        [row["name"], "×".join(map(str, row["shape"])), f"{_bits(row):.2f}", digits(row["error"], 3)]
-        for row in rows[:WORST]
+        [row.name, "×".join(map(str, row.shape)), f"{_bits(row):.2f}", digits(row.error, 3)] for row in rows[:WORST]
     ]
 
 
-def _bits(row: dict[str, Any]) -> float:
-    return float(8 * row["bytes"] / max(1, prod(row["shape"])))
+def _bits(row: WeightRow) -> float:
+    return 8 * row.bytes / max(1, prod(row.shape))
 
 
 def tried(report: Report) -> tuple[int, int]:
     """How many changes to the blocks were tried, and how many of them stood."""
-    lines = [line for block in report.blocks for line in block.get("log", [])]
-    return len(lines), sum(line["kept"] for line in lines)
+    kept = len(report.attempts(Outcome.KEPT))
+    return kept + len(report.attempts(Outcome.UNDONE)), kept
 
 
 def undone(report: Report) -> list[Group]:
     """What was tried on a block and undone, by method; what judges whole blocks first."""
-    lines = [(block["name"], line) for block in report.blocks for line in block.get("log", []) if not line["kept"]]
 
-    def what(entry: tuple[str, dict[str, Any]]) -> str:
-        name = str(entry[1]["what"]).partition(": ")[0]
-        return f"{name}, whole block" if whole(entry[1]) else f"{name}, one pair of weights"
+    def what(entry: tuple[str, Attempt]) -> str:
+        return f"{entry[1].method}, {'whole block' if entry[1].whole else 'one pair of weights'}"
 
-    return _groups(lines, what, lambda entry: (entry[0], describe(entry[1])))
+    return _groups(report.attempts(Outcome.UNDONE), what, lambda entry: (entry[0], str(entry[1])))
+
+
+def skipped(report: Report) -> list[Group]:
+    """Where a method had nothing to do, by method and reason."""
+    return _groups(report.attempts(Outcome.SKIPPED), lambda entry: str(entry[1]), lambda entry: (entry[0], ""))
 
 
 def notes(report: Report) -> list[Group]:
@@ -107,15 +111,14 @@ def notes(report: Report) -> list[Group]:
 
 def left(report: Report) -> list[Group]:
     """Weights left alone, by the reason, with their size."""
-    rows = [row for row in report.weights if row["scheme"] is None]
     groups = _groups(
-        rows,
-        lambda row: str(row["kept"]),
-        lambda row: (row["name"], f"{'×'.join(map(str, row['shape']))}, {size(row['bytes'])}"),
+        report.kept,
+        lambda row: str(row.reason),
+        lambda row: (row.name, f"{'×'.join(map(str, row.shape))}, {size(row.bytes)}"),
     )
     total: dict[str, int] = {}
-    for row in rows:
-        total[row["kept"]] = total.get(row["kept"], 0) + row["bytes"]
+    for row in report.kept:
+        total[str(row.reason)] = total.get(str(row.reason), 0) + row.bytes
     return [
         Group(group.what, f"{group.detail}, {size(total[group.what])}", group.items, group.more) for group in groups
     ]

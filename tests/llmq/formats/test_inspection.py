@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.formats.base import Row
 from llmq.formats.inspection import inspect_folder
-from llmq.report import render
+from llmq.report import terminal
 
 SHARED = Path(__file__).parents[4] / "shared"
 OUT, IN = 64, 256
@@ -192,7 +192,7 @@ def test_errors_come_from_the_report(tmp_path: Path, ending: str) -> None:
 def test_table(tmp_path: Path) -> None:
     tensors, config, _ = CASES["int3 channel asymmetric"]
     console = Console(width=100, record=True, file=io.StringIO())
-    render.inspection(console, inspect_folder(folder(tmp_path, tensors, config)))
+    terminal.inspection(console, inspect_folder(folder(tmp_path, tensors, config)))
     text = console.export_text()
     assert "block.0.up " in text and "64×256" in text and "int3 channel asymmetric" in text
     assert "1 × int3 channel asymmetric" in text and "bits per weight, whole model" in text

@@ -128,13 +128,13 @@ def test_the_parts_of_a_pipeline() -> None:
     found = made("smoothquant", "awq", "gptq")
     assert [type(m).__name__ for m in found.transforms] == ["SmoothQuant", "AWQ"]
     assert type(found.quantizer) is GPTQ and not found.refiners
-    assert found.needs == (Hessian, Inputs) and found.first == () and found.calibrated
+    assert found.passes == ((Inputs,), (Inputs,), (Hessian,)) and found.first == () and found.calibrated
     alone = made("awq")
     assert alone.transforms == (alone.quantizer,) and type(alone.quantizer) is AWQ
     only = made("smoothquant")
-    assert type(only.quantizer) is RTN and only.quantizer.needs == ()
+    assert type(only.quantizer) is RTN and only.quantizer.quantize_needs == ()
     assert made("gptq").first == (Hessian,) and not made("rtn").calibrated
-    assert made("rtn", range="weighted").needs == (MeanSquare,)
+    assert made("rtn", range="weighted").passes == ((MeanSquare,),)
 
 
 def test_a_method_that_transforms_and_quantizes_only_transforms_before_a_quantizer() -> None:
@@ -218,6 +218,7 @@ def test_the_catalog_says_what_the_class_is(name: str) -> None:
         assert len(option.help) > 10 and not option.help.endswith((".", ";")), (
             f"{name} --{option.name}: {option.help!r}"
         )
+    assert said.kind == kind.__name__
     assert set(said.roles) == methods._roles(kind) and said.roles
     assert said.scheme == kind.scheme and not said.outside
     assert said.summary and "\n" not in said.summary and (kind.__doc__ or "").split()[0] == said.summary.split()[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import NORM, Pair
@@ -167,12 +168,12 @@ def test_the_best_candidate_is_taken(tmp_path: Path) -> None:
     source, before = block.get(pair.source).clone(), block.error()
     assert balance(block, pair, iter(tried), "test")
     (line,) = block.log
-    assert line["kept"] and line["choice"] == "good" and line["after"] == block.error() < line["before"] == before
-    assert line["what"] == f"test: {pair.describe()}"
+    assert line == Attempt("test", pair.describe(), before, block.error(), Outcome.KEPT, "good")
+    assert line.after is not None and line.after < before
     assert torch.allclose(block.get(pair.source) * inverse, source, rtol=1e-6)
     assert block.changed == {pair.source}
     block._error = None
-    assert block.error() == pytest.approx(line["after"], rel=1e-6)
+    assert block.error() == pytest.approx(line.after, rel=1e-6)
 
 
 def test_where_nothing_is_better_nothing_moves(tmp_path: Path) -> None:
@@ -181,8 +182,8 @@ def test_where_nothing_is_better_nothing_moves(tmp_path: Path) -> None:
     worse[5::16] = 1 / 40
     assert not balance(block, pair, [Candidate("worse", worse)], "test")
     assert not balance(block, pair, [], "test")
-    assert [(line["kept"], line["after"]) for line in block.log] == [(False, None)] * 2
-    assert all("no scale" in line["why"] for line in block.log)
+    assert [(line.outcome, line.after) for line in block.log] == [(Outcome.UNDONE, None)] * 2
+    assert all("no scale" in line.why for line in block.log)
     assert not block.changed and apart(block.outputs(), block.target) == 0
 
 
@@ -194,7 +195,8 @@ def test_better_on_the_rows_and_worse_for_the_block_is_undone(tmp_path: Path, mo
     monkeypatch.setattr("llmq.methods._pair_scales.loss", lambda block, pair, candidate: float(candidate is None))
     assert not balance(block, pair, [Candidate("worse", worse)], "test")
     (line,) = block.log
-    assert not line["kept"] and line["choice"] == "worse" and line["after"] > line["before"]
+    assert line.outcome is Outcome.UNDONE and line.choice == "worse"
+    assert line.after is not None and line.before is not None and line.after > line.before
     assert not block.changed
     assert all(torch.equal(p, before[name]) for name, p in block.module.named_parameters())
 

@@ -121,6 +121,6 @@ def test_refusals_and_the_method() -> None:
         with pytest.raises(LlmqError, match="half-quadratic"):
             half_quadratic(weight, Scheme(4, 16), torch.float32, **wrong)
     method = find("hqq")()
-    assert method.needs == ()
+    assert method.quantize_needs == ()
     q = method.quantize(weight, Scheme(4, 16), {}, torch.float16)
     assert q.scale.dtype == torch.float16 and q.codes.shape == weight.shape

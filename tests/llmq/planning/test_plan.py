@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from llmq import job
+from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
+from llmq.planning import plan as plan_module
+from llmq.planning.memory import Load
 from llmq.planning.plan import Plan
 from llmq.planning.weights import matches
 from llmq.recipe.recipe import Recipe
@@ -46,7 +49,7 @@ def test_everything_is_accounted_for(tiny_model: Path) -> None:
             *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
         )
     }
-    assert {i.name: i.reason for i in plan.weights if not i.scheme} == {
+    assert {i.name: str(i.reason) for i in plan.weights if not i.scheme} == {
         "model.embed_tokens": "outside the decoder blocks",
         "lm_head": "outside the decoder blocks",
     }
@@ -76,8 +79,25 @@ def test_ragged_is_refused_by_name(ragged_model: Path) -> None:
 def test_override_and_keep(tiny_model: Path) -> None:
     plan = make(tiny_model, overrides=(("down_proj", Scheme(8, 64)),), keep=("re:layers\\.0\\.",))
     assert scheme_of(plan) == Scheme(8, 64)
-    assert all(i.scheme is None and "--keep" in i.reason for i in plan.weights if i.block == 0)
+    assert all(i.scheme is None and "--keep" in str(i.reason) and i.by_user for i in plan.weights if i.block == 0)
     assert not [w for w in plan.warnings if "share an input" in w]
+
+
+def test_a_weight_left_alone_has_a_kind_of_reason(ragged_model: Path) -> None:
+    plan = make(ragged_model, ragged="keep", keep=("q_proj",))
+    kinds: dict[Kind, set[str]] = {}
+    for item in plan.weights:
+        assert (item.scheme is None) == (item.reason is not None)
+        if item.reason is not None:
+            kinds.setdefault(item.reason.kind, set()).add(item.name.rpartition(".")[2])
+    assert kinds == {
+        Kind.BY_USER: {"q_proj"},
+        Kind.INDIVISIBLE: {"down_proj"},
+        Kind.OUTSIDE: {"embed_tokens", "lm_head"},
+    }
+    # What the user leaves alone may be overridden in vain; what cannot be quantized may not.
+    assert make(ragged_model, ragged="keep", keep=("q_proj",), overrides=(("q_proj", Scheme(8, 32)),))
+    refused(lambda: make(ragged_model, ragged="keep", overrides=(("lm_head", Scheme(8, 32)),)), "only what is left")
 
 
 def test_splitting_what_servers_fuse_is_warned_of(tiny_model: Path) -> None:
@@ -112,6 +132,50 @@ def test_rtn_needs_no_text(tiny_model: Path) -> None:
     assert (
         "none needed" not in make(tiny_model, methods=("rtn",), options={"range": "weighted"}).calibration.description
     )
+
+
+class Wide:
+    """A statistic of a known size."""
+
+    size = 0
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def update(self, x: torch.Tensor) -> None: ...
+
+    @classmethod
+    def nbytes(cls, width: int) -> int:
+        return cls.size * width
+
+
+class Wider(Wide):
+    """Another one."""
+
+    size = 5_000
+
+
+@pytest.mark.parametrize("part", ["transform", "quantize", "refine"])
+def test_the_statistics_of_every_part_are_budgeted(
+    part: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget has the largest pass of statistics: they are never held together."""
+    made = make(tiny_model, methods=("smoothquant", "rtn", "signround"))
+    made.pipeline.transforms[0].transform_needs = ()
+    made.pipeline.quantizer.quantize_needs = ()
+    loads: list[list[Load]] = []
+    monkeypatch.setattr(plan_module, "predict", lambda *args, **more: loads.append(args[5]) or made.budget)
+    plan_module._budget(made, "cpu")
+    methods = {
+        "transform": made.pipeline.transforms[0],
+        "quantize": made.pipeline.quantizer,
+        "refine": made.pipeline.refiners[0],
+    }
+    for one, method in methods.items():
+        setattr(method, f"{one}_needs", (Wider,) if one == part else (Wide,))
+    plan_module._budget(made, "cpu")
+    widths = {item.input_id: item.shape[1] for item in made.of_block(0)}
+    assert [load.statistics for load in loads[0]] == [0, 0, 0]
+    assert [load.statistics for load in loads[1]] == [5_000 * sum(widths.values())] * 3
 
 
 @pytest.mark.parametrize(

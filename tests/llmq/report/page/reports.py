@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
+from llmq.block.attempt import Attempt, Outcome
+from llmq.discovery.reasons import Kind, Reason
+from llmq.grids.scheme import Scheme
 from llmq.report.report import Report
+from llmq.report.rows import BlockRow, KeptRow, WeightRow
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 LOADS = ("src", "srcset", "data", "poster", "background", "action", "ping", "style")
@@ -23,22 +28,22 @@ def report(layers: int = 80, experts: int = 0, prefix: str = "model.layers", **c
         names |= {f"mlp.experts.{i}.{n}": (1536, 4096) for i in range(experts) for n in ("gate", "up", "down")}
     else:
         names |= {f"mlp.{n}": (14336, 4096) for n in ("gate", "up", "down")}
-    weights: list[dict[str, Any]] = []
-    blocks: list[dict[str, Any]] = []
+    weights: list[WeightRow | KeptRow] = []
+    blocks: list[BlockRow] = []
     for at in range(layers):
         for name, shape in names.items():
             size = shape[0] * shape[1] * 33 // 64
-            row = {"name": f"{prefix}.{at}.{name}", "shape": list(shape), "block": at, "bytes": size, "notes": []}
-            weights.append(row | {"scheme": FOUR, "error": draw.uniform(0.03, 0.2), "seconds": 1.0})
+            error = draw.uniform(0.03, 0.2)
+            weights.append(WeightRow(f"{prefix}.{at}.{name}", shape, at, size, Scheme(), error, seconds=1.0))
         error = draw.uniform(0.01, 0.1)
-        log = [{"what": "awq: norm → query, key", "before": error * 1.5, "after": error * 1.6, "kept": False}]
-        log.append({"what": "AWQ", "before": error * 1.2, "after": error, "kept": True})
-        memory = {"memory": 3 * 2**30 + at, "peak": 4 * 2**30 + at}
-        blocks.append({"name": f"{prefix}.{at}", "error": error, "seconds": draw.uniform(50, 80), "log": log} | memory)
-    weights[2] |= {"scheme": None, "error": 0.0, "kept": "kept by --keep"}
-    weights[3]["notes"] = ["damped 10 times more"]
-    outside = {"name": "head", "shape": [32000, 4096], "block": None, "scheme": None, "bytes": 2**28, "error": 0.0}
-    weights.append(outside | {"kept": "outside the decoder blocks"})
+        pair = Attempt("awq", "norm → query, key", error * 1.5, error * 1.6, Outcome.UNDONE)
+        log = (pair, Attempt("AWQ", None, error * 1.2, error, Outcome.KEPT))
+        seconds, memory = draw.uniform(50, 80), 3 * 2**30 + at
+        blocks.append(BlockRow(f"{prefix}.{at}", error, seconds, log, memory, 2**30 + memory))
+    weights[2] = kept(weights[2], Reason(Kind.BY_USER, "kept by --keep"))
+    weights[3] = noted(weights[3], "damped 10 times more")
+    outside = Reason(Kind.OUTSIDE, "outside the decoder blocks")
+    weights.append(KeptRow("head", (32000, 4096), None, 2**28, outside))
     made = {
         "model": "org/name", "out": "/data/name-w4", "recipe": {"methods": ["awq", "gptq"], "scheme": FOUR},
         "calibration": "the demo text", "bits_per_weight": 4.125, "bits_per_weight_whole": 4.6,
@@ -48,6 +53,17 @@ def report(layers: int = 80, experts: int = 0, prefix: str = "model.layers", **c
         "command": "llmq quantize org/name -o name-w4 --recipe recipe.yaml", "versions": {"llmq": "0.1.0"},
     }  # fmt: skip
     return Report(**(made | changes))
+
+
+def kept(row: WeightRow | KeptRow, reason: Reason) -> KeptRow:
+    """The row of a weight as though it had been left alone."""
+    return KeptRow(row.name, row.shape, row.block, row.bytes, reason)
+
+
+def noted(row: WeightRow | KeptRow, note: str) -> WeightRow:
+    """The row of a quantized weight with a note."""
+    assert isinstance(row, WeightRow)
+    return replace(row, notes=(note,))
 
 
 def measure(task: str, metric: str, value: float, unit: str = "", better: bool | None = False, **more: Any) -> Any:

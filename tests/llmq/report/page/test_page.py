@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from llmq.block.attempt import Outcome
 from llmq.checkpoint.files import REPORT
+from llmq.discovery.reasons import Kind, Reason
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 from llmq.report.measured import digits, recovery, rows
 from llmq.report.page import PAGE, report_page, write_page
 from llmq.report.page.charts import LEVELS, Scale, ticks
 from llmq.report.report import Report
-from tests.llmq.report.page.reports import Page, measure, report
+from llmq.report.rows import WeightRow
+from tests.llmq.report.page.reports import Page, kept, measure, noted, report
 
 HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 ALONG = ["Error of each block's output", "Seconds per block", "Memory"]
@@ -40,35 +44,34 @@ def test_what_is_in_it() -> None:
     text = " ".join(page.text.split())
     assert "37.25 GiB" in text and "4.12" in text and "1 h 23 min" in text and "5.00 GiB" in text
     for row in made.weights[:3]:
-        if row["scheme"] is not None:
-            assert f"block 0, {row['name'].removeprefix('model.layers.0.')}: {digits(row['error'], 3)}" in text
+        if isinstance(row, WeightRow):
+            assert f"block 0, {row.name.removeprefix('model.layers.0.')}: {digits(row.error, 3)}" in text
     assert "block 0, attn.value: left alone (kept by --keep)" in text
     assert "outside the decoder blocks (1, 256.0 MiB)" in text
     assert "damped 10 times more (1)" in text and "model.layers.0.attn.out" in text
     assert "12 changes to the blocks were tried and 6 kept" in text
     for at, block in enumerate(made.blocks):
-        before = block["log"][1]["before"]
-        assert (
-            f"block {at}: before the methods' changes {digits(before, 3)}, as written {digits(block['error'], 3)}"
-            in text
-        )
+        before = block.log[1].before
+        assert before is not None
+        said = f"block {at}: before the methods' changes {digits(before, 3)}, as written {digits(block.error, 3)}"
+        assert said in text
     assert "a warning" in text and made.command in text
 
 
 def test_experts_are_one_strip_with_their_mean_and_worst() -> None:
     made = report(2, experts=64)
     page = Page(report_page(made))
-    alike = [r for r in made.weights if re.fullmatch(r"model\.layers\.1\.mlp\.experts\.\d+\.up", r["name"])]
-    mean = sum(r["error"] for r in alike) / 64
-    worst = max(alike, key=lambda r: r["error"])
-    said = f"mlp.experts.*.up: {digits(mean, 3)}, mean of 64, largest {digits(worst['error'], 3)} ({worst['name']})"
+    alike = [r for r in made.quantized if re.fullmatch(r"model\.layers\.1\.mlp\.experts\.\d+\.up", r.name)]
+    mean = sum(r.error for r in alike) / 64
+    worst = max(alike, key=lambda r: r.error)
+    said = f"mlp.experts.*.up: {digits(mean, 3)}, mean of 64, largest {digits(worst.error, 3)} ({worst.name})"
     assert said in page.text
 
 
 def test_strips_stand_as_in_the_block_though_kept_weights_come_last() -> None:
     made = report(4)
-    kept = made.weights.pop(2)
-    made.weights.append(kept)
+    moved = made.weights.pop(2)
+    made.weights.append(moved)
     order = ["attn.query", "attn.key", "attn.value", "attn.out", "mlp.gate", "mlp.up", "mlp.down"]
     assert Page(report_page(made)).plots[:7] == order
 
@@ -76,9 +79,11 @@ def test_strips_stand_as_in_the_block_though_kept_weights_come_last() -> None:
 def test_hostile_names_are_text() -> None:
     made = report(3, prefix=f"{HOSTILE}.h", model=HOSTILE, out=f"/data/{HOSTILE}", calibration=HOSTILE, command=HOSTILE)
     made.warnings = [HOSTILE]
-    made.blocks[0]["log"][0] |= {"what": HOSTILE, "why": HOSTILE}
-    made.weights[0]["notes"] = [HOSTILE]
-    made.weights[2]["kept"] = HOSTILE
+    first = made.blocks[0].log[0]
+    tried = (replace(first, method=HOSTILE, why=HOSTILE), replace(first, outcome=Outcome.SKIPPED, why=HOSTILE))
+    made.blocks[0] = replace(made.blocks[0], log=tried)
+    made.weights[0] = noted(made.weights[0], HOSTILE)
+    made.weights[2] = kept(made.weights[2], Reason(Kind.BY_USER, HOSTILE))
     html = report_page(made, [measure(HOSTILE, HOSTILE, 5.0, protocol=HOSTILE)])
     page = Page(html)
     assert "alert(1)</script>" in page.text and "{{ 7 * 7 }}" in page.text
@@ -125,15 +130,14 @@ def test_measured_numbers(tmp_path: Path) -> None:
 
 def test_a_report_of_an_earlier_llmq() -> None:
     made = report(3)
-    for block in made.blocks:
-        del block["memory"], block["peak"]
+    made.blocks = [replace(block, memory=None, peak=None) for block in made.blocks]
     assert Page(report_page(made)).plots[-2:] == ALONG[:2]
 
 
 def test_a_run_on_a_gpu() -> None:
     made = report(3, predicted_device_memory=3 * 2**30)
     for number, block in enumerate(made.blocks[1:]):  # the first was done elsewhere
-        block["device"] = (2 + number) * 2**29
+        made.blocks[1 + number] = replace(block, device=(2 + number) * 2**29)
     page = Page(report_page(made))
     assert page.plots[-4:] == [*ALONG, "GPU memory"]
     assert "1.50 GiB at most; the plan predicted 3.00 GiB." in page.text
@@ -141,8 +145,7 @@ def test_a_run_on_a_gpu() -> None:
 
 def test_names_of_the_checkpoint_may_begin_otherwise() -> None:
     made = report(2)
-    for row in made.weights[:-1]:
-        row["name"] = row["name"].replace("model.layers", "transformer.h")
+    made.weights = [replace(row, name=row.name.replace("model.layers", "transformer.h")) for row in made.weights]
     assert "attn.query" in Page(report_page(made)).plots
 
 

@@ -1,0 +1,205 @@
+"""What the command line prints: a plan, a finished run, an inspected folder, recipes, methods and pairs, as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmq.block.attempt import Outcome
+from llmq.machine import size
+
+# `llmq methods` and the like import no torch.
+if TYPE_CHECKING:
+    from llmq.discovery.pairs import Found
+    from llmq.formats.base import Row
+    from llmq.formats.inspection import Inspection
+    from llmq.planning.plan import Plan
+    from llmq.planning.weights import WeightPlan
+    from llmq.recipe.catalog import Description
+    from llmq.recipe.recipe import Recipe
+    from llmq.report.report import Report
+    from llmq.report.rows import KeptRow
+
+WORST = 5
+
+
+def plan(console: Console, made: Plan) -> None:
+    """Every weight's shape, scheme and bytes before and after, then the summary."""
+    title = escape(str(made.source.folder))
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("scheme")
+    for heading in ("before", "after", "bits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for item in made.weights:
+        table.add_row(*_row(item))
+    console.print(table)
+    console.print()
+    summary(console, made)
+
+
+def _row(item: WeightPlan) -> list[str]:
+    what = str(item.scheme) if item.scheme else f"[dim]kept: {escape(str(item.reason))}[/]"
+    bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
+    return [escape(item.name), " × ".join(map(str, item.shape)), what, size(item.before), size(item.after), bits]
+
+
+def summary(console: Console, made: Plan) -> None:
+    """A plan in a few lines: what is quantized, to which size, from which text, in how much memory and disk."""
+    chosen = [i for i in made.weights if i.scheme is not None]
+    schemes = sorted({str(i.scheme) for i in chosen})
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
+    used = getattr(made.pipeline.quantizer, "range", None)
+    grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
+    grid.add_row(
+        "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
+    )
+    places = sum(len(found.pairs) for found in made.pairs.values())
+    if places:
+        grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")
+    grid.add_row("calibration", escape(made.calibration.description))
+    device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
+    grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
+    console.print(grid)
+    for warning in made.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+
+
+def report(console: Console, done: Report) -> None:
+    """A finished run: a line per block, the weights that lost most, everything that fell back, and the headline."""
+    table = Table(title="blocks", title_justify="left")
+    for heading in ("block", "output error", "mean weight error", "bits", "seconds"):
+        table.add_column(heading, justify="left" if heading == "block" else "right")
+    for index, block in enumerate(done.blocks):
+        rows = [row for row in done.quantized if row.block == index]
+        bits = 8 * sum(row.bytes for row in rows) / max(1, sum(prod(row.shape) for row in rows))
+        mean = sum(row.error for row in rows) / max(1, len(rows))
+        table.add_row(escape(block.name), f"{block.error:.2e}", f"{mean:.2e}", f"{bits:.2f}", f"{block.seconds:.1f}")
+    console.print(table)
+    worst = sorted(done.quantized, key=lambda row: -row.error)[:WORST]
+    losses = ", ".join(f"{escape(row.name)} {row.error:.2e}" for row in worst)
+    console.print(f"largest errors: {losses}", highlight=False)
+    _attempts(console, done)
+    for name, note in done.fallbacks:
+        console.print(f"[yellow]{escape(name)}[/]: {escape(note)}", highlight=False)
+    for reason, alike in groupby(sorted(done.kept, key=_reason), key=_reason):
+        names = [row.name for row in alike]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(escape(f"kept ({reason}): {', '.join(names[:3])}{more}"), highlight=False)
+    for warning in done.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+    for loader in done.loaders:
+        console.print(f"loads: {escape(loader)}", highlight=False)
+    headline(console, done)
+
+
+def _attempts(console: Console, done: Report) -> None:
+    """What the methods tried, counted, and what of it does not stand."""
+    kept, undone = done.attempts(Outcome.KEPT), done.attempts(Outcome.UNDONE)
+    if kept or undone:
+        console.print(f"tried {len(kept + undone)} changes to the blocks, kept {len(kept)}, undid {len(undone)}")
+    for name, attempt in undone[:WORST]:
+        console.print(f"[yellow]undone[/] in {escape(name)}: {escape(str(attempt))}", highlight=False)
+    for said, count in Counter(str(attempt) for _, attempt in done.attempts(Outcome.SKIPPED)).most_common():
+        console.print(f"[yellow]skipped[/] in {count} blocks: {escape(said)}", highlight=False)
+
+
+def _reason(row: KeptRow) -> str:
+    return str(row.reason)
+
+
+def headline(console: Console, done: Report) -> None:
+    """Size, bits, time and memory in a line."""
+    console.print(
+        f"[bold]{escape(str(done.out))}[/]: "
+        f"{size(done.source_bytes)} → {size(done.bytes)} ({done.ratio:.2f}× smaller), "
+        f"{done.bits_per_weight:.2f} bits per quantized weight, verified; "
+        f"{done.seconds:.1f} s, peak memory {size(done.peak_memory)} (predicted {size(done.predicted_memory)})",
+        highlight=False,
+    )
+
+
+def inspection(console: Console, found: Inspection) -> None:
+    """A line for each weight, then what they come to."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    for name in ("shape", "stored as", "error", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        error = "" if row.error is None else f"{row.error:.4f}"
+        shape = "×".join(map(str, row.shape)) or "1"
+        name = escape(row.name.removesuffix(".weight"))
+        table.add_row(name, shape, scheme(row), error, size(row.nbytes), style="dim" if row.bits is None else None)
+    console.print(table)
+    console.print()
+    totals = Table.grid(padding=(0, 2))
+    totals.add_row("quantized with", escape(" ".join(filter(None, (found.method, found.format))) or "nothing"))
+    schemes = Counter(scheme(row) for row in found.quantized)
+    totals.add_row("quantized", ", ".join(f"{count} × {what}" for what, count in schemes.most_common()) or "none")
+    kept = len(found.rows) - len(found.quantized)
+    totals.add_row("left alone", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}")
+    if found.bits_per_quantized_weight is not None:
+        totals.add_row("bits per quantized weight", f"{found.bits_per_quantized_weight:.3f}")
+    totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")
+    errors = [(row.error, row.name) for row in found.rows if row.error is not None]
+    if errors:
+        totals.add_row("largest error", f"{max(errors)[0]:.4f} {escape(max(errors)[1])}")
+    totals.add_row("size", f"{size(found.nbytes)}, {found.size / 1e6:.2f} million numbers")
+    console.print(totals, highlight=False)
+
+
+def scheme(row: Row) -> str:
+    """How a weight is stored: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64' …"""
+    if row.bits is None:
+        return row.dtype
+    kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
+    return f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
+
+
+def recipes(console: Console, found: Sequence[tuple[str, Recipe, str]]) -> None:
+    """A row for each preset: its name, methods, scheme and advice."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    for name in ("methods", "scheme", "when"):
+        table.add_column(name)
+    for name, recipe, advice in found:
+        table.add_row(name, "+".join(recipe.methods), str(recipe.scheme), escape(advice))
+    console.print(table)
+
+
+def methods(console: Console, found: Sequence[Description]) -> None:
+    """A paragraph for each method: what it does in a recipe, what it is, its options with their defaults."""
+    for method in found:
+        outside = ", from another package" if method.outside else ""
+        console.print(f"[bold]{escape(method.name)}[/] ({', '.join(method.roles)}{outside})", highlight=False)
+        console.print(f"  {escape(method.summary)}.", highlight=False)
+        for option in method.options:
+            default = "" if option.default is None else f" Default {option.default}."
+            text = f"  --{option.name.replace('_', '-')}: {option.help}.{default}"
+            console.print(escape(text), highlight=False)
+
+
+def pairs(console: Console, found: Mapping[str, Found]) -> None:
+    """Where scales can move, a table for every kind of block: from what, to what, or why not."""
+    from llmq.discovery.pairs import explain
+
+    alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
+    for name, one in found.items():
+        alike.setdefault(tuple(explain(*one)), []).append(name)
+    for rows, names in alike.items():
+        title = escape(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it")
+        table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for heading in ("from", "kind", "to, or why not"):
+            table.add_column(heading)
+        for source, what, kind in rows:
+            table.add_row(escape(source), kind or "[dim]none[/]", escape(what), style=None if kind else "dim")
+        console.print(table)

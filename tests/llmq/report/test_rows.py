@@ -1,0 +1,111 @@
+"""Rows of the report: to JSON and back, of today's llmq and of an earlier one; what they say of a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmq import steps
+from llmq.block.attempt import Attempt, Outcome
+from llmq.checkpoint.files import REPORT
+from llmq.discovery.reasons import Kind, Reason
+from llmq.grids.scheme import Activations, Scheme
+from llmq.methods import Pipeline
+from llmq.methods.rtn import RTN
+from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
+from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_weight, weight_row
+from tests.llmq.blocks import open_block
+from tests.llmq.refusal import refused
+from tests.llmq.report.page.reports import report
+
+STATIC = Scheme(8, None, activations=Activations(False, "kl"))
+WEIGHTS = [
+    WeightRow("a.b", (8, 64), 3, 300, Scheme(4, 32), 0.1, ("damped",), 1.5),
+    WeightRow("a.c", (8, 64), 3, 300, STATIC, 0.1),
+    WeightRow("a.d", (8, 64), 3, 300, Scheme(4, 64, grid="nf4", double_quant=True), 0.1),
+    KeptRow("a.e", (8, 64), None, 1024, Reason(Kind.OUTSIDE, "outside the decoder blocks")),
+]
+LOG = (
+    Attempt("awq", "norm → first, second", 0.5, 0.4, Outcome.KEPT, choice="α 0.5"),
+    Attempt("awq", "up → down", 0.4, None, Outcome.UNDONE, why="no scale tried was better than none"),
+    Attempt("AWQ", None, 0.3, 0.2, Outcome.KEPT),
+    Attempt("SignRound", None, None, None, Outcome.SKIPPED, why="no weight here can be refined"),
+)
+
+
+def through_json(row: Any) -> Any:
+    return json.loads(json.dumps(asdict(row)))
+
+
+@pytest.mark.parametrize("row", WEIGHTS, ids=lambda row: row.name)
+def test_a_weight_is_read_back(row: WeightRow | KeptRow) -> None:
+    assert read_weight(through_json(row)) == row
+
+
+@pytest.mark.parametrize("row", [BlockRow("x.0", 0.1, 2.0, LOG, 5, 6, 7), BlockRow("x.0", 0.1, 2.0)])
+def test_a_block_is_read_back(row: BlockRow) -> None:
+    read = read_block(through_json(row))
+    assert read == row and all(isinstance(attempt.outcome, Outcome) for attempt in read.log)
+
+
+def test_attempts_in_words() -> None:
+    assert list(map(str, LOG)) == [
+        "awq: norm → first, second: error 0.5000 → 0.4000",
+        "awq: up → down: error 0.4000 (no scale tried was better than none)",
+        "AWQ: error 0.3000 → 0.2000",
+        "SignRound: no weight here can be refined",
+    ]
+    assert [attempt.whole for attempt in LOG] == [False, False, True, True]
+
+
+def test_rows_of_an_earlier_llmq() -> None:
+    """`kept` meant two things, `what` was searched for ': ', and FP8's grid was called float."""
+    fp8 = {"activations": None, "bits": 8, "double_quant": False, "grid": "float", "group_size": None}
+    usual = {"name": "a", "shape": [8, 64], "block": 0, "bytes": 9}
+    quantized = usual | {"error": 0.1, "notes": ["n"], "seconds": 0.5, "scheme": fp8 | {"symmetric": True}}
+    assert read_weight(quantized) == WeightRow("a", (8, 64), 0, 9, Scheme(8, None, grid="fp8"), 0.1, ("n",), 0.5)
+    kept = usual | {"scheme": None, "error": 0.0, "kept": "kept by --keep"}
+    assert read_weight(kept) == KeptRow("a", (8, 64), 0, 9, Reason(Kind.UNTOLD, "kept by --keep"))
+    lines = [
+        {"what": "awq: norm → first, second", "before": 0.5, "after": 0.4, "kept": True, "choice": "α 0.5"},
+        {"what": "awq: up → down", "before": 0.4, "after": None, "kept": False, "why": LOG[1].why},
+        {"what": "AWQ", "before": 0.3, "after": 0.2, "kept": True},
+    ]
+    assert tuple(map(read_attempt, lines)) == LOG[:3]
+    assert read_block({"name": "x", "error": 0.1, "seconds": 1.0, "log": lines}).log == LOG[:3]
+
+
+def test_a_report_is_read_back(tmp_path: Path) -> None:
+    made = report(3)
+    (tmp_path / REPORT).write_text(made.to_json())
+    read = Report.load(tmp_path)
+    assert read == made
+    assert [row.name for row in read.kept] == ["model.layers.0.attn.value", "head"]
+    assert len(read.quantized) == 20 and read.fallbacks == [("model.layers.0.attn.out", "damped 10 times more")]
+    assert [attempt.method for _, attempt in read.attempts(Outcome.UNDONE)] == ["awq"] * 3
+    assert read.attempts(Outcome.SKIPPED) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weights": [{}], "blocks": []}', '{"weights": 1, "blocks": []}', "{"])
+def test_what_is_no_report_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / REPORT).write_text(text)
+    refused(lambda: Report.load(tmp_path), str(tmp_path / REPORT), "cannot be read as a report")
+
+
+def test_the_row_of_a_weight(tiny_model: Path) -> None:
+    block = open_block(tiny_model, Recipe(methods=("awq",), scheme=Scheme(4, 16)))
+    value = next(iter(block.weights.values())).value.double().clone()
+    steps.quantize(block, Pipeline((), RTN(), ()))
+    state = next(iter(block.weights.values()))
+    assert state.quantized is not None
+    row = weight_row(state, 2, 77)
+    rounded = state.quantized.dequantize(torch.float32).double()
+    assert row.error == pytest.approx(float((rounded - value).norm() / value.norm()), rel=1e-5)
+    assert (row.name, row.shape) == (state.name, tuple(value.shape))
+    assert (row.block, row.bytes, row.scheme, row.notes) == (2, 77, Scheme(4, 16), ())
