@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import FLOATS
+from llmq_kernels.products import product_dtype
 from llmq_kernels.reference import unpack_codes
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
@@ -191,7 +192,7 @@ def linear(
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scale.contiguous())
         y = _gather(y, _known())
     else:
-        dtype = _matmul_dtype(x.dtype)
+        dtype = product_dtype(x)
         y, wide = x.new_empty(x.shape[0], packed.shape[0], dtype=dtype), x.to(dtype)
         for rows, weight in _slabs(blocks, scale, zero, dtype):
             torch.mm(wide, weight, out=y[:, rows])
@@ -280,11 +281,3 @@ def _operator_is_fast() -> bool:
     """Halves go with vector code, pairs with plain loops, except on ARM (read in ATen's int4mm_kernel.cpp)."""
     how = packing()
     return how is not None and (how.halves or platform.machine() in ("aarch64", "arm64"))
-
-
-@cache
-def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
-    """torch multiplies 16-bit matrices by plain loops where oneDNN does not know them: float32 is faster there."""
-    oned = torch.ops.mkldnn
-    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return dtype if known is not None and getattr(oned, known)() else torch.float32

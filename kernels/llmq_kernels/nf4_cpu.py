@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llmq_kernels.products import by_slabs
 from llmq_kernels.reference import nf4_absmax
 
 SLAB = 1 << 20
@@ -36,12 +37,9 @@ def linear(
     x: float [M, in]; packed: uint8 [ceil(out·in/2)], high half first; absmax, codebook and what is nested as
     `reference.nf4_absmax` and `reference.nf4_dequantize` say. Returns [M, out] in x's dtype.
     """
-    y = x.new_empty(x.shape[0], out_features)
     plain = nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
-    for part, weight in _slabs(packed, plain, codebook, out_features, in_features, block_size):
-        rounded = weight.to(x.dtype)
-        y[:, part] = torch.nn.functional.linear(x, rounded, None if bias is None else bias[part].to(x.dtype))
-    return y
+    slabs = _slabs(packed, plain, codebook, out_features, in_features, block_size)
+    return by_slabs(x, slabs, bias, out_features)
 
 
 def dequantize(

@@ -14,10 +14,10 @@ import llmq_kernels.tracing  # noqa: F401  (defines the operators)
 from llmq_kernels import int8_cpu, layouts, nf4_cpu, reference
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_input
+from llmq_kernels.products import matmul, product_dtype
 from llmq_kernels.stream import SLAB
 
 
-@torch.library.impl("llmq::int_linear", "default")
 def int_linear(
     x: Tensor,
     packed: Tensor,
@@ -47,7 +47,6 @@ def int_linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl("llmq::int_linear_grad", "default")
 def int_linear_grad(
     grad: Tensor,
     packed: Tensor,
@@ -61,12 +60,11 @@ def int_linear_grad(
 ) -> Tensor:
     """The gradient with respect to x of `int_linear`: grad [..., out] · W → [..., in]."""
     weight = layouts.layout(layout).dequantize(
-        packed, scale, zero, bits, out_features, in_features, group_size, grad.dtype
+        packed, scale, zero, bits, out_features, in_features, group_size, product_dtype(grad)
     )
-    return grad @ weight
+    return matmul(grad, weight)
 
 
-@torch.library.impl("llmq::nf4_linear", "default")
 def nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -103,7 +101,6 @@ def nf4_linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl("llmq::nf4_linear_grad", "default")
 def nf4_linear_grad(
     grad: Tensor,
     packed: Tensor,
@@ -121,11 +118,10 @@ def nf4_linear_grad(
     if on_triton(grad):
         from llmq_kernels.triton import nf4
 
-        return grad @ nf4.dequantize(*code, out_features, in_features, block_size, grad.dtype)
-    return grad @ nf4_cpu.dequantize(*code, out_features, in_features, block_size, grad.dtype)
+        return matmul(grad, nf4.dequantize(*code, out_features, in_features, block_size, product_dtype(grad)))
+    return matmul(grad, nf4_cpu.dequantize(*code, out_features, in_features, block_size, product_dtype(grad)))
 
 
-@torch.library.impl("llmq::int8_linear", "default")
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with x rounded to int8, per token or by input_scale [1]; int32 sums, scaled at the end.
 
@@ -153,7 +149,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl("llmq::int8_linear_grad", "default")
 def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient with respect to x of `int8_linear`, as if x were not rounded: grad [..., out] · W → [..., in]."""
     flat = grad.reshape(-1, weight.shape[0])
@@ -162,7 +157,7 @@ def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
         dense = weight[part].to(torch.float32) * scale[part].to(torch.float32)
-        total += flat[:, part] @ dense.to(grad.dtype)
+        total += matmul(flat[:, part], dense)
     return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -184,3 +179,7 @@ def _check_nf4(
     check("absmax", absmax, torch.uint8, (blocks,))
     check("nested_absmax", nested_absmax, torch.float32, (-(-blocks // 256),))
     check("nested_codebook", nested_codebook, torch.float32, (256,))
+
+
+for _function in (int_linear, int_linear_grad, nf4_linear, nf4_linear_grad, int8_linear, int8_linear_grad):
+    torch.library.impl(f"llmq::{_function.__name__}", "default", _function)

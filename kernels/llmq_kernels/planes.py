@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense
 
-from llmq_kernels import reference
+from llmq_kernels import products, reference
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.checks import FLOATS, check, check_sizes
 
@@ -138,16 +137,16 @@ def many_rows(
 ) -> Tensor:
     """x · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it, of at most WORKSPACE bytes."""
     n, k = packed.shape[0], x.shape[1]
-    bias = None if bias is None else bias.to(x.dtype)
-    step = max(1, WORKSPACE // (k * x.element_size()))
+    dtype = products.product_dtype(x)
+    step = max(1, WORKSPACE // (k * dtype.itemsize))
     if step >= n:
-        return dense(x, dequantize(packed, scale, zero, bits, n, k, group_size, x.dtype), bias)
+        return products.linear(x, dequantize(packed, scale, zero, bits, n, k, group_size, dtype), bias)
     y = x.new_empty(x.shape[0], n)
     for start in range(0, n, step):
         part = slice(start, min(n, start + step))
         zeros = None if zero is None else zero[:, part]
-        weight = dequantize(packed[part], scale[:, part], zeros, bits, part.stop - start, k, group_size, x.dtype)
-        y[:, part] = dense(x, weight, None if bias is None else bias[part])
+        weight = dequantize(packed[part], scale[:, part], zeros, bits, part.stop - start, k, group_size, dtype)
+        y[:, part] = products.linear(x, weight, None if bias is None else bias[part])
     return y
 
 

@@ -6,14 +6,16 @@ code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time a
 integer.
 Words are little-endian, as on every machine torch supports in practice.
 
-A weight is always computed in float32 and rounded once to the dtype of the input; products are summed by torch's own
-matrix product in that dtype, which accumulates in float32.
+A weight is always computed in float32 and rounded once to the dtype of the product, which is the input's own but for
+float16 on a CPU (`products`); products are summed by torch's own matrix product, which accumulates in float32.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from llmq_kernels import products
 
 
 def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
@@ -155,5 +157,5 @@ def int8_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias with a float32 weight rounded once to x's dtype."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """x · Wᵀ + bias with a float32 weight, as `products.linear` makes it."""
+    return products.linear(x, weight, bias)

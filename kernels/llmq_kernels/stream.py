@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmq_kernels import reference
 from llmq_kernels.checks import check_stream
+from llmq_kernels.products import by_slabs
 
 SLAB = 1 << 20
 
@@ -50,10 +51,7 @@ def linear(
 ) -> Tensor:
     """x [M, in] → [M, out] in x's dtype, slab by slab of output rows."""
     check_stream(packed, scale, zero, bits, in_features, group_size, out_features)
-    y = x.new_empty(x.shape[0], out_features)
-    for part, weight in slabs(packed, scale, zero, bits, in_features, group_size):
-        y[:, part] = reference.linear(x, weight, None if bias is None else bias[part])
-    return y
+    return by_slabs(x, slabs(packed, scale, zero, bits, in_features, group_size), bias, out_features)
 
 
 def dequantize(

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from llmq_kernels import products
 from llmq_kernels.triton.configs import Variant
 from llmq_kernels.triton.nf4_kernels import dequantize_kernel, gemm_kernel, gemv_kernel, sum_kernel
 from llmq_kernels.triton.target import COMPILED, on, processors, target
@@ -48,8 +49,8 @@ def linear(
     rows = x.shape[0]
     weight = (packed, absmax, codebook, nested_absmax, nested_codebook, offset)
     if rows > FUSED or in_features % 8 or packed.data_ptr() % 4:
-        dense = dequantize(*weight, out_features, in_features, block_size, x.dtype)
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        dense = dequantize(*weight, out_features, in_features, block_size, products.product_dtype(x))
+        return products.linear(x, dense, bias)
     words = in_features // 8
     run = block_size // 8
     y = x.new_empty(rows, out_features)

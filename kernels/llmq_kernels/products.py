@@ -1,0 +1,51 @@
+"""Products with a dense weight, and the dtype that they are made in.
+
+On a CPU, torch's float16 product depends on the processor: some multiply float16 with instructions of their own, which
+round the weight to a grid that ends at 6e-8 and may take what is below 6e-5 for zero; others go through float32. So
+float16 is multiplied in float32 there, on every processor, and only the result is rounded. bfloat16 has float32's
+range; torch multiplies it by plain loops where oneDNN has no instructions for it, and float32 is faster there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with inputs like x is made in: x's own, but as the module says on a CPU."""
+    return _on_cpu(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
+@cache
+def _on_cpu(dtype: torch.dtype) -> torch.dtype:
+    narrow = dtype == torch.float16 or dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if narrow else dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias. x: float [..., in]; weight: float [out, in]; bias: float [out]. Returns [..., out] in x's dtype.
+
+    Weight and bias are rounded to `product_dtype(x)`, sums are float32.
+    """
+    dtype = product_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+
+
+def by_slabs(x: Tensor, slabs: Iterable[tuple[slice, Tensor]], bias: Tensor | None, out_features: int) -> Tensor:
+    """`linear` for x [M, in] with a weight that comes some rows at a time: which rows, and their weight [rows, in]."""
+    dtype = product_dtype(x)
+    wide, y = x.to(dtype), x.new_empty(x.shape[0], out_features, dtype=dtype)
+    for rows, weight in slabs:
+        y[:, rows] = linear(wide, weight, None if bias is None else bias[rows])
+    return y.to(x.dtype)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k] · W [k, n] → [..., n] in x's dtype, made in `product_dtype(x)`."""
+    dtype = product_dtype(x)
+    return (x.to(dtype) @ weight.to(dtype)).to(x.dtype)
