@@ -2,8 +2,9 @@
 
 _int_mm rearranges its right operand before every product of more than one row, which costs as much as reading the
 weight some forty times. So the weight stands on the left (Yᵀ = W · Xᵀ), and x is what is rearranged; a few rows go one
-by one, each straight through the weight. Where the processor has no instructions for it (AVX-512), _int_mm is a scalar
-loop: float32 products take its place there, over so few inputs at a time that their sums are exact.
+by one, each straight through the weight. Without AVX-512, _int_mm is a scalar loop, and without VNNI it is wrong:
+oneDNN then adds two products in 16 bits, which saturate. Float32 products take its place there, over so few inputs at a
+time that their sums are exact.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def multiply(codes: Tensor, weight: Tensor) -> Tensor:
     """codes [M, in] · weight [out, in]ᵀ, both int8: exact whole numbers, [M, out], int32 or float64."""
-    if not _has_instructions():
-        return _by_float32(codes, weight)
+    return _by_integers(codes, weight) if _has_instructions() else _by_float32(codes, weight)
+
+
+def _by_integers(codes: Tensor, weight: Tensor) -> Tensor:
     if codes.shape[0] > ONE_BY_ONE:
         return torch._int_mm(weight, codes.t()).t()
     transposed = weight.t()
@@ -70,4 +73,12 @@ def _by_float32(codes: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _has_instructions() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """Whether _int_mm is fast and exact here. Exact: tried on the numbers that saturate, in both ways it is called."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes, weight = (
+        torch.randint(0, 2, (2, 16, 256), generator=generator, device="cpu").mul_(255).sub_(128).to(torch.int8)
+    )
+    exact = codes.long() @ weight.long().t()
+    return all(torch.equal(_by_integers(codes[:rows], weight).long(), exact[:rows]) for rows in (1, len(codes)))

@@ -211,12 +211,13 @@ words = torch.randint(-2**31, 2**31 - 1, (72, 16)).to(torch.int32)
 scale, zero = torch.rand(72, 4).bfloat16() + 0.5, torch.randint(-8, 8, (72, 4)).to(torch.int8)
 codes = (words.unsqueeze(-1) >> torch.arange(0, 32, 4) & 15).view(72, 4, 32) - 8
 exact = ((codes - zero.unsqueeze(-1)).double() * scale.double().unsqueeze(-1)).view(72, 128)
-packed = int4pack.pack(words, scale, zero, 4, 128, 32, torch.bfloat16)
-assert torch.equal(int4pack.dequantize(*packed, 4, 72, 128, 32, torch.float32).double(), exact)
-for rows in (1, 6, 60):
-    x = torch.randn(rows, 128).bfloat16()
-    y = int4pack.linear(x, *packed, None, 4, 72, 128, 32).double()
-    assert (y - x.double() @ exact.t()).norm() / y.norm() < 4e-3, rows
+for dtype, tolerance in ((torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+    packed = int4pack.pack(words, scale, zero, 4, 128, 32, dtype)
+    assert torch.equal(int4pack.dequantize(*packed, 4, 72, 128, 32, torch.float32).double(), exact)
+    for rows in (1, 6, 60):
+        x = torch.randn(rows, 128).to(dtype)
+        y = int4pack.linear(x, *packed, None, 4, 72, 128, 32).double()
+        assert (y - x.double() @ exact.t()).norm() / y.norm() < tolerance, rows
 print(int4pack.packing(), int4pack._operator_is_fast())
 """
 
