@@ -14,37 +14,35 @@ import functools
 import torch
 from torch import Tensor
 
+from llmq_kernels.reference import steps
+from llmq_kernels.weights import PackedInt8
+
 # Rows that are cheaper one by one: measured on 1024 and 4096 outputs, in docs/benchmarks.md.
 ONE_BY_ONE = 4
 # Whole numbers up to 2²⁴ are exact in float32: that many products of two numbers down to −128.
 EXACT = 1024
-# Beyond this many inputs an int32 sum might overflow.
-LONGEST = (1 << 31) // (128 * 128) - 1
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with x rounded to 8 bits, as `reference.int8_linear` says.
 
-    x: float32, bfloat16 or float16 [M, in]; weight: int8 [out, in]; scale: float [out, 1]; input_scale: [1] or None;
-    bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises ValueError from 131072 inputs on.
+    x: float32, bfloat16 or float16 [M, in]; bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises
+    ValueError from 131072 inputs on.
     """
-    if weight.shape[1] > LONGEST:
-        raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {weight.shape[1]}")
-    codes, x_scale = round_input(x, input_scale)
-    y = multiply(codes, weight).to(torch.float32)
-    y.mul_(x_scale.to(torch.float32)).mul_(scale.to(torch.float32).view(-1))
+    weight.check_sums()
+    codes, x_scale = round_input(x, weight.input_scale)
+    y = multiply(codes, weight.packed).to(torch.float32)
+    y.mul_(x_scale.to(torch.float32)).mul_(weight.scale.to(torch.float32).view(-1))
     if bias is not None:
         y.add_(bias.to(torch.float32))
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1]."""
+    scale = steps(x, input_scale)
     if input_scale is None:
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
-        scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
         return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
-    scale = input_scale.to(x.dtype)
     levels = (x / scale).clamp_(-128, 127).round_()
     # What is no number has no code; its row gets no scale, as a largest magnitude would be none.
     strange = levels.isnan().any(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Products with a dense weight, and the dtype that they are made in.
+"""Products with a dense weight, the dtype that they are made in, and weights that come some rows at a time.
 
 On a CPU, torch's float16 product depends on the processor: some multiply float16 with instructions of their own, which
 round the weight to a grid that ends at 6e-8 and may take what is below 6e-5 for zero; others go through float32. So
@@ -8,11 +8,14 @@ range; torch multiplies it by plain loops where oneDNN has no instructions for i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
+
+Slabs = Iterable[tuple[slice, Tensor]]
+"""A weight, some rows at a time: which, and their values [rows, in]. The next may overwrite them."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -36,16 +39,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
 
-def by_slabs(x: Tensor, slabs: Iterable[tuple[slice, Tensor]], bias: Tensor | None, out_features: int) -> Tensor:
-    """`linear` for x [M, in] with a weight that comes some rows at a time: which rows, and their weight [rows, in]."""
-    dtype = product_dtype(x)
-    wide, y = x.to(dtype), x.new_empty(x.shape[0], out_features, dtype=dtype)
-    for rows, weight in slabs:
-        y[:, rows] = linear(wide, weight, None if bias is None else bias[rows])
-    return y.to(x.dtype)
-
-
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] · W [k, n] → [..., n] in x's dtype, made in `product_dtype(x)`."""
     dtype = product_dtype(x)
     return (x.to(dtype) @ weight.to(dtype)).to(x.dtype)
+
+
+def row_slabs(rows: int, width: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Parts of so many rows of a width: whole multiples, of at most `most` values where one is no more than that."""
+    step = slab_rows(width, most, multiple)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def slab_rows(width: int, most: int, multiple: int = 1) -> int:
+    """How many rows a part of `row_slabs` has; the last may have fewer."""
+    return max(1, most // (width * multiple)) * multiple
+
+
+def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) -> Tensor:
+    """`linear` for x [M, in] with a weight [out, in] that comes some rows at a time."""
+    dtype = product_dtype(x)
+    wide = x.to(dtype)
+    y = None
+    for rows, weight in slabs:
+        part = linear(wide, weight, None if bias is None else bias[rows])
+        if part.shape[1] == out_features:
+            return part.to(x.dtype)
+        y = x.new_empty(x.shape[0], out_features, dtype=dtype) if y is None else y
+        y[:, rows] = part
+    assert y is not None, "a weight has rows"
+    return y.to(x.dtype)
+
+
+def whole(slabs: Slabs, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight [out, in] that comes some rows at a time, rounded to `dtype`."""
+    dense = torch.empty(shape, dtype=dtype, device=device)
+    for rows, weight in slabs:
+        dense[rows] = weight
+    return dense

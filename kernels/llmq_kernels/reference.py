@@ -131,14 +131,18 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype's epsilon for a token of zeros. Returns the levels, whole numbers in [−128, 127] in x's dtype, through which
     gradients flow as if nothing were rounded, and the scale in x's dtype, [..., 1] or [1].
     """
-    if input_scale is None:
-        scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-    else:
-        scale = input_scale.to(x.dtype)
+    scale = steps(x, input_scale)
     exact = x / scale
     passed = exact.nan_to_num()  # what overflows is clamped, and infinity less itself is no number
     return exact.detach().clamp(-128, 127).round() + (passed - passed.detach()), scale
+
+
+def steps(x: Tensor, input_scale: Tensor | None) -> Tensor:
+    """What a level of `round_input` is worth, in x's dtype: [..., 1], one for each token of x, or input_scale [1]."""
+    if input_scale is not None:
+        return input_scale.to(x.dtype)
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
+    return scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
 
 
 def int8_linear(

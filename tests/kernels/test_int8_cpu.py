@@ -12,6 +12,7 @@ import torch
 
 from llmq.numerics.activations import round_per_token, round_static
 from llmq_kernels import int8_cpu
+from llmq_kernels.weights import PackedInt8
 
 ROWS = (1, 2, 3, 4, 5, 17, 130)
 
@@ -91,7 +92,7 @@ def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float |
 def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtype) -> None:
     x, weight, scale = draw(rows, 33, 300, dtype)
     bias = torch.randn(33).to(dtype)
-    y = int8_cpu.linear(x, weight, scale, None, bias)
+    y = int8_cpu.linear(x, PackedInt8(weight, scale, None), bias)
     codes, x_scale = int8_cpu.round_input(x, None)
     exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t() + bias.double()
     assert y.dtype == dtype
@@ -100,4 +101,5 @@ def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtyp
 
 def test_refuses_sums_that_might_overflow() -> None:
     with pytest.raises(ValueError, match="131071 inputs, not 131072"):
-        int8_cpu.linear(torch.zeros(1, 131072), torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None, None)
+        weight = PackedInt8(torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None)
+        int8_cpu.linear(torch.zeros(1, 131072), weight, None)

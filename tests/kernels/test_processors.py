@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmq_kernels import int4pack, layouts, nf4_cpu, ops, products, reference
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.weights import PackedCodebook, PackedInt
 from tests.kernels.weights import plain
 
 aten = torch.ops.aten
@@ -72,15 +73,15 @@ def small() -> Any:
     return plain(OUT, WIDTH, 4, GROUP, symmetric=False, dtype=torch.float32, factor=3e-5)
 
 
-@pytest.mark.parametrize("layout", ["int4pack", "stream", "planes"])
+@pytest.mark.parametrize("layout", ["int4pack", layouts.DENSE_BITS, "planes"])
 def test_integers(layout: str, processor: Flushing, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = small()
     if layout == "planes":
         if torch.cuda.is_available() or triton_refusal(torch.device("cpu")) is not None:
             pytest.skip("Triton is not interpreted here")
-        from llmq_kernels.triton import configs
+        from llmq_kernels.triton import config, tables
 
-        monkeypatch.setattr(configs, "choose", lambda *_: configs.Config("dense"))
+        monkeypatch.setattr(tables, "choose", lambda *_: config.Config("dense"))
     packed = layouts.pack(layout, weight.words, weight.scale, weight.zero, 4, WIDTH, GROUP, torch.float16)
     rest = (4, OUT, WIDTH, GROUP, layout)
     check(processor, lambda x: ops.int_linear(x, *packed, None, *rest), weight.dense, (1, 5, 60))
@@ -107,7 +108,7 @@ def test_codebooks(processor: Flushing) -> None:
     weight, dense = codebook()
     sizes = (OUT, WIDTH, 64)
     check(processor, lambda x: ops.nf4_linear(x, *weight, None, *sizes), dense, (1, 5, 60))
-    check(processor, lambda x: nf4_cpu.linear(x, *weight, None, *sizes), dense, (1, 5, 60))
+    check(processor, lambda x: nf4_cpu.linear(x, PackedCodebook(*weight, *sizes), None), dense, (1, 5, 60))
     check(processor, lambda x: reference.nf4_linear(x, *weight, None, OUT, 64), dense, (1, 5, 60))
     check(processor, lambda grad: ops.nf4_linear_grad(grad, *weight, *sizes), dense.t(), (1, 5))
 
@@ -118,7 +119,7 @@ def test_codebooks_beyond_the_fused_kernel(processor: Flushing) -> None:
     from llmq_kernels.triton import nf4
 
     weight, dense = codebook()
-    check(processor, lambda x: nf4.linear(x, *weight, None, OUT, WIDTH, 64), dense, (nf4.FUSED + 1,))
+    check(processor, lambda x: nf4.linear(x, PackedCodebook(*weight, OUT, WIDTH, 64), None), dense, (nf4.FUSED + 1,))
 
 
 def test_the_gradient_of_8_bits(processor: Flushing) -> None:
@@ -149,5 +150,6 @@ def test_bfloat16_goes_through_float32_only_where_it_is_slow(monkeypatch: pytest
 def test_int4pack_packed_for_bfloat16_serves_float16(processor: Flushing) -> None:
     """The scales are bfloat16 then, and are small without being subnormal."""
     weight = plain(OUT, WIDTH, 4, GROUP, symmetric=False, factor=3e-5)
-    packed = int4pack.pack(weight.words, weight.scale, weight.zero, 4, WIDTH, GROUP, torch.bfloat16)
-    check(processor, lambda x: int4pack.linear(x, *packed, None, 4, OUT, WIDTH, GROUP), weight.dense, (1, 60))
+    plain_form = PackedInt(weight.words, weight.scale, weight.zero, 4, OUT, WIDTH, GROUP)
+    packed = int4pack.pack(plain_form, torch.bfloat16)
+    check(processor, lambda x: int4pack.linear(x, packed, None), weight.dense, (1, 60))
