@@ -12,7 +12,7 @@ from llmq_kernels.planes import WORDS
 from llmq_kernels.triton.arithmetic import rounded
 from llmq_kernels.triton.config import run_length
 from llmq_kernels.triton.launch import Launch
-from llmq_kernels.triton.unpack import per_group, plane, position, single_codes, sixteenth, slices, words
+from llmq_kernels.triton.unpack import load_words, per_group, position, single_codes, slice_words, slices, words
 from llmq_kernels.weights import PackedInt
 
 ROWS = 16
@@ -44,21 +44,11 @@ def dequantize_kernel(
     row = n < N
     w_at = packed + n.to(tl.int64)[:, None] * (tiles * WORDS_OF_TILE) + tile * WORDS_OF_TILE + t[None, :]
     y_at = y + n.to(tl.int64)[:, None] * K + t[None, :]
-    w0 = tl.load(w_at, mask=row[:, None], other=0)
-    if BITS == 3:
-        w1 = tl.load(w_at + 32, mask=row[:, None], other=0)
-        w2 = tl.load(w_at + 64, mask=row[:, None], other=0)
+    tile_words = load_words(w_at, row[:, None], BITS)
     s_run = per_group(scale, tile, n, row, stride, groups, GROUP, SLICES, RUN)
     z_run = per_group(zero, tile, n, row, stride, groups, GROUP, SLICES, RUN)
     for j in tl.static_range(SLICES):
-        if plane(BITS, j) == 0:
-            w = w0
-        elif plane(BITS, j) == 1:
-            w = w1
-        elif plane(BITS, j) == 2:
-            w = w2
-        else:
-            w = sixteenth(w0, w1, w2, BACKEND)
+        w = slice_words(tile_words, BITS, j, BACKEND)
         value = single_codes(w, BITS, position(BITS, j), BACKEND)
         if zero is not None:
             value -= z_run[j // RUN].to(tl.float32)[:, None]

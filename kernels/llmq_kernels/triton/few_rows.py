@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import product, rounded
-from llmq_kernels.triton.unpack import half_codes, one_group, per_group, plane, position, sixteenth, slices, words
+from llmq_kernels.triton.unpack import (
+    half_codes,
+    load_words,
+    one_group,
+    per_group,
+    position,
+    slice_words,
+    slices,
+    words,
+)
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -81,10 +90,7 @@ def few_rows_kernel(
             w_mask = row[None, :, None]
         else:
             w_mask = row[None, :, None] & (first + warp < tiles)[:, None, None]
-        w0 = tl.load(w_at + first * WORDS, mask=w_mask, other=0)
-        if BITS == 3:
-            w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
-            w2 = tl.load(w_at + first * WORDS + 64, mask=w_mask, other=0)
+        tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
         run = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             if EVEN_K:
@@ -93,14 +99,7 @@ def few_rows_kernel(
                 inside = ((first + warp) * (SLICES * 32))[:, None] + j * 32 + t[None, :] < K
                 x_mask = column & inside[:, :, None]
             xs = tl.load(x_at + (first * (SLICES * 32) + j * 32), mask=x_mask, other=0.0)
-            if plane(BITS, j) == 0:
-                w = w0
-            elif plane(BITS, j) == 1:
-                w = w1
-            elif plane(BITS, j) == 2:
-                w = w2
-            else:
-                w = sixteenth(w0, w1, w2, BACKEND)
+            w = slice_words(tile_words, BITS, j, BACKEND)
             if zero is None:
                 z = None
             else:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import product, rounded, scaled
-from llmq_kernels.triton.unpack import half_codes, per_group, plane, position, sixteenth, slices, words
+from llmq_kernels.triton.unpack import half_codes, load_words, per_group, position, slice_words, slices, words
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -61,10 +61,7 @@ def many_rows_kernel(
     for tile in range(first, last):
         s_run = per_group(scale, tile, n, row, N, groups, GROUP, SLICES, RUN)
         z_run = per_group(zero, tile, n, row, N, groups, GROUP, SLICES, RUN)
-        w0 = tl.load(w_at + tile * WORDS, mask=row[:, None], other=0)
-        if BITS == 3:
-            w1 = tl.load(w_at + tile * WORDS + 32, mask=row[:, None], other=0)
-            w2 = tl.load(w_at + tile * WORDS + 64, mask=row[:, None], other=0)
+        tile_words = load_words(w_at + tile * WORDS, row[:, None], BITS)
         run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             k = tile * (SLICES * 32) + j * 32
@@ -72,14 +69,7 @@ def many_rows_kernel(
                 xs = tl.load(x_at + k, mask=column, other=0.0)
             else:
                 xs = tl.load(x_at + k, mask=column & (k + t < K)[:, None], other=0.0)
-            if plane(BITS, j) == 0:
-                w = w0
-            elif plane(BITS, j) == 1:
-                w = w1
-            elif plane(BITS, j) == 2:
-                w = w2
-            else:
-                w = sixteenth(w0, w1, w2, BACKEND)
+            w = slice_words(tile_words, BITS, j, BACKEND)
             if zero is None:
                 z = None
             else:

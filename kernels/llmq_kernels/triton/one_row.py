@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import rounded
-from llmq_kernels.triton.unpack import plane, position, single_codes, sixteenth, slices, words
+from llmq_kernels.triton.unpack import load_words, position, single_codes, slice_words, slices, words
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -48,10 +48,7 @@ def one_row_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N, LANES], dtype=tl.float32)
     for first in range(0, tiles, TILES):
         w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
-        w0 = tl.load(w_at + first * WORDS, mask=w_mask, other=0)
-        if BITS == 3:
-            w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
-            w2 = tl.load(w_at + first * WORDS + 64, mask=w_mask, other=0)
+        tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
         run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
         if zero is not None:
             sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
@@ -59,14 +56,7 @@ def one_row_kernel(
             offset = first * (SLICES * 32) + j * 32
             x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
             xs = tl.load(x_at + offset, mask=x_mask, other=0.0).to(tl.float32)
-            if plane(BITS, j) == 0:
-                w = w0
-            elif plane(BITS, j) == 1:
-                w = w1
-            elif plane(BITS, j) == 2:
-                w = w2
-            else:
-                w = sixteenth(w0, w1, w2, BACKEND)
+            w = slice_words(tile_words, BITS, j, BACKEND)
             run += single_codes(w, BITS, position(BITS, j), BACKEND)[None, :, :] * xs
             if zero is not None:
                 sums += xs

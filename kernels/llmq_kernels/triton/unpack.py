@@ -97,6 +97,26 @@ def sixteenth(w0, w1, w2, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def load_words(at, mask, BITS: tl.constexpr):
+    """The words of a tile, as a tuple of runs of 32: one, or three for 3 bits. at: pointers to the first run."""
+    found = (tl.load(at, mask=mask, other=0),)
+    if BITS == 3:
+        found = found + (tl.load(at + 32, mask=mask, other=0), tl.load(at + 64, mask=mask, other=0))  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def slice_words(tile_words, BITS: tl.constexpr, j: tl.constexpr, BACKEND: tl.constexpr):
+    """The words that hold slice j of a tile, at `position`. tile_words: from `load_words`."""
+    PLANE: tl.constexpr = plane(BITS, j)
+    if PLANE == 3:
+        w = sixteenth(tile_words[0], tile_words[1], tile_words[2], BACKEND)
+    else:
+        w = tile_words[PLANE]
+    return w
+
+
+@triton.jit
 def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """Code at POS of every word, less 2^(BITS − 1) and less `zero`, in 16-bit floating point, exactly.
 
@@ -241,7 +261,7 @@ def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr
 def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr):
     """What belongs to each run of RUN slices of a tile, from [groups, N], as a tuple; None gives an empty one.
 
-    tile: a number, or [parts, 1] with n and row [1, rows]. Tiles past the end get the last group's.
+    tile: a number, or [warps, 1] with n and row [1, rows]. Tiles past the end get the last group's.
     """
     found = ()
     if values is not None:
