@@ -1,11 +1,11 @@
 """Compile every Triton kernel for GPUs that are not here, and list what the machine code uses.
 
     python scripts/compile_kernels.py --keep build/compiled.jsonl      everything: some hours on two cores; resumes
-    python scripts/compile_kernels.py --match 'splitk 4 bits' --targets cuda:90
+    python scripts/compile_kernels.py --match 'few_rows 4 bits' --targets cuda:90
     python scripts/compile_kernels.py --sample                         a few of each kernel, as the tests do
 
-Each module of llmq_kernels.triton that has `variants()` is asked for its kernels in every configuration that the rule
-reaches; each is compiled for the targets it names, or for all. For NVIDIA, registers and stack are cuobjdump's, and
+`llmq_kernels.triton.variants` says what is launched in every configuration that the rule reaches, by the very functions
+that build a launch; each is compiled for its target. For NVIDIA, registers and stack are cuobjdump's, and
 instructions are counted in its disassembly; for AMD they are the assembly's own remarks. Neither needs a driver.
 Exits with 1 if a kernel does not compile or keeps anything of its own in memory (a spill).
 """
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
-import pkgutil
 import random
 import re
 import subprocess
@@ -34,13 +32,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942")
+POINTED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "uint8": "u8", "int16": "i16"}
+POINTED |= {"int32": "i32"}
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel came to. wide: 16-byte loads from global memory; converts: integers made floats one by one."""
 
-    module: str
+    kernel: str
     name: str
     target: str
     registers: int = 0
@@ -53,74 +53,94 @@ class Compiled:
     error: str = ""
 
 
-def modules() -> list[str]:
-    """Every module of kernels that says which variants it has."""
-    import llmq_kernels.triton as package
-
-    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__, "llmq_kernels.triton."))
-    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
-
-
-def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[tuple[str, int, str]]:
-    """(module, number of the variant, target). A sample is the largest of each kernel, bits, group and target."""
-    for module in modules():
-        kept: dict[tuple[str, str], tuple[int, int]] = {}
-        for number, variant in enumerate(variants(module)):
-            for target in variant.targets or targets:
-                if target not in targets or not re.search(match, variant.name):
-                    continue
-                if not sample:
-                    yield module, number, target
-                    continue
-                kind = f"{variant.kernel.__name__} {variant.constexprs.get('BITS')} {variant.constexprs.get('GROUP')}"
-                size = variant.constexprs.get("BLOCK_M", 1) * variant.constexprs.get("BLOCK_N", 1)
-                best = kept.get((kind, target))
-                if best is None or size > best[0]:
-                    kept[kind, target] = size, number
-        yield from ((module, number, target) for (_, target), (_, number) in kept.items())
-
-
 @functools.cache
-def variants(module: str) -> list[Any]:
-    """All of a module, in its own order."""
-    return list(importlib.import_module(module).variants())
+def variants() -> list[Any]:
+    """Everything that is launched, in an order that is the same in every process."""
+    from llmq_kernels.triton.variants import variants as found
+
+    return list(found())
 
 
-def compile_one(job: tuple[str, int, str]) -> Compiled:
-    """Compile a variant for a target and read what it became."""
-    module, number, target = job
-    variant = variants(module)[number]
-    short = module.rpartition(".")[2]
+def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[int]:
+    """Numbers of variants. A sample is the largest of each kernel, bits, group and target."""
+    kept: dict[tuple[str, str], tuple[int, int]] = {}
+    for number, variant in enumerate(variants()):
+        if variant.target not in targets or not re.search(match, variant.name):
+            continue
+        if not sample:
+            yield number
+            continue
+        constexprs = variant.launch.constexprs
+        kind = f"{kernel_name(variant)} {constexprs.get('BITS')} {constexprs.get('GROUP')}"
+        size = constexprs.get("BLOCK_M", 1) * constexprs.get("BLOCK_N", 1)
+        best = kept.get((kind, variant.target))
+        if best is None or size > best[0]:
+            kept[kind, variant.target] = size, number
+    yield from (number for _, number in kept.values())
+
+
+def kernel_name(variant: Any) -> str:
+    """Of the function."""
+    return str(variant.launch.kernel.__name__).removesuffix("_kernel")
+
+
+def compile_one(number: int) -> Compiled:
+    """Compile a variant and read what it became."""
+    variant = variants()[number]
+    kernel, name, target = kernel_name(variant), variant.name, variant.target
     try:
-        kernel = build(variant, target)
-        if "@llvm.trap()" in kernel.asm["llir"]:  # what Triton makes of a kernel that needs more tensor memory than is
+        made = build(variant)
+        if "@llvm.trap()" in made.asm["llir"]:  # what Triton makes of a kernel that needs more tensor memory than is
             raise ValueError("compiled to a trap")
-        if target.startswith("cuda:"):
-            return Compiled(short, variant.name, target, shared=kernel.metadata.shared, **nvidia(kernel.asm["cubin"]))
-        return Compiled(short, variant.name, target, shared=kernel.metadata.shared, **amd(kernel.asm["amdgcn"]))
+        found = nvidia(made.asm["cubin"]) if target.startswith("cuda:") else amd(made.asm["amdgcn"])
+        return Compiled(kernel, name, target, shared=made.metadata.shared, **found)
     except Exception as error:  # noqa: BLE001  (a compiler raises anything; it is reported, and counts as a failure)
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return Compiled(short, variant.name, target, error=lines[-1].strip()[:200])
+        return Compiled(kernel, name, target, error=lines[-1].strip()[:200])
 
 
-def build(variant: Any, target: str) -> Any:
+def build(variant: Any) -> Any:
     """The compiled kernel of a variant."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, _, arch = target.partition(":")
+    backend, _, arch = variant.target.partition(":")
     gpu = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-    names = variant.kernel.arg_names
-    signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    # An argument that is neither a tensor nor given is one that is not there.
-    values = {name: variant.constexprs.get(name) for name in names if signature[name] == "constexpr"}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
-    source = ASTSource(variant.kernel, signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if variant.maxnreg is not None:
-        options["maxnreg"] = variant.maxnreg
-    return triton.compile(source, target=gpu, options=options)
+    kernel, arguments = variant.launch.kernel, variant.launch.arguments
+    signature, constexprs, attributes = (
+        dict.fromkeys(kernel.arg_names, "constexpr"),
+        dict(variant.launch.constexprs),
+        {},
+    )
+    for parameter, value in zip(kernel.params, arguments, strict=False):
+        kind = type_of(value)
+        if kind is None:
+            constexprs[parameter.name] = None
+            continue
+        signature[parameter.name] = kind
+        if not parameter.do_not_specialize and divisible(value):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=gpu, options=dict(variant.launch.options))
+
+
+def type_of(value: Any) -> str | None:
+    """Triton's type of an argument, as its launcher finds it; None for a tensor that is not there."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return "*" + POINTED[str(value.dtype).removeprefix("torch.")]
+    if value is None:
+        return None
+    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 1 << 31 else "i64"
+
+
+def divisible(value: Any) -> bool:
+    """What Triton's launcher makes a kernel of its own for: torch aligns every tensor, and sizes may be multiples."""
+    import torch
+
+    return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
 
 
 def nvidia(cubin: bytes) -> dict[str, int]:
@@ -170,16 +190,16 @@ def kept(file: Path | None) -> list[Compiled]:
 
 
 def table(rows: list[Compiled]) -> str:
-    """The worst of each module and target, one line each."""
+    """The worst of each kernel and target, one line each."""
     titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
-    head = f"{'kernel':12} {'target':11} {titles}"
+    head = f"{'kernel':14} {'target':11} {titles}"
     lines = [head, "-" * len(head)]
-    for module, target in sorted({(row.module, row.target) for row in rows}):
-        some = [row for row in rows if (row.module, row.target) == (module, target)]
+    for kernel, target in sorted({(row.kernel, row.target) for row in rows}):
+        some = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
         good = [row for row in some if not row.error]
         loads, wide = sum(row.wide + row.narrow for row in good), sum(row.wide for row in good)
         lines.append(
-            f"{module:12} {target:11} {len(some):8} {max((r.registers for r in good), default=0):9} "
+            f"{kernel:14} {target:11} {len(some):8} {max((r.registers for r in good), default=0):9} "
             f"{sum(r.spilled > 0 for r in good):7} {max((r.shared for r in good), default=0):7} "
             f"{f'{wide} of {loads}':>13} {sum(r.converts for r in good):4}"
         )
@@ -203,11 +223,11 @@ def main() -> int:
     todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample))
     # In no order, so that what a time limit leaves is a fair sample.
     random.Random(0).shuffle(todo)
-    wanted = {(job[0].rpartition(".")[2], variants(job[0])[job[1]].name, job[2]): job for job in todo}
-    rows = [row for row in kept(arguments.keep) if (row.module, row.name, row.target) in wanted]
+    wanted = {(variants()[number].name, variants()[number].target): number for number in todo}
+    rows = [row for row in kept(arguments.keep) if (row.name, row.target) in wanted]
     reachable = len(wanted)
     for row in rows:
-        wanted.pop((row.module, row.name, row.target), None)
+        wanted.pop((row.name, row.target), None)
     todo = list(wanted.values())
     end = time.monotonic() + 60 * arguments.minutes
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:

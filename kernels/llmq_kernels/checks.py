@@ -38,29 +38,6 @@ def check_device(x: Tensor, tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}: move the model or the input")
 
 
-def check_stream(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    in_features: int,
-    group_size: int,
-    out_features: int | None = None,
-) -> None:
-    """The plain form of an integer weight: codes, scales and zero points that agree. Raises TypeError, ValueError.
-
-    out_features: as many as words has rows, where nothing is said.
-    """
-    check_sizes(bits, group_size)
-    if words.dim() != 2:
-        raise ValueError(f"words must be [out, words of a row], not {[*words.shape]}")
-    out_features = words.shape[0] if out_features is None else out_features
-    check("words", words, torch.int32, (out_features, -(-in_features * bits // 32)))
-    check("scale", scale, FLOATS, (out_features, -(-in_features // group_size)))
-    if zero is not None:
-        check("zero", zero, torch.int8, tuple(scale.shape))
-
-
 def check_sizes(bits: int, group_size: int) -> None:
     """Raises ValueError unless there are operators for such codes and groups."""
     if bits not in (2, 3, 4, 8):

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import FLOATS
+from llmq_kernels.products import product_dtype, row_slabs
 from llmq_kernels.reference import unpack_codes
+from llmq_kernels.weights import PackedInt
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
@@ -35,6 +37,8 @@ OPERATOR_ROWS = 48
 
 # Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
 SLAB = 1 << 20
+# Codes that are packed at a time: as int32 they are 16 MiB.
+PACKED_AT_ONCE = 1 << 22
 
 
 class Packing(NamedTuple):
@@ -122,24 +126,17 @@ def refusal(
     return None
 
 
-def pack(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     """The plain form, packed as torch's operator wants it, a few rows at a time.
 
-    words: int32 [out, ceil(in·bits/32)]; scale: float [out, groups]; zero: int8 [out, groups] or None. With `rows` =
-    out rounded up to whole blocks and g the operator's group, returns u8 [rows, in/2]; scales [in/g, rows, …], in the
-    operator's order of rows: for bfloat16 the operator's pairs of scale and −zero·scale, rounded to bfloat16, for other
-    dtypes, where the operator is of no use, float32 scales alone; zero as int8 [in/g, rows], in the weight's order of
-    rows, or None. Raises ValueError where `refusal` has a reason, or the shapes do not fit each other.
+    With `rows` = out rounded up to whole blocks and g the operator's group, packed is u8 [rows, in/2]; scale
+    [in/g, rows, …], in the operator's order of rows: for bfloat16 the operator's pairs of scale and −zero·scale,
+    rounded to bfloat16, for other dtypes, where the operator is of no use, float32 scales alone; zero int8
+    [in/g, rows], in the weight's order of rows, or None. Raises ValueError where `refusal` has a reason, or the shapes
+    do not fit each other.
     """
-    out = words.shape[0]
+    words, scale, zero, bits = plain.packed, plain.scale, plain.zero, plain.bits
+    out, in_features, group_size = plain.out_features, plain.in_features, plain.group_size
     reason = refusal(words.device, dtype, bits, out, in_features, group_size)
     how, group = packing(), _group(in_features, group_size)
     if reason is not None or how is None or group is None:
@@ -150,12 +147,11 @@ def pack(
             raise ValueError(f"{name} must be {[out, groups]} for groups of {group_size}, not {[*tensor.shape]}")
     rows = -(-out // how.block) * how.block
     packed = words.new_empty(rows, in_features // 2, dtype=torch.uint8)
-    step = max(1, (1 << 22) // (in_features * how.block)) * how.block
-    for start in range(0, rows, step):
-        part = unpack_codes(words[start : start + step], bits, in_features)
-        codes = words.new_full((min(step, rows - start), in_features), 8)
+    for some in row_slabs(rows, in_features, PACKED_AT_ONCE, how.block):
+        part = unpack_codes(words[some], bits, in_features)
+        codes = words.new_full((some.stop - some.start, in_features), 8)
         codes[: len(part)] += part
-        packed[start : start + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
+        packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
     of_group = torch.arange(in_features // group, device=words.device) * group // group_size
     pairs = dtype == torch.bfloat16
     terms = words.new_zeros(rows, groups, 1 + pairs, dtype=dtype if pairs else torch.float32)
@@ -163,81 +159,65 @@ def pack(
     if zero is not None and pairs:
         terms[:out, :, 1] = -zero.float() * terms[:out, :, 0].float()
     terms = _spread(terms, how).transpose(0, 1)[of_group].contiguous()
-    if zero is None:
-        return packed, terms, None
-    zeros = zero.new_zeros(rows, groups)
-    zeros[:out] = zero
-    return packed, terms, zeros.t()[of_group].contiguous()
+    zeros = None
+    if zero is not None:
+        zeros = zero.new_zeros(rows, groups)
+        zeros[:out] = zero
+        zeros = zeros.t()[of_group].contiguous()
+    return PackedInt(packed, terms, zeros, bits, out, in_features, group_size)
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
+def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
-    blocks = _check(packed, scale, zero, out_features, in_features, group_size)
+    blocks = _check(weight)
+    scale, in_features = weight.scale, weight.in_features
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [rows, {in_features}], not {[*x.shape]}")
     of_operator = x.dtype == scale.dtype == torch.bfloat16 and scale.shape[2] == 2
     if of_operator and x.shape[0] <= OPERATOR_ROWS and _operator_is_fast():
         group = in_features // scale.shape[0]
+        packed = weight.packed
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scale.contiguous())
         y = _gather(y, _known())
     else:
-        dtype = _matmul_dtype(x.dtype)
-        y, wide = x.new_empty(x.shape[0], packed.shape[0], dtype=dtype), x.to(dtype)
-        for rows, weight in _slabs(blocks, scale, zero, dtype):
-            torch.mm(wide, weight, out=y[:, rows])
-    y = y[:, :out_features]
+        dtype = product_dtype(x)
+        y, wide = x.new_empty(x.shape[0], weight.packed.shape[0], dtype=dtype), x.to(dtype)
+        for rows, values in _slabs(blocks, scale, weight.zero, dtype):
+            torch.mm(wide, values, out=y[:, rows])
+    y = y[:, : weight.out_features]
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
-def dequantize(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`, from what `pack` made."""
-    blocks = _check(packed, scale, zero, out_features, in_features, group_size)
-    weight = packed.new_empty(out_features, in_features, dtype=dtype)
-    for rows, slab in _slabs(blocks, scale, zero, dtype):
-        part = weight[rows]
+    blocks = _check(weight)
+    dense = weight.packed.new_empty(weight.out_features, weight.in_features, dtype=dtype)
+    for rows, slab in _slabs(blocks, weight.scale, weight.zero, dtype):
+        part = dense[rows]
         part.copy_(slab.t()[: len(part)])
-    return weight
+    return dense
 
 
-def _check(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group_size: int
-) -> Tensor:
+def _check(weight: PackedInt) -> Tensor:
     """The packed bytes by block. The operator itself would read past the end of scales that are too few."""
+    packed, scale, zero = weight.tensors
+    in_features = weight.in_features
     how = _known()
-    rows = -(-out_features // how.block) * how.block
+    rows = -(-weight.out_features // how.block) * how.block
     groups = scale.shape[0]
     fits = (
         packed.dtype == torch.uint8
         and packed.shape == (rows, in_features // 2)
         and scale.dtype in FLOATS
-        and groups * (_group(in_features, group_size) or 0) == in_features
+        and groups * (_group(in_features, weight.group_size) or 0) == in_features
         and scale.shape[1:] in ((rows, 1), (rows, 2))
         and (zero is None or (zero.dtype == torch.int8 and zero.shape == (groups, rows)))
     )
     if not fits:
         found = [*packed.shape], [*scale.shape], None if zero is None else [*zero.shape]
         raise ValueError(
-            f"a weight of {out_features} x {in_features} needs packed u8 [{rows}, {in_features // 2}] and scales "
-            f"[groups, {rows}, 1 or 2] from int4pack.pack on this machine, not {found}"
+            f"a weight of {weight.out_features} x {in_features} needs packed u8 [{rows}, {in_features // 2}] and "
+            f"scales [groups, {rows}, 1 or 2] from int4pack.pack on this machine, not {found}"
         )
     return packed.contiguous().view(-1, in_features, how.block // 2)
 
@@ -280,11 +260,3 @@ def _operator_is_fast() -> bool:
     """Halves go with vector code, pairs with plain loops, except on ARM (read in ATen's int4mm_kernel.cpp)."""
     how = packing()
     return how is not None and (how.halves or platform.machine() in ("aarch64", "arm64"))
-
-
-@cache
-def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
-    """torch multiplies 16-bit matrices by plain loops where oneDNN does not know them: float32 is faster there."""
-    oned = torch.ops.mkldnn
-    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return dtype if known is not None and getattr(oned, known)() else torch.float32

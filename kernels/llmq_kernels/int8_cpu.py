@@ -2,8 +2,9 @@
 
 _int_mm rearranges its right operand before every product of more than one row, which costs as much as reading the
 weight some forty times. So the weight stands on the left (Yᵀ = W · Xᵀ), and x is what is rearranged; a few rows go one
-by one, each straight through the weight. Where the processor has no instructions for it (AVX-512), _int_mm is a scalar
-loop: float32 products take its place there, over so few inputs at a time that their sums are exact.
+by one, each straight through the weight. Without AVX-512, _int_mm is a scalar loop, and without VNNI it is wrong:
+oneDNN then adds two products in 16 bits, which saturate. Float32 products take its place there, over so few inputs at a
+time that their sums are exact.
 """
 
 from __future__ import annotations
@@ -13,37 +14,35 @@ import functools
 import torch
 from torch import Tensor
 
+from llmq_kernels.reference import steps
+from llmq_kernels.weights import PackedInt8
+
 # Rows that are cheaper one by one: measured on 1024 and 4096 outputs, in docs/benchmarks.md.
 ONE_BY_ONE = 4
 # Whole numbers up to 2²⁴ are exact in float32: that many products of two numbers down to −128.
 EXACT = 1024
-# Beyond this many inputs an int32 sum might overflow.
-LONGEST = (1 << 31) // (128 * 128) - 1
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with x rounded to 8 bits, as `reference.int8_linear` says.
 
-    x: float32, bfloat16 or float16 [M, in]; weight: int8 [out, in]; scale: float [out, 1]; input_scale: [1] or None;
-    bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises ValueError from 131072 inputs on.
+    x: float32, bfloat16 or float16 [M, in]; bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises
+    ValueError from 131072 inputs on.
     """
-    if weight.shape[1] > LONGEST:
-        raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {weight.shape[1]}")
-    codes, x_scale = round_input(x, input_scale)
-    y = multiply(codes, weight).to(torch.float32)
-    y.mul_(x_scale.to(torch.float32)).mul_(scale.to(torch.float32).view(-1))
+    weight.check_sums()
+    codes, x_scale = round_input(x, weight.input_scale)
+    y = multiply(codes, weight.packed).to(torch.float32)
+    y.mul_(x_scale.to(torch.float32)).mul_(weight.scale.to(torch.float32).view(-1))
     if bias is not None:
         y.add_(bias.to(torch.float32))
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1]."""
+    scale = steps(x, input_scale)
     if input_scale is None:
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
-        scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
         return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
-    scale = input_scale.to(x.dtype)
     levels = (x / scale).clamp_(-128, 127).round_()
     # What is no number has no code; its row gets no scale, as a largest magnitude would be none.
     strange = levels.isnan().any(-1, keepdim=True)
@@ -52,8 +51,10 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def multiply(codes: Tensor, weight: Tensor) -> Tensor:
     """codes [M, in] · weight [out, in]ᵀ, both int8: exact whole numbers, [M, out], int32 or float64."""
-    if not _has_instructions():
-        return _by_float32(codes, weight)
+    return _by_integers(codes, weight) if _has_instructions() else _by_float32(codes, weight)
+
+
+def _by_integers(codes: Tensor, weight: Tensor) -> Tensor:
     if codes.shape[0] > ONE_BY_ONE:
         return torch._int_mm(weight, codes.t()).t()
     transposed = weight.t()
@@ -70,4 +71,12 @@ def _by_float32(codes: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _has_instructions() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """Whether _int_mm is fast and exact here. Exact: tried on the numbers that saturate, in both ways it is called."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes, weight = (
+        torch.randint(0, 2, (2, 16, 256), generator=generator, device="cpu").mul_(255).sub_(128).to(torch.int8)
+    )
+    exact = codes.long() @ weight.long().t()
+    return all(torch.equal(_by_integers(codes[:rows], weight).long(), exact[:rows]) for rows in (1, len(codes)))

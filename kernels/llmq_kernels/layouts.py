@@ -1,23 +1,28 @@
 """How an integer weight lies in memory for the operator that will read it: chosen and made once, at load.
 
-A layout is a module of this package with `refusal`, `pack`, `linear` and `dequantize`, tensors in and out:
+A layout is a module of this package with `refusal`, `pack`, `linear` and `dequantize`:
 
 - planes: the Triton kernels' own, on a GPU;
 - int4pack: torch's int4 operator, on a CPU;
-- stream: the plain form as it is stored, anywhere.
+- dense_bits: the plain form as it is stored, anywhere.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import check_device, check_stream
+from llmq_kernels.checks import check_device
+from llmq_kernels.dense_bits import check_plain
+from llmq_kernels.weights import PackedInt
 
-NAMES = ("planes", "int4pack", "stream")
+DENSE_BITS = "stream"
+"""The plain form's name where layouts are named by text."""
+NAMES = ("planes", "int4pack", DENSE_BITS)
 
 
 class Layout(Protocol):
@@ -28,43 +33,13 @@ class Layout(Protocol):
     ) -> str | None:
         """Why it cannot serve such a weight with inputs of that dtype, in some words, or None."""
 
-    def pack(
-        self,
-        words: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        bits: int,
-        in_features: int,
-        group_size: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The plain form → the layout's own codes, scale and zero, on the same device."""
+    def pack(self, plain: PackedInt, dtype: torch.dtype) -> PackedInt:
+        """The plain form → the layout's own, on the same device, for inputs of `dtype`."""
 
-    def linear(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        bias: Tensor | None,
-        bits: int,
-        out_features: int,
-        in_features: int,
-        group_size: int,
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
         """x [M, in], contiguous, M ≥ 1 → x · Wᵀ + bias [M, out] in x's dtype, summed in float32."""
 
-    def dequantize(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        bits: int,
-        out_features: int,
-        in_features: int,
-        group_size: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def dequantize(self, weight: PackedInt, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`."""
 
 
@@ -72,7 +47,12 @@ def layout(name: str) -> Layout:
     """The layout of that name. Raises ValueError if there is none."""
     if name not in NAMES:
         raise ValueError(f"an integer weight lies as {', '.join(NAMES)}, not {name!r}")
-    return cast(Layout, importlib.import_module(f"llmq_kernels.{name}"))
+    return _module(name)
+
+
+@functools.cache
+def _module(name: str) -> Layout:
+    return cast(Layout, importlib.import_module(f"llmq_kernels.{'dense_bits' if name == DENSE_BITS else name}"))
 
 
 def choose(
@@ -106,10 +86,13 @@ def pack(
     Returns the codes, scale and zero that `torch.ops.llmq.int_linear` takes with that layout. Raises TypeError or
     ValueError where codes, scales and zero points do not agree, or the layout cannot serve them.
     """
-    check_stream(words, scale, zero, bits, in_features, group_size)
+    if words.dim() != 2:
+        raise ValueError(f"words must be [out, words of a row], not {[*words.shape]}")
+    plain = PackedInt(words, scale, zero, bits, words.shape[0], in_features, group_size)
+    check_plain(plain)
     check_device(words, scale, "scale")
     chosen = layout(name)
     reason = chosen.refusal(words.device, dtype, bits, words.shape[0], in_features, group_size)
     if reason is not None:
         raise ValueError(f"layout {name}: {reason}")
-    return chosen.pack(words, scale, zero, bits, in_features, group_size, dtype)
+    return chosen.pack(plain, dtype).tensors

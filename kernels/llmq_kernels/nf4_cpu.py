@@ -13,74 +13,40 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llmq_kernels import products
 from llmq_kernels.reference import nf4_absmax
+from llmq_kernels.weights import PackedCodebook
 
 SLAB = 1 << 20
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    nested_absmax: Tensor | None,
-    nested_codebook: Tensor | None,
-    offset: float,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-) -> Tensor:
-    """x · Wᵀ + bias for a weight [out, in] of 4-bit codes into a codebook.
-
-    x: float [M, in]; packed: uint8 [ceil(out·in/2)], high half first; absmax, codebook and what is nested as
-    `reference.nf4_absmax` and `reference.nf4_dequantize` say. Returns [M, out] in x's dtype.
-    """
-    y = x.new_empty(x.shape[0], out_features)
-    plain = nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
-    for part, weight in _slabs(packed, plain, codebook, out_features, in_features, block_size):
-        rounded = weight.to(x.dtype)
-        y[:, part] = torch.nn.functional.linear(x, rounded, None if bias is None else bias[part].to(x.dtype))
-    return y
+def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias. x: float [M, in]. Returns [M, out] in x's dtype."""
+    return products.by_slabs(x, _slabs(weight), bias, weight.out_features)
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    nested_absmax: Tensor | None,
-    nested_codebook: Tensor | None,
-    offset: float,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(weight: PackedCodebook, dtype: torch.dtype) -> Tensor:
     """The weight [out, in], computed in float32 and rounded once to `dtype`."""
-    whole = packed.new_empty(out_features, in_features, dtype=dtype)
-    plain = nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
-    for part, weight in _slabs(packed, plain, codebook, out_features, in_features, block_size):
-        whole[part] = weight
-    return whole
+    shape = weight.out_features, weight.in_features
+    return products.whole(_slabs(weight), shape, dtype, weight.packed.device)
 
 
-def _slabs(
-    packed: Tensor, absmax: Tensor, codebook: Tensor, out_features: int, in_features: int, block_size: int
-) -> Iterator[tuple[slice, Tensor]]:
+def _slabs(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, beginning with a block: which, and their weight in float32. The next overwrites them."""
-    byte = torch.arange(256, device=packed.device)
-    pairs = torch.stack((codebook[byte >> 4], codebook[byte & 15]), dim=-1).to(torch.float32)
+    device, block_size, in_features = weight.packed.device, weight.block_size, weight.in_features
+    absmax = nf4_absmax(weight.absmax, weight.nested_absmax, weight.nested_codebook, weight.offset)
+    byte = torch.arange(256, device=device)
+    pairs = torch.stack((weight.codebook[byte >> 4], weight.codebook[byte & 15]), dim=-1).to(torch.float32)
     table = pairs.view(torch.float64).view(1, 256)
-    whole = block_size // math.gcd(in_features, block_size)
-    rows = min(max(1, SLAB // (in_features * whole)) * whole, -(-out_features // whole) * whole)
+    aligned = block_size // math.gcd(in_features, block_size)
+    rows = min(products.slab_rows(in_features, SLAB, aligned), -(-weight.out_features // aligned) * aligned)
     blocks = rows * in_features // block_size
-    index = torch.zeros(blocks * block_size // 2, dtype=torch.int64, device=packed.device)
-    found = torch.empty(blocks, block_size // 2, dtype=torch.float64, device=packed.device)
+    index = torch.zeros(blocks * block_size // 2, dtype=torch.int64, device=device)
+    found = torch.empty(blocks, block_size // 2, dtype=torch.float64, device=device)
     values = found.view(torch.float32)
-    for start in range(0, out_features, rows):
-        part = slice(start, min(start + rows, out_features))
-        count = (part.stop - start) * in_features
-        octets = packed[start * in_features // 2 :][: -(-count // 2)]
+    for part in products.row_slabs(weight.out_features, in_features, SLAB, aligned):
+        start, count = part.start, (part.stop - part.start) * in_features
+        octets = weight.packed[start * in_features // 2 :][: -(-count // 2)]
         index[: len(octets)].copy_(octets)
         torch.gather(table.expand(blocks, 256), 1, index.view(blocks, -1), out=found)
         scale = absmax[start * in_features // block_size :][:blocks]

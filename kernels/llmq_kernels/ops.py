@@ -7,6 +7,9 @@ on a frozen low-bit base needs. What each means is said in `reference`, and ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -14,10 +17,13 @@ import llmq_kernels.tracing  # noqa: F401  (defines the operators)
 from llmq_kernels import int8_cpu, layouts, nf4_cpu, reference
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_input
-from llmq_kernels.stream import SLAB
+from llmq_kernels.dense_bits import SLAB
+from llmq_kernels.products import matmul, product_dtype, row_slabs
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
+
+Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8)
 
 
-@torch.library.impl("llmq::int_linear", "default")
 def int_linear(
     x: Tensor,
     packed: Tensor,
@@ -35,19 +41,10 @@ def int_linear(
     x: float32, bfloat16 or float16 [..., in]; bias: [out]. Returns [..., out] in x's dtype. Raises TypeError or
     ValueError when x, bias or the device does not fit the weight.
     """
-    check_input(x, out_features, in_features, bias)
-    check_device(x, packed, "the weight")
-    check_device(x, scale, "scale")
-    flat = x.reshape(-1, in_features)
-    if flat.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], out_features)
-    y = layouts.layout(layout).linear(
-        flat.contiguous(), packed, scale, zero, bias, bits, out_features, in_features, group_size
-    )
-    return y.view(*x.shape[:-1], out_features)
+    weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
+    return _by_rows(x, weight, bias, layouts.layout(layout).linear)
 
 
-@torch.library.impl("llmq::int_linear_grad", "default")
 def int_linear_grad(
     grad: Tensor,
     packed: Tensor,
@@ -60,13 +57,10 @@ def int_linear_grad(
     layout: str,
 ) -> Tensor:
     """The gradient with respect to x of `int_linear`: grad [..., out] · W → [..., in]."""
-    weight = layouts.layout(layout).dequantize(
-        packed, scale, zero, bits, out_features, in_features, group_size, grad.dtype
-    )
-    return grad @ weight
+    weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
+    return matmul(grad, layouts.layout(layout).dequantize(weight, product_dtype(grad)))
 
 
-@torch.library.impl("llmq::nf4_linear", "default")
 def nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -80,30 +74,20 @@ def nf4_linear(
     in_features: int,
     block_size: int,
 ) -> Tensor:
-    """x · Wᵀ + bias for a weight W [out, in] of 4-bit codes into a codebook, as bitsandbytes stores it.
+    """x · Wᵀ + bias for a weight W [out, in] of 4-bit codes into a codebook; the tensors: `weights.PackedCodebook`.
 
-    packed: uint8 [ceil(out·in/2)], flat; the rest as `reference.nf4_absmax` and `reference.nf4_dequantize` say.
     Returns [..., out] in x's dtype. Raises TypeError or ValueError when something does not fit.
     """
-    check_input(x, out_features, in_features, bias)
-    _check_nf4(packed, absmax, codebook, nested_absmax, nested_codebook, out_features * in_features, block_size)
-    check_device(x, packed, "the weight")
-    flat = x.reshape(-1, in_features)
-    if flat.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], out_features)
-    weight = (packed, absmax, codebook, nested_absmax, nested_codebook, offset)
+    nested = nested_absmax, nested_codebook, offset
+    weight = PackedCodebook(packed, absmax, codebook, *nested, out_features, in_features, block_size)
+    weight.check()
     if on_triton(x):
         from llmq_kernels.triton import nf4
 
-        y = nf4.linear(flat.contiguous(), *weight, bias, out_features, in_features, block_size)
-    elif x.device.type == "cpu":
-        y = nf4_cpu.linear(flat.contiguous(), *weight, bias, out_features, in_features, block_size)
-    else:
-        y = reference.nf4_linear(flat, *weight, bias, out_features, block_size)
-    return y.view(*x.shape[:-1], out_features)
+        return _by_rows(x, weight, bias, nf4.linear)
+    return _by_rows(x, weight, bias, nf4_cpu.linear if x.device.type == "cpu" else _nf4_anywhere)
 
 
-@torch.library.impl("llmq::nf4_linear_grad", "default")
 def nf4_linear_grad(
     grad: Tensor,
     packed: Tensor,
@@ -117,15 +101,16 @@ def nf4_linear_grad(
     block_size: int,
 ) -> Tensor:
     """The gradient with respect to x of `nf4_linear`: grad [..., out] · W → [..., in]."""
-    code = (packed, absmax, codebook, nested_absmax, nested_codebook, offset)
+    nested = nested_absmax, nested_codebook, offset
+    weight = PackedCodebook(packed, absmax, codebook, *nested, out_features, in_features, block_size)
+    dtype = product_dtype(grad)
     if on_triton(grad):
         from llmq_kernels.triton import nf4
 
-        return grad @ nf4.dequantize(*code, out_features, in_features, block_size, grad.dtype)
-    return grad @ nf4_cpu.dequantize(*code, out_features, in_features, block_size, grad.dtype)
+        return matmul(grad, nf4.dequantize(weight, dtype))
+    return matmul(grad, nf4_cpu.dequantize(weight, dtype))
 
 
-@torch.library.impl("llmq::int8_linear", "default")
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with x rounded to int8, per token or by input_scale [1]; int32 sums, scaled at the end.
 
@@ -133,54 +118,52 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
     or ValueError when something does not fit.
     """
     check("weight", weight, torch.int8, tuple(weight.shape))
-    out_features, in_features = weight.shape
-    check_input(x, out_features, in_features, bias)
-    check("scale", scale, FLOATS, (out_features, 1))
+    check("scale", scale, FLOATS, (weight.shape[0], 1))
     if input_scale is not None:
         check("input_scale", input_scale, FLOATS, (1,))
-    check_device(x, weight, "the weight")
-    flat = x.reshape(-1, in_features)
-    if flat.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], out_features)
+    packed = PackedInt8(weight, scale, input_scale)
     if on_triton(x):
         from llmq_kernels.triton import int8
 
-        y = int8.linear(flat.contiguous(), weight, scale, input_scale, bias)
-    elif x.device.type == "cpu":
-        y = int8_cpu.linear(flat.contiguous(), weight, scale, input_scale, bias).contiguous()
-    else:
-        y = reference.int8_linear(flat, weight, scale, input_scale, bias)
-    return y.view(*x.shape[:-1], out_features)
+        return _by_rows(x, packed, bias, int8.linear)
+    return _by_rows(x, packed, bias, int8_cpu.linear if x.device.type == "cpu" else _int8_anywhere)
 
 
-@torch.library.impl("llmq::int8_linear_grad", "default")
 def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient with respect to x of `int8_linear`, as if x were not rounded: grad [..., out] · W → [..., in]."""
-    flat = grad.reshape(-1, weight.shape[0])
-    total = grad.new_zeros(flat.shape[0], weight.shape[1], dtype=torch.float32)
-    step = max(1, SLAB // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, start + step)
-        dense = weight[part].to(torch.float32) * scale[part].to(torch.float32)
-        total += flat[:, part] @ dense.to(grad.dtype)
-    return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    out_features, in_features = weight.shape
+    flat = grad.reshape(-1, out_features)
+    total = grad.new_zeros(flat.shape[0], in_features, dtype=torch.float32)
+    for rows in row_slabs(out_features, in_features, SLAB):
+        total += matmul(flat[:, rows], weight[rows].to(torch.float32) * scale[rows].to(torch.float32))
+    return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-def _check_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    nested_absmax: Tensor | None,
-    nested_codebook: Tensor | None,
-    size: int,
-    block_size: int,
-) -> None:
-    blocks = -(-size // block_size)
-    check("packed", packed, torch.uint8, (-(-size // 2),))
-    check("codebook", codebook, torch.float32, (16,))
-    if nested_absmax is None or nested_codebook is None:
-        check("absmax", absmax, torch.float32, (blocks,))
-        return
-    check("absmax", absmax, torch.uint8, (blocks,))
-    check("nested_absmax", nested_absmax, torch.float32, (-(-blocks // 256),))
-    check("nested_codebook", nested_codebook, torch.float32, (256,))
+def _by_rows(
+    x: Tensor, weight: Packed, bias: Tensor | None, linear: Callable[[Tensor, Packed, Tensor | None], Tensor]
+) -> Tensor:
+    """x [..., in] as contiguous rows through a backend's product, when x, bias and the device fit the weight."""
+    out_features, in_features = weight.out_features, weight.in_features
+    check_input(x, out_features, in_features, bias)
+    check_device(x, weight.packed, "the weight")
+    if not isinstance(weight, PackedCodebook):
+        check_device(x, weight.scale, "scale")
+    rows = x.reshape(-1, in_features)
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], out_features)
+    return linear(rows.contiguous(), weight, bias).view(*x.shape[:-1], out_features)
+
+
+def _nf4_anywhere(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
+    nested = weight.nested_absmax, weight.nested_codebook, weight.offset
+    return reference.nf4_linear(
+        x, weight.packed, weight.absmax, weight.codebook, *nested, bias, weight.out_features, weight.block_size
+    )
+
+
+def _int8_anywhere(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
+    return reference.int8_linear(x, weight.packed, weight.scale, weight.input_scale, bias)
+
+
+for _function in (int_linear, int_linear_grad, nf4_linear, nf4_linear_grad, int8_linear, int8_linear_grad):
+    torch.library.impl(f"llmq::{_function.__name__}", "default", _function)

@@ -16,21 +16,24 @@ Scales and zero points are stored [groups, out]: programs read them for neighbou
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense
 
-from llmq_kernels import reference
+from llmq_kernels import products, reference
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.checks import FLOATS, check, check_sizes
+from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:
-    from llmq_kernels.triton.configs import Config
+    from llmq_kernels.triton.config import Config
 
+# By bits: codes of a tile, and its words.
 TILE = {2: 256, 3: 512, 4: 128, 8: 64}
+WORDS = {2: 32, 3: 96, 4: 32, 8: 32}
 SLAB = 1 << 24
 WORKSPACE = 1 << 28
 HALF = (torch.bfloat16, torch.float16)
@@ -49,29 +52,20 @@ def refusal(
     return triton_refusal(device)
 
 
-def pack(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The plain form → int16 [out, words], scale [groups, out] and zero [groups, out], on the same device.
+def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
+    """The plain form → packed int16 [out, words], scale [groups, out] and zero [groups, out], on the same device.
 
     Works on some rows at a time, so that it needs little more than what it returns.
     """
-    out_features, tiles = words.shape[0], -(-in_features // TILE[bits])
-    width = 96 if bits == 3 else 32
-    packed = torch.empty(out_features, tiles * width, dtype=torch.int16, device=words.device)
-    step = max(1, SLAB // (tiles * TILE[bits]))
-    for start in range(0, out_features, step):
-        part = slice(start, start + step)
-        codes = reference.unpack_codes(words[part], bits, in_features).to(torch.int32) + (1 << (bits - 1))
-        codes = torch.nn.functional.pad(codes, (0, tiles * TILE[bits] - in_features))
-        packed[part] = interleave(codes.view(codes.shape[0], tiles, -1, 32), bits).view(codes.shape[0], -1)
-    return packed, scale.t().contiguous(), None if zero is None else zero.t().contiguous()
+    bits, width = plain.bits, plain.in_features
+    tiles = -(-width // TILE[bits])
+    packed = torch.empty(plain.out_features, tiles * WORDS[bits], dtype=torch.int16, device=plain.packed.device)
+    for rows in products.row_slabs(plain.out_features, tiles * TILE[bits], SLAB):
+        codes = reference.unpack_codes(plain.packed[rows], bits, width).to(torch.int32) + (1 << (bits - 1))
+        codes = torch.nn.functional.pad(codes, (0, tiles * TILE[bits] - width))
+        packed[rows] = interleave(codes.view(codes.shape[0], tiles, -1, 32), bits).view(codes.shape[0], -1)
+    zero = None if plain.zero is None else plain.zero.t().contiguous()
+    return replace(plain, packed=packed, scale=plain.scale.t().contiguous(), zero=zero)
 
 
 def interleave(codes: Tensor, bits: int) -> Tensor:
@@ -87,108 +81,62 @@ def interleave(codes: Tensor, bits: int) -> Tensor:
     return (((whole + 0x8000) & 0xFFFF) - 0x8000).to(torch.int16)
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
-    """x [M, in] → [M, out] in x's dtype, by the kernel that `configs.choose` names for M rows."""
-    check_planes(packed, scale, zero, bits, out_features, in_features, group_size)
-    for name, tensor in (("packed", packed), ("scale", scale), ("zero", zero)):
+def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+    """x [M, in] → [M, out] in x's dtype, by the kernel that `tables.choose` names for M rows."""
+    check_planes(weight)
+    for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as pack returns it, not with strides {[*tensor.stride()]}")
-    from llmq_kernels.triton import configs
-
-    gpu = configs.gpu_of(x.device)
     if x.dtype not in HALF:
-        return many_rows(x, packed, scale, zero, bias, bits, group_size)
-    config = configs.choose(gpu, bits, x.shape[0], out_features, in_features, group_size)
-    return run(x, packed, scale, zero, bias, bits, group_size, config, gpu.mode)
+        return dense(x, weight, bias)
+    from llmq_kernels.triton import gpu, tables
+
+    found = gpu.gpu_of(x.device)
+    sizes = weight.bits, x.shape[0], weight.out_features, weight.in_features, weight.group_size
+    return run(x, weight, bias, tables.choose(found, *sizes), found.backend)
 
 
-def run(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    config: Config,
-    mode: str,
-) -> Tensor:
-    """x · Wᵀ + bias in one configuration. mode: as `configs.Gpu.mode`."""
-    from llmq_kernels.triton import gemm, gemv, splitk
+def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
+    """x · Wᵀ + bias in one configuration. backend: as `gpu.Gpu.backend`."""
+    if config.family == "dense":
+        return dense(x, weight, bias)
+    from llmq_kernels.triton import integers
 
-    kernels = {"gemv": gemv.launch, "splitk": splitk.launch, "gemm": gemm.launch}
-    if config.family not in kernels:
-        return many_rows(x, packed, scale, zero, bias, bits, group_size)
-    with current(x.device):
-        return kernels[config.family](x, packed, scale, zero, bias, bits, group_size, config, mode)
+    return integers.linear(x, weight, bias, config, backend)
 
 
-def many_rows(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+def dense(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it, of at most WORKSPACE bytes."""
-    n, k = packed.shape[0], x.shape[1]
-    bias = None if bias is None else bias.to(x.dtype)
-    step = max(1, WORKSPACE // (k * x.element_size()))
-    if step >= n:
-        return dense(x, dequantize(packed, scale, zero, bits, n, k, group_size, x.dtype), bias)
-    y = x.new_empty(x.shape[0], n)
-    for start in range(0, n, step):
-        part = slice(start, min(n, start + step))
-        zeros = None if zero is None else zero[:, part]
-        weight = dequantize(packed[part], scale[:, part], zeros, bits, part.stop - start, k, group_size, x.dtype)
-        y[:, part] = dense(x, weight, None if bias is None else bias[part])
+    return products.by_slabs(x, _slabs(weight, products.product_dtype(x)), bias, weight.out_features)
+
+
+def _slabs(weight: PackedInt, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for rows in products.row_slabs(weight.out_features, weight.in_features, WORKSPACE // dtype.itemsize):
+        zero = None if weight.zero is None else weight.zero[:, rows]
+        packed, scale, count = weight.packed[rows], weight.scale[:, rows], rows.stop - rows.start
+        yield rows, dequantize(replace(weight, packed=packed, scale=scale, zero=zero, out_features=count), dtype)
+
+
+def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+    check_planes(weight)
+    from llmq_kernels.triton import gpu
+    from llmq_kernels.triton.dequantize import build
+    from llmq_kernels.triton.launch import launch
+
+    y = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
+    launch(y.device, build(weight, y, gpu.gpu_of(y.device).backend))
     return y
 
 
-def dequantize(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight [out, in], computed in float32 and rounded once to `dtype`."""
-    check_planes(packed, scale, zero, bits, out_features, in_features, group_size)
-    from llmq_kernels.triton import configs
-    from llmq_kernels.triton.dequantize import launch
+def check_planes(weight: PackedInt) -> None:
+    """Raises TypeError or ValueError unless the tensors are as `pack` returns them: kernels would read past their end.
 
-    y = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-    with current(packed.device):
-        return launch(packed, scale, zero, y, bits, group_size, configs.gpu_of(packed.device).mode)
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, which need not be the one a layer lies on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def check_planes(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-) -> None:
-    """Raises TypeError or ValueError unless these are as `pack` returns them: kernels would read past their end."""
-    check_sizes(bits, group_size)
-    width = -(-in_features // TILE[bits]) * (96 if bits == 3 else 32)
-    check("packed", packed, torch.int16, (out_features, width))
-    check("scale", scale, FLOATS, (-(-in_features // group_size), out_features))
-    if zero is not None:
-        check("zero", zero, torch.int8, tuple(scale.shape))
+    scale and zero may be columns of larger ones.
+    """
+    bits, out_features, in_features = weight.bits, weight.out_features, weight.in_features
+    check_sizes(bits, weight.group_size)
+    check("packed", weight.packed, torch.int16, (out_features, -(-in_features // TILE[bits]) * WORDS[bits]))
+    check("scale", weight.scale, FLOATS, (-(-in_features // weight.group_size), out_features))
+    if weight.zero is not None:
+        check("zero", weight.zero, torch.int8, tuple(weight.scale.shape))

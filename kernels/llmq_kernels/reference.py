@@ -6,14 +6,16 @@ code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time a
 integer.
 Words are little-endian, as on every machine torch supports in practice.
 
-A weight is always computed in float32 and rounded once to the dtype of the input; products are summed by torch's own
-matrix product in that dtype, which accumulates in float32.
+A weight is always computed in float32 and rounded once to the dtype of the product, which is the input's own but for
+float16 on a CPU (`products`); products are summed by torch's own matrix product, which accumulates in float32.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from llmq_kernels import products
 
 
 def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
@@ -129,14 +131,18 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype's epsilon for a token of zeros. Returns the levels, whole numbers in [−128, 127] in x's dtype, through which
     gradients flow as if nothing were rounded, and the scale in x's dtype, [..., 1] or [1].
     """
-    if input_scale is None:
-        scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
-        scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
-    else:
-        scale = input_scale.to(x.dtype)
+    scale = steps(x, input_scale)
     exact = x / scale
     passed = exact.nan_to_num()  # what overflows is clamped, and infinity less itself is no number
     return exact.detach().clamp(-128, 127).round() + (passed - passed.detach()), scale
+
+
+def steps(x: Tensor, input_scale: Tensor | None) -> Tensor:
+    """What a level of `round_input` is worth, in x's dtype: [..., 1], one for each token of x, or input_scale [1]."""
+    if input_scale is not None:
+        return input_scale.to(x.dtype)
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
+    return scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
 
 
 def int8_linear(
@@ -155,5 +161,5 @@ def int8_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias with a float32 weight rounded once to x's dtype."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """x · Wᵀ + bias with a float32 weight, as `products.linear` makes it."""
+    return products.linear(x, weight, bias)

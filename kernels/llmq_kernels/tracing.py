@@ -33,77 +33,39 @@ torch.library.define(
 torch.library.define("llmq::int8_linear_grad", "(Tensor grad, Tensor weight, Tensor scale) -> Tensor")
 
 
-def _int_linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    check_input(x, out_features, in_features, bias)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _int_linear_fake(x: Tensor, *weight: Any) -> Tensor:
+    _, _, _, bias, _, out_features, in_features, _, _ = weight
+    return _linear_fake(x, out_features, in_features, bias)
 
 
-def _int_linear_grad_fake(
-    grad: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
+def _int_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    _, _, _, _, _, in_features, _, _ = weight
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
-def _nf4_linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    nested_absmax: Tensor | None,
-    nested_codebook: Tensor | None,
-    offset: float,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-) -> Tensor:
-    check_input(x, out_features, in_features, bias)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _nf4_linear_fake(x: Tensor, *weight: Any) -> Tensor:
+    *_, bias, out_features, in_features, _ = weight
+    return _linear_fake(x, out_features, in_features, bias)
 
 
-def _nf4_linear_grad_fake(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    nested_absmax: Tensor | None,
-    nested_codebook: Tensor | None,
-    offset: float,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-) -> Tensor:
+def _nf4_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    *_, in_features, _ = weight
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 def _int8_linear_fake(
     x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    check_input(x, weight.shape[0], weight.shape[1], bias)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return _linear_fake(x, weight.shape[0], weight.shape[1], bias)
 
 
 def _int8_linear_grad_fake(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _linear_fake(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> Tensor:
+    check_input(x, out_features, in_features, bias)
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _int_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

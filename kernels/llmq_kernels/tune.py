@@ -1,6 +1,6 @@
 """Measure launch configurations on the GPU that is there, and keep the fastest in the user's own table.
 
-`llmq_kernels.triton.configs` chooses by a rule that was never measured; this asks the GPU. Each product is captured as
+`llmq_kernels.triton.rule` chooses by a count that was never measured; this asks the GPU. Each product is captured as
 a CUDA graph over several copies of the weight, so that neither Python nor a cache that holds the whole weight flatters
 it. The table is written after each product, and what it already holds is not measured again: a run can be stopped.
 """
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from llmq_kernels import planes
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:
-    from llmq_kernels.triton import configs
+    from llmq_kernels.triton.config import Config
+    from llmq_kernels.triton.gpu import Gpu
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BEYOND_CACHE = 1 << 28
@@ -54,30 +56,31 @@ def tune(
     reason = triton_refusal(where)
     if reason is not None:
         raise ValueError(reason)
-    from llmq_kernels.triton import configs
+    from llmq_kernels.triton import tables
+    from llmq_kernels.triton.gpu import gpu_of
 
-    gpu = configs.gpu_of(where)
-    path = configs.user_table(gpu.name)
+    gpu = gpu_of(where)
+    path = tables.user_table(gpu.name)
     measured: dict[str, Any] = {}
     if path.is_file():
-        configs.read_table(path)
+        tables.read_table(path)
         measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
     products = [(shape, b, g, m) for shape in shapes for b in bits for g in group_sizes for m in rows]
     for done, ((out, width), b, g, m) in enumerate(products, 1):
-        name = configs.key(b, configs.bucket(m), out, width, g)
+        name = tables.key(b, tables.bucket(m), out, width, g)
         if again or name not in measured:
             best, config = fastest(gpu, where, b, m, out, width, g)
-            measured[name] = configs.entry(config, best)
+            measured[name] = tables.entry(config, best)
             save(path, gpu.name, measured)
         config = measured[name]["config"]
         progress(done, len(products), f"{name}: {config['family']}, {measured[name]['microseconds']} µs")
-    configs.table.cache_clear()
+    tables.table.cache_clear()
     return path
 
 
 def fastest(
-    gpu: configs.Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
-) -> tuple[float, configs.Config]:
+    gpu: Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
+) -> tuple[float, Config]:
     """Microseconds and configuration of the fastest candidate whose results are those of the dense product.
 
     Warns of one whose results are not. Raises ValueError for a weight that is refused.
@@ -87,23 +90,24 @@ def fastest(
         raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
     tiles = -(-width // planes.TILE[bits])
     groups = -(-width // group_size)
-    size = out * tiles * (96 if bits == 3 else 32)
-    copies = max(1, min(64, -(-BEYOND_CACHE // (2 * size))))
-    packed = [torch.randint(-32768, 32768, (out, size // out), dtype=torch.int16, device=device) for _ in range(copies)]
+    words = tiles * planes.WORDS[bits]
+    copies = max(1, min(64, -(-BEYOND_CACHE // (2 * out * words))))
+    packed = [torch.randint(-32768, 32768, (out, words), dtype=torch.int16, device=device) for _ in range(copies)]
     scale = torch.full((groups, out), 0.01, dtype=torch.bfloat16, device=device)
+    weights = [PackedInt(one, scale, None, bits, out, width, group_size) for one in packed]
     x = torch.randn(m, width, device=device).to(torch.bfloat16)
-    expected = planes.many_rows(x, packed[0], scale, None, None, bits, group_size)
+    expected = planes.dense(x, weights[0], None)
     times = []
     for config in candidates(gpu, bits, m, out, width, group_size):
         try:
-            found = planes.run(x, packed[0], scale, None, None, bits, group_size, config, gpu.mode)
+            found = planes.run(x, weights[0], None, config, gpu.backend)
             apart = float((found - expected).float().norm() / expected.float().norm())
             if not apart < WRONG:
                 warnings.warn(
                     f"left out, its results are wrong on {gpu.name} ({apart:.2g} off): {config}", stacklevel=2
                 )
                 continue
-            times.append((seconds(x, packed, scale, bits, group_size, config, gpu.mode) * 1e6, config))
+            times.append((seconds(x, weights, config, gpu.backend) * 1e6, config))
         except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
             torch.cuda.synchronize(device)
     if not times:
@@ -111,9 +115,10 @@ def fastest(
     return min(times, key=lambda pair: pair[0])
 
 
-def candidates(gpu: configs.Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> Iterator[configs.Config]:
+def candidates(gpu: Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> Iterator[Config]:
     """The rule's choice and its neighbours in every family that can serve m rows, and the dense product."""
-    from llmq_kernels.triton.configs import Config, power, rule
+    from llmq_kernels.triton.config import Config, power
+    from llmq_kernels.triton.rule import rule
 
     tiles = -(-width // planes.TILE[bits])
     chosen = rule(gpu, bits, m, out, width, group_size)
@@ -123,39 +128,37 @@ def candidates(gpu: configs.Gpu, bits: int, m: int, out: int, width: int, group_
     if m <= 4:
         for rows in (1, 2, 4, 8):
             for warps in (1, 2, 4, 8):
-                yield Config("gemv", rows, power(m, 1), 8 * warps, warps=warps)
-    splits = [split for split in (1, 2, 4, 8) if split == 1 or 4 * split <= tiles]
+                yield Config("one_row", rows, power(m, 1), 8 * warps, warps=warps)
+    splits = [programs for programs in (1, 2, 4, 8) if programs == 1 or 4 * programs <= tiles]
     if m <= 64:
         block_m = min(32, power(m, 8))
         for rows in (16, 32, 64):
-            for parts in (2, 4, 8):
+            for warps in (2, 4, 8):
                 for stages in (2, 3, 4):
-                    for split in splits[:3]:
-                        if rows * block_m <= 1024 and parts <= tiles:
-                            yield Config("splitk", rows, block_m, parts, split, parts, stages)
+                    for programs_k in splits[:3]:
+                        if rows * block_m <= 1024 and warps <= tiles:
+                            yield Config("few_rows", rows, block_m, 1, programs_k, warps, stages)
     if 16 <= m <= 1024:
         for block_m in {min(power(m, 16), size) for size in (32, 64, 128)}:
             for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
                 for stages in (2, 3, 4):
-                    for split in splits if m <= 128 else splits[:1]:
+                    for programs_k in splits if m <= 128 else splits[:1]:
                         for prescale in (False, True) if group_size < width else (False,):
-                            yield Config("gemm", rows, block_m, 1, split, warps, stages, prescale)
+                            yield Config("many_rows", rows, block_m, 1, programs_k, warps, stages, prescale)
 
 
-def seconds(
-    x: Tensor, packed: list[Tensor], scale: Tensor, bits: int, group_size: int, config: configs.Config, mode: str
-) -> float:
+def seconds(x: Tensor, weights: list[PackedInt], config: Config, backend: str) -> float:
     """Of one product: the median of some replays of a graph that makes one with each copy of the weight."""
 
-    def once(weight: Tensor) -> Tensor:
-        return planes.run(x, weight, scale, None, None, bits, group_size, config, mode)
+    def once(weight: PackedInt) -> Tensor:
+        return planes.run(x, weight, None, config, backend)
 
     with torch.cuda.device(x.device):
-        once(packed[0])
+        once(weights[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for weight in packed:
+            for weight in weights:
                 once(weight)
         times = []
         for _ in range(7):
@@ -165,7 +168,7 @@ def seconds(
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-    return float(sorted(times)[len(times) // 2]) / 1e3 / len(packed)
+    return float(sorted(times)[len(times) // 2]) / 1e3 / len(weights)
 
 
 def save(path: Path, gpu: str, measured: dict[str, object]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from llmq.grids.activations import round_per_token, round_static
 from llmq_kernels import int8_cpu
+from llmq_kernels.weights import PackedInt8
 
 ROWS = (1, 2, 3, 4, 5, 17, 130)
 
@@ -24,6 +30,8 @@ def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Ten
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("instructions", [True, False])
 def test_products_are_exact(rows: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if instructions and not int8_cpu._has_instructions():
+        pytest.skip("this processor has no instructions for it")
     monkeypatch.setattr(int8_cpu, "_has_instructions", lambda: instructions)
     for out, width in ((5, 77), (33, 2500), (130, 4096)):
         codes = torch.full((rows, width), -128, dtype=torch.int8)
@@ -31,6 +39,42 @@ def test_products_are_exact(rows: int, instructions: bool, monkeypatch: pytest.M
         weight = torch.full((out, width), -128, dtype=torch.int8)
         weight[1:] = torch.randint(-128, 128, (out - 1, width), dtype=torch.int8)
         assert torch.equal(int8_cpu.multiply(codes, weight).long(), codes.long() @ weight.long().t())
+
+
+def test_products_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without VNNI: two products of an unsigned and a signed byte are added in 16 bits."""
+
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        terms = (a.int().unsqueeze(2) + 128) * b.int().unsqueeze(0)
+        pairs = terms.view(len(a), -1, 2, b.shape[1]).sum(2).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(1).to(torch.int32) - 128 * b.int().sum(0)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    small = torch.randint(-8, 8, (6, 64), dtype=torch.int8)
+    assert torch.equal(saturating(small, small.t()).long(), small.long() @ small.long().t())
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not int8_cpu._has_instructions.__wrapped__()
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.long() @ b.long()).int())
+    assert int8_cpu._has_instructions.__wrapped__()
+
+
+EXACT = """
+import torch
+from llmq_kernels import int8_cpu
+weight = torch.randint(0, 2, (70, 4096)).mul_(255).sub_(128).to(torch.int8)
+for rows in (1, 3, 17, 130):
+    codes = torch.randint(0, 2, (rows, 4096)).mul_(255).sub_(128).to(torch.int8)
+    assert torch.equal(int8_cpu.multiply(codes, weight).long(), codes.long() @ weight.long().t()), rows
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+@pytest.mark.parametrize("onednn", ["AVX512_CORE", "AVX2"])
+def test_products_are_exact_on_lesser_processors(capability: str, onednn: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
+    environment["PYTHONPATH"] = str(Path(int8_cpu.__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,7 +92,7 @@ def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float |
 def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtype) -> None:
     x, weight, scale = draw(rows, 33, 300, dtype)
     bias = torch.randn(33).to(dtype)
-    y = int8_cpu.linear(x, weight, scale, None, bias)
+    y = int8_cpu.linear(x, PackedInt8(weight, scale, None), bias)
     codes, x_scale = int8_cpu.round_input(x, None)
     exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t() + bias.double()
     assert y.dtype == dtype
@@ -57,4 +101,5 @@ def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtyp
 
 def test_refuses_sums_that_might_overflow() -> None:
     with pytest.raises(ValueError, match="131071 inputs, not 131072"):
-        int8_cpu.linear(torch.zeros(1, 131072), torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None, None)
+        weight = PackedInt8(torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None)
+        int8_cpu.linear(torch.zeros(1, 131072), weight, None)

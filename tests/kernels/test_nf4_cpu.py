@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import nf4_cpu
+from llmq_kernels.weights import PackedCodebook
 
 
-def weight(out: int, n: int, block: int, nested: bool) -> tuple[list[Tensor | float | None], Tensor]:
+def weight(out: int, n: int, block: int, nested: bool) -> tuple[PackedCodebook, Tensor]:
     """The stored tensors of a random weight, and the weight in float64."""
     generator = torch.Generator().manual_seed(out + n + block)
     codes = torch.randint(0, 16, (out * n,), generator=generator)
@@ -18,12 +19,12 @@ def weight(out: int, n: int, block: int, nested: bool) -> tuple[list[Tensor | fl
     codebook = torch.randn(16, generator=generator)
     blocks = -(-out * n // block)
     absmax: Tensor = torch.rand(blocks, generator=generator) + 0.1
-    stored: list[Tensor | float | None] = [packed, absmax, codebook, None, None, 0.0]
+    stored = PackedCodebook(packed, absmax, codebook, None, None, 0.0, out, n, block)
     exact = absmax.double()
     if nested:
         bytes_ = torch.randint(0, 256, (blocks,), generator=generator)
         shares, table = torch.rand(-(-blocks // 256), generator=generator) + 0.5, torch.randn(256, generator=generator)
-        stored = [packed, bytes_.to(torch.uint8), codebook, shares, table, 0.25]
+        stored = PackedCodebook(packed, bytes_.to(torch.uint8), codebook, shares, table, 0.25, out, n, block)
         exact = table.double()[bytes_] * shares.double()[torch.arange(blocks) // 256] + 0.25
     dense = codebook.double()[codes] * exact[torch.arange(out * n) // block]
     return stored, dense.view(out, n)
@@ -44,12 +45,12 @@ def test_linear_and_dequantize_are_those_of_the_weight(
     generator = torch.Generator().manual_seed(0)
     bias = torch.randn(out, generator=generator).to(dtype)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
-    dense = nf4_cpu.dequantize(*stored, out, n, block, dtype)  # type: ignore[arg-type]
+    dense = nf4_cpu.dequantize(stored, dtype)
     assert dense.dtype == dtype
     assert (dense.double() - exact).norm() <= tolerance * exact.norm()
     for rows in (1, 3, 33):
         x = torch.randn(rows, n, generator=generator).to(dtype)
-        got = nf4_cpu.linear(x, *stored, bias, out, n, block)  # type: ignore[arg-type]
+        got = nf4_cpu.linear(x, stored, bias)
         expected = x.double() @ exact.t() + bias.double()
         assert got.dtype == dtype and got.shape == (rows, out)
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
@@ -60,5 +61,6 @@ def test_the_layout_is_that_of_bitsandbytes() -> None:
     dense = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
     expected = functional.dequantize_4bit(packed, state)
-    got = nf4_cpu.dequantize(packed.view(-1), state.absmax, state.code, None, None, 0.0, 48, 128, 64, torch.float32)
+    stored = PackedCodebook(packed.view(-1), state.absmax, state.code, None, None, 0.0, 48, 128, 64)
+    got = nf4_cpu.dequantize(stored, torch.float32)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -11,12 +11,13 @@ from torch import Tensor
 import llmq_kernels.ops  # noqa: F401
 from llmq_kernels import layouts, reference
 from llmq_kernels.checks import check_device
+from llmq_kernels.layouts import DENSE_BITS
 from tests.kernels.weights import Plain, plain, tolerance
 
 GROUPS = [32, 64, 128, 200]
 
 
-def arguments(weight: Plain, x: Tensor, layout: str = "stream", bias: Tensor | None = None) -> tuple[Any, ...]:
+def arguments(weight: Plain, x: Tensor, layout: str = DENSE_BITS, bias: Tensor | None = None) -> tuple[Any, ...]:
     """What int_linear takes."""
     out, width = weight.shape
     packed = layouts.pack(
@@ -106,7 +107,7 @@ def test_nothing_chooses_the_interpreter() -> None:
     name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 4, 64, 128, 32)
     assert name == "int4pack" and not reasons
     name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 8, 64, 128, 32)
-    assert name == "stream" and "up to 4 bits" in reasons["int4pack"]
+    assert name == DENSE_BITS and "up to 4 bits" in reasons["int4pack"]
 
 
 def test_gradients_are_those_of_autograd_through_the_twin() -> None:
@@ -146,7 +147,7 @@ def test_a_weight_has_no_gradient() -> None:
     weight = plain(7, 64, 4, 32, dtype=torch.float32)
     x = torch.randn(1, 64)
     with pytest.raises(NotImplementedError, match="scale of a low-bit weight is frozen"):
-        torch.ops.llmq.int_linear(x, weight.words, weight.scale.requires_grad_(), None, None, 4, 7, 64, 32, "stream")
+        torch.ops.llmq.int_linear(x, weight.words, weight.scale.requires_grad_(), None, None, 4, 7, 64, 32, DENSE_BITS)
 
 
 def test_int8_twin_is_the_simulation_that_quantizers_optimize() -> None:
@@ -199,7 +200,7 @@ def test_misfits_are_errors_that_say_what_was_expected() -> None:
     def unfit(error: type[Exception], match: str, **changed: Any) -> None:
         plain_form = {"words": weight.words, "scale": weight.scale, "zero": weight.zero, "bits": 4, "in_features": 64}
         with pytest.raises(error, match=match):
-            layouts.pack("stream", **(plain_form | {"group_size": 32, "dtype": torch.bfloat16} | changed))
+            layouts.pack(DENSE_BITS, **(plain_form | {"group_size": 32, "dtype": torch.bfloat16} | changed))
 
     unfit(ValueError, r"words must be \[12, 6\], not \[12, 8\]", bits=3)
     unfit(ValueError, r"scale must be \[12, 1\], not \[12, 2\]", group_size=64)
@@ -209,7 +210,7 @@ def test_misfits_are_errors_that_say_what_was_expected() -> None:
     unfit(ValueError, "2, 3, 4 and 8 bits, not 5", bits=5)
 
 
-@pytest.mark.parametrize("layout", ["stream", "planes", "int4pack"])
+@pytest.mark.parametrize("layout", [DENSE_BITS, "planes", "int4pack"])
 def test_a_weight_that_does_not_fit_itself_is_an_error(layout: str) -> None:
     """What a layout's pack did not return would be read past its end."""
     x = torch.randn(2, 256).bfloat16()

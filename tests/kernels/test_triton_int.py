@@ -12,36 +12,39 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from llmq_kernels import layouts, planes, reference
-from llmq_kernels.triton import configs
-from llmq_kernels.triton.configs import Config
+from llmq_kernels.triton import tables
+from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.gpu import KNOWN
+from llmq_kernels.triton.rule import rule
+from llmq_kernels.weights import PackedInt
 from tests.kernels.weights import Plain, plain, tolerance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
 ROWS = (1, 2, 3, 7, 16, 17, 33, 130)
 # Small programs of every family: what the rule would choose for a GPU is too large to interpret.
-GEMV = Config("gemv", block_n=32, block_m=4, parts=2, warps=1)
-SPLITK = Config("splitk", block_n=32, block_m=16, parts=2, split=2, warps=2, stages=2)
-GEMM = Config("gemm", block_n=32, block_m=128, split=1, warps=4, stages=2)
-PRESCALED = Config("gemm", block_n=16, block_m=16, split=2, warps=4, stages=2, prescale=True)
+ONE_ROW = Config("one_row", block_n=32, block_m=4, tiles=2, warps=1)
+FEW_ROWS = Config("few_rows", block_n=32, block_m=16, programs_k=2, warps=2, stages=2)
+MANY_ROWS = Config("many_rows", block_n=32, block_m=128, programs_k=1, warps=4, stages=2)
+PRESCALED = Config("many_rows", block_n=16, block_m=16, programs_k=2, warps=4, stages=2, prescale=True)
 
 
 def family(rows: int) -> Config:
     """A small program of the family that serves so many rows."""
-    return GEMV if rows <= 3 else SPLITK if rows <= 17 else GEMM
+    return ONE_ROW if rows <= 3 else FEW_ROWS if rows <= 17 else MANY_ROWS
 
 
-def packed(weight: Plain, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def packed(weight: Plain, dtype: torch.dtype) -> PackedInt:
     zero = None if weight.zero is None else weight.zero.to(DEVICE)
     words, scale = weight.words.to(DEVICE), weight.scale.to(DEVICE)
-    return layouts.pack("planes", words, scale, zero, weight.bits, weight.shape[1], weight.group_size, dtype)
+    form = layouts.pack("planes", words, scale, zero, weight.bits, weight.shape[1], weight.group_size, dtype)
+    return PackedInt(*form, weight.bits, *weight.shape, weight.group_size)
 
 
-def check(weight: Plain, form: tuple[Tensor, Tensor, Tensor | None], x: Tensor, bias: Tensor | None) -> None:
+def check(weight: Plain, form: PackedInt, x: Tensor, bias: Tensor | None) -> None:
     """The product is float64's and the twin's, as far as rounding of weights and results allows."""
-    out, width = weight.shape
     moved = None if bias is None else bias.to(DEVICE)
-    y = planes.linear(x.to(DEVICE), *form, moved, weight.bits, out, width, weight.group_size).cpu()
+    y = planes.linear(x.to(DEVICE), form, moved).cpu()
     twin = reference.int_linear(x, weight.words, weight.scale, weight.zero, bias, weight.bits, weight.group_size)
     exact = x.double() @ weight.dense.t()
     allowed = tolerance(x, weight.dense)
@@ -65,20 +68,20 @@ def test_every_kind_of_weight_by_every_number_of_rows(
     weight = plain(19, 200, bits, group_size, symmetric=symmetric, dtype=dtype)
     form = packed(weight, dtype)
     for rows in ROWS:
-        monkeypatch.setattr(configs, "choose", lambda *_, rows=rows: family(rows))
+        monkeypatch.setattr(tables, "choose", lambda *_, rows=rows: family(rows))
         x = torch.randn(rows, 200, generator=generator).to(dtype)
         check(weight, form, x, torch.randn(19, generator=generator).to(dtype) if rows % 2 else None)
-    monkeypatch.setattr(configs, "choose", lambda *_: PRESCALED)
+    monkeypatch.setattr(tables, "choose", lambda *_: PRESCALED)
     check(weight, form, torch.randn(5, 200, generator=generator).to(dtype), None)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("config", [GEMV, SPLITK, GEMM], ids=lambda config: config.family)
+@pytest.mark.parametrize("config", [ONE_ROW, FEW_ROWS, MANY_ROWS], ids=lambda config: config.family)
 def test_whole_tiles_and_several_steps(monkeypatch: pytest.MonkeyPatch, bits: int, config: Config) -> None:
     """Inputs that fill every tile need no masks, which is another kernel."""
     width = planes.TILE[bits] * 4
     weight = plain(32, width, bits, 128, symmetric=False)
-    monkeypatch.setattr(configs, "choose", lambda *_: config)
+    monkeypatch.setattr(tables, "choose", lambda *_: config)
     check(weight, packed(weight, torch.bfloat16), torch.randn(3, width).to(torch.bfloat16), None)
 
 
@@ -87,8 +90,8 @@ def test_whole_tiles_and_several_steps(monkeypatch: pytest.MonkeyPatch, bits: in
 def test_groups_that_are_not_whole_tiles(monkeypatch: pytest.MonkeyPatch, bits: int, group_size: int) -> None:
     weight = plain(9, 600, bits, group_size, symmetric=False)
     form = packed(weight, torch.bfloat16)
-    for config in (GEMV, SPLITK, GEMM):
-        monkeypatch.setattr(configs, "choose", lambda *_, config=config: config)
+    for config in (ONE_ROW, FEW_ROWS, MANY_ROWS):
+        monkeypatch.setattr(tables, "choose", lambda *_, config=config: config)
         check(weight, form, torch.randn(2, 600).to(torch.bfloat16), torch.randn(9))
 
 
@@ -99,16 +102,13 @@ def test_dequantizing_is_exact(bits: int, symmetric: bool, dtype: torch.dtype) -
     for group_size, scale_dtype in ((32, torch.float32), (64, torch.bfloat16), (300, torch.float16)):
         weight = plain(21, 300, bits, group_size, symmetric=symmetric, dtype=scale_dtype)
         form = packed(weight, torch.bfloat16)
-        dense = planes.dequantize(*form, bits, 21, 300, group_size, dtype)
-        exact = weight.dense.float()
-        if DEVICE.type == "cpu" and dtype == torch.bfloat16:  # where Triton's interpreter cuts instead of rounding
-            exact = (exact.view(torch.int32) & -65536).view(torch.float32)
-        assert torch.equal(dense.cpu(), exact.to(dtype))
+        dense = planes.dequantize(form, dtype)
+        assert torch.equal(dense.cpu(), weight.dense.float().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 def test_many_rows_go_through_slabs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(configs, "choose", lambda *_: Config("dense"))
+    monkeypatch.setattr(tables, "choose", lambda *_: Config("dense"))
     monkeypatch.setattr(planes, "WORKSPACE", 3000)
     weight = plain(21, 300, 4, 128, symmetric=False)
     x = torch.randn(40, 300).to(dtype)
@@ -137,19 +137,19 @@ def test_what_is_not_served() -> None:
 
 
 def test_tables_come_before_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu = configs.KNOWN[2]
+    gpu = KNOWN[2]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    configs.table.cache_clear()
-    assert configs.choose(gpu, 4, 3, 64, 256, 128) == configs.rule(gpu, 4, 3, 64, 256, 128)
-    file = configs.user_table(gpu.name)
+    tables.table.cache_clear()
+    assert tables.choose(gpu, 4, 3, 64, 256, 128) == rule(gpu, 4, 3, 64, 256, 128)
+    file = tables.user_table(gpu.name)
     file.parent.mkdir(parents=True)
-    measured = {configs.key(4, 4, 64, 256, 128): configs.entry(GEMV, 12.5)}
+    measured = {tables.key(4, 4, 64, 256, 128): tables.entry(ONE_ROW, 12.5)}
     file.write_text(json.dumps({"measured": measured}))
-    configs.table.cache_clear()
-    assert configs.choose(gpu, 4, 3, 64, 256, 128) == GEMV
-    assert configs.choose(gpu, 4, 5, 64, 256, 128) != GEMV
+    tables.table.cache_clear()
+    assert tables.choose(gpu, 4, 3, 64, 256, 128) == ONE_ROW
+    assert tables.choose(gpu, 4, 5, 64, 256, 128) != ONE_ROW
     file.write_text("{")
-    configs.table.cache_clear()
+    tables.table.cache_clear()
     with pytest.raises(ValueError, match="llmq tune"):
-        configs.choose(gpu, 4, 3, 64, 256, 128)
-    configs.table.cache_clear()
+        tables.choose(gpu, 4, 3, 64, 256, 128)
+    tables.table.cache_clear()

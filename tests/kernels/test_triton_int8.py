@@ -7,6 +7,7 @@ import torch
 
 from llmq.grids.activations import round_per_token, round_static
 from llmq_kernels import int8_cpu
+from llmq_kernels.weights import PackedInt8
 
 pytest.importorskip("triton")
 from llmq_kernels.triton import int8  # noqa: E402  (triton is imported here)
@@ -45,7 +46,8 @@ def test_is_the_exact_product_scaled_once(dtype: torch.dtype, rows: int, static:
     for out, width, bias in ((33, 77, None), (130, 300, torch.randn(130).to(dtype))):
         x, weight, scale = draw(rows, out, width, dtype)
         moved = [None if t is None else t.to(DEVICE) for t in (weight, scale, known, bias)]
-        y = int8.linear(x.to(DEVICE), *moved).cpu()
+        *stored, last = moved
+        y = int8.linear(x.to(DEVICE), PackedInt8(*stored), last).cpu()
         codes, x_scale = int8_cpu.round_input(x, known)
         exact = (codes.double() @ weight.double().t()).float() * x_scale.float() * scale.float().view(-1)
         assert torch.equal(y, (exact if bias is None else exact + bias.float()).to(dtype))
@@ -53,4 +55,5 @@ def test_is_the_exact_product_scaled_once(dtype: torch.dtype, rows: int, static:
 
 def test_refuses_sums_that_might_overflow() -> None:
     with pytest.raises(ValueError, match="131071 inputs, not 131072"):
-        int8.linear(torch.zeros(1, 131072), torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None, None)
+        weight = PackedInt8(torch.zeros(1, 131072, dtype=torch.int8), torch.ones(1, 1), None)
+        int8.linear(torch.zeros(1, 131072), weight, None)

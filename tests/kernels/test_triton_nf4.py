@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from llmq_kernels.triton import nf4  # noqa: E402  (triton is imported here)
+from llmq_kernels.triton.gpu import gpu_of  # noqa: E402
+from llmq_kernels.weights import PackedCodebook  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = (1, 2, 3, 4, 7, 16, 17, 33, 130)
@@ -39,8 +41,9 @@ def draw(out: int, width: int, nested: bool, block: int = 64) -> tuple[tuple[Any
     return weight, dense.view(out, width)
 
 
-def moved(weight: tuple[Any, ...]) -> list[Any]:
-    return [part.to(DEVICE) if isinstance(part, Tensor) else part for part in weight]
+def moved(weight: tuple[Any, ...], *sizes: int) -> PackedCodebook:
+    """With out, in and the block's size, on the device."""
+    return PackedCodebook(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in weight), *sizes)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -52,7 +55,7 @@ def test_products_are_those_of_the_float64_weight(shape: tuple[int, int], nested
     for rows in ROWS:
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
         bias = torch.randn(out).to(dtype) if rows % 2 else None
-        y = nf4.linear(x.to(DEVICE), *moved(weight), None if bias is None else bias.to(DEVICE), out, width, 64).cpu()
+        y = nf4.linear(x.to(DEVICE), moved(weight, out, width, 64), None if bias is None else bias.to(DEVICE)).cpu()
         exact = x.double() @ dense.t() + (0 if bias is None else bias.double())
         # W and y are rounded once each, at most: half a unit of every product, and of the sum.
         allowed = torch.finfo(dtype).eps / 2 * (x.double().abs() @ dense.abs().t() + exact.abs()) * 1.01 + 1e-6
@@ -65,7 +68,7 @@ def test_other_blocks(block: int) -> None:
     weight, dense = draw(9, 4096, True, block)
     for rows in (1, 5):
         x = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(rows)).to(torch.float16)
-        y = nf4.linear(x.to(DEVICE), *moved(weight), None, 9, 4096, block).cpu()
+        y = nf4.linear(x.to(DEVICE), moved(weight, 9, 4096, block), None).cpu()
         exact = x.double() @ dense.t()
         assert torch.allclose(y.double(), exact, rtol=2e-3, atol=0.05)
 
@@ -79,14 +82,14 @@ def test_dequantizes_bit_for_bit_as_bitsandbytes(shape: tuple[int, int], dtype: 
     packed, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4", compress_statistics=nested)
     inner = (state.state2.absmax, state.state2.code, float(state.offset)) if nested else (None, None, 0.0)
     weight = (packed.view(-1), state.absmax, state.code, *inner)
-    made = nf4.dequantize(*moved(weight), *shape, 64, dtype)
+    made = nf4.dequantize(moved(weight, *shape, 64), dtype)
     assert torch.equal(made.cpu(), functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (17, 77), (1, 1)])
 def test_dequantizes_odd_shapes(shape: tuple[int, int]) -> None:
     weight, dense = draw(*shape, True)
-    made = nf4.dequantize(*moved(weight), *shape, 64, torch.float32).cpu()
+    made = nf4.dequantize(moved(weight, *shape, 64), torch.float32).cpu()
     assert torch.allclose(made.double(), dense, rtol=1e-5, atol=1e-6)
 
 
@@ -95,9 +98,8 @@ def test_small_weights_are_split_along_k() -> None:
     weight, dense = draw(8, 2048, False)
     x = torch.randn(7, 2048, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     bias = torch.randn(8).to(torch.bfloat16)
-    _, block_n, block_w, _, _ = nf4.gemm_tile(7)
-    assert nf4._split(-(-8 // block_n), 2048 // 8 // block_w, nf4.processors(x.device)) > 1
-    y = nf4.linear(x.to(DEVICE), *moved(weight), bias.to(DEVICE), 8, 2048, 64).cpu()
+    assert nf4.choose(gpu_of(torch.device(DEVICE)), 7, 8, 2048).programs_k > 1
+    y = nf4.linear(x.to(DEVICE), moved(weight, 8, 2048, 64), bias.to(DEVICE)).cpu()
     exact = x.double() @ dense.t() + bias.double()
     assert torch.allclose(y.double(), exact, rtol=0.02, atol=0.5)
 
@@ -105,4 +107,4 @@ def test_small_weights_are_split_along_k() -> None:
 def test_refuses_blocks_that_are_no_power_of_two() -> None:
     weight, _ = draw(4, 96, False)
     with pytest.raises(ValueError, match="32, 64, 128 … values, not 48"):
-        nf4.linear(torch.zeros(1, 96, dtype=torch.float16), *weight, None, 4, 96, 48)
+        nf4.linear(torch.zeros(1, 96, dtype=torch.float16), PackedCodebook(*weight, 4, 96, 48), None)

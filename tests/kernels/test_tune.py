@@ -12,7 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 from llmq_kernels import planes, tune
-from llmq_kernels.triton import configs
+from llmq_kernels.triton import gpu as gpus
+from llmq_kernels.triton import tables
+from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.rule import rule
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -23,18 +26,18 @@ def test_without_a_gpu() -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64, 256, 1024])
 def test_candidates_start_with_the_rule_and_serve_the_rows(rows: int) -> None:
-    gpu = configs.KNOWN[2]
+    gpu = gpus.KNOWN[2]
     found = list(tune.candidates(gpu, 4, rows, 4096, 4096, 128))
-    assert found[0] == configs.rule(gpu, 4, rows, 4096, 4096, 128)
+    assert found[0] == rule(gpu, 4, rows, 4096, 4096, 128)
     assert any(config.family == "dense" for config in found)
-    assert all(config.block_m >= rows for config in found if config.family == "gemv")
+    assert all(config.block_m >= rows for config in found if config.family == "one_row")
 
 
 def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu, asked = configs.KNOWN[2], []
-    best = configs.Config("gemv", 2, 1, 16, warps=2)
+    gpu, asked = gpus.KNOWN[2], []
+    best = Config("one_row", 2, 1, 16, warps=2)
 
-    def fastest(*arguments: object) -> tuple[float, configs.Config]:
+    def fastest(*arguments: object) -> tuple[float, Config]:
         asked.append(arguments[3])
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -43,33 +46,33 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "triton_refusal", lambda _: None)
-    monkeypatch.setattr(configs, "gpu_of", lambda _: gpu)
+    monkeypatch.setattr(gpus, "gpu_of", lambda _: gpu)
     monkeypatch.setattr(tune, "fastest", fastest)
-    configs.table.cache_clear()
+    tables.table.cache_clear()
     with pytest.raises(KeyboardInterrupt):
         tune.tune([(256, 512)], rows=[1, 2, 4])
     lines: list[str] = []
     path = tune.tune([(256, 512)], rows=[1, 2, 4], progress=lambda done, total, line: lines.append(f"{done}/{total}"))
     assert asked == [1, 2, 2, 4] and lines == ["1/3", "2/3", "3/3"]
-    assert path == configs.user_table(gpu.name)
-    assert configs.choose(gpu, 4, 3, 256, 512, 128) == best
-    configs.table.cache_clear()
+    assert path == tables.user_table(gpu.name)
+    assert tables.choose(gpu, 4, 3, 256, 512, 128) == best
+    tables.table.cache_clear()
 
 
 def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast it is; the others are held to the product of the dequantized weight."""
-    gpu = configs.INTERPRETER
-    right, wrong = configs.Config("gemv", 4, 1, 8, warps=1), configs.Config("gemv", 2, 1, 8, warps=1)
-    real, fast = planes.run, {right: 2.0, wrong: 1.0, configs.Config("dense"): 3.0}
+    gpu = gpus.INTERPRETER
+    right, wrong = Config("one_row", 4, 1, 8, warps=1), Config("one_row", 2, 1, 8, warps=1)
+    real, fast = planes.run, {right: 2.0, wrong: 1.0, Config("dense"): 3.0}
 
     def run(*arguments: Any) -> torch.Tensor:
-        return real(*arguments) * (1.5 if arguments[7] == wrong else 1)
+        return real(*arguments) * (1.5 if arguments[3] == wrong else 1)
 
     monkeypatch.setattr(planes, "run", run)
     monkeypatch.setattr(planes, "refusal", lambda *_: None)
     monkeypatch.setattr(tune, "BEYOND_CACHE", 1)
     monkeypatch.setattr(tune, "candidates", lambda *_: iter(fast))
-    monkeypatch.setattr(tune, "seconds", lambda *arguments: fast[arguments[5]])
+    monkeypatch.setattr(tune, "seconds", lambda *arguments: fast[arguments[2]])
     with pytest.warns(UserWarning, match=r"results are wrong on interpreter \(0\.5 off\).*block_n=2"):
         microseconds, config = tune.fastest(gpu, torch.device("cpu"), 4, 1, 32, 256, 128)
     assert config == right and microseconds == pytest.approx(2e6)
@@ -80,12 +83,12 @@ def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.Monk
 )
 def test_a_damaged_table_is_named(change: dict[str, object], tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    whole = configs.entry(configs.Config("gemv", 2, 1, 16, warps=2), 5.0)
+    whole = tables.entry(Config("one_row", 2, 1, 16, warps=2), 5.0)
     file.write_text(json.dumps({"measured": {"a": whole}}))
-    assert configs.read_table(file) == {"a": configs.Config("gemv", 2, 1, 16, warps=2)}
+    assert tables.read_table(file) == {"a": Config("one_row", 2, 1, 16, warps=2)}
     file.write_text(json.dumps({"measured": {"a": {"config": whole["config"] | change}}}))
     with pytest.raises(ValueError, match=r"gpu\.json: no table .*; delete it and run llmq tune"):
-        configs.read_table(file)
+        tables.read_table(file)
     file.write_text("{")
     with pytest.raises(ValueError, match=r"gpu\.json"):
-        configs.read_table(file)
+        tables.read_table(file)

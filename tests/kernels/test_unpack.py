@@ -18,7 +18,7 @@ from llmq_kernels.triton.unpack import half_codes, position, single_codes, sixte
 from tests.kernels import ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODES = ["ptx", "plain"]
+BACKENDS = ["cuda", "hip"]
 SIZE = tl.constexpr(65536)
 
 
@@ -31,24 +31,24 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @triton.jit
-def halves(words, zeros, out, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
+def halves(words, zeros, out, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr):
     at = tl.arange(0, SIZE)
     zero = None
     if zeros is not None:
         zero = tl.load(zeros + at)
-    tl.store(out + at, half_codes(tl.load(words + at), zero, BITS, POS, out.dtype.element_ty, MODE))
+    tl.store(out + at, half_codes(tl.load(words + at), zero, BITS, POS, out.dtype.element_ty, BACKEND))
 
 
 @triton.jit
-def singles(words, out, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
+def singles(words, out, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(out + at, single_codes(tl.load(words + at), BITS, POS, MODE))
+    tl.store(out + at, single_codes(tl.load(words + at), BITS, POS, BACKEND))
 
 
 @triton.jit
-def sixteenths(first, second, third, out, MODE: tl.constexpr):
+def sixteenths(first, second, third, out, BACKEND: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(out + at, sixteenth(tl.load(first + at), tl.load(second + at), tl.load(third + at), MODE))
+    tl.store(out + at, sixteenth(tl.load(first + at), tl.load(second + at), tl.load(third + at), BACKEND))
 
 
 def every_word(seed: int) -> np.ndarray:
@@ -64,35 +64,35 @@ def places(bits: int) -> list[int]:
     return sorted({position.fn(bits, j) for j in range(slices.fn(bits))})
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_as_halves(bits: int, dtype: torch.dtype, mode: str) -> None:
+def test_codes_as_halves(bits: int, dtype: torch.dtype, backend: str) -> None:
     words, half = every_word(bits), 1 << (bits - 1)
     zeros = np.random.default_rng(1).integers(-half, half, 65536)
     out = torch.empty(65536, dtype=dtype, device=DEVICE)
     for place in places(bits):
         codes = (words >> place & (2 * half - 1)).astype(np.int64) - half
-        halves[(1,)](tensor(words), None, out, bits, place, mode)
+        halves[(1,)](tensor(words), None, out, bits, place, backend)
         assert (out.double().cpu().numpy() == codes).all()
-        halves[(1,)](tensor(words), torch.from_numpy(zeros).float().to(DEVICE), out, bits, place, mode)
+        halves[(1,)](tensor(words), torch.from_numpy(zeros).float().to(DEVICE), out, bits, place, backend)
         assert (out.double().cpu().numpy() == codes - zeros).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_in_float32(bits: int, mode: str) -> None:
+def test_codes_in_float32(bits: int, backend: str) -> None:
     words, half = every_word(bits), 1 << (bits - 1)
     out = torch.empty(65536, device=DEVICE)
     for place in places(bits):
-        singles[(1,)](tensor(words), out, bits, place, mode)
+        singles[(1,)](tensor(words), out, bits, place, backend)
         assert (out.cpu().numpy() == (words >> place & (2 * half - 1)).astype(np.int64) - half).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_sixteenth_code(mode: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sixteenth_code(backend: str) -> None:
     words = [every_word(seed) for seed in range(3)]
     out = torch.empty(65536, dtype=torch.int16, device=DEVICE)
-    sixteenths[(1,)](*map(tensor, words), out, mode)
+    sixteenths[(1,)](*map(tensor, words), out, backend)
     expected = sum((word.astype(np.int64) >> 15) << place for place, word in enumerate(words))
     assert (out.cpu().numpy() & 7 == expected).all()

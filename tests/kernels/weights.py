@@ -35,14 +35,15 @@ def plain(
     symmetric: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    factor: float = 1.0,
 ) -> Plain:
-    """Signed codes, scales of both signs, zero points over the whole range; the bit stream is written bit by bit."""
+    """Signed codes, scales of both signs, times `factor`, and zero points over the whole range; written bit by bit."""
     generator = np.random.default_rng(seed)
     half = 1 << (bits - 1)
     groups = -(-in_features // group_size)
     codes = generator.integers(-half, half, (out_features, in_features))
     scale = torch.from_numpy(generator.uniform(0.005, 0.02, (out_features, groups)) * generator.choice([-1, 1, 1], 1))
-    scale = scale.to(dtype)
+    scale = (scale * factor).to(dtype)
     zero = None if symmetric else generator.integers(-half, half, (out_features, groups))
     return Plain(
         bit_stream(codes + half, bits),

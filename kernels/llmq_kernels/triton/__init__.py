@@ -1,1 +1,4 @@
-"""Triton kernels, one family per file. Importing a module here imports triton; importing the package does not."""
+"""Triton kernels, one family per file, and what decides between them.
+
+Importing a kernel imports triton; gpu, config, rule, tables and launch, and the package itself, do not.
+"""

@@ -8,24 +8,22 @@ needs no arithmetic, so few rows run on the same kernel, with more of K in fligh
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.triton.configs import Variant
-from llmq_kernels.triton.target import COMPILED, on, rounded, target
+from llmq_kernels.triton.arithmetic import rounded
+from llmq_kernels.triton.gpu import gpu_of
+from llmq_kernels.triton.launch import Launch, launch
+from llmq_kernels.weights import PackedInt8
 
-# Beyond this many inputs, a sum of products of two numbers down to −128 might pass the ends of int32.
-LONGEST = (1 << 31) // (128 * 128) - 1
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def round_kernel(
-    x, input_scale, codes, scale, K, DTYPE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr
+def int8_round_kernel(
+    x, input_scale, codes, scale, K, DTYPE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BACKEND: tl.constexpr
 ):
     """A row of x [M, K] a program: codes int8 [M, K] and the scale that they stand for in units of, float32 [M].
 
@@ -39,14 +37,14 @@ def round_kernel(
         for start in range(0, K, BLOCK):
             most = tl.maximum(most, tl.abs(tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)))
         # 1-element blocks, not scalars: the interpreter's scalars are numpy's, which have other casts.
-        step = rounded(tl.div_rn(tl.max(most, 0, keep_dims=True), 127.5), DTYPE, TARGET).to(tl.float32)
+        step = rounded(tl.div_rn(tl.max(most, 0, keep_dims=True), 127.5), DTYPE, BACKEND).to(tl.float32)
         step = tl.where(step == 0.0, EPS, step)
     else:
-        step = rounded(tl.load(input_scale + tl.arange(0, 1)).to(tl.float32), DTYPE, TARGET).to(tl.float32)
+        step = rounded(tl.load(input_scale + tl.arange(0, 1)).to(tl.float32), DTYPE, BACKEND).to(tl.float32)
     strange = tl.zeros([BLOCK], tl.float32)
     for start in range(0, K, BLOCK):
         value = tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        level = rounded(tl.div_rn(value, step), DTYPE, TARGET).to(tl.float32)
+        level = rounded(tl.div_rn(value, step), DTYPE, BACKEND).to(tl.float32)
         level = tl.minimum(tl.maximum(level, -128.0), 127.0)
         # Adding 1.5 · 2²³ leaves no bit for fractions: float32's own rounding, half to even, does it.
         level = (level + 12582912.0) - 12582912.0
@@ -60,7 +58,7 @@ def round_kernel(
 @triton.jit
 def int8_kernel(
     x, weight, x_scale, scale, bias, y, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = int8 x [M, K] · int8 weight [N, K]ᵀ, times x_scale float32 [M] and scale [N], + bias [N]."""
     # Neighbouring programs share rows of the weight, which is what is large.
@@ -81,7 +79,20 @@ def int8_kernel(
     if bias is not None:
         value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = y + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, rounded(value, y.dtype.element_ty, TARGET), mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(at, rounded(value, y.dtype.element_ty, BACKEND), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias with x rounded to 8 bits.
+
+    x: float32, bfloat16 or float16 [M, in], contiguous; bias: float [out]. Returns [M, out] in x's dtype, rounded once.
+    Raises ValueError where int32 sums might overflow: at 131072 inputs.
+    """
+    weight.check_sums()
+    codes, x_scale = round_input(x, weight.input_scale)
+    y = x.new_empty(x.shape[0], weight.out_features)
+    launch(x.device, build(codes, x_scale, weight, bias, y, gpu_of(x.device).backend))
+    return y
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,47 +101,31 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     x: float32, bfloat16 or float16 [M, in], contiguous; input_scale: float [1], or None for one scale per token.
     Returns int8 [M, in] and the scales, exact in float32, [M].
     """
-    rows, width = x.shape
-    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = round_block(width)
-    with on(x.device):
-        round_kernel[(rows,)](
-            x, input_scale, codes, scale, width, DTYPE=TYPES[x.dtype], EPS=torch.finfo(x.dtype).eps, BLOCK=block,
-            TARGET=target(x.device), num_warps=8 if block > 2048 else 4, enable_fp_fusion=False,
-        )  # fmt: skip
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    launch(x.device, build_round(x, input_scale, codes, scale, gpu_of(x.device).backend))
     return codes, scale
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias with x rounded to 8 bits.
-
-    x: float32, bfloat16 or float16 [M, in], contiguous; weight: int8 [out, in]; scale: float [out, 1]; input_scale: [1]
-    or None; bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises ValueError where int32 sums might
-    overflow: at 131072 inputs.
-    """
+def build_round(x: Tensor, input_scale: Tensor | None, codes: Tensor, scale: Tensor, backend: str) -> Launch:
+    """codes and scale filled with what `round_input` returns."""
     rows, width = x.shape
-    out = weight.shape[0]
-    if width > LONGEST:
-        raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {width}")
-    codes, x_scale = round_input(x, input_scale)
-    y = x.new_empty(rows, out)
+    block = min(8192, max(256, 1 << (width - 1).bit_length()))
+    constexprs = {"DTYPE": TYPES[x.dtype], "EPS": torch.finfo(x.dtype).eps, "BLOCK": block, "BACKEND": backend}
+    options = {"num_warps": 8 if block > 2048 else 4, "enable_fp_fusion": False}
+    return Launch(int8_round_kernel, (rows,), (x, input_scale, codes, scale, width), constexprs, options)
+
+
+def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
+    """y [M, out] filled with the product of rounded inputs, codes int8 [M, in] and x_scale float32 [M]."""
+    rows, width = codes.shape
+    out = weight.out_features
     block_m, block_n, block_k, warps, stages = tile(rows, out)
-    with on(x.device):
-        int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(out, block_n))](
-            codes, weight.contiguous(), x_scale, scale.contiguous(), bias, y, rows, out, width,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, TARGET=target(x.device), num_warps=warps,
-            num_stages=stages, enable_fp_fusion=False,
-        )  # fmt: skip
-    return y
-
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def round_block(width: int) -> int:
-    """Values of a row that a program holds at a time."""
-    return min(8192, max(256, int(triton.next_power_of_2(width))))
+    tensors = (codes, weight.packed.contiguous(), x_scale, weight.scale.contiguous(), bias, y)
+    constexprs = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BACKEND": backend}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    grid = (-(-rows // block_m), -(-out // block_n))
+    return Launch(int8_kernel, grid, (*tensors, rows, out, width), constexprs, options)
 
 
 def tile(rows: int, out_features: int) -> tuple[int, int, int, int, int]:
@@ -145,30 +140,3 @@ def tile(rows: int, out_features: int) -> tuple[int, int, int, int, int]:
     if rows <= 64:
         return 64, 64, 128, 4, 4
     return 128, 128, 128, 8, 3
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel as it is launched, for scripts/compile_kernels.py."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    for (machine, gpus), (name, dtype) in itertools.product(COMPILED.items(), names.items()):
-        for static, width in itertools.product((False, True), (256, 4096, 14336)):
-            block = round_block(width)
-            yield Variant(
-                f"int8 round {'static' if static else 'token'} {name} block {block}", round_kernel,
-                {"x": f"*{name}", "codes": "*i8", "scale": "*fp32", "K": "i32"}
-                | ({"input_scale": "*fp32"} if static else {}),
-                {"DTYPE": TYPES[dtype], "EPS": torch.finfo(dtype).eps, "BLOCK": block, "TARGET": machine}
-                | ({} if static else {"input_scale": None}),
-                8 if block > 2048 else 4, 1, ("x", "codes", "scale", "K"), gpus,
-            )  # fmt: skip
-        for rows, out in ((16, 4096), (16, 14336), (32, 4096), (64, 4096), (128, 4096)):
-            block_m, block_n, block_k, warps, stages = tile(rows, out)
-            yield Variant(
-                f"int8 product {name} rows {rows} tile {block_n}", int8_kernel,
-                {
-                    "x": "*i8", "weight": "*i8", "x_scale": "*fp32", "scale": "*fp32", "bias": f"*{name}",
-                    "y": f"*{name}", "M": "i32", "N": "i32", "K": "i32",
-                },
-                {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "TARGET": machine}, warps, stages,
-                ("x", "weight", "x_scale", "scale", "bias", "y", "N", "K"), gpus,
-            )  # fmt: skip

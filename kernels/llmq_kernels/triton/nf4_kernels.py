@@ -9,7 +9,7 @@ tensors out. Elsewhere a lookup is a load.
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.target import product, rounded
+from llmq_kernels.triton.arithmetic import product, rounded
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def lane_entry(codebook):
 
 
 @triton.jit
-def lookup(codes, codebook, entry, SHIFT: tl.constexpr, TARGET: tl.constexpr):
+def lookup(codes, codebook, entry, SHIFT: tl.constexpr, BACKEND: tl.constexpr):
     """The numbers that bits [SHIFT, SHIFT + 4) of int32 codes stand for, float32."""
     shifted = codes >> SHIFT
-    if TARGET == "cuda":
+    if BACKEND == "cuda":
         # 0x100f: the lowest four bits choose a lane among the reader's own sixteen; the rest of the word is ignored.
         found = tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
@@ -102,26 +102,26 @@ def row_product(x, mask, w0, w1, w2, w3, w4, w5, w6, w7):
 
 
 @triton.jit
-def store_row(y, bias, total, n, mask, TARGET: tl.constexpr):
+def store_row(y, bias, total, n, mask, BACKEND: tl.constexpr):
     """Sums a row of y [N] over the words."""
     value = tl.sum(total, 1)
     if bias is not None:
         value += tl.load(bias + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + n, rounded(value, y.dtype.element_ty, TARGET), mask=mask)
+    tl.store(y + n, rounded(value, y.dtype.element_ty, BACKEND), mask=mask)
 
 
 @triton.jit(do_not_specialize=["words"])
-def gemv_kernel(
+def nf4_one_row_kernel(
     x, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, y, N, words,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, RUN: tl.constexpr, WHOLE: tl.constexpr,
-    TARGET: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):  # fmt: skip
     """y [ROWS, N] for up to four ROWS. x: [ROWS, 8 · words]; packed: int32 [N, words].
 
     `words` is not specialized on purpose: knowing it divisible by 16, the compiler gives a thread four neighbouring
     words, and x, of which a thread reads eight neighbouring values, has to travel between threads for every word.
     """
-    entry = lane_entry(codebook) if TARGET == "cuda" else 0.0
+    entry = lane_entry(codebook) if BACKEND == "cuda" else 0.0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_W)
     total0 = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
@@ -134,14 +134,14 @@ def gemv_kernel(
         scale = word_magnitudes(
             absmax, nested_absmax, nested_codebook, offset, n, word, words, N, BLOCK_N, BLOCK_W, RUN, WHOLE
         )
-        w0 = lookup(codes, codebook, entry, 4, TARGET)
-        w1 = lookup(codes, codebook, entry, 0, TARGET)
-        w2 = lookup(codes, codebook, entry, 12, TARGET)
-        w3 = lookup(codes, codebook, entry, 8, TARGET)
-        w4 = lookup(codes, codebook, entry, 20, TARGET)
-        w5 = lookup(codes, codebook, entry, 16, TARGET)
-        w6 = lookup(codes, codebook, entry, 28, TARGET)
-        w7 = lookup(codes, codebook, entry, 24, TARGET)
+        w0 = lookup(codes, codebook, entry, 4, BACKEND)
+        w1 = lookup(codes, codebook, entry, 0, BACKEND)
+        w2 = lookup(codes, codebook, entry, 12, BACKEND)
+        w3 = lookup(codes, codebook, entry, 8, BACKEND)
+        w4 = lookup(codes, codebook, entry, 20, BACKEND)
+        w5 = lookup(codes, codebook, entry, 16, BACKEND)
+        w6 = lookup(codes, codebook, entry, 28, BACKEND)
+        w7 = lookup(codes, codebook, entry, 24, BACKEND)
         k = word * 8 + tl.arange(0, BLOCK_W * 8)
         inside = k < words * 8
         total0 += scale * row_product(x + k, inside, w0, w1, w2, w3, w4, w5, w6, w7)
@@ -154,33 +154,34 @@ def gemv_kernel(
         if ROWS > 3:
             at = x + words * 24 + k
             total3 += scale * row_product(at, inside, w0, w1, w2, w3, w4, w5, w6, w7)
-    store_row(y, bias, total0, n, n < N, TARGET)
+    store_row(y, bias, total0, n, n < N, BACKEND)
     if ROWS > 1:
-        store_row(y + N, bias, total1, n, n < N, TARGET)
+        store_row(y + N, bias, total1, n, n < N, BACKEND)
     if ROWS > 2:
-        store_row(y + N * 2, bias, total2, n, n < N, TARGET)
+        store_row(y + N * 2, bias, total2, n, n < N, BACKEND)
     if ROWS > 3:
-        store_row(y + N * 3, bias, total3, n, n < N, TARGET)
+        store_row(y + N * 3, bias, total3, n, n < N, BACKEND)
 
 
 @triton.jit
-def gemm_kernel(
+def nf4_many_rows_kernel(
     x, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, y, M, N, words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, RUN: tl.constexpr, WHOLE: tl.constexpr,
-    SPLIT: tl.constexpr, TARGET: tl.constexpr,
+    PROGRAMS_K: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N], or with SPLIT > 1 its float32 parts [SPLIT, M, N]. x: [M, 8 · words]; packed: int32 [N, words].
+    """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
+    x: [M, 8 · words]; packed: int32 [N, words].
     Yᵀ = W · Xᵀ: the left operand is the one that tensor cores take from registers, so codes become numbers there.
     """
-    entry = lane_entry(codebook) if TARGET == "cuda" else 0.0
+    entry = lane_entry(codebook) if BACKEND == "cuda" else 0.0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
     t = tl.arange(0, BLOCK_W)
     steps = tl.cdiv(words, BLOCK_W)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
+    for step in range(steps * part // PROGRAMS_K, steps * (part + 1) // PROGRAMS_K):
         word = step * BLOCK_W
         mask = (n < N)[:, None] & (word + t < words)[None, :]
         codes = tl.load(packed + n[:, None] * words + (word + t)[None, :], mask=mask, other=0)
@@ -190,43 +191,31 @@ def gemm_kernel(
         k = word * 8 + tl.arange(0, BLOCK_W * 8)
         inside = (m < M)[:, None] & (k < words * 8)[None, :]
         part_x = tl.load(x + m[:, None] * (words * 8) + k[None, :], mask=inside, other=0.0)
-        w04 = tl.join(lookup(codes, codebook, entry, 4, TARGET), lookup(codes, codebook, entry, 20, TARGET))
-        w15 = tl.join(lookup(codes, codebook, entry, 0, TARGET), lookup(codes, codebook, entry, 16, TARGET))
-        w26 = tl.join(lookup(codes, codebook, entry, 12, TARGET), lookup(codes, codebook, entry, 28, TARGET))
-        w37 = tl.join(lookup(codes, codebook, entry, 8, TARGET), lookup(codes, codebook, entry, 24, TARGET))
+        w04 = tl.join(lookup(codes, codebook, entry, 4, BACKEND), lookup(codes, codebook, entry, 20, BACKEND))
+        w15 = tl.join(lookup(codes, codebook, entry, 0, BACKEND), lookup(codes, codebook, entry, 16, BACKEND))
+        w26 = tl.join(lookup(codes, codebook, entry, 12, BACKEND), lookup(codes, codebook, entry, 28, BACKEND))
+        w37 = tl.join(lookup(codes, codebook, entry, 8, BACKEND), lookup(codes, codebook, entry, 24, BACKEND))
         weight = tl.join(tl.join(w04, w26), tl.join(w15, w37)) * scale[:, :, None, None, None]
-        weight = tl.reshape(rounded(weight, x.dtype.element_ty, TARGET), [BLOCK_N, BLOCK_W * 8])
-        total = product(part_x, tl.trans(weight), total, TARGET)
-    if SPLIT == 1 and bias is not None:
+        weight = tl.reshape(rounded(weight, x.dtype.element_ty, BACKEND), [BLOCK_N, BLOCK_W * 8])
+        total = product(part_x, tl.trans(weight), total, BACKEND)
+    if PROGRAMS_K == 1 and bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = y + part.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
-    tl.store(at, rounded(total, y.dtype.element_ty, TARGET), mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(at, rounded(total, y.dtype.element_ty, BACKEND), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def sum_kernel(parts, bias, y, size, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr):
-    """y [M, N] = the sum of parts [SPLIT, M, N], in their order, + bias [N]. size: M · N."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(SPLIT):
-        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + at % N, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y + at, rounded(total, y.dtype.element_ty, TARGET), mask=at < size)
-
-
-@triton.jit
-def dequantize_kernel(
+def nf4_dequantize_kernel(
     packed, absmax, codebook, nested_absmax, nested_codebook, offset, weight, size,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """weight, flat [size], of any shape: packed uint8 [ceil(size / 2)]."""
-    entry = lane_entry(codebook) if TARGET == "cuda" else 0.0
+    entry = lane_entry(codebook) if BACKEND == "cuda" else 0.0
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = byte * 2 < size
     codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
     scale = magnitudes(absmax, nested_absmax, nested_codebook, offset, byte * 2 // BLOCK_SIZE, mask)
-    first = lookup(codes, codebook, entry, 4, TARGET) * scale
-    second = lookup(codes, codebook, entry, 0, TARGET) * scale
+    first = lookup(codes, codebook, entry, 4, BACKEND) * scale
+    second = lookup(codes, codebook, entry, 0, BACKEND) * scale
     at = tl.program_id(0).to(tl.int64) * (BLOCK * 2) + tl.arange(0, BLOCK * 2)
-    tl.store(weight + at, rounded(tl.interleave(first, second), weight.dtype.element_ty, TARGET), mask=at < size)
+    tl.store(weight + at, rounded(tl.interleave(first, second), weight.dtype.element_ty, BACKEND), mask=at < size)

@@ -6,8 +6,7 @@ an exponent above it, under which a mantissa's last bit is worth one; one fused 
 own value off and undoes the code's position. Every step is exact, because a code has fewer bits than a mantissa.
 
 Triton has no tensor of register pairs, but its inline assembly takes elements of 16 bits two at a time (`pack=2`),
-which is why words are of 16 bits. MODE "ptx" is this; "plain" is the same by plain arithmetic, for AMD; "interpreted"
-is plain with products in float32, because the interpreter's own take bfloat16 for whole numbers.
+which is why words are of 16 bits. BACKEND "cuda" is this; elsewhere the same is done by plain arithmetic.
 
 3 bits: five codes in each of three words fill 15 bits, and the three top bits are a sixteenth code (`sixteenth`).
 """
@@ -73,9 +72,9 @@ def bfloat_bits(value):
 
 
 @triton.jit
-def sixteenth(w0, w1, w2, MODE: tl.constexpr):
+def sixteenth(w0, w1, w2, BACKEND: tl.constexpr):
     """The top bits of three words as a code in the lowest bits of one."""
-    if MODE == "ptx":
+    if BACKEND == "cuda":
         code = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c;
@@ -98,12 +97,32 @@ def sixteenth(w0, w1, w2, MODE: tl.constexpr):
 
 
 @triton.jit
-def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+def load_words(at, mask, BITS: tl.constexpr):
+    """The words of a tile, as a tuple of runs of 32: one, or three for 3 bits. at: pointers to the first run."""
+    found = (tl.load(at, mask=mask, other=0),)
+    if BITS == 3:
+        found = found + (tl.load(at + 32, mask=mask, other=0), tl.load(at + 64, mask=mask, other=0))  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def slice_words(tile_words, BITS: tl.constexpr, j: tl.constexpr, BACKEND: tl.constexpr):
+    """The words that hold slice j of a tile, at `position`. tile_words: from `load_words`."""
+    PLANE: tl.constexpr = plane(BITS, j)
+    if PLANE == 3:
+        w = sixteenth(tile_words[0], tile_words[1], tile_words[2], BACKEND)
+    else:
+        w = tile_words[PLANE]
+    return w
+
+
+@triton.jit
+def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """Code at POS of every word, less 2^(BITS − 1) and less `zero`, in 16-bit floating point, exactly.
 
     w: int16. zero: None, or float32 of w's shape, whole numbers in the range of codes.
     """
-    if MODE != "ptx":
+    if BACKEND != "cuda":
         code = (((w.to(tl.int32) >> POS) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.float32)
         if zero is not None:
             code -= zero
@@ -205,13 +224,13 @@ def _bfloat_bytes(w, zero, POS: tl.constexpr):
 
 
 @triton.jit
-def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
+def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr):
     """Code at POS of every word, less 2^(BITS − 1), in float32, exactly.
 
     The upper of two words is first shifted right by 12, so that its codes too end below bit 23, where 2^23 has its last
     mantissa bit.
     """
-    if MODE == "ptx":
+    if BACKEND == "cuda":
         LOW: tl.constexpr = ((1 << BITS) - 1) << POS
         HIGH: tl.constexpr = ((1 << BITS) - 1) << (POS + 4)
         LOW_LESS: tl.constexpr = 2.0 ** (23 - POS) + 2 ** (BITS - 1)
@@ -242,7 +261,7 @@ def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, MODE: tl.constexpr):
 def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr):
     """What belongs to each run of RUN slices of a tile, from [groups, N], as a tuple; None gives an empty one.
 
-    tile: a number, or [parts, 1] with n and row [1, rows]. Tiles past the end get the last group's.
+    tile: a number, or [warps, 1] with n and row [1, rows]. Tiles past the end get the last group's.
     """
     found = ()
     if values is not None:
@@ -257,22 +276,3 @@ def one_group(values, tile, j, n, row, N, groups, GROUP: tl.constexpr, SLICES: t
     """What belongs to the group of slice j of a tile, from [groups, N]; arguments as in `per_group`."""
     group = tl.minimum((tile * SLICES + j) * 32 // GROUP, groups - 1)
     return tl.load(values + group * N + n, mask=row, other=0)
-
-
-@triton.jit
-def dot(codes, xs, total, MODE: tl.constexpr):
-    """total + codes · xs, in float32."""
-    if MODE == "interpreted":
-        codes = codes.to(tl.float32)
-        xs = xs.to(tl.float32)
-    return tl.dot(codes, xs, total)
-
-
-@triton.jit
-def scaled(codes, s, MODE: tl.constexpr):
-    """codes · s, rounded to codes' dtype."""
-    if MODE == "interpreted":
-        product = (codes.to(tl.float32) * s.to(tl.float32)).to(codes.dtype)
-    else:
-        product = codes * s
-    return product

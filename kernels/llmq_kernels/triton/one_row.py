@@ -6,18 +6,15 @@ one fused multiply-add (`unpack.single_codes`), a second one multiplies and adds
 is scaled once. Zero points go through the sum of x: Σ (q − z)·x = Σ q·x − z·Σ x.
 """
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from llmq_kernels.triton.configs import WORDS, Config, Variant, choices, run_length
-from llmq_kernels.triton.unpack import plane, position, single_codes, sixteenth, slices, words
+from llmq_kernels.triton.arithmetic import rounded
+from llmq_kernels.triton.unpack import load_words, position, single_codes, slice_words, slices, words
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
-def gemv_kernel(
+def one_row_kernel(
     x,
     packed,
     scale,
@@ -35,7 +32,7 @@ def gemv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
-    MODE: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]."""
     SLICES: tl.constexpr = slices(BITS)
@@ -51,10 +48,7 @@ def gemv_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N, LANES], dtype=tl.float32)
     for first in range(0, tiles, TILES):
         w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
-        w0 = tl.load(w_at + first * WORDS, mask=w_mask, other=0)
-        if BITS == 3:
-            w1 = tl.load(w_at + first * WORDS + 32, mask=w_mask, other=0)
-            w2 = tl.load(w_at + first * WORDS + 64, mask=w_mask, other=0)
+        tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
         run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
         if zero is not None:
             sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
@@ -62,15 +56,8 @@ def gemv_kernel(
             offset = first * (SLICES * 32) + j * 32
             x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
             xs = tl.load(x_at + offset, mask=x_mask, other=0.0).to(tl.float32)
-            if plane(BITS, j) == 0:
-                w = w0
-            elif plane(BITS, j) == 1:
-                w = w1
-            elif plane(BITS, j) == 2:
-                w = w2
-            else:
-                w = sixteenth(w0, w1, w2, MODE)
-            run += single_codes(w, BITS, position(BITS, j), MODE)[None, :, :] * xs
+            w = slice_words(tile_words, BITS, j, BACKEND)
+            run += single_codes(w, BITS, position(BITS, j), BACKEND)[None, :, :] * xs
             if zero is not None:
                 sums += xs
             if (j + 1) % RUN == 0:
@@ -86,50 +73,5 @@ def gemv_kernel(
     out = tl.sum(total, axis=2)
     if bias is not None:
         out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + m[:, None] * N + n[None, :], out.to(y.dtype.element_ty), mask=(m < M)[:, None] & row[None, :])
-
-
-def launch(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    config: Config,
-    mode: str,
-) -> Tensor:
-    """x [M, K] contiguous, M ≤ block_m → [M, N] in x's dtype."""
-    (m, k), n, groups = x.shape, packed.shape[0], scale.shape[0]
-    tiles = packed.shape[1] // WORDS[bits]
-    group, run = run_length(bits, group_size, k)
-    y = x.new_empty(m, n)
-    gemv_kernel[(triton.cdiv(n, config.block_n),)](
-        x,
-        packed,
-        scale,
-        zero,
-        bias,
-        y,
-        m,
-        n,
-        k,
-        tiles,
-        groups,
-        BITS=bits,
-        GROUP=group,
-        RUN=run,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TILES=config.parts,
-        MODE=mode,
-        **config.options(mode),
-    )
-    return y
-
-
-def variants() -> Iterator[Variant]:
-    """Everything that the rule reaches, on the GPUs it reaches it on."""
-    for choice in choices("gemv"):
-        yield choice.variant(gemv_kernel, {"TILES": choice.config.parts})
+    inside = (m < M)[:, None] & row[None, :]
+    tl.store(y + m[:, None] * N + n[None, :], rounded(out, y.dtype.element_ty, BACKEND), mask=inside)

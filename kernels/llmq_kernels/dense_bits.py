@@ -1,0 +1,76 @@
+"""The layout of dense bits: a weight as it is stored, on any device, unpacked some rows at a time.
+
+What serves where no faster layout does. The weight stays packed in memory; a slab of at most SLAB dequantized values
+exists at a time, and is used while it is in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmq_kernels import products, reference
+from llmq_kernels.checks import FLOATS, check, check_sizes
+from llmq_kernels.weights import PackedInt
+
+SLAB = 1 << 20
+
+
+def refusal(
+    device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
+) -> str | None:
+    """Why this layout cannot serve such a weight: it always can, so None."""
+    return None
+
+
+def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
+    """The plain form is this layout: returned as it is."""
+    return plain
+
+
+def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+    """x [M, in] → [M, out] in x's dtype, slab by slab of output rows."""
+    check_plain(weight)
+    return products.by_slabs(x, slabs(weight), bias, weight.out_features)
+
+
+def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+    check_plain(weight)
+    shape = weight.out_features, weight.in_features
+    return products.whole(slabs(weight), shape, dtype, weight.packed.device)
+
+
+def check_plain(weight: PackedInt) -> None:
+    """The plain form of an integer weight: codes, scales and zero points that agree. Raises TypeError, ValueError."""
+    check_sizes(weight.bits, weight.group_size)
+    words = -(-weight.in_features * weight.bits // 32)
+    check("words", weight.packed, torch.int32, (weight.out_features, words))
+    check("scale", weight.scale, FLOATS, (weight.out_features, -(-weight.in_features // weight.group_size)))
+    if weight.zero is not None:
+        check("zero", weight.zero, torch.int8, tuple(weight.scale.shape))
+
+
+def slabs(weight: PackedInt) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time: which, and their weight in float32."""
+    for rows in products.row_slabs(weight.out_features, weight.in_features, SLAB):
+        codes = unpack(weight.packed[rows], weight.bits, weight.in_features)
+        zero = None if weight.zero is None else weight.zero[rows]
+        yield rows, reference.dequantize(codes, weight.scale[rows], zero, weight.group_size)
+
+
+def unpack(words: Tensor, bits: int, n: int) -> Tensor:
+    """As `reference.unpack_codes`; where codes lie in whole bytes or halves of them, in fewer passes."""
+    if bits not in (4, 8):
+        return reference.unpack_codes(words, bits, n)
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (octets[:, :n] ^ 128).view(torch.int8)
+    pairs = octets[:, : -(-n // 2)].to(torch.int16)
+    pairs |= pairs << 4
+    pairs &= 0x0F0F
+    codes = pairs.view(torch.int8)
+    codes -= 8
+    return codes[:, :n].contiguous()

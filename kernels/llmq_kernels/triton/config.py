@@ -1,0 +1,53 @@
+"""A launch configuration of the integer kernels, and the constants that follow from a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Literal
+
+from llmq_kernels.planes import TILE
+
+Family = Literal["one_row", "few_rows", "many_rows", "dense"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a product: a family of kernels, or the dense product of the dequantized weight.
+
+    block_n, block_m: rows of the weight and of x in a program; tiles: how many of a row a program takes side by side
+    (one_row; of few_rows each warp takes one); programs_k: programs that share K; prescale: scales multiply codes
+    rather than sums (many_rows). registers: how many a thread may use on NVIDIA. None: as few as ptxas likes, which at
+    times spills so that more programs fit.
+    """
+
+    family: Family
+    block_n: int = 0
+    block_m: int = 0
+    tiles: int = 1
+    programs_k: int = 1
+    warps: int = 4
+    stages: int = 1
+    prescale: bool = False
+    registers: int | None = None
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """What Triton is told beside the kernel's arguments."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        if self.registers and backend == "cuda":
+            options["maxnreg"] = self.registers
+        return options
+
+
+def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
+    """GROUP and RUN of the kernels: codes in a group; slices that surely share one.
+
+    A row with one scale runs as groups of 128 do, all of them the first: the same machine code.
+    """
+    group = 128 if group_size >= in_features else group_size
+    return group, gcd(group, TILE[bits]) // 32
+
+
+def power(value: int, least: int) -> int:
+    """The smallest power of two that is no smaller than either."""
+    return max(least, 1 << (value - 1).bit_length())

@@ -1,0 +1,128 @@
+"""One to some tens of rows on tensor cores, with K divided among the warps of a program, and programs if need be.
+
+Yᵀ = W · Xᵀ: the weight is the left operand, which tensor cores take from registers: packed words go through shared
+memory (asynchronous 16-byte copies, several tiles ahead) straight into the operand's own arrangement, and become
+numbers there. A slice of 32 codes along K is one dot, so nothing is joined or reshaped.
+
+The dot is a batch of WARPS_K dots, one for each warp: warp p of a program takes tiles p, p + WARPS_K, … of the same
+rows, and the parts are added once at the end, in the program. So a weight of 4096 rows keeps a GPU busy in a single
+launch, with no partial sums in memory. PROGRAMS_K > 1 divides K among programs too; `sums` then adds, always in one
+order.
+
+Sums are float32; codes are exact; a group's sum is multiplied by its scale, so there is one rounding in all. Scales are
+fetched one step before they are needed: they are too narrow for asynchronous copies, and Triton pipelines no loop that
+carries a value further than one step. Not so those of more than four groups a tile, for which there are no registers.
+"""
+
+import triton
+import triton.language as tl
+
+from llmq_kernels.triton.arithmetic import product, rounded
+from llmq_kernels.triton.unpack import (
+    half_codes,
+    load_words,
+    one_group,
+    per_group,
+    position,
+    slice_words,
+    slices,
+    words,
+)
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "groups"])
+def few_rows_kernel(
+    x,
+    packed,
+    scale,
+    zero,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    tiles,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS_K: tl.constexpr,
+    PROGRAMS_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BACKEND: tl.constexpr,
+):
+    """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
+
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that certainly
+    share a group. EVEN_K: tiles are full, and WARPS_K divides them.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    SLICES: tl.constexpr = slices(BITS)
+    WORDS: tl.constexpr = words(BITS)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    section = tl.program_id(2)
+    warp = tl.arange(0, WARPS_K)
+    t = tl.arange(0, 32)
+    row = n < N
+    row_2d = row[None, :]
+    n_2d = n[None, :]
+    w_at = packed + n.to(tl.int64)[None, :, None] * (tiles * WORDS) + warp[:, None, None] * WORDS + t[None, None, :]
+    x_at = x + m.to(tl.int64)[None, None, :] * K + warp[:, None, None] * (SLICES * 32) + t[None, :, None]
+    column = (m < M)[None, None, :]
+    steps = tl.cdiv(tiles, WARPS_K)
+    begin = steps * section // PROGRAMS_K * WARPS_K
+    end = steps * (section + 1) // PROGRAMS_K * WARPS_K
+    total = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
+    AHEAD: tl.constexpr = SLICES // RUN <= 4
+    if AHEAD:
+        tile = (begin + warp)[:, None]
+        s_run = per_group(scale, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+        z_run = per_group(zero, tile, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+    for first in range(begin, end, WARPS_K):
+        tile = (first + warp)[:, None]
+        if AHEAD:
+            s_next = per_group(scale, tile + WARPS_K, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+            z_next = per_group(zero, tile + WARPS_K, n_2d, row_2d, N, groups, GROUP, SLICES, RUN)
+        if EVEN_K:
+            w_mask = row[None, :, None]
+        else:
+            w_mask = row[None, :, None] & (first + warp < tiles)[:, None, None]
+        tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
+        run = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for j in tl.static_range(SLICES):
+            if EVEN_K:
+                x_mask = column
+            else:
+                inside = ((first + warp) * (SLICES * 32))[:, None] + j * 32 + t[None, :] < K
+                x_mask = column & inside[:, :, None]
+            xs = tl.load(x_at + (first * (SLICES * 32) + j * 32), mask=x_mask, other=0.0)
+            w = slice_words(tile_words, BITS, j, BACKEND)
+            if zero is None:
+                z = None
+            else:
+                if AHEAD:
+                    z = z_run[j // RUN]
+                else:
+                    z = one_group(zero, tile, j, n_2d, row_2d, N, groups, GROUP, SLICES)
+                z = tl.broadcast_to(z.to(tl.float32)[:, :, None], [WARPS_K, BLOCK_N, 32])
+            codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
+            run = product(codes, xs, run, BACKEND)
+            if (j + 1) % RUN == 0:
+                if AHEAD:
+                    s = s_run[j // RUN]
+                else:
+                    s = one_group(scale, tile, j, n_2d, row_2d, N, groups, GROUP, SLICES)
+                total += run * s.to(tl.float32)[:, :, None]
+                if j + 1 < SLICES:
+                    run = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if AHEAD:
+            s_run = s_next
+            z_run = z_next
+    out = tl.sum(total, axis=0)
+    if PROGRAMS_K == 1 and bias is not None:
+        out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
+    y_at = y + (section * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(y_at, rounded(out, y.dtype.element_ty, BACKEND), mask=row[:, None] & (m < M)[None, :])

@@ -1,0 +1,63 @@
+"""What a GPU is to the kernels: NVIDIA's, AMD's, or Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """target: what is compiled for ("cuda:90", "hip:gfx942", "cpu"); shared: bytes of shared memory for a program."""
+
+    name: str
+    target: str
+    processors: int
+    shared: int
+
+    @functools.cached_property
+    def backend(self) -> str:
+        """The constexpr BACKEND of the kernels: cuda (NVIDIA), hip (AMD) or cpu (the interpreter)."""
+        return self.target.partition(":")[0]
+
+    @property
+    def wide(self) -> bool:
+        """Memory so fast that unpacking holds back a kernel without tensor cores: the data-center cards."""
+        return self.target in ("cuda:80", "cuda:90", "cuda:100", "cuda:103")
+
+
+KNOWN = (
+    Gpu("NVIDIA A100-SXM4-80GB", "cuda:80", 108, 166912),
+    Gpu("NVIDIA GeForce RTX 4090", "cuda:89", 128, 101376),
+    Gpu("NVIDIA H100 80GB HBM3", "cuda:90", 132, 232448),
+    Gpu("NVIDIA B200", "cuda:100", 148, 232448),
+    Gpu("AMD Instinct MI300X", "hip:gfx942", 304, 65536),
+)
+# As few processors as make small tests split K, too.
+INTERPRETER = Gpu("interpreter", "cpu", 4, 65536)
+_NOTHING = contextlib.nullcontext()
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of a device; tensors elsewhere are the interpreter's."""
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:  # ROCm's torch calls its devices cuda, too
+        target = "hip:" + str(found.gcnArchName).partition(":")[0]
+    else:
+        target = f"cuda:{found.major * 10 + found.minor}"
+    shared = int(getattr(found, "shared_memory_per_block_optin", 65536))
+    return Gpu(str(found.name), target, int(found.multi_processor_count), shared)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one, on which Triton launches; nothing where it already is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)

@@ -1,0 +1,33 @@
+"""The sum of what programs that share K have left, always in one order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmq_kernels.triton.arithmetic import rounded
+from llmq_kernels.triton.launch import Launch
+
+BLOCK = 512
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_kernel(parts, bias, y, M, N, PROGRAMS_K: tl.constexpr, BLOCK: tl.constexpr, BACKEND: tl.constexpr):
+    """y [M, N] = Σ parts [PROGRAMS_K, M, N] + bias, in float32, rounded once."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in tl.static_range(PROGRAMS_K):
+        total += tl.load(parts + (part * M + m) * N + n, mask=n < N, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + m * N + n, rounded(total, y.dtype.element_ty, BACKEND), mask=n < N)
+
+
+def build(parts: Tensor, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
+    """y [M, N] filled with the sum of parts float32 [PROGRAMS_K, M, N], + bias [N]."""
+    programs_k, m, n = parts.shape
+    constexprs = {"PROGRAMS_K": programs_k, "BLOCK": BLOCK, "BACKEND": backend}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return Launch(sum_kernel, (-(-n // BLOCK), m), (parts, bias, y, m, n), constexprs, options)

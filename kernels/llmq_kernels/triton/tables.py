@@ -1,0 +1,95 @@
+"""Measured launch configurations: the user's table, then the shipped one, and the rule where neither knows a product.
+
+No kernel is ever timed behind a user's back; `llmq_kernels.tune` writes the user's table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from dataclasses import asdict
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, get_args
+
+from llmq_kernels.triton.config import Config, Family
+from llmq_kernels.triton.gpu import Gpu
+from llmq_kernels.triton.rule import rule
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def choose(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
+    """How to run x [m, in] · Wᵀ: as measured for this shape, by the user or before shipping, or by the rule."""
+    measured = table(gpu.name)
+    found = measured.get(key(bits, bucket(m), out_features, in_features, group_size)) if measured else None
+    return found or rule(gpu, bits, m, out_features, in_features, group_size)
+
+
+def bucket(m: int) -> int:
+    """The row count under which measurements of m rows are kept."""
+    return next((size for size in BUCKETS if m <= size), BUCKETS[-1])
+
+
+def key(bits: int, rows: int, out_features: int, in_features: int, group_size: int) -> str:
+    """Under what a measured configuration is kept."""
+    return f"{bits} bits, {rows} x {in_features} to {out_features}, groups of {min(group_size, in_features)}"
+
+
+def user_table(name: str) -> Path:
+    """Where `llmq_kernels.tune` keeps what it measured on a GPU of that name."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "llmq" / "tuned" / file_name(name)
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def table(name: str) -> dict[str, Config]:
+    """Everything measured on a GPU of that name: what is shipped, and over it the user's own."""
+    shipped = resources.files("llmq_kernels") / "tuned" / file_name(name)
+    user = user_table(name)
+    found = read_table(shipped) if shipped.is_file() else {}
+    if user.is_file():
+        found |= read_table(user)
+    return found
+
+
+def read_table(file: Path | Traversable) -> dict[str, Config]:
+    """A table from its JSON. Raises ValueError when it is none, or holds what no kernel can be launched with."""
+    try:
+        measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
+        found = {name: Config(**entry["config"]) for name, entry in measured.items()}
+        for name, config in found.items():
+            check(name, config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: no table of launch configurations ({error}); delete it and run llmq tune") from error
+    return found
+
+
+def check(name: str, config: Config) -> None:
+    """Raise ValueError for a configuration with which no kernel can be launched."""
+    numbers = {field: value for field, value in asdict(config).items() if field not in ("family", "prescale")}
+    if config.family not in get_args(Family) or not isinstance(config.prescale, bool):
+        raise ValueError(f"{name}: family {config.family!r}, prescale {config.prescale!r}")
+    for field, value in numbers.items():
+        if not (isinstance(value, int) and 0 <= value <= 1024 or field == "registers" and value is None):
+            raise ValueError(f"{name}: {field} is {value!r}")
+    if config.family == "dense":
+        return
+    # What Triton makes ranges of, and warps, are powers of two.
+    for field in ("block_n", "block_m", "warps"):
+        if numbers[field] < 1 or numbers[field] & (numbers[field] - 1):
+            raise ValueError(f"{name}: {field} is {numbers[field]}, no power of two")
+    if min(config.tiles, config.programs_k, config.stages) < 1:
+        raise ValueError(f"{name}: tiles {config.tiles}, programs_k {config.programs_k}, stages {config.stages}")
+
+
+def entry(config: Config, microseconds: float) -> dict[str, Any]:
+    """One measured configuration as it stands in a table."""
+    return {"config": asdict(config), "microseconds": round(microseconds, 2)}

@@ -1,0 +1,157 @@
+"""Every kernel as it is launched, in every configuration that the rules reach: for scripts/compile_kernels.py.
+
+Tensors are on the meta device: the very functions that build a launch say what is compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.planes import TILE, WORDS
+from llmq_kernels.triton import dequantize, int8, integers, nf4, sums
+from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.gpu import KNOWN, Gpu
+from llmq_kernels.triton.launch import Launch
+from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.tables import BUCKETS
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Rows and columns of usual weights: narrow and wide, K whole in tiles, in some of them, or in none.
+SHAPES = tuple(itertools.product((96, 1024, 4096, 8192, 28672), (160, 2048, 4096, 11008, 14336)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with everything that its machine code depends on. target: the GPU it is for, as `Gpu.target`."""
+
+    name: str
+    target: str
+    launch: Launch
+
+
+def variants() -> Iterator[Variant]:
+    """All of them; names are unique for a target."""
+    for gpu in KNOWN:
+        yield from _integers(gpu)
+        yield from _dequantize(gpu)
+        yield from _sums(gpu)
+        yield from _nf4(gpu)
+        yield from _int8(gpu)
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _planes(bits: int, n: int, k: int, group_size: int, zero: bool, dtype: torch.dtype) -> PackedInt:
+    groups = -(-k // group_size)
+    packed = _meta(torch.int16, n, -(-k // TILE[bits]) * WORDS[bits])
+    zeros = _meta(torch.int8, groups, n) if zero else None
+    return PackedInt(packed, _meta(dtype, groups, n), zeros, bits, n, k, group_size)
+
+
+def choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int]]:
+    """What the rule reaches: a configuration, bits, rows of x, shape of the weight [n, k], group size, each once.
+
+    All numbers of programs that share K count as two: they differ in one constant of an address.
+    """
+    seen = set()
+    for bits, group_size, (n, k), m in itertools.product(TILE, (128, 32), SHAPES, BUCKETS):
+        config = rule(gpu, bits, m, n, k, group_size)
+        config = replace(config, programs_k=min(config.programs_k, 2))
+        # What EVEN_K of the kernels depends on; one_row has none.
+        side_by_side = config.warps if config.family == "few_rows" else 1
+        even = config.family != "one_row" and k % (TILE[bits] * side_by_side) == 0
+        if config.family == "dense" or (bits, group_size, even, config) in seen:
+            continue
+        seen.add((bits, group_size, even, config))
+        yield config, bits, m, n, k, group_size
+
+
+def _integers(gpu: Gpu) -> Iterator[Variant]:
+    common = {"BITS", "GROUP", "RUN", "BLOCK_M", "BLOCK_N", "BACKEND"}
+    for config, bits, m, n, k, group_size in choices(gpu):
+        for (label, dtype), zero in itertools.product(HALF.items(), (False, True)):
+            y = _meta(dtype, m, n) if config.programs_k == 1 else _meta(torch.float32, config.programs_k, m, n)
+            weight = _planes(bits, n, k, group_size, zero, dtype)
+            made = integers.build(config, _meta(dtype, m, k), weight, _meta(dtype, n), y, gpu.backend)
+            flags = "".join(f" {name.lower()} {value}" for name, value in made.constexprs.items() if name not in common)
+            name = (
+                f"{config.family} {bits} bits group {made.constexprs['GROUP']} {label}{' zero' if zero else ''} "
+                f"{config.block_n}x{config.block_m}{flags} warps {config.warps} stages {config.stages}"
+                f"{' free' if 'maxnreg' in made.options else ''}"
+            )
+            yield Variant(name, gpu.target, made)
+
+
+def _dequantize(gpu: Gpu) -> Iterator[Variant]:
+    for bits, group_size in itertools.product(TILE, (128, 32)):
+        weight = _planes(bits, 4096, 4096, group_size, True, torch.bfloat16)
+        made = dequantize.build(weight, _meta(torch.bfloat16, 4096, 4096), gpu.backend)
+        yield Variant(f"dequantize {bits} bits group {group_size} zero", gpu.target, made)
+
+
+def _sums(gpu: Gpu) -> Iterator[Variant]:
+    for programs_k in (2, 4, 8):
+        parts, bias = _meta(torch.float32, programs_k, 8, 4096), _meta(torch.bfloat16, 4096)
+        made = sums.build(parts, bias, _meta(torch.bfloat16, 8, 4096), gpu.backend)
+        yield Variant(f"sum {programs_k}", gpu.target, made)
+
+
+def _codebook(n: int, k: int, nested: bool) -> PackedCodebook:
+    blocks = n * k // 64
+    absmax = _meta(torch.uint8 if nested else torch.float32, blocks)
+    scales = _meta(torch.float32, -(-blocks // 256)) if nested else None
+    levels = _meta(torch.float32, 256) if nested else None
+    packed, codebook = _meta(torch.uint8, n * k // 2), _meta(torch.float32, 16)
+    return PackedCodebook(packed, absmax, codebook, scales, levels, 0.5, n, k, 64)
+
+
+def _nf4(gpu: Gpu) -> Iterator[Variant]:
+    for nested in (False, True):
+        kind = "nested" if nested else "plain"
+        # Rows of whole blocks, and of half ones.
+        for (label, dtype), k in itertools.product(HALF.items(), (4096, 4128)):
+            title = f"{kind} {label} {'whole' if k == 4096 else 'ragged'}"
+            for m, n in itertools.product((1, 2, 3, 4), (1024, 4096)):
+                config = nf4.choose(gpu, m, n, k)
+                made = nf4.build(
+                    config,
+                    _meta(dtype, m, k),
+                    _codebook(n, k, nested),
+                    _meta(dtype, n),
+                    _meta(dtype, m, n),
+                    gpu.backend,
+                )
+                yield Variant(f"nf4 one_row {title} rows {m} tile {config.block_n}", gpu.target, made)
+            # Numbers of rows that no kernel is specialized for.
+            for m, programs_k in itertools.product((15, 31, 63), (1, 4)):
+                config = replace(nf4.choose(gpu, m, 4096, k), programs_k=programs_k)
+                y = _meta(dtype, m, 4096) if programs_k == 1 else _meta(torch.float32, programs_k, m, 4096)
+                weight, bias = _codebook(4096, k, nested), _meta(dtype, 4096)
+                made = nf4.build(config, _meta(dtype, m, k), weight, bias, y, gpu.backend)
+                yield Variant(f"nf4 many_rows {title} rows {m} programs_k {programs_k}", gpu.target, made)
+        for label, dtype in (HALF | {"fp32": torch.float32}).items():
+            made = nf4.build_dequantize(_codebook(4096, 4096, nested), _meta(dtype, 4096, 4096), gpu.backend)
+            yield Variant(f"nf4 dequantize {kind} {label}", gpu.target, made)
+
+
+def _int8(gpu: Gpu) -> Iterator[Variant]:
+    for label, dtype in HALF.items():
+        for static, k in itertools.product((False, True), (256, 4096, 14336)):
+            known = _meta(torch.float32, 1) if static else None
+            codes, scale = _meta(torch.int8, 15, k), _meta(torch.float32, 15)
+            made = int8.build_round(_meta(dtype, 15, k), known, codes, scale, gpu.backend)
+            name = f"int8 round {'static' if static else 'token'} {label} block {made.constexprs['BLOCK']}"
+            yield Variant(name, gpu.target, made)
+        for m, n in ((15, 4096), (15, 14336), (31, 4096), (63, 4096), (127, 4096)):
+            weight = PackedInt8(_meta(torch.int8, n, 4096), _meta(torch.float32, n, 1), None)
+            codes, scale, bias = _meta(torch.int8, m, 4096), _meta(torch.float32, m), _meta(dtype, n)
+            made = int8.build(codes, scale, weight, bias, _meta(dtype, m, n), gpu.backend)
+            yield Variant(f"int8 product {label} rows {m} tile {made.constexprs['BLOCK_N']}", gpu.target, made)

@@ -1,0 +1,85 @@
+"""What scripts/compile_kernels.py compiles: launches that fit their kernels, one for each that the rule reaches."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llmq_kernels import planes
+from llmq_kernels.triton import integers, tables
+from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.gpu import KNOWN
+from llmq_kernels.triton.launch import Launch
+from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.unpack import slices, words
+from llmq_kernels.triton.variants import SHAPES, variants
+from llmq_kernels.weights import PackedInt
+
+
+def parameters(kernel: Any) -> list[str]:
+    return list(inspect.signature(kernel.fn).parameters)
+
+
+def test_every_argument_of_every_kernel_is_given_once() -> None:
+    seen = set()
+    for variant in variants():
+        made = variant.launch
+        names = parameters(made.kernel)
+        assert set(names[len(made.arguments) :]) == set(made.constexprs), variant.name
+        assert all(name == name.upper() for name in made.constexprs)
+        assert made.constexprs.get("BACKEND", "cuda") == variant.target.partition(":")[0]
+        assert all(size > 0 for size in made.grid) and made.options["num_warps"] in (1, 2, 4, 8)
+        assert (variant.name, variant.target) not in seen
+        seen.add((variant.name, variant.target))
+    assert {target for _, target in seen} == {gpu.target for gpu in KNOWN}
+
+
+def machine_code(config: Config, bits: int, group_size: int, k: int) -> tuple[Any, ...]:
+    """What the machine code of a product depends on, in bfloat16 and without zero points."""
+    n, meta = 64, torch.device("meta")
+    packed = torch.empty(n, -(-k // planes.TILE[bits]) * planes.WORDS[bits], dtype=torch.int16, device=meta)
+    scale = torch.empty(-(-k // group_size), n, dtype=torch.bfloat16, device=meta)
+    x = torch.empty(1, k, dtype=torch.bfloat16, device=meta)
+    weight = PackedInt(packed, scale, None, bits, n, k, group_size)
+    return code_of(integers.build(config, x, weight, None, x, "cuda"))
+
+
+def code_of(made: Launch) -> tuple[Any, ...]:
+    constexprs = made.constexprs | {"PROGRAMS_K": min(2, made.constexprs.get("PROGRAMS_K", 1)), "BACKEND": "cuda"}
+    return made.kernel.fn.__name__, tuple(sorted(constexprs.items())), tuple(sorted(made.options.items()))
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in KNOWN if gpu.backend == "cuda"], ids=lambda gpu: gpu.name)
+def test_what_the_rule_chooses_is_compiled(gpu: Any) -> None:
+    compiled = {code_of(one.launch) for one in variants() if one.target == gpu.target}
+    for bits in planes.TILE:
+        for n, k in SHAPES:
+            for m in (*tables.BUCKETS, 3, 100):
+                config = rule(gpu, bits, m, n, k, 128)
+                assert config.family == "dense" or machine_code(config, bits, 128, k) in compiled, (bits, n, k, m)
+
+
+@pytest.mark.parametrize("bits", planes.TILE)
+def test_kernels_and_layout_agree_on_tiles(bits: int) -> None:
+    assert slices.fn(bits) * 32 == planes.TILE[bits]
+    assert words.fn(bits) == planes.WORDS[bits]
+
+
+def test_a_launch_gives_the_kernel_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher adds nothing to a Launch and leaves nothing out."""
+    from llmq_kernels.triton import launch as launching
+
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: calls.append((grid, arguments, options))
+
+    one = Launch(Kernel(), (3, 2), (1, None), {"BITS": 4}, {"num_warps": 2})
+    launching.launch(torch.device("cpu"), one, one._replace(grid=(1,)))
+    assert calls == [((grid), (1, None), {"BITS": 4, "num_warps": 2}) for grid in ((3, 2), (1,))]
