@@ -20,7 +20,7 @@ from llmq_kernels.checks import check_device
 from llmq_kernels.dense_bits import check_plain
 from llmq_kernels.weights import PackedInt
 
-DENSE_BITS = "stream"
+DENSE_BITS = "dense_bits"
 """The plain form's name where layouts are named by text."""
 NAMES = ("planes", "int4pack", DENSE_BITS)
 

@@ -114,7 +114,7 @@ class IntLinear(QuantLinear):
     def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """The plain form of the weight into the best layout for its device."""
         self.layout, reasons = layouts.choose(words.device, self.dtype, *self._sizes())
-        self.notes = reasons if self.layout == "stream" else {}
+        self.notes = reasons if self.layout == layouts.DENSE_BITS else {}
         packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
         for name, part in zip(("qweight", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, part)
@@ -129,7 +129,7 @@ class IntLinear(QuantLinear):
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See QuantLinear."""
-        if self.layout == "stream":
+        if self.layout == layouts.DENSE_BITS:
             return None
         # Planes are the same for both dtypes that their kernels read.
         if self.layout == "planes" and device.type == self.qweight.device.type and {dtype, self.dtype} <= HALF:
@@ -138,12 +138,12 @@ class IntLinear(QuantLinear):
 
     def settle(self) -> None:
         """The plain form can be packed anew wherever it goes."""
-        if self.layout == "stream":
+        if self.layout == layouts.DENSE_BITS:
             self._pack(self.qweight, self.scale, self.zero)
 
     def fresh(self) -> list[Tensor]:
         """See QuantLinear."""
-        return [] if self.layout == "stream" else [self.qweight]
+        return [] if self.layout == layouts.DENSE_BITS else [self.qweight]
 
     def extra_repr(self) -> str:
         """What print shows."""

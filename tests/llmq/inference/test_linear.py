@@ -88,7 +88,7 @@ def as_planes(layer: IntLinear) -> None:
 
 def test_planes_serve_both_half_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(layouts, "NAMES", ("stream",))
+    monkeypatch.setattr(layouts, "NAMES", (layouts.DENSE_BITS,))
     layer = quant_linear(weights()[0], torch.ones(32), torch.bfloat16)
     assert isinstance(layer, IntLinear)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))

@@ -166,7 +166,7 @@ def test_moved(tmp_path: Path) -> None:
     model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
     layer = layers(model)[0]
     assert isinstance(layer, IntLinear)
-    assert layer.layout == "stream"
+    assert layer.layout == layouts.DENSE_BITS
     x, scale = torch.randn(2, layer.in_features), layer.scale.clone()
     wanted = layer(x)
     layer.to(torch.bfloat16)
@@ -183,7 +183,7 @@ def test_moved(tmp_path: Path) -> None:
 def test_moved_to_where_a_faster_layout_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "m", Case("ct", 4, 32, True))
     with monkeypatch.context() as patch:
-        patch.setattr(layouts, "NAMES", ("stream",))
+        patch.setattr(layouts, "NAMES", (layouts.DENSE_BITS,))
         layer = layers(llmq.load(tmp_path / "m", device_map="cpu", dtype="float32"))[0]
     assert isinstance(layer, IntLinear)
     x = torch.randn(2, layer.in_features)
@@ -222,7 +222,7 @@ def test_plain_operator_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture
         with caplog.at_level(logging.WARNING, "llmq"):
             model = llmq.load(tmp_path / str(bits), device_map="cpu")
         lines = [r.getMessage() for r in caplog.records if r.name == "llmq"]
-        plain = [layer for layer in layers(model) if layer.layout == "stream"]
+        plain = [layer for layer in layers(model) if layer.layout == layouts.DENSE_BITS]
         assert bits == 4 or len(plain) == len(layers(model))
         assert len(lines) == bool(plain)
         assert all(line.startswith(f"{len(plain)} weights run on the plain operator") for line in lines)
