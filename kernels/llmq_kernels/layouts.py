@@ -52,7 +52,7 @@ def layout(name: str) -> Layout:
 
 @functools.cache
 def _module(name: str) -> Layout:
-    return cast(Layout, importlib.import_module(f"llmq_kernels.{'dense_bits' if name == DENSE_BITS else name}"))
+    return cast(Layout, importlib.import_module(f"llmq_kernels.{name}"))
 
 
 def choose(
