@@ -53,7 +53,8 @@ def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[We
     Returns its quantized weights, which say how their inputs are rounded.
     """
     block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    chosen = {f"{item.module}.weight": item for item in plan.of_block(index)}
+    prefix = plan.structure.blocks[index].name + "."
+    chosen = {prefix + item.view.parameter: item for item in plan.of_block(index) if item.view is not None}
     quantized: dict[str, Quantized] = {}
     for name, tensor in members(plan, index).items():
         item = chosen.get(name)
@@ -69,7 +70,7 @@ def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[We
     block.to(device)
     states = _states(plan, index)
     for state in states:
-        state.quantized = quantized[f"{plan.structure.blocks[index].name}.{state.parameter}"]
+        state.quantized = quantized[prefix + state.view.parameter]
         state.input_scale = getattr(state.quantized, "input_scale", None)
     return states
 
@@ -85,13 +86,12 @@ def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], 
 
 
 def _states(plan: Plan, index: int) -> list[WeightState]:
-    prefix = plan.structure.blocks[index].name + "."
+    block = plan.model.get_submodule(plan.structure.blocks[index].name)
     states = []
     for item in plan.of_block(index):
-        module = plan.model.get_submodule(item.module)
-        assert isinstance(module, nn.Linear) and item.scheme is not None
-        parameter = f"{item.module}.weight".removeprefix(prefix)
-        states.append(WeightState(item.name, parameter, module, item.scheme, module.weight.detach(), item.input_id))
+        assert item.view is not None and item.scheme is not None
+        value = item.view.get(block)
+        states.append(WeightState(item.name, item.view, item.scheme, value, value.dtype, item.input_id))
     return states
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from torch import Tensor
-
 from llmq.block.block import Block, WeightState, relative_error
-from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
@@ -28,10 +25,7 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
     for method in pipeline.refiners:
         refine(block, method)
-    for state in block.weights.values():
-        assert state.quantized is not None
-        value = state.quantized.dequantize(state.module.weight.dtype)
-        assign(block.module, state.parameter, value)
+    block.round_in_place()
 
 
 def transform(block: Block, pipeline: Pipeline) -> None:
@@ -96,11 +90,10 @@ def round_weights(block: Block, quantizer: Method) -> None:
 def row(state: WeightState) -> dict[str, Any]:
     """A weight's line of the report. error: relative, of the rounded weight to what was to be rounded."""
     assert state.quantized is not None
-    value: Tensor = state.quantized.dequantize(state.module.weight.dtype)
     return {
         "name": state.name,
         "shape": list(state.value.shape),
-        "error": relative_error([value], [state.value]),
+        "error": relative_error([state.result()], [state.value]),
         "notes": list(state.quantized.notes),
         "seconds": round(state.seconds, 3),
     }

@@ -81,7 +81,7 @@ def quantize_block(
     steps.quantize(block, plan.pipeline)
     rows, tensors = pack_weights(plan, index, block)
     tensors |= untouched(plan, index, block)
-    with rounded_inputs(block.weights.values()):
+    with rounded_inputs(block.module, block.weights.values()):
         output = block.outputs()
     check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
     payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
@@ -110,7 +110,7 @@ def replay(
     """The output of a block as it was written, compared with the one it had in memory."""
     states = restore(plan, sink, index, device)
     block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    with rounded_inputs(states):
+    with rounded_inputs(block, states):
         output = forward(block, hidden, calls, device)
     check_signature(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
     discard(block)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.discovery.matmuls import Statistic
+from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError
 from llmq.grids.estimators import laplace_clip, normal_clip
 from llmq.grids.histogram import BINS, METHODS, TOP, Magnitudes, find_activation_scale, round_to
@@ -170,3 +170,22 @@ def test_refusals() -> None:
         find_activation_scale(Magnitudes(4, CPU))
     with pytest.raises(LlmqError, match="not finite"):
         statistic.update(torch.tensor([[1.0, float("inf"), 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("powers", [(0, 0), (0, 9), (9, 0), (-120, 3), (3, -120)])
+def test_two_merged_are_one_of_both(powers: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(6, 8, generator=generator) * 2.0**power for power in powers)
+    for one, other, both in (
+        (gathered(first), gathered(second), gathered(first, second)),
+        (gathered(first), gathered(torch.zeros(2, 8)), gathered(first, torch.zeros(2, 8))),
+        (gathered(torch.zeros(2, 8)), gathered(second), gathered(torch.zeros(2, 8), second)),
+        (gathered(first[:0]), gathered(second), gathered(second)),
+    ):
+        reach, counts = other.reach, other.counts.clone()
+        one.merge(other)
+        assert torch.equal(one.counts, both.counts)
+        assert (one.reach, one.low, one.high, one.count) == (both.reach, both.low, both.high, both.count)
+        for got, want in ((one.total, both.total), (one.size, both.size), (one.square, both.square)):
+            assert float(got) == pytest.approx(float(want), rel=1e-12)
+        assert other.reach == reach and torch.equal(other.counts, counts)
