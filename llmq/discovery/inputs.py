@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -61,19 +62,53 @@ def collect(module: nn.Module, statistics: Mapping[View, Sequence[Takes]]) -> It
 def at_products(module: nn.Module, takes: Mapping[View, Take]) -> Iterator[None]:
     """Hand the input of each weight of a module to its function, at every product with it, while the context is open.
 
-    Products raise LlmqError where weights that share one input replace it by different values, and at einsum with one
-    of the weights, where its input cannot be told.
+    A context within another of the same module is handed what the outer one made of the input. Products raise LlmqError
+    where weights that share one input replace it by different values, and at einsum with one of the weights, where its
+    input cannot be told.
     """
     if not takes:
         yield
         return
-    with _Inputs(module, takes):
-        yield
+    layer, inputs = _Layer(module, takes), _OPEN.get()
+    if inputs is not None and inputs.module is module:
+        inputs.layers.append(layer)
+        try:
+            yield
+        finally:
+            inputs.layers.remove(layer)
+        return
+    opened = _Inputs(module, [layer])
+    token = _OPEN.set(opened)
+    try:
+        with opened:
+            yield
+    finally:
+        _OPEN.reset(token)
 
 
 class _Inputs(Products):
-    def __init__(self, module: nn.Module, takes: Mapping[View, Take]) -> None:
+    """Every context that is open on a module, the outermost first."""
+
+    def __init__(self, module: nn.Module, layers: list[_Layer]) -> None:
         super().__init__()
+        self.module, self.layers = module, layers
+
+    def product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """See `Products.product`."""
+        for layer in self.layers:
+            args, kwargs = layer.change(func, args, kwargs)
+        return args, kwargs
+
+
+_OPEN: ContextVar[_Inputs | None] = ContextVar("inputs watched", default=None)
+
+
+class _Layer:
+    """One context: functions of inputs, and which of them each kind of operand calls, as far as it was met."""
+
+    def __init__(self, module: nn.Module, takes: Mapping[View, Take]) -> None:
         self.takes: dict[str, list[tuple[View, Take]]] = {}
         for view, take in takes.items():
             self.takes.setdefault(view.parameter, []).append((view, take))
@@ -83,10 +118,10 @@ class _Inputs(Products):
             self.places[name] = module.get_submodule(owner), leaf
         self.known: dict[Any, list[_Use]] = {}
 
-    def product(
+    def change(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See `Products.product`."""
+        """The arguments of a product, its input replaced where a function gave another."""
         if func is torch.einsum:
             self._refuse_einsum(args)
             return args, kwargs

@@ -170,3 +170,17 @@ def test_weights_that_share_an_input_must_agree() -> None:
         pytest.raises(LlmqError, match=r"fused\[0:16\] and fused\[16:32\] share an input"),
     ):
         module.products(inputs())
+
+
+def test_an_inner_context_sees_what_the_outer_one_made() -> None:
+    linear, view, x = nn.Linear(8, 4, bias=False), View("weight"), torch.ones(3, 8)
+    seen: list[Tensor] = []
+    with at_products(linear, {view: lambda x: x + 1}):
+        with at_products(linear, {view: lambda x: x * 5}), at_products(linear, {view: seen.append}):
+            result = linear(x)
+        again = linear(x)
+    assert torch.equal(seen[0], (x + 1) * 5)
+    assert torch.equal(result, linear((x + 1) * 5)) and torch.equal(again, linear(x + 1))
+    with at_products(linear, {view: lambda x: x + 1}), at_products(nn.Linear(8, 4), {view: seen.append}):
+        linear(x)
+    assert len(seen) == 1
