@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,86 +15,93 @@ from llmq.discovery.calls import Call
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
-from llmq.planning.plan import Plan
+from llmq.planning.plan import BlockPlan, Plan
 
 REST_BYTES = 2**28
 
 
-def load(plan: Plan, name: str, device: torch.device) -> None:
-    """Fill one parameter or buffer of the model from the checkpoint, checked to be finite."""
-    tensor = plan.links.source.get(name)
-    if tensor is None:
-        raise LlmqError(f"{plan.source.folder}: the checkpoint has no tensor for {name}")
-    value = plan.source.read(tensor)
-    if value.is_floating_point():
-        value = value.to(plan.dtype)
-        check_finite(value, tensor, plan.source.info(tensor).file)
-    assign(plan.model, name, value.to(device))
+@dataclass(frozen=True)
+class BlockIO:
+    """Fills the blocks of a plan's model from its checkpoint or from what the sink has of them.
 
-
-def members(plan: Plan, index: int) -> dict[str, str]:
-    """Parameters and buffers of a block, by full name, with the checkpoint's name for each."""
-    prefix = plan.structure.blocks[index].name + "."
-    return {name: tensor for name, tensor in plan.links.source.items() if name.startswith(prefix)}
-
-
-def fill(plan: Plan, index: int, device: torch.device) -> nn.Module:
-    """The block with its weights read from the checkpoint."""
-    name = plan.structure.blocks[index].name
-    block = plan.model.get_submodule(name)
-    for parameter, _ in block.named_parameters():
-        load(plan, f"{name}.{parameter}", device)
-    for buffer in members(plan, index).keys() - {f"{name}.{p}" for p, _ in block.named_parameters()}:
-        load(plan, buffer, device)
-    return block.to(device)
-
-
-def restore(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[WeightState]:
-    """The block as it was written: every tensor read back from the output folder, quantized ones dequantized.
-
-    Returns its quantized weights, which say how their inputs are rounded.
+    device: where blocks are filled, to be run there.
     """
-    block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    chosen = {f"{item.module}.weight": item for item in plan.of_block(index)}
-    quantized: dict[str, Quantized] = {}
-    for name, tensor in members(plan, index).items():
-        item = chosen.get(name)
-        if item is None or item.scheme is None:
-            value = sink.read(tensor)
-        else:
-            kind = formats.of(item.scheme)
-            suffixes = kind.spec(item.shape, item.scheme, plan.dtype)
-            stored = {suffix: sink.read(f"{item.name}.{suffix}") for suffix in suffixes}
-            quantized[name] = kind.unpack(stored, item.scheme)
-            value = quantized[name].dequantize(plan.dtype)
-        assign(plan.model, name, (value.to(plan.dtype) if value.is_floating_point() else value).to(device))
-    block.to(device)
-    states = _states(plan, index)
-    for state in states:
-        state.quantized = quantized[f"{plan.structure.blocks[index].name}.{state.parameter}"]
-        state.input_scale = getattr(state.quantized, "input_scale", None)
-    return states
 
+    plan: Plan
+    sink: Sink
+    device: torch.device
 
-def open_block(plan: Plan, index: int, inputs: list[Tensor], calls: list[Call], device: torch.device) -> Block:
-    """The block with its weights read from the checkpoint, ready to be worked on."""
-    fill(plan, index, device)
-    name = plan.structure.blocks[index].name
-    pairs = plan.pairs[name].pairs if name in plan.pairs else []
-    module = plan.model.get_submodule(name)
-    states = _states(plan, index)
-    return Block(module, states, inputs, calls, pairs=pairs, scale_dtype=plan.dtype, device=device)
+    def load(self, name: str, device: torch.device | None = None) -> None:
+        """Fill one parameter or buffer of the model, by its name there, from the checkpoint, checked to be finite."""
+        source, tensor = self.plan.source, self.plan.links.source.get(name)
+        if tensor is None:
+            raise LlmqError(f"{source.folder}: the checkpoint has no tensor for {name}")
+        value = source.read(tensor)
+        if value.is_floating_point():
+            value = value.to(self.plan.dtype)
+            check_finite(value, tensor, source.info(tensor).file)
+        assign(self.plan.model, name, value.to(device or self.device))
 
+    def fill(self, block: BlockPlan) -> nn.Module:
+        """The block with its weights read from the checkpoint."""
+        parameters = [name for name, _ in block.module.named_parameters()]
+        for name in [*parameters, *(block.tensors.keys() - set(parameters))]:
+            self.load(f"{block.name}.{name}")
+        return block.module.to(self.device)
 
-def _states(plan: Plan, index: int) -> list[WeightState]:
-    prefix = plan.structure.blocks[index].name + "."
-    states = []
-    for item in plan.of_block(index):
-        module = plan.model.get_submodule(item.module)
-        assert isinstance(module, nn.Linear) and item.scheme is not None
-        parameter = f"{item.module}.weight".removeprefix(prefix)
-        states.append(WeightState(item.name, parameter, module, item.scheme, module.weight.detach(), item.input_id))
-    return states
+    def open(self, block: BlockPlan, inputs: list[Tensor], calls: list[Call]) -> Block:
+        """The block with its weights read from the checkpoint, ready to be worked on."""
+        module = self.fill(block)
+        return Block(
+            module,
+            _states(block),
+            inputs,
+            calls,
+            pairs=block.pairs,
+            scale_dtype=self.plan.dtype,
+            device=self.device,
+        )
+
+    def restore(self, block: BlockPlan) -> list[WeightState]:
+        """The block as it was written: every tensor read back from the output folder, quantized ones dequantized.
+
+        Returns its quantized weights, which say how their inputs are rounded.
+        """
+        dtype = self.plan.dtype
+        quantized = {name: self._read(block, name) for name in block.weights}
+        for name, tensor in block.tensors.items():
+            value = quantized[name].dequantize(dtype) if name in quantized else self.sink.read(tensor)
+            value = value.to(dtype) if value.is_floating_point() else value
+            assign(block.module, name, value.to(self.device))
+        block.module.to(self.device)
+        states = _states(block)
+        for state in states:
+            state.quantized = quantized[state.view.name]
+            state.input_scale = getattr(state.quantized, "input_scale", None)
+        return states
+
+    def _read(self, block: BlockPlan, name: str) -> Quantized:
+        """A quantized weight as it was written."""
+        weight = block.weights[name]
+        assert weight.scheme is not None
+        kind = formats.of(weight.scheme)
+        suffixes = kind.spec(weight.shape, weight.scheme, self.plan.dtype)
+        stored = {suffix: self.sink.read(f"{weight.name}.{suffix}") for suffix in suffixes}
+        return kind.unpack(stored, weight.scheme)
+
+    def untouched(self, block: BlockPlan, changed: set[str]) -> dict[str, Tensor]:
+        """The block's other tensors, unless an earlier block shares them: byte for byte as the checkpoint has them.
+
+        Those of the parameters in `changed` have the checkpoint's dtype and the block's values.
+        """
+        elsewhere = {weight.tensor for weight in block.weights.values()}
+        for earlier in self.plan.blocks[: block.index]:
+            elsewhere |= set(earlier.tensors.values())
+        tensors = {name: self.plan.source.read(name) for name in block.tensors.values() if name not in elsewhere}
+        for parameter in changed:
+            tensor = block.tensors[parameter]
+            tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
+        return tensors
 
 
 def discard(block: nn.Module) -> None:
@@ -101,24 +110,9 @@ def discard(block: nn.Module) -> None:
         empty(block, name)
 
 
-def untouched(plan: Plan, index: int, block: Block) -> dict[str, Tensor]:
-    """The block's other tensors, unless an earlier block shares them: byte for byte as the checkpoint has them.
-
-    Those that a transform changed have the checkpoint's dtype and the block's values.
-    """
-    prefix = plan.structure.blocks[index].name + "."
-    chosen = {item.tensor for item in plan.of_block(index)}
-    chosen |= {tensor for earlier in range(index) for tensor in members(plan, earlier).values()}
-    tensors = {t: plan.source.read(t) for t in members(plan, index).values() if t not in chosen}
-    for parameter in block.changed:
-        tensor = plan.links.source[prefix + parameter]
-        tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
-    return tensors
-
-
 def rest(plan: Plan) -> dict[str, list[str]]:
     """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or one tensor."""
-    inside = {t for i in range(len(plan.structure.blocks)) for t in members(plan, i).values()}
+    inside = {tensor for block in plan.blocks for tensor in block.tensors.values()}
     units: dict[str, list[str]] = {}
     size = REST_BYTES
     for name in plan.source.names():
@@ -130,3 +124,13 @@ def rest(plan: Plan) -> dict[str, list[str]]:
             size += nbytes
             units[f"rest {len(units) - 1}"].append(name)
     return units
+
+
+def _states(block: BlockPlan) -> list[WeightState]:
+    """A filled block's weights as they are before anything is done to them."""
+    states = []
+    for weight in block.weights.values():
+        assert weight.view is not None and weight.scheme is not None
+        value = weight.view.get(block.module)
+        states.append(WeightState(weight.name, weight.view, weight.scheme, value, value.dtype, weight.input_id))
+    return states

@@ -86,7 +86,7 @@ def quantize(
     began = time.perf_counter()
     out = Path(out)
     made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
-    with Sink.open(out, fingerprint(made, device), units=len(rest(made)) + len(made.structure.blocks)) as sink:
+    with Sink.open(out, fingerprint(made, device), units=len(rest(made)) + len(made.blocks)) as sink:
         watch = watch or Silent()
         for note in sink.notes:
             watch.note(note)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error
-from llmq.discovery.parameters import assign
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
@@ -29,10 +28,7 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
     for method in pipeline.refiners:
         refine(block, method)
-    for state in block.weights.values():
-        assert state.quantized is not None
-        value = state.quantized.dequantize(state.module.weight.dtype)
-        assign(block.module, state.parameter, value)
+    block.round_in_place()
 
 
 def transform(block: Block, pipeline: Pipeline) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmq import formats, steps
 from llmq.block.block import Block, relative_error, rounded_inputs
-from llmq.block_io import discard, fill, load, open_block, rest, restore, untouched
+from llmq.block_io import BlockIO, discard, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, record
@@ -23,7 +23,7 @@ from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.memory import before_blocks
-from llmq.planning.plan import Plan
+from llmq.planning.plan import BlockPlan, Plan
 from llmq.report.rows import weight_row
 from llmq.watch import Watch
 
@@ -36,36 +36,30 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
 
     Raises LlmqError naming the weight or file; finished blocks are kept, and the same call goes on from there.
     """
-    copy_rest(plan, sink, watch)
-    recording = record_calls(plan, device, watch)
+    io = BlockIO(plan, sink, device)
+    copy_rest(io, watch)
+    recording = record_calls(io, watch)
     hidden, recording.hidden = recording.hidden, recording.hidden[:1]
     float_hidden = hidden if plan.pipeline.float_target else None
-    units = [f"block {i}" for i in range(len(plan.structure.blocks))]
-    todo = [i for i, unit in enumerate(units) if unit not in sink.done]
-    watch.stage("Quantizing", len(units))
-    for index in range(todo[0] if todo else 0):
-        calls = [calls[index] for calls in recording.calls]
+    todo = [block for block in plan.blocks if block.unit not in sink.done]
+    watch.stage("Quantizing", len(plan.blocks))
+    for block in plan.blocks[: todo[0].index] if todo else []:
+        calls = recording.of_block(block.index)
         if float_hidden is not None:
-            float_hidden = unquantized(plan, index, float_hidden, calls, device)
-        hidden = replay(plan, sink, index, hidden, calls, device)
-        watch.step(f"{units[index]} was already done")
-    for index in todo:
-        calls = [calls[index] for calls in recording.calls]
-        hidden, float_hidden = quantize_block(plan, sink, index, hidden, float_hidden, calls, device)
+            float_hidden = unquantized(io, block, float_hidden, calls)
+        hidden = replay(io, block, hidden, calls)
+        watch.step(f"{block.unit} was already done")
+    for block in todo:
+        calls = recording.of_block(block.index)
+        hidden, float_hidden = quantize_block(io, block, hidden, float_hidden, calls)
         give_back()
-        watch.step(f"{units[index]}: output error {sink.done[units[index]]['error']:.2e}")
+        watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")
     del hidden, float_hidden
-    verify(plan, sink, recording, device, watch)
+    verify(io, recording, watch)
 
 
 def quantize_block(
-    plan: Plan,
-    sink: Sink,
-    index: int,
-    hidden: list[Tensor],
-    float_hidden: list[Tensor] | None,
-    calls: list[Call],
-    device: torch.device,
+    io: BlockIO, planned: BlockPlan, hidden: list[Tensor], float_hidden: list[Tensor] | None, calls: list[Call]
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
 
@@ -73,64 +67,58 @@ def quantize_block(
     block's output for them is returned too.
     """
     began = time.perf_counter()
-    block = open_block(plan, index, hidden, calls, device)
-    block.target = block.observe(plan.pipeline.first)
-    check_output(plan, index, block.target, "before any quantization: it overflows, or its weights are damaged")
+    pipeline = io.plan.pipeline
+    block = io.open(planned, hidden, calls)
+    block.target = block.observe(pipeline.first)
+    check_output(planned.name, block.target, "before any quantization: it overflows, or its weights are damaged")
     if float_hidden is not None:
-        float_hidden = block.target if float_hidden is hidden else forward(block.module, float_hidden, calls, device)
+        float_hidden = block.target if float_hidden is hidden else forward(block.module, float_hidden, calls, io.device)
         block.target = float_hidden
-    steps.quantize(block, plan.pipeline)
-    rows, tensors = pack_weights(plan, index, block)
-    tensors |= untouched(plan, index, block)
-    with rounded_inputs(block.weights.values()):
+    steps.quantize(block, pipeline)
+    rows, tensors = pack_weights(planned, block)
+    tensors |= io.untouched(planned, block.changed)
+    with rounded_inputs(block.module, block.weights.values()):
         output = block.outputs()
-    check_output(plan, index, output, "after quantization, though it was before: keep its worst weights with --keep")
+    check_output(planned.name, output, "after quantization, though it was before: keep its worst weights with --keep")
     payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
-    if (on_device := device_memory(device)) is not None:
+    if (on_device := device_memory(io.device)) is not None:
         payload |= {"device": on_device}
     discard(block.module)
-    sink.commit(f"block {index}", tensors, payload)
+    io.sink.commit(planned.unit, tensors, payload)
     return output, float_hidden
 
 
-def unquantized(
-    plan: Plan, index: int, float_hidden: list[Tensor], calls: list[Call], device: torch.device
-) -> list[Tensor]:
+def unquantized(io: BlockIO, block: BlockPlan, float_hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
     """What the unquantized block makes of the unquantized model's hidden states."""
-    block = fill(plan, index, device)
-    output = forward(block, float_hidden, calls, device)
-    discard(block)
+    module = io.fill(block)
+    output = forward(module, float_hidden, calls, io.device)
+    discard(module)
     return output
 
 
-def replay(
-    plan: Plan, sink: Sink, index: int, hidden: list[Tensor], calls: list[Call], device: torch.device
-) -> list[Tensor]:
+def replay(io: BlockIO, block: BlockPlan, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
     """The output of a block as it was written, compared with the one it had in memory."""
-    states = restore(plan, sink, index, device)
-    block = plan.model.get_submodule(plan.structure.blocks[index].name)
-    with rounded_inputs(states):
-        output = forward(block, hidden, calls, device)
-    check_signature(sink.done[f"block {index}"], output[0], plan.structure.blocks[index].name)
-    discard(block)
+    states = io.restore(block)
+    with rounded_inputs(block.module, states):
+        output = forward(block.module, hidden, calls, io.device)
+    check_signature(io.sink.done[block.unit], output[0], block.name)
+    discard(block.module)
     give_back()
     return output
 
 
-def record_calls(plan: Plan, device: torch.device, watch: Watch) -> Recording:
+def record_calls(io: BlockIO, watch: Watch) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the host."""
-    model = plan.model
-    blocks = [model.get_submodule(block.name) for block in plan.structure.blocks]
-    paths = [block.name for block in plan.structure.blocks]
-    inside = [f"{path}.{n}" for path, m in zip(paths, blocks, strict=True) for n, _ in m.named_parameters()]
-    needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(paths[0] + "."))]
+    plan, model = io.plan, io.plan.model
+    inside = [f"{block.name}.{n}" for block in plan.blocks for n, _ in block.module.named_parameters()]
+    needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(plan.blocks[0].name + "."))]
     for name in needed:
-        load(plan, name, torch.device("cpu"))
+        io.load(name, torch.device("cpu"))
     batches = list(torch.split(plan.ids, plan.batch))
     watch.stage("Recording calls", len(batches))
-    recording = record(model, blocks, _ticking(batches, watch))
+    recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
     for name in needed:
         empty(model, name)
     return recording
@@ -148,34 +136,35 @@ def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: t
         return [call.run(block, h.to(device)).to(h) for h, call in zip(hidden, calls, strict=True)]
 
 
-def check_output(plan: Plan, index: int, output: list[Tensor], when: str) -> None:
+def check_output(name: str, output: list[Tensor], when: str) -> None:
     """Raise LlmqError where a block's output is not finite."""
     if not all(bool(torch.isfinite(t).all()) for t in output):
-        raise LlmqError(f"{plan.structure.blocks[index].name}: its output is not finite {when}")
+        raise LlmqError(f"{name}: its output is not finite {when}")
 
 
-def pack_weights(plan: Plan, index: int, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def pack_weights(planned: BlockPlan, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The lines of the report and the tensors to write of a block's quantized weights."""
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for item, work in zip(plan.of_block(index), block.weights.values(), strict=True):
-        assert item.scheme is not None and work.quantized is not None
-        rows.append(asdict(weight_row(work, index, item.after)))
-        packed = formats.of(item.scheme).pack(work.quantized)
-        tensors |= {f"{item.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    for name, weight in planned.weights.items():
+        state = block.weights[name]
+        assert weight.scheme is not None and state.quantized is not None
+        rows.append(asdict(weight_row(state, planned.index, weight.after)))
+        packed = formats.of(weight.scheme).pack(state.quantized)
+        tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
     return rows, tensors
 
 
-def copy_rest(plan: Plan, sink: Sink, watch: Watch) -> None:
+def copy_rest(io: BlockIO, watch: Watch) -> None:
     """Write everything that belongs to no block, as it is, in shards of up to 256 MiB."""
-    units = rest(plan)
+    source, units = io.plan.source, rest(io.plan)
     watch.stage("Copying", len(units))
     for unit, names in units.items():
-        if unit not in sink.done:
-            tensors = {name: plan.source.read(name) for name in names}
+        if unit not in io.sink.done:
+            tensors = {name: source.read(name) for name in names}
             for name, tensor in tensors.items():
-                check_finite(tensor, name, plan.source.info(name).file)
-            sink.commit(unit, tensors, {})
+                check_finite(tensor, name, source.info(name).file)
+            io.sink.commit(unit, tensors, {})
         watch.step(unit)
 
 
@@ -199,10 +188,10 @@ def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> No
         )
 
 
-def verify(plan: Plan, sink: Sink, recording: Recording, device: torch.device, watch: Watch) -> None:
+def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
     """Reopen every block that was written and compare its output on the first batch with the one it had in memory."""
     hidden = recording.hidden[:1]
-    watch.stage("Verifying", len(plan.structure.blocks))
-    for index in range(len(plan.structure.blocks)):
-        hidden = replay(plan, sink, index, hidden, [recording.calls[0][index]], device)
+    watch.stage("Verifying", len(io.plan.blocks))
+    for block in io.plan.blocks:
+        hidden = replay(io, block, hidden, recording.of_block(block.index)[:1])
         watch.step("")

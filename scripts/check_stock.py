@@ -29,7 +29,7 @@ from llmq import stream
 from llmq.block.block import Block
 from llmq.checkpoint.hub import resolve
 from llmq.grids.scheme import Scheme
-from llmq.planning.plan import Plan
+from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
 
 LIMIT = 1e-3
@@ -54,14 +54,14 @@ def kept_in_memory() -> Iterator[dict[str, Tensor]]:
     kept: dict[str, Tensor] = {}
     pack = stream.pack_weights
 
-    def keep(plan: Plan, index: int, block: Block) -> Any:
-        prefix = plan.structure.blocks[index].name
+    def keep(plan: BlockPlan, block: Block) -> Any:
+        prefix = plan.name
         for work in block.weights.values():
             assert work.quantized is not None
             kept[f"{prefix}.{work.parameter}"] = work.quantized.dequantize(torch.float32)
         for name in block.changed:
             kept[f"{prefix}.{name}"] = block.module.get_parameter(name).float().clone()
-        return pack(plan, index, block)
+        return pack(plan, block)
 
     stream.pack_weights = keep
     try:

@@ -8,7 +8,7 @@ and no plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from llmq.block.attempt import Attempt
 from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.calls import Call
-from llmq.discovery.matmuls import collect
+from llmq.discovery.inputs import at_products, collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
+from llmq.discovery.view import View, put
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
@@ -35,17 +36,18 @@ CHUNK = 1 << 21
 class WeightState:
     """One weight while it is quantized.
 
-    value: what is to be rounded, [out, in], in the model's dtype or, once a transform changed it, float32; parameter:
-    its name within the block; input_id: the same for all weights that are fed by the same tensor; statistics: of that
-    input, while they are held; quantized: the result, once there is one; input_scale: float32 [1] where activations are
-    static; importance: E[x²] of its input channels as far as it is known, float32 [in]; rounded: the weight to nearest.
+    view: where it lies in the block; value: what is to be rounded, [out, in], in the model's dtype or, once a transform
+    changed it, float32; dtype: what the block holds it in; input_id: the same for all weights that are fed by the same
+    tensor; statistics: of that input, while they are held; quantized: the result, once there is one; input_scale:
+    float32 [1] where activations are static; importance: E[x²] of its input channels as far as it is known, float32
+    [in]; rounded: the weight to nearest.
     """
 
     name: str
-    parameter: str
-    module: nn.Linear
+    view: View
     scheme: Scheme
     value: Tensor
+    dtype: torch.dtype
     input_id: int
     statistics: dict[type[Any], Any] = field(default_factory=dict)
     quantized: Quantized | None = None
@@ -53,6 +55,16 @@ class WeightState:
     rounded: Tensor | None = None
     importance: Tensor | None = None
     seconds: float = 0.0
+
+    @property
+    def parameter(self) -> str:
+        """Its name within the block: the parameter's, where it is a whole parameter."""
+        return self.view.name
+
+    def result(self) -> Tensor:
+        """The rounded weight as loaders will have it: [out, in], in `dtype`."""
+        assert self.quantized is not None
+        return self.quantized.dequantize(self.dtype)
 
 
 @dataclass
@@ -93,6 +105,7 @@ class Block:
         self.changed: set[str] = set()
         self.log: list[Attempt] = []
         self._error: float | None = None
+        self._overwritten: list[dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]]] = []
 
     def output(self, index: int) -> Tensor:
         """What the block, as it is now, makes of batch `index`, on the block's device."""
@@ -106,13 +119,13 @@ class Block:
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """One pass of the block as it is: its outputs, and the statistics of every distinct input anew."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
-        fed: dict[nn.Module, list[Statistic]] = {}
+        fed: dict[View, list[Statistic]] = {}
         for state in self.weights.values():
             if state.input_id not in held:
                 held[state.input_id] = {need: need(state.value.shape[1], self.device) for need in needs}
-                fed[state.module] = list(held[state.input_id].values())
+                fed[state.view] = list(held[state.input_id].values())
             state.statistics = held[state.input_id]
-        with collect(fed):
+        with collect(self.module, fed):
             return self.outputs()
 
     def weigh(self) -> None:
@@ -127,25 +140,31 @@ class Block:
             state.statistics = {}
 
     @contextmanager
-    def rounding(self) -> Iterator[None]:
-        """The block with every weight rounded (as quantized, else to nearest) and inputs rounded as schemes say."""
-        before = {}
-        for name, state in self.weights.items():
-            before[name] = state.module.weight.data
-            assign(self.module, name, self._rounded(state).to(before[name].dtype))
+    def rounding(self, *, straight_through: bool = False) -> Iterator[None]:
+        """The block with every weight rounded (as quantized, else to nearest) and inputs rounded as schemes say.
+
+        straight_through: gradients pass the rounding of inputs as though there were none.
+        """
+        names = [state.view.parameter for state in self.weights.values()]
+        before = {name: self.module.get_parameter(name).data for name in names}
         try:
-            with rounded_inputs(self.weights.values()):
+            put(self.module, ((state.view, self._rounded(state)) for state in self.weights.values()))
+            with rounded_inputs(self.module, self.weights.values(), straight_through=straight_through):
                 yield
         finally:
             for name, value in before.items():
                 assign(self.module, name, value)
 
+    def round_in_place(self) -> None:
+        """Let the block's weights be their results from now on, each of which must be there."""
+        put(self.module, ((state.view, state.result()) for state in self.weights.values()))
+
     def _rounded(self, state: WeightState) -> Tensor:
         if state.quantized is not None:
-            return state.quantized.dequantize(state.module.weight.dtype)
+            return state.result()
         if state.rounded is None:
             nearest = round_to_nearest(state.value, state.scheme, self.scale_dtype, importance=state.importance)
-            state.rounded = nearest.dequantize(state.module.weight.dtype)
+            state.rounded = nearest.dequantize(state.dtype)
         return state.rounded
 
     def error(self) -> float:
@@ -158,16 +177,15 @@ class Block:
 
     def calibrate_inputs(self) -> None:
         """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
-        missing: dict[int, tuple[Magnitudes, nn.Module, list[tuple[WeightState, str]]]] = {}
+        missing: dict[int, tuple[Magnitudes, View, list[tuple[WeightState, str]]]] = {}
         for state in self.weights.values():
             kind = state.scheme.activations
             if kind is not None and not kind.dynamic and state.input_scale is None:
-                missing.setdefault(state.input_id, (Magnitudes(state.value.shape[1], self.device), state.module, []))[
-                    2
-                ].append((state, kind.range))
+                histogram = Magnitudes(state.value.shape[1], self.device)
+                missing.setdefault(state.input_id, (histogram, state.view, []))[2].append((state, kind.range))
         if not missing:
             return
-        with collect({module: [histogram] for histogram, module, _ in missing.values()}):
+        with collect(self.module, {view: [histogram] for histogram, view, _ in missing.values()}):
             self.outputs()
         for histogram, _, fed in missing.values():
             for state, method in fed:
@@ -179,26 +197,53 @@ class Block:
         parameters = dict(self.module.named_parameters())
         states = {name: replace(state) for name, state in self.weights.items()}
         changed, error, trial = set(self.changed), self._error, Trial()
+        self._overwritten.append({})
         try:
             yield trial
         finally:
+            overwritten = self._overwritten.pop()
             if not trial.kept:
+                for part, value in overwritten.values():
+                    part.copy_(value)
                 for name, parameter in parameters.items():
                     assign(self.module, name, parameter.data)
                 for name, state in states.items():
                     vars(self.weights[name]).update(vars(state))
                 self.changed, self._error = changed, error
 
-    def set(self, parameter: str, value: Tensor) -> None:
-        """Give a parameter of the block another value [same shape]: float32 for a weight that is to be quantized."""
-        dtype = self.module.get_parameter(parameter).dtype
-        assign(self.module, parameter, value.to(dtype))
-        if parameter in self.weights:
-            state = self.weights[parameter]
-            state.value, state.rounded, state.quantized = value, None, None
+    def set(self, name: str, value: Tensor) -> None:
+        """Give a weight (by its `View.name`, [out, in]) or another parameter (as stored) a value of the same shape.
+
+        Weights that are to be quantized are known as exactly as they are given here: in float32.
+        """
+        state = self.weights.get(name)
+        if state is not None:
+            self._write(state.view, value)
+            _revalue(state, value)
         else:
-            self.changed.add(parameter)
+            self._write(View(name), value)
+            for part in self._within(name):
+                _revalue(part, part.view.of(value))
+            if not self._is_quantized(name):
+                self.changed.add(name)
         self._error = None
+
+    def _write(self, view: View, value: Tensor) -> None:
+        """Give the module another value; what it overwrites in a parameter's memory is kept for every open trial."""
+        if not view.whole:
+            part = view.get(self.module)
+            for kept in self._overwritten:
+                kept.setdefault((part.data_ptr(), part.shape, part.stride()), (part, part.clone()))
+        view.set(self.module, value.to(self.module.get_parameter(view.parameter).dtype))
+
+    def _within(self, parameter: str) -> list[WeightState]:
+        """The weights that lie in a parameter."""
+        return [state for state in self.weights.values() if state.view.parameter == parameter]
+
+    def _is_quantized(self, parameter: str) -> bool:
+        """Whether all of a parameter is to be quantized, so that its values are known exactly."""
+        size = self.module.get_parameter(parameter).numel()
+        return sum(state.value.numel() for state in self._within(parameter)) == size
 
     def set_input_scale(self, parameter: str, scale: Tensor) -> None:
         """Give a weight the static scale of its input, float32 [1]."""
@@ -211,10 +256,16 @@ class Block:
         state.quantized = with_input_scale(quantized, state.input_scale)
         self._error = None
 
-    def get(self, parameter: str) -> Tensor:
-        """A parameter in float32, as exactly as it is known."""
-        state = self.weights.get(parameter)
-        return (self.module.get_parameter(parameter).data if state is None else state.value).to(torch.float32)
+    def get(self, name: str) -> Tensor:
+        """A weight (by its `View.name`, [out, in]) or parameter (as stored) in float32, as exactly as it is known."""
+        state = self.weights.get(name)
+        if state is not None:
+            return state.value.to(torch.float32)
+        stored, parts = self.module.get_parameter(name).data, self._within(name)
+        value = stored.to(torch.float32, copy=bool(parts))
+        for part in parts:
+            part.view.of(value).copy_(part.value)
+        return value
 
     def scale(self, pair: Pair, scale: Tensor, shift: Tensor | None = None) -> None:
         """Move a positive factor per channel from a pair's source to what it feeds: x → (x − shift) / scale.
@@ -224,7 +275,7 @@ class Block:
         quantized, factors are powers of two, which lose nothing in storage.
         """
         matrices = [consumer.parameter for consumer in pair.consumers] + ([pair.source] if pair.kind == LINEAR else [])
-        exact = not all(name in self.weights for name in matrices)
+        exact = not all(map(self._is_quantized, matrices))
         if exact:
             scale = torch.exp2(torch.log2(scale).round())
         if shift is not None:
@@ -240,8 +291,7 @@ class Block:
         for name, edit in pair.edits(scale).items():
             self.set(name, edit.of(self.get(name)))
         for consumer in pair.consumers:
-            if consumer.parameter in self.weights:
-                state = self.weights[consumer.parameter]
+            for state in self._within(consumer.parameter):
                 state.input_scale = None
                 if state.importance is not None:
                     state.importance = state.importance / scale.to(self.device)[consumer.channel.to(self.device)] ** 2
@@ -257,26 +307,38 @@ class Block:
         return torch.where((whole == 0) | (stored == 0), 1.0, whole / stored)
 
 
+def _revalue(state: WeightState, value: Tensor) -> None:
+    state.value, state.rounded, state.quantized = value, None, None
+
+
+def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
+    """A weight's input [..., in] rounded as its scheme says: per token, or by `scale` where there is one."""
+    if scheme.activations is None:
+        return x
+    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
+
+
 @contextmanager
-def rounded_inputs(states: Iterable[WeightState]) -> Iterator[None]:
-    """Round the input of each weight whose scheme says so, while the context is open."""
-    hooks = [rounding_hook(w.module, w.scheme, w.input_scale) for w in states if w.scheme.activations is not None]
-    try:
+def rounded_inputs(
+    module: nn.Module, states: Iterable[WeightState], *, straight_through: bool = False
+) -> Iterator[None]:
+    """Round the input of each weight of a block whose scheme says so, while the context is open.
+
+    straight_through: gradients pass as though inputs were not rounded.
+    """
+
+    def rounding(state: WeightState) -> Callable[[Tensor], Tensor]:
+        def take(x: Tensor) -> Tensor:
+            rounded = round_input(x, state.scheme, state.input_scale)
+            return x + (rounded - x).detach() if straight_through and rounded is not x else rounded
+
+        return take
+
+    states = list(states)
+    # A weight whose input stays as it is counts too where it shares a product with one whose input does not.
+    some = any(state.scheme.activations is not None for state in states)
+    with at_products(module, {state.view: rounding(state) for state in states} if some else {}):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def rounding_hook(module: nn.Module, scheme: Scheme, scale: Tensor | None) -> Any:
-    """Have a module's input rounded as the scheme says: per token, or by `scale` where there is one."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        x = round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
-        return (x, *args[1:])
-
-    return module.register_forward_pre_hook(hook)
 
 
 def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ class Statistic(Protocol):
 
     def update(self, x: Tensor) -> None:
         """Take in x [..., width]."""
+
+    def merge(self, other: Self) -> None:
+        """Take in what another of its kind and width has seen, as though it came after; `other` stays as it is."""
 
     @classmethod
     def nbytes(cls, width: int) -> int:
@@ -33,6 +36,11 @@ class MeanSquare:
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total += rows.square().sum(0)
         self.count += rows.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen of as many channels."""
+        self.total += other.total.to(self.total.device)
+        self.count += other.count
 
     @property
     def mean(self) -> Tensor:
@@ -61,6 +69,11 @@ class Hessian:
         self.total.addmm_(rows.t(), rows)
         self.count += rows.shape[0]
 
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen of as many channels."""
+        self.total += other.total.to(self.total.device)
+        self.count += other.count
+
     @classmethod
     def nbytes(cls, width: int) -> int:
         """Memory that it holds, in bytes."""
@@ -88,12 +101,31 @@ class Inputs:
     def update(self, x: Tensor) -> None:
         """Take in x [..., width]."""
         new = x.reshape(-1, x.shape[-1]).float()
+        if not len(new):
+            return
         self.total += new.abs().sum(0)
         self.squares += new.square().sum(0)
         self.low = torch.minimum(self.low, new.amin(0))
         self.high = torch.maximum(self.high, new.amax(0))
         self.rows = torch.cat([self.rows, new[-self.count % self.stride :: self.stride]])
         self.count += new.shape[0]
+        self._thin()
+
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen of as many channels; its tokens count as the later ones."""
+        device = self.total.device
+        self.total += other.total.to(device)
+        self.squares += other.squares.to(device)
+        self.low = torch.minimum(self.low, other.low.to(device))
+        self.high = torch.maximum(self.high, other.high.to(device))
+        # Strides are powers of two: every so many rows of the denser sample are one of the sparser.
+        stride = max(self.stride, other.stride)
+        mine, theirs = self.rows[:: stride // self.stride], other.rows[:: stride // other.stride].to(device)
+        self.rows, self.stride = torch.cat([mine, theirs]), stride
+        self.count += other.count
+        self._thin()
+
+    def _thin(self) -> None:
         while len(self.rows) > self.ROWS:
             self.rows = self.rows[::2].clone()
             self.stride *= 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.stock import unpackable
+from llmq.discovery.view import View
 from llmq.errors import LlmqError, first_line
 
 PROBE_TOKENS = 8
@@ -31,13 +32,15 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """One Linear weight of a block. name: its module's path in the model; rows × width: [out, in].
+    """One weight of a block. name: its module's path in the model; view: where it lies in the block; rows × width:
+    [out, in].
 
     input_id: the same for all weights fed by the same tensor (servers fuse those); row_parallel: whether a
     tensor-parallel server cuts it along its input (a weight fed by neither the block's input nor a norm).
     """
 
     name: str
+    view: View
     rows: int
     width: int
     input_id: int
@@ -142,7 +145,7 @@ def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
         "stock transformers cannot load it packed: the model's own code takes hold of it while loading",
     )
     for block in blocks:
-        left = block.left | {f"{w.name}.weight": reason for w in block.weights if w.name in bad}
+        left = block.left | {f"{block.name}.{w.view.parameter}": reason for w in block.weights if w.name in bad}
         yield BlockInfo(block.name, tuple(w for w in block.weights if w.name not in bad), left)
 
 
@@ -162,7 +165,7 @@ def _inspect(
             call.run(block, hidden)
         found[make] = _weights_of(block, matmuls, modules, hidden, tied)
     known = found[make]
-    weights = tuple(WeightInfo(f"{name}.{w.name}", w.rows, w.width, w.input_id, w.row_parallel) for w in known.weights)
+    weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
     return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
 
 
@@ -211,7 +214,9 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
             pointer = uses[0].input.untyped_storage().data_ptr() if uses[0].input is not None else 0
             input_id = inputs.setdefault(pointer, len(inputs))
             weights.append(
-                WeightInfo(linears[parameter], value.shape[0], value.shape[1], input_id, pointer not in known)
+                WeightInfo(
+                    linears[parameter], View(parameter), value.shape[0], value.shape[1], input_id, pointer not in known
+                )
             )
     return BlockInfo("", tuple(weights), left)
 

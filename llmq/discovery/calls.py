@@ -46,6 +46,10 @@ class Recording:
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
+    def of_block(self, index: int) -> list[Call]:
+        """One block's calls, batch by batch."""
+        return [calls[index] for calls in self.calls]
+
 
 def _to(value: Any, device: torch.device) -> Any:
     """The value with its tensors on the device; what holds none of another device is handed on as it is."""

@@ -1,14 +1,14 @@
-"""Sees every matrix product with a parameter of a block, and feeds the statistics that methods ask for.
+"""Sees every matrix product with a parameter of a block.
 
 Products are seen at the torch function, not at nn.Linear, so fused and sliced parameters are seen as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,25 @@ class Matmul:
     axis: int | None = None
 
 
-class _Watch(TorchFunctionMode):
+class Products(TorchFunctionMode):
+    """Sees every matrix product before it is made, and may change its operands."""
+
+    def product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that a product is made with."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            args, kwargs = self.product(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class _Watch(Products):
     def __init__(self, module: nn.Module, seen: list[Matmul]) -> None:
         super().__init__()
         self.owners = {p.untyped_storage().data_ptr(): (n, p) for n, p in module.named_parameters() if p.numel()}
@@ -73,12 +91,13 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.chosen = self.chosen or func in CHOICES
-        if func in PRODUCTS:
-            self._note(func, [a for a in _flat((args, kwargs or {})) if isinstance(a, Tensor)])
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _note(self, func: Callable[..., Any], operands: list[Tensor]) -> None:
-        matrices = [t for t in operands if t.dim() >= 2]
+    def product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """See `Products.product`: notes what is multiplied by a parameter, and changes nothing."""
+        matrices = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
             others = [t for t in matrices if t is not operand]
@@ -89,6 +108,7 @@ class _Watch(TorchFunctionMode):
             x, whole = others[0], parameter.dim() == 2 and operand.numel() == parameter.numel()
             axis = _summed(func, operand, operand is matrices[-1], parameter)
             self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole, part, self.chosen, axis))
+        return args, kwargs
 
 
 def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Tensor) -> int | None:
@@ -148,31 +168,6 @@ def watch_modules(module: nn.Module) -> Iterator[Modules]:
             hooks.append(part.register_forward_hook(norm))
     try:
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class Takes(Protocol):
-    """What an input can be given to: a statistic of it."""
-
-    def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
-
-
-@contextmanager
-def collect(modules: Mapping[nn.Module, Sequence[Takes]]) -> Iterator[None]:
-    """Feed each module's input to its statistics while the context is open."""
-    hooks = []
-    for module, statistics in modules.items():
-
-        def feed(_: nn.Module, args: tuple[Any, ...], statistics: Sequence[Takes] = statistics) -> None:
-            for statistic in statistics:
-                statistic.update(args[0])
-
-        hooks.append(module.register_forward_pre_hook(feed))
-    try:
-        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ CLIPS = tuple(2 ** (-step / 16) for step in range(145))
 
 
 class Magnitudes:
-    """The histogram of |x| over a whole input, its extremes and moments: a Statistic (see `llmq.discovery.matmuls`).
+    """The histogram of |x| over a whole input, its extremes and moments: a Statistic (see `llmq.block.statistics`).
 
     counts: int64 [2048], bin j holding j·reach/2048 ≤ |x| < (j+1)·reach/2048; reach: a power of two, 0 before the first
     value that is not 0; low, high: the extremes; total, size, square: Σx, Σ|x|, Σx², float64 []; count: values seen.
@@ -66,16 +67,24 @@ class Magnitudes:
         self.square += x.to(torch.float64).square_().sum()
         self.count += len(x)
 
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen: counts and extremes are as though this one had seen it all."""
+        device = self.counts.device
+        reach = max(self.reach, other.reach)
+        self.counts = _folded(self.counts, self.reach, reach) + _folded(other.counts, other.reach, reach).to(device)
+        self.reach, self.count = reach, self.count + other.count
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.total = self.total + other.total.to(device)
+        self.size = self.size + other.size.to(device)
+        self.square = self.square + other.square.to(device)
+
     def _grow(self, top: float) -> None:
         """Doubles the reach until it lies beyond `top`; every doubling merges two bins into one."""
         if top == 0:
             return
         needed = math.ldexp(1.0, max(math.frexp(top)[1], SMALLEST))
-        # Until now only zeros came, all in the first bin, which is theirs whatever the reach.
-        self.reach = self.reach or needed
-        while self.reach < needed:
-            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
-            self.reach *= 2
+        reach = max(self.reach, needed)
+        self.counts, self.reach = _folded(self.counts, self.reach, reach), reach
 
     @property
     def top(self) -> float:
@@ -120,6 +129,14 @@ def find_activation_scale(
         clip = _analytic(statistic, grid)
     scale = (min(clip, top) if clip > 0 else top) / limits.divisor
     return torch.tensor([scale], dtype=torch.float32).clamp_min_(torch.finfo(torch.float32).tiny)
+
+
+def _folded(counts: Tensor, reach: float, needed: float) -> Tensor:
+    """A histogram's counts over a larger reach, both powers of two: every doubling merges two bins into one."""
+    # At reach 0 only zeros came, all in the first bin, which is theirs whatever the reach.
+    for _ in range(round(math.log2(needed / reach)) if reach else 0):
+        counts = torch.cat([counts.view(-1, 2).sum(1), counts.new_zeros(BINS // 2)])
+    return counts
 
 
 def _percentile(counts: Tensor, reach: float, share: float) -> float:

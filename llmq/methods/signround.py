@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
-from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.base import rounding_of
 from llmq.methods.base import Method
 from llmq.numerics.learned_rounding import LearnedWeight
@@ -86,7 +84,7 @@ class _Descent:
     def run(self) -> None:
         """Takes every step; leaves the best iterate in the block's states."""
         method, looks = self.method, max(1, self.method.iterations // LOOKS)
-        with _straight_through(self.block), self._rounded():
+        with self._learning():
             least = self._held_out()
             best = [learned.q for _, learned in self.learned]
             queue: list[int] = []
@@ -107,33 +105,26 @@ class _Descent:
             self.block.set_quantized(state.parameter, stored)
 
     @contextmanager
-    def _rounded(self) -> Iterator[None]:
-        """Every weight of the block is rounded while the context is open; those that are learned have gradients."""
-        modules = {state.module: state for state in self.block.weights.values() if state.quantized is not None}
-        before = {module: module.weight.data for module in modules}
-        try:
-            for module, state in modules.items():
-                assert state.quantized is not None
-                module.weight.data = state.quantized.dequantize(module.weight.dtype)
+    def _learning(self) -> Iterator[None]:
+        """Every weight and input of the block is rounded while the context is open; what is learned has gradients."""
+        module = self.block.module
+        with self.block.rounding(straight_through=True), torch.enable_grad():
             for state, _ in self.learned:
-                state.module.weight.requires_grad_(True)
-            with torch.enable_grad():
-                yield
-        finally:
-            for module, value in before.items():
-                module.weight.requires_grad_(False)
-                module.weight.data, module.weight.grad = value, None
+                module.get_parameter(state.view.parameter).requires_grad_(True)
+            yield
 
     def _descend(self, batches: list[int], share: float) -> None:
+        module = self.block.module
         for index in batches:
             loss = self._error(index)
             loss.backward()  # type: ignore[no-untyped-call]
         for state, learned in self.learned:
-            gradient = state.module.weight.grad
+            gradient = module.get_parameter(state.view.parameter).grad
             if gradient is not None:
-                learned.step(gradient, self.method.reach * share, self.method.scale_reach * share)
-                state.module.weight.grad = None
-                learned.value(state.module.weight.data)
+                learned.step(state.view.of(gradient), self.method.reach * share, self.method.scale_reach * share)
+                learned.value(state.view.get(module))
+        for state, _ in self.learned:
+            module.get_parameter(state.view.parameter).grad = None
 
     def _error(self, index: int) -> Tensor:
         """The squared distance of each token's output to its target, as a share of the target's square; their mean."""
@@ -148,23 +139,3 @@ class _Descent:
     def _held_out(self) -> float:
         with torch.no_grad():
             return sum(float(self._error(index)) for index in self.held)
-
-
-@contextmanager
-def _straight_through(block: Block) -> Iterator[None]:
-    """Where inputs are rounded, gradients pass as though they were not."""
-    with ExitStack() as stack:
-        for state in block.weights.values():
-            if state.scheme.activations is not None:
-
-                def hook(_: Any, args: tuple[Any, ...], state: WeightState = state) -> tuple[Any, ...]:
-                    x, scale = args[0], state.input_scale
-                    rounded = (
-                        round_per_token(x, state.scheme.grid)
-                        if scale is None
-                        else round_static(x, scale.to(x.device), state.scheme.grid)
-                    )
-                    return (x + (rounded - x).detach(), *args[1:])
-
-                stack.callback(state.module.register_forward_pre_hook(hook, prepend=True).remove)
-        yield

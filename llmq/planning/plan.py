@@ -17,7 +17,7 @@ from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
 from llmq.discovery.find_pairs import find_in
 from llmq.discovery.names import Links, link
-from llmq.discovery.pairs import Found
+from llmq.discovery.pairs import Found, Pair
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
@@ -29,6 +29,28 @@ from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048
 CHECK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One decoder block.
+
+    index: its place among the blocks; name, module: its path in the model, and what is there; weights: what is
+    quantized, by `View.name`, in order; tensors: parameter or buffer within the block → tensor of the checkpoint;
+    pairs: where scales can move, where a method moves any.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    weights: dict[str, WeightPlan]
+    tensors: dict[str, str]
+    pairs: list[Pair]
+
+    @property
+    def unit(self) -> str:
+        """What the sink's journal calls it."""
+        return f"block {self.index}"
 
 
 @dataclass
@@ -45,12 +67,9 @@ class Plan:
     calibration: Windows
     pipeline: Pipeline
     pairs: dict[str, Found] = field(default_factory=dict)
+    blocks: list[BlockPlan] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
-
-    def of_block(self, index: int) -> list[WeightPlan]:
-        """The quantized weights of one block, in order."""
-        return [i for i in self.weights if i.block == index and i.scheme is not None]
 
     @property
     def schemes(self) -> set[Scheme]:
@@ -113,6 +132,7 @@ def make_plan(
     if pipeline.transforms:
         plan.pairs = find_in(model, structure.path)
         _check_pairs(plan)
+    plan.blocks = _blocks(plan)
     plan.warnings = [*found.notes, *checks.warnings(items)]
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out, device)
@@ -124,6 +144,18 @@ def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     model = discover.build(folder, _model_dtype(source), trust_remote_code)
     return find_in(model, discover.find(model).path)
+
+
+def _blocks(plan: Plan) -> list[BlockPlan]:
+    found = []
+    for index, block in enumerate(plan.structure.blocks):
+        chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
+        weights = {w.view.name: w for w in chosen if w.view is not None}
+        prefix = block.name + "."
+        tensors = {n.removeprefix(prefix): t for n, t in plan.links.source.items() if n.startswith(prefix)}
+        pairs = plan.pairs[block.name].pairs if block.name in plan.pairs else []
+        found.append(BlockPlan(index, block.name, plan.model.get_submodule(block.name), weights, tensors, pairs))
+    return found
 
 
 def _check_pairs(plan: Plan) -> None:
@@ -149,10 +181,9 @@ def _longest(model: nn.Module) -> int | None:
 def _budget(plan: Plan, device: str) -> Budget:
     size = plan.dtype.itemsize
     loads, inside = [], []
-    for index, block in enumerate(plan.structure.blocks):
-        module = plan.model.get_submodule(block.name)
-        inside += [f"{block.name}.{n}" for n, _ in module.named_parameters()]
-        mine = plan.of_block(index)
+    for block in plan.blocks:
+        inside += [f"{block.name}.{n}" for n, _ in block.module.named_parameters()]
+        mine = list(block.weights.values())
         widths = {i.input_id: i.shape[1] for i in mine}
         # The statistics of one pass are let go before the next one's are taken.
         statistics = (
@@ -163,7 +194,7 @@ def _budget(plan: Plan, device: str) -> Budget:
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
         loads.append(
             Load(
-                sum(p.numel() for p in module.parameters()) * size + copies,
+                sum(p.numel() for p in block.module.parameters()) * size + copies,
                 sum(i.after for i in mine),
                 max(statistics, default=0),
                 max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),

@@ -15,6 +15,7 @@ from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import Structure
 from llmq.discovery.names import Links
 from llmq.discovery.reasons import Kind, Reason
+from llmq.discovery.view import View
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 
@@ -29,7 +30,7 @@ class WeightPlan:
     """One weight with two or more axes: what becomes of it.
 
     module: its path in the model; tensor: its name in the checkpoint; scheme: None when it is left alone, for `reason`;
-    before, after: stored bytes.
+    before, after: stored bytes; view: where it lies in its block, None where it is no weight of a block's product.
     """
 
     module: str
@@ -42,6 +43,7 @@ class WeightPlan:
     block: int | None = None
     input_id: int = 0
     row_parallel: bool = False
+    view: View | None = None
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ def plan_weights(
     planned: set[str] = set()
     for index, block in enumerate(structure.blocks):
         for weight in block.weights:
-            parameter = f"{weight.name}.weight"
+            parameter = f"{block.name}.{weight.view.parameter}"
             planned.add(parameter)
             tensor = links.source.get(parameter)
             if tensor is None:
@@ -90,6 +92,7 @@ def plan_weights(
                 index,
                 weight.input_id,
                 weight.row_parallel,
+                weight.view,
             )
             items.append(_schemed(item, recipe, dtype))
         for parameter, reason in block.left.items():

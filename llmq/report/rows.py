@@ -62,14 +62,13 @@ class BlockRow:
 def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
     """The row of a weight that has its result. nbytes: what it takes on disk."""
     assert state.quantized is not None
-    value = state.quantized.dequantize(state.module.weight.dtype)
     return WeightRow(
         state.name,
         tuple(state.value.shape),
         block,
         nbytes,
         state.scheme,
-        relative_error([value], [state.value]),
+        relative_error([state.result()], [state.value]),
         tuple(state.quantized.notes),
         round(state.seconds, 3),
     )

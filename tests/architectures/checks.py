@@ -183,11 +183,11 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     kept: dict[str, Tensor] = {}
     original = stream.pack_weights
 
-    def remember(plan: Any, index: int, block: Any) -> Any:
-        prefix = plan.structure.blocks[index].name
+    def remember(plan: Any, block: Any) -> Any:
+        prefix = plan.name
         for name in [*block.weights, *block.changed]:
             kept[f"{prefix}.{name}"] = block.module.get_parameter(name).detach().clone()
-        return original(plan, index, block)
+        return original(plan, block)
 
     recipe = llmq.Recipe(methods=tuple(method.split("+")), scheme=llmq.Scheme(4, 32, True), ragged="channel")
     plan = job.plan(str(source), recipe, out=out, ids=windows)

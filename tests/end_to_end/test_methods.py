@@ -22,7 +22,7 @@ from llmq.block.attempt import Outcome
 from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
 from llmq.grids.scheme import Activations, Scheme
-from llmq.planning.plan import Plan
+from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from llmq.watch import Silent
@@ -46,13 +46,13 @@ class Memory:
     def kept(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         original = stream.pack_weights
 
-        def remember(plan: Plan, index: int, block: Block) -> Any:
-            prefix = plan.structure.blocks[index].name
+        def remember(plan: BlockPlan, block: Block) -> Any:
+            prefix = plan.name
             for name in [*block.weights, *block.changed]:
                 self.parameters[f"{prefix}.{name}"] = block.module.get_parameter(name).detach().float().clone()
             for name, work in block.weights.items():
                 self.activations[f"{prefix}.{name.removesuffix('.weight')}"] = work.scheme, work.input_scale
-            return original(plan, index, block)
+            return original(plan, block)
 
         with monkeypatch.context() as patch:
             patch.setattr(stream, "pack_weights", remember)

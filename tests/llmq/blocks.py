@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmq import block_io as storage
 from llmq import job, stream
 from llmq.block.block import Block
+from llmq.block_io import BlockIO
+from llmq.checkpoint.sink import Sink
 from llmq.recipe.recipe import Recipe
 from llmq.watch import Silent
 from tests.architectures import tiny
@@ -31,9 +32,9 @@ def write(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def open_block(folder: Path, recipe: Recipe, windows: Tensor | None = None, index: int = 0) -> Block:
     """A block of a checkpoint at the moment before anything is done to it, its target known."""
     plan = job.plan(str(folder), recipe, ids=ids() if windows is None else windows)
-    recording = stream.record_calls(plan, CPU, Silent())
-    calls = [calls[index] for calls in recording.calls]
-    block = storage.open_block(plan, index, recording.hidden, calls, CPU)
+    io = BlockIO(plan, Sink(folder, 0, -1), CPU)  # nothing is written
+    recording = stream.record_calls(io, Silent())
+    block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index))
     block.target = block.outputs()
     return block
 

@@ -187,7 +187,7 @@ def test_a_refinement_is_given_the_statistics_that_it_asks_for(recipe: Recipe, t
     steps.quantize(block, pipeline(refine=(Asking(),)))
     assert all(not state.statistics for state in block.weights.values())
     # By now the block's weights are the rounded ones.
-    with rounded_inputs(block.weights.values()):
+    with rounded_inputs(block.module, block.weights.values()):
         block.observe((Hessian,))
     for name, state in block.weights.items():
         assert torch.allclose(seen[name], state.statistics[Hessian].total, rtol=1e-4, atol=1e-4)

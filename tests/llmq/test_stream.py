@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 
 import llmq
-from llmq import steps, stream
+from llmq import steps
 from llmq.block.block import Block, WeightState
-from llmq.checkpoint.sink import Sink
+from llmq.block_io import BlockIO
 from llmq.grids.scheme import Scheme
 from llmq.machine import device_memory
 from llmq.methods import Pipeline
-from llmq.planning.plan import Plan
+from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from tests.conftest import write_tiny_model
@@ -27,15 +27,15 @@ RECIPE = Recipe(scheme=Scheme(4, 32))
 
 
 def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stream.restore
+    real = BlockIO.restore
 
-    def wrong(plan: Plan, sink: Sink, index: int, device: torch.device) -> list[WeightState]:
-        works = real(plan, sink, index, device)
-        if index == 2:
-            plan.model.get_parameter("model.layers.2.mlp.down_proj.weight").data[1:] = 0
-        return works
+    def wrong(io: BlockIO, block: BlockPlan) -> list[WeightState]:
+        states = real(io, block)
+        if block.index == 2:
+            block.module.get_parameter("mlp.down_proj.weight").data[1:] = 0
+        return states
 
-    monkeypatch.setattr(stream, "restore", wrong)
+    monkeypatch.setattr(BlockIO, "restore", wrong)
     refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.2", "read back")
     assert not (tmp_path / "out" / "config.json").exists()
 

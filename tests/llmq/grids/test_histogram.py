@@ -174,3 +174,22 @@ def test_refusals() -> None:
         find_activation_scale(Magnitudes(4, CPU))
     with pytest.raises(LlmqError, match="not finite"):
         statistic.update(torch.tensor([[1.0, float("inf"), 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("powers", [(0, 0), (0, 9), (9, 0), (-120, 3), (3, -120)])
+def test_two_merged_are_one_of_both(powers: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(6, 8, generator=generator) * 2.0**power for power in powers)
+    for one, other, both in (
+        (gathered(first), gathered(second), gathered(first, second)),
+        (gathered(first), gathered(torch.zeros(2, 8)), gathered(first, torch.zeros(2, 8))),
+        (gathered(torch.zeros(2, 8)), gathered(second), gathered(torch.zeros(2, 8), second)),
+        (gathered(first[:0]), gathered(second), gathered(second)),
+    ):
+        reach, counts = other.reach, other.counts.clone()
+        one.merge(other)
+        assert torch.equal(one.counts, both.counts)
+        assert (one.reach, one.low, one.high, one.count) == (both.reach, both.low, both.high, both.count)
+        for got, want in ((one.total, both.total), (one.size, both.size), (one.square, both.square)):
+            assert float(got) == pytest.approx(float(want), rel=1e-12)
+        assert other.reach == reach and torch.equal(other.counts, counts)

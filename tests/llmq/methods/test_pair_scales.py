@@ -124,7 +124,7 @@ def test_a_side_is_what_channels_carry(tmp_path: Path) -> None:
         found = side(block, pair)
         assert found is not None
         fed: list[Tensor] = []
-        module = block.weights[pair.consumers[0].parameter].module
+        module = block.module.get_submodule(pair.consumers[0].parameter.rpartition(".")[0])
         hook = module.register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0].flatten(0, 1)))
         block.outputs()
         hook.remove()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmq.block.block import Block, WeightState
 from llmq.discovery.calls import Call
+from llmq.discovery.view import View
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Activations, Scheme
@@ -34,7 +35,7 @@ def block_of(scheme: Scheme, batches: int = 8) -> Block:
     inputs = [torch.randn(1, 24, 16, generator=generator) @ mix for _ in range(batches)]
     linears = {"first.weight": module.first, "second.weight": module.second}
     states = [
-        WeightState(name=n, parameter=n, module=m, scheme=scheme, value=m.weight.data.clone(), input_id=i)
+        WeightState(n, View(n), scheme, value=m.weight.data.clone(), dtype=m.weight.dtype, input_id=i)
         for i, (n, m) in enumerate(linears.items())
     ]
     block = Block(module, states, inputs, [Call((None,), {}, 0, None)] * batches)

@@ -173,7 +173,7 @@ def test_the_statistics_of_every_part_are_budgeted(
     for one, method in methods.items():
         setattr(method, f"{one}_needs", (Wider,) if one == part else (Wide,))
     plan_module._budget(made, "cpu")
-    widths = {item.input_id: item.shape[1] for item in made.of_block(0)}
+    widths = {item.input_id: item.shape[1] for item in made.blocks[0].weights.values()}
     assert [load.statistics for load in loads[0]] == [0, 0, 0]
     assert [load.statistics for load in loads[1]] == [5_000 * sum(widths.values())] * 3
 

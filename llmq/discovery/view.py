@@ -1,0 +1,91 @@
+"""A weight as it lies in memory: a matrix [out, in] that is a parameter, or a part of one.
+
+The weight of an nn.Linear is a whole parameter. An expert is one entry of a parameter with three axes, a projection may
+be a range of rows of a fused parameter, and some models store matrices as [in, out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from llmq.discovery.parameters import assign
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a weight [out, in] lies within a block.
+
+    parameter: the parameter's name in the block; index: the weight's place on a leading axis (the expert), None where
+    there is no such axis; transposed: whether it is stored [in, out]; rows: the first of the matrix's rows and the one
+    after the last, None for all of them. Rows are outputs, also where the matrix is stored transposed.
+    """
+
+    parameter: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weight is a whole parameter, stored as [out, in]."""
+        return self.index is None and self.rows is None and not self.transposed
+
+    @property
+    def name(self) -> str:
+        """A name of its own within the block: the parameter's where the weight is a whole parameter."""
+        index = "" if self.index is None else f"[{self.index}]"
+        rows = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
+        return f"{self.parameter}{index}{'.t()' if self.transposed else ''}{rows}"
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The weight [out, in] in a tensor that has the parameter's shape: it shares that tensor's memory.
+
+        Raises ValueError where the tensor has other axes or fewer rows than the view says.
+        """
+        if stored.dim() != (2 if self.index is None else 3):
+            raise ValueError(f"{self.name}: the parameter has the shape {[*stored.shape]}")
+        matrix = stored if self.index is None else stored[self.index]
+        matrix = matrix.t() if self.transposed else matrix
+        if self.rows is None:
+            return matrix
+        begin, end = self.rows
+        if not 0 <= begin < end <= matrix.shape[0]:
+            raise ValueError(f"{self.name}: the weight has {matrix.shape[0]} rows")
+        return matrix[begin:end]
+
+    def get(self, module: nn.Module) -> Tensor:
+        """The weight [out, in], in the parameter's dtype and memory."""
+        return self.of(module.get_parameter(self.parameter).detach())
+
+    def set(self, module: nn.Module, value: Tensor) -> None:
+        """Give the weight another value [out, in], in the parameter's dtype.
+
+        A whole parameter is replaced by `value`, ties are kept. A part is copied into the parameter's memory; raises
+        ValueError where the parameter has none of its own (on the meta device, or one entry repeated).
+        """
+        if self.whole:
+            assign(module, self.parameter, value)
+            return
+        stored = module.get_parameter(self.parameter).detach()
+        if stored.is_meta or any(
+            size > 1 and step == 0 for size, step in zip(stored.shape, stored.stride(), strict=True)
+        ):
+            raise ValueError(f"{self.name}: the parameter has no memory to write to")
+        self.of(stored).copy_(value)
+
+
+def put(module: nn.Module, values: Iterable[tuple[View, Tensor]]) -> None:
+    """Put other values [out, in] in place of weights, in fresh memory: what the parameters held stays as it is.
+
+    values: any float dtype; they become the parameter's. A parameter of which only parts are given is copied first.
+    """
+    copied: set[str] = set()
+    for view, value in values:
+        held = module.get_parameter(view.parameter).data
+        if not view.whole and view.parameter not in copied:
+            assign(module, view.parameter, held.clone())
+            copied.add(view.parameter)
+        view.set(module, value.to(held.dtype))

@@ -1,0 +1,63 @@
+"""Statistics: what they are of all that they were fed, in parts or whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.block.statistics import Hessian, Inputs, MeanSquare
+
+CPU = torch.device("cpu")
+WIDTH = 6
+SIZES = [(0, 40), (40, 0), (17, 23), (5, 700), (700, 5), (900, 1100), (2000, 3)]
+
+
+def rows(count: int, seed: int = 0) -> Tensor:
+    """Rows of small whole numbers, whose sums and products float32 holds exactly."""
+    return torch.randint(-9, 10, (count, WIDTH), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def fed(kind: type, x: Tensor) -> object:
+    statistic = kind(WIDTH, CPU)
+    for part in x.split(64):
+        statistic.update(part[None])
+    return statistic
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", [MeanSquare, Hessian, Inputs])
+def test_two_merged_are_one_of_both(kind: type, sizes: tuple[int, int]) -> None:
+    x = rows(sum(sizes))
+    one, other, both = fed(kind, x[: sizes[0]]), fed(kind, x[sizes[0] :]), fed(kind, x)
+    before = {name: value.clone() for name, value in vars(other).items() if isinstance(value, Tensor)}
+    one.merge(other)  # type: ignore[attr-defined]
+    for name, value in vars(both).items():
+        if name == "total" or name in ("squares", "low", "high"):
+            assert torch.equal(getattr(one, name), value), name
+    assert one.count == both.count == len(x)  # type: ignore[attr-defined]
+    for name, value in before.items():
+        assert torch.equal(getattr(other, name), value), name
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sampled_rows_stay_evenly_spread(sizes: tuple[int, int]) -> None:
+    """Rows that say which they are: no two are much nearer or farther from each other than others."""
+    numbered = torch.arange(sum(sizes)).float()[:, None].expand(-1, WIDTH)
+    one, other = fed(Inputs, numbered[: sizes[0]]), fed(Inputs, numbered[sizes[0] :])
+    assert isinstance(one, Inputs) and isinstance(other, Inputs)
+    one.merge(other)
+    one.update(rows(64))
+    assert len(one.rows) <= Inputs.ROWS
+    found = [int(row[0]) for row in one.rows if float(row[0]) >= 0 and bool((row == row[0]).all())]
+    gaps = [b - a for a, b in zip(found, found[1:], strict=False) if b > a]
+    assert max(gaps) <= 2 * one.stride
+    assert sum(sizes) - found[-1] <= 2 * one.stride or found[-1] < 10
+    assert len(one.rows) >= min(sum(sizes), Inputs.ROWS) // 2 - 2
+
+
+def test_hessian_is_the_sum_of_outer_products() -> None:
+    x = rows(100)
+    statistic = fed(Hessian, x)
+    assert isinstance(statistic, Hessian)
+    assert torch.equal(statistic.total.double(), x.double().t() @ x.double())
