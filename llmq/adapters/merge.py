@@ -2,7 +2,8 @@
 
 The change of an adapter is small beside the steps of a 4-bit grid, so merging into quantized weights, or rounding the
 merged ones naively, can lose much of it. Here it is added in float32 to the weights that it was learned against, and
-the sum is quantized like any checkpoint, on text like the tune's. What is left is measured on the written folder.
+the sum is quantized like any checkpoint, on text like the tune's. What is left is measured on the written folder
+(`survival`).
 """
 
 from __future__ import annotations
@@ -16,54 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmq import formats, job, methods
-from llmq.adapters.finetune import examples
+from llmq import job, methods
 from llmq.adapters.lora import Adapter
 from llmq.adapters.merged import Merged, open_base
-from llmq.adapters.settings import Settings
+from llmq.adapters.survival import Retention, held_out_rows, measure, measure_loss
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import write
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import FolderSource, Source, check_finite
+from llmq.checkpoint.source import check_finite
 from llmq.data import instructions
 from llmq.data.calibration import Windows
 from llmq.data.tokens import encode
-from llmq.errors import LlmqError
-from llmq.grids.nearest import round_to_nearest
-from llmq.grids.scheme import Scheme
-from llmq.inference.pretrained import load_model, load_tokenizer
+from llmq.inference.pretrained import load_tokenizer
 from llmq.machine import check_device
-from llmq.methods.base import Method
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.report.report import Report, versions
-from llmq.report.rows import WeightRow
-from llmq.training.steps import held_out_loss
+from llmq.report.report import versions
 from llmq.watch import Silent, Watch
 
 RECORD = "merge.json"
 UNIT_BYTES = 2**28
-
-
-@dataclass(frozen=True)
-class Retention:
-    """How much of the adapter's change D of one weight W is left in what was written, Q, with E = Q − (W + D).
-
-    survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of the change's own direction that is in Q; 1 is all of it. snr: ‖D‖ / ‖E‖,
-    below 1 where rounding moved the weight further than the tune did, None without any error. change: ‖D‖ / ‖W + D‖.
-    naive_…: the same for rounding each merged weight to nearest on the same grid; None where it was not quantized.
-    """
-
-    name: str
-    survived: float
-    snr: float | None
-    change: float
-    naive_survived: float | None = None
-    naive_snr: float | None = None
 
 
 @dataclass
@@ -227,96 +203,6 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
                 sink.commit(f"unit {index}", tensors, {})
             watch.step("")
         sink.finish(source.config, source.aux_files(), {})
-
-
-def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Retention]:
-    """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
-    written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
-    rows = {} if report is None else {row.name: row for row in report.quantized}
-    moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
-    changed = [name for name, change in source.changes.items() if change.factors is not None]
-    watch.stage("Measuring", len(changed))
-    left = []
-    for name in changed:
-        exact, delta = source.exact(name)
-        assert delta is not None
-        row = rows.get(name.removesuffix(".weight"))
-        if row is None:
-            left.append(Retention(name, *retention(written.read(name).float(), exact, delta)))
-        else:
-            value = stored(written, row)
-            if moved:
-                factor = scales(value, exact)
-                exact, delta = exact * factor, delta * factor
-            naive = rounded(exact.to(source.info(name).dtype), row.scheme)
-            left.append(Retention(name, *retention(value, exact, delta), *retention(naive, exact, delta)[:2]))
-        watch.step("")
-    return left
-
-
-def held_out_rows(source: Merged) -> tuple[instructions.Example, ...]:
-    """The rows that were held out from the tune. Raises LlmqError where its record, or its data, is not there."""
-    record = source.adapter.record
-    if record.get("before") is None or not all(Path(file).is_file() for file in record["data"]):
-        raise LlmqError(
-            f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data is "
-            "no longer where it was: leave out --loss"
-        )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
-    data, *more = (Path(file) for file in record["data"])
-    return examples(tokenizer, Settings(**record["settings"]), data, more[0] if more else None)[1].all
-
-
-def measure_loss(source: Merged, out: Path, rows: tuple[instructions.Example, ...], device: str) -> dict[str, float]:
-    """MergeReport.losses."""
-    record = source.adapter.record
-    model = load_model(out, dtype=record["base"]["dtype"], device=device, trust_remote_code=source.trust_remote_code)
-    merged = held_out_loss(model, rows, record["settings"]["batch"], device)
-    return {"base": record["before"], "tuned": record["after"], "merged": merged}
-
-
-def retention(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
-    """(survived, snr, change) of Retention, from three float32 tensors of one shape: what was written, W + D, and D."""
-    error = (value - exact).double().flatten()
-    change = delta.double().flatten()
-    size = float(change @ change)
-    if not size:
-        return 1.0, None, 0.0
-    apart, whole = float(error.norm()), float(exact.double().norm())
-    return 1 + float(error @ change) / size, size**0.5 / apart if apart else None, size**0.5 / max(whole, 1e-30)
-
-
-def stored(written: Source, row: WeightRow) -> Tensor:
-    """A quantized weight of the written folder, dequantized to float32."""
-    prefix = row.name + "."
-    tensors = {n.removeprefix(prefix): written.read(n) for n in written.names() if n.startswith(prefix)}
-    return formats.of(row.scheme).unpack(tensors, row.scheme).dequantize(torch.float32)
-
-
-def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The weight rounded to nearest on the scheme's grid, from its smallest to its largest value; float32."""
-    return round_to_nearest(weight, scheme, weight.dtype, "minmax").dequantize(torch.float32)
-
-
-def transforms(method: str) -> bool:
-    """Whether a method rescales weights before it quantizes them."""
-    return methods.find(method).transform is not Method.transform
-
-
-def scales(value: Tensor, exact: Tensor, rounds: int = 3) -> Tensor:
-    """The row and column factors by which a method's transform scaled a weight, found by least squares; [out, in].
-
-    The written weight is r·W·c and a rounding error; the error hardly correlates with W, so alternating least squares
-    finds r and c to about its size over √out (or √in).
-    """
-    rows = torch.ones(exact.shape[0], 1)
-    columns = torch.ones(1, exact.shape[1])
-    for _ in range(rounds):
-        scaled = exact * rows
-        columns = (value * scaled).sum(0, keepdim=True) / scaled.square().sum(0, keepdim=True).clamp_min(1e-30)
-        scaled = exact * columns
-        rows = (value * scaled).sum(1, keepdim=True) / scaled.square().sum(1, keepdim=True).clamp_min(1e-30)
-    return rows * columns
 
 
 def _notes(source: Merged, base: str) -> list[str]:

@@ -69,8 +69,9 @@ class Method:
         return ("int",)
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Why `quantize` cannot round to a scheme, in a clause, or None where it can. Asked by the plan."""
-        return None if scheme.grid in self.grids() else f"it rounds to the grid {', '.join(self.grids())!r}"
+        """Why `quantize` cannot round to a scheme, in a clause that names it; None where it can. The plan asks."""
+        grids = self.grids()
+        return None if scheme.grid in grids else f"it rounds to the grid {', '.join(grids)!r}, not to {scheme}"
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Bytes that it needs for a weight of this shape, beside the weight and its statistics."""

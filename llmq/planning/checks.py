@@ -65,8 +65,8 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
         reason = quantizer.refusal(scheme)
         if reason:
             raise LlmqError(
-                f"method {'+'.join(recipe.methods)!r} cannot round to {scheme}: {reason}; choose another scheme, or "
-                "--method rtn, which knows every grid"
+                f"method {'+'.join(recipe.methods)!r}: {reason}; choose another scheme, or --method rtn, which knows "
+                "every grid"
             )
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:

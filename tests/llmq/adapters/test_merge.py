@@ -19,14 +19,13 @@ from llmq.checkpoint.source import FolderSource
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from llmq.formats.bitsandbytes.source import NF4Source
-
 import llmq
 from llmq.adapters.lora import Adapter
-from llmq.adapters.merge import merge, retention, scales
+from llmq.adapters.merge import merge
 from llmq.adapters.merged import Merged, open_base
 from llmq.cli import adapters as cli_adapters
 from llmq.cli import app as cli
+from llmq.formats.bitsandbytes.source import NF4Source
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
@@ -212,20 +211,6 @@ def test_what_is_left_is_measured_on_the_written_weights(tmp_path: Path, tiny_mo
         naive = (groups / scale).round().clamp(-8, 7) * scale - groups
         assert one.naive_snr == pytest.approx(float(delta.norm() / naive.norm()), rel=0.15)
     assert report.worst[0].snr == min(one.snr or 1e9 for one in report.left)
-
-
-def test_the_measure_at_its_ends() -> None:
-    exact, delta = torch.randn(8, 32), torch.randn(8, 32) * 0.01
-    assert retention(exact, exact, delta)[:2] == (1.0, None)
-    survived, snr, _ = retention(exact - delta, exact, delta)  # the base: nothing of the change is there
-    assert survived == pytest.approx(0, abs=1e-3) and snr == pytest.approx(1, rel=1e-3)
-
-
-def test_scales_of_a_transform_are_found() -> None:
-    exact = torch.randn(96, 128)
-    rows, columns = torch.rand(96, 1) + 0.5, torch.rand(1, 128) * 4 + 0.1
-    found = scales(exact * rows * columns + torch.randn(96, 128) * 1e-3, exact)
-    assert torch.allclose(found, rows * columns, rtol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from llmq import job
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
+from llmq.methods.rtn import RTN
 from llmq.planning import plan as plan_module
 from llmq.planning.memory import Load
 from llmq.planning.plan import Plan
@@ -194,3 +195,10 @@ def test_the_statistics_of_every_part_are_budgeted(
 )
 def test_patterns(pattern: str, name: str, hit: bool) -> None:
     assert matches(pattern, name) is hit
+
+
+def test_a_method_says_which_schemes_are_not_for_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(lambda: make(tiny_model, methods=("nf4",)), "'nf4'", "it rounds to the grid 'nf4', not to 4-bit g32")
+    monkeypatch.setattr(RTN, "refusal", lambda self, scheme: f"it never liked {scheme}" if scheme.bits == 3 else None)
+    assert make(tiny_model, methods=("rtn",))
+    refused(lambda: make(tiny_model, 3, methods=("rtn",)), "method 'rtn': it never liked 3-bit g32", "another scheme")
