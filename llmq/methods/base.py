@@ -83,7 +83,7 @@ def range_refusal(range: str | None, scheme: Scheme) -> str | None:
     ranges = scheme.rules.ranges
     if range is None or range in ranges:
         return None
-    return f"its scales are found by {', '.join(ranges)}, not by --range {range}"
+    return f"scales of {scheme} are found by {', '.join(ranges)}, not by --range {range}"
 
 
 def statistic(stats: Stats, kind: type[S]) -> S:

@@ -62,7 +62,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--method", "awq", *G32, "--alpha", "0.5"), ("--alpha", "'awq'", "smoothquant")),
         (("--method", "nf4", "--group-size", "256"), ("self_attn.o_proj [64, 64] (nf4 g256", "--ragged keep")),
         (("--method", "nf4", "--group-size", "128", "--ragged", "smaller"), ("self_attn.o_proj", "--ragged keep")),
-        (("--method", "nf4", "--grid", "int"), ("'nf4'", "cannot round to 4-bit", "--method rtn")),
+        (("--method", "nf4", "--grid", "int"), ("'nf4'", "not to 4-bit", "--method rtn")),
         (("--method", "smoothquant", "--bits", "4"), ("activations are rounded", "--activations none")),
         (("--method", "nf4", "--override", "up_proj=grid:int,group_size:32"), ("nf4", "--keep")),
     ],
