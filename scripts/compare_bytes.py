@@ -88,8 +88,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Its options as one writes them, but for the usual first word."""
-        return " ".join(self.options).removeprefix("--method ")
+        """Its options as one writes them, without dashes in front, which --only could not take."""
+        return " ".join(self.options).removeprefix("--method ").removeprefix("--")
 
     @property
     def expected(self) -> str:
