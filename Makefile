@@ -25,8 +25,8 @@ demo: $(STAMP)
 	$(BIN)/llmq quantize demo -o $(DEMO) --method gptq --bits 4 --group-size 128
 	$(BIN)/llmq eval $(DEMO) --base demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+# Every test once: the fast lane, with what it covers, then what is marked slow.
+test: coverage slow
 
 # The fast lane with the oldest versions that pyproject.toml promises. torch is the same: of an older one only builds
 # with gigabytes of CUDA are to be had.
