@@ -105,13 +105,6 @@ def test_unpack_is_the_inverse_of_pack(bits: int, size: int | None, symmetric: b
     )
 
 
-def test_one_scheme_is_written_as_a_class_and_several_by_name() -> None:
-    one = config_of({Scheme(4, 128): ["a.x", "a.y"]}, ["head"])
-    assert one["config_groups"]["group_0"]["targets"] == ["Linear"] and one["ignore"] == ["head"]
-    two = config_of({Scheme(8, None): ["a.z"], Scheme(4, 128): ["a.y", "a.x"], Scheme(3, 128): []}, ["head"])
-    assert [group["targets"] for group in two["config_groups"].values()] == [["a.x", "a.y"], ["a.z"]]
-
-
 def test_refusals() -> None:
     with pytest.raises(LlmqError, match="does not divide"):
         ct.spec((8, 100), Scheme(4, 64), torch.bfloat16)

@@ -1,0 +1,46 @@
+"""compressed-tensors as a format: each scheme to the file that stores it, and who reads a folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmq.formats import compressed_tensors as ct
+from llmq.formats.compressed_tensors import eight_bit, packed
+from llmq.grids.scheme import Activations, Scheme
+
+PACKED = [Scheme(4, 32), Scheme(3, 32, False), Scheme(8, None)]
+EIGHT = [Scheme(8, None, activations=Activations()), Scheme(8, None, grid="fp8")]
+
+
+@pytest.mark.parametrize(("schemes", "layout"), [(PACKED, packed), (EIGHT, eight_bit)])
+def test_each_scheme_is_stored_by_its_layout(schemes: list[Scheme], layout: ct._Layout) -> None:
+    for scheme in schemes:
+        assert ct.spec((32, 64), scheme, torch.float16) == layout.spec((32, 64), scheme, torch.float16)
+        for parts in (2, 3, 4):
+            for rows in (False, True):
+                assert ct.splits((32, 64), scheme, parts, rows) == layout.splits((32, 64), scheme, parts, rows)
+
+
+def test_the_title_names_each_layout_once() -> None:
+    assert ct.title(PACKED) == "compressed-tensors pack-quantized"
+    assert ct.title([*PACKED, *EIGHT]) == "compressed-tensors float-quantized, int-quantized, pack-quantized"
+
+
+@pytest.mark.parametrize(
+    ("schemes", "works", "words"),
+    [
+        ([Scheme(4, 32), Scheme(8, None)], True, "on a GPU or CPU"),
+        ([Scheme(4, 32, False)], True, "unpacks its asymmetric weights while loading"),
+        ([Scheme(4, 32, False), Scheme(8, None)], False, "fails on asymmetric weights beside another"),
+    ],
+)
+def test_what_stock_transformers_does(schemes: list[Scheme], works: bool, words: str) -> None:
+    stock = ct.loaders(schemes)[0]
+    assert stock.works is works and words in stock.sentence
+
+
+def test_widths_that_vllm_has_no_kernels_for_are_told() -> None:
+    assert "vLLM has no kernels for 3, 5 bits" in ct.loaders([Scheme(5, 32), Scheme(3, 32), Scheme(4, 32)])[1].sentence
+    for vllm in (ct.loaders([Scheme(4, 32)])[1], ct.loaders([Scheme(3, 32)])[1]):
+        assert vllm.works is None and "not tried" in vllm.sentence
