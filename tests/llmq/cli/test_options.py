@@ -85,8 +85,8 @@ def test_every_keyword_of_every_method_is_an_option_once() -> None:
         option = get_args(parameter.annotation)[1]
         listed = option.help.removeprefix("(").partition(")")[0].split(", ")
         assert set(listed) == owners[name] and parameter.default is None
-        flag = f"--{name.replace('_', '-')}"
-        assert option.param_decls[0].split("/")[0] == flag
+        flags = (option.default, *option.param_decls)[0]  # typer takes the first name for a default until it is used
+        assert flags.split("/")[0] == f"--{name.replace('_', '-')}"
 
 
 def command() -> tuple[typer.Typer, list[Any]]:
