@@ -81,6 +81,7 @@ def test_the_same_run_goes_on(tmp_path: Path) -> None:
         ({"a": "f" * 64}, {"a": "0" * 41}, f"(a {'f' * 12}… → {'0' * 12}…)"),
         ({"a": "f" * 40}, {"a": ""}, f"(a {'f' * 40} → )"),
         ({}, {"a": 1}, "a nothing → 1"),
+        ({"a": {}, "b": 1}, {"b": 1}, "(a {} → nothing)"),
     ],
 )
 def test_another_run_is_told_by_what_differs(tmp_path: Path, before: Any, after: Any, words: str) -> None:

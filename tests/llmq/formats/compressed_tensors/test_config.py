@@ -62,6 +62,8 @@ def test_several_layouts_are_mixed_and_the_most_common_scheme_is_first() -> None
     groups = [(group["targets"], group["format"]) for group in mixed["config_groups"].values()]
     assert groups[0] == (["b", "c"], "pack-quantized") and (["a"], "int-quantized") in groups
     assert config_of({Scheme(8, None): ["d"], Scheme(4, 128): ["b"]}, [])["format"] == "pack-quantized"
+    common = config_of({Scheme(4, 128): ["a"], Scheme(8, None): ["b", "c"]}, [])["config_groups"]["group_0"]
+    assert common["targets"] == ["b", "c"]
     again = config_of({Scheme(8, None): ["d"], Scheme(4, 128): ["b", "c"], W8A8: ["a"]}, [])
     assert again == mixed  # whatever the order they come in
 
