@@ -69,6 +69,7 @@ def load_model(
     Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or misshapen.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_readable(folder, kernels)
@@ -97,7 +98,9 @@ def load_model(
                     where = loaded[0].device
                     where = input_device("auto") if where.type == "meta" else where
                     loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError,
+    ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
