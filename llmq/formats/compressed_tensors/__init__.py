@@ -25,11 +25,6 @@ READERS = {"compressed-tensors": CompressedTensorsReader}
 PACKAGES = {"compressed-tensors": "compressed_tensors"}
 
 
-def claims(section: Mapping[str, Any]) -> bool:
-    """Whether a configuration that names no method is of this format: compressed-tensors always names itself."""
-    return False
-
-
 def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:
     """See `Format.spec`."""
     return _layout(scheme).spec(shape, scheme, scale_dtype)
