@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,10 +30,15 @@ Groups = Mapping[Scheme, Sequence[str]]
 
 @dataclass(frozen=True)
 class Loader:
-    """Who reads a folder, in a sentence. works: None where it was not tried."""
+    """Who reads a folder, in a sentence.
+
+    works: None where it was not tried; False makes the plan warn. code: whose lines the model card shows for it, None
+    where it shows none.
+    """
 
     sentence: str
     works: bool | None = True
+    code: Literal["transformers", "vllm"] | None = None
 
 
 class Format(Protocol):
