@@ -1,7 +1,13 @@
 """What every format here has: one file or folder for each, which holds all that llmq knows of it.
 
-A format that llmq writes has the functions of `Format`; the grids that it stores name it (`grids.table`). One that llmq
-reads has READERS; one that `llmq inspect` knows has COMPANIONS, SCALES and `inspect`.
+A format that llmq writes has the functions of `Format`; the grids that it stores name it (`grids.table`). What a file
+of any of these has beside that is asked for part by part, and may be missing:
+
+- READERS: what config.json calls the method → the reader that brings its weights to llmq's kernels (`plain.Reader`),
+  whether transformers knows the method or not;
+- PACKAGES: what config.json calls the method → the package that stock transformers needs to read it;
+- claims(section): whether a configuration that names no method is of one of PACKAGES;
+- COMPANIONS, SCALES, inspect: the weights of any folder, for `llmq inspect` (`inspection`).
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +31,15 @@ Groups = Mapping[Scheme, Sequence[str]]
 
 @dataclass(frozen=True)
 class Loader:
-    """Who reads a folder, in a sentence. works: None where it was not tried."""
+    """Who reads a folder, in a sentence.
+
+    works: None where it was not tried; False makes the plan warn. code: whose lines the model card shows for it, None
+    where it shows none.
+    """
 
     sentence: str
     works: bool | None = True
+    code: Literal["transformers", "vllm"] | None = None
 
 
 class Format(Protocol):

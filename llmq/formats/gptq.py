@@ -166,11 +166,6 @@ def inspect(
     )
 
 
-def claims(section: Mapping[str, Any]) -> bool:
-    """Whether a configuration that names no method is of this format: one of GPTQ always names itself."""
-    return False
-
-
 READERS = {"gptq": GPTQReader, "auto-round": GPTQReader}
 PACKAGES = {"gptq": "gptqmodel"}
 COMPANIONS = {CODES: (ZEROS, SCALES_NAME, GROUPS)}

@@ -35,11 +35,10 @@ class Activations:
 class Scheme:
     """What a quantized weight [out, in] is: w ≈ (point − zero) · scale, with points of a grid.
 
-    grid: 'int': whole numbers from −2^(bits−1) to 2^(bits−1) − 1; 'fp8': float8_e4m3fn; 'nf4': 16 normal quantiles.
-    What each allows is in `grids.table`. bits: of a code. group_size: input columns that share a scale (nf4: elements
-    of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored. double_quant:
-    the scales are stored in 8 bits themselves. activations: how the weight's input is rounded when the model runs; None
-    leaves it alone.
+    grid: a row of `grids.table`, which says what it allows. bits: of a code. group_size: input columns that share a
+    scale (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not
+    stored. double_quant: the scales are stored in 8 bits themselves. activations: how the weight's input is rounded
+    when the model runs; None leaves it alone.
     """
 
     bits: int = 4

@@ -211,7 +211,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         return config
     method = formats.method_of(quantization) or ""
-    if not _known(method):
+    if not _known(method) and not (kernels and method in formats.readers()):
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: "
             "load it with the tool that wrote it"

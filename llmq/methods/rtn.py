@@ -17,8 +17,8 @@ from llmq.validate import check_choice
 class RTN(Method):
     """Round to nearest; no calibration data.
 
-    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs;
-    without it as is usual on the grid, mse on int and fp8, minmax on nf4.
+    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs,
+    by default as is usual on the grid (mse, on nf4 minmax).
     """
 
     def __init__(self, *, range: str | None = None) -> None:
