@@ -30,7 +30,7 @@ def having(part: str) -> tuple[Any, ...]:
 
 
 def readers() -> dict[str, tuple[Any, ...]]:
-    """Method as transformers' tables name it → the classes here that read it, the first that does not refuse is taken."""
+    """Method as transformers' tables name it → the classes that read it: the first that does not refuse is taken."""
     found: dict[str, tuple[Any, ...]] = {}
     for module in having("READERS"):
         for method, reader in module.READERS.items():
