@@ -30,7 +30,7 @@ def having(part: str) -> tuple[Any, ...]:
 
 
 def readers() -> dict[str, tuple[Any, ...]]:
-    """Method as transformers' tables name it → the classes here that read it, in the order they are asked."""
+    """Method as transformers' tables name it → the classes that read it: the first that does not refuse is taken."""
     found: dict[str, tuple[Any, ...]] = {}
     for module in having("READERS"):
         for method, reader in module.READERS.items():
@@ -41,6 +41,11 @@ def readers() -> dict[str, tuple[Any, ...]]:
 def packages() -> dict[str, str]:
     """Method in config.json → the package that stock transformers needs to read it."""
     return {method: package for module in having("PACKAGES") for method, package in module.PACKAGES.items()}
+
+
+def unpacked_by_stock(method: str) -> bool:
+    """Whether stock transformers makes weights of a method in config.json dense, at the first forward or before."""
+    return any(module.STOCK_UNPACKS and method in module.PACKAGES for module in having("STOCK_UNPACKS"))
 
 
 def method_of(section: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ of any of these has beside that is asked for part by part, and may be missing:
 - READERS: what config.json calls the method → the reader that brings its weights to llmq's kernels (`plain.Reader`),
   whether transformers knows the method or not;
 - PACKAGES: what config.json calls the method → the package that stock transformers needs to read it;
+- STOCK_UNPACKS: whether stock transformers makes weights of PACKAGES dense to run them;
 - claims(section): whether a configuration that names no method is of one of PACKAGES;
 - COMPANIONS, SCALES, inspect: the weights of any folder, for `llmq inspect` (`inspection`).
 """
