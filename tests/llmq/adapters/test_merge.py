@@ -93,7 +93,7 @@ def test_as_peft_merges(tmp_path: Path, tiny_model: Path, options: dict[str, Any
     check(Merged(FolderSource(tiny_model), Adapter(folder)), PeftModel.from_pretrained(load(tiny_model), folder))
 
 
-def test_as_peft_merges_weights_that_are_turned_around(tmp_path: Path, turned_model: Path) -> None:
+def test_as_peft_merges_weights_stored_transposed(tmp_path: Path, turned_model: Path) -> None:
     from peft import PeftModel
 
     folder = write_adapter(tmp_path / "adapter", turned_model, fan_in_fan_out=True)
@@ -129,7 +129,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
     for name, change in merged.changes.items():
         module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
         value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        value = value.t() if change.turned else value
+        value = value.t() if change.transposed else value
         delta = 0.0 if change.factors is None else plain.exact(name)[0] - FolderSource(base).read(name)
         assert torch.allclose(merged.read(name), value + delta, rtol=1e-5, atol=1e-6), name
         assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
@@ -159,7 +159,7 @@ def test_what_finetune_recorded_decides(tmp_path: Path, tiny_model: Path, adapte
     assert [name for name, change in merged.changes.items() if change.rounded] == [f"{some[0]}.weight"]
     assert Merged(FolderSource(tiny_model), Adapter(folder), "base").fingerprint() != merged.fingerprint()
     notes = merge(str(tiny_model), folder, tmp_path / "out", plain=True).notes
-    assert any("not the same checkpoint" in note for note in notes)
+    assert any("is a different checkpoint" in note for note in notes)
 
 
 def test_plain_merge_in_stock_transformers(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
@@ -327,4 +327,4 @@ def test_interrupted_commands_say_how_to_go_on(
     monkeypatch.setattr("llmq.adapters.merge.merge", interrupted)
     for words in (["finetune", tiny_model, "--data", "x.jsonl"], ["merge", tiny_model, adapter]):
         done = command(*words, "-o", tmp_path)
-        assert done.exit_code == 130 and "the same command goes on" in " ".join(done.output.split())
+        assert done.exit_code == 130 and "the same command resumes" in " ".join(done.output.split())
