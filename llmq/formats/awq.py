@@ -65,7 +65,7 @@ class AWQReader:
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
-        """Why such checkpoints are not read here, or None."""
+        """Why llmq cannot read such checkpoints, or None."""
         form = getattr(layout_of(config), "value", layout_of(config)).lower()
         if form.removeprefix("awqformat.") not in FORMATS:
             return f"its weights are stored as {form!r}, not as {' or '.join(FORMATS)}"
@@ -83,7 +83,7 @@ class AWQReader:
 
 
 def _columns(words: Tensor) -> Tensor:
-    """int32 [rows, words] → codes int8 [rows, 8·words], less 8."""
+    """int32 [rows, words] → codes int8 [rows, 8·words], minus 8."""
     shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device) * 4
     nibbles = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).sub_(8)
     return nibbles.to(torch.int8).flatten(1)
@@ -93,4 +93,4 @@ READERS = {"awq": AWQReader, "auto-round": AWQReader}
 PACKAGES = {"awq": "gptqmodel"}
 COMPANIONS: dict[str, tuple[str, ...]] = {}
 SCALES: tuple[str, ...] = ()
-"""GPTQ's file knows the weights of both by their shapes."""
+"""gptq.inspect tells AWQ and GPTQ weights apart by their shapes."""
