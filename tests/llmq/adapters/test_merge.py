@@ -249,7 +249,7 @@ def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (renamed, "model.layers.7.mlp.down_proj, which this model does not have"),
         (widened, "model.layers.1.mlp.down_proj by [64, 96], and the weight is [64, 128]"),
-        (halved, "model.layers.1.mlp.down_proj lacks a half"),
+        (halved, "model.layers.1.mlp.down_proj lacks A or B"),
     ],
 )
 def test_an_adapter_that_does_not_fit(
@@ -270,7 +270,7 @@ def test_an_adapter_that_does_not_fit(
 
 def test_an_adapter_of_a_tied_weight(tmp_path: Path, turned_model: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", turned_model, target_modules=["lm_head"])
-    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "serves another module")
+    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "is shared with another module")
 
 
 def test_folders_that_are_no_adapter_or_not_ours(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
