@@ -47,7 +47,7 @@ def test_usage_says_what_was_tried(source: Path) -> None:
     assert "With vLLM, which was not tried" in text and "from vllm import LLM" in text
     odd = model_card(report(2, loaders=["vLLM has no kernels for 3 bits (not tried)"]), source)
     assert "import LLM" not in odd and "no kernels for 3 bits" in odd
-    assert "left alone: kept by --keep; outside the decoder blocks" in text
+    assert "not quantized: kept by --keep; outside the decoder blocks" in text
 
 
 def test_numbers_are_put_in_and_replaced(source: Path, tmp_path: Path) -> None:
