@@ -1,9 +1,9 @@
-"""What each method and bit width costs: perplexity, KL to the base and top-1 agreement, one table.
+"""The quality of each method and bit width, as one table: perplexity, KL to the base and top-1 agreement.
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
-Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/design.md), every
-model in float32 through stock from_pretrained. KL is the mean over positions of KL(base ‖ quantized), in nats.
+Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md),
+every model in float32 through stock from_pretrained. KL is the mean over positions of KL(base ‖ quantized), in nats.
 """
 
 from __future__ import annotations
