@@ -31,7 +31,7 @@ This page is written by `scripts/sweep_architectures.py`.
 **works**: the plan was made, GPTQ wrote 4-bit weights (group size 32, one scale per row where 32 does not divide the
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
 most 1e-3, float32). Before that, discovery was compared with an ordinary forward pass: it found as many blocks
-as the configuration has layers, each block run alone gave the same output, and every Linear called in a block was found.
+as the configuration has layers, each block run alone gave the same output, and no Linear called in a block was missed.
 **refused**: `llmq plan` refuses it before any work. **fails**: anything else.
 **not built**: transformers could not make a tiny model of the type.
 

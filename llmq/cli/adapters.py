@@ -213,7 +213,7 @@ def print_left(console: Console, report: Any) -> None:
     """Print a MergeReport's worst weights, the mean over all, and the file that has every weight."""
     quantized = report.mean("naive_survived") is not None
     table = Table(
-        title="The tune after quantization. D: its change of a weight, E: the written weight's error; kept: 1+⟨E,D⟩/⟨D,D⟩"
+        title="Tune after quantization. D: its change of a weight, E: the written weight's error; kept: 1+⟨E,D⟩/⟨D,D⟩"
     )
     table.add_column("weight", overflow="fold")
     for heading in ("‖D‖/‖W‖", "kept", "‖D‖/‖E‖", *(("naive: kept", "‖D‖/‖E‖") if quantized else ())):

@@ -84,7 +84,7 @@ class _Configuration:
 
 
 def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A configuration without act-order by group, which newer compressed-tensors refuses; and the groups that had it."""
+    """A configuration without act-order by group, which newer compressed-tensors refuses; and which groups had it."""
     groups = mapping(values.get("config_groups"), "config_groups")
     changed = {}
     for name, group in groups.items():
