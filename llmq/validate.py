@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Mapping as AbstractMapping
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llmq.errors import LlmqError
 
@@ -18,6 +18,7 @@ _WORDS: dict[Any, str] = {
     str: "text",
     NoneType: "null",
 }
+_UNIONS = (UnionType, Union)  # `int | None`, and `Literal[…] | None`
 T = TypeVar("T")
 
 
@@ -71,7 +72,7 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = get_args(hint)
     if hint is Any:
         return True
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in _UNIONS:
         return any(_fits(value, one) for one in inner)
     if get_origin(hint) is Literal:
         return value in inner
@@ -89,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _words(hint: Any) -> str:
     """An annotated type in words."""
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in _UNIONS:
         return " or ".join(map(_words, get_args(hint)))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))

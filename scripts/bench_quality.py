@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
 from llmq.data.tokens import tokenize
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Calibration, Recipe
 
 METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround"]
@@ -57,9 +57,11 @@ def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4'."""
+    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4' (double-quantized), 'fp8' (with its inputs in fp8)."""
     if text == "nf4":
         return Scheme(4, 64, grid="nf4", double_quant=True)
+    if text == "fp8":
+        return Scheme(8, None, grid="fp8", activations=Activations())
     bits, group = text.removesuffix("a").split("g")
     return Scheme(int(bits), None if group == "c" else int(group), not text.endswith("a"))
 
@@ -81,7 +83,7 @@ def main() -> None:
     rows, models = [], [base]
     with tempfile.TemporaryDirectory() as folder:
         for scheme in map(parse_scheme, args.schemes):
-            for method in args.method if scheme.grid == "int" else ["nf4"]:
+            for method in args.method:
                 recipe = Recipe(
                     methods=tuple(method.split("+")),
                     scheme=scheme,

@@ -124,8 +124,8 @@ class Worker:
     def __init__(self) -> None:
         self.servers: dict[Tree, subprocess.Popen[str]] = {}
 
-    def run(self, tree: Tree, words: list[str], log: Path) -> tuple[int, str]:
-        """The exit code of one command, and its whole output."""
+    def run(self, tree: Tree, words: list[str], log: Path, again: bool = True) -> tuple[int, str]:
+        """The exit code of one command, and its whole output. A killed command is run once more."""
         if tree not in self.servers:
             self.servers[tree] = tree.start()
         server = self.servers[tree]
@@ -133,7 +133,10 @@ class Worker:
         print(json.dumps([words, str(log)]), file=server.stdin, flush=True)
         answer = server.stdout.readline()
         if not answer:
-            sys.exit(f"llmq of {tree.label} ({tree.folder}) does not start: see above")
+            del self.servers[tree]
+            if server.wait() < 0 and again:
+                return self.run(tree, words, log, again=False)
+            sys.exit(f"llmq of {tree.label} ({tree.folder}) ended with code {server.returncode}: see above")
         return int(answer), log.read_text()
 
     def stop(self) -> None:

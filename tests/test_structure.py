@@ -199,3 +199,89 @@ def test_imports_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Modules that decide nothing of their own: what they do is seen where the command line is called.
+EXCUSED = {
+    "cli/adapters": "options to one call each; tests/llmq/adapters and tests/end_to_end call the commands",
+    "cli/app": "options to one call each; tests/end_to_end calls the commands",
+    "cli/evaluate": "options to one call each; tests/eval calls the commands",
+    "cli/push": "options to one call; tests/llmq/test_push.py has what it calls",
+    "cli/tune": "options to one call each; tests/kernels/test_tune.py has what it calls",
+}
+# Still without a test file of their own name; a name goes once its file is there, and none comes.
+UNTESTED = {
+    "block/attempt",
+    "discovery/matmuls",
+    "grids/integer",
+    "job",
+    "methods/awq",
+    "methods/base",
+    "methods/gptq",
+    "methods/outlier_suppression",
+    "methods/outlier_suppression_plus",
+    "methods/rtn",
+    "methods/smoothquant",
+    "planning/checks",
+    "planning/memory",
+    "planning/weights",
+    "report/report",
+}
+
+
+def decides(file: Path) -> bool:
+    """Whether some function or class of a module has a branch."""
+    branches = (ast.If, ast.For, ast.While, ast.Try, ast.Match)
+    bodies = (ast.FunctionDef, ast.ClassDef)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return any(
+        isinstance(inner, branches)
+        for node in ast.walk(tree)
+        if isinstance(node, bodies)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    )
+
+
+def has_tests(module: str) -> bool:
+    """Whether a module, named by its path, has a test file of its own name; a package's may lie inside or beside it."""
+    folder, name = (ROOT / "tests" / "llmq" / module).parent, module.rpartition("/")[2]
+    places = [folder / f"test_{name.lstrip('_')}.py"]
+    if (ROOT / "llmq" / module).is_dir():
+        inside = folder / name
+        places += [inside / "test_init.py", inside / f"test_{name}.py"]
+    # A module whose tests need a folder of their own.
+    places.append(folder / name / f"test_{name}.py")
+    return any(place.is_file() for place in places)
+
+
+def deciding() -> set[str]:
+    """Every module of llmq that decides something, by its path without the ending; a package by its folder."""
+    found = {file for file in sources("llmq") if decides(file)}
+    paths = {file.relative_to(ROOT / "llmq").with_suffix("").as_posix() for file in found}
+    return {path.removesuffix("/__init__") for path in paths} - {"__init__"}
+
+
+def test_every_module_that_decides_has_tests_of_its_name() -> None:
+    without = {module for module in deciding() if not has_tests(module)}
+    assert without - EXCUSED.keys() <= UNTESTED, "write tests/llmq/<folder>/test_<module>.py"
+
+
+def test_nothing_is_excused_that_is_not_there() -> None:
+    assert EXCUSED.keys() <= deciding()
+    assert not [module for module in EXCUSED if has_tests(module)]
+
+
+def test_a_new_module_would_be_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    new = tmp_path / "llmq" / "discovery" / "new.py"
+    new.parent.mkdir(parents=True)
+    new.write_text("def f(x: int) -> int:\n    return x\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(PACKAGES, "llmq", tmp_path / "llmq")
+    assert deciding() == set()
+    new.write_text("class C:\n    def f(self, x: int) -> int:\n        if x:\n            return 1\n        return x\n")
+    assert deciding() == {"discovery/new"} and not has_tests("discovery/new")
+    tests = tmp_path / "tests" / "llmq" / "discovery" / "test_new.py"
+    tests.parent.mkdir(parents=True)
+    tests.touch()
+    assert has_tests("discovery/new")

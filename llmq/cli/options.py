@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmq.errors import LlmqError
+from llmq.grids.table import GRIDS
 from llmq.recipe import catalog, presets
 from llmq.recipe.recipe import Recipe, parse_override
 
@@ -45,7 +46,12 @@ Symmetric = Annotated[
         help="Without or with zero points. Default symmetric: stock transformers fails to load packed zero points.",
     ),
 ]
-Grid = Annotated[str | None, typer.Option(help="int (default), fp8 or nf4.")]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Which values weights are rounded to: {', '.join(GRIDS)}. Default int, or what the method is for."
+    ),
+]
 Activations = Annotated[
     str | None,
     typer.Option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -27,7 +28,8 @@ def unpackable(model: nn.Module, names: list[str]) -> set[str]:
         for owner, module in _owners(model, None):
             while True:
                 try:
-                    owner._init_weights(module)  # type: ignore[operator]
+                    with torch.no_grad():  # as transformers does: weights are written to in place
+                        owner._init_weights(module)  # type: ignore[operator]
                 except AttributeError as error:
                     if error.name == "weight" and id(error.obj) in held:
                         name, reached, parameters = held.pop(id(error.obj))

@@ -20,16 +20,19 @@ def of(scheme: Scheme) -> Format:
 
 
 @cache
-def known() -> tuple[Any, ...]:
-    """Every format that can be read, including those that llmq does not write."""
-    found = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return tuple(module for module in found if hasattr(module, "READERS"))
+def _modules() -> tuple[Any, ...]:
+    return tuple(importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+
+
+def having(part: str) -> tuple[Any, ...]:
+    """Every format that has a part (READERS, PACKAGES, claims, COMPANIONS …, see `base`); all parts are optional."""
+    return tuple(module for module in _modules() if hasattr(module, part))
 
 
 def readers() -> dict[str, tuple[Any, ...]]:
     """Method in transformers' tables → the readers for it, of which the first that does not refuse is used."""
     found: dict[str, tuple[Any, ...]] = {}
-    for module in known():
+    for module in having("READERS"):
         for method, reader in module.READERS.items():
             found[method] = (*found.get(method, ()), reader)
     return found
@@ -37,7 +40,7 @@ def readers() -> dict[str, tuple[Any, ...]]:
 
 def packages() -> dict[str, str]:
     """Method in config.json → the package that stock transformers needs to read it."""
-    return {method: package for module in known() for method, package in module.PACKAGES.items()}
+    return {method: package for module in having("PACKAGES") for method, package in module.PACKAGES.items()}
 
 
 def method_of(section: Mapping[str, Any]) -> str | None:
@@ -45,7 +48,7 @@ def method_of(section: Mapping[str, Any]) -> str | None:
     method = section.get("quant_method")
     if method:
         return str(method)
-    return next((str(name) for module in known() for name in module.PACKAGES if module.claims(section)), None)
+    return next((str(name) for module in having("claims") for name in module.PACKAGES if module.claims(section)), None)
 
 
 def refusal(schemes: Collection[Scheme]) -> str | None:

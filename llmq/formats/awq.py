@@ -1,7 +1,7 @@
 """AWQ checkpoints in their GEMM layout (AutoAWQ, gptqmodel, auto-round): 4 bits packed along the outputs.
 
 `qweight` int32 [in, out/8], `qzeros` int32 [groups, out/8], `scales` [groups, out]; the eight nibbles of a word, lowest
-first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are.
+first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are. `llmq inspect` knows them by `gptq`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.formats.gptq import claims, inspect, layout_of, refusal_of_values, settings
+from llmq.formats.gptq import layout_of, refusal_of_values, settings
 from llmq.formats.packing import pack_codes, packed_width
 from llmq.formats.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
-
-__all__ = ["claims", "inspect"]
 
 CODES, ZEROS, SCALES_NAME = "qweight", "qzeros", "scales"
 FORMATS = ("gemm", "auto_round:auto_awq", "auto_round:awq")
@@ -91,6 +89,3 @@ def _columns(words: Tensor) -> Tensor:
 
 READERS = {"awq": AWQReader, "auto-round": AWQReader}
 PACKAGES = {"awq": "gptqmodel"}
-COMPANIONS: dict[str, tuple[str, ...]] = {}
-SCALES: tuple[str, ...] = ()
-"""gptq.inspect tells AWQ and GPTQ weights apart by their shapes."""

@@ -1,7 +1,13 @@
 """The interface of a checkpoint format; each format has one file or folder with all code for it.
 
-A format that llmq writes has the functions of `Format`; the grids that it stores name it (`grids.table`). A format that
-llmq reads has READERS; one that `llmq inspect` shows has COMPANIONS, SCALES and `inspect`.
+A format that llmq writes has the functions of `Format`; the grids that it stores name it (`grids.table`). All other
+parts are optional:
+
+- READERS: method in config.json → the reader of its weights for llmq's kernels (`plain.Reader`), whether or not
+  transformers supports the method;
+- PACKAGES: method in config.json → the package that stock transformers needs to read it;
+- claims(section): whether a configuration without `quant_method` is of this format;
+- COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`).
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +31,15 @@ Groups = Mapping[Scheme, Sequence[str]]
 
 @dataclass(frozen=True)
 class Loader:
-    """A tool that reads a folder, in a sentence. works: None if it was not tried."""
+    """A tool that reads a folder, in a sentence.
+
+    works: None if it was not tried; False makes the plan warn. code: the tool whose example code the model card shows,
+    or None.
+    """
 
     sentence: str
     works: bool | None = True
+    code: Literal["transformers", "vllm"] | None = None
 
 
 class Format(Protocol):

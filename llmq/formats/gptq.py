@@ -169,11 +169,6 @@ def inspect(
     )
 
 
-def claims(section: Mapping[str, Any]) -> bool:
-    """Whether a configuration without `quant_method` is of this format: never, GPTQ always writes it."""
-    return False
-
-
 READERS = {"gptq": GPTQReader, "auto-round": GPTQReader}
 PACKAGES = {"gptq": "gptqmodel"}
 COMPANIONS = {CODES: (ZEROS, SCALES_NAME, GROUPS)}

@@ -75,7 +75,7 @@ def _rows(source: Source, method: str | None, config: Mapping[str, Any]) -> Iter
     taken: set[str] = set()
     for name in sorted(names):
         module, _, ending = name.rpartition(".")
-        for known in (known for known in formats.known() if ending in known.COMPANIONS):
+        for known in (known for known in formats.having("COMPANIONS") if ending in known.COMPANIONS):
             parts = {ending: source.info(name)}
             for companion in known.COMPANIONS[ending]:
                 if f"{module}.{companion}" in names:

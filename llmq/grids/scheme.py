@@ -35,9 +35,8 @@ class Activations:
 class Scheme:
     """How a weight [out, in] is quantized: w ≈ (point − zero) · scale, with points of a grid.
 
-    grid: 'int': whole numbers from −2^(bits−1) to 2^(bits−1) − 1; 'fp8': float8_e4m3fn; 'nf4': 16 normal quantiles.
-    `grids.table` says what each grid allows. bits: of a code. group_size: input columns that share a scale (nf4:
-    elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
+    grid: a row of `grids.table`, which has its limits. bits: of a code. group_size: input columns that share a scale
+    (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
     runs; None is no rounding.
     """

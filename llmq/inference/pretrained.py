@@ -70,6 +70,7 @@ def load_model(
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_readable(folder, kernels)
@@ -98,7 +99,9 @@ def load_model(
                     where = loaded[0].device
                     where = input_device("auto") if where.type == "meta" else where
                     loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError,
+    ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
         raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
@@ -211,7 +214,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         return config
     method = formats.method_of(quantization) or ""
-    if not _known(method):
+    if not _known(method) and not (kernels and method in formats.readers()):
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: "
             "load it with the tool that wrote it"

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import formats
 from llmq.errors import LlmqError
@@ -26,7 +27,8 @@ from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
 
-_stock: dict[str, tuple[Any, Any]] = {}
+_stock: dict[str, tuple[Any, Any] | None] = {}
+"""What transformers' two tables had for each method before ours; None where it does not know the method."""
 
 
 def use_kernels(on: bool = True) -> None:
@@ -37,14 +39,17 @@ def use_kernels(on: bool = True) -> None:
     """
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     if on and not _stock:
-        readers = formats.readers()
-        _stock.update({method: (quantizers[method], configs[method]) for method in readers if method in quantizers})
-        for method, (quantizer, config) in _stock.items():
-            quantizers[method] = partial(_quantizer, quantizer, readers[method])  # type: ignore[assignment]
+        for method, readers in formats.readers().items():
+            _stock[method] = (quantizers[method], configs[method]) if method in quantizers else None
+            quantizer, config = _stock[method] or (_Nobody, _Plain)
+            quantizers[method] = partial(_quantizer, quantizer, readers)  # type: ignore[assignment]
             configs[method] = _Configuration(config)  # type: ignore[assignment]
     elif not on and _stock:
-        for method, (quantizer, config) in _stock.items():
-            quantizers[method], configs[method] = quantizer, config
+        for method, before in _stock.items():
+            if before is None:
+                del quantizers[method], configs[method]
+            else:
+                quantizers[method], configs[method] = before
         _stock.clear()
 
 
@@ -57,6 +62,17 @@ def reading() -> Iterator[None]:
         yield
     finally:
         use_kernels(before)
+
+
+class _Plain(QuantizationConfigMixin):
+    """The configuration of a method that transformers does not know: what config.json says, as attributes."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+class _Nobody(HfQuantizer):
+    """In the place of stock transformers' quantizer for a method that it does not know; never made."""
 
 
 class _Configuration:
@@ -115,6 +131,8 @@ def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized:
 def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
     """Stock transformers' own quantizer; the reason is logged in one line."""
     method = str(getattr(config.quant_method, "value", config.quant_method))
+    if stock is _Nobody:
+        raise LlmqError(f"{method}: {reason}, and stock transformers does not know {method}")
     if getattr(config, "ordered", False):
         raise LlmqError(f"{method}: {reason}, and stock transformers does not support act-order by group")
     if getattr(config, "dense", False):

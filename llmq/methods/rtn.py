@@ -17,8 +17,8 @@ from llmq.validate import check_choice
 class RTN(Method):
     """Round to nearest; no calibration data.
 
-    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs;
-    the default is mse on int and fp8, minmax on nf4.
+    range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs,
+    by default the grid's usual one (mse, on nf4 minmax).
     """
 
     def __init__(self, *, range: str | None = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq import formats
 from llmq.checkpoint.files import CARD, write
 from llmq.errors import LlmqError, first_line
 from llmq.machine import size
@@ -173,7 +174,10 @@ def _kinds(report: Report) -> str:
 
 def _usage(report: Report) -> str:
     said = "".join(f"- {loader}\n" for loader in report.loaders)
-    text = f"""{said}
+    shown = {loader.code: loader for loader in formats.loaders({row.scheme for row in report.quantized})}
+    text = said
+    if "transformers" in shown:
+        text += f"""
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,12 +188,9 @@ inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 """
-    vllm = next((loader for loader in report.loaders if loader.startswith("vLLM reads it")), None)
-    if vllm is None:
-        return text
-    caution = "With vLLM, which was not tried" if "not tried" in vllm else "With vLLM"
-    return f"""{text}
-{caution}:
+    if "vllm" in shown:
+        text += f"""
+With vLLM{", which was not tried" if shown["vllm"].works is None else ""}:
 
 ```python
 from vllm import LLM, SamplingParams
@@ -198,6 +199,7 @@ path = "{FOLDER}"
 print(LLM(path).generate("The answer is", SamplingParams(max_tokens=40))[0].outputs[0].text)
 ```
 """
+    return text
 
 
 def _read(folder: Path) -> str:

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmq import methods
-from llmq.recipe import catalog, presets
-from llmq.recipe.recipe import Recipe
+from llmq.recipe import presets
 from tests.architectures import tiny
 from tests.conftest import Done, Run, write_tokenizer
 from tests.end_to_end.test_bad_input import check_refusal
@@ -195,19 +193,6 @@ def test_an_adapter_without_weights(tune: Path, tiny_model: Path, tmp_path: Path
     check_refusal(llmq("merge", tiny_model, tiny_model, "-o", tmp_path / "out"), "is no adapter")
     check_refusal(llmq("merge", tiny_model, tune, "-o", tmp_path / "out", "--method", "gptq+awq"), "write 'awq+gptq'")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_every_preset_can_be_made(name: str) -> None:
-    made = presets.recipe(name)
-    assert isinstance(made, Recipe)
-    if set(made.methods) <= set(catalog.names()):
-        assert methods.make(made).quantizer.grids()
-    else:
-        assert set(made.methods) - set(catalog.names()) == {"signround"}
-    advice = presets.advice(name)
-    assert 1 <= advice.count(".") - advice.count("0.") <= 2 and advice.endswith(".") and len(advice) < 200
-    assert Recipe.from_dict(made.to_dict()) == made
 
 
 def test_recipes_are_listed(llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:

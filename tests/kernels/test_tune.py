@@ -20,7 +20,7 @@ from llmq_kernels.triton.rule import rule
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu() -> None:
-    with pytest.raises(ValueError, match="torch sees none"):
+    with pytest.raises(ValueError, match="torch finds none"):
         tune.tune([(64, 64)])
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from llmq_kernels import planes
+from llmq_kernels import triton as package
 from llmq_kernels.triton import integers, tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN
@@ -83,3 +87,14 @@ def test_a_launch_gives_the_kernel_everything(monkeypatch: pytest.MonkeyPatch) -
     one = Launch(Kernel(), (3, 2), (1, None), {"BITS": 4}, {"num_warps": 2})
     launching.launch(torch.device("cpu"), one, one._replace(grid=(1,)))
     assert calls == [((grid), (1, None), {"BITS": 4, "num_warps": 2}) for grid in ((3, 2), (1,))]
+
+
+def test_no_kernel_is_forgotten() -> None:
+    """Every function of the package that is named as a kernel is among the variants, so that it is compiled."""
+    named = set()
+    for module in pkgutil.iter_modules(package.__path__):
+        file = Path(package.__path__[0]) / f"{module.name}.py"
+        found = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+        jitted = [node.name for node in found if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)]
+        named |= {name for name in jitted if name.endswith("_kernel")}
+    assert named == {one.launch.kernel.fn.__name__ for one in variants()}

@@ -25,11 +25,6 @@ READERS = {"compressed-tensors": CompressedTensorsReader}
 PACKAGES = {"compressed-tensors": "compressed_tensors"}
 
 
-def claims(section: Mapping[str, Any]) -> bool:
-    """Whether a configuration without `quant_method` is of this format: never, compressed-tensors always writes it."""
-    return False
-
-
 def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:
     """See `Format.spec`."""
     return _layout(scheme).spec(shape, scheme, scale_dtype)
@@ -64,12 +59,14 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     said = []
     if all(scheme.symmetric for scheme in schemes):
-        said.append(Loader("stock transformers with compressed-tensors reads it, on a GPU or CPU"))
+        sentence = "stock transformers with compressed-tensors reads it, on a GPU or CPU"
+        said.append(Loader(sentence, code="transformers"))
     elif len(schemes) == 1:
         said.append(
             Loader(
                 "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while "
-                "loading, so that it takes the memory of an unquantized model"
+                "loading, so that it takes the memory of an unquantized model",
+                code="transformers",
             )
         )
     else:
@@ -84,7 +81,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     if odd:
         said.append(Loader(f"vLLM has no kernels for {', '.join(map(str, odd))} bits (not tried)", works=None))
     else:
-        said.append(Loader("vLLM reads it (not tried)", works=None))
+        said.append(Loader("vLLM reads it (not tried)", works=None, code="vllm"))
     return said
 
 

@@ -1,4 +1,4 @@
-"""Training: the loss against a reference, a resumed run against an unbroken one, the result in stock PEFT, refusals."""
+"""Training: a resumed run against an unbroken one, the result in stock PEFT, refusals."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.conftest import write_tiny_model, write_tokenizer
 from tests.llmq.refusal import refused
@@ -21,11 +19,6 @@ pytest.importorskip("bitsandbytes")
 from llmq.adapters.finetune import CURVE, LOSSES, finetune
 from llmq.adapters.lora import CONFIG, WEIGHTS
 from llmq.adapters.settings import Settings
-from llmq.data.instructions import Example
-from llmq.errors import LlmqError
-from llmq.inference.pretrained import load_model
-from llmq.training import state as checkpoint
-from llmq.training.steps import IGNORED, loss_of, make_optimizer, padded, rate, steps_of
 from llmq.watch import Silent
 
 # A rank at which the adapters are large enough for bitsandbytes to keep their state in 8 bits.
@@ -104,27 +97,6 @@ def test_stock_peft_reads_the_adapter(tmp_path: Path, tiny_model: Path, rows: Pa
     assert outcome.after == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_loss_is_the_answers_alone(tiny_model: Path) -> None:
-    """A padded batch against each row alone, by the definition, in float64."""
-    model = load_model(tiny_model)
-    batch = [
-        Example((5, 6, 7, 8), (False, False, True, True), 0),
-        Example((9, 10), (False, True), 1),
-        Example((1, 2, 3, 4, 5, 6, 7), (False, True, False, True, True, False, False), 2),
-    ]
-    expected, learned = 0.0, 0
-    with torch.no_grad():
-        for row in batch:
-            scores = model(input_ids=torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
-            for i, learn in enumerate(row.learn):
-                if learn:
-                    expected, learned = expected - float(scores[i - 1, row.ids[i]]), learned + 1
-        loss, count = loss_of(model, batch, "cpu")
-    assert count == learned
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert int((padded(batch)[1] != IGNORED).sum()) == learned
-
-
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     settings = replace(SETTINGS, base_bits=16, steps=3, dropout=0.0)
     plain = finetune(str(tiny_model), rows, tmp_path / "plain", settings)
@@ -137,47 +109,6 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, tiny_model: Path, rows: 
     large = finetune(str(tiny_model), rows, tmp_path / "large", replace(settings, batch=8))
     small = finetune(str(tiny_model), rows, tmp_path / "small", replace(settings, batch=2, accumulate=4))
     assert small.after == pytest.approx(large.after, rel=1e-4)
-
-
-def test_every_row_once_an_epoch_in_another_order() -> None:
-    data = [Example(tuple(range(2 + i % 7)), (True,) * (2 + i % 7), i) for i in range(101)]
-    epochs = [[row.row for step in steps_of(data, 4, epoch, 0) for row in step] for epoch in (0, 1, 0)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(101))
-    assert epochs[0] != epochs[1] and epochs[0] == epochs[2]
-    assert max(map(len, steps_of(data, 4, 0, 0))) == 4
-
-
-def test_the_rate_rises_and_falls() -> None:
-    cosine = [rate(i, 100, 1.0, 0.1, "cosine") for i in range(100)]
-    assert cosine[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert cosine[55] == pytest.approx(0.5) and cosine[99] < 0.001
-    assert rate(55, 100, 1.0, 0.1, "linear") == pytest.approx(0.5) and rate(99, 100, 1.0, 0.1, "constant") == 1.0
-
-
-@pytest.mark.parametrize("kind", ["8bit", "paged", "torch"])
-def test_checkpoints_hold_the_whole_optimizer(tmp_path: Path, kind: str) -> None:
-    """Two steps, a checkpoint and a third one are the three steps, to the bit."""
-
-    def stepped(first: int, last: int, folder: Path | None) -> dict[str, nn.Parameter]:
-        trained = {"w": nn.Parameter(torch.linspace(-1, 1, 8192).view(64, 128)), "b": nn.Parameter(torch.ones(8))}
-        optimizer, _ = make_optimizer(kind, list(trained.values()), 0.1, 0.01)
-        if folder is not None:
-            assert checkpoint.load(folder, trained, optimizer) == {"step": first}
-        for step in range(first, last):
-            for parameter in trained.values():
-                parameter.grad = torch.sin(torch.arange(parameter.numel()) + step).view_as(parameter)
-            optimizer.step()
-        checkpoint.save(tmp_path, trained, optimizer, {"step": last})
-        return trained
-
-    whole = stepped(0, 3, None)
-    stepped(0, 2, None)
-    resumed = stepped(2, 3, tmp_path)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    if kind != "torch":
-        from safetensors.torch import load_file
-
-        assert any(t.dtype == torch.uint8 for t in load_file(tmp_path / checkpoint.FILE).values())
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
@@ -269,31 +200,6 @@ def test_a_missing_package_says_how_to_get_it(
         lambda: finetune(str(tiny_model), rows, tmp_path / "out", replace(SETTINGS, base_bits=bits)),
         f"pip install {package}",
     )
-
-
-def test_without_bitsandbytes_torch_optimizes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    parameters = [nn.Parameter(torch.zeros(4))]
-    made, name = make_optimizer("auto", parameters, 0.1, 0.0)
-    assert isinstance(made, torch.optim.AdamW) and "pip install bitsandbytes" in name
-    refused(lambda: make_optimizer("8bit", parameters, 0.1, 0.0), "--optimizer 8bit")
-
-
-@pytest.mark.parametrize(
-    ("change", "option"),
-    [
-        ({"base_bits": 8}, "--base-bits"),
-        ({"rank": 0}, "--rank"),
-        ({"dropout": 1.0}, "--dropout"),
-        ({"lr": 0.0}, "--lr"),
-        ({"schedule": "step"}, "--schedule"),
-        ({"eval_share": 1.0}, "--eval-share"),
-        ({"dtype": "int8"}, "--dtype"),
-    ],
-)
-def test_impossible_settings(change: dict[str, Any], option: str) -> None:
-    with pytest.raises(LlmqError, match=option):
-        replace(SETTINGS, **change)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, tiny_model: Path, rows: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merging: against PEFT's own merge, against stock bitsandbytes, as any source of the quantize job; what is left."""
+"""Merging: in stock transformers, as any source of the quantize job; what is left of a tune; the commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -28,111 +28,10 @@ from llmq.cli import app as cli
 from llmq.formats.bitsandbytes.source import NF4Source
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
+from tests.llmq.adapters.made import halved, load, nf4, renamed, widened, write_adapter
 from tests.llmq.refusal import refused
 
 RTN = Recipe(methods=("rtn",), scheme=Scheme(4, 32))
-
-
-def nf4() -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-def load(folder: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def write_adapter(folder: Path, base: Path, **options: Any) -> Path:
-    """An adapter of random numbers on every linear layer, written by PEFT."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
-    )
-    model = get_peft_model(load(base), config)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapters") / "plain", tiny_model)
-
-
-@pytest.fixture(scope="module")
-def turned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose linear layers keep their weights as [in, out], square ones among them."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "turned"
-    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=256, n_positions=64)).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"layers.0.*.up_proj": 32}},
-        {"target_modules": ["q_proj", "down_proj"]},
-    ],
-)
-def test_as_peft_merges(tmp_path: Path, tiny_model: Path, options: dict[str, Any]) -> None:
-    from peft import PeftModel
-
-    folder = write_adapter(tmp_path / "adapter", tiny_model, **options)
-    check(Merged(FolderSource(tiny_model), Adapter(folder)), PeftModel.from_pretrained(load(tiny_model), folder))
-
-
-def test_as_peft_merges_weights_stored_transposed(tmp_path: Path, turned_model: Path) -> None:
-    from peft import PeftModel
-
-    folder = write_adapter(tmp_path / "adapter", turned_model, fan_in_fan_out=True)
-    check(Merged(FolderSource(turned_model), Adapter(folder)), PeftModel.from_pretrained(load(turned_model), folder))
-
-
-def check(merged: Merged, model: Any) -> None:
-    """Every tensor of the merged source is the parameter of PEFT's merged model that it fills, and some differ."""
-    expected = model.merge_and_unload().state_dict()
-    changed = 0
-    for name in merged.names():
-        value = merged.read(name)
-        key = name if name in expected else f"transformer.{name}"
-        assert torch.allclose(value, expected[key], rtol=1e-5, atol=1e-6), name
-        changed += not torch.equal(value, merged.base.read(name))
-        assert torch.equal(merged.read_rows(name, 1, 3), value[1:3])
-    assert changed == len(merged.adapter.factors)
-
-
-@pytest.mark.parametrize("kind", ["tiny_model", "turned_model"])
-def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
-    """The weights that stock transformers and bitsandbytes compute with, and the adapter's change added to them."""
-    import bitsandbytes as bnb
-
-    base: Path = request.getfixturevalue(kind)
-    folder = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "up_proj", "c_fc"])
-    merged = Merged(FolderSource(base), Adapter(folder), "nf4")
-    plain = Merged(FolderSource(base), Adapter(folder), "base")
-    model = load(base, quantization_config=nf4())
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    rounded = {n.removeprefix("transformer."): n for n in modules}
-    assert len(merged.changes) == len(modules) > len(merged.adapter.factors)
-    for name, change in merged.changes.items():
-        module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
-        value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        value = value.t() if change.transposed else value
-        delta = 0.0 if change.factors is None else plain.exact(name)[0] - FolderSource(base).read(name)
-        assert torch.allclose(merged.read(name), value + delta, rtol=1e-5, atol=1e-6), name
-        assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
 
 
 def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
@@ -216,37 +115,6 @@ def test_what_is_left_is_measured_on_the_written_weights(tmp_path: Path, tiny_mo
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["head"]}, "whole modules"),
-        ({"bias": "all"}, "trained biases"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"target_parameters": ["experts.w"]}, "outside linear layers"),
-    ],
-)
-def test_adapters_that_are_more_than_lora(tmp_path: Path, adapter: Path, change: dict[str, Any], words: str) -> None:
-    folder = shutil.copytree(adapter, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | change))
-    refused(lambda: Adapter(folder), str(folder), words)
-
-
-def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("layers.2.", "layers.7."): value for name, value in tensors.items()}
-
-
-def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    name = next(name for name in tensors if "layers.1.mlp.down_proj.lora_A" in name)
-    return tensors | {name: torch.zeros(4, 96)}
-
-
-def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if "layers.1.mlp.down_proj.lora_B" not in name}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
         (renamed, "model.layers.7.mlp.down_proj, which this model does not have"),
         (widened, "model.layers.1.mlp.down_proj by [64, 96], and the weight is [64, 128]"),
         (halved, "model.layers.1.mlp.down_proj lacks A or B"),
@@ -266,11 +134,6 @@ def test_an_adapter_that_does_not_fit(
     save_file({k: v.clone() for k, v in change(load_file(file)).items()}, file)
     refused(lambda: merge(str(tiny_model), folder, tmp_path / "out", RTN), words)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_of_a_tied_weight(tmp_path: Path, turned_model: Path) -> None:
-    folder = write_adapter(tmp_path / "adapter", turned_model, target_modules=["lm_head"])
-    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "is shared with another module")
 
 
 def test_folders_that_are_no_adapter_or_not_ours(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:

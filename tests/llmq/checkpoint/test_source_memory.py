@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.llmq.checkpoint.test_source import one
+from tests.llmq.checkpoint.made import one
 
 RSS = """
 import resource, sys, torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import types
@@ -15,50 +14,13 @@ import pytest
 import torch
 
 from llmq.data import calibration as module
-from llmq.data import tokens
 from llmq.data.calibration import windows
-from llmq.data.tokens import tokenize
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
+from tests.llmq.data.made import text
 
 SHARED = Path(__file__).parents[4] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
-WORDS = ["a", "bee", "sees", "déjà", "vu", "at", "noon", ";", "128", "bees", "see", "none", "\U0001f41d"]
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-)
-
-
-def text(words: int, seed: int = 0) -> str:
-    rng = random.Random(seed)
-    lines = (" ".join(rng.choices(WORDS, k=10)) for _ in range(words // 10))
-    return "\n".join(lines) + "\n"
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Any:
-    """A byte-level BPE with merges, an end-of-text token, and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([text(2000)], trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    made.chat_template = TEMPLATE
-    return made
-
-
-@pytest.fixture
-def plain(bpe: Any) -> Any:
-    """The same without an end-of-text token and a template."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer)
 
 
 def asked(file: Path | str, samples: int = 4, seqlen: int = 32, **more: Any) -> Calibration:
@@ -99,27 +61,6 @@ def test_the_peers_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_read", lambda _: whole[:150_000].encode())
     found = windows(asked(calib, 8, 256), tokenizer, seed=0)
     assert found.ids.tolist() == common.samples(short, tokenizer)
-
-
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("name", ["books8m", "stories260K"])
-@needs_shared
-def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch, name: str, special: bool) -> None:
-    from transformers import AutoTokenizer
-
-    monkeypatch.setattr(tokens, "PIECE", 2000)
-    monkeypatch.setattr(tokens, "OVERLAP", 600)
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / name)
-    sample = (SHARED / "data" / "books" / "heldout.txt").read_text(encoding="utf-8")[:100_000]
-    ids = tokenize(sample, tokenizer, special_tokens=special)
-    assert ids.tolist() == tokenizer(sample, add_special_tokens=special)["input_ids"]
-
-
-def test_pieces_equal_the_whole_with_many_bytes_a_character(monkeypatch: pytest.MonkeyPatch, bpe: Any) -> None:
-    monkeypatch.setattr(tokens, "PIECE", 500)
-    monkeypatch.setattr(tokens, "OVERLAP", 200)
-    for sample in (text(3000), "\U0001f41d" * 3000, "ab" * 2000, " \n" * 1500):
-        assert tokenize(sample, bpe).tolist() == bpe(sample, add_special_tokens=False)["input_ids"]
 
 
 def test_large_file_is_read_at_places(tmp_path: Path, bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Finding pairs in blocks made to mislead, and the arithmetic of moving a scale; tests/architectures has real types."""
+"""Finding pairs in blocks made to mislead; tests/architectures has real types."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu, silu, softmax
 
@@ -17,39 +15,8 @@ from llmq.discovery import bench as probe
 from llmq.discovery import parameters
 from llmq.discovery.calls import Call
 from llmq.discovery.find_pairs import find_pairs
-from llmq.discovery.pairs import Consumer, Edit, Found, Pair
-
-WIDTH, INNER, TOKENS = 12, 20, 8
-
-
-class Norm(nn.Module):
-    """x / rms(x) · (offset + w) + b."""
-
-    def __init__(self, width: int, offset: float = 0.0, bias: bool = False) -> None:
-        super().__init__()
-        self.weight, self.offset = nn.Parameter(torch.empty(width)), offset
-        self.bias = nn.Parameter(torch.empty(width)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (self.offset + self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-class Made(nn.Module):
-    """A block of the parts given, with a forward given as a function of itself and the hidden states."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        return self.body(self, x, *rest)
-
-
-def fc(rows: int, width: int, bias: bool = False) -> nn.Linear:
-    return nn.Linear(width, rows, bias=bias)
+from llmq.discovery.pairs import Found, Pair
+from tests.llmq.discovery.made import INNER, TOKENS, WIDTH, Made, Norm, fc, gated, mlp
 
 
 def search(block: nn.Module, *rest: Any, shared: tuple[str, ...] = ()) -> tuple[dict[str, Pair], dict[str, str]]:
@@ -67,21 +34,6 @@ def moved(block: nn.Module, pair: Pair, *, shift: bool = False) -> float:
     values = torch.rand(pair.channels, generator=torch.Generator().manual_seed(6)) + 0.5
     (pair.apply_shift if shift else pair.apply)(block, values)
     return probe.difference(block(x), before)
-
-
-def gated(m: Any, x: Tensor) -> Tensor:
-    y = m.norm(x)
-    return x + m.down(silu(m.gate(y)) * m.up(y))
-
-
-def mlp(**changed: nn.Module) -> Made:
-    parts: dict[str, nn.Module] = {
-        "norm": Norm(WIDTH),
-        "gate": fc(INNER, WIDTH),
-        "up": fc(INNER, WIDTH),
-        "down": fc(WIDTH, INNER),
-    }
-    return Made(gated, **parts | changed)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -272,49 +224,3 @@ def test_experts_that_were_not_called() -> None:
     )
     pairs, reasons = search(block)
     assert not pairs and "experts" in reasons["norm.weight"]
-
-
-def test_randomize_gives_back_what_was_there() -> None:
-    block = mlp().to(torch.bfloat16)
-    block.register_buffer("table", torch.ones(3, dtype=torch.bfloat16))
-    before = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    with pytest.raises(RuntimeError), parameters.randomize(block):
-        assert all(p.dtype == torch.float32 for p in block.parameters())
-        assert block.get_buffer("table").dtype == torch.float32
-        raise RuntimeError
-    after = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    assert all(after[name] is value for name, value in before.items())
-
-
-@given(st.integers(1, 9), st.sampled_from([0.0, 1.0]), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
-def test_edits_undo_each_other(channels: int, offset: float, random: Any) -> None:
-    scale = torch.tensor([random.uniform(0.1, 10) for _ in range(channels)])
-    consumer = Consumer("m", 1, torch.arange(2 * channels) % channels, None)
-    pair = Pair("norm", "w", "b", 0, offset, None, channels, (consumer,), channels)
-    values = {"w": torch.randn(channels), "b": torch.randn(channels), "m": torch.randn(3, 2 * channels)}
-    there = {name: edit.of(values[name]) for name, edit in pair.edits(scale).items()}
-    back = {name: edit.of(there[name]) for name, edit in pair.edits(1 / scale).items()}
-    for name, value in values.items():
-        assert torch.allclose(back[name], value, rtol=1e-4, atol=1e-5)
-    x = torch.randn(channels)
-    product = values["m"] @ (x * (offset + values["w"]) + values["b"]).repeat(2)
-    assert torch.allclose(
-        there["m"] @ (x * (offset + there["w"]) + there["b"]).repeat(2), product, rtol=1e-3, atol=1e-4
-    )
-
-
-def test_rows_of_a_source_and_nothing_else() -> None:
-    pair = Pair("linear", "a", None, 0, 0.0, torch.tensor([3, 1]), 4, (), 2)
-    edit = pair.edits(torch.tensor([2.0, 4.0]))["a"]
-    assert edit == Edit(0, edit.factor)
-    assert edit.factor.tolist() == [1, 0.25, 1, 0.5]
-
-
-@pytest.mark.parametrize("scale", [[1.0, 0.0], [1.0, -1.0], [1.0, float("inf")], [1.0]])
-def test_scales_that_cannot_be(scale: list[float]) -> None:
-    pair = Pair("linear", "a", None, 0, 0.0, None, 2, (), 2)
-    with pytest.raises(ValueError, match="a scale is 2 positive numbers"):
-        pair.edits(torch.tensor(scale))
-    with pytest.raises(ValueError, match="no biases that could absorb a shift"):
-        pair.shifts(torch.ones(2), {})

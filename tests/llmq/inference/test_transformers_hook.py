@@ -13,7 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import llmq
+from llmq import formats
+from llmq.formats.gptq import GPTQReader
 from llmq.inference.linear import IntLinear
+from llmq.inference.pretrained import load_model
 from llmq.inference.transformers_hook import use_kernels
 from llmq_kernels import layouts
 from tests.llmq.written import Case, Tensors, edit, linears, save, tiny, write
@@ -116,6 +119,25 @@ def test_undone(tmp_path: Path) -> None:
     assert not layers(AutoModelForCausalLM.from_pretrained(tmp_path / "ct"))
     with pytest.raises(ImportError, match="optimum"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "gptq")
+
+
+def test_a_method_that_transformers_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader is all it takes; without kernels, and for what the reader refuses, the folder is refused."""
+    write(tmp_path / "m", Case("gptq"))
+    wanted = logits(llmq.load(tmp_path / "m", device_map="cpu", dtype="float32"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] |= {"quant_method": "made-up", "format": "gptq"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(formats, "readers", lambda: {"made-up": (GPTQReader,)})
+    model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
+    assert layers(model) and torch.equal(logits(model), wanted)
+    assert "made-up" not in AUTO_QUANTIZER_MAPPING and "made-up" not in AUTO_QUANTIZATION_CONFIG_MAPPING
+    with pytest.raises(llmq.LlmqError, match="'made-up'.*random weights"):
+        load_model(tmp_path / "m")
+    config["quantization_config"]["bits"] = 5
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(llmq.LlmqError, match="made-up: it has 5 bits.*transformers does not know made-up"):
+        llmq.load(tmp_path / "m", device_map="cpu")
 
 
 @pytest.mark.parametrize("case", [Case("ct", 4, 32, True), Case("gptq", 3, 32, True, True)], ids=str)

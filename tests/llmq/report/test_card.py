@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from llmq import formats
 from llmq.errors import LlmqError
+from llmq.formats.base import Loader
+from llmq.grids.scheme import Scheme
 from llmq.report.card import hub_id, model_card, write_measured, write_place
+from llmq.report.report import Report
 from tests.llmq.report.page.reports import measure, report
 
 
@@ -45,9 +50,24 @@ def test_ids() -> None:
 def test_usage_says_what_was_tried(source: Path) -> None:
     text = model_card(report(2), source)
     assert "With vLLM, which was not tried" in text and "from vllm import LLM" in text
-    odd = model_card(report(2, loaders=["vLLM has no kernels for 3 bits (not tried)"]), source)
-    assert "import LLM" not in odd and "no kernels for 3 bits" in odd
-    assert "not quantized: kept by --keep; outside the decoder blocks" in text
+    assert "left alone: kept by --keep; outside the decoder blocks" in text
+
+
+def schemes(*given: Scheme) -> Report:
+    """A report whose weights have these schemes in turn."""
+    made = report(2)
+    rows = [replace(row, scheme=given[at % len(given)]) for at, row in enumerate(made.quantized)]
+    return replace(made, weights=rows)
+
+
+def test_it_shows_only_what_loads_the_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = model_card(schemes(Scheme(3, 128)), source)
+    assert "AutoModelForCausalLM" in odd and "import LLM" not in odd
+    mixed = model_card(schemes(Scheme(4, 128, False), Scheme()), source)
+    assert "AutoModelForCausalLM" not in mixed and "import LLM" in mixed
+    monkeypatch.setattr(formats, "loaders", lambda _: [Loader("nobody reads it", works=False)])
+    nobody = model_card(report(2, loaders=["nobody reads it"]), source)
+    assert "- nobody reads it" in nobody and "```" not in nobody
 
 
 def test_numbers_are_put_in_and_replaced(source: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from llmq.checkpoint.files import REPORT
 from llmq.discovery.reasons import Kind, Reason
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
-from llmq.report.measured import digits, recovery, rows
+from llmq.report.measured import digits
 from llmq.report.page import PAGE, report_page, write_page
-from llmq.report.page.charts import LEVELS, Scale, ticks
+from llmq.report.page.charts import LEVELS
 from llmq.report.report import Report
 from llmq.report.rows import WeightRow
 from tests.llmq.report.page.reports import Page, kept, measure, noted, report
@@ -147,34 +147,6 @@ def test_names_of_the_checkpoint_may_begin_otherwise() -> None:
     made = report(2)
     made.weights = [replace(row, name=row.name.replace("model.layers", "transformer.h")) for row in made.weights]
     assert "attn.query" in Page(report_page(made)).plots
-
-
-def test_recovery() -> None:
-    low, high = measure("p", "perplexity", 5.5), measure("h", "acc", 0.6, better=True)
-    assert recovery(low, measure("p", "perplexity", 5.0)) == pytest.approx(100 * 5 / 5.5)
-    assert recovery(high, measure("h", "acc", 0.8)) == pytest.approx(75)
-    assert recovery(measure("divergence:demo", "kl", 0.1), measure("divergence:demo", "kl", 0.2)) is None
-    assert recovery(measure("m", "bytes", 3, better=None), measure("m", "bytes", 3)) is None
-    other = measure("p", "perplexity", 5.0, protocol="other windows")
-    assert rows([low], [other])[0].base == ""  # never beside a number of another protocol
-
-
-@pytest.mark.parametrize("top", [0.0123, 0.1, 1.0, 7.3, 80, 99.9, 1234])
-def test_ticks_are_round_and_cover(top: float) -> None:
-    found = ticks(top)
-    assert found[0] == 0 and top <= found[-1] * (1 + 1e-9) and found[-2] < top and 3 <= len(found) <= 6
-    assert all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in found)
-
-
-@pytest.mark.parametrize("values", [[0.1, 0.12, 0.2], [1e-3, 0.01, 0.5]])
-def test_levels_agree_with_the_edges(values: list[float]) -> None:
-    scale = Scale(values)
-    edges = scale.edges()
-    assert edges[0] == pytest.approx(min(values)) and edges[-1] == pytest.approx(max(values))
-    for value in [*values, *(0.5 * (a + b) for a, b in zip(edges, edges[1:], strict=False))]:
-        level = scale.level(value)
-        assert edges[level] <= value * (1 + 1e-9) and value <= edges[level + 1] * (1 + 1e-9)
-    assert {scale.level(min(values)), scale.level(max(values))} == {0, LEVELS - 1}
 
 
 def colours(theme: str) -> list[str]:

@@ -1,0 +1,81 @@
+"""Every quantizer on the grids of other formats: stock transformers gives the logits of what llmq had in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmq.block.attempt import Outcome
+from llmq.grids.scheme import Activations, Scheme
+from llmq.recipe.recipe import Recipe
+from tests.end_to_end.test_methods import loaded, logits, quantized
+from tests.llmq.blocks import apart, ids, write
+
+NF4 = Scheme(4, 64, grid="nf4")
+DOUBLE = Scheme(4, 64, grid="nf4", double_quant=True)
+FP8 = Scheme(8, None, grid="fp8")
+W8A8 = Scheme(8, None, grid="fp8", activations=Activations())
+
+
+def recipe(method: str, scheme: Scheme) -> Recipe:
+    options = {"iterations": 20} if "signround" in method else {}
+    return Recipe(methods=tuple(method.split("+")), scheme=scheme, options=options)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write("llama", tmp_path_factory.mktemp("models") / "source")
+
+
+@pytest.mark.parametrize("scheme", [NF4, DOUBLE, FP8, W8A8], ids=str)
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "signround", "gptq+signround"])
+def test_stock_transformers_reads_what_every_quantizer_writes(
+    method: str, scheme: Scheme, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, memory = quantized(source, tmp_path / "out", recipe(method, scheme), monkeypatch)
+    target = logits(memory.model(source))
+    # In evaluation bitsandbytes multiplies in bfloat16 on some CPUs; in training mode it is exact on all.
+    model = loaded(tmp_path / "out")
+    got = logits(model.train() if scheme.rules.format == "bitsandbytes" else model)
+    assert apart([got], [target]) < (1e-4 if scheme.activations is None else 5e-3)
+
+
+def on(windows: Tensor, model: nn.Module) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(windows).logits
+    return found
+
+
+@pytest.mark.parametrize("scheme", [NF4, DOUBLE, FP8], ids=str)
+def test_calibration_pays_on_every_grid(
+    scheme: Scheme, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits on the calibration windows err less than rounding to nearest; signround lowers its blocks' error."""
+    windows, error = ids(8, 64), {}
+    target = on(windows, loaded(source))
+    for method in ("rtn", "gptq", "signround"):
+        report, memory = quantized(source, tmp_path / method, recipe(method, scheme), monkeypatch, windows)
+        error[method] = apart([on(windows, memory.model(source))], [target])
+    assert error["gptq"] < 0.9 * error["rtn"]
+    tried = [attempt for block in report.blocks for attempt in block.log]
+    assert any(attempt.outcome is Outcome.KEPT and attempt.after < attempt.before for attempt in tried)
+
+
+def test_every_weight_is_on_its_grid(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by its block's magnitude, each value that stock transformers reads is one of bitsandbytes' 16."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    quantized(source, tmp_path / "out", recipe("gptq", NF4), monkeypatch)
+    model, levels = loaded(tmp_path / "out"), functional.get_4bit_type("nf4", device="cpu")
+    weights = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert weights
+    for weight in weights:
+        value = functional.dequantize_4bit(weight.data, weight.quant_state).float().flatten().view(-1, 64)
+        scale = weight.quant_state.absmax.view(-1, 1)
+        assert (
+            float((value / scale - levels[(value / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)]).abs().max())
+            < 1e-5
+        )
+        assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())

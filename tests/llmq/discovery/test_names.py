@@ -1,0 +1,78 @@
+"""Stored names and the model's: what `link` says fills a parameter is what stock transformers loads into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmq.discovery import blocks as discover
+from llmq.discovery.names import Links, link
+from tests.architectures import tiny
+
+
+def linked(folder: Path) -> tuple[Links, dict[str, torch.Tensor], Any]:
+    """The links of a folder, its stored tensors, and the model that stock transformers makes of them."""
+    stored = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return link(discover.build(folder, torch.float32), [*stored]), stored, model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "opt"])
+def test_every_parameter_is_filled_by_the_tensor_it_is_linked_to(name: str, tmp_path: Path) -> None:
+    links, stored, model = linked(tiny.make(name, tmp_path))
+    assert not links.converted
+    for parameter, _ in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(model.get_parameter(parameter), stored[links.source[parameter]]), parameter
+
+
+def test_a_checkpoint_of_the_bare_model_lacks_a_prefix(tmp_path: Path) -> None:
+    """As the first checkpoints of some types were written, with a tensor that the model does not know beside it."""
+    folder = tiny.make("gpt2", tmp_path)
+    stored = {
+        name.removeprefix("transformer."): value.clone()
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(stored | {"wholly.unknown": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    links, stored, model = linked(folder)
+    assert links.source["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    assert links.unused == ["wholly.unknown"]
+    for parameter, value in model.named_parameters():
+        assert torch.equal(value, stored[links.source[parameter]])
+
+
+def test_tied_parameters_have_the_tensor_that_is_stored_once(tmp_path: Path) -> None:
+    links, stored, model = linked(tiny.make("gpt2", tmp_path))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert links.source["lm_head.weight"] == links.source["transformer.wte.weight"]
+    assert "lm_head.weight" not in stored
+
+
+def test_what_transformers_puts_together_is_no_stored_tensor(tmp_path: Path) -> None:
+    links, stored, model = linked(tiny.make("mixtral", tmp_path))
+    fused = [name for name, _ in model.named_parameters() if "experts" in name]
+    assert fused and set(fused) == set(links.converted) and not set(fused) & set(links.source)
+    assert all(any(tensor in why for tensor in stored) for why in links.converted.values())
+    assert "transformers converts" in links.converted[fused[0]]
+
+
+def test_a_parameter_without_a_tensor_has_none() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (
+                nn.Linear(2, 2, bias=False),
+                nn.Linear(2, 2, bias=False),
+                nn.Linear(2, 2, bias=False),
+            )
+            self.b.weight = self.a.weight
+            self.register_buffer("table", torch.ones(1))
+
+    links = link(Pair(), ["b.weight", "table", "d.weight"])
+    assert links.source == {"a.weight": "b.weight", "b.weight": "b.weight", "table": "table"}
+    assert (links.converted, links.unused) == ({}, ["d.weight"])

@@ -1,0 +1,101 @@
+"""A block's weights in and out: what is filled, what is written as it was, what is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llmq
+from llmq import job
+from llmq.block_io import BlockIO, discard, rest
+from llmq.checkpoint.sink import Sink
+from llmq.grids.scheme import Scheme
+from llmq.planning.plan import Plan
+from llmq.recipe.recipe import Recipe
+from tests.llmq.refusal import refused
+
+CPU = torch.device("cpu")
+IDS = torch.arange(64).view(2, 32)
+RECIPE = Recipe(scheme=Scheme(4, 32), keep=("v_proj",))
+
+
+@pytest.fixture
+def plan(tiny_model: Path) -> Plan:
+    return job.plan(str(tiny_model), RECIPE, ids=IDS)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def test_a_planned_block_names_its_weights_and_tensors(plan: Plan, tiny_model: Path) -> None:
+    assert [block.unit for block in plan.blocks] == [f"block {i}" for i in range(len(plan.structure.blocks))]
+    names = set(stored(tiny_model))
+    for i, block in enumerate(plan.blocks):
+        assert block.module is plan.model.get_submodule(block.name)
+        assert set(block.weights) == {
+            f"{owner}.weight"
+            for owner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")
+            + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+        }
+        assert set(block.tensors) == {name for name, _ in block.module.named_parameters()}
+        assert set(block.tensors.values()) <= names
+        for name, weight in block.weights.items():
+            assert (weight.block, weight.tensor) == (i, block.tensors[name])
+    inside = {tensor for block in plan.blocks for tensor in block.tensors.values()}
+    assert {name for unit in rest(plan).values() for name in unit} == names - inside
+
+
+def test_filled_then_discarded(plan: Plan, tiny_model: Path, tmp_path: Path) -> None:
+    io, files = BlockIO(plan, Sink(tmp_path, 0, -1), CPU), stored(tiny_model)
+    block = plan.blocks[1]
+    assert all(p.is_meta for p in block.module.parameters())
+    module = io.fill(block)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, files[block.tensors[name]].to(plan.dtype))
+    discard(module)
+    assert all(p.is_meta for p in block.module.parameters())
+
+
+def test_what_is_not_quantized_is_written_as_it_was_unless_it_changed(plan: Plan, tmp_path: Path) -> None:
+    io, block = BlockIO(plan, Sink(tmp_path, 0, -1), CPU), plan.blocks[1]
+    io.fill(block)
+    changed = "input_layernorm.weight"
+    block.module.get_parameter(changed).data += 1
+    written = io.untouched(block, {changed})
+    assert set(written) == {t for name, t in block.tensors.items() if name not in block.weights}
+    for name, tensor in block.tensors.items():
+        if name not in block.weights:
+            assert torch.equal(written[tensor], plan.source.read(tensor) + (1 if name == changed else 0))
+    # A tensor that an earlier block has too is written there.
+    shared = plan.blocks[0].tensors | {"shared": block.tensors["post_attention_layernorm.weight"]}
+    plan.blocks[0].tensors.update(shared)
+    assert block.tensors["post_attention_layernorm.weight"] not in io.untouched(block, set())
+
+
+def test_a_block_is_read_back_as_it_was_written(plan: Plan, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    llmq.quantize(str(tiny_model), out, RECIPE, ids=IDS)
+    with Sink.open(out, job.fingerprint(plan, "cpu"), units=len(rest(plan)) + len(plan.blocks)) as sink:
+        block = plan.blocks[2]
+        states = BlockIO(plan, sink, CPU).restore(block)
+        files = stored(out)
+        assert [state.view.name for state in states] == list(block.weights)
+        for state in states:
+            scale = files[f"{state.name}.weight_scale"].float().repeat_interleave(32, 1)
+            assert state.quantized is not None
+            value = block.module.get_parameter(state.view.name)
+            assert torch.equal(value, state.result())
+            steps = value.float() / scale
+            assert float((steps - steps.round()).abs().max()) < 0.05 and float(steps.abs().max()) <= 8.05
+        kept = block.tensors["self_attn.v_proj.weight"]
+        assert torch.equal(block.module.get_parameter("self_attn.v_proj.weight"), files[kept].to(plan.dtype))
+
+
+def test_a_missing_tensor_is_named(plan: Plan, tmp_path: Path) -> None:
+    name = f"{plan.blocks[0].name}.mlp.up_proj.weight"
+    del plan.links.source[name]
+    refused(lambda: BlockIO(plan, Sink(tmp_path, 0, -1), CPU).fill(plan.blocks[0]), name, "no tensor")
