@@ -54,7 +54,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Quantize a model into a folder that transformers and vLLM load as it is, in the format of its grid.
+    """Quantize a model into a folder that transformers and vLLM load directly, in the format of its grid.
 
     Processes one decoder block at a time. If the run is killed, the same command resumes it.
     """

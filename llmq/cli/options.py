@@ -48,9 +48,7 @@ Symmetric = Annotated[
 ]
 Grid = Annotated[
     str | None,
-    typer.Option(
-        help=f"Which values weights are rounded to: {', '.join(GRIDS)}. Default int, or what the method is for."
-    ),
+    typer.Option(help=f"Which values weights are rounded to: {', '.join(GRIDS)}. Default int, or the method's own."),
 ]
 Activations = Annotated[
     str | None,

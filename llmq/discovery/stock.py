@@ -28,7 +28,7 @@ def unpackable(model: nn.Module, names: list[str]) -> set[str]:
         for owner, module in _owners(model, None):
             while True:
                 try:
-                    with torch.no_grad():  # as transformers does: weights are written to in place
+                    with torch.no_grad():  # as in transformers, because initialization writes to weights in place
                         owner._init_weights(module)  # type: ignore[operator]
                 except AttributeError as error:
                     if error.name == "weight" and id(error.obj) in held:

@@ -1,7 +1,8 @@
 """AWQ checkpoints in their GEMM layout (AutoAWQ, gptqmodel, auto-round): 4 bits packed along the outputs.
 
 `qweight` int32 [in, out/8], `qzeros` int32 [groups, out/8], `scales` [groups, out]; the eight nibbles of a word, lowest
-first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are. `llmq inspect` knows them by `gptq`.
+first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are. `gptq.inspect` describes them for `llmq
+inspect`.
 """
 
 from __future__ import annotations

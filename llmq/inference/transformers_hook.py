@@ -28,7 +28,7 @@ from llmq.machine import give_back
 log = logging.getLogger("llmq")
 
 _stock: dict[str, tuple[Any, Any] | None] = {}
-"""What transformers' two tables had for each method before ours; None where it does not know the method."""
+"""The original entries of transformers' two tables for each method; None if transformers does not know the method."""
 
 
 def use_kernels(on: bool = True) -> None:
@@ -65,14 +65,14 @@ def reading() -> Iterator[None]:
 
 
 class _Plain(QuantizationConfigMixin):
-    """The configuration of a method that transformers does not know: what config.json says, as attributes."""
+    """The configuration of a method that transformers does not know: the values of config.json as attributes."""
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(values)
 
 
 class _Nobody(HfQuantizer):
-    """In the place of stock transformers' quantizer for a method that it does not know; never made."""
+    """Placeholder for stock transformers' quantizer of a method that transformers does not know; never instantiated."""
 
 
 class _Configuration:
