@@ -1,10 +1,10 @@
-"""llmq: quantize the weights of any causal language model, on a machine that could never hold it.
+"""llmq: quantize the weights of any causal language model, on a machine with too little memory to load it.
 
     import llmq
     report = llmq.quantize("path/to/model", "path/to/result", llmq.Recipe())
     model = llmq.load("path/to/result")
 
-Importing llmq needs neither a GPU nor triton, and loads torch only when something is done.
+Importing llmq needs neither a GPU nor triton, and loads torch only when one of its functions is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A block's weights: from the checkpoint, from the output folder, and away again."""
+"""Load a block's weights from the checkpoint or the output folder, and free them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ REST_BYTES = 2**28
 
 @dataclass(frozen=True)
 class BlockIO:
-    """Fills the blocks of a plan's model from its checkpoint or from what the sink has of them.
+    """Fills the blocks of a plan's model from its checkpoint or from the sink's written tensors.
 
-    device: where blocks are filled, to be run there.
+    device: where blocks are loaded and run.
     """
 
     plan: Plan
@@ -32,7 +32,9 @@ class BlockIO:
     device: torch.device
 
     def load(self, name: str, device: torch.device | None = None) -> None:
-        """Fill one parameter or buffer of the model, by its name there, from the checkpoint, checked to be finite."""
+        """Fill one parameter or buffer of the model, by its name in the model, from the checkpoint, and check that it
+        is finite.
+        """
         source, tensor = self.plan.source, self.plan.links.source.get(name)
         if tensor is None:
             raise LlmqError(f"{source.folder}: the checkpoint has no tensor for {name}")
@@ -50,7 +52,7 @@ class BlockIO:
         return block.module.to(self.device)
 
     def open(self, block: BlockPlan, inputs: list[Tensor], calls: list[Call]) -> Block:
-        """The block with its weights read from the checkpoint, ready to be worked on."""
+        """The block with its weights read from the checkpoint, as a `Block` for methods."""
         module = self.fill(block)
         return Block(
             module,
@@ -63,7 +65,7 @@ class BlockIO:
         )
 
     def restore(self, block: BlockPlan) -> list[WeightState]:
-        """The block as it was written: every tensor read back from the output folder, quantized ones dequantized.
+        """Fill the block with its written tensors, read back from the output folder; quantized ones are dequantized.
 
         Returns its quantized weights, which say how their inputs are rounded.
         """
@@ -81,7 +83,7 @@ class BlockIO:
         return states
 
     def _read(self, block: BlockPlan, name: str) -> Quantized:
-        """A quantized weight as it was written."""
+        """A written quantized weight."""
         weight = block.weights[name]
         assert weight.scheme is not None
         kind = formats.of(weight.scheme)
@@ -90,9 +92,10 @@ class BlockIO:
         return kind.unpack(stored, weight.scheme)
 
     def untouched(self, block: BlockPlan, changed: set[str]) -> dict[str, Tensor]:
-        """The block's other tensors, unless an earlier block shares them: byte for byte as the checkpoint has them.
+        """The block's unquantized tensors, byte for byte from the checkpoint, except those that an earlier block
+        shares.
 
-        Those of the parameters in `changed` have the checkpoint's dtype and the block's values.
+        Parameters in `changed` have the block's values, in the checkpoint's dtype.
         """
         elsewhere = {weight.tensor for weight in block.weights.values()}
         for earlier in self.plan.blocks[: block.index]:
@@ -105,13 +108,13 @@ class BlockIO:
 
 
 def discard(block: nn.Module) -> None:
-    """Give the block's memory back."""
+    """Free the block's memory."""
     for name, _ in list(block.named_parameters()):
         empty(block, name)
 
 
 def rest(plan: Plan) -> dict[str, list[str]]:
-    """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or one tensor."""
+    """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or of one larger tensor."""
     inside = {tensor for block in plan.blocks for tensor in block.tensors.values()}
     units: dict[str, list[str]] = {}
     size = REST_BYTES
@@ -127,7 +130,7 @@ def rest(plan: Plan) -> dict[str, list[str]]:
 
 
 def _states(block: BlockPlan) -> list[WeightState]:
-    """A filled block's weights as they are before anything is done to them."""
+    """The initial states of a filled block's weights."""
     states = []
     for weight in block.weights.values():
         assert weight.view is not None and weight.scheme is not None

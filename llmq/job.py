@@ -42,7 +42,7 @@ def plan(
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Everything `quantize` would do, checked and sized, with no work done. Raises LlmqError where it would refuse.
+    """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
 
     ids: calibration windows [samples, tokens] of token ids in place of the recipe's text.
     """
@@ -60,7 +60,7 @@ def plan(
         return calibration_windows(source, recipe.calibration, recipe.seed, longest)
 
     made = make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
-    config(made)  # what a format cannot say in its configuration is refused now, not after the work
+    config(made)  # refuses now, not after the work, what the format's config cannot express
     return made
 
 
@@ -79,8 +79,8 @@ def quantize(
 ) -> Report:
     """Quantize a model folder, hub id or 'demo' into the folder `out`, and verify it.
 
-    Killed at any moment, the same call goes on where it stopped. `made` is a plan of the same arguments, where there is
-    one already; `command` is what the report says does the same again, where that is not `llmq quantize`.
+    If the run is killed, the same call resumes it. `made`: a plan of the same arguments, if there is one already;
+    `command`: the command that the report gives for repeating the run, if that is not `llmq quantize`.
     Raises LlmqError; finished blocks are kept.
     """
     began = time.perf_counter()
@@ -94,7 +94,7 @@ def quantize(
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
         stream.run(made, sink, torch.device(device), watch)
-        # A folder is named by its whole path, so that the report can be used from anywhere.
+        # A local model is recorded by its absolute path, so that the report can be used from any working directory.
         name = str(Path(model).absolute()) if Path(model).exists() else model
         if command is None:
             command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code)
@@ -117,7 +117,7 @@ def repeat(model: str, out: Path, device: str, tp: int, trust_remote_code: bool)
 
 
 def config(made: Plan) -> dict[str, Any]:
-    """The source's config with the quantization's own section, naming modules as the model and as the checkpoint do."""
+    """The source's config with the quantization section, which names modules as the model and the checkpoint do."""
     groups: dict[Scheme, list[str]] = {}
     ignore: list[str] = []
     linears = {n for n, m in made.model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -134,7 +134,7 @@ def config(made: Plan) -> dict[str, Any]:
 
 
 def fingerprint(made: Plan, device: str) -> dict[str, Any]:
-    """What must be the same for a run to go on in a folder: model, recipe, calibration text, versions that matter."""
+    """What must be unchanged to resume a run in a folder: model, recipe, calibration text, versions, device."""
     return {
         "source": made.source.fingerprint(),
         "recipe": made.recipe.to_dict(),
@@ -145,7 +145,7 @@ def fingerprint(made: Plan, device: str) -> dict[str, Any]:
 
 
 def calibration_windows(source: Source, calibration: Calibration, seed: int, longest: int | None) -> Windows:
-    """The windows of calibration text by the model's own tokenizer, no longer than the model takes."""
+    """The calibration windows, by the model's own tokenizer, no longer than the model's maximum length."""
     from transformers import AutoTokenizer
 
     try:

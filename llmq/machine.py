@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_device(device: str) -> None:
-    """Raise LlmqError where torch does not know or have the device."""
+    """Raise LlmqError if torch does not know or have the device."""
     import torch
 
     try:
@@ -31,7 +31,7 @@ def check_device(device: str) -> None:
 
 def require(package: str, what: str) -> Any:
     """An optional package, imported. Raises LlmqError with the command that installs it."""
-    # What bitsandbytes says when it is imported, by itself or by PEFT (a missing kernel), is nothing the user can use.
+    # Importing bitsandbytes (or PEFT, which does) prints warnings about missing kernels that do not help the user.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return importlib.import_module(package)
@@ -51,7 +51,7 @@ def resident_memory() -> int:
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
-    # Linux counts into a new program's ru_maxrss what the program that started it had: its own is VmHWM.
+    # On Linux, a process's ru_maxrss includes the peak of the process that started it; VmHWM does not.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
@@ -60,7 +60,7 @@ def peak_memory() -> int:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """The most bytes that tensors took on a GPU since the last call; None on the host."""
+    """The peak of tensor memory on a GPU since the last call, in bytes; None for the CPU."""
     import torch
 
     if device.type != "cuda":
@@ -71,7 +71,7 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system: glibc keeps what it may need again, which adds up over blocks."""
+    """Return freed memory to the system: glibc keeps freed memory for reuse, which adds up over blocks."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,7 +1,7 @@
-"""A finished folder to a repository on the hub, after checking that all of it is there.
+"""Upload a finished folder to a repository on the hub, after checking that it is complete.
 
-huggingface_hub does the work: one commit, so that nobody sees half a model; files that are there already, from an
-upload that was broken off, are not sent again.
+huggingface_hub does the work: one commit, so that nobody sees half a model; files that an interrupted upload has
+already sent are not sent again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmq.errors import LlmqError, first_line
 from llmq.report.card import write_place
 from llmq.report.report import Report
 
-# What a model's folder is made of; whatever else lies in it (notes, logs, a token) is nobody's business.
+# The files that are uploaded; any others in the folder (notes, logs, a token) stay private.
 _MODEL = (
     "*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.py", "merges.txt", "vocab.txt",
     "README.md", "report.html", "LICENSE*", "NOTICE*", "*POLICY*",
@@ -28,13 +28,13 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 def push(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Upload a finished folder as one commit, the model's files and nothing else, and say where it is.
+    """Upload the model's files of a finished folder as one commit; returns the commit's URL.
 
-    The repository and the branch are made if need be.
+    The repository and the branch are created if missing.
 
     The example in the folder's model card then loads from the repository.
-    Raises LlmqError where the folder is unfinished or damaged, nobody is logged in, the token may not write there, or
-    the hub cannot be reached; then nothing has changed on the hub but that the empty repository may be there.
+    Raises LlmqError if the folder is unfinished or damaged, nobody is logged in, the token has no write access, or the
+    hub cannot be reached; nothing is then changed on the hub, except that an empty repository may have been created.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -48,7 +48,7 @@ def push(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise LlmqError(
-                f"{repo_id} is there already and public: make it private in its settings, or leave out --private"
+                f"{repo_id} exists already and is public: make it private in its settings, or leave out --private"
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -68,9 +68,9 @@ def push(
 
 
 def check(folder: Path) -> None:
-    """Raise LlmqError unless the folder is a whole model that llmq finished.
+    """Raise LlmqError unless the folder is a complete model that llmq finished.
 
-    Reads the headers of all shards, and every byte of them where the journal of the run is still there.
+    Reads the headers of all shards, and every byte of them if the run's journal still exists.
     """
     finished = check_finished(folder)
     source = FolderSource(folder, trust_remote_code=True, quantized_ok=True)
@@ -82,12 +82,12 @@ def check(folder: Path) -> None:
     if report.bytes != source.total_bytes:
         raise LlmqError(
             f"{folder}: its weights come to {source.total_bytes:,} bytes and {REPORT} says {report.bytes:,}: "
-            "they are not of one run, write the folder again"
+            "they are of different runs, write the folder again"
         )
 
 
 def _explained(error: Exception, repo_id: str) -> LlmqError:
-    """What the hub or its client raised, in a line with the way out; what is neither's is raised as it is."""
+    """An exception of the hub or its client as one line with the remedy; any other is raised unchanged."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -101,7 +101,7 @@ def _explained(error: Exception, repo_id: str) -> LlmqError:
             "in with a token that has write access to it"
         )
     if status is not None:
-        return LlmqError(f"the hub ({where}) refused {repo_id}: {first_line(error)}; the same command goes on")
+        return LlmqError(f"the hub ({where}) refused {repo_id}: {first_line(error)}; the same command resumes")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return LlmqError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to upload")
     if isinstance(error, errors.HFValidationError):
@@ -109,6 +109,6 @@ def _explained(error: Exception, repo_id: str) -> LlmqError:
     if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError):
         return LlmqError(
             f"{repo_id}: the hub ({where}) cannot be reached ({type(error).__name__}); check the network: the same "
-            "command goes on, and does not send again what has arrived"
+            "command resumes, and finished files are not sent again"
         )
     raise error

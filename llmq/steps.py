@@ -1,4 +1,4 @@
-"""What is done to a block in memory: transform, quantize, refine; each kept only where the block's own error falls."""
+"""The steps on a block in memory: transform, quantize, refine; a change is kept only if the block's error falls."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INVARIANCE = 0.02
 
 
 def quantize(block: Block, pipeline: Pipeline) -> None:
-    """Everything a recipe's methods do to a block whose target is known: afterwards its weights are rounded in place.
+    """Run a recipe's methods on a block whose target is known; afterwards its weights are rounded in place.
 
-    A transform stands only where the block, quantized as it will be written, is nearer to its target with it than
-    without; so does a refinement. A method that says there is nothing to do in the block is not judged. Every attempt
-    and its outcome is recorded in the block's log.
+    A transform or refinement is kept only if it lowers the error of the block, quantized as it will be written. A
+    method that reports that there is nothing to do in the block is not judged. Every attempt and its outcome is
+    recorded in the block's log.
     """
     if pipeline.transforms:
         transform(block, pipeline)
@@ -32,7 +32,7 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
 
 
 def transform(block: Block, pipeline: Pipeline) -> None:
-    """Round the block's weights after its transforms, or as they were where that is nearer to the target."""
+    """Quantize the block's weights with its transforms, or without them if that has the lower error."""
     float_output = block.outputs()
     with block.trial():
         round_weights(block, pipeline.quantizer)
@@ -56,14 +56,14 @@ def transform(block: Block, pipeline: Pipeline) -> None:
 
 
 def judge(block: Block, quantizer: Method, used: list[Method], plain: float, float_output: list[Tensor]) -> bool:
-    """Round the transformed block; whether it is nearer to its target than without, which is also put in its log.
+    """Quantize the transformed block; returns whether its error is lower than without transforms, and logs it.
 
-    plain: the block's error without the transforms; float_output: its unrounded output without them, which they must
-    not change.
+    plain: the block's error without the transforms; float_output: its unrounded output without transforms, which they
+    must not change.
     """
     moved = relative_error(block.outputs(), float_output)
     if moved > INVARIANCE:
-        why = f"the block's unrounded output moved by {moved:.1e}"
+        why = f"the block's unrounded output changed by {moved:.1e}"
         block.log.append(Attempt(name(*used), None, plain, None, Outcome.UNDONE, why=why))
         return False
     round_weights(block, quantizer)
@@ -71,9 +71,9 @@ def judge(block: Block, quantizer: Method, used: list[Method], plain: float, flo
 
 
 def refine(block: Block, method: Method) -> None:
-    """Let a method improve on the quantized weights; what does not lower the block's error is undone.
+    """Let a method improve the quantized weights; the change is undone if it does not lower the block's error.
 
-    Its statistics are those of the block as quantized so far, inputs rounded as schemes say.
+    Its statistics are those of the block as quantized so far, with inputs rounded as schemes say.
     """
     before = block.error()
     if method.refine_needs:
@@ -89,7 +89,7 @@ def refine(block: Block, method: Method) -> None:
 
 
 def better(block: Block, what: str, before: float) -> bool:
-    """Whether the block's error is less than before; which is put in its log."""
+    """Whether the block's error is lower than before; the outcome is logged."""
     after = block.error()
     outcome = Outcome.KEPT if after < before else Outcome.UNDONE
     block.log.append(Attempt(what, None, before, after, outcome))
@@ -97,17 +97,17 @@ def better(block: Block, what: str, before: float) -> bool:
 
 
 def skip(block: Block, method: Method, why: str) -> None:
-    """Put in the block's log that a method had nothing to do there."""
+    """Log that a method had nothing to do in the block."""
     block.log.append(Attempt(name(method), None, None, None, Outcome.SKIPPED, why=why))
 
 
 def name(*methods: Method) -> str:
-    """What the log calls methods that are judged together."""
+    """The name in the log of methods that are judged together."""
     return "+".join(type(method).__name__ for method in methods)
 
 
 def round_weights(block: Block, quantizer: Method) -> None:
-    """Quantize every weight from the statistics of the block as it is."""
+    """Quantize every weight with the statistics of the current block."""
     if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
         block.observe(quantizer.quantize_needs)
     last = {state.input_id: state for state in block.weights.values()}

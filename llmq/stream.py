@@ -1,6 +1,6 @@
-"""THE loop: one block in memory at a time, read from the checkpoint, quantized, on disk before the next is read.
+"""The main loop: one block in memory at a time is read, quantized and written to disk before the next is read.
 
-Read this file first. `run` is the data flow of docs/design.md; everything else here is a step of it.
+Read this file first. `run` is the data flow of docs/design.md; the other functions are its steps.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SIGNATURE_TOLERANCE = 1e-3
 
 
 def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
-    """Quantize every block of the plan into the sink, resuming where it stopped, then verify what was written.
+    """Quantize every block of the plan into the sink, resuming an interrupted run, then verify the written folder.
 
-    Raises LlmqError naming the weight or file; finished blocks are kept, and the same call goes on from there.
+    Raises LlmqError naming the weight or file; finished blocks are kept, and the same call resumes after them.
     """
     io = BlockIO(plan, sink, device)
     copy_rest(io, watch)
@@ -63,14 +63,14 @@ def quantize_block(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
 
-    float_hidden: the unquantized model's hidden states, where a method's target is what this block makes of them; the
-    block's output for them is returned too.
+    float_hidden: the unquantized model's hidden states, if a method's target is computed from them; the block's output
+    for them is then returned too.
     """
     began = time.perf_counter()
     pipeline = io.plan.pipeline
     block = io.open(planned, hidden, calls)
     block.target = block.observe(pipeline.first)
-    check_output(planned.name, block.target, "before any quantization: it overflows, or its weights are damaged")
+    check_output(planned.name, block.target, "before quantization: it overflows, or its weights are damaged")
     if float_hidden is not None:
         float_hidden = block.target if float_hidden is hidden else forward(block.module, float_hidden, calls, io.device)
         block.target = float_hidden
@@ -79,7 +79,9 @@ def quantize_block(
     tensors |= io.untouched(planned, block.changed)
     with rounded_inputs(block.module, block.weights.values()):
         output = block.outputs()
-    check_output(planned.name, output, "after quantization, though it was before: keep its worst weights with --keep")
+    check_output(
+        planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
+    )
     payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
@@ -91,7 +93,7 @@ def quantize_block(
 
 
 def unquantized(io: BlockIO, block: BlockPlan, float_hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
-    """What the unquantized block makes of the unquantized model's hidden states."""
+    """The unquantized block's output for the unquantized model's hidden states."""
     module = io.fill(block)
     output = forward(module, float_hidden, calls, io.device)
     discard(module)
@@ -99,7 +101,7 @@ def unquantized(io: BlockIO, block: BlockPlan, float_hidden: list[Tensor], calls
 
 
 def replay(io: BlockIO, block: BlockPlan, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
-    """The output of a block as it was written, compared with the one it had in memory."""
+    """The output of a written block, after comparing it with the output that the block had in memory."""
     states = io.restore(block)
     with rounded_inputs(block.module, states):
         output = forward(block.module, hidden, calls, io.device)
@@ -110,7 +112,7 @@ def replay(io: BlockIO, block: BlockPlan, hidden: list[Tensor], calls: list[Call
 
 
 def record_calls(io: BlockIO, watch: Watch) -> Recording:
-    """Each block's own call for every batch of calibration windows, and the first block's input; on the host."""
+    """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU."""
     plan, model = io.plan, io.plan.model
     inside = [f"{block.name}.{n}" for block in plan.blocks for n, _ in block.module.named_parameters()]
     needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(plan.blocks[0].name + "."))]
@@ -131,19 +133,19 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
 
 
 def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
-    """The block's output for each batch, on the host in the model's dtype."""
+    """The block's output for each batch, on the CPU, in the model's dtype."""
     with torch.no_grad():
         return [call.run(block, h.to(device)).to(h) for h, call in zip(hidden, calls, strict=True)]
 
 
 def check_output(name: str, output: list[Tensor], when: str) -> None:
-    """Raise LlmqError where a block's output is not finite."""
+    """Raise LlmqError if a block's output is not finite."""
     if not all(bool(torch.isfinite(t).all()) for t in output):
         raise LlmqError(f"{name}: its output is not finite {when}")
 
 
 def pack_weights(planned: BlockPlan, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The lines of the report and the tensors to write of a block's quantized weights."""
+    """A block's quantized weights: their rows of the report, and the tensors to write."""
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for name, weight in planned.weights.items():
@@ -156,7 +158,7 @@ def pack_weights(planned: BlockPlan, block: Block) -> tuple[list[dict[str, Any]]
 
 
 def copy_rest(io: BlockIO, watch: Watch) -> None:
-    """Write everything that belongs to no block, as it is, in shards of up to 256 MiB."""
+    """Copy all tensors outside the blocks unchanged, in shards of up to 256 MiB."""
     source, units = io.plan.source, rest(io.plan)
     watch.stage("Copying", len(units))
     for unit, names in units.items():
@@ -169,27 +171,29 @@ def copy_rest(io: BlockIO, watch: Watch) -> None:
 
 
 def output_signature(hidden: Tensor) -> list[float]:
-    """A block's output to be known again by: its norm, and values at places drawn by a fixed seed."""
+    """A signature of a block's output for later comparison: its norm, and values at fixed random positions."""
     flat = hidden.flatten()
     places = torch.randint(flat.numel(), (SIGNATURE_VALUES,), generator=torch.Generator().manual_seed(0))
     return [float(torch.linalg.vector_norm(flat.float())), *flat[places].float().tolist()]
 
 
 def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> None:
-    """Raise LlmqError when a block read back gives another output than it gave in memory."""
+    """Raise LlmqError if a block that was read back has a different output than it had in memory."""
     then, now = torch.tensor(payload["signature"]), torch.tensor(output_signature(hidden))
     apart = float((then - now)[1:].norm() / then[1:].norm().clamp_min(1e-30))
     apart = max(apart, abs(float(now[0] / then[0].clamp_min(1e-30)) - 1))
     if not apart <= SIGNATURE_TOLERANCE:
         raise LlmqError(
-            f"{name}: read back from disk it gives another output than in memory (relative difference {apart:.1e}); "
-            "the disk or memory is faulty, another program changed the folder, or the run began on another machine: "
+            f"{name}: read back from disk, its output differs from the one in memory (relative difference "
+            f"{apart:.1e}); "
+            "the disk or memory is faulty, another program changed the folder, or the run was started on another "
+            "machine: "
             "delete the folder and run again"
         )
 
 
 def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
-    """Reopen every block that was written and compare its output on the first batch with the one it had in memory."""
+    """Read back every written block and compare its output on the first batch with the one it had in memory."""
     hidden = recording.hidden[:1]
     watch.stage("Verifying", len(io.plan.blocks))
     for block in io.plan.blocks:

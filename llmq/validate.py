@@ -1,4 +1,4 @@
-"""Plain data checked against the annotations of a dataclass: types, keys, the nearest known word in every complaint."""
+"""Checks of plain data against a dataclass's annotations: types and keys; errors suggest the nearest known word."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def made(make: Callable[[], T], where: str) -> T:
-    """What `make` returns; an LlmqError from it says where."""
+    """The result of `make`; `where` is put before the message of an LlmqError."""
     try:
         return make()
     except LlmqError as error:
@@ -31,7 +31,7 @@ def made(make: Callable[[], T], where: str) -> T:
 
 
 def check_keys(data: Any, kind: type, where: str) -> dict[str, Any]:
-    """A copy of a mapping with no other keys than the fields of a dataclass. Raises LlmqError."""
+    """A copy of a mapping whose keys are all fields of a dataclass. Raises LlmqError for any other key."""
     if not isinstance(data, Mapping):
         raise LlmqError(f"{where}: must be a mapping, not {data!r}")
     known = [f.name for f in dataclasses.fields(kind)]
@@ -42,13 +42,13 @@ def check_keys(data: Any, kind: type, where: str) -> dict[str, Any]:
 
 
 def check_types(made: Any) -> None:
-    """Every field of a dataclass holds what its annotation says. Raises LlmqError naming the field."""
+    """Check that every field of a dataclass has its annotated type. Raises LlmqError naming the field."""
     for name, hint in get_type_hints(type(made)).items():
         check_type(name, getattr(made, name), hint)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """A value is of an annotated type, one of its choices where it is a Literal. Raises LlmqError naming it."""
+    """Check that a value has the annotated type, or is a choice of a Literal. Raises LlmqError naming it."""
     if get_origin(hint) is Literal:
         check_choice(name, value, get_args(hint))
     elif not _fits(value, hint):
@@ -56,19 +56,19 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """A value is one of those allowed. Raises LlmqError with all of them and the nearest."""
+    """Check that a value is allowed. Raises LlmqError with all allowed values and the nearest."""
     if value not in allowed:
         raise LlmqError(f"{name} {value!r} is not known: choose from {', '.join(allowed)}{nearest(value, allowed)}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint at the most similar known word, or nothing."""
+    """'did you mean …', with the most similar known word, or an empty string."""
     near = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type: true and false are no numbers, a whole number is a number."""
+    """Whether a value has the annotated type; a bool is not a number, an int is also a float."""
     inner = get_args(hint)
     if hint is Any:
         return True

@@ -1,4 +1,4 @@
-"""How a long run says how far it has come: Watch, which the command line draws as progress bars, and Silent."""
+"""Progress of a long run: Watch, which the command line draws as progress bars, and Silent, which shows nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Watch(Protocol):
-    """Is told how far a run has come."""
+    """Receives the progress of a run."""
 
     def stage(self, name: str, total: int) -> None:
         """A stage of `total` steps begins."""

@@ -1,15 +1,15 @@
 """A whole model through llmq.load beside the same in bfloat16: memory after loading, prefill and decode speed.
 
-    python scripts/bench_decode.py --random 1b                       a random Llama, made and quantized here
+    python scripts/bench_decode.py --random 1b                       a random Llama, created and quantized by the script
     python scripts/bench_decode.py --random 8b --device cuda --compile
     python scripts/bench_decode.py MODEL --batch 8 --tokens 64
 
-The model is quantized by RTN (4 bits, groups of 128) into --work, where it is found again next time; --prepare stops
-there. Each model is loaded in a process of its own, so its resident memory is its own (one token has been run and
-every weight been read; "the model" is what loading added to the imports); the processes take turns, some rounds, and
-medians are compared. Decoding is greedy, a token at a time after a prompt of 16; --compile measures
-torch.compile too (a static cache; CUDA graphs on a GPU). `stock` among --kinds is the quantized folder through stock
-transformers. Prints the table last, writes JSON.
+The model is quantized by RTN (4 bits, groups of 128) into --work, and reused next time; --prepare stops after that.
+Each model is loaded in a separate process. Resident memory is measured after running one token and reading every
+weight; "the model" is the increase over the imports. The processes are timed in turns, and medians are compared.
+Decoding is greedy, one token at a time after a prompt of 16 tokens; --compile also measures torch.compile (a static
+cache; CUDA graphs on a GPU). `stock` in --kinds runs the quantized folder through stock transformers. Writes JSON and
+prints the table last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 
 class Worker:
-    """Another process with one model; asked over a pipe, a line of JSON each way."""
+    """A separate process with one model; requests and answers are lines of JSON over a pipe."""
 
     def __init__(self, kind: str, folder: Path, args: argparse.Namespace) -> None:
         told = {name: getattr(args, name) for name in ("device", "dtype", "batch", "prefill", "tokens", "threads")}
@@ -49,7 +49,7 @@ class Worker:
         self.loaded = self._read()
 
     def ask(self, what: str, compiled: bool) -> Result:
-        """The result of one run, or a reason. Raises SystemExit when the process is gone."""
+        """The result of one run, or a reason. Raises SystemExit if the process has ended."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": what, "compiled": compiled}) + "\n")
         self.process.stdin.flush()
@@ -71,8 +71,8 @@ class Worker:
 
 
 def work(about: Result) -> None:
-    """What a `Worker`'s process does: load, report the memory, run what is asked until the pipe is closed."""
-    # Whatever a library prints would be taken for an answer: only this file may write to the pipe.
+    """The process of a `Worker`: load, report the memory, answer requests until the pipe is closed."""
+    # Only this file may write to the pipe: a library's output would be read as an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -84,7 +84,7 @@ def work(about: Result) -> None:
 
     if about["threads"]:
         torch.set_num_threads(about["threads"])
-    # The model's code is imported now, without a weight, so that it does not count as the model's memory.
+    # The model's code is imported before any weight is loaded, so that it does not count as the model's memory.
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(about["folder"]))
     process = psutil.Process()
@@ -114,20 +114,21 @@ def work(about: Result) -> None:
             asked = json.loads(line)
             try:
                 answer({"seconds": getattr(runner, asked["do"])(asked["compiled"])})
-            except Exception as error:  # a compiler's, most likely: it goes into the table
+            except Exception as error:  # most likely from a compiler: shown in the table
                 answer({"reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"})
 
 
 def touch(model: Any, device: str) -> None:
-    """Run one token and read a value of every page of every weight: what is mapped, or unpacked only when it runs,
-    would not be resident before."""
+    """Run one token and read a value of every page of every weight, so that mapped and lazily unpacked weights become
+    resident.
+    """
     model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.detach().flatten()[::1024].clone()
 
 
 class Runner:
-    """One model, and the two things that are timed."""
+    """One model, with the two timed operations."""
 
     def __init__(self, model: Any, about: Result) -> None:
         from transformers import StaticCache
@@ -137,14 +138,14 @@ class Runner:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (about["batch"], about["prefill"]), generator=generator)
         self.ids = ids.to(about["device"])
-        # The compiled step must find its cache where it was: one for all runs, reset.
+        # The compiled step needs the same cache object in all runs; it is reset.
         self.cache = StaticCache(config=model.config, max_cache_len=PROMPT + about["tokens"] + 1)
         self.compiled_prefill = torch.compile(model.__call__, dynamic=False)
         mode = "reduce-overhead" if self.cuda else "default"
         self.compiled_step = torch.compile(model.__call__, dynamic=False, mode=mode)
 
     def prefill(self, compiled: bool) -> float:
-        """Seconds of one forward over the prompt."""
+        """Seconds of one forward pass over the prompt."""
         run = self.compiled_prefill if compiled else self.model
         began = self._now()
         logits = run(input_ids=self.ids, use_cache=not compiled, logits_to_keep=1).logits
@@ -153,7 +154,7 @@ class Runner:
         return seconds
 
     def decode(self, compiled: bool) -> float:
-        """Seconds of all tokens after the prompt's."""
+        """Seconds for all tokens after the prompt."""
         if compiled:
             self.cache.reset()
         made = self.model(input_ids=self.ids[:, :PROMPT], past_key_values=self.cache if compiled else None)
@@ -181,7 +182,7 @@ class Runner:
 
 
 def source(args: argparse.Namespace) -> Path:
-    """The model's folder; a random one is written to --work first, whole or not at all."""
+    """The model's folder; a random model is first written to --work, atomically."""
     if args.model is not None:
         return Path(args.model)
     name = SHAPES[args.random] + (f"-{args.layers}" if args.layers else "")
@@ -208,13 +209,13 @@ def quantized(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def measure(workers: list[Worker], args: argparse.Namespace) -> dict[str, Result]:
-    """Every run of every worker: warmed, then in turns. Returns kind → 'prefill', 'decode', … → seconds or a reason."""
+    """Run all workers, after a warm-up, in turns. Returns kind → 'prefill', 'decode', … → seconds or a reason."""
     runs = [(what, compiled) for compiled in (False, True)[: 1 + args.compile] for what in ("prefill", "decode")]
     results: dict[str, Result] = {worker.kind: {"loaded": worker.loaded} for worker in workers}
     for what, compiled in runs:
         name = f"{what}, compiled" if compiled else what
         failed = set()
-        # Twice where it is compiled: the second call is the first that records and replays a graph.
+        # Twice if compiled: only the second call records and replays a graph.
         for turn in range(-1 - compiled, args.rounds):
             for worker in workers:
                 if worker.kind in failed:
@@ -267,7 +268,7 @@ def table(results: dict[str, Result], args: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    """Make the folders, start the processes, let them take turns."""
+    """Create the folders, start the processes, time them in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a folder with an unquantized model")
     parser.add_argument("--random", choices=sorted(SHAPES), help="a random model of that size instead")

@@ -1,14 +1,15 @@
-"""Each matrix product of llmq beside torch's, bitsandbytes' and GemLite's, and beside the memory limit of the device.
+"""Compare each matrix product of llmq with torch's, bitsandbytes' and GemLite's, and with the device's memory limit.
 
     python scripts/bench_kernels.py -o build/kernels.json --shapes 4096,8192 --minutes 9
     python scripts/bench_kernels.py -o build/kernels.json --shapes llama8b,llama70b --minutes 9 --resume
 
-Shapes are [outputs]x[inputs], a size of a square, or llama8b, llama70b: every linear of the decoder blocks of Llama-3,
-llama8b-fused, llama70b-fused: with the weights that share an input in one. Medians of interleaved repeats; the weights
-are rotated among copies of twice the cache; on a GPU each operator runs in a CUDA graph. Every operator's result is
-first compared, at every number of rows, with a product in float32: one that is off is WRONG and gets no time. The limit
-is (packed weight + input + output) / the bandwidth of a large copy in the same run. Writes JSON after every cell, and a
-plot beside it if there is matplotlib; prints the tables last. --resume goes on with what the JSON lacks.
+Shapes are [outputs]x[inputs], the size of a square, or llama8b, llama70b: every linear layer of the decoder blocks of
+Llama-3; llama8b-fused, llama70b-fused: the same with weights that share an input fused. Times are medians of
+interleaved repeats; weights are rotated among copies of twice the cache size; on a GPU each operator runs in a CUDA
+graph. Every operator's result is first compared, at every number of rows, with a product in float32; a wrong one is
+marked WRONG and not timed. The limit is (packed weight + input + output) / the bandwidth of a large copy in the same
+run. Writes JSON after every cell, and a plot if matplotlib is installed; prints the tables last. --resume measures only
+the cells that are missing in the JSON.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ SHAPES = {
 }
 ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
 CHECKED = 64
-"""Rows of a result that are compared: the float32 product of all 4096 would take longer than the measurement."""
+"""Rows of a result that are checked: the float32 product of all 4096 would take longer than the measurement."""
 OURS = "llmq int"
 
 Cell = dict[str, Any]
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """'llama8b,8192,64x128' → [outputs, inputs] of each, none twice. Raises ValueError."""
+    """'llama8b,8192,64x128' → [outputs, inputs] of each, without duplicates. Raises ValueError."""
     found: list[tuple[int, int]] = []
     for name in text.split(","):
         if name in SHAPES:
@@ -62,7 +63,7 @@ def check(operator: Operator, prepared: Prepared, x: Tensor) -> Cell:
     result: list[Tensor] = []
     try:
         seconds = timing.once(lambda: result.append(operator(x)), x.device)
-    except Exception as error:  # of a peer, of a compiler: it goes into the table
+    except Exception as error:  # from another package or a compiler: shown in the table
         return {"state": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
     few = torch.linspace(0, len(x) - 1, min(len(x), CHECKED), device=x.device).round().long()
     off, wrong = mistake(result[0][few] if len(result[0]) == len(x) else result[0], prepared.expected(x[few]))
@@ -75,7 +76,9 @@ def check(operator: Operator, prepared: Prepared, x: Tensor) -> Cell:
 
 
 def measure_cell(shape: tuple[int, int], ready: dict[str, Any], x: Tensor, bandwidth: float, seconds: float) -> Cell:
-    """All operators at one number of rows. ready: name → (Prepared, copies), or the result that says why not."""
+    """All operators at one number of rows. ready: name → (Prepared, copies), or a result with the reason why it cannot
+    run.
+    """
     results: dict[str, Cell] = {}
     laps = {}
     for name, made in ready.items():
@@ -104,25 +107,27 @@ def measure_cell(shape: tuple[int, int], ready: dict[str, Any], x: Tensor, bandw
 
 
 def prepare(name: str, weight: Weight, cache: int) -> Any:
-    """An operator on a weight: (Prepared, the operator on copies of the weight), or the result that says why not."""
+    """An operator on a weight: (Prepared, the operator on copies of the weight), or a result with the reason why it
+    cannot run.
+    """
     try:
         made = OPERATORS[name](weight)
         if isinstance(made, str):
             return {"state": "absent", "reason": made}
         return made, rotated(made, timing.copies_needed(made.bytes, cache))
-    except Exception as error:  # of a peer, of memory: it goes into the table
+    except Exception as error:  # from another package or out of memory: shown in the table
         return {"state": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def save(file: Path, report: Cell) -> None:
-    """The JSON, whole or not at all."""
+    """Write the JSON atomically."""
     scratch = file.with_suffix(".part")
     scratch.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(scratch, file)
 
 
 def resumed(file: Path, report: Cell) -> Cell:
-    """The report in `file` to go on with. Raises SystemExit when it was made otherwise than `report` would be."""
+    """The report in `file` to resume. Raises SystemExit if its settings differ from those of `report`."""
     before: Cell = json.loads(file.read_text())
     for key in ("settings", "machine"):
         if changed := [k for k, value in report[key].items() if before[key].get(k) != value and k != "load"]:
@@ -132,7 +137,7 @@ def resumed(file: Path, report: Cell) -> Cell:
 
 
 def measure_all(args: argparse.Namespace, report: Cell, device: torch.device) -> int:
-    """Every cell that the report lacks, saved one by one, while there is time. Returns how many are still lacking."""
+    """Measure the missing cells while there is time, saving after each. Returns how many are still missing."""
     settings, dtype = report["settings"], getattr(torch, args.dtype)
     done = {(tuple(cell["shape"]), cell["rows"]) for cell in report["cells"]}
     rows = [int(count) for count in args.rows.split(",")]
@@ -166,12 +171,14 @@ def measure_all(args: argparse.Namespace, report: Cell, device: torch.device) ->
 
 
 def shown(cell: Cell) -> list[tuple[str, Cell]]:
-    """The operators that were there."""
+    """The available operators."""
     return [(name, result) for name, result in cell["operators"].items() if result["state"] != "absent"]
 
 
 def tables(report: Cell) -> list[Table]:
-    """Of every operator; then, short, of llmq's integer product: ratio to torch by rows, share of copy bandwidth."""
+    """A table of every operator, and a short one of llmq's integer product: ratio to torch by rows, fraction of copy
+    bandwidth.
+    """
     cells = report["cells"]
     rows = sorted({cell["rows"] for cell in cells})
     at = {(tuple(cell["shape"]), cell["rows"]): cell["operators"] for cell in cells}
@@ -199,7 +206,7 @@ def tables(report: Cell) -> list[Table]:
 
 
 def plot(report: Cell, file: Path) -> str:
-    """The ratios by rows, one panel a shape. Returns what became of it."""
+    """Plot the ratios by rows, one panel per shape. Returns a status line."""
     try:
         import matplotlib
 
@@ -247,11 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--shapes", default="llama8b,llama70b,4096,8192")
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--operators", default=",".join(OPERATORS), help="which ones; torch is always among them")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no cell is begun after so many")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for one cell at most, all operators together")
+    parser.add_argument("--operators", default=",".join(OPERATORS), help="to measure; torch is always included")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no cell is started after this time")
+    parser.add_argument("--seconds", type=float, default=4.0, help="at most, for one cell with all operators")
     parser.add_argument("--threads", type=int, help="of a CPU; torch's own choice by default")
-    parser.add_argument("--resume", action="store_true", help="go on with the JSON that is there")
+    parser.add_argument("--resume", action="store_true", help="resume from the existing JSON")
     args = parser.parse_args(arguments)
     names = list(dict.fromkeys([BASE, *args.operators.split(",")]))
     if unknown := [name for name in names if name not in OPERATORS]:
@@ -286,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot(report, args.out.with_suffix(".png")) if report["cells"] else "nothing measured", highlight=False
     )
     if left:
-        console.print(f"[bold]{left} cells left: --resume goes on")
+        console.print(f"[bold]{left} cells left: run again with --resume")
     if report["cells"]:
         console.print(*tables(report))
 

@@ -1,7 +1,7 @@
-"""What bench_kernels.py measures: one weight, as each operator and each peer holds it.
+"""The operators that bench_kernels.py measures: one weight in the form of each operator, of llmq and of other packages.
 
-Each function makes an operator's own form of a weight on its device, and says in a string why it cannot. What an
-operator's result is checked against is computed here, in float32, by none of the code that is measured.
+Each function converts a weight to an operator's own form on its device, or returns a string that says why it cannot.
+The expected result is computed here, in float32, without any of the measured code.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs and the outputs."""
+        """The dtype of inputs and outputs."""
         return self.scale.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where everything lies."""
+        """The device of all tensors."""
         return self.codes.device
 
     @cached_property
     def dense(self) -> Tensor:
-        """What the codes stand for: float32 [out, in]."""
+        """The dequantized weight, float32 [out, in]."""
         width = self.shape[1]
         dense = self.codes.float()
         if self.zero is not None:
@@ -60,8 +60,9 @@ class Weight:
 
 @dataclass
 class Prepared:
-    """An operator on a weight. tensors: what it reads, all of it; bind: a copy of these → the operator on x [M, in];
-    expected: x → its result as it should be, float32; note: how the weight lies, where there is a choice."""
+    """An operator on a weight. tensors: everything that it reads; bind: a copy of these → the operator on x [M, in];
+    expected: x → the correct result, float32; note: the weight's layout, if there are several.
+    """
 
     tensors: tuple[Tensor | None, ...]
     bind: Callable[..., Operator]
@@ -70,14 +71,14 @@ class Prepared:
 
     @property
     def bytes(self) -> int:
-        """Of the weight as the operator reads it."""
+        """The bytes of the weight in the operator's form."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
 
 
 def random_weight(
     shape: tuple[int, int], bits: int, group_size: int, asymmetric: bool, dtype: torch.dtype, device: torch.device
 ) -> Weight:
-    """Codes of every value; a group_size of 0 is one group a row."""
+    """A random weight with codes of every value; a group_size of 0 is one group per row."""
     rows, width = shape
     group_size = group_size or width
     half, groups = 1 << (bits - 1), -(-width // group_size)
@@ -94,7 +95,7 @@ def product(dense: Tensor) -> Operator:
 
 
 def module(name: str) -> ModuleType | str:
-    """A package, or why there is none; a peer may well fail on import where it sees no GPU."""
+    """A package, or why it cannot be imported; some packages fail on import without a GPU."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -104,12 +105,12 @@ def module(name: str) -> ModuleType | str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in a table's width."""
+    """An exception's message, shortened for a table."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def torch_dense(weight: Weight) -> Prepared | str:
-    """torch's own linear on the weight rounded to the inputs' dtype: what everything is compared with."""
+    """torch's own linear on the weight rounded to the inputs' dtype: the baseline of all ratios."""
     return Prepared((weight.dense.to(weight.dtype),), lambda w: lambda x: linear(x, w), product(weight.dense))
 
 
@@ -165,7 +166,7 @@ def llmq_int8(weight: Weight) -> Prepared | str:
 
 
 def torch_int4(weight: Weight) -> Prepared | str:
-    """torch's own int4 operator (tinygemm), of a GPU or of a CPU: (stored − 8) · scale + shift, in bfloat16."""
+    """torch's own int4 operator (tinygemm), on a GPU or a CPU: (stored − 8) · scale + shift, in bfloat16."""
     if weight.bits != 4 or weight.dtype != torch.bfloat16 or weight.group_size not in (32, 64, 128, 256):
         return "4 bits, bfloat16, groups of 32 to 256 only"
     if weight.shape[1] % weight.group_size:
@@ -185,7 +186,7 @@ def torch_int4(weight: Weight) -> Prepared | str:
 
 
 def bitsandbytes_nf4(weight: Weight) -> Prepared | str:
-    """bitsandbytes' NF4, magnitudes in 8 bits: matmul_4bit, which takes its GEMV for one row."""
+    """bitsandbytes' NF4, magnitudes in 8 bits: matmul_4bit, which uses its GEMV for one row."""
     found = module("bitsandbytes")
     if isinstance(found, str):
         return found
@@ -205,7 +206,7 @@ def bitsandbytes_nf4(weight: Weight) -> Prepared | str:
 
 
 def gemlite_int(weight: Weight) -> Prepared | str:
-    """GemLite's weight-only product, in its own choice of kernel; its autotuning counts as the first call."""
+    """GemLite's weight-only product, with its own choice of kernel; its autotuning counts as the first call."""
     if weight.device.type != "cuda":
         return "needs a GPU"
     if weight.bits not in (2, 4, 8) or weight.shape[1] % weight.group_size:
@@ -232,7 +233,7 @@ def gemlite_int(weight: Weight) -> Prepared | str:
 
 
 BASE = "torch"
-"""What ratios are to."""
+"""The baseline of ratios."""
 
 OPERATORS: dict[str, Callable[[Weight], Prepared | str]] = {
     BASE: torch_dense,
@@ -246,7 +247,7 @@ OPERATORS: dict[str, Callable[[Weight], Prepared | str]] = {
 
 
 def rotated(prepared: Prepared, copies: int) -> list[Operator]:
-    """The operator on that many copies of its weight, so that no cache holds the next one."""
+    """The operator on this many copies of its weight, so that the next copy is never in cache."""
     sets = [prepared.tensors]
     sets += [tuple(None if t is None else t.clone() for t in prepared.tensors) for _ in range(copies - 1)]
     return [prepared.bind(*one) for one in sets]
@@ -255,8 +256,8 @@ def rotated(prepared: Prepared, copies: int) -> list[Operator]:
 def mistake(got: Tensor, want: Tensor) -> tuple[float, bool]:
     """(relative error, whether it is more than rounding) of a result, both [M, out].
 
-    A result is wrong when ‖got − want‖ > 2 % of ‖want‖, or when one value is off by a tenth of the typical size: what
-    bfloat16 sums and atomics round is a fifth of either; a lost tile or a wrong last column shows in the second.
+    A result is wrong if ‖got − want‖ > 2 % of ‖want‖, or if one value is off by a tenth of the typical size. Rounding
+    of bfloat16 sums and atomics is a fifth of either limit; the second one reveals a lost tile or a wrong last column.
     """
     if got.shape != want.shape:
         return float("inf"), True

@@ -1,11 +1,11 @@
-"""QLoRA on the demo model, end to end: NF4 against bf16 as the base, and what merging and requantizing keep.
+"""QLoRA on the demo model, end to end: an NF4 base against a bf16 base, and how much merging and quantizing keep.
 
     python scripts/bench_qlora.py [--rows 800] [--epochs 3] [--keep FOLDER]
 
-The instructions are made of the interpreter's own standard library: "write the signature of this function", with the
+The instructions are made from the interpreter's own standard library: "write the signature of this function", with the
 name and the first line of the docstring; whole modules are held out. Losses are nats per answer token on the held-out
-rows. "gain kept" is (base − merged) / (base − tuned): the share of the tune's gain that the merged model still has. The
-next columns are the loss beside that of the tune itself, and means over the weights of what llmq merge reports.
+rows. "gain kept" is (base − merged) / (base − tuned): the share of the tune's gain that the merged model keeps. The
+next columns are the loss relative to the tune's, and llmq merge's figures averaged over the weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llmq.report.progress import Bars
 from llmq.training.steps import held_out_loss
 
 LONGEST = 200
-"""Characters of an instruction or answer at most."""
+"""The maximum number of characters of an instruction or answer."""
 
 
 def pairs(text: str) -> Iterator[dict[str, str]]:
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--keep", type=Path, help="work in this folder, and resume what is there")
+    parser.add_argument("--keep", type=Path, help="work in this folder, and resume its runs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def run(folder: Path, train: Path, heldout: Path, epochs: float) -> None:
-    """Everything in `folder`; the table last."""
+    """Run everything in `folder` and print the table."""
     settings = Settings(epochs=epochs, lr=1e-3, eval_share=0)
     tokenizer = load_tokenizer(demo.path())
     rows = read(heldout, tokenizer, seqlen=settings.seqlen).all

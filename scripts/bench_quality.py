@@ -1,8 +1,8 @@
-"""What each method and bit width costs: perplexity, KL to the base and top-1 agreement, one table.
+"""The quality of each method and bit width, as one table: perplexity, KL to the base and top-1 agreement.
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
-Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/design.md), every
+Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md), every
 model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
 KL(base ‖ quantized), in nats. Methods that do not round to a scheme are left out for it.
 """

@@ -1,11 +1,11 @@
-"""Time and memory of `llmq quantize`, beside reading the same bytes and writing the result's.
+"""Time and memory of `llmq quantize`, compared with only reading the source's bytes and writing the result's bytes.
 
     python scripts/make_random_model.py /tmp/7b --shape llama-2-7b
     python scripts/bench_quantize.py /tmp/7b -o /tmp/7b-w4 --method rtn
     python scripts/bench_quantize.py /tmp/7b -o /tmp/7b-w4 --method gptq --samples 4 --seqlen 256
 
-Everything after -o OUT goes to `llmq quantize`; OUT is deleted first and last. The peak is the largest resident size of
-the process. Prints one line last.
+Everything after -o OUT goes to `llmq quantize`; OUT is deleted before and after the run. The peak is the largest
+resident size of the process. Prints one line at the end.
 """
 
 from __future__ import annotations

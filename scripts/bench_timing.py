@@ -1,4 +1,4 @@
-"""How bench_kernels.py takes times: interleaved medians, weights rotated beyond the cache, a CUDA graph on a GPU."""
+"""Timing for bench_kernels.py: interleaved medians, weights rotated beyond the cache size, a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bench_operators import Operator
 from torch import Tensor
 
 GRAPH_SECONDS = 1e-3
-"""A graph holds at least so much work that its launch does not show."""
+"""The minimum seconds of work in a graph, so that its launch is negligible."""
 GRAPH_CALLS = 512
 COPIES = 128
-"""At most: shapes so small that these do not fill the cache are no shapes of a model."""
+"""The maximum number of copies; shapes for which this does not fill the cache do not occur in models."""
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory: L2 of a GPU; the largest of a CPU, 32 MiB where the system does not tell."""
+    """The size of the last cache before memory: L2 of a GPU; the largest of a CPU, or 32 MiB if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [1 << 25]
@@ -37,12 +37,12 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies_needed(size: int, cache: int) -> int:
-    """How many copies of a weight of `size` bytes are twice the cache, and so never in it when their turn comes."""
+    """The number of copies of a weight of `size` bytes in twice the cache, so that the next copy is never cached."""
     return max(2, min(COPIES, -(-2 * cache // max(size, 1))))
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
-    """Bytes per second, read and written, of a large copy: the median of many."""
+    """Bytes per second, read plus written, of a large copy: the median of many."""
     size = 1 << 30 if device.type == "cuda" else 8 * cache_bytes(device)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -62,10 +62,10 @@ def once(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(laps: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, several times each: the operators take turns.
+    """Seconds per call, several times each, with the operators in turns.
 
-    laps: name → what `lap` made of the operator. At least 3 turns, at most 50, and none after `seconds`; an operator
-    that would take them all by itself has one turn.
+    laps: name → the operator's function from `lap`. There are 3 to 50 turns, and none starts after `seconds`; an
+    operator that would take all the time has one turn.
     """
     times: dict[str, list[float]] = {name: [] for name in laps}
     began = time.perf_counter()
@@ -79,10 +79,10 @@ def measure(laps: dict[str, Callable[[], float]], seconds: float) -> dict[str, l
 
 
 def lap(copies: Sequence[Operator], x: Tensor) -> Callable[[], float]:
-    """A function that returns the seconds of a call of the operator, which has been run before (and is compiled).
+    """A function that returns the seconds per call of an operator that was run (and so compiled) before.
 
-    copies: the operator on copies of its weight, which take turns. On a GPU, the mean over a CUDA graph of many calls:
-    no Python and no launches in it. Raises RuntimeError when the operator cannot be captured.
+    copies: the operator on copies of its weight, used in turns. On a GPU, the time is the mean over a CUDA graph of
+    many calls, without Python and launch overhead. Raises RuntimeError if the operator cannot be captured.
     """
     if x.device.type == "cuda":
         return _graph_lap(copies, x)
@@ -98,7 +98,7 @@ def lap(copies: Sequence[Operator], x: Tensor) -> Callable[[], float]:
 
 
 def _graph_lap(copies: Sequence[Operator], x: Tensor) -> Callable[[], float]:
-    """`lap` on a GPU: enough rounds over the copies that the graph's own launch does not show."""
+    """`lap` on a GPU, with so many rounds over the copies that the graph's own launch is negligible."""
     side = torch.cuda.Stream(x.device)
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):
@@ -111,7 +111,7 @@ def _graph_lap(copies: Sequence[Operator], x: Tensor) -> Callable[[], float]:
 
 
 def _captured(copies: Sequence[Operator], x: Tensor, rounds: int) -> Callable[[], float]:
-    """Some rounds over the copies as one CUDA graph: a function that returns the seconds of a call, run once here."""
+    """Capture some rounds over the copies as a CUDA graph, run once; returns a function for the seconds per call."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -121,7 +121,7 @@ def _captured(copies: Sequence[Operator], x: Tensor, rounds: int) -> Callable[[]
 
     def timed() -> float:
         torch.cuda.synchronize(x.device)
-        # The GPU waits for as long as it takes to queue the rest, or the clock would run while the graph is launched.
+        # The GPU first sleeps until everything is queued; otherwise the graph's launch would be timed too.
         torch.cuda._sleep(1_000_000)
         start.record()
         graph.replay()
@@ -134,7 +134,7 @@ def _captured(copies: Sequence[Operator], x: Tensor, rounds: int) -> Callable[[]
 
 
 def busy(device: torch.device) -> str:
-    """A warning where other processes want the processor too; call it before there is work of one's own."""
+    """A warning if other processes use the CPU; call it before starting any work."""
     if device.type == "cuda":
         return ""
     load = psutil.cpu_percent(interval=1) / 100 * (os.cpu_count() or 1)
@@ -144,7 +144,7 @@ def busy(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number is worthless without: the device, the versions, the commit."""
+    """The context of a measurement: the device, the versions, the commit."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,

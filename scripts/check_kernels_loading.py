@@ -1,11 +1,12 @@
-"""Folders of any tool on llmq's kernels, against a dense model made by decoders that share no code with llmq.
+"""Check folders of any tool on llmq's kernels against a dense model from decoders that share no code with llmq.
 
     python scripts/check_kernels_loading.py FOLDER …  [--decoders ../shared/peers/decode_check.py] [--json OUT]
 
 Each folder is loaded by stock from_pretrained after llmq.use_kernels(), in float32 and in bfloat16, and run on fixed
-random tokens; the dense model is the same architecture, filled with the decoded weights. Prints a table; exits 1 when
-logits differ by more than 1e-4 (float32) or 1e-2 (bfloat16; W8A8: 2e-2), root mean square over root mean square, or
-packed memory is not packed. Beside it, what bfloat16 alone does to the dense model: sums in another order differ so.
+random tokens; the dense model is the same architecture, filled with the decoded weights. Prints a table; exits 1 if
+logits differ by more than 1e-4 (float32) or 1e-2 (bfloat16; W8A8: 2e-2), as a ratio of root mean squares, or if weights
+in memory are larger than packed. For comparison, the table has the difference of the dense model between bfloat16 and
+float32: sums in another order differ by about as much.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def stream(decoders: Any, words: Tensor, bits: int, n: int) -> Tensor:
 
 
 def gptq(decoders: Any, t: dict[str, Tensor], bits: int, offset: int) -> Tensor:
-    """What decode_check.gptq is for 4 bits, for every width."""
+    """As decode_check.gptq, which is for 4 bits, for every bit width."""
     width, rows = t["qweight"].shape[0] * 32 // bits, t["qweight"].shape[1]
     q = stream(decoders, t["qweight"].T, bits, width).T
     zero = (stream(decoders, t["qzeros"], bits, rows) + offset) % (1 << bits)
@@ -53,7 +54,7 @@ def gptq(decoders: Any, t: dict[str, Tensor], bits: int, offset: int) -> Tensor:
 
 
 def codebook(t: dict[str, Tensor]) -> Tensor:
-    """What decode_check.nf4 is, for FP4 too, where magnitudes are not quantized again."""
+    """As decode_check.nf4, for FP4 too, without double quantization."""
     state = json.loads(bytes(next(v for k, v in t.items() if "quant_state" in k).tolist()))
     packed = t["weight"].flatten()
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
@@ -63,14 +64,14 @@ def codebook(t: dict[str, Tensor]) -> Tensor:
 
 
 def round_inputs(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-    """int8 per token as compressed-tensors rounds: the largest magnitude is 127.5 steps."""
+    """int8 per token as compressed-tensors rounds: the scale is the largest magnitude / 127.5."""
     (x,) = args
     scale = x.abs().amax(-1, keepdim=True) / 127.5
     return ((x / scale).clamp(-128, 127).round() * scale,)
 
 
 def decoded(folder: Path, decoders: Any) -> tuple[dict[str, Tensor], int, str]:
-    """Every tensor of the dense model, the bytes that its quantized weights have on disk, and the format's name."""
+    """All tensors of the dense model, the bytes of the quantized weights on disk, and the format's name."""
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     method = quantization.get("quant_method", "bitsandbytes")
     tensors = stored(folder)
@@ -104,7 +105,7 @@ def decoded(folder: Path, decoders: Any) -> tuple[dict[str, Tensor], int, str]:
 
 
 def dense_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, rounds: bool) -> Any:
-    """The folder's architecture in `dtype`, filled with these tensors; rounds: it rounds activations to int8."""
+    """The folder's architecture in `dtype`, filled with these tensors; rounds: round activations to int8."""
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -120,7 +121,7 @@ def dense_model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, ro
 
 
 def row(folder: Path, decoders: Any) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the table."""
     tensors, on_disk, kind = decoded(folder, decoders)
     result: dict[str, Any] = {"folder": folder.name, "format": kind, "on_disk": on_disk}
     tokens = torch.randint(4, 200, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -138,9 +139,9 @@ def row(folder: Path, decoders: Any) -> dict[str, Any]:
         result["layouts"] = ", ".join(f"{n} {name}" for name, n in Counter(m.layout for m in layers).items())
         kinds = {m.layout for m in layers}
         result["packed"] = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
-    # Where activations are rounded, the last bit of a sum decides between two codes, and that is seen.
+    # With rounded activations, the last bit of a sum can change a code, which is a visible difference.
     worst = [result[str(dtype)] <= (2e-2 if kind == "W8A8" else limit) for dtype, limit in LIMITS.items()]
-    # int4pack holds 2 and 3 bits as 4, and its scales with a zero point each.
+    # int4pack stores 2 and 3 bits as 4, and a zero point with each scale.
     result["ok"] = all(worst) and bool(layers) and result["packed"] <= (2.2 if "int4pack" in kinds else 1.1) * on_disk
     return result
 

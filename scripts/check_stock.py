@@ -1,10 +1,10 @@
-"""Does stock transformers, in an environment without llmq, read what llmq writes?
+"""Check that stock transformers, in an environment without llmq, reads llmq's output.
 
     python scripts/check_stock.py --python PLAIN_ENV/bin/python MODEL [MODEL …]
 
-Quantizes each model at 8, 4, 3 and 2 bits, by group and by channel, keeping the quantized weights that the run has in
-memory; loads the folder with the other interpreter (transformers and compressed-tensors only), and compares logits in
-float32. Prints one line each and fails above a relative error of 1e-3.
+Quantizes each model at 8, 4, 3 and 2 bits, by group and by channel, and keeps the run's quantized weights in memory;
+loads the folder with the other interpreter (transformers and compressed-tensors only), and compares logits in float32.
+Prints one line per case and fails above a relative error of 1e-3.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ print(float((have - want["logits"]).norm() / want["logits"].norm()))
 
 @contextmanager
 def kept_in_memory() -> Iterator[dict[str, Tensor]]:
-    """What the run writes, as it has it in memory, in float32, by the parameter's name."""
+    """The run's quantized weights from memory, dequantized to float32, by parameter name."""
     kept: dict[str, Tensor] = {}
     pack = stream.pack_weights
 
@@ -71,7 +71,7 @@ def kept_in_memory() -> Iterator[dict[str, Tensor]]:
 
 
 def logits_in_memory(model: str, kept: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The logits, in float32, of the unquantized model with the run's own dequantized weights put in."""
+    """The float32 logits of the unquantized model with the run's dequantized weights."""
     dense = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
     missing, unexpected = dense.load_state_dict(kept, strict=False)
     assert not unexpected and kept, unexpected

@@ -1,9 +1,10 @@
-"""Run commands of `llmq` from one version of its code, each in a fork. scripts/compare_bytes.py starts it.
+"""Run `llmq` commands of one version of the code, each in a fork; started by scripts/compare_bytes.py.
 
     PYTHONPATH=TREE:TREE/kernels:TREE/eval python -P scripts/command_server.py TREE llmq.cli:main
 
-Everything is imported once, by a plan. Each line of standard input, a JSON list of the command's words and a log file,
-is then run in a fork: as clean as a process of its own, and seconds sooner. Its exit code is a line of standard output.
+All modules are imported once, by running `llmq plan`. Each line of standard input, a JSON list of the command's words
+and a log file, is then run in a fork, which is as isolated as a new process but starts seconds sooner. Its exit code is
+written as a line of standard output.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 def run(main: Callable[[], None], words: list[str], log: str) -> None:
-    """One command, in this process; what it prints goes to the log."""
+    """Run one command in this process, with its output in the log."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -30,14 +31,14 @@ def run(main: Callable[[], None], words: list[str], log: str) -> None:
 
 
 def serve(tree: Path, entry: str) -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     module, _, function = entry.partition(":")
     main = getattr(importlib.import_module(module), function)
     for name in ("llmq", "llmq_kernels"):
         place = importlib.import_module(name).__file__
         assert place and Path(place).is_relative_to(tree), f"{name} comes from {place}, not from {tree}"
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    with contextlib.suppress(SystemExit):  # as every command ends
+    with contextlib.suppress(SystemExit):  # every command ends with SystemExit
         run(main, ["plan", "demo"], os.devnull)
     for line in commands:
         words, log = json.loads(line)

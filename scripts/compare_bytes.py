@@ -1,13 +1,13 @@
-"""Does a refactoring change a byte of what `llmq quantize` writes?
+"""Check that a refactoring does not change a byte of what `llmq quantize` writes.
 
     python scripts/compare_bytes.py b293604
     python scripts/compare_bytes.py v0.1.0 --work /tmp/bytes --only 'w8a8*' '*asymmetric*'
 
 Quantizes two models (`demo` and books8m) by every preset, every method and some overrides, with the code of REV and
-with the code of the present tree, each run in a process of its own (a fork), and compares what was written: every
+with the code of the working tree, each run in a separate process (a fork), and compares the written files: every
 safetensors shard, the index, the config, the tokenizer's and the generation files. Every run has one thread, so that
-sums do not depend on how busy the machine is. What REV wrote is remembered as hashes under --work, so the second
-comparison takes half the time. Cases whose bytes are meant to change are listed apart. Exits 1 if any other differs.
+sums do not depend on the machine's load. Hashes of REV's files are cached under --work, so a second comparison takes
+half the time. Cases whose bytes are expected to change are listed separately. Exits 1 if any other case differs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = Path(__file__).with_name("command_server.py")
-EXCLUDED = {"report.json", "report.html", "README.md"}  # they hold times and memory; .llmq/ holds the journal
-LEARNED = {"signround", "w2a16", "w3a16", "w4a16-best"}  # what takes --iterations
+EXCLUDED = {"report.json", "report.html", "README.md"}  # they contain times and memory; .llmq/ has the journal
+LEARNED = {"signround", "w2a16", "w3a16", "w4a16-best"}  # these have --iterations
 W8 = "--bits 8 --group-size channel"
 STATIC = "static activation scales are found differently, on purpose"
 ENVIRONMENT = {
@@ -53,7 +53,7 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
 }
 
-# What presets and defaults leave out.
+# Options that no preset or default uses.
 OVERRIDES = f"""
 --method gptq --asymmetric
 --method hqq --asymmetric
@@ -82,18 +82,18 @@ OVERRIDES = f"""
 
 @dataclass(frozen=True)
 class Case:
-    """One command, but for the model and the folder."""
+    """One command, without the model and the folder."""
 
     options: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Its options as one writes them, without dashes in front, which --only could not take."""
+        """Its options as typed, without the leading dashes, which --only could not parse."""
         return " ".join(self.options).removeprefix("--method ").removeprefix("--")
 
     @property
     def expected(self) -> str:
-        """Why its bytes may change; where it is empty, none may."""
+        """Why its bytes may change; empty if they must not."""
         return STATIC if ("--activations", "static") in pairwise(self.options) else ""
 
 
@@ -105,7 +105,7 @@ class Tree:
     folder: Path
 
     def start(self) -> subprocess.Popen[str]:
-        """Its own command line in processes of its own, which prove that it is this tree's."""
+        """Start a command server, which checks that all its code is from this tree."""
         entry = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]["scripts"]["llmq"]
         path = os.pathsep.join(str(self.folder / part) for part in ("", "kernels", "eval"))
         return subprocess.Popen(
@@ -119,13 +119,13 @@ class Tree:
 
 
 class Worker:
-    """One thread's processes, one for each tree."""
+    """The processes of one thread, one per tree."""
 
     def __init__(self) -> None:
         self.servers: dict[Tree, subprocess.Popen[str]] = {}
 
     def run(self, tree: Tree, words: list[str], log: Path, again: bool = True) -> tuple[int, str]:
-        """The exit code of one command, and all that it printed. What somebody kills is begun once more."""
+        """The exit code of one command, and its whole output. A killed command is run once more."""
         if tree not in self.servers:
             self.servers[tree] = tree.start()
         server = self.servers[tree]
@@ -140,27 +140,27 @@ class Worker:
         return int(answer), log.read_text()
 
     def stop(self) -> None:
-        """No commands any more."""
+        """Stop all processes."""
         for server in self.servers.values():
             server.communicate()
 
 
 def listed(worker: Worker, tree: Tree, what: str, scratch: Path) -> list[str]:
-    """The names of its recipes or methods, as its own command prints them."""
+    """The names of a tree's recipes or methods, from its own command's output."""
     code, printed = worker.run(tree, [what], scratch / "listed")
     if code:
         sys.exit(f"`llmq {what}` of {tree.label} failed:\n{printed}")
     words = re.findall(r"^([\w-]+) ", printed, flags=re.MULTILINE)  # wide enough that nothing wraps
-    return [word for word in words if word != "recipe"]  # the heading of the table
+    return [word for word in words if word != "recipe"]  # the table's heading
 
 
 def unpacked(revision: str, work: Path) -> Tree:
-    """The code of a commit, without history: `git archive` needs no branch and leaves no worktree behind."""
+    """The code of a commit, without history, by `git archive`, which needs no branch or worktree."""
     ask = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--verify", f"{revision}^{{commit}}"], capture_output=True, text=True
     )
     if ask.returncode:
-        sys.exit(f"{revision} is no commit of {ROOT}")
+        sys.exit(f"{revision} is not a commit of {ROOT}")
     commit = ask.stdout.strip()[:12]
     folder = work / f"tree-{commit}"
     if not folder.exists():
@@ -183,12 +183,12 @@ def cases_of(recipes: list[str], methods: list[str], iterations: int) -> list[Ca
 
 
 def digest(data: bytes) -> str:
-    """Enough of a hash to tell files apart."""
+    """A shortened hash of a file."""
     return hashlib.sha256(data).hexdigest()[:24]
 
 
 def tensors(data: bytes) -> dict[str, str]:
-    """Of one safetensors file: every tensor's dtype, shape and bytes as one hash, and the header's metadata."""
+    """A safetensors file's tensors (each as a hash of dtype, shape and bytes) and the header's metadata."""
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     found = {"__metadata__": json.dumps(header.pop("__metadata__", None), sort_keys=True)}
@@ -199,7 +199,7 @@ def tensors(data: bytes) -> dict[str, str]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What of a written folder must stay: a hash for every file, and what is inside shards and config."""
+    """The contents of a written folder that must be equal: a hash of every file, the tensors of shards, the config."""
     files: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in EXCLUDED:
@@ -213,7 +213,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def quantized(worker: Worker, tree: Tree, model: str, options: tuple[str, ...], scratch: Path) -> dict[str, Any]:
-    """One run: what it wrote, or the words in which it refused."""
+    """One run: its written contents, or its error message."""
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         out = Path(place, "out")
         began = time.perf_counter()
@@ -230,7 +230,7 @@ def quantized(worker: Worker, tree: Tree, model: str, options: tuple[str, ...], 
 def remembered(
     cache: Path, worker: Worker, tree: Tree, model: str, options: tuple[str, ...], scratch: Path
 ) -> dict[str, Any]:
-    """The same, from the cache if this very command was run before with the same libraries."""
+    """As `quantized`, from the cache if the same command was run before with the same libraries."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", "tokenizers", "numpy")}
     key = {"model": model, "options": options, "python": platform.python_version(), **libraries}
     path = cache / f"{digest(json.dumps(key, sort_keys=True).encode())}.json"
@@ -246,7 +246,7 @@ def remembered(
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Each difference between two runs in a line: files, and what in them."""
+    """Each difference between two runs in a line: files, and the parts of them that differ."""
     for word in ("failed", "refused"):
         if word in old or word in new:
             if old.get(word) != new.get(word):
@@ -274,7 +274,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 @dataclass
 class Verdict:
-    """One line of the table."""
+    """One row of the table."""
 
     model: str
     case: str
@@ -284,11 +284,11 @@ class Verdict:
 
 
 def judge(model: str, case: Case, old: dict[str, Any], new: dict[str, Any]) -> Verdict:
-    """What two runs of one case say."""
+    """The verdict on the two runs of a case."""
     found = list(differences(old, new))
     result = "equal" if "files" in new else "both refuse"
     if found:
-        # A static scale may change, or a file that holds one; that a run is now refused or fails may not.
+        # A static scale, or a file with one, may change; but a run must not newly fail or be refused.
         expected = bool(case.expected) and "files" in old and "files" in new
         result = "differs, as expected" if expected else "DIFFERS"
     return Verdict(model, case.name, result, new["seconds"], found)
@@ -298,15 +298,17 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", nargs="?", default="b293604", metavar="REV", help="the commit before")
-    parser.add_argument("--work", type=Path, help="where REV's tree and hashes are kept; a temporary folder by default")
+    parser.add_argument("--work", type=Path, help="folder for REV's tree and hashes; temporary by default")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="holds models/ and data/")
     parser.add_argument(
         "--only", nargs="+", metavar="GLOB", default=["*"], help="cases whose name matches one of these"
     )
     parser.add_argument("--models", nargs="+", default=["demo", "books8m"], choices=["demo", "books8m"])
-    parser.add_argument("--iterations", type=int, default=20, help="steps of signround, whose 300 would take hours")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="steps of signround, as the default 300 would take hours"
+    )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--baseline", action="store_true", help="only fill the cache with what REV writes")
+    parser.add_argument("--baseline", action="store_true", help="only fill the cache with REV's results")
     parser.add_argument("-o", type=Path, help="write all verdicts here, as JSON")
     args = parser.parse_args()
     shared = args.shared.resolve()
@@ -314,7 +316,7 @@ def main() -> None:
     if not text.exists():
         parser.error(f"{text} is missing: --shared FOLDER says where models and texts are")
     places = {"demo": "demo", "books8m": str(shared / "models" / "books8m")}
-    # Wider than a redirected output's 80, which would cut the names of cases.
+    # Redirected output has 80 columns, which would truncate the names of cases.
     console = Console(width=None if sys.stdout.isatty() else 160)
 
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.workers) as pool:

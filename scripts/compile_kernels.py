@@ -1,13 +1,13 @@
-"""Compile every Triton kernel for GPUs that are not here, and list what the machine code uses.
+"""Compile every Triton kernel without a GPU, and list the resources that the machine code uses.
 
     python scripts/compile_kernels.py --keep build/compiled.jsonl      everything: some hours on two cores; resumes
     python scripts/compile_kernels.py --match 'few_rows 4 bits' --targets cuda:90
     python scripts/compile_kernels.py --sample                         a few of each kernel, as the tests do
 
-`llmq_kernels.triton.variants` says what is launched in every configuration that the rule reaches, by the very functions
-that build a launch; each is compiled for its target. For NVIDIA, registers and stack are cuobjdump's, and
-instructions are counted in its disassembly; for AMD they are the assembly's own remarks. Neither needs a driver.
-Exits with 1 if a kernel does not compile or keeps anything of its own in memory (a spill).
+`llmq_kernels.triton.variants` lists the launches of every configuration that the rule can select, made by the same
+functions as real launches; each is compiled for its target. For NVIDIA, registers and stack are from cuobjdump, and
+instructions are counted in its disassembly; for AMD they are from the assembly's remarks. Neither needs a driver. Exits
+with 1 if a kernel does not compile or spills registers to memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ POINTED |= {"int32": "i32"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel came to. wide: 16-byte loads from global memory; converts: integers made floats one by one."""
+    """The result for one kernel. wide: 16-byte loads from global memory; converts: integer-to-float conversions of
+    single values.
+    """
 
     kernel: str
     name: str
@@ -55,14 +57,14 @@ class Compiled:
 
 @functools.cache
 def variants() -> list[Any]:
-    """Everything that is launched, in an order that is the same in every process."""
+    """All launches, in the same order in every process."""
     from llmq_kernels.triton.variants import variants as found
 
     return list(found())
 
 
 def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[int]:
-    """Numbers of variants. A sample is the largest of each kernel, bits, group and target."""
+    """Indices of variants. A sample is the largest of each kernel, bits, group and target."""
     kept: dict[tuple[str, str], tuple[int, int]] = {}
     for number, variant in enumerate(variants()):
         if variant.target not in targets or not re.search(match, variant.name):
@@ -80,21 +82,21 @@ def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[int]:
 
 
 def kernel_name(variant: Any) -> str:
-    """Of the function."""
+    """The name of the kernel's function."""
     return str(variant.launch.kernel.__name__).removesuffix("_kernel")
 
 
 def compile_one(number: int) -> Compiled:
-    """Compile a variant and read what it became."""
+    """Compile a variant and read the resources that it uses."""
     variant = variants()[number]
     kernel, name, target = kernel_name(variant), variant.name, variant.target
     try:
         made = build(variant)
-        if "@llvm.trap()" in made.asm["llir"]:  # what Triton makes of a kernel that needs more tensor memory than is
+        if "@llvm.trap()" in made.asm["llir"]:  # the result if a kernel needs more tensor memory than there is
             raise ValueError("compiled to a trap")
         found = nvidia(made.asm["cubin"]) if target.startswith("cuda:") else amd(made.asm["amdgcn"])
         return Compiled(kernel, name, target, shared=made.metadata.shared, **found)
-    except Exception as error:  # noqa: BLE001  (a compiler raises anything; it is reported, and counts as a failure)
+    except Exception as error:  # noqa: BLE001  (a compiler may raise anything; it is reported as a failure)
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return Compiled(kernel, name, target, error=lines[-1].strip()[:200])
 
@@ -126,7 +128,7 @@ def build(variant: Any) -> Any:
 
 
 def type_of(value: Any) -> str | None:
-    """Triton's type of an argument, as its launcher finds it; None for a tensor that is not there."""
+    """Triton's type of an argument, as its launcher determines it; None for a missing tensor."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -137,14 +139,14 @@ def type_of(value: Any) -> str | None:
 
 
 def divisible(value: Any) -> bool:
-    """What Triton's launcher makes a kernel of its own for: torch aligns every tensor, and sizes may be multiples."""
+    """Whether Triton's launcher specializes a kernel for the argument: tensors (torch aligns them), multiples of 16."""
     import torch
 
     return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
 
 
 def nvidia(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and instructions of a cubin. Raises OSError where triton came without cuobjdump."""
+    """Registers, stack and instructions of a cubin. Raises OSError if triton was installed without cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -155,7 +157,7 @@ def nvidia(cubin: bytes) -> dict[str, int]:
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise OSError(f"cuobjdump does not say what registers are used: {usage[:100]}")
+        raise OSError(f"cuobjdump's output has no register counts: {usage[:100]}")
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", sass)
     loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
     return {
@@ -169,7 +171,7 @@ def nvidia(cubin: bytes) -> dict[str, int]:
 
 
 def amd(assembly: str) -> dict[str, int]:
-    """The same of AMD's assembly."""
+    """The same for AMD's assembly."""
     said = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     loads = re.findall(r"^\s+((?:global|buffer)_load_\w+)", assembly, re.MULTILINE)
     return {
@@ -183,14 +185,14 @@ def amd(assembly: str) -> dict[str, int]:
 
 
 def kept(file: Path | None) -> list[Compiled]:
-    """What an earlier run left in a file of JSON lines."""
+    """The results of an earlier run in a file of JSON lines."""
     if file is None or not file.is_file():
         return []
     return [Compiled(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def table(rows: list[Compiled]) -> str:
-    """The worst of each kernel and target, one line each."""
+    """The worst values of each kernel and target, one line each."""
     titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
     head = f"{'kernel':14} {'target':11} {titles}"
     lines = [head, "-" * len(head)]
@@ -207,21 +209,21 @@ def table(rows: list[Compiled]) -> str:
 
 
 def main() -> int:
-    """Compile what the arguments say; 1 if anything spills or fails."""
+    """Compile the selected variants; returns 1 if any spills or fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
     parser.add_argument("--sample", action="store_true", help="the largest of each kernel, bit width, group and target")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--keep", type=Path, help="a file of JSON lines: what it has is not compiled again")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
+    parser.add_argument("--keep", type=Path, help="a file of JSON lines: variants in it are not compiled again")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no compilation after this time")
     parser.add_argument("--verbose", action="store_true", help="print a line for each variant")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile; unset it")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample))
-    # In no order, so that what a time limit leaves is a fair sample.
+    # In random order, so that a run with a time limit covers a representative sample.
     random.Random(0).shuffle(todo)
     wanted = {(variants()[number].name, variants()[number].target): number for number in todo}
     rows = [row for row in kept(arguments.keep) if (row.name, row.target) in wanted]

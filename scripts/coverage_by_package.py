@@ -1,9 +1,9 @@
-"""The share of lines that the tests ran, by package and folder. `make coverage` prints it.
+"""The percentage of lines that the tests ran, by package and folder; printed by `make coverage`.
 
     python -m pytest -n 2 --cov --cov-report=json:build/coverage.json
     python scripts/coverage_by_package.py build/coverage.json
 
-Only files that the tests' own processes could run are counted; what they start by `python -m` is not.
+Only lines run by the test processes themselves are counted, not those of programs that they start by `python -m`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 
 def folder_of(file: str) -> str:
-    """llmq/methods/gptq.py → llmq/methods; what lies deeper counts for the same folder."""
+    """llmq/methods/gptq.py → llmq/methods; files in subfolders count for the same folder."""
     parts = PurePosixPath(file).parts
     depth = 1 + next(i for i, part in enumerate(parts) if part in {"llmq", "llmq_kernels", "llmq_eval"})
     return "/".join(parts[: min(depth + 1, len(parts) - 1)])

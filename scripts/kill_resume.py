@@ -1,10 +1,10 @@
-"""Kill a run at random moments, resume it each time, and compare the result with an unbroken run, byte for byte.
+"""Kill a run at random moments, resume it each time, and compare the result with an uninterrupted run, byte for byte.
 
     python scripts/kill_resume.py --kills 20 demo
     python scripts/kill_resume.py --kills 3 MODEL --group-size 128 --samples 4 --seqlen 256
 
-Everything after MODEL goes to `llmq quantize`. Each kill is SIGKILL after a random share of an unbroken run's time;
-when a run ends before its kill, the result is compared and a new folder is begun. The verdict is printed last.
+Everything after MODEL goes to `llmq quantize`. Each kill is SIGKILL after a random fraction of an uninterrupted run's
+time; if a run ends before its kill, its result is compared and a new folder is started. The verdict is printed last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIFFER = {"report.json", "report.html", "README.md"}
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file that must not depend on how often the run was broken."""
+    """sha256 of every file that must not depend on interruptions."""
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in folder.iterdir()
@@ -33,7 +33,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """An unbroken run, then the broken ones."""
+    """An uninterrupted run, then the killed ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

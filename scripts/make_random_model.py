@@ -1,9 +1,9 @@
-"""Write a random model of a given shape, shard by shard, in the memory of one decoder block.
+"""Write a random model of a given shape, shard by shard, with only one decoder block in memory.
 
     python scripts/make_random_model.py OUT --shape llama-2-7b      13.5 GB of bf16 in 33 shards
 
-The weights are normal with the usual 0.02 spread, the norms are 1: good for memory, speed and faults, not for accuracy.
-The tokenizer is the demo model's (its ids are valid in any larger vocabulary).
+The weights are normal with the usual standard deviation of 0.02, norms are 1: for tests of memory, speed and errors,
+not of accuracy. The tokenizer is the demo model's (its ids are valid in any larger vocabulary).
 """
 
 from __future__ import annotations

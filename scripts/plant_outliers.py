@@ -1,11 +1,12 @@
-"""Rewrite a trained model into an exactly equivalent one with outlier channels, and see what each method makes of it.
+"""Rewrite a trained model into an equivalent one with outlier channels, and compare how methods handle them.
 
     python scripts/plant_outliers.py MODEL CALIBRATION.txt HELDOUT.txt [--channels 4] [--windows 50]
 
-In each pair of each block (a norm and what follows it, values and their projection …) a few channels are made 32 or 64
-times as large, and what they meet that much smaller: powers of two, so no bit of the function changes. Then the model,
-and its original, are quantized to W8A8 (int8 weights per channel, int8 activations per token, as stock transformers
-runs them) by each method: perplexity, and how much of what plain W8A8 lost is recovered.
+In each scale pair of each block (a norm and the matrices after it, values and their projection …) a few channels are
+multiplied by 32 or 64, and the weights that consume them divided by it: powers of two, so the model's output does not
+change by a bit. The model and its original are then quantized to W8A8 (int8 weights per channel, int8 activations per
+token, as in stock transformers) by each method. Reported are the perplexity and how much of plain W8A8's loss is
+recovered.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FACTORS = torch.tensor([32.0, 64.0])
 
 
 def plant(source: Path, out: Path, channels: int, seed: int = 0) -> int:
-    """Write the model with `channels` outliers in every pair; returns how many pairs there are."""
+    """Write the model with `channels` outliers in every pair; returns the number of pairs."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     draw = torch.Generator().manual_seed(seed)
     planted = 0

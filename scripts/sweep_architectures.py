@@ -1,8 +1,8 @@
 """Try every causal-LM type of transformers on a tiny random checkpoint, and write docs/architectures.md.
 
-For each type: make it, hold discovery against an ordinary forward pass, quantize it to 4 bits with GPTQ, load the
-result with stock transformers, and compare its logits with those of the source model given llmq's weights from memory.
-Results are kept in a JSON file, so that `--failed` or `--only TYPE` runs no more than it must.
+For each type: create it, compare discovery with an ordinary forward pass, quantize it to 4 bits with GPTQ, load the
+result with stock transformers, and compare its logits with those of the source model with llmq's weights from memory.
+Results are kept in a JSON file, so that `--failed` or `--only TYPE` runs only those types.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ This page is written by `scripts/sweep_architectures.py`.
 
 **works**: the plan was made, GPTQ wrote 4-bit weights (group size 32, one scale per row where 32 does not divide the
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
-most 1e-3, float32). Before that, discovery was held against an ordinary forward pass: as many blocks as the
-configuration has layers, each block replayed alone gives its own output, and every Linear called in a block is known.
-**refused**: `llmq plan` says so before any work. **fails**: anything else.
+most 1e-3, float32). Before that, discovery was compared with an ordinary forward pass: it found as many blocks
+as the configuration has layers, each block run alone gave the same output, and no Linear called in a block was missed.
+**refused**: `llmq plan` refuses it before any work. **fails**: anything else.
 **not built**: transformers could not make a tiny model of the type.
 
 {counts}
@@ -43,7 +43,7 @@ configuration has layers, each block replayed alone gives its own output, and ev
 
 
 def check(name: str) -> dict[str, Any]:
-    """One type, from nothing to a line of the table."""
+    """Check one type; returns its row of the table."""
     import checks
     import tiny
     import torch
@@ -57,7 +57,7 @@ def check(name: str) -> dict[str, Any]:
             tiny.make(name, source)
             real = checks.stock(source)
             before = checks.logits(real, tiny.tokens())
-        except Exception as error:  # whatever a model's code raises
+        except Exception as error:  # a model's code may raise anything
             return row | {"words": first_line(error)}
         row["kind"] = "experts" if checks.is_mixture(real) else "dense"
         if not bool(torch.isfinite(before).all()):
@@ -70,7 +70,7 @@ def check(name: str) -> dict[str, Any]:
             done = checks.quantized(source, out, tiny.tokens(8, 64, seed=2), tiny.tokens())
         except llmq.LlmqError as error:
             return row | {"result": "refused", "words": str(error)}
-        except Exception as error:  # the table says what happened; the next type goes on
+        except Exception as error:  # shown in the table; the other types continue
             return row | {"result": "fails", "words": first_line(error)}
     row |= {"share": done.share, "error": done.error, "moved": done.moved}
     if not done.error <= 1e-3:
@@ -85,7 +85,7 @@ def first_line(error: BaseException) -> str:
 
 
 def serve(pipe: Connection) -> None:
-    """A worker: type names in, rows out. Its standard error is progress bars and warnings, and goes nowhere."""
+    """A worker: receives type names, sends rows. Its standard error (progress bars and warnings) is discarded."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import torch
     import transformers
@@ -99,13 +99,13 @@ def serve(pipe: Connection) -> None:
 
 
 class Worker:
-    """A process that checks one type after another, and is started anew when one hangs or dies."""
+    """A process that checks one type after another, and is restarted if it hangs or dies."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begin with a fresh process, its imports done."""
+        """Start a new process, which imports all modules."""
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other,), daemon=True)
@@ -131,7 +131,7 @@ class Worker:
 
 
 def sweep(names: list[str], workers: int, limit: float, rows: dict[str, dict[str, Any]], cache: Path) -> None:
-    """Check the types on a few processes; each row is kept as soon as it is there."""
+    """Check the types on a few processes; each row is saved as soon as it is finished."""
     todo, lock = list(reversed(names)), threading.Lock()
 
     def work() -> None:
@@ -182,7 +182,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", metavar="TYPE", help="these types")
-    parser.add_argument("--failed", action="store_true", help="the types that did not work last time, and new ones")
+    parser.add_argument(
+        "--failed", action="store_true", help="the types that did not work in the last run, and new ones"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=60, help="seconds for one type")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "architectures.json")

@@ -1,8 +1,8 @@
 """Find the scale pairs of every causal-LM type of transformers on a tiny random checkpoint, and apply them all.
 
-For each type: find the pairs with random parameters on the model without memory, then give every pair of every block a
-new random scale in the checkpoint as stock transformers loads it (and a random shift where one is possible), and
-compare its logits. Mixtures of experts, which `llmq plan` refuses, are tried all the same.
+For each type: find the pairs with random parameters on the model on the meta device, then apply a new random scale (and
+a random shift if possible) to every pair of every block of the checkpoint in stock transformers, and compare its
+logits. Mixtures of experts, which `llmq plan` refuses, are included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = 1e-4
 
 
 def check(name: str) -> dict[str, Any]:
-    """One type, from nothing to a line of the table."""
+    """Check one type; returns its row of the table."""
     import checks
     import tiny
     import torch
@@ -42,7 +42,7 @@ def check(name: str) -> dict[str, Any]:
             real = checks.stock(source)
             before = checks.logits(real, tiny.tokens())
             assert bool(torch.isfinite(before).all())
-        except Exception as error:  # whatever a model's code raises
+        except Exception as error:  # a model's code may raise anything
             return row | {"words": first_line(error)}
         row["kind"] = "experts" if checks.is_mixture(real) else "dense"
         try:
@@ -56,7 +56,7 @@ def check(name: str) -> dict[str, Any]:
             found = pairs.find_in(model, path)
         except llmq.LlmqError as error:
             return row | {"result": "refused", "words": str(error)}
-        except Exception as error:  # the table says what happened; the next type goes on
+        except Exception as error:  # shown in the table; the other types continue
             return row | {"result": "fails", "words": first_line(error)}
     row |= checks.pairs_applied(real, found, before, tiny.tokens())
     row["result"] = "unchanged" if row["error"] <= LIMIT else "CHANGED"
@@ -73,7 +73,7 @@ def first_line(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """A worker's standard error is progress bars and warnings, and goes nowhere."""
+    """Discard a worker's standard error (progress bars and warnings)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import torch
     import transformers
@@ -103,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     having = sum(row["result"] == "unchanged" and row["pairs"] > 0 for row in rows)
     text = HEAD.format(having=having, counts=", ".join(f"{n} {word}" for word, n in count.items()))
-    text += "| type | kind | pairs | shiftable | tried in vain | logits moved by |\n|---|---|---|---|---|---|\n"
+    text += "| type | kind | pairs | shiftable | without a pair | logits moved by |\n|---|---|---|---|---|---|\n"
     for row in rows:
         words = f"{row['error']:.1e}" if "error" in row else f"{row['result']}: {row['words'][:120]}".replace("|", "/")
         cells = [row["type"], row.get("kind", ""), row["pairs"], row.get("shiftable", ""), row["rejected"], words]

@@ -1,9 +1,9 @@
-"""Train the demo model from nothing into ``llmq/demo/``: about half an hour on two cores.
+"""Train the demo model from scratch and write it to ``llmq/demo/``: about half an hour on two cores.
 
-The text comes from ``llmq.demo`` (what every CPython carries), its held-out modules excluded. A byte-level BPE is
-trained first, then a small Llama with tied embeddings on packed windows: Muon for the matrices (torch 2.9 or later) and
-AdamW for the rest, a cosine, bf16 autocast. Docstrings and the language reference are repeated in the mix so that prose
-is not drowned by code.
+The text is that of ``llmq.demo`` (part of every CPython), without the held-out modules. A byte-level BPE is trained
+first, then a small Llama with tied embeddings on packed windows: Muon for the matrices (torch 2.9 or later) and AdamW
+for the rest, a cosine, bf16 autocast. Docstrings and the language reference are repeated so that there is enough prose
+beside the code.
 
 The last line is the number of parameters, the held-out perplexity of the saved bf16 model, and a greedy continuation.
 """
@@ -34,7 +34,7 @@ PROMPT = "The for statement is used to"
 
 
 def load_demo() -> ModuleType:
-    """``llmq.demo`` by its path: importing the toolkit to train a model that it ships would be a circle."""
+    """``llmq.demo``, loaded by its path, because the toolkit cannot be imported without the model that it ships."""
     spec = importlib.util.spec_from_file_location("demo", ROOT / "llmq" / "demo" / "__init__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -123,7 +123,7 @@ def learning_rate(step: int, progress: float, peak: float, warmup: int = 40) -> 
 
 
 def compile_in_turn(objective: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, rank: int) -> None:
-    """Rank 0 compiles, the others then find the result in the inductor's cache."""
+    """Rank 0 compiles first; the others then use the inductor's cache."""
     if rank != 0:
         dist.barrier()
     objective(ids).backward()
@@ -132,7 +132,7 @@ def compile_in_turn(objective: Callable[[torch.Tensor], torch.Tensor], ids: torc
 
 
 def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.Namespace) -> None:
-    """One of ``args.workers`` single-threaded processes: gradients are averaged once a step, rank 0 saves the model.
+    """One of ``args.workers`` single-threaded processes: gradients are averaged in every step, rank 0 saves the model.
 
     Processes rather than threads: a step has hundreds of small parallel regions, and on a busy machine the barrier
     after each costs more than the region.
@@ -144,10 +144,10 @@ def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     parameters = matrices + others
-    for block in model.model.layers:  # blocks begin as the identity: the first steps train the embedding
+    for block in model.model.layers:  # blocks start as the identity: the first steps train the embedding
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
-    # Half an hour is short: AdamW alone took three times the tokens to the same loss (4.9), measured once.
+    # Muon because time is short: AdamW alone needed three times the tokens for the same loss (4.9), measured once.
     optimizers = [
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -162,7 +162,7 @@ def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.
         loss = objective(next(source).chunk(args.workers)[rank])
         loss.backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # Loss and clock ride along, so that every rank reads the same and stops at the same step.
+        # Loss and elapsed time are reduced too, so that every rank has the same values and stops at the same step.
         clock = max((time.time() - began) / 60 / args.minutes, (step + 1) / args.steps)
         flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([loss.item(), clock])])
         dist.all_reduce(flat)
@@ -190,7 +190,9 @@ def worker(rank: int, config: LlamaConfig, stream: torch.Tensor, args: argparse.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ROOT / "llmq" / "demo")
-    parser.add_argument("--minutes", type=float, default=27, help="the schedule ends here, or at --steps if sooner")
+    parser.add_argument(
+        "--minutes", type=float, default=27, help="length of the schedule, unless --steps ends it sooner"
+    )
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes, one per core")
     parser.add_argument("--batch", type=int, default=2, help="windows per worker and step")

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity. Sees models only through `from_pretrained`, so it can measure any tool's output."""
+"""Evaluation of models. They are loaded only through `from_pretrained`, so any tool's output can be measured."""
 
 from llmq_eval.perplexity import Perplexity, perplexities, perplexity
 

@@ -1,4 +1,4 @@
-"""Models side by side: what each lost against its base, and which differences are more than noise."""
+"""Compare models: the loss of each against its base, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmq_eval.intervals import LEVEL, Test, holm, paired, unpaired
 from llmq_eval.results import Measure, Results
 
 UNTESTED = ("lost", "gained")
-"""Parts of what 'top1' says already: more tests of the same would only make every test weaker."""
+"""Parts of 'top1': testing them too would only weaken all tests, because of the correction for multiple tests."""
 Key = tuple[str, str, str]
 """Task, metric, protocol."""
 Table = Mapping[Key, Sequence[Measure | None]]
@@ -27,9 +27,9 @@ Table = Mapping[Key, Sequence[Measure | None]]
 class Contrast:
     """One model against another on one measure, by one protocol and over the same documents or windows.
 
-    first, second: indices into `Comparison.models`. difference: first minus second, in the measure's unit, with its
-    95 % interval (not for speeds, which come in no pairs). p: of the two-sided test, p_adjusted: after Holm, over its
-    family (all differences to the base, or all between the others). test: 'paired t', 'exact McNemar' or
+    first, second: indices into `Comparison.models`. difference: first minus second, in the measure's unit, with its 95
+    % interval (not for speeds, which are not paired). p: of the two-sided test, p_adjusted: after Holm's correction
+    over its family (all differences to the base, or all between other models). test: 'paired t', 'exact McNemar' or
     'Mann-Whitney'; verdict: 'better', 'worse' (of the first) or 'within noise'.
     """
 
@@ -49,7 +49,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's number: measure is None where it was not measured; recovery in % of the base (100 is no loss)."""
+    """One model's number: measure is None if it was not measured; recovery in % of the base (100 is no loss)."""
 
     measure: Measure | None
     recovery: float | None = None
@@ -60,7 +60,7 @@ class Cell:
 class Line:
     """One measure of all the models by one protocol: cells in the order of `Comparison.models`.
 
-    number: of the protocol among `Comparison.protocols`, from 1; only: the measure has no other.
+    number: of the protocol among `Comparison.protocols`, from 1; only: whether it is the measure's only protocol.
     """
 
     task: str
@@ -74,14 +74,14 @@ class Line:
 
     @property
     def title(self) -> str:
-        """'hellaswag acc', 'perplexity:demo [2]': with the protocol's number where the measure has several lines."""
+        """'hellaswag acc', 'perplexity:demo [2]': with the protocol's number if the measure has several lines."""
         name = self.task if self.task.partition(":")[0] == self.metric else f"{self.task} {self.metric}"
         return name if self.only else f"{name} [{self.number}]"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the plane of size and damage; front: no other is both smaller and closer to the base."""
+    """A model in the plot of size against KL; front: no other model is both smaller and closer to the base."""
 
     model: int
     bytes: int
@@ -94,7 +94,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """models: names, unique, the base first where it is among them; base: its index. notes: what a reader must know."""
+    """models: unique names, the base first if it is one of them; base: its index. notes: remarks for the reader."""
 
     models: tuple[str, ...]
     base: int | None
@@ -106,7 +106,7 @@ class Comparison:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Each once, in the order of the lines."""
+        """All protocols, once each, in the order of the lines."""
         return tuple(dict.fromkeys(line.protocol for line in self.lines))
 
     def line(self, one: Contrast) -> Line:
@@ -132,16 +132,16 @@ def comparison(results: Sequence[Results]) -> Comparison:
         of[base] = ordered[base].model
         for one, other in zip(ordered, of, strict=True):
             if _differ(other, of[base]):
-                notes.append(f"{one.name} has another base ({other}): it is not related to {ordered[base].name}")
+                notes.append(f"{one.name} has another base ({other}): it is not compared with {ordered[base].name}")
     elif len(known) > 1:
-        notes.append(f"the models have different bases ({', '.join(sorted(known))}): nothing is related to a base")
+        notes.append(f"the models have different bases ({', '.join(sorted(known))}): no model is compared with a base")
     else:
         wanted = sorted(known)
         what = f"{wanted[0]} is not among the results" if wanted else "none was given to `llmq eval`"
         notes.append(f"without a base ({what}) there is no recovery")
     keys = list(dict.fromkeys(measure.key for one in ordered for measure in one.measures))
     first = {key[:2]: number for number, key in reversed(list(enumerate(keys)))}
-    # The protocols of one measure stand below each other.
+    # Lines of one measure with different protocols are next to each other.
     keys.sort(key=lambda key: first[key[:2]])
     table = {key: [one.find(*key) for one in ordered] for key in keys}
     numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(key[2] for key in table), 1)}
@@ -178,7 +178,7 @@ def _key(one: Line | Contrast) -> Key:
 
 
 def _apart(task: str, metric: str, table: Table) -> list[str]:
-    """The protocols of a measure, if some model was measured by one and not by another."""
+    """The protocols of a measure, if not all models were measured by the same ones."""
     rows = {key[2]: row for key, row in table.items() if key[:2] == (task, metric)}
     measured = [any(of) for of in zip(*rows.values(), strict=True)]
     whole = all(cell or not there for row in rows.values() for cell, there in zip(row, measured, strict=True))
@@ -192,10 +192,10 @@ def _contrasts(table: Table, base: int | None, of: Sequence[str | None]) -> tupl
         if metric in UNTESTED:
             continue
         for i, j in combinations(range(len(row)), 2):
-            # The base comes first in the table and second in a difference, which is what a model lost.
+            # The base is the first model of the table, but the second one of a difference (model minus base).
             first, second = (j, i) if i == base else (i, j)
             one, other = row[first], row[second]
-            # A divergence is from the base that it names; another number is held against the model's.
+            # A divergence names its own base; other measures are compared with the model's base.
             bases = (one and one.base or of[i], other and other.base or of[j])
             if _differ(*bases) and (second == base or task.startswith("divergence")):
                 continue
@@ -228,7 +228,7 @@ def _contrast(one: Measure, other: Measure, first: int, second: int) -> Contrast
             return None
         difference, low, high = tested.difference, tested.low, tested.high
         if one.metric == "perplexity":
-            # The samples are logarithms: a difference of theirs is a ratio of perplexities.
+            # The samples are logarithms: their difference is the logarithm of a ratio of perplexities.
             difference, low, high = (other.value * math.expm1(min(x, 700.0)) for x in (difference, low, high))
     assert tested is not None
     return Contrast(*one.key, first, second, difference, low, high, tested.p, None, tested.name, "")
@@ -265,9 +265,9 @@ def _lines(
 
 
 def _pareto(results: Sequence[Results], table: Table, base: int | None, of: Sequence[str | None]) -> tuple[Point, ...]:
-    """The models in the plane of size and KL, which is from one base; that is there with a KL of 0.
+    """The models' sizes and KL from a common base, which is included with a KL of 0.
 
-    KL by one protocol: the one that most models have.
+    Only one protocol of KL is used: the one that most models have.
     """
     known = None if base is None else results[base].model
     rows = [

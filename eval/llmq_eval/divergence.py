@@ -1,9 +1,9 @@
-"""How far a model has moved from its base: what shows damage long before accuracy moves.
+"""Divergence of a model from its base, which shows damage long before task accuracy changes.
 
-Of every predicted position of the windows: KL(base ‖ model) in nats, whether both have the same most likely token, and
-whether the text's own token was the most likely one of the base and of the model (a flip where they differ). The
-logits of both are taken to float64. Nothing but one batch of logits of each model is in memory; where the two models do
-not fit together, the base's log-probabilities wait on disk.
+For every predicted position of the windows: KL(base ‖ model) in nats, whether both have the same most likely token, and
+whether the text's own token is the most likely one of the base and of the model (a flip if only of one). The logits of
+both are converted to float64. Only one batch of logits of each model is in memory; if the two models do not fit in
+memory together, the base's log-probabilities are stored on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmq_eval.perplexity import batches, progress_bar
 from llmq_eval.windows import Windows
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-_ROWS = 64  # positions taken to float64 at once: with a vocabulary of 128k, 64 MB for each of a few tensors
+_ROWS = 64  # positions converted to float64 at once: with a vocabulary of 128k, 64 MB for each of a few tensors
 
 LogProbs = Callable[[range], Tensor]
 """A batch of windows → the base's log-probabilities, [windows × (tokens − 1), vocabulary], on the model's device."""
@@ -36,9 +36,9 @@ LogProbs = Callable[[range], Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per window, in its order: mean KL in nats, shares of positions with the same top token, right in the base and
-    wrong in the model (lost), and the other way round (gained). quantiles: of the KL over all positions, as QUANTILES;
-    bounds: their 95 % intervals, from resampled windows; None for the largest, which has none.
+    """Per window, in order: mean KL in nats, and the fractions of positions with the same top token, with a top token
+    that is right in the base and wrong in the model (lost), and the opposite (gained). quantiles: of the KL over all
+    positions, at QUANTILES; bounds: their 95 % intervals, from resampled windows; None for the maximum.
     """
 
     kl: list[float]
@@ -63,9 +63,9 @@ def measure(
     progress: bool = True,
     journal: Journal | None = None,
 ) -> Divergence:
-    """The divergence of a loaded model from its base on the windows; what the journal holds is not measured again.
+    """The divergence of a loaded model from its base on the windows; windows in the journal are not measured again.
 
-    base_name, shown: which model that is, and the dtypes they run in, for the protocol.
+    base_name, shown: the base's name and the models' dtypes, for the protocol.
     Raises LlmqError if the two have different vocabularies, or the logits of either are not finite.
     """
     windows.check(model, folder)
@@ -98,13 +98,13 @@ def measure(
 
 
 def _piece(rows: Tensor) -> list[Any]:
-    """What the journal keeps of a window: four means, and every position's KL for the quantiles."""
+    """A window's journal entry: four means, and every position's KL for the quantiles."""
     each = base64.b64encode(rows[0].to(torch.float32).numpy().tobytes()).decode()
     return [*(float(row.mean()) for row in rows), each]
 
 
 def _rows(base: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """KL, same top token, lost, gained of each position: float64 [4, positions]."""
+    """KL, same top token, lost and gained of each position: float64 [4, positions]."""
     found = []
     for start in range(0, len(targets), _ROWS):
         part = slice(start, start + _ROWS)
@@ -112,14 +112,14 @@ def _rows(base: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         first, second = p.argmax(-1), q.argmax(-1)
         was, now = first == target, second == target
         terms = p.exp() * (p - q)
-        # A token of probability 0 in the base adds nothing, however the model sees it.
+        # A token of probability 0 in the base adds nothing, whatever its probability in the model.
         kl = torch.where(p == -torch.inf, 0.0, terms).sum(-1).clamp_min(0.0)
         found.append(torch.stack([kl, *((first == second).double(), (was & ~now).double(), (~was & now).double())]))
     return torch.cat(found, 1)
 
 
 def loaded(model: Any, windows: Windows, device: str) -> LogProbs:
-    """The base in memory beside the model: computed again for every batch."""
+    """The base's log-probabilities, computed for every batch by the base in memory."""
 
     def log_probs(span: range) -> Tensor:
         ids = windows.ids[span.start : span.stop].to(device)
@@ -133,7 +133,7 @@ def loaded(model: Any, windows: Windows, device: str) -> LogProbs:
 def stored(
     load: Callable[[], Any], windows: Windows, *, batch: int, device: str, folder: Path, progress: bool
 ) -> Iterator[LogProbs]:
-    """The base's log-probabilities in a temporary file of `folder`, float64, for when both models do not fit.
+    """The base's log-probabilities in a temporary file in `folder`, float64, if both models do not fit in memory.
 
     Raises LlmqError if the disk is too small for it.
     """
@@ -156,12 +156,12 @@ def stored(
                 bar.advance(task, len(span))
         del model, of
         gc.collect()
-        # What is read back is what was computed, bit for bit: the numbers are those of two models in memory.
+        # The file is bit for bit what was computed, so the results equal those with two models in memory.
         yield lambda span: torch.from_numpy(np.load(Path(place) / f"{span.start}.npy")).to(device)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """In float64, some rows at a time."""
+    """The log-softmax in float64, some rows at a time."""
     return torch.cat([logits[i : i + _ROWS].double().log_softmax(-1) for i in range(0, len(logits), _ROWS)])
 
 
@@ -171,7 +171,7 @@ def _check_disk(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise LlmqError(
-            f"the two models do not fit into memory together, and the base's log-probabilities need "
+            f"the two models do not fit in memory together, and the base's log-probabilities need "
             f"{needed / 2**30:.1f} GiB in {folder} where {free / 2**30:.1f} GiB are free: lower --max-windows, or give "
             "another --out"
         )

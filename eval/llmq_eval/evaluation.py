@@ -1,7 +1,7 @@
-"""One whole evaluation: models × tasks, each task cached by fingerprint and resumed where it was broken off.
+"""One whole evaluation: models × tasks; each task's results are cached by fingerprint, and interrupted tasks resume.
 
-Under `out`: results/ has one file per model, cache/ each task's measures by a hash of the model's files, the protocol
-and the versions, beside it the journal of a task that is not finished, tasks/ the task files made from local data.
+Under `out`: results/ has one file per model; cache/ has each task's measures, keyed by a hash of the model's files, the
+protocol and the versions, and the journals of unfinished tasks; tasks/ has the task files made from local data.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from llmq_eval.windows import Windows
 def evaluate(
     models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None] = lambda _: None
 ) -> list[Results]:
-    """Measure models, and the base beside them, by the same protocols; what is cached is not measured again.
+    """Measure models and their base by the same protocols; cached measures are not measured again.
 
-    The results hold what this call asked for; the files under `out` keep what was measured before as well. The base is
-    compared with itself only where `models` names it. note: is told what a user may want to know.
-    Raises LlmqError for unknown tasks, a device that is not there, models that do not load, or texts and documents that
-    cannot be had.
+    The returned results hold the requested tasks only; the files under `out` also keep earlier measures. The base is
+    compared with itself only if `models` names it. note: is called with notes for the user. Raises LlmqError for
+    unknown tasks, a missing device, models that do not load, or unavailable texts and documents.
     """
     return _Evaluation(models, base, options, note).run()
 
@@ -60,7 +59,7 @@ class _Evaluation:
             raise LlmqError("divergence is measured against another model, the unquantized one: give it as --base")
         trust = options.trust_remote_code
         given = [Subject.of(name, trust_remote_code=trust) for name in models]
-        # One model may be named in two ways.
+        # Two names may mean the same model.
         self.subjects = list({subject.label: subject for subject in reversed(given)}.values())[::-1]
         self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
         known = [subject.label for subject in self.subjects]
@@ -70,7 +69,7 @@ class _Evaluation:
         self.windows = {name: self._cut(name) for name in own if name.partition(":")[0] in ("perplexity", "divergence")}
 
     def _cut(self, task: str) -> Windows:
-        """The windows of a task's text, the same for every model."""
+        """The windows of a task's text, which are the same for every model."""
         o = self.options
         return windows.cut(
             [subject.folder for subject in self.all],
@@ -93,17 +92,17 @@ class _Evaluation:
                     if name.startswith("divergence") and subject not in self.subjects:
                         continue
                     found = found.with_measures(self._task(subject, name, models))
-                    # Saved after each task: what is finished is there, whatever happens to the next.
+                    # Saved after each task, so that finished tasks are kept if a later one fails.
                     found.keep(self.options.out, self.note)
                 models.drop(subject)
                 done.append(found)
         return done
 
     def _start(self, subject: Subject) -> Results:
-        """Results of this model in these versions, empty as yet."""
+        """Empty results of this model with the current versions."""
         _, nbytes, bits = subject.weights
         used = versions(*(["lm_eval"] if self.tasks else []))
-        # The version of lm-eval is in the protocols of its numbers.
+        # The version of lm-eval is part of its tasks' protocols.
         fingerprint = subject.fingerprint + key({n: v for n, v in used.items() if n != "lm_eval"})[:4]
         base = None if self.base is None else self.base.label
         return Results(subject.label, base, nbytes, bits, used, machine(self.options.device), fingerprint)
@@ -116,13 +115,13 @@ class _Evaluation:
             forget(file, journal)
         held = measures.read(file)
         if held is not None:
-            self.note(f"{subject.given} {name}: measured before, taken from {file} (--fresh measures again)")
-            # The same base may have been given by another path then.
+            self.note(f"{subject.given} {name}: measured before, read from {file} (--fresh measures again)")
+            # The cached measures may name the same base by another path.
             of = None if self.base is None else self.base.label
             return [replace(measure, base=of) if measure.base else measure for measure in held]
         with Journal(journal) as pieces:
             if pieces.done:
-                self.note(f"{subject.given} {name}: going on from {len(pieces.done)} finished pieces")
+                self.note(f"{subject.given} {name}: resuming after {len(pieces.done)} finished pieces")
             found = self._measure(subject, name, kind, models, pieces)
             write(file, measures.to_json(found))
             pieces.remove()
@@ -179,7 +178,10 @@ class _Evaluation:
             if models.fit(self.base, subject):
                 base = divergence.loaded(models.get(self.base, keep=True), cut, self.place)
             else:
-                self.note(f"{subject.given} and its base do not fit into memory together: the base's part goes to disk")
+                self.note(
+                    f"{subject.given} and its base do not fit in memory together: the base's log-probabilities are "
+                    "stored on disk"
+                )
                 models.drop()
                 reference = self.base
                 make_folder(o.out)
@@ -201,7 +203,7 @@ class _Evaluation:
         return measures.divergence(cut.key, found, self.base.label)
 
     def _speed(self, subject: Subject, models: Models) -> speed.Speed:
-        """Once for both tasks, in a process of its own; no other model is in memory meanwhile."""
+        """Measured once for both tasks, in a separate process, while no other model is in memory."""
         o = self.options
         models.drop()
         models.check(subject)
@@ -220,7 +222,7 @@ class _Evaluation:
 
 
 def _whole(name: str, text: str) -> str:
-    """A task's name with its text: two ways to name one task are one."""
+    """A task's full name, with its text, so that each task has a single name."""
     kind, colon, given = name.partition(":")
     if kind not in ("perplexity", "divergence"):
         return name

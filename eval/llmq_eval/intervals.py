@@ -1,4 +1,4 @@
-"""95 % intervals of what is measured, and paired tests between two models on the same windows or documents."""
+"""95 % intervals of measures, and paired tests between two models on the same windows or documents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Test:
 
 
 def mean(samples: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The mean and its interval by Student's t; without an interval where there is one sample only."""
+    """The mean and its interval by Student's t; without an interval if there is only one sample."""
     values = np.asarray(samples, dtype=np.float64)
     centre = float(values.mean())
     if len(values) < 2:
@@ -35,7 +35,7 @@ def mean(samples: Sequence[float]) -> tuple[float, float | None, float | None]:
 
 
 def share(hits: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share: right also where nearly all or none of `count` documents are hits."""
+    """Wilson's interval of a fraction; also valid if nearly all or none of `count` documents are hits."""
     z = float(special.ndtri((1 + LEVEL) / 2))
     p = hits / count
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
@@ -46,12 +46,12 @@ def share(hits: float, count: int) -> tuple[float, float]:
 def median(samples: Sequence[float]) -> tuple[float, float | None, float | None]:
     """The median and the narrowest interval between two of the samples that holds it with 95 % or more.
 
-    Free of any distribution; below 6 samples there is no such interval.
+    Distribution-free; with fewer than 6 samples there is no such interval.
     """
     values = sorted(samples)
     count = len(values)
     centre = float(np.median(values))
-    # Samples i+1 … n−i hold the median unless at most i fall on one side of it.
+    # Samples i+1 … n−i enclose the median unless at most i samples are on one side of it.
     skipped = -1
     while skipped + 1 < count / 2 and 2 * _at_most(skipped + 1, count) <= 1 - LEVEL:
         skipped += 1
@@ -61,7 +61,7 @@ def median(samples: Sequence[float]) -> tuple[float, float | None, float | None]
 def quantile(values: np.ndarray[Any, Any], level: float, draws: int = 200) -> tuple[float | None, float | None]:
     """The interval of a quantile over all of `values` [windows, positions] by the bootstrap over windows.
 
-    Positions of a window hang together, so that it is windows that are drawn. None for a single window.
+    Positions of a window are correlated, so whole windows are resampled. None for a single window.
     """
     windows = len(values)
     if windows < 2:
@@ -79,9 +79,9 @@ def quantile(values: np.ndarray[Any, Any], level: float, draws: int = 200) -> tu
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Test | None:
-    """The test that fits: McNemar's exact one where all samples are 0 or 1, else Student's paired t.
+    """McNemar's exact test if all samples are 0 or 1, else Student's paired t test.
 
-    None where there are fewer than two pairs.
+    None if there are fewer than two pairs.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(a) != len(b):
@@ -102,7 +102,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Test | None:
 
 
 def unpaired(first: Sequence[float], second: Sequence[float]) -> Test:
-    """Mann-Whitney's test, for repeats that come in no pairs: the difference is that of the medians."""
+    """Mann-Whitney's test, for unpaired repeats; the difference is that of the medians."""
     from scipy.stats import mannwhitneyu
 
     p = float(mannwhitneyu(first, second).pvalue)
@@ -111,7 +111,7 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Test:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values adjusted by Holm's method for being tested together."""
+    """p values adjusted for multiple tests by Holm's method."""
     adjusted = [0.0] * len(values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
@@ -121,10 +121,10 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def _t(freedom: int) -> float:
-    """Student's t beyond which lie 2.5 %."""
+    """The 97.5 % quantile of Student's t distribution."""
     return float(special.stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def _at_most(successes: int, trials: int) -> float:
-    """The chance of so many heads or fewer among the throws of a fair coin."""
+    """The probability of at most `successes` heads in `trials` throws of a fair coin."""
     return float(special.bdtr(successes, trials, 0.5))

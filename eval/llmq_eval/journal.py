@@ -1,4 +1,4 @@
-"""What an evaluation has finished, line by line on disk: a killed one goes on from there, with the same numbers."""
+"""The journal of an evaluation: finished pieces, one per line on disk, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llmq.errors import LlmqError
 
 
 class Journal:
-    """A file of finished pieces by name; `add` writes a batch of them at once, and a torn last line is left out.
+    """A file of finished pieces by name; `add` writes a batch of them at once, and an incomplete last line is ignored.
 
-    Numbers come back exactly as they were: JSON holds every digit of a float. file: None keeps them in memory only.
+    Numbers are read back exactly: JSON keeps every digit of a float. file: None keeps the pieces in memory only.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -32,13 +32,13 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What a full disk did not take was told when it was written.
+        # A failed write (full disk) was already reported by `add`.
         with contextlib.suppress(OSError):
             if self._out is not None:
                 self._out.close()
 
     def add(self, pieces: Mapping[str, Any]) -> None:
-        """Keep finished pieces: all of them or, if the process is killed meanwhile, none. Raises LlmqError."""
+        """Write finished pieces: all of them or, if the process is killed during the write, none. Raises LlmqError."""
         self.done.update(pieces)
         if self.file is None or not pieces:
             return
@@ -47,7 +47,7 @@ class Journal:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 torn = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
                 self._out = self.file.open("a", encoding="utf-8")
-                # What was cut off stays as a line of its own, which no reader understands or takes for another.
+                # An incomplete line stays on its own; its checksum does not match, so readers skip it.
                 self._out.write("\n" if torn else "")
             text = json.dumps(pieces)
             self._out.write(f"{_sum(text)} {text}\n")
@@ -56,7 +56,7 @@ class Journal:
             raise LlmqError(f"{self.file} cannot be written: {error.strerror}; give another folder as --out") from error
 
     def remove(self) -> None:
-        """Take the file away: its results are kept elsewhere."""
+        """Delete the file, once its results are stored elsewhere."""
         if self._out is not None:
             self._out.close()
             self._out = None
@@ -80,5 +80,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _sum(text: str) -> str:
-    """What tells a line that was cut off, or damaged, from one that was written."""
+    """A line's checksum, which reveals incomplete and damaged lines."""
     return f"{zlib.crc32(text.encode()):08x}"

@@ -1,8 +1,8 @@
-"""Zero-shot data from a folder in place of the hub: task files for lm-eval that keep its own prompts and metrics.
+"""Zero-shot data from a local folder instead of the hub: task files for lm-eval that keep its prompts and metrics.
 
-A task file includes lm-eval's definition of the task and replaces only where its documents come from. The documents are
-the rows of `<task>_<split>.jsonl` (.json, .txt are not read), in the columns of the task's data set on the hub; rows in
-the simpler columns that are common for a few tasks are rewritten to those.
+A task file includes lm-eval's definition of the task and replaces only the source of its documents. The documents are
+the rows of `<task>_<split>.jsonl` (.json, .txt are not read), with the columns of the task's data set on the hub; for a
+few tasks, rows with common simpler columns are converted to those.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Data:
-    """A task's local files: split → file; subject: the column that says which subtask of a group a row belongs to."""
+    """A task's local files: split → file; subject: the column with the subtask of each row, for a group."""
 
     task: str
     files: Mapping[str, Path]
@@ -35,11 +35,11 @@ class Data:
 
 
 def from_folder(task: str, definitions: Mapping[str, Path], data_dir: Path, out: Path) -> dict[str, str]:
-    """Write into `out` the task files of a task or group from its local files; returns the documents' fingerprints.
+    """Write the task files of a task or group, with its local documents, to `out`; returns the documents' fingerprints.
 
-    They are by task: of `task`, and of each of its tasks that has a file of its own. A group takes one file of each of
-    its tasks, or (mmlu) one of them all. definitions: lm-eval's own file of each of its tasks, or of itself.
-    Raises LlmqError if there are none, or they cannot be used.
+    The fingerprints are keyed by task: of `task`, and of each of its subtasks that has its own file. A group needs one
+    file per subtask, or (mmlu) one for all. definitions: lm-eval's own file of each subtask, or of the task itself.
+    Raises LlmqError if there are no local files, or they cannot be used.
     """
     data = find(task, data_dir)
     if data is not None and (data.subject is not None or task in definitions):
@@ -47,8 +47,8 @@ def from_folder(task: str, definitions: Mapping[str, Path], data_dir: Path, out:
         return {task: fingerprint([data])}
     if data is not None:
         raise LlmqError(
-            f"{task} is a group of {', '.join(definitions)}: {', '.join(map(str, data.files.values()))} does not tell "
-            "which row is of which; give a file for each of them"
+            f"{task} is a group of {', '.join(definitions)}: {', '.join(map(str, data.files.values()))} does not say "
+            "which row belongs to which; give a file for each of them"
         )
     found = {leaf: find(leaf, data_dir) for leaf in definitions}
     for leaf, of in found.items():
@@ -73,7 +73,7 @@ def find(task: str, data_dir: Path) -> Data | None:
 
 
 def fingerprint(of: Sequence[Data]) -> str:
-    """Of the files' contents, 16 hexadecimal digits."""
+    """A hash of the files' contents, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for split, file in (pair for data in of for pair in sorted(data.files.items())):
         digest.update(f"{split} {file.stat().st_size}\n".encode())
@@ -82,10 +82,10 @@ def fingerprint(of: Sequence[Data]) -> str:
 
 
 def write_tasks(data: Data, definitions: Mapping[str, Path], out: Path) -> None:
-    """Write `<task>.yaml` and its documents into `out`, for `llmq eval` and for `lm_eval --include_path OUT` alike.
+    """Write `<task>.yaml` and its documents to `out`, for `llmq eval` and for `lm_eval --include_path OUT`.
 
-    definitions: lm-eval's own file of each (sub)task. Raises LlmqError naming file and line of a row that cannot be
-    used, or the subtasks that have no rows.
+    definitions: lm-eval's own file of each (sub)task. Raises LlmqError naming file and line of an invalid row, or the
+    subtasks without rows.
     """
     rows = {split: list(_rows(data, split)) for split in data.files}
     if data.subject is None:
@@ -117,7 +117,8 @@ def _write(task: str, definition: Path, rows: Mapping[str, list[dict[str, Any]]]
             f"{task}: its documents are the {' or '.join(sorted({str(s) for s in wanted if s}))} split, and there is "
             f"only {', '.join(sorted(files))}: rename the file to {task}_SPLIT.jsonl"
         )
-    # A split without a file must go, or lm-eval fails on it; few-shot examples then come from the documents themselves.
+    # A split without a file must be removed, or lm-eval fails; few-shot examples then come from the documents
+    # themselves.
     gone = {name: None for name, split in found.items() if split is not None and split not in files}
     task_file = {
         "include": str(definition.resolve()),
@@ -131,13 +132,13 @@ def _write(task: str, definition: Path, rows: Mapping[str, list[dict[str, Any]]]
 
 
 def _keep(file: Path, text: str) -> None:
-    """Write a file unless it is there already: `datasets` converts one anew whose time has changed."""
+    """Write a file unless it exists with the same text: `datasets` converts a file again if its time has changed."""
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         write(file, text)
 
 
 def _splits(definition: Path) -> dict[str, str | None]:
-    """The names of the splits that a task uses, after its includes."""
+    """The names of the splits that a task uses, with its includes resolved."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config: dict[str, Any] = load_yaml(definition, resolve_func=False)
@@ -146,7 +147,7 @@ def _splits(definition: Path) -> dict[str, str | None]:
 
 
 def _rows(data: Data, split: str) -> Iterator[dict[str, Any]]:
-    """The documents of a split, in the columns of the hub's data set."""
+    """The documents of a split, with the columns of the hub's data set."""
     rewrite = _REWRITE.get(data.task, _as_it_is)
     empty = True
     for row in jsonl_rows(data.files[split], "evaluation data"):
@@ -194,7 +195,7 @@ def _hellaswag(row: Row) -> dict[str, Any]:
     if "ctx_a" in row.fields:
         first, second = _text(row, "ctx_a"), _text(row, "ctx_b")
     else:
-        # On the hub the unfinished last sentence is a column of its own, which the prompt begins with a capital.
+        # On the hub the unfinished last sentence is a separate column, which the prompt capitalizes.
         context = _text(row, "ctx")
         unfinished = re.search(r"(?<=[.!?]) ([a-z][^.!?]*)$", context)
         first, second = (context[: unfinished.start()], unfinished[1]) if unfinished else (context, "")

@@ -1,4 +1,4 @@
-"""What was measured as plain numbers with their 95 % intervals: from each kind of measurement to `Measure`."""
+"""Convert each kind of measurement to `Measure`: plain numbers with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def to_json(measures: Sequence[Measure]) -> str:
-    """A list of measures as a file."""
+    """A list of measures as the text of a file."""
     return json.dumps([plain(asdict(measure)) for measure in measures], allow_nan=False) + "\n"
 
 
 def read(file: Path) -> list[Measure] | None:
-    """What `to_json` wrote; None if it is not there, or nothing that can be read."""
+    """The measures in a file of `to_json`; None if it is missing or cannot be read."""
     try:
         return [measure_from(data) for data in json.loads(file.read_text(encoding="utf-8"))] or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -32,7 +32,7 @@ def read(file: Path) -> list[Measure] | None:
 
 
 def perplexity(text: str, found: Perplexity) -> Measure:
-    """The interval is that of the mean over windows, exponentiated."""
+    """Perplexity; its interval is that of the mean over windows, exponentiated."""
     _, low, high = intervals.mean(found.by_window)
     low, high = (None if bound is None else math.exp(min(bound, 700.0)) for bound in (low, high))
     return Measure(
@@ -41,9 +41,9 @@ def perplexity(text: str, found: Perplexity) -> Measure:
 
 
 def divergence(text: str, found: Divergence, base: str | None = None) -> list[Measure]:
-    """Means with their intervals over windows; quantiles over positions, with intervals by resampling windows.
+    """Means, with intervals over windows, and quantiles over positions, with intervals by resampling windows.
 
-    base: which model they are from, as in `Measure.base`.
+    base: the base model, as in `Measure.base`.
     """
     task = f"divergence:{text}"
     made = []
@@ -67,7 +67,7 @@ def divergence(text: str, found: Divergence, base: str | None = None) -> list[Me
 
 
 def speed(kind: str, found: Speed, place: str) -> list[Measure]:
-    """'speed': medians of the repeats; 'memory': bytes, one reading each. place: the processor, for the protocol."""
+    """'speed': medians of the repeats; 'memory': bytes, one reading each. place: CPU or GPU, for the protocol."""
     where = f"{found.dtype}, {place}, {found.threads} threads, in a process of its own"
     if kind == "memory":
         protocol = (

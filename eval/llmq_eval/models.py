@@ -1,4 +1,4 @@
-"""The models of an evaluation in memory: loaded once, kept where two fit, refused before they fill it."""
+"""The models of an evaluation: each is loaded once, two are kept in memory if they fit, too large ones are refused."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from llmq_eval.options import Options
 
 ROOM = 0.8
-"""Of the free memory, what two models at once may take."""
+"""The fraction of free memory that two models at once may take."""
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a model may take there now."""
+    """Free memory on a device, in bytes."""
     import psutil
     import torch
 
     if (place := input_device(device)).startswith("cuda"):
-        # What torch keeps of freed tensors it gives to the next ones.
+        # torch reuses the memory of freed tensors.
         kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return int(torch.cuda.mem_get_info(place)[0] + kept)
     return int(psutil.virtual_memory().available)
 
 
 class Models:
-    """The models in memory: the one at work, and the base where it is needed beside it and both fit."""
+    """The models in memory: the one being measured, and the base if it is needed too and both fit."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.there: dict[str, Any] = {}
         self.kept: set[str] = set()
-        # By label: what was measured, and what it was loaded to run in, for the protocol.
+        # By label: the dtype and backend that the model was loaded with, for the protocol.
         self.speeds: dict[str, speed.Speed] = {}
         self.shown: dict[str, str] = {}
 
@@ -67,13 +67,13 @@ class Models:
             if not subject.quantized or o.kernels or "cannot be loaded" not in str(error):
                 raise
             raise LlmqError(
-                f"{error}; that is what stock transformers says: try --kernels, llmq's own readers"
+                f"{error}; this is stock transformers' error: try --kernels, which uses llmq's own readers"
             ) from error
         self.shown[subject.label] = shown_dtype(model, o.kernels)
         return model
 
     def get(self, subject: Subject, keep: bool = False) -> Any:
-        """The model, loaded once. keep: until the end, rather than until the next model's turn."""
+        """The model, loaded once. keep: until the end, not only until the next model is loaded."""
         if subject.label not in self.there:
             self.there[subject.label] = self.load(subject)
         if keep:
@@ -86,35 +86,35 @@ class Models:
         return load_tokenizer(subject.folder, trust_remote_code=self.options.trust_remote_code)
 
     def fit(self, *subjects: Subject) -> bool:
-        """Whether those of the models that are not in memory yet fit there as well, taken as dense."""
+        """Whether the models that are not in memory yet would also fit, at their dense size."""
         each = 2 if self.options.dtype in ("bfloat16", "float16") else 4
         needed = each * sum({s.label: s.weights[0] for s in subjects if s.label not in self.there}.values())
         return needed <= ROOM * free_memory(self.options.device)
 
     def check(self, subject: Subject) -> None:
-        """Raise LlmqError, with the ways out, for a model whose weights alone take more memory than is free."""
+        """Raise LlmqError, with the remedies, if a model's weights alone take more memory than is free."""
         o = self.options
         count, nbytes, bits = subject.weights
         packed = subject.quantized and (o.kernels or not formats.unpacked_by_stock(subject.quantized))
         place = input_device(o.device)
         if o.device == "auto" and (packed or not subject.quantized or place != "cpu"):
-            return  # goes to several devices, or partly to the disk
+            return  # spread over several devices, or partly on disk
         each = 4 if o.dtype == "float32" else 2
-        # The least that it can be, where the file does not say how many numbers it holds.
+        # A lower bound if the file does not say how many elements it holds.
         dense = nbytes if o.dtype == "auto" and not subject.quantized else count * each if bits else nbytes * each // 4
         needed = nbytes if packed else dense
         free = free_memory(o.device)
         if needed > free:
             ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
             ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
-            ways += ["--device auto leaves on the disk what does not fit"] if not subject.quantized else []
+            ways += ["--device auto keeps on disk what does not fit"] if not subject.quantized else []
             raise LlmqError(
                 f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
                 + ("; ".join(ways) or "free some of it")
             )
 
     def drop(self, subject: Subject | None = None) -> None:
-        """Free a model's memory, unless it is kept; of all of them without one."""
+        """Free a model's memory, unless it is kept; without an argument, that of all models."""
         if subject is None:
             self.there.clear()
             self.kept.clear()

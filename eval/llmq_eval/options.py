@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, beside its models."""
+"""The options of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llmq_eval.tasks import Settings
 
 @dataclass(frozen=True)
 class Options:
-    """tasks: names; 'perplexity' and 'divergence' are on `text`, 'perplexity:wikitext2' on another. out: where results
-    are kept. fresh: measure again what is cached. write_tasks: folder for the task files made from data_dir.
-    window … special_tokens: as of `perplexities`; repeats, prompt, tokens: as of `speed.measure`. kernels: quantized
-    weights stay packed and run on llmq's operators, instead of as stock transformers runs them.
+    """tasks: names; 'perplexity' and 'divergence' use `text`, 'perplexity:wikitext2' another text. out: the folder of
+    results. fresh: repeat cached measures. write_tasks: folder for the task files made from data_dir. window …
+    special_tokens: as in `perplexities`; repeats, prompt, tokens: as in `speed.measure`. kernels: quantized weights
+    stay packed and run on llmq's operators instead of stock transformers'.
     """
 
     tasks: tuple[str, ...] = ("perplexity",)

@@ -1,4 +1,4 @@
-"""compare.html, and what was measured put into the folders that were measured: their report.html and model card."""
+"""compare.html, and the measurements in the report.html and model card of the measured folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmq_eval.results import Results
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table in words. sort: the bare number; verdict: against the base, '' where it was not tested."""
+    """A cell of the table as text. sort: the number; verdict: against the base, '' if not tested."""
 
     value: str
     interval: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def compare_page(found: Comparison) -> str:
-    """compare.html: the table with intervals and verdicts, the plane of size and divergence, each measure's numbers."""
+    """compare.html: the table with intervals and verdicts, the plot of size and divergence, each measure's numbers."""
     return render(
         "compare.html.j2",
         loaders=[PackageLoader("llmq_eval")],
@@ -59,7 +59,7 @@ def compare_page(found: Comparison) -> str:
 
 
 def write(file: Path, found: Comparison) -> None:
-    """Write compare.html to a file. Raises LlmqError where that cannot be done."""
+    """Write compare.html to a file. Raises LlmqError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(compare_page(found), encoding="utf-8")
@@ -68,11 +68,11 @@ def write(file: Path, found: Comparison) -> None:
 
 
 def tell_folders(results: Sequence[Results], out: Path, note: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Put what was measured into the report.html and the card of each folder that llmq wrote; says which were changed.
+    """Add measurements to the report.html and the card of each folder that llmq wrote; returns the changed files.
 
     Writes every stored measurement of a model and its base under `out`, not only those of this call's `results`.
-    A folder that cannot be written, or whose card is another's, is left as it is, and note is told: its numbers are in
-    the results all the same.
+    A folder that cannot be written, or whose card llmq did not write, is unchanged and reported by `note`; its results
+    are stored under `out` anyway.
     """
     saved = [_saved(one, out) for one in results]
     of = {one.model: one for one in saved}
@@ -92,7 +92,7 @@ def tell_folders(results: Sequence[Results], out: Path, note: Callable[[str], No
 
 
 def _saved(one: Results, out: Path) -> Results:
-    """What is on disk of a model; what is at hand where that cannot be read."""
+    """A model's results on disk; `one` itself if they cannot be read."""
     try:
         return Results.load(one.path(out))
     except LlmqError:
@@ -100,12 +100,12 @@ def _saved(one: Results, out: Path) -> Results:
 
 
 def heading(line: Line) -> str:
-    """A measure's name, its unit where the cells do not say it, and which direction is better."""
+    """A measure's name, its unit if the cells do not show it, and which direction is better."""
     return f"{line.title}{tables.ARROWS[line.higher_is_better]}"
 
 
 def rows(found: Comparison) -> list[Row]:
-    """A line for each model: its size, then every measure."""
+    """A row for each model: its size, then every measure."""
     made = []
     for i, (name, results) in enumerate(zip(found.models, found.results, strict=True)):
         first = [
@@ -129,7 +129,7 @@ def _entry(cell: Cell, base: bool) -> Entry:
 
 
 def pairs(found: Comparison) -> list[list[str]]:
-    """Every difference that was tested, in words."""
+    """Every tested difference, as text."""
     return [
         [
             found.line(one).title,

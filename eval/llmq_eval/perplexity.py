@@ -1,7 +1,7 @@
-"""Perplexity by the standard protocol, printed with the number.
+"""Perplexity by the standard protocol, which is reported with the number.
 
 Within a window (`windows.py`) every token but the first is predicted from those before it. The value is exp of the mean
-negative log likelihood over all predicted tokens, the logits taken to float32.
+negative log likelihood over all predicted tokens, with logits converted to float32.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from llmq_eval.windows import WINDOW, Windows, default_window
 
 __all__ = ["WINDOW", "Perplexity", "default_window", "measure", "perplexities", "perplexity", "progress_bar"]
 
-_ROWS = 512  # logits taken to float32 at once: with a vocabulary of 128k, 256 MB rather than 1 GB
+_ROWS = (
+    512  # positions whose logits are converted to float32 at once: with a vocabulary of 128k, 256 MB rather than 1 GB
+)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: exp(nll). nll: nats per predicted token. stderr: of the value, from the spread over windows; nan for one.
+    """value: exp(nll). nll: nats per predicted token. stderr: of the value, from the variance over windows; nan for a
+    single window.
 
     tokens: predicted tokens; window: tokens in a window; seconds: of the measurement, load_seconds: of loading.
     by_window: nats per token of each window.
@@ -69,12 +72,12 @@ def perplexities(
 ) -> list[Perplexity]:
     """The perplexities of the models in `folders` on the same windows of a text: 'demo', 'wikitext2' … or a UTF-8 file.
 
-    window: tokens in a window, None for 2048 or the smallest of the models' own maximums. max_windows: only the first.
-    batch: windows per forward pass. special_tokens: let the tokenizer add what it adds by itself; without, it is the
-    protocol of tools that tokenize bare text. data_dir: local copies of the texts that are known by name. progress: a
-    bar with time left on stderr.
-    Raises LlmqError if the text is missing, not text, or shorter than a window, a model does not load, or two of the
-    models do not give the text the same tokens.
+    window: tokens in a window, None for 2048 or the smallest of the models' own maximums. max_windows: use only the
+    first ones. batch: windows per forward pass. special_tokens: let the tokenizer add its special tokens; False is the
+    protocol of tools that tokenize the text only. data_dir: local copies of the named texts. progress: show a bar with
+    the remaining time on stderr.
+    Raises LlmqError if the text is missing, not text, or shorter than a window, a model does not load, or two models
+    tokenize the text differently.
     """
     folders = [Path(folder) for folder in folders]
     windows = cutting.cut(
@@ -119,9 +122,9 @@ def measure(
     journal: Journal | None = None,
     kernels: bool = False,
 ) -> Perplexity:
-    """The perplexity of a loaded model; what the journal holds of it is not measured again.
+    """The perplexity of a loaded model; windows in the journal are not measured again.
 
-    kernels: it was loaded on llmq's operators, for the protocol.
+    kernels: whether it was loaded on llmq's operators, for the protocol.
 
     Raises LlmqError if the tokenizer gives ids that the model does not have, or the loss is not finite.
     """
@@ -133,7 +136,7 @@ def measure(
         for span in batches(windows.count, batch, journal, progress, "perplexity"):
             means = _losses(model, windows.ids[span.start : span.stop].to(device))
             if not bool(means.isfinite().all()):
-                # Not kept: what is in the journal is never measured again.
+                # Not written to the journal, whose entries are never measured again.
                 ways = "its weights may be damaged" if model.dtype == torch.float32 else "try --dtype float32"
                 raise LlmqError(
                     f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {shown}: {ways}"
@@ -159,15 +162,15 @@ def measure(
 
 
 def shown_dtype(model: Any, kernels: bool = False) -> str:
-    """What a model runs in: the dtype, by name, and whether what is quantized of it runs on llmq's operators."""
+    """A model's dtype, and whether its quantized weights run on llmq's operators."""
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{dtype} on llmq's kernels" if kernels else dtype
 
 
 def batches(count: int, batch: int, journal: Journal, progress: bool, what: str) -> Iterator[range]:
-    """The batches of windows that the journal does not hold yet, with a bar that counts the others as done.
+    """The batches of windows that are not in the journal, with a progress bar that counts the others as done.
 
-    Batches always begin at multiples of `batch`, so that a run that was broken off computes what an unbroken one does.
+    Batches always begin at multiples of `batch`, so that a resumed run computes the same as an uninterrupted one.
     """
     starts = range(0, count, batch)
     spans = [range(start, min(start + batch, count)) for start in starts]
@@ -180,7 +183,7 @@ def batches(count: int, batch: int, journal: Journal, progress: bool, what: str)
 
 
 def progress_bar(what: str, shown: bool) -> Any:
-    """A bar on stderr with the time left."""
+    """A progress bar on stderr with the remaining time."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,7 +1,7 @@
-"""What an evaluation found: one JSON file for each model, every number with its protocol, interval and samples.
+"""Results of an evaluation: one JSON file per model, every number with its protocol, interval and samples.
 
-`Results` is what `llmq eval` writes and all that `llmq compare` and the pages read. Values are plain Python; a number
-that is not finite, or not known, is None in the file.
+`llmq eval` writes `Results`; `llmq compare` and the pages read nothing else. Values are plain Python; a number that is
+not finite, or unknown, is None in the file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 from llmq.errors import LlmqError
 
 FORMAT = 1
-"""Of the file; another number is refused."""
+"""The version of the file format; other versions are refused."""
 
 
 class Damaged(LlmqError):
-    """A file that was cut off, or holds something else."""
+    """A file that is incomplete, or has other contents."""
 
 
 AGAIN = "remove it, or run `llmq eval` again"
@@ -38,11 +38,11 @@ class Measure:
     """One number.
 
     task: 'perplexity:demo', 'divergence:demo', 'hellaswag', 'speed', 'memory'. metric: 'perplexity', 'kl', 'top1',
-    'acc', 'acc_norm', 'decode_tokens_per_second', 'resident_bytes' … low, high: its 95 % interval, None where there is
-    none. higher_is_better: None where neither is. samples: one number per window or document, in the same order in
-    every model of the same protocol, so that differences can be tested in pairs; for 'perplexity' they are nats per
-    token of each window, so that value = exp(mean(samples)); else value is their mean or their median. base: of a
-    divergence, the model it is from, as in `Results.base`.
+    'acc', 'acc_norm', 'decode_tokens_per_second', 'resident_bytes' … low, high: its 95 % interval, None if there is
+    none. higher_is_better: None if neither direction is better. samples: one number per window or document, in the same
+    order in every model of the same protocol, so that differences can be tested in pairs; for 'perplexity' they are
+    nats per token of each window, so that value = exp(mean(samples)); else value is their mean or their median. base:
+    the base model of a divergence, as in `Results.base`.
     """
 
     task: str
@@ -58,7 +58,7 @@ class Measure:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """(task, metric, protocol): what is unique within the results of a model."""
+        """(task, metric, protocol), unique within a model's results."""
         return self.task, self.metric, self.protocol
 
 
@@ -67,10 +67,10 @@ _MEASURE = TypeAdapter(Measure)
 
 @dataclass
 class Results:
-    """Everything that was measured of one model.
+    """All measures of one model.
 
-    model: a hub id, 'demo', or a folder's absolute path; base: the same of the model it was compared with. bytes: of
-    its weight files; bits_per_weight: of the whole model. fingerprint: of the model's files, 16 hexadecimal digits.
+    model: a hub id, 'demo', or a folder's absolute path; base: the same for its base model. bytes: of its weight files;
+    bits_per_weight: of the whole model. fingerprint: of the model's files, 16 hexadecimal digits.
     """
 
     model: str
@@ -84,17 +84,17 @@ class Results:
 
     @property
     def name(self) -> str:
-        """What to call the model in a table: the last part of its path or id."""
+        """The model's name in tables: the last part of its path or id."""
         return Path(self.model).name or self.model
 
     def find(self, task: str, metric: str, protocol: str | None = None) -> Measure | None:
-        """The measure of a task, by a protocol or by the first that there is; or None."""
+        """The measure of a task, by a given protocol, else by the first one; or None."""
         wanted = (task, metric)
         return next((m for m in self.measures if m.key[:2] == wanted and protocol in (None, m.protocol)), None)
 
     def with_measures(self, measures: Iterable[Measure]) -> Results:
-        """These results with others added, which replace only what was measured by the same protocol."""
-        # Each in its place: the same numbers make the same file.
+        """These results with others added; a measure with the same task, metric and protocol is replaced."""
+        # Each keeps its place, so that the same numbers give the same file.
         whole = {measure.key: measure for measure in (*self.measures, *measures)}
         return replace(self, measures=list(whole.values()))
 
@@ -104,7 +104,7 @@ class Results:
 
     @staticmethod
     def load(file: Path) -> Results:
-        """Read a file that `save` wrote. Raises LlmqError if that cannot be done; Damaged if it is none."""
+        """Read a file that `save` wrote. Raises LlmqError if it cannot be read, Damaged if it is not a results file."""
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
@@ -121,14 +121,15 @@ class Results:
             raise Damaged(f"{file} holds no results of `llmq eval` ({error}): {AGAIN}") from error
 
     def path(self, out: Path) -> Path:
-        """Where `save` writes them: <out>/results/<name>-<fingerprint><4 digits of the path's hash>.json."""
+        """The file that `save` writes: <out>/results/<name>-<fingerprint><4 digits of the path's hash>.json."""
         place = hashlib.sha256(self.model.encode()).hexdigest()[:4]
         return out / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.name)}-{self.fingerprint}{place}.json"
 
     def keep(self, out: Path, note: Callable[[str], None] = lambda _: None) -> Results:
-        """Add them to what is under `out` of the same model, and return the whole.
+        """Merge them with the stored results of the same model under `out`, and return all of them.
 
-        What another process saved meanwhile is kept as well. note: is told of a file that was there and is no results.
+        Results that another process saved meanwhile are kept too. note: is called if the existing file is not a results
+        file.
         """
         file = self.path(out)
         with lock(out):
@@ -140,19 +141,19 @@ class Results:
                     whole = replace(old, base=self.base or old.base, versions=versions, machine=self.machine)
                     whole = whole.with_measures(self.measures)
                 except Damaged:
-                    note(f"{file} holds no results that can be read: it is begun anew")
+                    note(f"{file} holds no readable results: it is replaced")
             whole.save(out)
         return whole
 
     def save(self, out: Path) -> Path:
-        """Write them under `out`, whole or not at all, and say where."""
+        """Write them under `out` atomically; returns the path."""
         file = self.path(out)
         write(file, self.to_json())
         return file
 
 
 def write(file: Path, text: str) -> None:
-    """A text file, whole or not at all: a process that is killed leaves the old one. Raises LlmqError."""
+    """Write a text file atomically: a killed process leaves the old file. Raises LlmqError."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ def write(file: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder and those above it. Raises LlmqError."""
+    """Create a folder and its parents. Raises LlmqError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -173,7 +174,7 @@ def make_folder(folder: Path) -> None:
 
 
 def forget(*files: Path) -> None:
-    """Take files away that may be there. Raises LlmqError."""
+    """Delete files if they exist. Raises LlmqError."""
     for file in files:
         try:
             file.unlink(missing_ok=True)
@@ -183,7 +184,7 @@ def forget(*files: Path) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One process at a time in a folder. Raises LlmqError where it cannot be written."""
+    """Lock a folder for one process at a time. Raises LlmqError if it cannot be written."""
     make_folder(folder)
     held = FileLock(folder / ".lock")
     try:
@@ -197,12 +198,12 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def measure_from(data: dict[str, Any]) -> Measure:
-    """A measure from its fields in a file. Raises ValueError, TypeError or KeyError where it is none."""
+    """A measure from its fields in a file. Raises ValueError, TypeError or KeyError if they are invalid."""
     return _MEASURE.validate_python(_numbers(data))
 
 
 def _numbers(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a measure with the numbers that `plain` took for None: those that must be there."""
+    """The fields of a measure, with nan for required numbers that `plain` replaced by None."""
     samples = data.get("samples")
     return data | {
         "value": math.nan if data["value"] is None else data["value"],
@@ -211,7 +212,7 @@ def _numbers(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The same with None for what is not finite: JSON has no word for it."""
+    """The value with None for numbers that are not finite, which JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The plane of size and damage, and numbers with their intervals: where everything goes, in percent and pixels."""
+"""Layout of the plots: size against KL, and numbers with their intervals; positions in percent and pixels."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from llmq.report.page.charts import LOGARITHMIC, ticks
 from llmq_eval.comparison import Comparison, Line
 
 HEIGHT = 320
-"""Of the Pareto plot's area, in pixels."""
+"""The height of the Pareto plot's area, in pixels."""
 NARROW = 250
-"""The area's width on a phone, in pixels: labels that are apart there are apart anywhere."""
+"""The area's width on a phone, in pixels: labels that do not overlap there do not overlap on any screen."""
 ZERO = 0.12
-"""The share of a logarithmic axis between 0 and its first tick."""
+"""The fraction of a logarithmic axis between 0 and its first tick."""
 LETTER = 6.8
-"""A letter's width, in pixels."""
+"""The width of a letter, in pixels."""
 LABEL = 24
-"""Letters of a label; the tooltip has the whole name."""
+"""The maximum number of letters of a label; the tooltip has the whole name."""
 SKIPPED = ("lost", "gained")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A model in the plot. x in percent; y, the label's place and the interval's ends (low, high) in pixels."""
+    """A model in the plot. x in percent; y, the label's position and the interval's ends (low, high) in pixels."""
 
     name: str
     label: str
@@ -42,7 +42,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Pareto:
-    """Size against divergence. line: the front, from small to large, as (x, y) in percent of the area."""
+    """Size against divergence. line: the Pareto front, from small to large, as (x, y) in percent of the area."""
 
     description: str
     marks: list[Mark]
@@ -54,7 +54,7 @@ class Pareto:
 
 @dataclass(frozen=True)
 class Dot:
-    """A model's number on its own line, in percent of the width; None where it was not measured."""
+    """A model's number on its own line, in percent of the width; None if it was not measured."""
 
     name: str
     x: float | None
@@ -79,7 +79,7 @@ class Dots:
 
 
 def pareto(found: Comparison) -> Pareto | None:
-    """The plot of size against KL, or None where fewer than two models have both."""
+    """The plot of size against KL, or None if fewer than two models have both."""
     points = sorted(found.pareto, key=lambda point: point.bytes)
     if len(points) < 2:
         return None
@@ -124,7 +124,7 @@ def pareto(found: Comparison) -> Pareto | None:
 
 
 def _up(positive: Sequence[float]) -> list[float]:
-    """Ticks of the KL axis: from 0, or by 1, 2, 5 in every decade where the values are far apart."""
+    """Ticks of the KL axis: from 0, or at 1, 2, 5 in every decade if the values differ by a large factor."""
     if not positive or max(positive) / min(positive) <= LOGARITHMIC:
         return ticks(max(positive, default=1.0))
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
@@ -138,7 +138,7 @@ def _up(positive: Sequence[float]) -> list[float]:
 
 
 def _place(kl: float, up: Sequence[float]) -> float:
-    """From 0 at the bottom to 1 at the top. A logarithmic axis has its first tick a little above the place of 0."""
+    """The position from 0 at the bottom to 1 at the top. On a logarithmic axis the first tick is a little above 0."""
     if up[0] <= 0:
         return kl / up[-1]
     if kl <= 0 or len(up) < 2:
@@ -148,7 +148,7 @@ def _place(kl: float, up: Sequence[float]) -> float:
 
 
 def _free(x: float, y: float, label: str, left: bool, marks: Sequence[Mark]) -> float:
-    """A height for a label near its point where it lies on no other label, on the narrowest screen."""
+    """A vertical position for a label near its point, without overlap of other labels on the narrowest screen."""
 
     def ends(x: float, label: str, left: bool) -> tuple[float, float]:
         at, width = x / 100 * NARROW, LETTER * len(label) + 12
@@ -162,7 +162,7 @@ def _free(x: float, y: float, label: str, left: bool, marks: Sequence[Mark]) -> 
 
 
 def dots(found: Comparison) -> list[Dots]:
-    """A picture for each measure of quality with intervals: every model's number on one axis."""
+    """A plot for each measure of quality with intervals: every model's number on one axis."""
     made: list[Dots] = []
     for line in found.lines:
         there = [cell.measure for cell in line.cells if cell.measure]
@@ -175,7 +175,7 @@ def dots(found: Comparison) -> list[Dots]:
             continue
         low, high = min(ends), max(ends)
         pad = 0.06 * (high - low) or 1.0
-        # The axis does not go where no number can be.
+        # The axis does not extend to impossible values.
         first = max(0.0, low - pad) if low >= 0 else low - pad
         last = min(1.0, high + pad) if line.unit == "share" and high <= 1 else high + pad
         made.append(_dots(f"dots-{len(made)}", line, found, first, last))

@@ -1,6 +1,6 @@
-"""How fast a model loads and runs, and the memory it takes: measured in a process of its own, one model in each.
+"""Speed and memory of loading and running a model, each model measured in a separate process.
 
-`measure` starts that process, `python -m llmq_eval.speed`, so that what was loaded before changes nothing.
+`measure` starts that process, `python -m llmq_eval.speed`, so that earlier models do not affect the result.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from llmq.errors import LlmqError, first_line
 
 REPEATS = 7
-"""Of prefill and decode each, after one that is not counted: enough for a 95 % interval of the median."""
+"""Repeats of prefill and decode, after a warm-up: enough for a 95 % interval of the median."""
 PROMPT = 512
 TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Speed:
-    """load_seconds: of `load_model`, weights to memory and ready to run. prefill, decode: tokens per second at batch 1.
-    All three have one number per repeat. Memory in bytes: before: of the process before the model; resident: after
-    loading; peak: its largest; device: the most that tensors took on the GPU, None on a CPU. prompt, tokens: lengths;
-    threads: of torch.
+    """load_seconds: of `load_model`, until the model is ready to run. prefill, decode: tokens per second at batch 1.
+    All three have one number per repeat. Memory in bytes: before: of the process before loading; resident: after
+    loading; peak: the process's largest; device: the peak of tensor memory on the GPU, None on a CPU. prompt, tokens:
+    lengths; threads: of torch.
     """
 
     load_seconds: list[float]
@@ -56,14 +56,14 @@ def measure(
     kernels: bool = False,
     trust_remote_code: bool = False,
 ) -> Speed:
-    """Run the measurements in a fresh process. Raises LlmqError with what went wrong there.
+    """Run the measurements in a new process. Raises LlmqError with its error.
 
     kernels: quantized weights stay packed and run on llmq's operators.
     """
     import torch
 
     arguments = [str(folder), dtype, device, str(repeats), str(prompt), str(tokens), str(torch.get_num_threads())]
-    # -P: no module of wherever the user is takes the place of another's.
+    # -P: modules in the current directory must not shadow installed ones.
     command = [sys.executable, "-P", "-m", "llmq_eval.speed", *arguments]
     command += [*(["--trust"] if trust_remote_code else []), *(["--kernels"] if kernels else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -102,7 +102,7 @@ def run(
 
     prompt = min(prompt, default_window(folder, trust_remote_code) - tokens - 1)
     if prompt < 1:
-        raise LlmqError(f"{folder} has no room for {tokens} new tokens: its longest input is shorter")
+        raise LlmqError(f"{folder} cannot generate {tokens} new tokens: its longest input is shorter")
     process = psutil.Process()
     before = process.memory_info().rss
 
@@ -120,7 +120,8 @@ def run(
     timed = [_once(model, ids, tokens, place) for _ in range(repeats + 1)][1:]
     on_device = torch.cuda.max_memory_allocated(place) if place.startswith("cuda") else None
     peak, kind = peak_memory(), shown_dtype(model, kernels)
-    # The first has imported what it needs, and is not counted; the memory of these is not measured.
+    # The first load also imports modules, so it is not counted; these later loads are timed, but their memory is not
+    # measured.
     loads = []
     for _ in range(repeats):
         del model
@@ -143,7 +144,7 @@ def run(
 
 
 class _Clock:
-    """A streamer of `generate`: when the prompt came, and each token after it."""
+    """A streamer of `generate` that records the time of the prompt and of each new token."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -158,7 +159,7 @@ class _Clock:
 
 
 def _once(model: Any, ids: Any, tokens: int, device: str) -> tuple[float, float]:
-    """Seconds to the first token, and from there to the last."""
+    """Seconds to the first token, and from the first to the last."""
     import torch
     from transformers import GenerationConfig
 
@@ -180,7 +181,7 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    """The process: prints one line of JSON, the measurements or an error that the user can mend."""
+    """Entry point of the process: prints one line of JSON, the measurements or an error that the user can fix."""
     parser = argparse.ArgumentParser()
     for name in ("folder", "dtype", "device"):
         parser.add_argument(name)

@@ -1,4 +1,4 @@
-"""From what was named on the command line of `llmq compare` to results: files, folders of results, or models."""
+"""Find the results for the arguments of `llmq compare`: files, folders of results, or models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from llmq_eval.subject import Subject
 
 
 def collect(given: Sequence[str], out: Path, note: Callable[[str], None] = lambda _: None) -> list[Results]:
-    """The results that were named, and those of their base where they are beside them; each model once.
+    """The named results, and those of their base if they are in the same folder; each model once.
 
     given: a results file, a folder with results (the --out of `llmq eval`, or its results/), a model's folder, a hub id
-    or 'demo'. out: where the results of models are. note: is told of files in folders that cannot be read and are left
-    out. Raises LlmqError where something has no results, or a file that was named cannot be read.
+    or 'demo'. out: the folder with the results of models. note: is called for files in folders that cannot be read and
+    are skipped. Raises LlmqError if an argument has no results, or a named file cannot be read.
     """
     folders = _Folders(note)
     found: dict[tuple[str, str], Results] = {}
     beside: list[Path] = []
     for name in given:
         for file, one in _named(name, out, folders):
-            # What was in one folder before and after are two models, if both were named.
+            # If a folder was changed between two measurements, both results, if named, count as two models.
             found.setdefault((one.model, one.fingerprint), one)
             beside.append(file.parent)
     for one in list(found.values()):
@@ -34,12 +34,12 @@ def collect(given: Sequence[str], out: Path, note: Callable[[str], None] = lambd
 
 
 def newest(label: str, out: Path) -> Results | None:
-    """What was measured last of a model (its label, as in `Results.model`) under `out`, or None."""
+    """The newest results of a model (its label, as in `Results.model`) under `out`, or None."""
     return next(iter(_Folders(lambda _: None).of(label, out / "results")), None)
 
 
 class _Folders:
-    """Folders of results, each read once; note: is told of files that cannot be read."""
+    """Folders of results, each read once; note: is called for files that cannot be read."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
@@ -53,11 +53,11 @@ class _Folders:
                 try:
                     self.known[folder].append((file, Results.load(file)))
                 except LlmqError as error:
-                    self.note(f"left out: {error}")
+                    self.note(f"skipped: {error}")
         return self.known[folder]
 
     def of(self, label: str, folder: Path) -> list[Results]:
-        """Those of a model."""
+        """The results of a model in a folder."""
         return [one for _, one in self.read(folder) if one.model == label]
 
 
@@ -77,13 +77,13 @@ def _named(name: str, out: Path, folders: _Folders) -> list[tuple[Path, Results]
         raise LlmqError(f"{name}: no such file")
     known = folders.read(out / "results")
     if not path.exists():
-        # What was measured can be compared though its folder is gone; a hub id need not be downloaded for it.
+        # Results can be compared even if the folder was deleted, and without downloading a hub id.
         gone = [pair for pair in known if pair[1].model in (name, str(path.absolute()))]
         if gone:
             return gone[:1]
     subject = Subject.of(name)
     there = [pair for pair in known if pair[1].model == subject.label]
-    # First what is of this very place; a folder that was moved is known by its files.
+    # First results of this path; a moved folder is recognized by its files.
     current = [pair for pair in (*there, *known) if pair[1].fingerprint.startswith(subject.fingerprint)]
     if current:
         if current[0][1].model != subject.label:

@@ -1,4 +1,4 @@
-"""A model that is evaluated: where it is, what its files are, and what it is measured with."""
+"""A model that is evaluated: its folder, its files' fingerprint, and the versions and machine for its results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from llmq.errors import LlmqError, first_line
 from llmq.report.report import VERSIONS
 
 _SMALL = 1 << 25
-"""Bytes of a file whose whole content is hashed; of larger ones it is samples, and the time."""
+"""Files up to this size in bytes are hashed whole; larger ones by samples and modification time."""
 _SAMPLES, _SAMPLE = 256, 4096
 _IGNORED = ("report.json", "report.html", "README.md", ".gitattributes")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """given: as it was named; label: a hub id, 'demo', or the folder's absolute path."""
+    """given: the user's name for it; label: a hub id, 'demo', or the folder's absolute path."""
 
     given: str
     label: str
@@ -42,7 +42,9 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the model's files, 12 hexadecimal digits: content of small ones, samples and time of larger ones."""
+        """A hash of the model's files, 12 hexadecimal digits: contents of small files, samples and times of large
+        ones.
+        """
         digest = hashlib.sha256()
         for file in sorted(self.folder.iterdir()):
             if not file.is_file() or file.name in _IGNORED or file.name.startswith("."):
@@ -58,7 +60,7 @@ class Subject:
 
     @cached_property
     def quantized(self) -> str:
-        """By which method of transformers its weights are quantized; '' where they are not."""
+        """transformers' name of its quantization method; '' if it is not quantized."""
         from llmq.inference.pretrained import check_readable
 
         quantization = check_readable(self.folder, kernels=True).get("quantization_config")
@@ -66,13 +68,13 @@ class Subject:
 
     @cached_property
     def weights(self) -> tuple[int, int, float]:
-        """Numbers in all weights, their bytes on disk, bits per weight (0 where the layout is not known)."""
+        """The number of elements of all weights, their bytes on disk, bits per weight (0 if the layout is unknown)."""
         from llmq.formats.inspection import inspect_folder
 
         try:
             found = inspect_folder(self.folder)
         except LlmqError:
-            # Whatever from_pretrained loads can be measured, also what is no safetensors checkpoint.
+            # Everything that from_pretrained loads can be measured, also checkpoints that are not safetensors.
             kinds = (".safetensors", ".bin", ".pt", ".gguf")
             nbytes = sum(file.stat().st_size for file in self.folder.iterdir() if file.suffix in kinds)
             return nbytes, nbytes, 0.0
@@ -84,7 +86,7 @@ def _whole(file: Path) -> str:
 
 
 def _sampled(file: Path, nbytes: int) -> str:
-    """Of the beginning (where safetensors have their header) and of pieces all over the file."""
+    """A hash of the beginning (with the safetensors header) and of samples of the whole file."""
     digest = hashlib.sha256()
     with file.open("rb") as data:
         digest.update(data.read(1 << 20))
@@ -100,7 +102,7 @@ def key(*parts: Any) -> str:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of everything that can change a number, where it is installed."""
+    """The versions of installed packages that can change results."""
     found = {}
     for name in (*VERSIONS, *more):
         try:
@@ -111,7 +113,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def check_device(device: str) -> None:
-    """Raise LlmqError if torch has no such device here, or it cannot be used. 'auto' can."""
+    """Raise LlmqError if torch does not have the device here, or it cannot be used; 'auto' is always accepted."""
     import torch
 
     if device == "auto":
@@ -131,7 +133,7 @@ def check_device(device: str) -> None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the numbers were measured on."""
+    """The machine on which results are measured."""
     import torch
 
     from llmq.inference.pretrained import input_device
@@ -156,6 +158,6 @@ def _cpu() -> str:
 
 
 def default_out(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where results are kept unless --out says otherwise: $XDG_CACHE_HOME/llmq/eval, or ~/.cache/llmq/eval."""
+    """The default of --out: $XDG_CACHE_HOME/llmq/eval, or ~/.cache/llmq/eval."""
     cache = environment.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "llmq" / "eval"

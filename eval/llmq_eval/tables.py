@@ -27,19 +27,19 @@ MARKS = {"within noise": "≈", "better": "▲", "worse": "▼"}
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 """Which direction is better."""
 SKEWED = 1.5
-"""How much longer one side of an interval is than the other where ± would mislead."""
+"""If one side of an interval is this much longer than the other, ± would mislead."""
 LEGEND = (
     "± half of the 95 % interval; % of the base; against the base ≈ within noise, ▲ better, ▼ worse (p < 0.05, Holm)"
 )
 
 
 def terminal(console: Console, found: Comparison, pairs: bool = False, plain: bool = False) -> None:
-    """The table, how the models rank on each measure, the Pareto front, and the protocols.
+    """Print the table, the models' ranks on each measure, the Pareto front, and the protocols.
 
-    plain: the table and the protocols only.
+    plain: only the table and the protocols.
     """
     headings, rows = _grid(found)
-    # More models than fit side by side follow below.
+    # Models that do not fit side by side follow in further tables below.
     fit = max(1, (console.width - 32) // 26)
     for start in range(1, len(headings), fit):
         part = slice(start, start + fit)
@@ -61,7 +61,7 @@ def terminal(console: Console, found: Comparison, pairs: bool = False, plain: bo
 
 
 def markdown(found: Comparison, pairs: bool = False) -> str:
-    """The same as Markdown."""
+    """The same tables as Markdown."""
     parts = [_markdown(*_grid(found)), LEGEND + "."]
     parts += [_markdown(*_pairs(found))] if pairs else ["\n".join(f"- {line}" for line in ranks(found))]
     parts += ["\n".join(f"- {text}" for text in (*front(found), *found.notes))]
@@ -70,7 +70,7 @@ def markdown(found: Comparison, pairs: bool = False) -> str:
 
 
 def comma_separated(found: Comparison, pairs: bool = False) -> str:
-    """One row per number, every digit of it; pairs: one row per tested difference instead."""
+    """CSV with one row per number, with all digits; pairs: one row per tested difference instead."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     if pairs:
@@ -175,7 +175,7 @@ def _cell(cell: Cell, base: bool) -> str:
 
 
 def shown(one: Measure) -> str:
-    """A measure with half of its interval, or its ends: '58.20 % ± 1.1', '0.2 (0.1 … 0.6)', '1 GiB'."""
+    """A measure with its interval as ±, or as its two ends: '58.20 % ± 1.1', '0.2 (0.1 … 0.6)', '1 GiB'."""
     if one.unit == "bytes":
         return size(one.value)
     factor, unit = (100, " %") if one.unit == "share" else (1, "")

@@ -1,4 +1,4 @@
-"""Zero-shot and few-shot tasks through lm-eval: its prompts, metrics and model adapter, our loader and journal."""
+"""Zero-shot and few-shot tasks through lm-eval: its prompts, metrics and model adapter, llmq's loader and journal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from llmq_eval.journal import Journal
 from llmq_eval.results import Measure
 
 OWN = ("perplexity", "divergence", "speed", "memory")
-"""Tasks that need no lm-eval."""
+"""Tasks that do not need lm-eval."""
 SHARES = re.compile(r"(acc|exact_match|em|f1)(_|\b)")
-"""Metrics of lm-eval that are shares of 1; others are perplexities, bits, scores …"""
+"""Metrics of lm-eval that are fractions of 1; others are perplexities, bits, scores …"""
 INSTALL = "pip install 'llmq[eval]'"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """limit: documents per task (below 1: a share of them), None for all; fewshot: examples, None for the task's own.
+    """limit: documents per task (below 1: a fraction of them), None for all; fewshot: examples, None for the task's
+    own.
 
-    batch: requests per forward pass, or 'auto' for what fits a GPU (1 on a CPU, where padding costs and batches gain
-    little).
+    batch: requests per forward pass, or 'auto' for as many as fit a GPU (1 on a CPU, where padding costs time and
+    larger batches gain little).
     """
 
     limit: float | None = None
@@ -43,7 +44,7 @@ class Settings:
 class Tasks:
     """The tasks of lm-eval by name, some with local documents. Raises LlmqError without lm-eval or for unknown names.
 
-    include: folder of the task files made from `data_dir`; both None to take the documents from the hub.
+    include: folder of the task files made from `data_dir`; both are None if the documents come from the hub.
     """
 
     def __init__(self, names: Sequence[str], data_dir: Path | None = None, include: Path | None = None) -> None:
@@ -67,13 +68,13 @@ class Tasks:
         code = [leaf for leaf in parts if manager.task_index[leaf].kind.name == "PY_TASK"]
         if code:
             raise LlmqError(
-                f"{name}: lm-eval has {code[0]} as Python code, which brings its own documents: leave out --data-dir"
+                f"{name}: lm-eval defines {code[0]} by Python code, which loads its own documents: leave out --data-dir"
             )
         definitions = {leaf: Path(manager.task_index[leaf].yaml_path) for leaf in parts}
         self.data |= local_tasks.from_folder(name, definitions, data_dir, include)
 
     def fingerprint(self, name: str) -> str:
-        """Of a task's local documents; 'hub' for others."""
+        """The fingerprint of a task's local documents; 'hub' if they come from the hub."""
         return self.data.get(name, "hub")
 
     def run(
@@ -89,14 +90,14 @@ class Tasks:
     ) -> list[Measure]:
         """The measures of one task or group. shown: the dtype the model runs in, for the protocol.
 
-        Raises LlmqError if its documents cannot be had, or the model fails or overflows.
+        Raises LlmqError if its documents are not available, or the model fails or overflows.
         """
         from lm_eval import simple_evaluate
 
         adapter = _adapter(model, tokenizer, settings, journal, progress)
         _quiet()
         try:
-            # It asks git for the commit of wherever the user is, and git's complaint is on their screen.
+            # lm-eval asks git for the commit of the current directory, and git's error would appear on the terminal.
             with patch("lm_eval.evaluator.get_git_commit_hash", str, create=True):
                 found = simple_evaluate(
                     model=adapter,
@@ -112,7 +113,7 @@ class Tasks:
         except Exception as error:
             raise self._explained(name, error) from error
         adapter.flush()
-        # What 'auto' found on a GPU differs from model to model, and would forbid every comparison.
+        # The size that 'auto' finds on a GPU differs between models; in the protocol it would prevent every comparison.
         batch = 1 if settings.batch == "auto" and model.device.type == "cpu" else settings.batch
         return _measures(name, found, self.data, f"{shown}, batch {batch}")
 
@@ -120,7 +121,7 @@ class Tasks:
         from llmq.checkpoint import hub
 
         if "sample larger than population" in str(error).lower():
-            return LlmqError(f"{name}: it has too few documents for so many examples: lower --num-fewshot")
+            return LlmqError(f"{name}: it has fewer documents than few-shot examples: lower --num-fewshot")
         if name not in self.data:
             try:
                 told = hub.explain(error, name, "dataset")
@@ -128,22 +129,23 @@ class Tasks:
             except Exception:
                 if os.environ.get("HF_HUB_OFFLINE") or isinstance(error, ConnectionError | FileNotFoundError):
                     return LlmqError(
-                        f"{name}: its documents cannot be had from the hub ({first_line(error)}); check the network, "
+                        f"{name}: its documents cannot be fetched from the hub ({first_line(error)}); check the "
+                        "network, "
                         f"or give a folder with {name}_validation.jsonl as --data-dir"
                     )
-        hint = f"; its documents are from {name}_*.jsonl, whose columns may be others" if name in self.data else ""
+        hint = f"; its documents are from {name}_*.jsonl, which may have the wrong columns" if name in self.data else ""
         return LlmqError(f"{name}: lm-eval failed on it: {type(error).__name__}: {first_line(error)}{hint}")
 
 
 def unknown_task(name: str, known: Sequence[str]) -> LlmqError:
-    """The error for a name that is no task, with the nearest that are."""
+    """The error for an unknown task, with the nearest known ones."""
     near = difflib.get_close_matches(name, [*OWN, *known], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OWN)} and the tasks of lm-eval"
     return LlmqError(f"unknown task {name!r}: {hint}")
 
 
 def installed() -> bool:
-    """Whether lm-eval is there."""
+    """Whether lm-eval is installed."""
     return importlib.util.find_spec("lm_eval") is not None
 
 
@@ -157,7 +159,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 @cache
 def _own() -> Any:
-    """lm-eval's own tasks: thousands of files, ten seconds."""
+    """lm-eval's own tasks; takes ten seconds, as there are thousands of files."""
     _quiet()
     from lm_eval.tasks import TaskManager
 
@@ -165,7 +167,7 @@ def _own() -> Any:
 
 
 def _manager(include: Path | None = None) -> Any:
-    """lm-eval's own tasks, or those of a folder alone."""
+    """lm-eval's own tasks, or only those of a folder."""
     if include is None:
         return _own()
     _quiet()
@@ -175,7 +177,7 @@ def _manager(include: Path | None = None) -> Any:
 
 
 def leaves(manager: Any, name: str) -> list[str]:
-    """The tasks of a group, of its groups and tags, in order; of a task, itself."""
+    """The tasks of a group, including those of its groups and tags, in order; for a task, the task itself."""
     entry = manager.task_index[name]
     if entry.kind.name in ("TASK", "PY_TASK"):
         return [name]
@@ -190,7 +192,7 @@ def leaves(manager: Any, name: str) -> list[str]:
 
 
 def _quiet() -> None:
-    """lm-eval logs each of its decisions; what matters of them is in the protocol."""
+    """Silence lm-eval's log of its decisions; the relevant ones are in the protocol."""
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -199,10 +201,10 @@ def _quiet() -> None:
 
 
 def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, progress: bool) -> Any:
-    """lm-eval's own adapter around a model that is loaded, which answers from the journal what it holds.
+    """lm-eval's own adapter around a loaded model; requests in the journal are answered from it.
 
-    Its requests are sorted and cut into batches by themselves, so what is left of a run that was broken off makes the
-    same batches, provided that the journal holds whole batches: answers are kept when the next batch begins.
+    lm-eval sorts the requests and splits them into batches. So that a resumed run makes the same batches, the journal
+    must hold whole batches: answers are written when the next batch begins.
     """
     import hashlib
     import json
@@ -220,12 +222,12 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             if batch == "auto" and model.device.type == "cpu":
                 batch = 1
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-            if model.device.type == "meta":  # its first weights are on the disk
+            if model.device.type == "meta":  # its first weights are offloaded to disk
                 self._device = torch.device(input_device("auto"))
             self.pending: dict[str, Any] = {}
             self.cache_hook = self
             if batch == "auto":
-                # A size found anew for what is left could differ, and with it the last digits.
+                # A batch size found again for the remaining requests could differ, and change the last digits.
                 if "batch" not in journal.done:
                     journal.add({"batch": int(self._detect_batch_size())})
                 self.batch_size_per_gpu = journal.done["batch"]
@@ -246,7 +248,7 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
         def add_partial(self, kind: str, request: Any, answer: Any) -> None:
             number = answer[0] if isinstance(answer, tuple | list) else answer
             if isinstance(number, float) and not math.isfinite(number):
-                # Not kept: what is in the journal is never asked again.
+                # Not written to the journal, whose answers are never computed again.
                 dtype = str(model.dtype).removeprefix("torch.")
                 raise LlmqError(
                     f"{model.name_or_path}: a log likelihood is {number}; the model overflows in {dtype}, "
@@ -296,7 +298,7 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
 
 
 def _measures(name: str, found: dict[str, Any], local: Mapping[str, str], ran: str) -> list[Measure]:
-    """local: fingerprints of local documents by task. A tag's tasks are told one by one, a group as a whole."""
+    """The measures of a task, of each task of a tag, or of a whole group. local: documents' fingerprints by task."""
     group = name in found.get("groups", {})
     parts = sorted(found["samples"]) if group else list(found["samples"])
     made = []
@@ -325,7 +327,7 @@ def _measures(name: str, found: dict[str, Any], local: Mapping[str, str], ran: s
 
 
 def _samples(found: dict[str, Any], leaves: Sequence[str], label: str) -> list[float] | None:
-    """The metric's value for each document, in order; None where it has none of its own."""
+    """The metric's value for each document, in order; None if it is not defined per document."""
     metric, _, kind = label.partition(",")
     values = []
     for leaf in leaves:
@@ -344,9 +346,9 @@ def _measure(
 ) -> Measure:
     low = high = None
     if samples and metric != "perplexity" and not math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9):
-        samples = None  # a group's mean over its tasks, or no mean at all
+        samples = None  # a group's mean over its tasks, or a metric that is not a mean
     right_or_wrong = bool(samples) and set(samples or ()) <= {0.0, 1.0}
-    # Some tasks have their F1 in percent: what is above 1 is no share.
+    # Some tasks give F1 in percent: a value above 1 is not a fraction.
     unit = "share" if (right_or_wrong or SHARES.match(metric)) and 0 <= value <= 1 else ""
     if metric == "perplexity" and samples:
         samples = [-one for one in samples]

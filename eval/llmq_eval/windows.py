@@ -1,7 +1,7 @@
-"""A text to windows of token ids: what perplexity and divergence are measured on.
+"""Windows of token ids of a text, for perplexity and divergence.
 
-The text is tokenized once as a whole, with whatever the tokenizer adds by itself (a BOS once at the very beginning, or
-nothing), and cut into consecutive windows that do not overlap; what is left over at the end is dropped.
+The text is tokenized once as a whole, with the special tokens that the tokenizer adds (one BOS at the beginning, or
+none), and cut into consecutive windows without overlap; the remainder at the end is dropped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ WINDOW = 2048
 
 @dataclass(frozen=True)
 class Named:
-    """A text that is known by name: where the hub has it and how its rows become one text.
+    """A named text: its data set on the hub, and how its rows are joined to one text.
 
-    column: of the rows; rows: how many from the beginning, None for all; files: which of the repository's.
+    column: of the rows; rows: only the first ones, None for all; files: of the repository, None for all.
     """
 
     repository: str
@@ -40,7 +40,7 @@ class Named:
     revision: str | None = None
 
 
-# As the papers on GPTQ and AWQ take them: WikiText-2 and PTB whole, of C4 the first 1,100 rows of its validation split.
+# As in the GPTQ and AWQ papers: WikiText-2 and PTB whole, of C4 the first 1,100 rows of its validation split.
 TEXTS = {
     "wikitext2": Named("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
     "c4": Named("allenai/c4", None, "validation", "text", " ", 1100, files="en/c4-validation.00000-of-00008.json.gz"),
@@ -50,7 +50,7 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Text:
-    """key: what the task is called after it ('demo', 'wikitext2', a file's name); name: of the protocol."""
+    """key: its name in the task ('demo', 'wikitext2', a file's name); name: its name in the protocol."""
 
     content: str
     key: str
@@ -59,7 +59,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [windows, tokens]; key: of the text; name: the text and what the tokenizer added, for the protocol."""
+    """ids: int64 [windows, tokens]; key: of the text; name: text and special tokens, for the protocol."""
 
     ids: Tensor
     key: str
@@ -67,17 +67,17 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """How many windows."""
+        """The number of windows."""
         return self.ids.shape[0]
 
     @property
     def length(self) -> int:
-        """Tokens in a window."""
+        """Tokens per window."""
         return self.ids.shape[1]
 
     @cached_property
     def digest(self) -> str:
-        """Of the ids: what tells two texts of one name apart."""
+        """A hash of the ids, which distinguishes two texts of the same name."""
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
 
     @property
@@ -93,7 +93,7 @@ class Windows:
         rows = model.get_input_embeddings().weight.shape[0]
         if int(self.ids.max()) >= rows:
             raise LlmqError(
-                f"{folder}: its tokenizer gives token {int(self.ids.max())}, the model knows {rows}: they differ"
+                f"{folder}: its tokenizer gives token {int(self.ids.max())}, but the model has only {rows} embeddings"
             )
 
 
@@ -109,10 +109,10 @@ def cut(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Windows:
-    """The windows of a text that all the models in `folders` are measured on; options as of `perplexities`.
+    """The windows of a text, the same for all models in `folders`; options as in `perplexities`.
 
-    Raises LlmqError if the text is missing, not text, or shorter than a window, if the window is longer than one of the
-    models can read, or two of them do not give the text the same tokens.
+    Raises LlmqError if the text is missing, not text, or shorter than a window, if the window is longer than a model's
+    maximum, or if two models tokenize the text differently.
     """
     for folder in folders:
         check_readable(folder, kernels)
@@ -123,7 +123,7 @@ def cut(
         if not torch.equal(found[-1][0], found[0][0]):
             raise LlmqError(
                 f"the tokenizers of {folders[0]} and {folder} give the text different tokens ({len(found[0][0])} and "
-                f"{len(found[-1][0])}): they cannot be compared; is one the other's base model?"
+                f"{len(found[-1][0])}): they cannot be compared; check that one is quantized from the other"
             )
     longest = {folder: most for folder in folders if (most := _longest(folder, trust_remote_code))}
     length = window or min([WINDOW, *longest.values()])
@@ -151,7 +151,7 @@ def default_window(folder: Path, trust_remote_code: bool = False) -> int:
 
 
 def _longest(folder: Path, trust_remote_code: bool) -> int | None:
-    """The longest input that the model's configuration allows; None where it names none."""
+    """The longest input that the model's configuration allows; None if it states none."""
     from transformers import AutoConfig
 
     try:
@@ -165,7 +165,7 @@ def _longest(folder: Path, trust_remote_code: bool) -> int | None:
 def _tokens(
     folder: Path, text: Text, special_tokens: bool, trust_remote_code: bool, progress: bool
 ) -> tuple[Tensor, str]:
-    """The ids of the text, and what to call it."""
+    """The ids of the text, and its name for the protocol."""
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     ids = tokenize(text.content, tokenizer, special_tokens=special_tokens, progress=progress)
     if not special_tokens:
@@ -177,7 +177,7 @@ def _tokens(
 def read_text(text: str, data_dir: Path | None = None) -> Text:
     """'demo', a text of `TEXTS` (from `data_dir` if it holds it, else from the hub), or a UTF-8 file.
 
-    Raises LlmqError if it cannot be had or is empty.
+    Raises LlmqError if it is not available or is empty.
     """
     if text == "demo":
         from llmq import demo
@@ -187,7 +187,7 @@ def read_text(text: str, data_dir: Path | None = None) -> Text:
         content, name = _named(text, TEXTS[text], data_dir)
         return Text(content, text, name)
     if not text:
-        raise LlmqError("--text names no text: give 'demo', wikitext2, c4, ptb or a text file")
+        raise LlmqError("--text is empty: give 'demo', wikitext2, c4, ptb or a text file")
     file = Path(text).expanduser()
     return Text(_file(file, text), file.name, file.name)
 
@@ -210,7 +210,7 @@ def _file(file: Path, text: str) -> str:
 
 
 def _named(key: str, named: Named, data_dir: Path | None) -> tuple[str, str]:
-    """The text, and what to call it with where it is from."""
+    """The text, and its name with its source."""
     joined = {"\n\n": "a blank line", " ": "spaces"}[named.join]
     what = f"{key} {named.split} split, {f'first {named.rows} ' if named.rows else ''}rows joined by {joined}"
     if data_dir is None:

@@ -1,7 +1,7 @@
-"""Low-bit matrix products: torch operators, and plain functions on tensors. Knows torch (and triton) and nothing else.
+"""Low-bit matrix products: torch operators, and plain functions on tensors. Depends only on torch (and triton).
 
 `import llmq_kernels.ops` registers `torch.ops.llmq.int_linear`, `nf4_linear` and `int8_linear`; `llmq_kernels.layouts`
-puts a weight in the form that the first of them reads on a device. Importing needs neither a GPU nor triton.
+packs a weight in the layout that `int_linear` reads on a device. Importing needs neither a GPU nor triton.
 """
 
 from llmq_kernels.reference import dequantize, unpack_codes

@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels run on."""
+"""Decides whether the Triton kernels can run on a tensor's device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on tensors of that device, or None.
 
-    They run on GPUs, and with TRITON_INTERPRET=1 in the environment on a CPU too, slowly: that is how they are tested,
-    by naming them; nothing chooses them there.
+    They run on GPUs, and with TRITON_INTERPRET=1 in the environment also on a CPU, slowly. Tests use that, by choosing
+    the Triton layout explicitly; it is never chosen automatically on a CPU.
     """
     if not _installed():
         return "triton is not installed (pip install triton)"
@@ -38,7 +38,7 @@ def on_triton(x: Tensor) -> bool:
 @functools.cache
 def _too_old(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"Triton kernels need compute capability 8.0, which {torch.cuda.get_device_name(device)} has not"
+        return f"Triton kernels need compute capability 8.0, which {torch.cuda.get_device_name(device)} does not have"
     return None
 
 

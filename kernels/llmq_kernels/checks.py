@@ -1,4 +1,4 @@
-"""What the operators demand of their arguments: errors that say what was expected and what was found."""
+"""Checks of the operators' arguments; errors say what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_input(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
-    """x and bias of any of the operators. Raises TypeError for a dtype, ValueError for a shape or a device."""
+    """Check x and bias of any operator. Raises TypeError for a wrong dtype, ValueError for a wrong shape or device."""
     if x.dtype not in FLOATS:
         raise TypeError(f"the input must be float32, bfloat16 or float16, not {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -24,7 +24,7 @@ def check_input(x: Tensor, out_features: int, in_features: int, bias: Tensor | N
 
 
 def check(name: str, tensor: Tensor, dtypes: torch.dtype | Sequence[torch.dtype], shape: Sequence[int]) -> None:
-    """Raises TypeError or ValueError unless the tensor has one of the dtypes, and the shape."""
+    """Raises TypeError or ValueError unless the tensor has one of the dtypes and the shape."""
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if tensor.dtype not in allowed:
         raise TypeError(f"{name} must be {' or '.join(map(str, allowed))}, not {tensor.dtype}")
@@ -33,13 +33,13 @@ def check(name: str, tensor: Tensor, dtypes: torch.dtype | Sequence[torch.dtype]
 
 
 def check_device(x: Tensor, tensor: Tensor, name: str) -> None:
-    """Raises ValueError unless both are on one device."""
+    """Raises ValueError unless both are on the same device."""
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}: move the model or the input")
 
 
 def check_sizes(bits: int, group_size: int) -> None:
-    """Raises ValueError unless there are operators for such codes and groups."""
+    """Raises ValueError unless the operators support these bits and this group size."""
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"there are operators for 2, 3, 4 and 8 bits, not {bits}")
     if group_size < 1:

@@ -1,7 +1,7 @@
-"""The layout of dense bits: a weight as it is stored, on any device, unpacked some rows at a time.
+"""The layout dense_bits: the plain form itself, on any device, unpacked some rows at a time.
 
-What serves where no faster layout does. The weight stays packed in memory; a slab of at most SLAB dequantized values
-exists at a time, and is used while it is in cache.
+Used if no faster layout supports the weight. The weight stays packed in memory; a slab of at most SLAB values is
+dequantized at a time, and multiplied while it is in cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SLAB = 1 << 20
 def refusal(
     device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> str | None:
-    """Why this layout cannot serve such a weight: it always can, so None."""
+    """None: this layout supports every weight."""
     return None
 
 
 def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
-    """The plain form is this layout: returned as it is."""
+    """Returns the plain form unchanged, which is this layout."""
     return plain
 
 
@@ -44,7 +44,7 @@ def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
 
 
 def check_plain(weight: PackedInt) -> None:
-    """The plain form of an integer weight: codes, scales and zero points that agree. Raises TypeError, ValueError."""
+    """Check that codes, scales and zero points of a plain form fit together. Raises TypeError or ValueError."""
     check_sizes(weight.bits, weight.group_size)
     words = -(-weight.in_features * weight.bits // 32)
     check("words", weight.packed, torch.int32, (weight.out_features, words))
@@ -54,7 +54,7 @@ def check_plain(weight: PackedInt) -> None:
 
 
 def slabs(weight: PackedInt) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time: which, and their weight in float32."""
+    """Yields some rows at a time: their slice, and their weight in float32."""
     for rows in products.row_slabs(weight.out_features, weight.in_features, SLAB):
         codes = unpack(weight.packed[rows], weight.bits, weight.in_features)
         zero = None if weight.zero is None else weight.zero[rows]
@@ -62,7 +62,7 @@ def slabs(weight: PackedInt) -> Iterator[tuple[slice, Tensor]]:
 
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
-    """As `reference.unpack_codes`; where codes lie in whole bytes or halves of them, in fewer passes."""
+    """As `reference.unpack_codes`, with fewer passes for 8 and 4 bits."""
     if bits not in (4, 8):
         return reference.unpack_codes(words, bits, n)
     octets = words.contiguous().view(torch.uint8)

@@ -1,16 +1,16 @@
-"""4-bit weights on the CPU: torch's own operator for few rows, dequantization in the cache + a matmul for many.
+"""4-bit weights on the CPU: torch's own operator for few rows; dequantization in cache and a matmul for many.
 
-One copy of the weight, in the order that `aten::_convert_weight_to_int4pack_for_cpu` writes. The operator,
-`aten::_weight_int4pack_mm_for_cpu`, dequantizes every weight anew for every four rows of x, which is the fastest there
-is for the first few rows and hopeless beyond. So many rows go another way: a few blocks of output rows at a time are
-unpacked from the same bytes into a slab that stays in the cache, laid out as the right-hand side of torch's matmul.
+There is one copy of the weight, in the order that `aten::_convert_weight_to_int4pack_for_cpu` writes. The operator,
+`aten::_weight_int4pack_mm_for_cpu`, dequantizes all weights again for every four rows of x, which is fastest for few
+rows and very slow for many. For many rows, a few blocks of output rows at a time are therefore unpacked from the same
+bytes into a slab that stays in cache, laid out as the right operand of torch's matmul.
 
-The operator packs blocks of output rows, [block, in, block/2] bytes, each byte two codes of one input; how many rows a
-block has and which two share a byte depends on how torch was built and on the CPU. That is tried out once per process
-on codes that are known (`packing`), and a torch that packs otherwise is refused.
+The operator packs blocks of output rows, [block, in, block/2] bytes, each byte two codes of one input; the number of
+rows per block, and which two rows share a byte, depend on torch's build and on the CPU. Both are found once per process
+by packing known codes (`packing`); other orders are refused.
 
-2 and 3 bits are stored as 4: their codes are a subset, and their memory is that of 4 bits. Groups that the operator
-does not know (channels, 96 …) have their scales repeated for groups that it does know.
+Codes of 2 and 3 bits are stored as 4-bit codes, of which they are a subset. If the operator does not support the group
+size (channel, 96 …), scales are repeated for a smaller one that it supports.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from llmq_kernels.weights import PackedInt
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
-# Rows up to which the operator beats slabs. It costs the same again for every four rows (1.5 ms at 4096 x 4096), slabs
-# cost a fixed 10 ms and torch's matmul. They meet at 48 rows in all of 4096 x 4096, 14336 x 4096 and 4096 x 14336:
+# Up to this many rows the operator is faster than slabs. It costs 1.5 ms per four rows at 4096 x 4096; slabs cost a
+# fixed 10 ms and torch's matmul. Both take the same time at 48 rows for 4096 x 4096, 14336 x 4096 and 4096 x 14336:
 # CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13.
 OPERATOR_ROWS = 48
 
 # Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
 SLAB = 1 << 20
-# Codes that are packed at a time: as int32 they are 16 MiB.
+# Codes packed at a time: 16 MiB as int32.
 PACKED_AT_ONCE = 1 << 22
 
 
 class Packing(NamedTuple):
-    """How this torch packs on this CPU: rows a block; whether a byte holds rows d and d + block/2, or 2d and 2d + 1."""
+    """How torch packs on this CPU: rows per block; whether a byte holds rows d and d + block/2, or 2d and 2d + 1."""
 
     block: int
     halves: bool
@@ -50,7 +50,7 @@ class Packing(NamedTuple):
 
 @cache
 def packing() -> Packing | None:
-    """Found by packing known codes; None where they cannot be found again, or where torch cannot pack at all."""
+    """Torch's order, found by packing known codes; None if it is another order, or torch cannot pack."""
     generator = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(0, 16, (128, 32), generator=generator, dtype=torch.int32, device="cpu")
     for block in (64, 32, 16):
@@ -66,14 +66,14 @@ def packing() -> Packing | None:
 
 
 def _spread(rows: Tensor, how: Packing) -> Tensor:
-    """Rows [rows, …] in the operator's order, so that neighbours share a byte and are unpacked side by side."""
+    """Rows [rows, …] reordered so that neighbours share a byte of the operator's packing."""
     if not how.halves:
         return rows
     return rows.view(-1, how.block // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _gather(columns: Tensor, how: Packing) -> Tensor:
-    """Columns [n, rows] in the operator's order, in their own again: the inverse of `_spread`."""
+    """Columns [n, rows] from the operator's order back to their own: the inverse of `_spread`."""
     if not how.halves:
         return columns
     return (
@@ -86,8 +86,8 @@ def _gather(columns: Tensor, how: Packing) -> Tensor:
 def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
     """The codes 0…15 of whole blocks. packed: u8 [blocks, in, block/2]. Returns int8 [in, blocks·block].
 
-    Passes of plain vector code over contiguous memory: torch falls back to scalars where rows are short.
-    space: int16 [2, at least as many as packed] to work in.
+    Uses passes over contiguous memory, which torch vectorizes; it does not for short rows.
+    space: a buffer, int16 [2, at least packed.numel()].
     """
     blocks, n, half = packed.shape
     codes, shifted = (
@@ -102,7 +102,7 @@ def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
 
 
 def _group(in_features: int, group_size: int) -> int | None:
-    """The largest group of the operator that divides both: scales are repeated for it. None where there is none."""
+    """The operator's largest group size that divides both; scales are repeated for it. None if there is none."""
     whole = in_features if group_size >= in_features else group_size
     return next((group for group in OPERATOR_GROUPS if whole % group == 0 and in_features % group == 0), None)
 
@@ -110,7 +110,7 @@ def _group(in_features: int, group_size: int) -> int | None:
 def refusal(
     device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> str | None:
-    """Why this layout cannot serve such a weight, or None where it can."""
+    """Why this layout does not support such a weight, or None."""
     if device.type != "cpu":
         return f"int4pack is for CPUs, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -127,13 +127,13 @@ def refusal(
 
 
 def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
-    """The plain form, packed as torch's operator wants it, a few rows at a time.
+    """The plain form, packed for torch's operator, a few rows at a time.
 
     With `rows` = out rounded up to whole blocks and g the operator's group, packed is u8 [rows, in/2]; scale
     [in/g, rows, …], in the operator's order of rows: for bfloat16 the operator's pairs of scale and −zero·scale,
-    rounded to bfloat16, for other dtypes, where the operator is of no use, float32 scales alone; zero int8
-    [in/g, rows], in the weight's order of rows, or None. Raises ValueError where `refusal` has a reason, or the shapes
-    do not fit each other.
+    rounded to bfloat16; for other dtypes, which do not use the operator, float32 scales only; zero int8 [in/g, rows],
+    in the weight's order of rows, or None. Raises ValueError if `refusal` gives a reason, or the shapes do not fit
+    together.
     """
     words, scale, zero, bits = plain.packed, plain.scale, plain.zero, plain.bits
     out, in_features, group_size = plain.out_features, plain.in_features, plain.group_size
@@ -168,7 +168,7 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
 
 
 def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias from what `pack` made. x: [M, in], bfloat16, float16 or float32. Returns [M, out] in x's dtype."""
+    """x · Wᵀ + bias with a weight from `pack`. x: [M, in]. Returns [M, out] in x's dtype."""
     blocks = _check(weight)
     scale, in_features = weight.scale, weight.in_features
     if x.dim() != 2 or x.shape[1] != in_features:
@@ -189,7 +189,7 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
 
 
 def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] in `dtype`, from what `pack` made."""
+    """A weight from `pack`, dequantized to [out, in] in `dtype`."""
     blocks = _check(weight)
     dense = weight.packed.new_empty(weight.out_features, weight.in_features, dtype=dtype)
     for rows, slab in _slabs(blocks, weight.scale, weight.zero, dtype):
@@ -199,7 +199,7 @@ def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
 
 
 def _check(weight: PackedInt) -> Tensor:
-    """The packed bytes by block. The operator itself would read past the end of scales that are too few."""
+    """The packed bytes by block, after checking all shapes: the operator would read past the end of too few scales."""
     packed, scale, zero = weight.tensors
     in_features = weight.in_features
     how = _known()
@@ -230,9 +230,9 @@ def _known() -> Packing:
 
 
 def _slabs(blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight, a few blocks of rows at a time: which rows, and their values [in, rows]. The next overwrites them.
+    """Yields a few blocks of rows at a time: their slice and their values [in, rows], which the next one overwrites.
 
-    Scaled in float32 and rounded once: torch rounds to bfloat16 slowly, so that is done in no other step.
+    Values are scaled in float32 and rounded once, as torch's rounding to bfloat16 is slow.
     """
     how = _known()
     count, n, half = blocks.shape
@@ -257,6 +257,6 @@ def _slabs(blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtyp
 
 @cache
 def _operator_is_fast() -> bool:
-    """Halves go with vector code, pairs with plain loops, except on ARM (read in ATen's int4mm_kernel.cpp)."""
+    """Packing by halves has vector code; packing by pairs only on ARM, else plain loops (ATen's int4mm_kernel.cpp)."""
     how = packing()
     return how is not None and (how.halves or platform.machine() in ("aarch64", "arm64"))

@@ -1,10 +1,9 @@
 """`llmq::int8_linear` on a CPU: integer products by torch._int_mm, exact and without a float copy of the weight.
 
-_int_mm rearranges its right operand before every product of more than one row, which costs as much as reading the
-weight some forty times. So the weight stands on the left (Yᵀ = W · Xᵀ), and x is what is rearranged; a few rows go one
-by one, each straight through the weight. Without AVX-512, _int_mm is a scalar loop, and without VNNI it is wrong:
-oneDNN then adds two products in 16 bits, which saturate. Float32 products take its place there, over so few inputs at a
-time that their sums are exact.
+_int_mm reorders its right operand before every product of more than one row, which costs as much as reading the weight
+about forty times. So the weight is the left operand (Yᵀ = W · Xᵀ) and x is reordered; a few rows are multiplied one by
+one. Without AVX-512, _int_mm is a scalar loop, and with AVX-512 but no VNNI it is wrong: oneDNN adds two products in 16
+bits, which saturate. In both cases float32 products replace it, over so few inputs at a time that their sums are exact.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch import Tensor
 from llmq_kernels.reference import steps
 from llmq_kernels.weights import PackedInt8
 
-# Rows that are cheaper one by one: measured on 1024 and 4096 outputs, in docs/benchmarks.md.
+# Up to this many rows, one by one is faster: measured on 1024 and 4096 outputs, in docs/benchmarks.md.
 ONE_BY_ONE = 4
-# Whole numbers up to 2²⁴ are exact in float32: that many products of two numbers down to −128.
+# Integers up to 2²⁴ are exact in float32, and so are sums of this many products of int8.
 EXACT = 1024
 
 
 def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias with x rounded to 8 bits, as `reference.int8_linear` says.
+    """x · Wᵀ + bias with x rounded to 8 bits, as in `reference.int8_linear`.
 
     x: float32, bfloat16 or float16 [M, in]; bias: float [out]. Returns [M, out] in x's dtype, rounded once. Raises
     ValueError from 131072 inputs on.
@@ -39,18 +38,18 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x on the signed 8-bit grid, every step in x's own dtype: int8, x's shape, and the scale, [M, 1]."""
+    """x rounded to int8, every step in x's own dtype. Returns int8 in x's shape, and the scale, [M, 1]."""
     scale = steps(x, input_scale)
     if input_scale is None:
         return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
     levels = (x / scale).clamp_(-128, 127).round_()
-    # What is no number has no code; its row gets no scale, as a largest magnitude would be none.
+    # A NaN has no code, and makes its row's scale NaN.
     strange = levels.isnan().any(-1, keepdim=True)
     return levels.nan_to_num_(0).to(torch.int8), scale.expand(x.shape[0], 1).masked_fill(strange, torch.nan)
 
 
 def multiply(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes [M, in] · weight [out, in]ᵀ, both int8: exact whole numbers, [M, out], int32 or float64."""
+    """codes [M, in] · weight [out, in]ᵀ, both int8. Returns exact integers, [M, out], as int32 or float64."""
     return _by_integers(codes, weight) if _has_instructions() else _by_float32(codes, weight)
 
 
@@ -71,7 +70,7 @@ def _by_float32(codes: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _has_instructions() -> bool:
-    """Whether _int_mm is fast and exact here. Exact: tried on the numbers that saturate, in both ways it is called."""
+    """Whether _int_mm is fast and exact here; exactness is tried with values that could saturate."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     generator = torch.Generator("cpu").manual_seed(0)

@@ -1,10 +1,10 @@
-"""How an integer weight lies in memory for the operator that will read it: chosen and made once, at load.
+"""Layouts: how an integer weight is packed for the operator that reads it; chosen once, at load.
 
 A layout is a module of this package with `refusal`, `pack`, `linear` and `dequantize`:
 
-- planes: the Triton kernels' own, on a GPU;
-- int4pack: torch's int4 operator, on a CPU;
-- dense_bits: the plain form as it is stored, anywhere.
+- planes: for the Triton kernels, on a GPU;
+- int4pack: for torch's int4 operator, on a CPU;
+- dense_bits: the plain form itself, on any device.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from llmq_kernels.dense_bits import check_plain
 from llmq_kernels.weights import PackedInt
 
 DENSE_BITS = "dense_bits"
-"""The plain form's name where layouts are named by text."""
+"""The name of the plain form's layout."""
 NAMES = ("planes", "int4pack", DENSE_BITS)
 
 
 class Layout(Protocol):
-    """What each layout has, as functions."""
+    """The functions of a layout."""
 
     def refusal(
         self, device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
     ) -> str | None:
-        """Why it cannot serve such a weight with inputs of that dtype, in some words, or None."""
+        """Why it does not support such a weight with inputs of that dtype, in a few words, or None."""
 
     def pack(self, plain: PackedInt, dtype: torch.dtype) -> PackedInt:
-        """The plain form → the layout's own, on the same device, for inputs of `dtype`."""
+        """Convert the plain form to the layout, on the same device, for inputs of `dtype`."""
 
     def linear(self, x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
         """x [M, in], contiguous, M ≥ 1 → x · Wᵀ + bias [M, out] in x's dtype, summed in float32."""
@@ -46,7 +46,7 @@ class Layout(Protocol):
 def layout(name: str) -> Layout:
     """The layout of that name. Raises ValueError if there is none."""
     if name not in NAMES:
-        raise ValueError(f"an integer weight lies as {', '.join(NAMES)}, not {name!r}")
+        raise ValueError(f"the layouts of integer weights are {', '.join(NAMES)}, not {name!r}")
     return _module(name)
 
 
@@ -58,16 +58,16 @@ def _module(name: str) -> Layout:
 def choose(
     device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> tuple[str, dict[str, str]]:
-    """The fastest layout that serves a weight [out, in], and why the faster ones do not: name → reason."""
+    """The fastest layout that supports a weight [out, in], and why faster ones do not: name → reason."""
     reasons: dict[str, str] = {}
     for name in NAMES:
         if name == "planes" and device.type == "cpu":
-            continue  # where Triton is interpreted they would serve, to be tested, not used
+            continue  # Triton's interpreter is for tests only
         reason = layout(name).refusal(device, dtype, bits, out_features, in_features, group_size)
         if reason is None:
             return name, reasons
         reasons[name] = reason
-    raise AssertionError("the plain form serves everything")
+    raise AssertionError("the plain form supports everything")
 
 
 def pack(
@@ -80,14 +80,14 @@ def pack(
     group_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The plain form of a weight in a layout, for inputs of `dtype`.
+    """Pack the plain form of a weight in a layout, for inputs of `dtype`.
 
     words: int32 [out, ceil(in·bits/32)]; scale: float [out, ceil(in/group_size)]; zero: int8 like scale, or None.
     Returns the codes, scale and zero that `torch.ops.llmq.int_linear` takes with that layout. Raises TypeError or
-    ValueError where codes, scales and zero points do not agree, or the layout cannot serve them.
+    ValueError if codes, scales and zero points do not fit together, or the layout does not support them.
     """
     if words.dim() != 2:
-        raise ValueError(f"words must be [out, words of a row], not {[*words.shape]}")
+        raise ValueError(f"words must be [out, words per row], not {[*words.shape]}")
     plain = PackedInt(words, scale, zero, bits, words.shape[0], in_features, group_size)
     check_plain(plain)
     check_device(words, scale, "scale")

@@ -1,8 +1,8 @@
-"""NF4 on the CPU: a byte, two codes, is looked up at once, in slabs of rows that torch's matmul reads from the cache.
+"""NF4 on the CPU: both codes of a byte are looked up at once, in slabs of rows that torch's matmul reads from cache.
 
-torch has no operator for codes into a codebook. Looking up codes one by one costs more than the matmul of hundreds of
-rows, and most of it is in taking bytes apart; a table of 256 pairs of float32, each gathered as one float64,
-takes them apart and looks them up in one pass.
+torch has no operator for codebook weights. Looking up codes one by one costs more than the matmul of hundreds of rows,
+mostly for splitting bytes. A table of 256 pairs of float32, each gathered as one float64, splits and looks up in one
+pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def dequantize(weight: PackedCodebook, dtype: torch.dtype) -> Tensor:
 
 
 def _slabs(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, beginning with a block: which, and their weight in float32. The next overwrites them."""
+    """Yields some rows at a time, from a block's start: their slice and float32 weight, which the next overwrites."""
     device, block_size, in_features = weight.packed.device, weight.block_size, weight.in_features
     absmax = nf4_absmax(weight.absmax, weight.nested_absmax, weight.nested_codebook, weight.offset)
     byte = torch.arange(256, device=device)

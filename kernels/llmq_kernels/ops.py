@@ -1,8 +1,8 @@
 """The low-bit matrix products as torch operators: `torch.ops.llmq.int_linear`, `nf4_linear` and `int8_linear`.
 
-Importing this registers them. Each has an implementation that chooses the backend by device and layout, a fake one, so
-that torch.compile and CUDA graphs work, and a gradient with respect to the input, which is all that training adapters
-on a frozen low-bit base needs. What each means is said in `reference`, and every backend is tested against that.
+Importing this module registers them. Each has an implementation that chooses the backend by device and layout, a fake
+one for torch.compile and CUDA graphs, and a gradient with respect to the input, as training adapters on a frozen
+low-bit base needs. `reference` defines each operator, and every backend is tested against it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def int_linear(
     """x · Wᵀ + bias for an integer weight W [out, in] as `layouts.pack` returns it.
 
     x: float32, bfloat16 or float16 [..., in]; bias: [out]. Returns [..., out] in x's dtype. Raises TypeError or
-    ValueError when x, bias or the device does not fit the weight.
+    ValueError if x, bias or the device does not fit the weight.
     """
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
     return _by_rows(x, weight, bias, layouts.layout(layout).linear)
@@ -76,7 +76,7 @@ def nf4_linear(
 ) -> Tensor:
     """x · Wᵀ + bias for a weight W [out, in] of 4-bit codes into a codebook; the tensors: `weights.PackedCodebook`.
 
-    Returns [..., out] in x's dtype. Raises TypeError or ValueError when something does not fit.
+    Returns [..., out] in x's dtype. Raises TypeError or ValueError if an argument does not fit.
     """
     nested = nested_absmax, nested_codebook, offset
     weight = PackedCodebook(packed, absmax, codebook, *nested, out_features, in_features, block_size)
@@ -115,7 +115,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | 
     """x · Wᵀ + bias with x rounded to int8, per token or by input_scale [1]; int32 sums, scaled at the end.
 
     x: float [..., in]; weight: int8 [out, in]; scale: float [out, 1]. Returns [..., out] in x's dtype. Raises TypeError
-    or ValueError when something does not fit.
+    or ValueError if an argument does not fit.
     """
     check("weight", weight, torch.int8, tuple(weight.shape))
     check("scale", scale, FLOATS, (weight.shape[0], 1))
@@ -142,7 +142,7 @@ def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _by_rows(
     x: Tensor, weight: Packed, bias: Tensor | None, linear: Callable[[Tensor, Packed, Tensor | None], Tensor]
 ) -> Tensor:
-    """x [..., in] as contiguous rows through a backend's product, when x, bias and the device fit the weight."""
+    """Check x [..., in], bias and device, and call a backend's product on x as contiguous rows."""
     out_features, in_features = weight.out_features, weight.in_features
     check_input(x, out_features, in_features, bias)
     check_device(x, weight.packed, "the weight")

@@ -1,17 +1,17 @@
-"""The layout "planes": what the Triton kernels read, on a GPU.
+"""The layout "planes", for the Triton kernels on a GPU.
 
-A row of the weight is cut into tiles of 32 words of 16 bits (3 bits: 96), and a tile into slices of 32 codes that are
-neighbours along K: code j of word t is the tile's code j · 32 + t. Tiles hold 256, 512, 128 and 64 codes of 2, 3, 4 and
-8 bits; the last one is filled up with codes whose inputs are never read. Reasons:
+A row of the weight is cut into tiles of 32 words of 16 bits (3 bits: 96), and a tile into slices of 32 consecutive
+codes along K: code j of word t is the tile's code j · 32 + t. Tiles hold 256, 512, 128 and 64 codes of 2, 3, 4 and 8
+bits; the last tile is padded with codes whose inputs are never read. Reasons:
 
-- A slice never crosses a group (groups are multiples of 32), and meets 32 neighbouring inputs.
+- A slice never crosses a group (groups are multiples of 32), and multiplies 32 consecutive inputs.
 - Two neighbouring words in a register give their codes j with one instruction, as a pair of 16-bit numbers that are
-  neighbours along K, which is what tensor cores take (`triton/unpack.py`).
+  neighbours along K, as tensor cores need (`triton/unpack.py`).
 - A row is contiguous, so any thread can load 16 bytes of it, and neighbours in a warp the next 16.
 
-3 bits: 16 codes in three words, five in each and one of the three top bits; so nothing is lost to alignment.
+3 bits: 16 codes in three words, five in each and one of the three top bits; so no bits are wasted.
 
-Scales and zero points are stored [groups, out]: programs read them for neighbouring rows of one group.
+Scales and zero points are stored [groups, out]: a program reads those of neighbouring rows for one group.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HALF = (torch.bfloat16, torch.float16)
 def refusal(
     device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> str | None:
-    """Why the Triton kernels cannot serve such a weight, or None."""
+    """Why the Triton kernels do not support such a weight, or None."""
     if dtype not in HALF:
         return f"inputs must be bfloat16 or float16, not {dtype}"
     if bits not in TILE:
@@ -55,7 +55,7 @@ def refusal(
 def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     """The plain form → packed int16 [out, words], scale [groups, out] and zero [groups, out], on the same device.
 
-    Works on some rows at a time, so that it needs little more than what it returns.
+    Processes some rows at a time, so that it needs little more memory than its result.
     """
     bits, width = plain.bits, plain.in_features
     tiles = -(-width // TILE[bits])
@@ -77,12 +77,12 @@ def interleave(codes: Tensor, bits: int) -> Tensor:
     else:
         parts = (codes[:, :, j] << (bits * j) for j in range(16 // bits))
         whole = sum(parts, start=torch.zeros_like(codes[:, :, 0])).unsqueeze(2)
-    # Two's complement by hand: what a conversion does with numbers out of range is not promised.
+    # Two's complement by hand: conversion of out-of-range numbers is undefined.
     return (((whole + 0x8000) & 0xFFFF) - 0x8000).to(torch.int16)
 
 
 def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x [M, in] → [M, out] in x's dtype, by the kernel that `tables.choose` names for M rows."""
+    """x [M, in] → [M, out] in x's dtype, by the kernel that `tables.choose` selects for M rows."""
     check_planes(weight)
     for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
         if tensor is not None and not tensor.is_contiguous():
@@ -97,7 +97,7 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
 
 
 def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
-    """x · Wᵀ + bias in one configuration. backend: as `gpu.Gpu.backend`."""
+    """x · Wᵀ + bias with a given configuration. backend: as `gpu.Gpu.backend`."""
     if config.family == "dense":
         return dense(x, weight, bias)
     from llmq_kernels.triton import integers
@@ -106,7 +106,7 @@ def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backe
 
 
 def dense(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it, of at most WORKSPACE bytes."""
+    """x · Wᵀ + bias by torch's own product with a dense copy of W or of some rows of it, at most WORKSPACE bytes."""
     return products.by_slabs(x, _slabs(weight, products.product_dtype(x)), bias, weight.out_features)
 
 
@@ -130,9 +130,9 @@ def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
 
 
 def check_planes(weight: PackedInt) -> None:
-    """Raises TypeError or ValueError unless the tensors are as `pack` returns them: kernels would read past their end.
+    """Raises TypeError or ValueError unless the tensors are as `pack` returns them; kernels would read past their end.
 
-    scale and zero may be columns of larger ones.
+    scale and zero may be column slices of larger tensors.
     """
     bits, out_features, in_features = weight.bits, weight.out_features, weight.in_features
     check_sizes(bits, weight.group_size)

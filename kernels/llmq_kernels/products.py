@@ -1,9 +1,9 @@
-"""Products with a dense weight, the dtype that they are made in, and weights that come some rows at a time.
+"""Products with a dense weight, their dtype, and products with weights that are dequantized some rows at a time.
 
-On a CPU, torch's float16 product depends on the processor: some multiply float16 with instructions of their own, which
-round the weight to a grid that ends at 6e-8 and may take what is below 6e-5 for zero; others go through float32. So
-float16 is multiplied in float32 there, on every processor, and only the result is rounded. bfloat16 has float32's
-range; torch multiplies it by plain loops where oneDNN has no instructions for it, and float32 is faster there.
+On a CPU, torch's float16 product depends on the processor: some have float16 instructions, which round the weight to
+multiples of 6e-8 and may flush values below 6e-5 to zero; others compute in float32. So on a CPU float16 is always
+multiplied in float32, and only the result is rounded. bfloat16 has float32's range; if oneDNN has no instructions for
+it, torch uses plain loops, and float32 is faster.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 Slabs = Iterable[tuple[slice, Tensor]]
-"""A weight, some rows at a time: which, and their values [rows, in]. The next may overwrite them."""
+"""A weight, some rows at a time: their slice and their values [rows, in], which the next may overwrite."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a product with inputs like x is made in: x's own, but as the module says on a CPU."""
+    """The dtype of a product with inputs like x: x's own, except on a CPU (see the module's docstring)."""
     return _on_cpu(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
@@ -40,25 +40,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., k] · W [k, n] → [..., n] in x's dtype, made in `product_dtype(x)`."""
+    """x [..., k] · W [k, n] → [..., n] in x's dtype, computed in `product_dtype(x)`."""
     dtype = product_dtype(x)
     return (x.to(dtype) @ weight.to(dtype)).to(x.dtype)
 
 
 def row_slabs(rows: int, width: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """Parts of so many rows of a width: whole multiples, of at most `most` values where one is no more than that."""
+    """Slices of `rows` rows: each a multiple of `multiple` rows, and if possible of at most `most` values."""
     step = slab_rows(width, most, multiple)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def slab_rows(width: int, most: int, multiple: int = 1) -> int:
-    """How many rows a part of `row_slabs` has; the last may have fewer."""
+    """The number of rows in a slice of `row_slabs`; the last may have fewer."""
     return max(1, most // (width * multiple)) * multiple
 
 
 def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) -> Tensor:
-    """`linear` for x [M, in] with a weight [out, in] that comes some rows at a time."""
+    """`linear` for x [M, in] with a weight [out, in] given some rows at a time."""
     dtype = product_dtype(x)
     wide = x.to(dtype)
     y = None
@@ -72,7 +72,7 @@ def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) ->
 
 
 def whole(slabs: Slabs, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight [out, in] that comes some rows at a time, rounded to `dtype`."""
+    """The whole weight [out, in] from slabs of rows, rounded to `dtype`."""
     dense = torch.empty(shape, dtype=dtype, device=device)
     for rows, weight in slabs:
         dense[rows] = weight

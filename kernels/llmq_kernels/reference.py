@@ -1,13 +1,13 @@
-"""The plain torch meaning of every operator: what each faster backend is tested against.
+"""The reference of every operator in plain torch; each faster backend is tested against it.
 
 Packed codes are the dense bit stream that compressed-tensors calls `pack-quantized`: element i of a row occupies bits
 [i·bits, (i+1)·bits) of the row, counted from the least significant bit of its first 32-bit word, and holds
-code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight at a time are spread over the bytes of a 64-bit
+code + 2^(bits−1). Eight codes fill exactly `bits` bytes, so eight codes at a time are spread over the bytes of a 64-bit
 integer.
 Words are little-endian, as on every machine torch supports in practice.
 
-A weight is always computed in float32 and rounded once to the dtype of the product, which is the input's own but for
-float16 on a CPU (`products`); products are summed by torch's own matrix product, which accumulates in float32.
+A weight is always computed in float32 and rounded once to the product's dtype, which is the input's own except for
+float16 on a CPU (`products`); torch's own matrix product accumulates in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
     """The codes of a dense bit stream.
 
     words: int32 [rows, ceil(n·bits/32)]; bits: 1…8; n: codes per row. Returns int8 [rows, n], in
-    [−2^(bits−1), 2^(bits−1) − 1]. Raises ValueError when the dtype or the number of words does not fit.
+    [−2^(bits−1), 2^(bits−1) − 1]. Raises ValueError if the dtype or the number of words does not fit.
     """
     rows, width = words.shape
     needed = -(-n * bits // 32)
@@ -50,10 +50,10 @@ def lane_mask(used: int, lane: int) -> int:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_size: int | None = None) -> Tensor:
-    """The weight that codes stand for: (code − zero) · scale, group by group along the last axis.
+    """The dequantized weight: (code − zero) · scale, in groups along the last axis.
 
     codes: int8 [rows, n]; scale: any float [rows, groups]; zero: int8 [rows, groups] or None; group_size: codes per
-    group, by default n / groups; with it the last group may be shorter. Returns float32 [rows, n].
+    group, by default n / groups; if given, the last group may be shorter. Returns float32 [rows, n].
     """
     rows, n = codes.shape
     if group_size is not None and n % group_size:
@@ -81,10 +81,10 @@ def int_linear(
 def nf4_absmax(
     absmax: Tensor, nested_absmax: Tensor | None, nested_codebook: Tensor | None, offset: float = 0.0
 ) -> Tensor:
-    """What the codes of each block are multiplied by, float32 [blocks].
+    """The magnitude of each block, float32 [blocks].
 
     absmax: float32 [blocks], or uint8 [blocks] with nested_absmax float32 [ceil(blocks/256)] and nested_codebook
-    float32 [256]: QLoRA's double quantization (Dettmers et al. 2023, section 3), where each 256 of them share a scale:
+    float32 [256]: QLoRA's double quantization (Dettmers et al. 2023, section 3), where 256 magnitudes share a scale:
     nested_codebook[absmax] · nested_absmax + offset.
     """
     if nested_absmax is None or nested_codebook is None:
@@ -99,7 +99,7 @@ def nf4_dequantize(
     """The weight [out, in] of 4-bit codes into a codebook, float32.
 
     packed: uint8 [ceil(out·in/2)], the first of two codes in the high half, along the flattened weight; absmax: float32
-    [blocks], one for each block_size of it (`nf4_absmax`); codebook: float32 [16]. Layout: bitsandbytes 0.50.
+    [blocks], one for each block_size values (`nf4_absmax`); codebook: float32 [16]. Layout: bitsandbytes 0.50.
     """
     size = out_features * in_features
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:size]
@@ -119,26 +119,26 @@ def nf4_linear(
     out_features: int,
     block_size: int,
 ) -> Tensor:
-    """x · Wᵀ + bias for a weight of codes into a codebook. x: float [..., in]; the rest as `nf4_dequantize` says."""
+    """x · Wᵀ + bias for a codebook weight. x: float [..., in]; the other arguments as in `nf4_dequantize`."""
     absmax = nf4_absmax(absmax, nested_absmax, nested_codebook, offset)
     return linear(x, nf4_dequantize(packed, absmax, codebook, out_features, x.shape[-1], block_size), bias)
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """An input on the signed 8-bit grid, as compressed-tensors 0.20 rounds it: every step in x's own dtype.
+    """Round an input to signed 8 bits as compressed-tensors 0.20 does, every step in x's own dtype.
 
-    x: float [..., n]; input_scale: [1], or None for one scale per token: its largest magnitude / 127.5, and the
-    dtype's epsilon for a token of zeros. Returns the levels, whole numbers in [−128, 127] in x's dtype, through which
-    gradients flow as if nothing were rounded, and the scale in x's dtype, [..., 1] or [1].
+    x: float [..., n]; input_scale: [1], or None for one scale per token: its largest magnitude / 127.5, and the dtype's
+    epsilon for a token of zeros. Returns the levels, integers in [−128, 127] in x's dtype, with straight-through
+    gradients, and the scale in x's dtype, [..., 1] or [1].
     """
     scale = steps(x, input_scale)
     exact = x / scale
-    passed = exact.nan_to_num()  # what overflows is clamped, and infinity less itself is no number
+    passed = exact.nan_to_num()  # overflow is clamped; inf − inf would be NaN
     return exact.detach().clamp(-128, 127).round() + (passed - passed.detach()), scale
 
 
 def steps(x: Tensor, input_scale: Tensor | None) -> Tensor:
-    """What a level of `round_input` is worth, in x's dtype: [..., 1], one for each token of x, or input_scale [1]."""
+    """The scale of `round_input`, in x's dtype: [..., 1], one per token of x, or input_scale [1]."""
     if input_scale is not None:
         return input_scale.to(x.dtype)
     scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
@@ -150,16 +150,16 @@ def int8_linear(
 ) -> Tensor:
     """x · Wᵀ + bias with the input rounded to 8 bits too: integer products, scaled once at the end.
 
-    x: float [..., n]; weight: int8 [out, n]; scale: float [out, 1]; input_scale: as `round_input` says; bias: [out] or
+    x: float [..., n]; weight: int8 [out, n]; scale: float [out, 1]; input_scale: as in `round_input`; bias: [out] or
     None. Returns [..., out] in x's dtype, rounded once from float32.
     """
     levels, x_scale = round_input(x, input_scale)
-    # Whole numbers: float64 sums them exactly, as int32 does.
+    # Float64 sums integers exactly, as int32 does.
     exact = (levels.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.float32)
     y = exact * x_scale.to(torch.float32) * scale.to(torch.float32).view(-1)
     return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias with a float32 weight, as `products.linear` makes it."""
+    """x · Wᵀ + bias with a float32 weight, as `products.linear` computes it."""
     return products.linear(x, weight, bias)

@@ -1,7 +1,7 @@
-"""The operators' schemas, and what torch.compile and autograd are told: shapes without values, gradients for the input.
+"""The operators' schemas, their fake implementations for torch.compile (shapes only), and their input gradients.
 
-Weights, scales and zero points are frozen: asking for their gradient is an error, not a silent None. The bias, which is
-not quantized, gets one.
+Weights, scales and zero points are frozen: requesting their gradient is an error, not a silent None. The bias, which is
+not quantized, gets a gradient.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Measure launch configurations on the GPU that is there, and keep the fastest in the user's own table.
+"""Measure launch configurations on this machine's GPU, and keep the fastest in the user's table.
 
-`llmq_kernels.triton.rule` chooses by a count that was never measured; this asks the GPU. Each product is captured as
-a CUDA graph over several copies of the weight, so that neither Python nor a cache that holds the whole weight flatters
-it. The table is written after each product, and what it already holds is not measured again: a run can be stopped.
+`llmq_kernels.triton.rule` only estimates; this module measures. Each product is captured as a CUDA graph over several
+copies of the weight, so that Python's overhead is excluded and the weight does not stay in the GPU's cache. The table
+is written after each product, and its entries are not measured again, so a run can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BEYOND_CACHE = 1 << 28
 WRONG = 2e-2
-"""Relative difference to the dense product from which on a result is no rounding of bfloat16 (about 3e-3)."""
+"""Results with a larger relative difference to the dense product are wrong; bfloat16's rounding gives about 3e-3."""
 
 
 def tune(
@@ -42,17 +42,17 @@ def tune(
 ) -> Path:
     """Measure every candidate for every shape [out, in], bit width, group size and number of rows; bfloat16 inputs.
 
-    again: measure also what the table holds. progress(done, total, line) is called after each product. Returns the
-    table's path. Raises ValueError without a GPU, or for a weight that the Triton kernels refuse.
+    again: also repeat measurements that the table has. progress(done, total, line) is called after each product.
+    Returns the table's path. Raises ValueError without a GPU, or for a weight that the Triton kernels do not support.
     """
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"{device!r} is no device: give cuda, or cuda:1 …") from error
+        raise ValueError(f"{device!r} is not a device: give cuda, or cuda:1 …") from error
     if min((*group_sizes, *rows, *(size for shape in shapes for size in shape)), default=1) < 1:
         raise ValueError("shapes, groups and rows are at least 1")
     if where.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError("tuning measures on a GPU, and torch sees none here")
+        raise ValueError("tuning needs a GPU, and torch finds none here")
     reason = triton_refusal(where)
     if reason is not None:
         raise ValueError(reason)
@@ -81,9 +81,9 @@ def tune(
 def fastest(
     gpu: Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
 ) -> tuple[float, Config]:
-    """Microseconds and configuration of the fastest candidate whose results are those of the dense product.
+    """Microseconds and configuration of the fastest candidate whose results agree with the dense product.
 
-    Warns of one whose results are not. Raises ValueError for a weight that is refused.
+    Warns of a candidate with wrong results. Raises ValueError for an unsupported weight.
     """
     reason = planes.refusal(device, torch.bfloat16, bits, out, width, group_size)
     if reason is not None:
@@ -104,7 +104,8 @@ def fastest(
             apart = float((found - expected).float().norm() / expected.float().norm())
             if not apart < WRONG:
                 warnings.warn(
-                    f"left out, its results are wrong on {gpu.name} ({apart:.2g} off): {config}", stacklevel=2
+                    f"skipped a configuration with wrong results on {gpu.name} (relative error {apart:.2g}): {config}",
+                    stacklevel=2,
                 )
                 continue
             times.append((seconds(x, weights, config, gpu.backend) * 1e6, config))
@@ -116,7 +117,7 @@ def fastest(
 
 
 def candidates(gpu: Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> Iterator[Config]:
-    """The rule's choice and its neighbours in every family that can serve m rows, and the dense product."""
+    """The rule's choice, similar configurations of every family that supports m rows, and the dense product."""
     from llmq_kernels.triton.config import Config, power
     from llmq_kernels.triton.rule import rule
 
@@ -148,7 +149,7 @@ def candidates(gpu: Gpu, bits: int, m: int, out: int, width: int, group_size: in
 
 
 def seconds(x: Tensor, weights: list[PackedInt], config: Config, backend: str) -> float:
-    """Of one product: the median of some replays of a graph that makes one with each copy of the weight."""
+    """Seconds per product: the median over replays of a graph with one product per copy of the weight."""
 
     def once(weight: PackedInt) -> Tensor:
         return planes.run(x, weight, None, config, backend)
@@ -172,7 +173,7 @@ def seconds(x: Tensor, weights: list[PackedInt], config: Config, backend: str) -
 
 
 def save(path: Path, gpu: str, measured: dict[str, object]) -> None:
-    """The whole table, replaced in one step."""
+    """Replace the whole table atomically."""
     import triton
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""A packed weight as one value: what everything below the torch operators takes.
+"""A packed weight as one value, the argument of all functions below the torch operators.
 
-The operators' schemas are flat tensors and numbers, because schemas must be; their implementations make one of these.
+Operator schemas allow only tensors and numbers as separate arguments; the implementations combine them into these
+classes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from torch import Tensor
 
 from llmq_kernels.checks import check
 
-# Beyond this many inputs an int32 sum of products of two numbers down to −128 might overflow.
+# With more inputs than this, int32 sums of int8 products might overflow.
 LONGEST = (1 << 31) // (128 * 128) - 1
 
 
 @dataclass(frozen=True)
 class PackedInt:
-    """Integer codes [out, in] of 2, 3, 4 or 8 bits with a scale, and perhaps a zero point, for each group of a row.
+    """Integer codes [out, in] of 2, 3, 4 or 8 bits with a scale and optionally a zero point for each group of a row.
 
-    packed, scale, zero: as the layout holds them (`layouts`), on one device. What they stand for:
-    (code − zero) · scale.
+    packed, scale, zero: in the layout's form (`layouts`), on one device. The weight is (code − zero) · scale.
     """
 
     packed: Tensor
@@ -40,12 +40,12 @@ class PackedInt:
 
 @dataclass(frozen=True)
 class PackedCodebook:
-    """4-bit codes [out, in] into a codebook of 16 numbers, as bitsandbytes 0.50 stores NF4 and FP4.
+    """4-bit codes [out, in] of a codebook of 16 values, as bitsandbytes 0.50 stores NF4 and FP4.
 
     packed: uint8 [ceil(out·in/2)], the first of two codes in the high half, along the flattened weight; codebook:
-    float32 [16]; absmax: what each block_size of the flattened weight is multiplied by, float32 [blocks], or uint8
-    [blocks] with nested_absmax float32 [ceil(blocks/256)] and nested_codebook float32 [256], and then it is
-    nested_codebook[absmax] · nested_absmax + offset.
+    float32 [16]; absmax: the magnitude of each block of block_size values of the flattened weight, float32 [blocks]; or
+    its code, uint8 [blocks], with nested_absmax float32 [ceil(blocks/256)] and nested_codebook float32 [256]: the
+    magnitude is then nested_codebook[absmax] · nested_absmax + offset.
     """
 
     packed: Tensor
@@ -59,7 +59,7 @@ class PackedCodebook:
     block_size: int
 
     def check(self) -> None:
-        """Raises TypeError or ValueError unless the tensors are as said: kernels would read past their end."""
+        """Raises TypeError or ValueError unless dtypes and shapes fit; kernels would read past the end."""
         size = self.out_features * self.in_features
         blocks = -(-size // self.block_size)
         check("packed", self.packed, torch.uint8, (-(-size // 2),))
@@ -74,9 +74,9 @@ class PackedCodebook:
 
 @dataclass(frozen=True)
 class PackedInt8:
-    """8-bit codes with a scale a row, for inputs that are rounded to 8 bits too.
+    """8-bit codes with one scale per row, for inputs that are rounded to 8 bits too.
 
-    packed: int8 [out, in]; scale: float [out, 1]; input_scale: float [1], or None where each token has its own.
+    packed: int8 [out, in]; scale: float [out, 1]; input_scale: float [1], or None if each token has its own.
     """
 
     packed: Tensor
@@ -94,6 +94,6 @@ class PackedInt8:
         return self.packed.shape[1]
 
     def check_sums(self) -> None:
-        """Raises ValueError where int32 sums might overflow: from 131072 inputs on."""
+        """Raises ValueError if int32 sums might overflow: from 131072 inputs on."""
         if self.in_features > LONGEST:
             raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {self.in_features}")

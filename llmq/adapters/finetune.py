@@ -1,8 +1,8 @@
 """QLoRA: adapters trained on a frozen base in NF4 (Dettmers et al., 2023), or LoRA on the unquantized base.
 
 PEFT makes the adapters, bitsandbytes the NF4 base and the 8-bit optimizer. The loop is our own because transformers'
-Trainer keeps its checkpoints as pickles; it is short. Every step draws its chance (dropout) from a seed of its own, and
-its rows from a shuffle seeded by the epoch, so a run that is resumed from a checkpoint is the unbroken run.
+Trainer keeps its checkpoints as pickles; it is short. Dropout is seeded by the step and the order of the rows by the
+epoch, so a run that is resumed from a checkpoint gives the same adapter as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 class Watch(Protocol):
-    """Is told how far the run has come."""
+    """Receives the progress of the run."""
 
     def stage(self, name: str, total: int) -> None: ...
     def step(self, text: str) -> None: ...
@@ -67,8 +67,8 @@ def finetune(
 ) -> Outcome:
     """Train an adapter of a model folder, hub id or 'demo' on the rows of `data`, and write it to the folder `out`.
 
-    `out` gets the adapter as PEFT reads it, finetune.json, loss.jsonl, loss.svg and a card. Killed at any moment, the
-    same call goes on from the last checkpoint, which is written every `save_every` steps. Raises LlmqError.
+    `out` gets the adapter as PEFT reads it, finetune.json, loss.jsonl, loss.svg and a card. A checkpoint is written
+    every `save_every` steps; if the run is killed, the same call resumes from the last one. Raises LlmqError.
     """
     settings, watch, out = settings or Settings(), watch or Silent(), Path(out)
     require("peft", "fine-tuning")
@@ -111,7 +111,7 @@ def finetune(
 def examples(
     tokenizer: Any, settings: Settings, data: Path, eval_data: Path | None
 ) -> tuple[Examples, Examples, list[str]]:
-    """The rows to train on and the held-out ones, and what was cut from them. Raises LlmqError."""
+    """The training rows, the held-out rows, and notes on what was truncated. Raises LlmqError."""
     found = read(data, tokenizer, seqlen=settings.seqlen, template=settings.template)
     if eval_data is not None:
         held = read(eval_data, tokenizer, seqlen=settings.seqlen, template=settings.template)
@@ -124,12 +124,12 @@ def examples(
     held_out = tuple(example for example in found.all if example.row in taken)
     if not train:
         raise LlmqError(f"{data} has {len(rows)} rows, and all of them are held out: lower --eval-share")
-    notes = list(found.notes) + ([] if count else ["no rows are held out: only the training loss tells how it goes"])
+    notes = list(found.notes) + ([] if count else ["no rows are held out: only the training loss is measured"])
     return Examples(train, ()), Examples(held_out, ()), notes
 
 
 class _Run:
-    """One training run: the model with its adapter, the optimizer, and where it stands."""
+    """One training run: the model with its adapter, the optimizer, and its progress."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Run:
         self.source, self.settings, self.out, self.device, self.watch = source, settings, out, device, watch
         self.train_rows, self.held_out = data[0].all, data[1].all
         self.notes: list[str] = []
-        # A folder is named by its whole path, so that the adapter can be used from anywhere.
+        # A local model is recorded by its absolute path, so that the adapter can be used from any working directory.
         self.name = str(source.folder.absolute()) if model == "demo" or Path(model).exists() else model
         self.base = {"model": self.name, "fingerprint": source.fingerprint(), "bits": settings.base_bits}
         loaded = self._load()
@@ -160,7 +160,7 @@ class _Run:
         self.tokens, self.seconds = 0, 0.0
 
     def _load(self) -> Any:
-        """The base, quantized while it is loaded where that is asked for and not done already."""
+        """The base model; with base_bits 4 it is quantized to NF4 while loading, unless the checkpoint is NF4."""
         settings, quantization = self.settings, None
         if settings.base_bits == 4 and not is_nf4(self.source.config):
             from transformers import BitsAndBytesConfig
@@ -197,7 +197,9 @@ class _Run:
 
         settings = self.settings
         if settings.checkpointing and not model.supports_gradient_checkpointing:
-            raise LlmqError(f"{self.source.folder}: transformers has no gradient checkpointing for it")
+            raise LlmqError(
+                f"{self.source.folder}: transformers does not support gradient checkpointing for this model"
+            )
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -207,24 +209,24 @@ class _Run:
         )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming what PEFT and older ones have
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT uses names that transformers deprecates
                 if settings.checkpointing:
                     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise LlmqError(f"{self.source.folder} takes no adapter: {first_line(error)}") from error
+            raise LlmqError(f"{self.source.folder}: PEFT cannot add an adapter: {first_line(error)}") from error
         adapted.peft_config["default"].base_model_name_or_path = self.name
         mode(adapted, True)
         return adapted
 
     def train(self, save_every: int) -> None:
-        """From the last checkpoint, or the beginning, to the last step."""
+        """Train from the last checkpoint, or from step 0, to the last step."""
         settings, state = self.settings, self.out / STATE
         about = load(state, self.trained, self.optimizer)
         begun = 0 if about is None else about["step"]
         if about is not None:
             self.tokens, self.seconds = about["tokens"], about["seconds"]
-            self.watch.note(f"going on from step {begun}")
+            self.watch.note(f"resuming from step {begun}")
         clock = time.perf_counter() - self.seconds
         losses = self.out / LOSSES
         kept = [] if about is None else [line for line in _lines(losses) if line["step"] <= begun]
@@ -254,7 +256,7 @@ class _Run:
             self.watch.step(f"loss {loss:.4f}")
 
     def _step(self, rows: Sequence[Example]) -> float:
-        """One step of the optimizer on the mean loss over the rows' learned tokens; returns it. Raises LlmqError."""
+        """One optimizer step on the mean loss over the rows' learned tokens; returns that loss. Raises LlmqError."""
         count = sum(sum(row.learn[1:]) for row in rows)
         total = 0.0
         for part in split(rows, self.settings.batch):
@@ -286,7 +288,7 @@ class _Run:
         save(self.out / STATE, self.trained, self.optimizer, about)
 
     def finish(self, data: list[str]) -> Outcome:
-        """Write the adapter, the curve and the card; the record last, which says that all of it is there."""
+        """Write the adapter, the loss curve and the card, then finetune.json, whose presence marks a finished run."""
         lines = _lines(self.out / LOSSES)
         training = [(float(line["step"]), float(line["loss"])) for line in lines if "loss" in line]
         measured = [(float(line["step"]), float(line["held_out"])) for line in lines if "held_out" in line]
@@ -310,7 +312,7 @@ class _Run:
         )
         made = self.out / STATE / "adapter"
         settled = self.model.peft_config["default"]
-        settled.target_modules = sorted(settled.target_modules)  # PEFT's set is in another order in every process
+        settled.target_modules = sorted(settled.target_modules)  # a set: its order differs between processes
         self.model.save_pretrained(made, save_embedding_layers=False)
         for name in (WEIGHTS, CONFIG):
             write(self.out / name, (made / name).read_bytes())
@@ -322,7 +324,7 @@ class _Run:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of loss.jsonl: a killed run may leave half a line."""
+    """The complete lines of loss.jsonl: a killed run may leave a partial last line."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8")
@@ -330,7 +332,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _longest(folder: Path, trust_remote_code: bool) -> int | None:
-    """The most tokens that the model takes, where its config says so. Raises LlmqError."""
+    """The model's maximum sequence length, or None if its config states none. Raises LlmqError."""
     from transformers import AutoConfig
 
     try:
@@ -343,7 +345,7 @@ def _longest(folder: Path, trust_remote_code: bool) -> int | None:
 
 
 def _refuse_base(folder: Path, config: dict[str, Any], settings: Settings) -> None:
-    """Raise LlmqError for a base that is quantized otherwise than asked for."""
+    """Raise LlmqError if the base's quantization does not match `settings.base_bits`."""
     section = config.get("quantization_config")
     if not section:
         return
@@ -358,7 +360,7 @@ def _refuse_base(folder: Path, config: dict[str, Any], settings: Settings) -> No
 
 
 def _claim(out: Path, fingerprint: dict[str, Any]) -> int:
-    """The folder's lock, once it is ours and of this very run. Raises LlmqError."""
+    """Take the folder's lock and check that the folder belongs to this run; returns the lock. Raises LlmqError."""
     state = out / STATE
     try:
         state.mkdir(parents=True, exist_ok=True)

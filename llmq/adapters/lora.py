@@ -1,8 +1,9 @@
-"""A PEFT LoRA adapter, read from its two files: what it adds to each weight, in float32.
+"""A PEFT LoRA adapter, read from its two files: the change that it adds to each weight, in float32.
 
 For a weight W [out, in] the adapter holds B [out, r] and A [r, in] and adds s·B·A, with s = α/r, or α/√r for
-rank-stabilized LoRA (Hu et al., 2021, section 4.1; Kalajdzievski, 2023). What is more than that (DoRA, trained biases
-or embeddings, initializations that change the base weights …) is refused: merging it so would give another model.
+rank-stabilized LoRA (Hu et al., 2021, section 4.1; Kalajdzievski, 2023). Adapters with anything else (DoRA, trained
+biases or embeddings, initializations that change the base weights …) are refused: merging only s·B·A would give a
+different model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _REFUSED = {
     "use_dora": "DoRA, which rescales whole weights",
     "modules_to_save": "whole modules trained beside it",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "adapters of parameters that are no linear layer's",
+    "target_parameters": "adapters of parameters outside linear layers",
     "layer_replication": "replicated layers",
     "lora_bias": "trained biases",
     "use_qalora": "QA-LoRA, which pools inputs",
@@ -65,15 +66,17 @@ class LoraFactors:
 class Adapter:
     """A folder with adapter_config.json and adapter_model.safetensors.
 
-    factors: module path in the model → its change; record: what `llmq finetune` wrote beside it, empty for an adapter
-    from elsewhere. Raises LlmqError, naming the file or weight, if it is missing, damaged, or not plain LoRA.
+    factors: module path in the model → its change; record: what `llmq finetune` wrote beside it, empty if another tool
+    trained the adapter. Raises LlmqError, naming the file or weight, if it is missing, damaged, or not plain LoRA.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder).expanduser()
         config = self.folder / CONFIG
         if not config.is_file():
-            raise LlmqError(f"{self.folder} is no adapter: it has no {CONFIG}; give the folder that finetune wrote")
+            raise LlmqError(
+                f"{self.folder} is not an adapter folder: it has no {CONFIG}; give the folder that finetune wrote"
+            )
         self.config = _object(config)
         _refuse(self.folder, self.config)
         weights = self.folder / WEIGHTS
@@ -92,7 +95,7 @@ class Adapter:
             module, _, rest = name.removeprefix(_PREFIX).rpartition(".lora_")
             if rest not in ("A.weight", "B.weight") or len(info.shape) != 2:
                 raise LlmqError(
-                    f"{self.folder}: {name} {[*info.shape]} is not a half of a LoRA of a linear layer: "
+                    f"{self.folder}: {name} {[*info.shape]} is not a LoRA factor (A or B) of a linear layer: "
                     "merge it with the tool that trained it"
                 )
             halves.setdefault(module, {})[rest[0]] = info
@@ -100,7 +103,7 @@ class Adapter:
         for module, half in halves.items():
             a, b = half.get("A"), half.get("B")
             if a is None or b is None or a.shape[0] != b.shape[1]:
-                raise LlmqError(f"{self.folder}: the adapter of {module} lacks a half, or its halves do not fit")
+                raise LlmqError(f"{self.folder}: the adapter of {module} lacks A or B, or their shapes do not match")
             factors[module] = LoraFactors(module, a, b, self._scale(module, a.shape[0]))
         if not factors:
             raise LlmqError(f"{self.folder / WEIGHTS} holds no adapter")
@@ -118,7 +121,7 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The base model that the adapter names, or an empty text."""
+        """The base model that the adapter names, or an empty string."""
         return str(self.config.get("base_model_name_or_path") or "")
 
     @property

@@ -1,9 +1,9 @@
-"""A tune merged into its base and quantized by any recipe, and how much of the tune is left afterwards.
+"""Merge a LoRA adapter into its base, quantize the result by any recipe, and measure how much of the tune survives.
 
-The change of an adapter is small beside the steps of a 4-bit grid, so merging into quantized weights, or rounding the
-merged ones naively, can lose much of it. Here it is added in float32 to the weights that it was learned against, and
-the sum is quantized like any checkpoint, on text like the tune's. What is left is measured on the written folder
-(`survival`).
+An adapter's change is small compared with the steps of a 4-bit grid, so merging it into quantized weights, or rounding
+the merged weights to nearest, can lose much of it. Here the change is added in float32 to the weights that it was
+trained against, and the sum is quantized like any checkpoint, calibrated on text like the tune's. The part of the
+change that survives is measured on the written folder (`survival`).
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ UNIT_BYTES = 2**28
 
 @dataclass
 class MergeReport:
-    """merge.json: what merging adds to the report of quantization. left: every weight that the adapter changes.
+    """merge.json: what merging adds to the report of quantization. left: the retention of every weight that the adapter
+    changes.
 
-    losses: on the tune's held-out rows, nats per learned token: 'base' and 'tuned' as its record has them, 'merged' of
-    what was written; empty where it was not asked for.
+    losses: on the tune's held-out rows, nats per learned token: 'base' and 'tuned' from its record, 'merged' measured
+    on the written folder; empty if no loss was requested.
     """
 
     base: str
@@ -63,12 +64,12 @@ class MergeReport:
 
     @property
     def worst(self) -> list[Retention]:
-        """The weights with the least of their change left, the worst first."""
+        """The weights that keep the smallest share of their change, the worst first."""
         return sorted(self.left, key=lambda one: math.inf if one.snr is None else one.snr)
 
     @property
     def kept(self) -> float | None:
-        """The share of the tune's gain in held-out loss that the written model has; None where it was not measured."""
+        """The share of the tune's gain in held-out loss that the written model keeps; None if it was not measured."""
         if not self.losses or self.losses["base"] == self.losses["tuned"]:
             return None
         return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["tuned"])
@@ -96,8 +97,8 @@ def merge(
 
     recipe: as in `llmq.quantize`; its calibration text may be rows as `llmq finetune` reads them. plain: write the
     merged weights as they are, in the base's dtype, instead. trained_on: see llmq.adapters.merged.Merged. loss: load
-    what was written, whole, and measure it on the tune's held-out rows. Resumes as quantize does.
-    Raises LlmqError, naming the first weight, where the adapter does not fit.
+    the whole written model and measure its loss on the tune's held-out rows. Resumes as quantize does. Raises
+    LlmqError, naming the first weight, if the adapter does not fit.
     """
     began, out, watch = time.perf_counter(), Path(out), watch or Silent()
     check_device(device)
@@ -139,7 +140,7 @@ def merge(
 
 
 def plan(source: Merged, recipe: Recipe, out: Path, device: str) -> Plan:
-    """As job.plan, of a source that is given, and calibrated on rows like the tune's where the recipe names such."""
+    """As job.plan, for a given source; calibrated on rows like the tune's if the calibration text has such rows."""
     methods.make(recipe)
 
     def wanted(longest: int | None) -> Windows:
@@ -152,8 +153,8 @@ def plan(source: Merged, recipe: Recipe, out: Path, device: str) -> Plan:
 def tune_windows(source: Merged, calibration: Calibration, longest: int | None) -> Windows | None:
     """Windows of a .jsonl of prompts and answers, laid out as for training; None for any other calibration text.
 
-    Where the recipe leaves the text to us, and the tune's own data is still where it was, that is taken. Windows are
-    shortened to the data where it has less than one.
+    If the recipe names no text and the tune's own data is still in its place, that data is used. If the data is shorter
+    than one window, windows are shortened to it.
     """
     text = calibration.text
     note: tuple[str, ...] = ()
@@ -206,24 +207,25 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
 
 
 def _notes(source: Merged, base: str) -> list[str]:
-    """What the user should know of the pairing of adapter and base."""
+    """Notes for the user on how the adapter and the base fit together."""
     record, notes = source.adapter.record.get("base", {}), []
     rounded = sum(change.rounded for change in source.changes.values())
     if rounded:
-        notes.append(f"{rounded} base weights go through NF4 first: the adapter was trained against those values")
+        notes.append(f"{rounded} base weights are rounded to NF4 first: the adapter was trained against those values")
     elif not source.adapter.record and source.trained_on == "base":
         notes.append(
-            "the adapter does not say what it was trained on: --trained-on nf4 if that was an NF4 (QLoRA) base"
+            "the adapter does not record its base's precision: give --trained-on nf4 if it was trained on an NF4 "
+            "(QLoRA) base"
         )
     if record and source.base.fingerprint() != record.get("fingerprint"):
-        notes.append(f"the adapter was trained on {record.get('model')}, and {base} is not the same checkpoint")
+        notes.append(f"the adapter was trained on {record.get('model')}, and {base} is a different checkpoint")
     return notes
 
 
 def _complete_card(out: Path, report: MergeReport) -> None:
-    """Say in the model card, once, that the weights are a tune's."""
+    """Add one line to the model card: the weights include a merged adapter."""
     card = out / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {out.absolute().name}\n\n{report.base}.\n"
-    note = f"\nMerged with the LoRA adapter {Path(report.adapter).name}: `merge.json` says how much of it is left.\n"
+    note = f"\nMerged with the LoRA adapter {Path(report.adapter).name}: `merge.json` says how much of it is kept.\n"
     if note not in text:
         write(card, text + note)

@@ -1,6 +1,6 @@
-"""The base model with an adapter merged into it, as a Source: weights are added up when they are read, one at a time.
+"""The base model with an adapter merged into it, as a Source: each weight is merged when it is read.
 
-So whatever reads a checkpoint (the streaming quantize job) reads the merged model, and nothing holds the whole of it.
+So whatever reads a checkpoint (the streaming quantize job) reads the merged model, which is never whole in memory.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ TRAINED_ON = ("auto", "base", "nf4")
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor. factors: what the adapter adds; rounded: to NF4 first; turned: stored as [in, out]."""
+    """How a tensor is merged. factors: the change; rounded: to NF4 first; transposed: stored as [in, out]."""
 
     factors: LoraFactors | None
     rounded: bool
-    turned: bool
+    transposed: bool
 
 
 class Merged(Wrapped):
-    """`base` with `adapter` merged in. changes: tensor → what becomes of it.
+    """`base` with `adapter` merged in. changes: tensor → how it is merged.
 
-    trained_on: 'nf4' where the tune was made on an NF4 base: each weight that was quantized then is rounded to NF4 and
-    back before the adapter's change is added, because the change was learned against those values (Dettmers et al.,
-    2023, section 3); 'base' adds it to the weights as they are; 'auto' does what the adapter's record says, and 'base'
-    where it has none. A base that is an NF4 folder is what it is.
+    trained_on: 'nf4' if the adapter was trained on an NF4 base: each weight that was in NF4 during training is rounded
+    to NF4 and back before the adapter's change is added, because the change was learned against those values (Dettmers
+    et al., 2023, section 3); 'base' adds it to the weights as they are; 'auto' follows the adapter's record, or 'base'
+    if it has none. The weights of a base stored in NF4 are not rounded again.
     Sums are taken in float32 and rounded once to the dtype of the stored weight. Raises LlmqError, naming the first
-    weight, where the adapter does not fit the base.
+    weight, if the adapter does not fit the base.
     """
 
     def __init__(self, base: Source, adapter: Adapter, trained_on: str = "auto") -> None:
@@ -57,7 +57,7 @@ class Merged(Wrapped):
         self.changes = self._fit(record.get("nf4"))
 
     def _fit(self, rounded: list[str] | None) -> dict[str, Change]:
-        """Match the adapter's modules to tensors. rounded: modules that were NF4, where it is recorded."""
+        """Match the adapter's modules to tensors. rounded: the modules that were in NF4, if recorded."""
         model = discover.build(self.folder, torch.float32, self.trust_remote_code)
         links = link(model, self.base.names())
         modules = dict(model.named_modules())
@@ -73,27 +73,27 @@ class Merged(Wrapped):
             if tensor is None:
                 why = links.converted.get(f"{name}.weight", "the checkpoint has no weight for it")
                 raise LlmqError(f"{who}, which cannot be merged: {why}")
-            factors, turned = self.adapter.factors.get(name), turned_around(module)
+            factors, transposed = self.adapter.factors.get(name), stores_transposed(module)
             shape = self.base.info(tensor).shape
-            if factors is not None and factors.shape != (shape[::-1] if turned else shape):
+            if factors is not None and factors.shape != (shape[::-1] if transposed else shape):
                 raise LlmqError(f"{who} by [{factors.shape[0]}, {factors.shape[1]}], and the weight is {[*shape]}")
             if factors is not None and sum(t == tensor for t in links.source.values()) > 1:
-                raise LlmqError(f"{who}, whose weight {tensor} serves another module too: it cannot be merged")
-            changes[tensor] = Change(factors, name in nf4, turned)
+                raise LlmqError(f"{who}, whose weight {tensor} is shared with another module: it cannot be merged")
+            changes[tensor] = Change(factors, name in nf4, transposed)
         return changes
 
     def exact(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The merged weight in float32, and the adapter's part of it (None where it has none), as stored."""
+        """The merged weight and the adapter's change of it (None if it has none), in float32, in the stored layout."""
         change = self.changes[name]
         weight = self.base.read(name)
         if change.rounded:
             value = weight.to(self.dtype or weight.dtype)
-            value = through_nf4(value.t().contiguous() if change.turned else value, self.double)
-            weight = value.t() if change.turned else value
+            value = through_nf4(value.t().contiguous() if change.transposed else value, self.double)
+            weight = value.t() if change.transposed else value
         if change.factors is None:
             return weight.float(), None
         delta = change.factors.delta()
-        delta = delta.t().contiguous() if change.turned else delta
+        delta = delta.t().contiguous() if change.transposed else delta
         return weight.float() + delta, delta
 
     def read(self, name: str) -> Tensor:
@@ -112,22 +112,22 @@ class Merged(Wrapped):
 
 
 def open_base(folder: Path, trust_remote_code: bool = False) -> Source:
-    """A base model: unquantized, or a bitsandbytes NF4 folder read as what its codes stand for. Raises LlmqError."""
+    """A base model: unquantized, or a bitsandbytes NF4 folder, dequantized when read. Raises LlmqError."""
     quantized = FolderSource(folder, trust_remote_code, quantized_ok=True).config.get("quantization_config")
     return NF4Source(folder, trust_remote_code) if quantized else FolderSource(folder, trust_remote_code)
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """The modules that transformers turns into NF4 ones: linear, and not the output layer or tied to another."""
+    """The modules that transformers converts to NF4: linear layers except the output layer and tied ones."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = set(get_keys_to_not_convert(model))
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or turned_around(m)]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or stores_transposed(m)]
     return [n for n in linear if n not in kept]
 
 
-def turned_around(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight as [in, out]."""
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as [in, out]."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

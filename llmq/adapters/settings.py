@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told (Settings) and what it did (Outcome): plain data, and the card made of it."""
+"""A fine-tuning run's settings (Settings) and results (Outcome) as plain data, and the adapter's card."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Settings:
     """Everything that decides the adapter, apart from the model and the data.
 
-    base_bits: 4 (NF4, double-quantized) or 16 (as it is). rank, alpha, dropout: of LoRA. batch: rows per forward pass;
-    accumulate: passes per step. epochs, or steps where that is not 0. warmup: share of the steps in which the rate
-    rises to lr; then it falls by the schedule. seqlen: tokens per row at most, and no more than the model takes.
-    eval_share: of the rows, held out by chance, unless a file of held-out rows is given. template: auto or none, see
-    llmq.data.instructions. dtype: what the base computes in; auto is the checkpoint's own, and bfloat16 where that is
-    float16, whose range is too small to train in.
+    base_bits: 4 (NF4, double-quantized) or 16 (unquantized). rank, alpha, dropout: of LoRA. batch: rows per forward
+    pass; accumulate: passes per step. epochs, or steps where that is not 0. warmup: share of the steps in which the
+    learning rate rises to lr; after them it follows the schedule. seqlen: tokens per row at most, limited by the
+    model's maximum. eval_share: share of the rows held out at random, unless a file of held-out rows is given.
+    template: auto or none, see llmq.data.instructions. dtype: what the base computes in; auto is the checkpoint's own,
+    and bfloat16 where that is float16, whose range is too small to train in.
     """
 
     base_bits: int = 4
@@ -79,8 +79,8 @@ class Settings:
 class Outcome:
     """What a run did; finetune.json. Losses are nats per learned token; held-out ones are None without held-out rows.
 
-    data: the file of rows, and after it that of the held-out ones, where there was one.
-    base: what the adapter was trained on, for merge: its name and fingerprint, bits, dtype, and the modules in NF4.
+    data: the file of training rows, then the file of held-out rows if one was given.
+    base: what `merge` needs to know of the base: its name, fingerprint, bits, dtype, and the modules that were in NF4.
     """
 
     base: dict[str, Any]

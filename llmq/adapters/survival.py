@@ -1,4 +1,4 @@
-"""What is left of a tune in a written folder: of each weight's change, and of the gain in held-out loss."""
+"""How much of a tune survives in a written folder: of each weight's change, and of the gain in held-out loss."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from llmq.watch import Watch
 
 @dataclass(frozen=True)
 class Retention:
-    """How much of the adapter's change D of one weight W is left in what was written, Q, with E = Q − (W + D).
+    """How much of the adapter's change D of one weight W survives in the written weight Q, with E = Q − (W + D).
 
-    survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of the change's own direction that is in Q; 1 is all of it. snr: ‖D‖ / ‖E‖,
-    below 1 where rounding moved the weight further than the tune did, None without any error. change: ‖D‖ / ‖W + D‖.
-    naive_…: the same for rounding each merged weight to nearest on the same grid; None where it was not quantized.
+    survived: 1 + ⟨E, D⟩ / ⟨D, D⟩, the share of D, along its own direction, that is in Q; 1 is all of it. snr: ‖D‖ /
+    ‖E‖, below 1 if rounding moved the weight further than the tune did, None if E is zero. change: ‖D‖ / ‖W + D‖.
+    naive_…: the same for rounding each merged weight to nearest on the same grid; None if the weight was not quantized.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Retention:
 
 
 def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> list[Retention]:
-    """What is left of the adapter in the written folder, weight by weight. Reads one weight at a time."""
+    """The retention of each changed weight in the written folder. Reads one weight at a time."""
     written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
     rows = {} if report is None else {row.name: row for row in report.quantized}
     moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
@@ -68,12 +68,12 @@ def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> l
 
 
 def held_out_rows(source: Merged) -> tuple[instructions.Example, ...]:
-    """The rows that were held out from the tune. Raises LlmqError where its record, or its data, is not there."""
+    """The rows that were held out from the tune. Raises LlmqError if its record or its data is missing."""
     record = source.adapter.record
     if record.get("before") is None or not all(Path(file).is_file() for file in record["data"]):
         raise LlmqError(
-            f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data is "
-            "no longer where it was: leave out --loss"
+            f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data "
+            "file was moved: leave out --loss"
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
     data, *more = (Path(file) for file in record["data"])
@@ -89,7 +89,7 @@ def measure_loss(source: Merged, out: Path, rows: tuple[instructions.Example, ..
 
 
 def retention(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float | None, float]:
-    """(survived, snr, change) of Retention, from three float32 tensors of one shape: what was written, W + D, and D."""
+    """(survived, snr, change) of Retention, from float32 tensors of one shape: the written weight, W + D, and D."""
     error = (value - exact).double().flatten()
     change = delta.double().flatten()
     size = float(change @ change)
@@ -107,7 +107,7 @@ def stored(written: Source, row: WeightRow) -> Tensor:
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The weight rounded to nearest on the scheme's grid, from its smallest to its largest value; float32."""
+    """The weight rounded to nearest on the scheme's grid, with min–max ranges; float32."""
     return round_to_nearest(weight, scheme, weight.dtype, "minmax").dequantize(torch.float32)
 
 
@@ -119,8 +119,8 @@ def transforms(method: str) -> bool:
 def scales(value: Tensor, exact: Tensor, rounds: int = 3) -> Tensor:
     """The row and column factors by which a method's transform scaled a weight, found by least squares; [out, in].
 
-    The written weight is r·W·c and a rounding error; the error hardly correlates with W, so alternating least squares
-    finds r and c to about its size over √out (or √in).
+    The written weight is r·W·c and a rounding error; the error is almost uncorrelated with W, so alternating least
+    squares finds r and c with a relative error of about the rounding error over √out (or √in).
     """
     rows = torch.ones(exact.shape[0], 1)
     columns = torch.ones(1, exact.shape[1])

@@ -1,1 +1,1 @@
-"""A decoder block while it is quantized: what methods see."""
+"""A decoder block while it is quantized, as methods see it."""

@@ -1,4 +1,4 @@
-"""What a method tried on a block, and what came of it."""
+"""A method's attempt on a block, and its outcome."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """Whether an attempt stands, was undone because the block's error did not fall, or there was nothing to do."""
+    """An attempt was kept, undone because the block's error did not fall, or skipped as there was nothing to do."""
 
     KEPT = "kept"
     UNDONE = "undone"
@@ -18,10 +18,9 @@ class Outcome(StrEnum):
 class Attempt:
     """One line of a block's log.
 
-    method: its name, several joined by '+'; where: the pair of weights that was changed, in words, or None for the
-    whole block as it is written; before, after: the block's relative output error without and with it, None where it
-    was not computed; choice: which of the method's candidates it was; why: why it was skipped, or not judged by its
-    error.
+    method: its name, several joined by '+'; where: the changed pair of weights, as text, or None for the whole block in
+    its written form; before, after: the block's relative output error without and with the change, None if not
+    computed; choice: the method's best candidate; why: the reason for skipping it, or for not judging it by the error.
     """
 
     method: str
@@ -34,7 +33,7 @@ class Attempt:
 
     @property
     def whole(self) -> bool:
-        """Whether it judges the block as it is written, not one pair rounded in the simplest way."""
+        """Whether the whole block was judged in its written form, and not one pair with rounding to nearest."""
         return self.where is None
 
     def __str__(self) -> str:

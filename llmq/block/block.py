@@ -1,8 +1,7 @@
-"""A decoder block while it is quantized: its weights, its inputs, and how far it is from what it should give. Methods
-see this.
+"""A decoder block while it is quantized, as methods see it: its weights, its inputs, its target and its error.
 
-A block can tell its own error with all its weights rounded, and undo what was tried on it. It knows no model, no file
-and no plan.
+A block can compute its own error with all weights rounded, and undo a trial. It has no access to the model, to files or
+to the plan.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ CHUNK = 1 << 21
 class WeightState:
     """One weight while it is quantized.
 
-    view: where it lies in the block; value: what is to be rounded, [out, in], in the model's dtype or, once a transform
-    changed it, float32; dtype: what the block holds it in; input_id: the same for all weights that are fed by the same
-    tensor; statistics: of that input, while they are held; quantized: the result, once there is one; input_scale:
-    float32 [1] where activations are static; importance: E[x²] of its input channels as far as it is known, float32
-    [in]; rounded: the weight to nearest.
+    view: its position in the block; value: the weight to quantize, [out, in], in the model's dtype or, after a
+    transform, float32; dtype: its dtype in the block; input_id: the same for all weights that are fed by the same
+    tensor; statistics: of that input, until they are freed; quantized: the result, or None before; input_scale: float32
+    [1] if activations are static; importance: E[x²] of its input channels, float32 [in], if known; rounded: the weight
+    rounded to nearest.
     """
 
     name: str
@@ -58,32 +57,32 @@ class WeightState:
 
     @property
     def parameter(self) -> str:
-        """Its name within the block: the parameter's, where it is a whole parameter."""
+        """Its name within the block: the parameter's name if it is a whole parameter."""
         return self.view.name
 
     def result(self) -> Tensor:
-        """The rounded weight as loaders will have it: [out, in], in `dtype`."""
+        """The dequantized result as loaders compute it: [out, in], in `dtype`."""
         assert self.quantized is not None
         return self.quantized.dequantize(self.dtype)
 
 
 @dataclass
 class Trial:
-    """Something tried on a block; it is undone unless `keep` is called."""
+    """A change of a block that is undone unless `keep` is called."""
 
     kept: bool = False
 
     def keep(self) -> None:
-        """Let it stand."""
+        """Keep the change."""
         self.kept = True
 
 
 class Block:
     """A decoder block, its weights to quantize, and the calls of every calibration batch.
 
-    inputs: hidden states per batch [batch, tokens, width], what the quantized model so far makes of the calibration
-    windows; target: what this block should make of them, per batch; pairs: where scales can move. scale_dtype: what
-    scales are stored in. log: a line for each thing a method tried, for the report.
+    inputs: hidden states per batch [batch, tokens, width], computed by the already quantized blocks from the
+    calibration windows; target: the output that this block should have, per batch; pairs: the block's scale pairs;
+    scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report.
     """
 
     def __init__(
@@ -108,16 +107,16 @@ class Block:
         self._overwritten: list[dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]]] = []
 
     def output(self, index: int) -> Tensor:
-        """What the block, as it is now, makes of batch `index`, on the block's device."""
+        """The block's current output for batch `index`, on the block's device."""
         with torch.no_grad():
             return self.calls[index].run(self.module, self.inputs[index].to(self.device))
 
     def outputs(self) -> list[Tensor]:
-        """What the block, as it is now, makes of every batch; on the host, in the model's dtype."""
+        """The block's current output for every batch, on the CPU, in the model's dtype."""
         return [self.output(i).to(h) for i, h in enumerate(self.inputs)]
 
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
-        """One pass of the block as it is: its outputs, and the statistics of every distinct input anew."""
+        """One pass of the current block: returns its outputs, and replaces the statistics of every distinct input."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
         fed: dict[View, list[Statistic]] = {}
         for state in self.weights.values():
@@ -129,21 +128,22 @@ class Block:
             return self.outputs()
 
     def weigh(self) -> None:
-        """Take each input channel's importance from the statistics, where they have it."""
+        """Set each weight's importance from its statistics, if they include it."""
         for state in self.weights.values():
             if Inputs in state.statistics:
                 state.importance, state.rounded, self._error = state.statistics[Inputs].mean_square, None, None
 
     def forget(self) -> None:
-        """Let go of all statistics."""
+        """Free all statistics."""
         for state in self.weights.values():
             state.statistics = {}
 
     @contextmanager
     def rounding(self, *, straight_through: bool = False) -> Iterator[None]:
-        """The block with every weight rounded (as quantized, else to nearest) and inputs rounded as schemes say.
+        """Within the context, every weight is rounded (as quantized, else to nearest) and inputs are rounded as schemes
+        say.
 
-        straight_through: gradients pass the rounding of inputs as though there were none.
+        straight_through: gradients ignore the rounding of inputs.
         """
         names = [state.view.parameter for state in self.weights.values()]
         before = {name: self.module.get_parameter(name).data for name in names}
@@ -156,7 +156,7 @@ class Block:
                 assign(self.module, name, value)
 
     def round_in_place(self) -> None:
-        """Let the block's weights be their results from now on, each of which must be there."""
+        """Replace all of the block's weights by their results, which must all exist."""
         put(self.module, ((state.view, state.result()) for state in self.weights.values()))
 
     def _rounded(self, state: WeightState) -> Tensor:
@@ -168,7 +168,7 @@ class Block:
         return state.rounded
 
     def error(self) -> float:
-        """‖output − target‖ / ‖target‖ over all batches, everything rounded; known until something changes."""
+        """‖output − target‖ / ‖target‖ over all batches, with everything rounded; cached until the block changes."""
         if self._error is None:
             self.calibrate_inputs()
             with self.rounding():
@@ -176,7 +176,7 @@ class Block:
         return self._error
 
     def calibrate_inputs(self) -> None:
-        """Find the static scale of every input that is to have one and has none yet; one pass of the block."""
+        """Find the missing static scales of inputs, with one pass of the block."""
         missing: dict[int, tuple[Magnitudes, View, list[tuple[WeightState, str]]]] = {}
         for state in self.weights.values():
             kind = state.scheme.activations
@@ -193,7 +193,7 @@ class Block:
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """Try something: weights, other parameters and results are as before afterwards, unless it is kept."""
+        """Try a change: afterwards weights, other parameters and results are restored, unless the trial is kept."""
         parameters = dict(self.module.named_parameters())
         states = {name: replace(state) for name, state in self.weights.items()}
         changed, error, trial = set(self.changed), self._error, Trial()
@@ -214,7 +214,7 @@ class Block:
     def set(self, name: str, value: Tensor) -> None:
         """Give a weight (by its `View.name`, [out, in]) or another parameter (as stored) a value of the same shape.
 
-        Weights that are to be quantized are known as exactly as they are given here: in float32.
+        Weights to be quantized keep the value in float32, without rounding it to the model's dtype.
         """
         state = self.weights.get(name)
         if state is not None:
@@ -229,7 +229,7 @@ class Block:
         self._error = None
 
     def _write(self, view: View, value: Tensor) -> None:
-        """Give the module another value; what it overwrites in a parameter's memory is kept for every open trial."""
+        """Change a value in the module; every open trial saves values overwritten in a parameter's memory."""
         if not view.whole:
             part = view.get(self.module)
             for kept in self._overwritten:
@@ -237,27 +237,29 @@ class Block:
         view.set(self.module, value.to(self.module.get_parameter(view.parameter).dtype))
 
     def _within(self, parameter: str) -> list[WeightState]:
-        """The weights that lie in a parameter."""
+        """The weights that are views of a parameter."""
         return [state for state in self.weights.values() if state.view.parameter == parameter]
 
     def _is_quantized(self, parameter: str) -> bool:
-        """Whether all of a parameter is to be quantized, so that its values are known exactly."""
+        """Whether a whole parameter will be quantized, so that its values are kept in float32."""
         size = self.module.get_parameter(parameter).numel()
         return sum(state.value.numel() for state in self._within(parameter)) == size
 
     def set_input_scale(self, parameter: str, scale: Tensor) -> None:
-        """Give a weight the static scale of its input, float32 [1]."""
+        """Set the static scale of a weight's input, float32 [1]."""
         self.weights[parameter].input_scale = scale
         self._error = None
 
     def set_quantized(self, parameter: str, quantized: Quantized) -> None:
-        """Give a weight its result."""
+        """Set a weight's result."""
         state = self.weights[parameter]
         state.quantized = with_input_scale(quantized, state.input_scale)
         self._error = None
 
     def get(self, name: str) -> Tensor:
-        """A weight (by its `View.name`, [out, in]) or parameter (as stored) in float32, as exactly as it is known."""
+        """A weight (by its `View.name`, [out, in]) or parameter (as stored) in float32; unrounded if it will be
+        quantized.
+        """
         state = self.weights.get(name)
         if state is not None:
             return state.value.to(torch.float32)
@@ -268,11 +270,11 @@ class Block:
         return value
 
     def scale(self, pair: Pair, scale: Tensor, shift: Tensor | None = None) -> None:
-        """Move a positive factor per channel from a pair's source to what it feeds: x → (x − shift) / scale.
+        """Move a positive factor per channel from a pair's source to its consumers: x → (x − shift) / scale.
 
-        scale, shift: float32 [channels]; a shift needs a pair that is `shiftable`. What the source is stored in rounds
-        the factor, and the consumers are multiplied by the factor that was actually stored. Where a consumer is not
-        quantized, factors are powers of two, which lose nothing in storage.
+        scale, shift: float32 [channels]; a shift needs a pair that is `shiftable`. The source's stored dtype rounds the
+        factor; the consumers are multiplied by the factor that was actually stored. If a consumer is not quantized,
+        factors are powers of two, which are stored without loss.
         """
         matrices = [consumer.parameter for consumer in pair.consumers] + ([pair.source] if pair.kind == LINEAR else [])
         exact = not all(map(self._is_quantized, matrices))
@@ -286,7 +288,8 @@ class Block:
                 self.set(name, self.get(name) + change.to(self.device))
         if pair.kind == NORM:
             stored = self._storable(pair, scale)
-            # A norm that multiplies by 1 + w rounds even powers of two: such channels stay where nothing may be lost.
+            # A norm that multiplies by 1 + w rounds even powers of two: if no loss is allowed, such channels are not
+            # changed.
             scale = torch.where(stored == scale.to(stored.device), stored, 1.0) if exact else stored
         for name, edit in pair.edits(scale).items():
             self.set(name, edit.of(self.get(name)))
@@ -297,7 +300,7 @@ class Block:
                     state.importance = state.importance / scale.to(self.device)[consumer.channel.to(self.device)] ** 2
 
     def _storable(self, pair: Pair, scale: Tensor) -> Tensor:
-        """The factors that a norm's weight is really divided by, once the quotient is rounded to its stored dtype."""
+        """The factors that a norm's weight is actually divided by after the quotient is rounded to its stored dtype."""
         source = self.get(pair.source)
         entries = slice(None) if pair.rows is None else pair.rows.to(source.device)
         whole = source[entries] + pair.offset
@@ -312,7 +315,7 @@ def _revalue(state: WeightState, value: Tensor) -> None:
 
 
 def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
-    """A weight's input [..., in] rounded as its scheme says: per token, or by `scale` where there is one."""
+    """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
     if scheme.activations is None:
         return x
     return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
@@ -322,9 +325,9 @@ def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
 def rounded_inputs(
     module: nn.Module, states: Iterable[WeightState], *, straight_through: bool = False
 ) -> Iterator[None]:
-    """Round the input of each weight of a block whose scheme says so, while the context is open.
+    """Within the context, round the inputs of all weights of a block whose scheme rounds activations.
 
-    straight_through: gradients pass as though inputs were not rounded.
+    straight_through: gradients ignore the rounding.
     """
 
     def rounding(state: WeightState) -> Callable[[Tensor], Tensor]:
@@ -335,14 +338,14 @@ def rounded_inputs(
         return take
 
     states = list(states)
-    # A weight whose input stays as it is counts too where it shares a product with one whose input does not.
+    # Weights without input rounding are included, since they may share a product with one that rounds its input.
     some = any(state.scheme.activations is not None for state in states)
     with at_products(module, {state.view: rounding(state) for state in states} if some else {}):
         yield
 
 
 def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
-    """‖values − targets‖ / ‖targets‖ over all of them, a few rows at a time."""
+    """‖values − targets‖ / ‖targets‖ over all tensors, computed a few rows at a time."""
     apart = whole = 0.0
     for value, target in zip(values, targets, strict=True):
         for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
@@ -353,7 +356,7 @@ def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float
 
 
 def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
-    """The weight with the static scale of its input, which is stored beside it."""
+    """The weight with the static scale of its input, which is stored with it."""
     if scale is None or not isinstance(quantized, QuantizedWeight):
         return quantized
     return replace(quantized, input_scale=scale)

@@ -1,4 +1,4 @@
-"""What methods want to know of a weight's input, gathered while the calibration windows run through a block."""
+"""Statistics of a weight's input for methods, collected while a block runs on the calibration windows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class Statistic(Protocol):
-    """What a method wants to know of a weight's input. Built with the input's width and the device to live on."""
+    """A statistic of a weight's input, constructed with the input's width and the device of its tensors."""
 
     def __init__(self, width: int, device: torch.device) -> None: ...
 
     def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
+        """Add x [..., width]."""
 
     def merge(self, other: Self) -> None:
-        """Take in what another of its kind and width has seen, as though it came after; `other` stays as it is."""
+        """Add the samples of another one of the same kind and width, as if they came later; `other` is unchanged."""
 
     @classmethod
     def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
+        """The memory of its tensors, in bytes."""
 
 
 class MeanSquare:
@@ -32,13 +32,13 @@ class MeanSquare:
         self.count = 0
 
     def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
+        """Add x [..., width]."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total += rows.square().sum(0)
         self.count += rows.shape[0]
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen of as many channels."""
+        """Add the samples of another one of the same width."""
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
@@ -49,7 +49,7 @@ class MeanSquare:
 
     @classmethod
     def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
+        """The memory of its tensors, in bytes."""
         return 8 * width
 
 
@@ -64,24 +64,24 @@ class Hessian:
         self.count = 0
 
     def update(self, x: Tensor) -> None:
-        """Take in x [..., width], in any float dtype; products are summed in float32."""
+        """Add x [..., width], in any float dtype; products are summed in float32."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.count += rows.shape[0]
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen of as many channels."""
+        """Add the samples of another one of the same width."""
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
     @classmethod
     def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
+        """The memory of its tensors, in bytes."""
         return 4 * width * width
 
 
 class Inputs:
-    """What a transform looks at: each channel's mean magnitude and extremes, and some whole rows.
+    """Statistics for transforms: each channel's mean magnitude and extremes, and some whole rows.
 
     mean_abs, mean_square, low, high: float32 [width]; rows: float32 [at most 512, width], evenly spread
     over all tokens.
@@ -99,7 +99,7 @@ class Inputs:
         self.stride = 1
 
     def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
+        """Add x [..., width]."""
         new = x.reshape(-1, x.shape[-1]).float()
         if not len(new):
             return
@@ -112,13 +112,13 @@ class Inputs:
         self._thin()
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen of as many channels; its tokens count as the later ones."""
+        """Add the samples of another one of the same width; its tokens count as the later ones."""
         device = self.total.device
         self.total += other.total.to(device)
         self.squares += other.squares.to(device)
         self.low = torch.minimum(self.low, other.low.to(device))
         self.high = torch.maximum(self.high, other.high.to(device))
-        # Strides are powers of two: every so many rows of the denser sample are one of the sparser.
+        # Strides are powers of two, so the denser sample can be thinned to the stride of the sparser one.
         stride = max(self.stride, other.stride)
         mine, theirs = self.rows[:: stride // self.stride], other.rows[:: stride // other.stride].to(device)
         self.rows, self.stride = torch.cat([mine, theirs]), stride
@@ -142,5 +142,5 @@ class Inputs:
 
     @classmethod
     def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
+        """The memory of its tensors, in bytes."""
         return (24 + 4 * 2 * cls.ROWS) * width

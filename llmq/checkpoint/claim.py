@@ -1,4 +1,4 @@
-"""Whose output folder is this: ours and for this very run, or not to be touched."""
+"""Check that an output folder is new, or belongs to llmq and to this run; any other folder is refused untouched."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FINGERPRINT = "fingerprint.json"
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises LlmqError if the folder holds what is not ours.
+    """Raises LlmqError if the folder holds files that llmq did not write.
 
-    Ours is a folder that is not there, is empty, has a fingerprint, or has nothing but what is made before that.
+    Accepted are a missing or empty folder, one with a fingerprint, and one with only files that llmq writes before it.
     """
     if not out.exists() or (out / STATE / FINGERPRINT).exists():
         return
@@ -39,12 +39,12 @@ def take_lock(out: Path) -> int:
         os.close(fd)
         raise LlmqError(f"another llmq is writing to {out}: wait for it, or choose another folder") from error
     except OSError:
-        pass  # A file system without locks: better to go on than to have no output there at all.
+        pass  # A file system without locks: writing without a lock is better than refusing.
     return fd
 
 
 def compare(out: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises LlmqError, naming in words what differs, if the folder's fingerprint is not the wanted one."""
+    """Raises LlmqError, naming what differs, if the folder's fingerprint is not the wanted one."""
     way_out = "choose another folder, or delete this one to start again"
     stored = out / STATE / FINGERPRINT
     try:

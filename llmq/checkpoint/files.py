@@ -1,4 +1,4 @@
-"""The files of a model folder beside its tensors: their names, which go along, and how one is written whole."""
+"""Files of a model folder other than its tensors: their names, which of them are copied, and atomic writes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
 
 
 def goes_along(name: str, *, code: bool) -> bool:
-    """Whether a file that is no weight belongs to the model: configuration, tokenizer, chat template, licence, and its
-    own Python code where `code` says so. name: without a folder."""
+    """Whether a file is copied with the model: configuration, tokenizer, chat template, licence, and with `code` its
+    Python files; never weights. name: without a folder."""
     if name.endswith(".index.json"):
         return False
     known = name.lower().endswith(_CARRIED) or name.lower().startswith(_CARRIED_NAMES)
@@ -31,7 +31,7 @@ def goes_along(name: str, *, code: bool) -> bool:
 
 
 def write(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all, replacing what had the name. Raises LlmqError."""
+    """Write a file atomically, replacing any file of that name. Raises LlmqError."""
     content = data.encode() if isinstance(data, str) else data
     try:
         put(path, [memoryview(content)], path.with_name(path.name + PARTIAL))
@@ -42,7 +42,7 @@ def write(path: Path, data: str | bytes) -> None:
 def put(path: Path, pieces: Iterable[memoryview], partial: Path) -> str:
     """Write a file under the name `partial`, sync it, and rename it to `path`; returns its sha256.
 
-    Whatever goes wrong, `path` is as it was and `partial` is gone. Raises OSError, and what the pieces raise.
+    On any error `path` is unchanged and `partial` is deleted. Raises OSError, and what the iterator of pieces raises.
     """
     digest = hashlib.sha256()
     try:
@@ -64,13 +64,13 @@ def put(path: Path, pieces: Iterable[memoryview], partial: Path) -> str:
 
 
 def write_all(fd: int, data: memoryview) -> None:
-    """All of the data, in as many writes as it takes. Raises OSError."""
+    """Write all of the data, in as many system calls as needed. Raises OSError."""
     while data:
         data = data[os.write(fd, data) :]
 
 
 def sync_folder(folder: Path) -> None:
-    """Put renames on disk; some file systems can not, and then the folder's order is theirs."""
+    """Sync a folder, so that renames are on disk; ignored on file systems that cannot."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

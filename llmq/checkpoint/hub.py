@@ -1,8 +1,8 @@
-"""From what the user typed ('demo', a folder, a hub id) to a folder on disk; every failure in one clear line.
+"""Resolve what the user typed ('demo', a folder, a hub id) to a folder on disk; every failure is one clear line.
 
-huggingface_hub does the work: its cache, its parallel and resumed downloads, its tokens. What is added: the list of
-files is read first, so that a repository that llmq could not use is refused before a byte of it is fetched, and only
-the weights that the index names are fetched, in one of the formats a repository may hold.
+huggingface_hub does the work: its cache, its parallel and resumed downloads, its tokens. Added here: the list of files
+is read first, so that an unusable repository is refused before any download, and only the safetensors files that the
+index names are fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 ATTEMPTS = 4
-"""Tries of a download; the waits between them are 1, 2 and 4 seconds. Finished files are not fetched again."""
+"""Attempts of a download; the waits between them are 1, 2 and 4 seconds. Finished files are not fetched again."""
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
@@ -35,8 +35,8 @@ def resolve(
 ) -> Path:
     """The folder of a model: 'demo', an existing folder, or a hub id, whose files are fetched into the hub's cache.
 
-    trust_remote_code: fetch the repository's Python files as well. Without a network, a repository that is in the
-    cache already is taken from there.
+    trust_remote_code: fetch the repository's Python files as well. Without a network, a repository in the cache is
+    used.
     Raises LlmqError if the path does not exist, the repository is missing, gated or has no safetensors weights, the
     hub cannot be reached, or the disk is too small for it.
     """
@@ -62,7 +62,7 @@ def is_path(name: str) -> bool:
 def repository(
     name: str, kind: str, *, revision: str | None = None, token: str | None = None
 ) -> ModelInfo | DatasetInfo:
-    """What the hub says of a repository: its commit and its files with sizes. kind: 'model' or 'dataset'.
+    """A repository's commit, and its files with their sizes, from the hub. kind: 'model' or 'dataset'.
 
     Raises LlmqError as `explain` words it.
     """
@@ -78,7 +78,7 @@ def repository(
 
 
 class Unreachable(LlmqError):
-    """The hub does not answer: what is in the cache may still do."""
+    """The hub does not answer; the cache may still hold the files."""
 
 
 def explain(error: Exception, name: str, kind: str) -> LlmqError:
@@ -161,7 +161,7 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
 
 
 def _weights(name: str, files: dict[str, int]) -> list[str] | None:
-    """The weight files to fetch; None if the index must be asked. Raises LlmqError where there are none to use."""
+    """The weight files to fetch; None if the index must be read first. Raises LlmqError if none is usable."""
     if "config.json" not in files:
         raise LlmqError(f"{name} has no config.json on the hub: it is not a transformers model")
     if INDEX in files:
@@ -195,8 +195,8 @@ def _indexed(name: str, index: Path, files: dict[str, int]) -> list[str]:
 
 
 def _carried(file: str, trust_remote_code: bool) -> bool:
-    """Whether a file that is no weight goes with the model: configuration, tokenizer, licence, and its own code."""
-    # The card is fetched for its metadata: licence and languages go into the card of what is made of the model.
+    """Whether a file other than weights is fetched: configuration, tokenizer, licence, and the model's own code."""
+    # The card is fetched for its metadata: licence and languages are copied into the quantized model's card.
     if file.endswith(".jinja") or file == CARD:
         return True
     if file.endswith(".py"):
@@ -205,7 +205,7 @@ def _carried(file: str, trust_remote_code: bool) -> bool:
 
 
 def _check_disk(name: str, commit: str | None, sizes: dict[str, int]) -> None:
-    """Raise LlmqError if what is not in the cache yet does not fit on its disk."""
+    """Raise LlmqError if the files that are not in the cache yet do not fit on its disk."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -221,7 +221,7 @@ def _check_disk(name: str, commit: str | None, sizes: dict[str, int]) -> None:
 
 
 def _retried(download: Callable[[], str], name: str) -> str:
-    """Run a download; where the connection drops in a way that huggingface_hub gives up on, run it again."""
+    """Run a download, and run it again after connection errors that huggingface_hub does not retry itself."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     for attempt in range(ATTEMPTS):

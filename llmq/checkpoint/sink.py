@@ -1,8 +1,8 @@
 """The output folder while it is written: one shard per finished unit, a journal, resume, index and config at the end.
 
-A file is written under `.llmq/`, synced, and renamed to its place, so that what has its name is whole; a line of the
-journal says that a unit is. Killed at any moment, the folder goes on from the last line. Nothing outside `.llmq/`
-depends on when or in how many runs it was written, and there is no index until everything is.
+A file is written under `.llmq/`, synced, and renamed to its final name, so that a file with its final name is complete;
+a journal line marks a complete unit. A killed run resumes after the last journal line. Files outside `.llmq/` do not
+depend on when, or in how many runs, they were written; the index is written last.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Sink:
-    """The output folder of one run. Made by Sink.open; close it, or use it as a context, to let go of its lock.
+    """The output folder of one run. Made by Sink.open; close it, or use it as a context manager, to release its lock.
 
     done: the payload of every committed unit, in order, as it was committed (after a trip through JSON).
-    finished: the index and config are written as well. notes: what was found damaged on resume, a line each.
+    finished: the index and config are written too. notes: damage found on resume, one line each.
     """
 
     def __init__(self, out: Path, units: int, lock: int) -> None:
@@ -51,11 +51,11 @@ class Sink:
 
     @classmethod
     def open(cls, out: Path, fingerprint: Mapping[str, Any], units: int) -> Self:
-        """Take an empty or new folder, or go on in one that holds a run with the same fingerprint and number of units.
+        """Open an empty or new folder, or resume one whose run has the same fingerprint and number of units.
 
-        fingerprint: whatever decides the bytes, nested as you like, JSON only. Raises LlmqError when the folder holds
-        another run (naming what differs) or anything else, when another llmq is at it, or when it can not be written;
-        what was there is then untouched.
+        fingerprint: everything that the written bytes depend on, as nested JSON data. Raises LlmqError, changing
+        nothing in the folder, if it holds another run (naming what differs) or other files, another llmq process has it
+        open, or it cannot be written.
         """
         out = Path(out)
         wanted = json.loads(json.dumps({**fingerprint, "blocks": units}))
@@ -96,17 +96,17 @@ class Sink:
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock; the folder stays as it is."""
+        """Release the lock; the folder stays as it is."""
         for fd in (self._journal, self._lock):
             if fd >= 0:
                 os.close(fd)
         self._journal = self._lock = -1
 
     def commit(self, unit: str, tensors: Mapping[str, Tensor], payload: Mapping[str, Any]) -> None:
-        """Write a unit's tensors as the next shard and its line in the journal: after this it survives anything.
+        """Write a unit's tensors as the next shard, and its journal line; once this returns, the unit survives a crash.
 
-        Raises LlmqError when the disk is full or fails (nothing of this unit is left then, and the units before it are
-        kept), ValueError for a unit or a tensor that is already there, or one too many.
+        Raises LlmqError if the disk is full or fails (the unit's files are then deleted, earlier units are kept),
+        ValueError if the unit or one of its tensors is committed already, or if there are more units than announced.
         """
         if unit in self._entries or len(self._entries) >= self.units:
             raise ValueError(f"{unit} is committed already, or is one more than the {self.units} announced")
@@ -129,10 +129,10 @@ class Sink:
             raise
 
     def finish(self, config: Mapping[str, Any], aux: Sequence[Path], extra: Mapping[str, str | bytes]) -> None:
-        """Copy the files that go along, write extra files, config.json and, last, the index; then the run is finished.
+        """Copy `aux`, write the extra files, config.json and, last, the index; the run is then finished.
 
-        An extra file replaces a copied one of the same name. Does nothing if the run is finished already.
-        Raises LlmqError when the disk is full or fails; the same call then goes on later.
+        An extra file replaces a copied one of the same name. Does nothing if the run is finished already. Raises
+        LlmqError if the disk is full or fails; the same call can be repeated.
         """
         if len(self._entries) != self.units:
             raise ValueError(f"{len(self._entries)} of {self.units} units are committed")
@@ -151,12 +151,12 @@ class Sink:
         self._append({"finished": sorted({path.name for path in copied} | set(extra) | {"config.json", INDEX})})
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write OUT/name, whole or not at all, replacing what had the name. Raises LlmqError as commit does."""
+        """Write OUT/name atomically, replacing any file of that name. Raises LlmqError as commit does."""
         data = content.encode() if isinstance(content, str) else content
         self._put(self.out / name, [memoryview(data)], len(data))
 
     def infos(self, unit: str) -> dict[str, TensorInfo]:
-        """The tensors of a committed unit, as they are on disk. Raises KeyError for another, LlmqError if damaged."""
+        """The tensors of a unit as on disk. Raises KeyError if it is not committed, LlmqError if it is damaged."""
         if unit not in self._infos:
             shard = self._entries[unit]["shard"]
             self._infos[unit] = read_header(self.out / shard) if shard else {}
@@ -176,7 +176,7 @@ class Sink:
         return sum(nbytes for entry in self._entries.values() for _, _, nbytes in entry["tensors"].values())
 
     def _recover(self) -> None:
-        """Read the journal up to the first line that does not hold, cut it there, and clear away what is not in it."""
+        """Read the journal up to the first invalid line, truncate it there, and delete shards that it does not list."""
         path = self._state / "journal.jsonl"
         self._journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         lines = path.read_bytes().splitlines(keepends=True)
@@ -185,7 +185,9 @@ class Sink:
             entry = _parse(line)
             if entry is None:
                 if line.endswith(b"\n"):
-                    self.notes.append(f"line {number + 1} of {path} is damaged: it and what follows is done again")
+                    self.notes.append(
+                        f"line {number + 1} of {path} is damaged: that unit and all later ones are done again"
+                    )
                 break
             if "finished" in entry:
                 self.finished = all((self.out / name).is_file() for name in entry["finished"])
@@ -193,7 +195,7 @@ class Sink:
                 break
             damage = _damage(self.out, entry)
             if damage:
-                self.notes.append(f"{damage}: {entry['unit']} and what follows is done again")
+                self.notes.append(f"{damage}: {entry['unit']} and all later units are done again")
                 break
             self._note(entry)
             good += len(line)
@@ -213,7 +215,7 @@ class Sink:
         self._unit_of |= dict.fromkeys(entry["tensors"], entry["unit"])
 
     def _append(self, entry: dict[str, Any]) -> None:
-        """Add a line to the journal, on disk when this returns; what is kept in memory is what a resume would read."""
+        """Add a line to the journal and sync it; memory keeps the parsed line, exactly what a resume would read."""
         line = json.dumps(entry).encode() + b"\n"
         before = os.fstat(self._journal).st_size
         try:
@@ -229,7 +231,7 @@ class Sink:
             self.finished = True
 
     def _put(self, path: Path, pieces: Iterable[memoryview], size: int) -> str:
-        """Write a file whole or not at all; returns its sha256. Raises LlmqError when the disk is full or fails."""
+        """Write a file atomically; returns its sha256. Raises LlmqError if the disk is full or fails."""
         try:
             return put(path, pieces, self._state / (path.name + PARTIAL))
         except OSError as error:
@@ -250,7 +252,7 @@ class Sink:
 
 
 def check_finished(out: Path) -> bool:
-    """Whether the folder has the journal of a run; if so, raise LlmqError unless all of it is there as it was written.
+    """Whether the folder has a run's journal. Raises LlmqError if the run is unfinished, or a shard missing or changed.
 
     Reads every shard once.
     """
@@ -259,11 +261,11 @@ def check_finished(out: Path) -> bool:
         return False
     entries = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
     if not any(entry and "finished" in entry for entry in entries):
-        raise LlmqError(f"{out} is not finished: run the command that writes it again, it goes on where it stopped")
+        raise LlmqError(f"{out} is not finished: run the command that writes it again to resume")
     for entry in entries:
         damage = _damage(out, entry) if entry and "unit" in entry else None
         if damage:
-            raise LlmqError(f"{damage}: run the command that wrote it again, which mends it")
+            raise LlmqError(f"{damage}: run the command that wrote it again to repair it")
     return True
 
 
@@ -284,7 +286,7 @@ def _damage(out: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line of the journal, or None if it is torn or damaged."""
+    """A line of the journal, or None if it is incomplete or damaged."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

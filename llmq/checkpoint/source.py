@@ -14,7 +14,7 @@ from llmq.checkpoint.files import INDEX, PICKLES, REPORT, SINGLE, goes_along
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
-# What speaks of the source's own weights would be untrue, or taken for true, beside the quantized ones.
+# Not copied: these files describe the source's own weights, which is wrong for the quantized ones.
 _LEFT = {"config.json", "params.json", "adapter_config.json", "quantize_config.json", REPORT}
 _CARRIED_MAX = 128 << 20
 _CHUNK = 4096
@@ -22,9 +22,9 @@ _CHUNKS = 64
 
 
 class Source(Protocol):
-    """A checkpoint to read: a folder, or a folder seen through something (an adapter merged into it, as `Wrapped`).
+    """A checkpoint to read: a folder, or a folder whose tensors are changed when read (as `Wrapped` does).
 
-    config: of its config.json; folder: where it, the tokenizer and the licence are.
+    config: the contents of config.json; folder: the folder of config.json, the tokenizer and the licence.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Dtype, shape and file of a tensor as `read` gives it. Raises KeyError for a name that is not there."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own. Raises LlmqError if the file fails or was cut."""
+        """The tensor, in newly allocated memory. Raises LlmqError if the file cannot be read or became shorter."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start…stop−1 of a tensor. Raises as read, and IndexError out of range."""
@@ -48,19 +48,19 @@ class Source(Protocol):
         """Bytes of all tensors."""
 
     def aux_files(self) -> list[Path]:
-        """What goes along unchanged, sorted by name."""
+        """The files that are copied unchanged to the output, sorted by name."""
 
     def fingerprint(self) -> str:
-        """A hash that tells this checkpoint from another."""
+        """A hash that identifies the checkpoint."""
 
 
 class FolderSource:
     """A model folder: its config, and its tensors by name.
 
-    Every check that needs no weight is made here, in well under a second per hundred shards. Raises LlmqError, one
-    line that names the file or tensor and the way out, when: the folder or its config.json is missing or unreadable;
-    the weights are pickles or missing; a shard is missing, truncated, too long or damaged; the index names a tensor
-    that its shard lacks; the model is already quantized (unless quantized_ok) or needs code of its own (unless
+    All checks that read no weights are made here, in well under a second per hundred shards. Raises LlmqError, in one
+    line that names the file or tensor and the remedy, if: the folder or its config.json is missing or unreadable; the
+    weights are pickles or missing; a shard is missing, truncated, too long or damaged; the index names a tensor that
+    its shard lacks; the model is already quantized (unless quantized_ok) or needs code of its own (unless
     trust_remote_code).
     """
 
@@ -114,7 +114,7 @@ class FolderSource:
         raise LlmqError(f"{self.folder} has no weights: neither {INDEX} nor a safetensors file; download it again")
 
     def _headers(self, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
-        """All tensors in file order. Where two shards hold one, the index chooses; one that it forgot is kept."""
+        """All tensors in file order, unlisted ones too. If two shards hold the same tensor, the index decides."""
         infos: dict[str, TensorInfo] = {}
         for shard in self.shards:
             if not shard.is_file():
@@ -125,24 +125,24 @@ class FolderSource:
         for name, shard_name in weight_map.items():
             if name not in infos:
                 raise LlmqError(
-                    f"{self.index} says that tensor {name} is in {shard_name}, and it is not: "
-                    "the index and the shards are of different models, download both again"
+                    f"{self.index} says that tensor {name} is in {shard_name}, but it is not: the index and the "
+                    "shards are of different models, download both again"
                 )
         return infos
 
     def names(self) -> list[str]:
-        """Every tensor, in the order in which it is cheapest to read them: by file, then by place."""
+        """Every tensor, in the order in which it is cheapest to read them: by file, then by offset."""
         return list(self._infos)
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor. Raises KeyError for a name that is not there."""
+        """Dtype, shape and position of a tensor. Raises KeyError for an unknown name."""
         return self._infos[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, in memory of its own. Raises LlmqError if the file fails or was cut."""
+        """The tensor in its stored dtype, in newly allocated memory. Raises LlmqError if the file cannot be read."""
         return read_tensor(self._infos[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -155,10 +155,10 @@ class FolderSource:
         return sum(info.nbytes for info in self._infos.values())
 
     def aux_files(self) -> list[Path]:
-        """What goes along unchanged: tokenizer, generation and processor files, chat template, licence; sorted by name.
+        """The files that are copied unchanged, sorted: tokenizer, generation, processor, chat template, licence.
 
-        Weights, indexes, config.json, model cards and pickles stay behind, and so do subfolders. Python files go along
-        only where the config names them.
+        Weights, indexes, config.json, model cards, pickles and subfolders are not copied; Python files only if the
+        config names them.
         """
         return sorted(
             path
@@ -171,11 +171,11 @@ class FolderSource:
         )
 
     def fingerprint(self) -> str:
-        """A hash that tells this checkpoint from another, without reading all of it.
+        """A hash that identifies the checkpoint, without reading all of it.
 
-        config.json, the index, and of every shard the name, size, header and 64 evenly spaced samples of 4 KiB (the
-        first and the last bytes included). Two checkpoints that differ in a few weights only may share it.
-        Raises LlmqError when a file can not be read.
+        It covers config.json, the index, and each shard's name, size, header and 64 evenly spaced samples of 4 KiB
+        (with the first and last bytes). Checkpoints that differ only in a few weights may have the same hash. Raises
+        LlmqError if a file cannot be read.
         """
         digest = hashlib.sha256()
 
@@ -203,7 +203,7 @@ class FolderSource:
 
 
 class Wrapped:
-    """A source seen through something: everything is the base's but for what a subclass says otherwise."""
+    """A source that changes some tensors of a base: whatever a subclass does not override is the base's."""
 
     def __init__(self, base: Source) -> None:
         self.base = base
@@ -222,11 +222,11 @@ class Wrapped:
         return self.base.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See `Source.read_rows`; all of a tensor is read where `read` changes it."""
+        """See `Source.read_rows`; the whole tensor is read if `read` changes it."""
         return self.read(name)[start:stop] if self.changes_tensor(name) else self.base.read_rows(name, start, stop)
 
     def changes_tensor(self, name: str) -> bool:
-        """Whether `read` gives something else than the base."""
+        """Whether `read` returns a tensor that differs from the base's."""
         return False
 
     @property
@@ -291,7 +291,7 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
     if not config.get("auto_map"):
         return
-    # Only here, as it takes seconds to import. Many models name code of their own that transformers now has built in.
+    # Imported here because it takes seconds. Many configs name custom code for models that transformers now includes.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -305,12 +305,12 @@ def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
 def check_finite(tensor: Tensor, name: str, file: Path | None = None) -> None:
     """Raises LlmqError, naming the weight, its file and the first bad place, if there is a NaN or an infinity.
 
-    Takes no memory to speak of: the smallest and largest value tell (a NaN spreads to both), at the speed of memory.
+    Allocates almost nothing: only the minimum and maximum are computed, and a NaN propagates to both.
     """
     if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return
     flat = tensor.detach().reshape(-1)
-    step = flat.numel() if tensor.dtype.itemsize > 1 else 1 << 22  # 8-bit floats have no minimum: widened in pieces
+    step = flat.numel() if tensor.dtype.itemsize > 1 else 1 << 22  # 8-bit floats have no minimum: converted in pieces
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step]
         if tensor.dtype.itemsize == 1:
@@ -322,5 +322,5 @@ def check_finite(tensor: Tensor, name: str, file: Path | None = None) -> None:
         place = [int(index) for index in torch.unravel_index(torch.tensor(first), tensor.shape)]
         where = f" in {file}" if file else ""
         raise LlmqError(
-            f"{name}{where} has {float(flat[first].float())} at {place}: the weight is broken, download or repair it"
+            f"{name}{where} has {float(flat[first].float())} at {place}: the weight is damaged, download or repair it"
         )

@@ -1,8 +1,9 @@
 """The safetensors format, read and written without mapping files into memory.
 
-The safetensors package maps the file, and mapped pages count as resident memory: on a machine that can not hold the
-model, that hides how much is really needed. Here reading a tensor costs its own bytes and nothing else, and writing
-costs nothing. A file is an 8-byte little-endian length, that many bytes of JSON, and the tensors' bytes end to end.
+The safetensors package maps the file, and mapped pages count as resident memory: on a machine that cannot hold the
+model, that hides how much is really needed. Here reading a tensor takes its own bytes of memory and nothing else, and
+writing takes none. A file is an 8-byte little-endian length, that many bytes of JSON, and the tensors' bytes end to
+end.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file, in the order of their bytes.
 
-    Raises LlmqError, naming the file and where it can the tensor, if the file can not be read, is not safetensors,
+    Raises LlmqError, naming the file and if possible the tensor, if the file cannot be read, is not safetensors,
     is longer or shorter than its header says, or its header contradicts itself.
     """
     try:
@@ -112,7 +113,7 @@ def _truncated(path: Path, how: str) -> LlmqError:
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    """One line of the header, checked by itself."""
+    """One tensor's entry of the header, checked on its own."""
 
     def wrong(what: str) -> LlmqError:
         return LlmqError(f"{path}: tensor {name} {what}; the file is damaged, download it again")
@@ -181,9 +182,9 @@ def _read(info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:
 def encode(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[memoryview]]:
     """The file that holds these tensors: its size, and its bytes piece by piece, the same for the same tensors.
 
-    Wide elements come first and the header is padded, so that every tensor is aligned to its element. A tensor that
-    is not contiguous or not on the CPU is copied, alone, when its turn comes.
-    Raises LlmqError for a dtype that has no name here.
+    Tensors with wider elements come first and the header is padded, so that every tensor is aligned to its element
+    size. A tensor that is not contiguous or not on the CPU is copied when it is written, one at a time. Raises
+    LlmqError for a dtype that safetensors cannot hold.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

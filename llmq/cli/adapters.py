@@ -1,4 +1,4 @@
-"""`llmq finetune` and `llmq merge`: their options, and what they print. cli.py adds them to its own commands."""
+"""`llmq finetune` and `llmq merge`: their options, and what they print. app.py adds them to its own commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmq.adapters.settings import Settings
 from llmq.recipe.recipe import Recipe
 
 SHOWN = 5
-"""Weights in the table of what is left."""
+"""Rows in the table of retentions."""
 DEFAULT = Settings()
 
 Model = Annotated[str, typer.Argument(help="A folder (config.json, safetensors), a hub id (org/name), or 'demo'.")]
@@ -28,7 +28,7 @@ Command = Callable[..., None]
 
 
 def add(app: typer.Typer, with_recipe: Callable[[Command], Command], explained: Callable[[], Any]) -> None:
-    """Add both commands to the command line. with_recipe and explained: cli.py's own."""
+    """Add both commands to the command line. with_recipe, explained: those of options.py."""
 
     @wraps(finetune)
     def tune(**given: Any) -> None:
@@ -40,7 +40,7 @@ def add(app: typer.Typer, with_recipe: Callable[[Command], Command], explained: 
 
 
 def _plain_too(command: Command) -> Command:
-    """Let --bits 16 mean: write the merged weights as they are. A Recipe knows no such width, and needs none."""
+    """Make --bits 16 write the merged weights unquantized; a Recipe has no such width."""
     own = {"base", "adapter", "out", "trained_on", "loss", "device", "trust_remote_code", "bits"}
     takes = signature(command)
 
@@ -78,11 +78,11 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = DEFAULT.dropout,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = DEFAULT.lr,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = DEFAULT.warmup,
-    schedule: Annotated[str, typer.Option(help="How it falls then: cosine, linear or constant.")] = DEFAULT.schedule,
+    schedule: Annotated[str, typer.Option(help="After the warmup: cosine, linear or constant.")] = DEFAULT.schedule,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on the adapters.")] = DEFAULT.weight_decay,
-    clip: Annotated[float, typer.Option(help="The gradient's norm is cut to this.")] = DEFAULT.clip,
+    clip: Annotated[float, typer.Option(help="The gradient's norm is clipped to this.")] = DEFAULT.clip,
     epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = DEFAULT.epochs,
-    steps: Annotated[int, typer.Option(help="Steps in place of epochs.")] = DEFAULT.steps,
+    steps: Annotated[int, typer.Option(help="Number of steps; overrides --epochs.")] = DEFAULT.steps,
     batch: Annotated[int, typer.Option(help="Rows per forward pass.")] = DEFAULT.batch,
     accumulate: Annotated[int, typer.Option(help="Passes per step.")] = DEFAULT.accumulate,
     seqlen: Annotated[int, typer.Option(help="Tokens per row; longer rows are cut.")] = DEFAULT.seqlen,
@@ -101,13 +101,15 @@ def finetune(
         str, typer.Option(help="What the base computes in: auto, float32, bfloat16, float16.")
     ] = DEFAULT.dtype,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the adapters' start, the order of rows, and dropout.")] = DEFAULT.seed,
+    seed: Annotated[
+        int, typer.Option(help="Of the adapters' initialization, the order of rows, and dropout.")
+    ] = DEFAULT.seed,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
     """Train LoRA adapters on a frozen NF4 base (QLoRA), with a held-out loss before and after and a loss curve.
 
-    The loss is taken on the answers only. Killed at any moment, the same command goes on from the last checkpoint.
+    The loss is taken on the answers only. If the run is killed, the same command resumes from the last checkpoint.
     """
     from llmq.adapters import finetune as tuning
     from llmq.report.progress import Bars
@@ -149,7 +151,7 @@ def finetune(
                 watch=bars,
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted; the last checkpoint is kept in {out}: the same command goes on from there")
+        console.print(f"interrupted; the last checkpoint is kept in {out}: the same command resumes from it")
         raise typer.Exit(130) from None
     table = Table.grid(padding=(0, 2))
     table.add_row("rows", f"{outcome.rows} trained on, {outcome.held_out} held out; {outcome.tokens:,} learned tokens")
@@ -169,19 +171,19 @@ def merge(
     trained_on: Annotated[
         str,
         typer.Option(
-            help="The weights that the tune was made on: nf4, base, or auto (what its record says, else base)."
+            help="The weights that the adapter was trained on: nf4, base, or auto (from its record, else base)."
         ),
     ] = "auto",
     loss: Annotated[
-        bool, typer.Option("--loss", help="Load the result, whole, and measure it on the tune's held-out rows.")
+        bool, typer.Option("--loss", help="Load the whole result and measure its loss on the tune's held-out rows.")
     ] = False,
     plain: bool = False,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Merge a LoRA adapter in float32 and quantize the result by any recipe; says how much of the tune is left.
+    """Merge a LoRA adapter in float32, quantize the result by any recipe, and report how much of the tune survives.
 
-    [bold]--bits 16[/] writes the merged weights unquantized. Without --calib, the tune's own data calibrates.
+    [bold]--bits 16[/] writes the merged weights unquantized. Without --calib, calibrates on the tune's own data.
     """
     from llmq.adapters import merge as merging
     from llmq.report.progress import Bars
@@ -202,16 +204,16 @@ def merge(
                 watch=bars,
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted; what is finished is kept in {out}: the same command goes on from there")
+        console.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")
         raise typer.Exit(130) from None
     print_left(Console(), report)
 
 
 def print_left(console: Console, report: Any) -> None:
-    """The worst weights and the mean of a MergeReport, and where all of it is."""
+    """Print a MergeReport's worst weights, the mean over all, and the file that has every weight."""
     quantized = report.mean("naive_survived") is not None
     table = Table(
-        title="What is left of the tune. D: its change of a weight, E: the written weight's error; kept: 1+⟨E,D⟩/⟨D,D⟩"
+        title="Tune after quantization. D: its change of a weight, E: the written weight's error; kept: 1+⟨E,D⟩/⟨D,D⟩"
     )
     table.add_column("weight", overflow="fold")
     for heading in ("‖D‖/‖W‖", "kept", "‖D‖/‖E‖", *(("naive: kept", "‖D‖/‖E‖") if quantized else ())):
@@ -232,7 +234,7 @@ def print_left(console: Console, report: Any) -> None:
         console.print(f"Held-out loss: {losses}: {report.kept:.1%} of the tune's gain is kept.")
     elif quantized:
         console.print(
-            "A calibrated method makes the error of a weight's output small, not that of the weight: "
-            "--loss measures what the tune is still worth."
+            "A calibrated method minimizes the error of a weight's output, not of the weight itself: --loss measures "
+            "how much of the tune's gain is kept."
         )
     console.print("merge.json in the written folder has every weight.")

@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. Every error a user can mend is a few lines of text and exit code 2."""
+"""The command line: parses, calls, prints. Every error that a user can fix is a few lines of text and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="llmq",
-    help="Quantize the weights of any causal language model, on a machine that could never hold it.",
+    help="Quantize the weights of any causal language model, with less memory than the model needs.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -54,9 +54,9 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Quantize a model into a folder that transformers and vLLM load as it is, in the format of its grid.
+    """Quantize a model into a folder that transformers and vLLM load directly, in the format of its grid.
 
-    Streams one decoder block at a time; killed at any moment, the same command goes on where it stopped.
+    Processes one decoder block at a time. If the run is killed, the same command resumes it.
     """
     from llmq import job
     from llmq.report import terminal
@@ -73,7 +73,7 @@ def quantize(
                 model, out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
             )
     except KeyboardInterrupt:
-        err_console.print(f"interrupted; finished blocks are kept in {out}: the same command goes on from there")
+        err_console.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")
         raise typer.Exit(130) from None
     terminal.report(out_console, report)
 
@@ -87,7 +87,7 @@ def inspect(
     ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Every weight of a folder: bits, group size, error, bytes; whichever tool wrote it."""
+    """Every weight of a folder: bits, group size, error, bytes; the folder may be written by any tool."""
     with explained():
         from llmq.checkpoint.hub import resolve
         from llmq.report import terminal
@@ -129,12 +129,12 @@ def methods() -> None:
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="How many new tokens.")] = 64,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Go on from a prompt, greedily: a quick look at what the model says."""
+    """Continue a prompt by greedy decoding: a quick look at what the model generates."""
     with explained():
         from llmq.checkpoint.hub import resolve
         from llmq.inference.generate import generate as run
@@ -150,5 +150,5 @@ app.command()(tune.tune)
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     sys.exit(app())

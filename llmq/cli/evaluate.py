@@ -1,4 +1,4 @@
-"""`llmq eval` and `llmq compare`: their options, and what they print. cli.py adds them to its own commands."""
+"""`llmq eval` and `llmq compare`: their options, and what they print. app.py adds them to its own commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ out_console = Console()
 Where = Annotated[
     Path | None,
     typer.Option(
-        "--out", help="Where results, and what is finished of a broken run, are kept. Default: ~/.cache/llmq/eval."
+        "--out", help="Folder for results and the finished parts of interrupted runs. Default: ~/.cache/llmq/eval."
     ),
 ]
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Take texts and documents from here, not from the hub: wikitext2.txt, hellaswag_validation.jsonl …"
+        help="Read texts and documents from this folder, not from the hub: wikitext2.txt, hellaswag_validation.jsonl …"
     ),
 ]
 
@@ -44,13 +44,13 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo': quantized or not.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Measured beside them, as what they are held against. Default: the one in report.json."),
+        typer.Option(help="The model to compare with; it is evaluated too. Default: the one in report.json."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
             help="Separated by commas: perplexity, divergence (from the base), speed, memory, and lm-eval's: "
-            "hellaswag, piqa, arc_easy, mmlu … 'perplexity:c4' is on that text. Default: perplexity.",
+            "hellaswag, piqa, arc_easy, mmlu … 'perplexity:c4' measures on that text. Default: perplexity.",
             show_default=False,
         ),
     ] = None,
@@ -63,7 +63,7 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of the text.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
     special_tokens: Annotated[
-        bool, typer.Option(help="Let the tokenizer add to the text what it adds by itself (a BOS), or nothing.")
+        bool, typer.Option(help="Whether the tokenizer adds its special tokens (a BOS) to the text.")
     ] = True,
     limit: Annotated[
         float | None, typer.Option(min=0, help="Only the first documents of each task; below 1, that share of them.")
@@ -72,22 +72,22 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before each question. Default: the task's own.")
     ] = None,
     batch_size: Annotated[
-        str, typer.Option(help="Requests of lm-eval's tasks per forward pass, or 'auto': as many as fit the GPU.")
+        str, typer.Option(help="lm-eval requests per forward pass, or 'auto': as many as fit the GPU.")
     ] = "1",
     data_dir: DataDir = None,
     write_tasks: Annotated[
         Path | None,
         typer.Option(help="Write the task files for --data-dir here: `lm_eval --include_path` takes the same ones."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of a speed; from 6 on it has an interval.")] = 7,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Measurements of a speed; from 6 on, an interval is reported.")
+    ] = 7,
     out: Where = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the model's own).")] = "float32",
     device: Annotated[
         str,
-        typer.Option(
-            help="Where models run: cpu, cuda, cuda:1 …, or auto: all GPUs, memory and disk for what is left."
-        ),
+        typer.Option(help="Where models run: cpu, cuda, cuda:1 …, or auto: all GPUs first, then memory and disk."),
     ] = "cpu",
     kernels: Annotated[
         bool,
@@ -99,8 +99,8 @@ def evaluate(
 ) -> None:
     """Perplexity, divergence from the base, tasks, speed and memory: each number with its protocol and 95 % interval.
 
-    The base model is measured beside them in the same run. A broken run goes on where it stopped; what was measured
-    before is not measured again. `llmq compare` puts models side by side.
+    The base model is measured in the same run. An interrupted run resumes; earlier measurements are not repeated. `llmq
+    compare` shows models side by side.
     """
     with explained():
         from llmq.report import terminal
@@ -116,7 +116,7 @@ def evaluate(
         models = [str(Path(name).expanduser()) if name.startswith("~") else name for name in models]
         names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
         if not names:
-            raise LlmqError("--tasks names none: perplexity, divergence, speed, memory, or tasks of lm-eval")
+            raise LlmqError("--tasks is empty: choose from perplexity, divergence, speed, memory, or tasks of lm-eval")
         reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
         base = base or _base(reports, trust_remote_code)
         options = Options(
@@ -164,9 +164,9 @@ def compare(
         Path | None, typer.Option("--out", help="The --out of `llmq eval`. Default: ~/.cache/llmq/eval.")
     ] = None,
 ) -> None:
-    """Evaluated models side by side: recovery in % of the base, and which differences are more than noise.
+    """Evaluated models side by side: recovery in % of the base, and which differences are significant.
 
-    Differences are tested in pairs, over the same windows or documents; a difference within noise is called that.
+    Differences are tested in pairs, over the same windows or documents; one that is not significant is shown as noise.
     """
     with explained():
         from llmq_eval import pages, store, tables
@@ -214,20 +214,20 @@ def _folder(path: Path | None) -> Path | None:
 
 
 def _base(reports: Mapping[str, Report], trust_remote_code: bool) -> str | None:
-    """The model that the reports of the folders name, where it can still be had; else a warning.
+    """The base model that the folders' reports name; None, with a warning, if it is no longer available.
 
-    Raises LlmqError where they name different ones: numbers of one would be told as losses against another's base.
+    Raises LlmqError if they name different ones: a model would be compared with a base that is not its own.
     """
     from llmq.checkpoint.hub import resolve
 
     named = {report.model: report.model for report in reports.values()}
     for model in named:
-        # One folder may be written in two ways.
+        # Two spellings may name the same folder.
         if Path(model).is_dir():
             named[model] = str(Path(model).resolve())
     if len(set(named.values())) > 1:
         told = "; ".join(f"{folder}: {report.model}" for folder, report in reports.items())
-        raise LlmqError(f"these folders have different bases ({told}): evaluate them apart, or give --base")
+        raise LlmqError(f"these folders have different bases ({told}): evaluate them separately, or give --base")
     base = next(iter(named), None)
     if base is None:
         return None

@@ -1,7 +1,7 @@
 """The command-line options that make a recipe: a few of its own, and the keyword arguments of every method.
 
-A method's options are read from its source (`llmq.recipe.catalog`), so that `--help` needs no torch and a method from
-outside has its options here as well.
+A method's options are read from its source (`llmq.recipe.catalog`), so that `--help` needs no torch and methods of
+other packages have their options here too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ err_console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A folder (config.json, safetensors), a hub id (org/name), or 'demo'.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes a broken run.")]
-Tp = Annotated[int, typer.Option(min=1, help="Refuse shapes that a server could not split over this many GPUs.")]
+Tp = Annotated[int, typer.Option(min=1, help="Refuse shapes that tensor parallelism over this many GPUs cannot split.")]
 Device = Annotated[str, typer.Option(help="Where a block is computed: cpu, cuda, cuda:1 …")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
 
@@ -35,7 +35,7 @@ Method = Annotated[
     str | None,
     typer.Option(help="What to do, joined by '+': transforms, a quantizer, a refinement. `llmq methods` lists them."),
 ]
-Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4, or what the method is for.")]
+Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4, or the method's own.")]
 Group = Annotated[
     str | None, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'. Default 128.")
 ]
@@ -43,14 +43,12 @@ Symmetric = Annotated[
     bool | None,
     typer.Option(
         "--symmetric/--asymmetric",
-        help="Without or with zero points. Default symmetric: stock transformers fails on packed zero points.",
+        help="Without or with zero points. Default symmetric: stock transformers fails to load packed zero points.",
     ),
 ]
 Grid = Annotated[
     str | None,
-    typer.Option(
-        help=f"Which values weights are rounded to: {', '.join(GRIDS)}. Default int, or what the method is for."
-    ),
+    typer.Option(help=f"Which values weights are rounded to: {', '.join(GRIDS)}. Default int, or the method's own."),
 ]
 Activations = Annotated[
     str | None,
@@ -74,9 +72,9 @@ Override = Annotated[
 Keep = Annotated[list[str] | None, typer.Option(help="Leave the weights that match this pattern alone. Repeatable.")]
 Ragged = Annotated[
     str | None,
-    typer.Option(help="Where the group size does not divide a width: error (default), smaller, channel or keep."),
+    typer.Option(help="If the group size does not divide a width: error (default), smaller, channel or keep."),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of anything drawn by chance. Default 0.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]
 
 
 @contextmanager
@@ -120,7 +118,7 @@ def recipe_options(
     }
     calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
-    # A recipe is checked as a whole below; only what the options are put into must be a mapping by now.
+    # The whole recipe is checked below; here only the sections that options write to must be mappings.
     for name in ("scheme", "calibration", "options"):
         if not isinstance(data.get(name, {}), dict):
             raise LlmqError(f"{recipe}: {name} must be a mapping, not {data[name]!r}")
@@ -163,11 +161,11 @@ def parse_group(text: str) -> int | str:
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a recipe, and hand it the Recipe made of them."""
+    """Add a recipe's options to a command, which gets the resulting Recipe."""
     own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "chosen"]
     fixed = [p for p in signature(recipe_options, eval_str=True).parameters.values() if p.name != "options"]
     taken = {p.name for p in (*own, *fixed)}
-    # A method from outside may have an option of a name that is taken here: it is still there in recipe files.
+    # An option of another package's method may have a name that is taken here: it can still be set in a recipe file.
     options = [*fixed, *(p for p in method_options() if p.name not in taken)]
 
     @wraps(command)

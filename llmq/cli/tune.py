@@ -17,7 +17,7 @@ def tune(
     group_size: Annotated[list[int] | None, typer.Option(help="Codes in a group; may be repeated.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows of the input; by default 1, 2, 4 … 1024.")] = None,
     device: Annotated[str, typer.Option(help="The GPU to measure on.")] = "cuda",
-    again: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
+    again: Annotated[bool, typer.Option(help="Repeat earlier measurements.")] = False,
 ) -> None:
     """Measure launch configurations of the integer kernels on this GPU and keep the fastest for later runs."""
     with explained():
@@ -40,7 +40,7 @@ def tune(
         except ValueError as error:
             raise LlmqError(str(error)) from error
         except KeyboardInterrupt:
-            err_console.print("interrupted; what was measured is kept: the same command goes on from there")
+            err_console.print("interrupted; finished measurements are kept: the same command resumes")
             raise typer.Exit(130) from None
         typer.echo(f"kept in {path}")
 

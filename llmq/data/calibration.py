@@ -1,8 +1,8 @@
 """Calibration text to token windows: packed, never padded, so that no statistic ever sees a padding token.
 
-A plain text is tokenized as a whole, cut into consecutive windows, and the wanted number of them is taken evenly
-spread. Rows (.jsonl, .parquet, a hub data set, which is streamed) are tokenized one after the other, joined with the
-end-of-text token between them, and cut into windows until there are enough: no more rows are read than that takes.
+A plain text is tokenized as a whole and cut into consecutive windows, of which the wanted number is taken, evenly
+spread. Rows (.jsonl, .parquet, a streamed hub data set) are tokenized one after the other, joined with the end-of-text
+token between them, and cut into windows; reading stops as soon as there are enough windows.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
 
 WHOLE = 64 << 20
-"""Bytes up to which a text file is tokenized as a whole. Of a larger one, only the places where windows are taken."""
+"""Larger text files (in bytes) are not tokenized as a whole, only where windows are taken."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [samples, seqlen]; notes: what the user should know; description: what was used, for the report."""
+    """ids: int64 [samples, seqlen]; notes: for the user; description: the text and windows, for the report."""
 
     ids: Tensor
     notes: tuple[str, ...]
@@ -44,9 +44,8 @@ class Windows:
 def windows(calibration: Calibration, tokenizer: Any, *, seed: int = 0) -> Windows:
     """The windows that the recipe asks for: `samples` of `seqlen` tokens, or as many as the text gives, with a note.
 
-    seed: for sources whose windows are drawn by chance; those here are all taken in order, so it changes nothing.
-    Raises LlmqError, naming the text and the way out, if it is missing, unreachable, empty, too short for one window,
-    not text, or has no column of text.
+    seed: unused so far, as windows are never chosen at random. Raises LlmqError, naming the text and the way out, if it
+    is missing, unreachable, empty, too short for one window, not text, or has no column of text.
     """
     del seed
     if calibration.samples < 1 or calibration.seqlen < 2:
@@ -85,9 +84,9 @@ def _from_text(text: str, name: str, calibration: Calibration, tokenizer: Any) -
 
 
 def _from_places(file: Path, calibration: Calibration, tokenizer: Any) -> Windows:
-    """Of a file too large to tokenize: a window from the first line that begins after each of evenly spread places.
+    """Windows of a file too large to tokenize: one from the first line after each of evenly spaced byte offsets.
 
-    A window never reaches into the next one's place; where it would, it is left out.
+    A window that would reach past the next offset is left out.
     """
     size = file.stat().st_size
     taken: list[Tensor] = []
@@ -106,11 +105,11 @@ def _from_places(file: Path, calibration: Calibration, tokenizer: Any) -> Window
             tokens += len(ids)
             if len(ids) >= calibration.seqlen:
                 taken.append(ids[: calibration.seqlen])
-    return _made(taken, tokens, str(file), calibration, "at evenly spread places")
+    return _made(taken, tokens, str(file), calibration, "at evenly spaced offsets")
 
 
 def _from_line(raw: bytes) -> bytes:
-    """From the first line's beginning; where there is none, from the first character's."""
+    """The bytes from the start of the first whole line, or if there is none, of the first whole character."""
     at = raw.find(b"\n") + 1
     while not at and raw and raw[0] & 0xC0 == 0x80:
         raw = raw[1:]
@@ -172,7 +171,7 @@ def _read(file: Path) -> bytes:
 def _decode(file: Path, raw: bytes, begin: int | None = None) -> str:
     """UTF-8 text with its line ends made uniform, as Python opens text. Raises LlmqError for anything else.
 
-    begin: where in the file the bytes were cut out; then they may end in the middle of a character.
+    begin: the bytes' offset if they are a part of the file; they may then end in the middle of a character.
     """
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=begin is None)

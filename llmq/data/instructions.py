@@ -1,16 +1,17 @@
-"""Rows to learn from: which tokens of each are the answer, which is all that the loss is taken on.
+"""Training rows, and which of their tokens are the answer: the loss is taken on those only.
 
-A row is one of, looked for in this order:
+A row has one of these forms, tried in this order:
 
     {"messages": [{"role": …, "content": …}, …]}    a chat; every answer of the assistant is learned
     {"prompt": …, "completion": …}                  a question and its answer
     {"instruction": …, "input": …, "output": …}     the same, "input" may be missing or empty
     {"text": …}                                     a plain text; all of it is learned
 
-The first three go through the tokenizer's chat template where it has one. Where it has none, or with template="none",
-a chat and an instruction are laid out as `PLAIN` says, and a prompt and its completion are joined as they are; the
-end-of-text token follows each answer. Where an answer begins and ends is found by rendering and tokenizing the row up
-to there and comparing with the whole, so it needs neither marks in the template nor a tokenizer with offsets.
+The first three go through the tokenizer's chat template where it has one. Where it has none, or with template="none", a
+chat and an instruction are laid out as `PLAIN` says, and a prompt and its completion are joined as they are; the
+end-of-text token follows each answer. The begin and end of an answer are found by rendering and tokenizing the row up
+to that point and comparing with the whole row, so neither marks in the template nor a tokenizer with offsets are
+needed.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from llmq.data.tokens import encode
 from llmq.errors import LlmqError, first_line
 
 PLAIN = "### {role}:\n{content}"
-"""A turn without a chat template, its role capitalized; a blank line between turns. An answer is asked for by the first
-line of its turn."""
+"""A turn without a chat template, its role capitalized; a blank line between turns. The prompt for an answer ends with
+the first line of its turn.
+"""
 ANSWER = "assistant"
 WHAT = "fine-tuning data"
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether it is to be learned. row: the number of the row it came from, from 0."""
+    """Token ids, and for each whether the loss is taken on it. row: the number of its row, from 0."""
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
@@ -45,14 +47,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """All rows of a file. notes: what was cut or left out."""
+    """All rows of a file. notes: how many rows were truncated or left out."""
 
     all: tuple[Example, ...]
     notes: tuple[str, ...]
 
     @property
     def digest(self) -> str:
-        """sha256 of what is learned from: the same tokens, the same digest."""
+        """sha256 of the ids and the learned positions."""
         digest = hashlib.sha256()
         for example in self.all:
             digest.update(json.dumps([example.row, example.ids, example.learn]).encode())
@@ -62,9 +64,9 @@ class Examples:
 def read(file: Path, tokenizer: Any, *, seqlen: int, template: str = "auto") -> Examples:
     """Every row of a .jsonl or .parquet file as examples of at most `seqlen` tokens.
 
-    An instruction that is too long is cut at its end, and left out where nothing of its answer is left; a text that is
-    too long becomes several examples. template: auto or none.
-    Raises LlmqError, with file and line, at a row that holds none of the four things, and if there is no row at all.
+    An instruction that is too long is truncated at its end, and left out if that removes the whole answer; a text that
+    is too long becomes several examples. template: auto or none.
+    Raises LlmqError, with file and line, at a row that has none of the four forms, and if there is no row at all.
     """
     file = file.expanduser()
     if not file.is_file():
@@ -97,7 +99,7 @@ def read(file: Path, tokenizer: Any, *, seqlen: int, template: str = "auto") -> 
 
 
 class _Layout:
-    """From a row to its tokens."""
+    """Turns a row into tokens."""
 
     def __init__(self, tokenizer: Any, templated: bool) -> None:
         self.tokenizer = tokenizer
@@ -126,14 +128,14 @@ class _Layout:
         for i in turns:
             before = self._render(row, messages[:i], True) if i else ""
             through = self._render(row, messages[: i + 1], False)
-            # Some templates show an earlier answer otherwise than the last: what is not as it was asked is not learned.
+            # Some templates render earlier answers differently from the last one: such earlier answers are not learned.
             if i == turns[-1] or (whole.startswith(before) and whole.startswith(through)):
                 start, stop = (_common(self._encode(t, self.templated), ids) for t in (before, through))
                 learn[start:stop] = [True] * (stop - start)
         return ids, learn
 
     def _render(self, row: Row, messages: list[dict[str, Any]], ask: bool) -> str:
-        """The chat as text; ask: up to where the next answer begins."""
+        """The chat as text; ask: with the prompt for the next answer at its end."""
         if not self.templated:
             turns = [
                 PLAIN.format(role=m["role"].capitalize(), content=m["content"] + self.end * (m["role"] == ANSWER))
@@ -156,7 +158,7 @@ class _Layout:
 
 
 def content(row: Row) -> str | tuple[list[dict[str, Any]], bool]:
-    """A row's text, or its messages and whether they are a prompt and a completion that may simply be joined.
+    """A row's text, or its messages and whether they are a prompt and completion that may be joined without a layout.
 
     Raises LlmqError, with file and line, for a row that is neither.
     """
@@ -205,12 +207,12 @@ def _messages(row: Row, name: str) -> list[dict[str, Any]]:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """The length of the longest common prefix, in tokens."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def joined(examples: Examples, between: list[int]) -> Iterator[int]:
-    """The tokens of all examples, one after the other, with `between` where an example does not end on it."""
+    """The tokens of all examples in a row; `between` is added after each example that does not end with it."""
     for example in examples.all:
         yield from example.ids
         if list(example.ids[-len(between) :]) != between:

@@ -55,13 +55,13 @@ class RowReader:
         return self._chat(row, messages) if messages else ""
 
     def notes(self) -> tuple[str, ...]:
-        """What was left out, and why."""
+        """How many rows were left out, and why."""
         if not self.refused:
             return ()
         return (f"calibration text {self.name}: the chat template refused {self.refused} rows ({self.refusal})",)
 
     def reasons(self) -> str:
-        """The same as the end of an error message."""
+        """The same text as `notes`, to append to an error message."""
         return f" (the chat template refused {self.refused} rows: {self.refusal})" if self.refused else ""
 
     def _choose(self, row: Row) -> str:
@@ -98,7 +98,7 @@ class RowReader:
 
 
 def chat_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Chat messages as {role, content}, whichever of the two common spellings; None if it is something else."""
+    """Chat messages as {role, content}, from either of the two common spellings; None for anything else."""
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         return None
     messages = []
@@ -138,7 +138,7 @@ def jsonl_rows(file: Path, what: str = "calibration text") -> Iterator[Row]:
 
 
 def parquet_rows(file: Path) -> Iterator[Row]:
-    """The rows of a parquet file, a batch in memory at a time. Raises LlmqError if it is not one."""
+    """The rows of a parquet file, one batch in memory at a time. Raises LlmqError if it cannot be read as parquet."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -154,7 +154,8 @@ def parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def hub_rows(calibration: Calibration) -> Iterator[Row]:
-    """The rows of a hub data set, streamed: only what is read is fetched. 'org/name:config' names a configuration.
+    """The rows of a hub data set, streamed: only the rows that are read are fetched. 'org/name:config' names a
+    configuration.
 
     Raises LlmqError if the data set is missing, gated, out of reach, or has no such configuration or split.
     """
@@ -167,7 +168,7 @@ def hub_rows(calibration: Calibration) -> Iterator[Row]:
 
     set_verbosity_error()
     try:
-        # The commit, not the branch: what is read is what was looked up, and the data set viewer is left out of it.
+        # The commit, not the branch: the data cannot change after the look-up, and the data set viewer is not used.
         rows = load_dataset(name, config or None, split=calibration.split, revision=info.sha, streaming=True)
         for number, fields in enumerate(rows):
             yield Row(f"{name} row {number}", fields)

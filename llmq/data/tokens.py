@@ -1,9 +1,9 @@
-"""A long text to token ids, as one call of the tokenizer gives them, without that call's memory.
+"""Tokenize a long text: the same ids as one tokenizer call on the whole text, with far less memory.
 
-One call on a whole text keeps about 160 bytes per character (measured: 0.8 GB for a text of 5 MB). Here the text goes
-through in overlapping pieces, and neighbours are joined where both have the same tokens at the same characters. The
-price: it needs a fast tokenizer, which reports offsets; with any other, and where two pieces never agree, the text
-goes through whole.
+One call on a whole text keeps about 160 bytes per character (measured: 0.8 GB for a text of 5 MB). Here the text is
+tokenized in overlapping pieces, and neighbours are joined where both have the same tokens at the same characters. This
+needs a fast tokenizer, which reports offsets; with a slow tokenizer, or if two pieces never agree, the text is
+tokenized whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
 def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = False, progress: bool = False) -> Tensor:
-    """The ids of the whole text, int64 [tokens]. `special_tokens`: with those that the tokenizer adds by itself."""
+    """The ids of the whole text, int64 [tokens]. `special_tokens`: with the special tokens that the tokenizer adds."""
     if getattr(tokenizer, "is_fast", False) and len(text) > PIECE + OVERLAP:
         pieces = _in_pieces(text, tokenizer, progress)
         ends = _ends(tokenizer) if special_tokens else ([], [])
@@ -36,7 +36,7 @@ def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = False, progres
 
 
 def encode(text: str, tokenizer: Any, *, special_tokens: bool = False) -> list[int]:
-    """One call of the tokenizer, without its warning that the text is longer than the model's window."""
+    """One tokenizer call, without its warning that the text is longer than the model's context."""
     ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return ids
 
@@ -87,7 +87,7 @@ def _join(before: _Encoded, after: _Encoded, position: int) -> tuple[int, int] |
 
 
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """What the tokenizer adds by itself before and after a text; None if that can't be told."""
+    """The special tokens that the tokenizer adds before and after a text; None if they cannot be determined."""
     bare, full = encode("a", tokenizer), encode("a", tokenizer, special_tokens=True)
     for left in range(len(full) - len(bare) + 1):
         if bare and full[left : left + len(bare)] == bare:

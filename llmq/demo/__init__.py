@@ -1,8 +1,8 @@
-"""The embedded demo model, and the text that it was trained, is calibrated and is measured on.
+"""The embedded demo model, and the text for its training, calibration and evaluation.
 
-The text is what every CPython carries: the language reference inside ``pydoc_data`` and the sources of the standard
-library, read from the running interpreter. So ``llmq quantize demo`` needs neither a download nor a licence question.
-The price: the text, and so the last digit of a perplexity, differs a little between Python versions.
+The text is part of every CPython: the language reference inside ``pydoc_data`` and the sources of the standard library,
+read from the running interpreter. So ``llmq quantize demo`` needs neither a download nor a licence question. The text
+differs a little between Python versions, and so does the last digit of a perplexity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVALUATION_MODULES: tuple[str, ...] = (
 
 CALIBRATION_CHARACTERS = 1_500_000
 
-# Tests, data tables, and what a distribution may leave out of an install.
+# Tests, data tables, and modules that a distribution may not install.
 _EXCLUDED_FOLDERS = frozenset(
     (
         *("__pycache__", "dist-packages", "site-packages", "lib-dynload"),

@@ -1,1 +1,1 @@
-"""What a model is made of, found by running it: blocks, calls, products, names, pairs."""
+"""The structure of a model, found by running it: blocks, their calls, matrix products, tensor names, scale pairs."""

@@ -1,7 +1,7 @@
-"""A block on trial: run on random hidden states with some parameters changed, and what that does to its products.
+"""Run a block on random hidden states with some parameters changed, and observe the inputs of its matrix products.
 
-What a change does is read off the inputs of the block's matrix products: an input column that is multiplied by the
-same factor for every token, and by a factor that only one channel was given, is fed by that channel.
+Every channel gets a different factor. If an input column of a product is multiplied by the same factor for every token,
+the channel with that factor feeds this column.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from llmq.discovery.calls import Call
 from llmq.discovery.matmuls import watch_matmuls
 from llmq.discovery.parameters import swapped
 
-SAMPLES = 32  # hidden states of single tokens: enough that few channels behind a ReLU are zero for all of them
-MOST = 512  # as many where some are: a few activations keep one channel in twenty
-SEQUENCES = 4  # at the least: a fused projection is read off the first token of each
-SAME = 1e-4  # relative: above float32's noise through a block, far below what a wrong factor does
+SAMPLES = 32  # tokens: so many that few channels behind a ReLU are zero for all of them
+MAX_SAMPLES = 512  # tokens if some are: a few activations keep one channel in twenty
+SEQUENCES = 4  # at least: fused projections are found on the first token of each
+SAME = 1e-4  # relative: above float32's rounding noise of a block, far below the effect of a wrong factor
 
 
 class Unsteady(Exception):
-    """The block does not give the same result, or not by the same products, when it is run again."""
+    """The block gives another result, or runs other products, when it is run again."""
 
 
 @dataclass
 class Use:
-    """A product with a parameter: its input, float32 [samples, width], and as in capture.Matmul."""
+    """A product with a parameter: its input, float32 [samples, width]; the other fields as in matmuls.Matmul."""
 
     parameter: str
     input: Tensor
@@ -42,23 +42,23 @@ class Use:
 
 @dataclass
 class Run:
-    """Products in order, and every floating tensor that the block returns or leaves in its caller's containers."""
+    """Products in order, and every floating tensor that the block returns or writes to its call's dicts and lists."""
 
     uses: list[Use]
     output: list[Tensor]
 
-    def apart(self, other: Run) -> float:
-        """The largest relative difference ‖a − b‖ / ‖b‖ of the outputs; infinite where they do not correspond."""
+    def difference(self, other: Run) -> float:
+        """The largest relative difference ‖a − b‖ / ‖b‖ of the outputs; infinite if their number or shapes differ."""
         if len(self.output) != len(other.output):
             return float("inf")
-        return max((apart(a, b) for a, b in zip(self.output, other.output, strict=True)), default=0.0)
+        return max((difference(a, b) for a, b in zip(self.output, other.output, strict=True)), default=0.0)
 
     def path(self) -> list[tuple[str, torch.Size]]:
-        """The parameters used and the shapes of what they met."""
+        """The parameters used and the shapes of their inputs."""
         return [(use.parameter, use.input.shape) for use in self.uses]
 
 
-def apart(value: Tensor, base: Tensor) -> float:
+def difference(value: Tensor, base: Tensor) -> float:
     """‖value − base‖ / ‖base‖, infinite where the shapes differ or a value is not finite."""
     if value.shape != base.shape:
         return float("inf")
@@ -72,8 +72,8 @@ def apart(value: Tensor, base: Tensor) -> float:
 class Bench:
     """A block, one call of it, and random hidden states; parameters are changed for one run at a time.
 
-    The block's parameters are float32. Nothing of the call is written to: dicts and lists are copied for every run.
-    Raises Unsteady, and whatever the block raises.
+    The block's parameters are float32. The call stays unchanged: its dicts and lists are copied for every run. Raises
+    Unsteady, and whatever the block raises.
     """
 
     def __init__(self, block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
@@ -87,12 +87,12 @@ class Bench:
         first = self.hidden, self.base
         while self._dead():
             count *= 2
-            if count * hidden.numel() > MOST * hidden.shape[-1]:
+            if count * hidden.numel() > MAX_SAMPLES * hidden.shape[-1]:
                 self.hidden, self.base = first
                 break
             self._sample(hidden.shape, count)
         again = self.run()
-        if again.path() != self.base.path() or again.apart(self.base) > SAME:
+        if again.path() != self.base.path() or again.difference(self.base) > SAME:
             raise Unsteady("two runs of the block on the same input differ")
 
     def _sample(self, shape: torch.Size, count: int) -> None:
@@ -137,7 +137,7 @@ class Bench:
         return torch.randn(shape, generator=self.generator)
 
     def _ready(self, value: Any) -> Any:
-        # A structural run on zeros leaves zeros where hidden states of another kind would be.
+        # The run on zeros recorded zeros in place of real values: such tensors are replaced by noise.
         def ready(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
@@ -147,15 +147,15 @@ class Bench:
         return _mapped(value, ready)
 
     def _batch(self) -> None:
-        # One run of several sequences reads the weights once; not every call takes another batch than it was made for.
+        # One run of several sequences reads the weights once, but a call's arguments may not fit another batch size.
         together = torch.cat(self.hidden, -3)
         try:
             output = self._one(together).output[0]
             parts = output.chunk(len(self.hidden), -3)
-        except Exception:  # any line of a model's code can fail on a batch that its arguments were not made for
+        except Exception:  # model code may fail in any way on another batch size
             return
         singles = [self._one(hidden).output[0] for hidden in self.hidden]
-        if all(apart(part, single) <= SAME for part, single in zip(parts, singles, strict=True)):
+        if all(difference(part, single) <= SAME for part, single in zip(parts, singles, strict=True)):
             self.hidden = [together]
 
 
@@ -171,7 +171,7 @@ def _joined(runs: list[Run]) -> Run:
 
 @contextmanager
 def unchanged(calls: list[Call]) -> Iterator[None]:
-    """Whatever blocks leave in the dicts and lists of their calls is gone afterwards."""
+    """Restore the calls' dicts and lists afterwards, removing what blocks wrote to them."""
     held = {id(c): c for call in calls for c in [*_containers(call.args), *_containers(call.kwargs)]}
     before = {key: copy.copy(container) for key, container in held.items()}
     try:
@@ -182,8 +182,8 @@ def unchanged(calls: list[Call]) -> Iterator[None]:
             (container.update if isinstance(container, MutableMapping) else container.extend)(before[key])
 
 
-def leave(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
-    """Run a block once for what it leaves for later ones in its call's own dicts and lists, if the call has any."""
+def run_to_fill(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
+    """Run a block once so that it writes what later blocks need to the call's dicts and lists, if there are any."""
     if not [*_containers(call.args), *_containers(call.kwargs)]:
         return
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
@@ -201,7 +201,7 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with its tensors changed; every dict and list in it is a new one."""
+    """The value with `change` applied to its tensors; every dict and list in it is copied."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, MutableMapping):
@@ -234,12 +234,12 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 
 def _alive(x: Tensor) -> Tensor:
-    """Columns that more than one sample gets through, behind a ReLU: with one alone they would follow anything."""
+    """Columns that more than one sample leaves nonzero (ReLU): with a single sample any factor would fit."""
     return (x.abs() > 1e-3 * x.abs().amax(0)).sum(0) > 1
 
 
 def followed(base: Tensor, new: Tensor, factors: Tensor) -> Tensor:
-    """Which factor each column of a product's input was multiplied by, int64 [width]; −1 where by none of them.
+    """The index of the factor that each column of a product's input was multiplied by, int64 [width]; −1 if none.
 
     base, new: the input without and with the factors, [samples, width]; factors: [channels], distinct.
     """

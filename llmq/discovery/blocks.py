@@ -1,7 +1,6 @@
-"""What a model is made of, found by running it: decoder blocks, their weights, which of them share an input. Never by
-name.
+"""Finds a model's decoder blocks, their weights, and which weights share an input, by running it, never by name.
 
-The model is built without memory for its parameters; a structural run on zeros (a few tokens) shows the rest. See
+The model is built without memory for its parameters and run on a few tokens with all parameters zero. See
 docs/design.md.
 """
 
@@ -32,11 +31,11 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """One weight of a block. name: its module's path in the model; view: where it lies in the block; rows × width:
-    [out, in].
+    """One weight of a block. name: its module's path in the model; view: its position in a parameter of the block; rows
+    × width: [out, in].
 
     input_id: the same for all weights fed by the same tensor (servers fuse those); row_parallel: whether a
-    tensor-parallel server cuts it along its input (a weight fed by neither the block's input nor a norm).
+    tensor-parallel server splits it along its input (a weight fed by neither the block's input nor a norm).
     """
 
     name: str
@@ -49,7 +48,7 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """One decoder block. left: parameters with two or more axes that stay as they are, each with the reason."""
+    """One decoder block. left: parameters with two or more axes that are not quantized, each with the reason."""
 
     name: str
     weights: tuple[WeightInfo, ...]
@@ -78,8 +77,8 @@ def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> 
             model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-        getattr(model, "tie_weights", lambda: None)()  # construction without memory makes new parameters of tied ones
-    except Exception as error:  # a config can be wrong in any way, and then any line of the model's code can fail
+        getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
+    except Exception as error:  # with a wrong config, model code may fail in any way
         raise LlmqError(f"{folder}: transformers cannot build this model: {first_line(error)}") from error
     return model.eval()
 
@@ -92,17 +91,17 @@ def _nested(config: Any) -> Iterator[Any]:
 
 
 def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists of a model, heaviest first (by parameters); the outer one first where two weigh the same."""
+    """The module lists of a model, by number of parameters, largest first; of two equal ones the outer one first."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
     return sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
 
 
 class _Experts(LlmqError):
-    """The blocks are those of a mixture of experts."""
+    """The blocks contain a mixture of experts."""
 
 
 def find(model: nn.Module) -> Structure:
-    """The model's blocks and their weights, by a structural run on zeros of a few tokens. Raises LlmqError."""
+    """The model's blocks and their weights, by a run on a few tokens with zero parameters. Raises LlmqError."""
     reasons = []
     for path, modules in candidates(model)[:4]:
         blocks = list(modules)
@@ -124,9 +123,9 @@ def find(model: nn.Module) -> Structure:
 
 @contextmanager
 def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
-    """Each block's call on a few tokens, found with zeros for all parameters but the output embedding's.
+    """Each block's call on a few tokens, recorded with all parameters zero except the output embedding's.
 
-    Inside the context the parameters outside the blocks stay zeros. Raises as `record`.
+    Inside the context the parameters outside the blocks stay zero. Raises as `record`.
     """
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [n for n, p in model.named_parameters() if id(p) not in inside]
@@ -142,7 +141,7 @@ def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
     reason = Reason(
         Kind.NOT_LOADABLE,
-        "stock transformers cannot load it packed: the model's own code takes hold of it while loading",
+        "stock transformers cannot load it packed: the model's own code accesses it while loading",
     )
     for block in blocks:
         left = block.left | {f"{block.name}.{w.view.parameter}": reason for w in block.weights if w.name in bad}
@@ -159,7 +158,7 @@ def _inspect(
     name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, BlockInfo]
 ) -> BlockInfo:
     tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
-    make = make_of(block, call, tied)
+    make = structure_key(block, call, tied)
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
             call.run(block, hidden)
@@ -169,13 +168,13 @@ def _inspect(
     return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
 
 
-def make_of(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
-    """Key shared by structurally identical blocks, of which one is run; blocks that leave something have their own."""
+def structure_key(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
+    """Key shared by structurally identical blocks, of which one is run; a block that writes to its call has its own."""
     shapes = tuple((n, tuple(p.shape), p.dtype, n in tied) for n, p in block.named_parameters())
-    return type(block), shapes, _arguments(call), id(block) if _leaves_something(call) else 0
+    return type(block), shapes, _arguments(call), id(block) if _has_containers(call) else 0
 
 
-def _leaves_something(call: Call) -> bool:
+def _has_containers(call: Call) -> bool:
     return any(isinstance(value, (MutableMapping, list)) for value in (*call.args, *call.kwargs.values()))
 
 
@@ -222,7 +221,7 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
 
 
 def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:
-    """Whether, in a block that selects by value, a parameter holds experts: a stack, a part used, one of a list."""
+    """Whether a parameter of a block that routes tokens holds experts: a stack of them, or one of a list of modules."""
     if value.dim() > 2:
         return any(u.chosen for u in uses)
     if listed:
@@ -232,13 +231,13 @@ def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> 
 
 
 def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | None:
-    """Why a parameter stays as it is; None when it is the weight of a Linear module called once."""
+    """Why a parameter is not quantized; None if it is the weight of a Linear module called once."""
     if not uses:
-        return Reason(Kind.UNUSED, "no matrix product with it was seen")
+        return Reason(Kind.UNUSED, "no matrix product uses it")
     if calls is None:
         return Reason(Kind.NOT_LINEAR, "it is not the weight of a Linear module, and loaders replace only those")
     if not calls:
-        return Reason(Kind.NOT_LINEAR, "its module is never called: the model takes the weight out of it")
+        return Reason(Kind.NOT_LINEAR, "its module is never called: the model reads the weight directly")
     if not all(u.whole for u in uses):
         return Reason(Kind.IN_PARTS, "it is used in slices, not as one matrix")
     if len(uses) > 1 or calls > 1:

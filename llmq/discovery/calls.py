@@ -1,6 +1,6 @@
-"""The skeleton pass: run a model with blocks that only note how they were called, so that each can be run alone later.
+"""The recording pass: run a model whose blocks only record their arguments, so that each can be run alone later.
 
-Every block's own call is kept: in many models masks and position tables differ from block to block.
+Every block's call is kept, because in many models masks and position tables differ between blocks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """The skeleton pass: the input of the first block for each batch, and each block's own call for each batch."""
+    """The result of the recording pass: for each batch, the first block's input and every block's call."""
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Recording:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """The value with its tensors on the device; what holds none of another device is handed on as it is."""
+    """The value with its tensors on the device; the same object if all of them are there already."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -66,7 +66,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-class _Stop(Exception):
+class _EndOfPass(Exception):
     """Ends a forward pass once the last block has been called."""
 
 
@@ -85,11 +85,11 @@ def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward])
 
 
 def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor], *, whole: bool = False) -> Recording:
-    """Run the model once per batch of token ids [batch, tokens] with blocks that only note how they were called.
+    """Run the model once per batch of token ids [batch, tokens] with blocks that only record their arguments.
 
-    The first block runs once, to see what a block returns: its parameters and everything before the blocks must be
-    materialized. `whole` goes on past the last block up to the output embedding, to see blocks called again.
-    Raises LlmqError when the blocks are not called once each, in order, each on what the one before returned.
+    Only the first block really runs, once, to see what a block returns: its parameters and everything before the blocks
+    must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
+    again. Raises LlmqError if the blocks are not called once each, in order, each on the output of the one before.
     """
     recording = Recording()
     element: int | None = None
@@ -114,7 +114,7 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
                 slot = recording.calls[0][0].slot
                 hidden = args[slot] if isinstance(slot, int) else kwargs[slot]
             if i == len(blocks) - 1 and not whole:
-                raise _Stop
+                raise _EndOfPass
             if element is None:
                 return hidden
             assert kind is not None
@@ -127,14 +127,14 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
 
     def stop(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            raise _Stop
+            raise _EndOfPass
 
         return forward
 
     with torch.no_grad(), _forwards(blocks, make), _forwards(stoppers, stop):
         for batch in batches:
             seen.clear()
-            with suppress(_Stop):
+            with suppress(_EndOfPass):
                 model(batch, use_cache=False)
             if [i for i, _, _ in seen] != list(range(len(blocks))):
                 raise LlmqError("the blocks are not called once each, in order")
@@ -160,7 +160,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape:
             return value
-    raise LlmqError("no argument of the blocks has the shape of what they return")
+    raise LlmqError("no argument of the blocks has the shape of their output")
 
 
 def _cut(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, element: int | None) -> Call:
@@ -177,7 +177,7 @@ def _cut(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, element:
 
 
 def _share(calls: list[Call], first: list[Call] | None) -> None:
-    # Packed windows give every batch the same masks and position tables: one copy is kept.
+    # Windows have no padding, so all batches have the same masks and position tables: one copy is kept.
     for i, call in enumerate(calls):
         for others in (calls[:1] if i else [], [first[i]] if first else []):
             for other in others:

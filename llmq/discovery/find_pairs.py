@@ -1,11 +1,10 @@
 """Finds scale pairs in a decoder block by running it, never by name, and proves each by running it again.
 
-A source (a norm's weight, a matrix's output rows) gets a factor of its own for every channel; the inputs of later
-products tell by which factor each of their columns was multiplied (bench.py), so which channel feeds it. The pair
-is kept only if random factors at the source, moderate and large ones, and their inverse at every consumer leave the
-block's output unchanged.
-Matrices that hold several projections: the values of causal attention are what its first token's output consists of,
-so their rows are found there; gated products are found by scaling one part of the rows at a time.
+Every channel of a source (a norm's weight, a matrix's output rows) gets a different factor; the factor by which each
+input column of a later product was multiplied tells which channel feeds that column (bench.py). The pair is kept only
+if random factors at the source, moderate and large ones, and their inverses at every consumer leave the block's output
+unchanged. Fused projections: in causal attention the first token's output is its value vector alone, so the rows of the
+values are found on that token; gated products are found by scaling one part of the rows at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.bench import SAME, Bench, Run, Unsteady, followed, leave, unchanged
-from llmq.discovery.blocks import make_of, recorded
+from llmq.discovery.bench import SAME, Bench, Run, Unsteady, followed, run_to_fill, unchanged
+from llmq.discovery.blocks import recorded, structure_key
 from llmq.discovery.calls import Call
 from llmq.discovery.pairs import LINEAR, NORM, Consumer, Edit, Found, Pair, Rejection
 from llmq.discovery.pairs import explain as explain
@@ -29,8 +28,8 @@ from llmq.discovery.parameters import randomize
 from llmq.errors import LlmqError, first_line
 
 PARTS = 4  # a fused projection is cut into at most this many parts
-LARGE = 10  # powers of two by which a source is made larger in its last proof
-ELSEWHERE = "scaling it changes what the block chooses (experts)"
+LARGE = 10  # the last check enlarges a source by up to this power of two
+ELSEWHERE = "scaling it changes which experts the block selects"
 
 
 class _Refused(Exception):
@@ -38,12 +37,12 @@ class _Refused(Exception):
 
 
 def find_pairs(block: nn.Module, call: Call, hidden: Tensor, shared: Iterable[str] = (), seed: int = 0) -> Found:
-    """The scale pairs of a block with float32 parameters in memory, best at random values (parameters.randomize).
+    """The scale pairs of a block with float32 parameters in memory, preferably random ones (parameters.randomize).
 
-    call: how the block is called; hidden: hidden states of the shape that goes with it, [batch, tokens, width], whose
-    values do not matter: random ones are used. shared: parameters that other blocks have as well, left alone.
-    Cost: three or four runs per source that makes a pair, one to four for others, some ten for a fused projection; a
-    run is of 32 tokens, or four times `hidden`'s. Memory: beside the block, a copy of one pair's parameters.
+    call: the block's recorded call; hidden: its hidden states [batch, tokens, width], of which only the shape is used.
+    shared: parameters that other blocks use too; they are not changed. Cost: three or four runs per source that makes a
+    pair, one to four for others, about ten for a fused projection; a run has 32 tokens, or four times those of
+    `hidden`. Memory: the block and a copy of one pair's parameters.
     """
     with torch.inference_mode():
         try:
@@ -61,7 +60,7 @@ class _Search:
         for use in bench.base.uses:
             if use.axis is not None and len(self.shapes[use.parameter]) == 2:
                 self.axes.setdefault(use.parameter, use.axis)
-        # A mixture of experts may not have called all that a source feeds.
+        # With routed experts, some consumers of a source may not have been called.
         whole = {use.parameter for use in bench.base.uses if use.whole}
         self.unseen = any(len(shape) >= 2 and name not in whole for name, shape in self.shapes.items())
 
@@ -79,7 +78,7 @@ class _Search:
         return found
 
     def _vectors(self) -> Iterator[list[str]]:
-        """The vectors of modules that hold nothing else, those of one size together."""
+        """The vectors of modules without any other parameters, grouped by module and size."""
         for name, module in self.block.named_modules():
             own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False)}
             own = {key: p for key, p in own.items() if key in self.shapes}
@@ -129,7 +128,7 @@ class _Search:
         return self._proven(self._trimmed(pair), run)
 
     def _linear(self, name: str) -> Pair:
-        """The pair of a matrix's output rows, or of those of its rows that feed another matrix."""
+        """The pair of a matrix's output rows, or of only those rows that feed another matrix."""
         axis = 1 - self.axes[name]
         size = self.shapes[name][axis]
         bias = self._beside(name, size)
@@ -138,7 +137,7 @@ class _Search:
             factors = self.bench.distinct(len(rows))
             spread = torch.ones(size).index_copy(0, rows, factors)
             edits = {name: Edit(axis, spread)} | ({bias: Edit(0, spread)} if bias else {})
-            factors = (9.0 + torch.arange(size)).index_copy(0, rows, factors)  # 9 and more: followed by nothing
+            factors = (9.0 + torch.arange(size)).index_copy(0, rows, factors)  # no column is multiplied by 9 or more
             return self._run(edits), factors
 
         whole, factors = scaled(torch.arange(size))
@@ -159,13 +158,13 @@ class _Search:
         base, own = self.bench.base.path(), run.path()
         if own == base:
             return run
-        # Another choice of experts: only what comes before it can be compared.
+        # Other experts were selected: only the products before them can be compared.
         self.elsewhere = True
         same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(own, base, strict=False)))
         return replace(run, uses=run.uses[:same])
 
     def _moved(self, run: Run) -> list[int]:
-        """Products whose input is another than before."""
+        """Products whose input has changed."""
         pairs = enumerate(zip(run.uses, self.bench.base.uses, strict=False))
         return [i for i, (new, old) in pairs if (new.input - old.input).norm() > SAME * old.input.norm()]
 
@@ -173,7 +172,7 @@ class _Search:
         return bool(self._moved(run))
 
     def _parts(self, name: str, run: Run, size: int) -> Iterator[Tensor]:
-        """Rows of one projection among several in a matrix: contiguous ones, or every second, third …"""
+        """Candidate rows of one projection of a fused matrix: contiguous rows, or every second, third …"""
         widths = {run.uses[i].input.shape[1] for i in self._moved(run)}
         for parts in range(2, PARTS + 1):
             if size % parts == 0 and size // parts in widths:
@@ -182,7 +181,7 @@ class _Search:
                 yield from (torch.arange(size)[i::parts] for i in range(parts))
 
     def _consumers(self, run: Run, factors: Tensor, first: bool = False) -> tuple[Consumer, ...]:
-        """The matrices all of whose input columns follow a factor; on each sequence's first token only, if asked to."""
+        """The matrices whose input columns all follow a factor; `first`: judged on each sequence's first token only."""
         channels: dict[str, list[Tensor]] = {}
         uses: dict[str, list[Any]] = {}
         for new, old in zip(run.uses, self.bench.base.uses, strict=False):
@@ -207,18 +206,18 @@ class _Search:
         if name not in self.axes or not all(use.whole for use in uses):
             raise _Refused(f"it feeds {name}, which is not used as one matrix")
         if self.unseen and any(use.chosen for use in uses):
-            raise _Refused(f"it feeds {name} and others that the block chooses between (experts)")
+            raise _Refused(f"it feeds {name} and other experts that the block selects from")
         if not all(torch.equal(m, maps[0]) for m in maps) or any(use.axis != self.axes[name] for use in uses):
             raise _Refused(f"it feeds {name}, which is used in more than one way")
 
     def _beside(self, name: str, size: int) -> str | None:
-        """The one vector of this size that is in a matrix's own module: its bias."""
+        """The bias of a matrix: the only vector of this size in its module, if there is exactly one."""
         prefix = name.rpartition(".")[0]
         beside = [n for n, shape in self.shapes.items() if n.rpartition(".")[0] == prefix and shape == (size,)]
         return beside[0] if len(beside) == 1 else None
 
     def _carries(self, name: str, consumers: tuple[Consumer, ...]) -> bool:
-        """Whether nothing of the hidden states reaches the consumers when a vector is zero: it is a weight, no bias."""
+        """Whether zeroing a vector stops the hidden states from reaching the consumers: then it is a weight."""
         run = self.bench.run({name: torch.zeros_like(self.block.get_parameter(name))})
         for use in (use for use in run.uses if use.parameter in {consumer.parameter for consumer in consumers}):
             if use.input.shape[0] % self.bench.tokens:
@@ -229,7 +228,7 @@ class _Search:
         return True
 
     def _trimmed(self, pair: Pair) -> Pair:
-        """The pair with channels for those entries only that feed something."""
+        """The pair with channels only for those entries that feed a consumer."""
         rows = _channels(pair.consumers)
         if len(rows) == pair.entries:
             return pair
@@ -238,48 +237,48 @@ class _Search:
         return replace(pair, rows=rows, consumers=consumers, channels=len(rows))
 
     def _proven(self, pair: Pair, run: Run) -> Pair:
-        """The pair, if it leaves the block as it was; `run` has the source scaled without its consumers."""
+        """The pair, if scaling both ends leaves the block's output unchanged; `run`: with only the source scaled."""
         if {pair.source, pair.bias} & self.shared:
             raise _Refused("it is shared with another block")
-        effect = run.apart(self.bench.base)
+        effect = run.difference(self.bench.base)
         if effect < SAME:
             raise _Refused("scaling it changes nothing")
         edits = pair.edits(self.bench.random(pair.channels))
-        error = self._run(edits).apart(self.bench.base)
+        error = self._run(edits).difference(self.bench.base)
         if not error <= min(SAME, effect / 100):
-            raise _Refused(ELSEWHERE if self.elsewhere else "its output also goes somewhere that is no matrix product")
-        # A bound on the way is met only by values larger than random weights give.
+            raise _Refused(ELSEWHERE if self.elsewhere else "its output is also used outside matrix products")
+        # A clamp between source and consumer is reached only by values larger than random weights give.
         large = self.bench.random(pair.channels).sub(1.5).mul(LARGE).exp2()
-        if not self._run(pair.edits(large)).apart(self.bench.base) <= SAME:
-            raise _Refused("large values of it are cut off on the way")
+        if not self._run(pair.edits(large)).difference(self.bench.base) <= SAME:
+            raise _Refused("large values of its output are clamped before the next product")
         if pair.bias is None or any(consumer.bias is None for consumer in pair.consumers):
             return pair
         able = replace(pair, shiftable=True)
         weights = {consumer.parameter: self.block.get_parameter(consumer.parameter) for consumer in pair.consumers}
         shifts = able.shifts(self.bench.random(pair.channels), weights)
         shifted = self.bench.run({name: self.block.get_parameter(name) + extra for name, extra in shifts.items()})
-        return able if shifted.apart(self.bench.base) <= SAME else pair
+        return able if shifted.difference(self.bench.base) <= SAME else pair
 
     def _why(self, run: Run, factors: Tensor, matrix: str | None = None) -> str:
-        """Why nothing follows a source; `run` has all of it scaled by `factors`."""
+        """Why a source has no consumers; `run`: with all its channels scaled by `factors`."""
         partly = self.partly
-        if run.apart(self.bench.base) < SAME:
+        if run.difference(self.bench.base) < SAME:
             return "scaling it changes nothing"
         if self.elsewhere:
             return ELSEWHERE
         if not self._moves(run):
             return "no matrix product of the block comes after it"
         if self._consumers(run, factors.square()):
-            return "what it feeds follows the square of a factor on it"
+            return "the input that it feeds scales with the square of a factor on it"
         if partly:
             return partly
         if matrix is not None:
             whole = self.block.get_parameter(matrix) * 1.5
             bias = self._beside(matrix, self.shapes[matrix][1 - self.axes[matrix]])
             biases = {bias: self.block.get_parameter(bias) * 1.5} if bias else {}
-            if self.bench.run({matrix: whole} | biases).apart(self.bench.base) < SAME:
-                return "it is normalized afterwards: a common factor on it changes nothing"
-        return "no matrix product has an input that follows it, channel by channel"
+            if self.bench.run({matrix: whole} | biases).difference(self.bench.base) < SAME:
+                return "its output is normalized: a common factor on it changes nothing"
+        return "no matrix product has an input that scales with it channel by channel"
 
 
 def _channels(consumers: Iterable[Consumer]) -> Tensor:
@@ -288,10 +287,10 @@ def _channels(consumers: Iterable[Consumer]) -> Tensor:
 
 
 def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> dict[str, Found]:
-    """The pairs of every block in the module list at `path`, by the block's name; alike blocks are run once.
+    """The pairs of every block in the module list at `path`, by the block's name; identical blocks are run once.
 
-    calls: one per block, as recorded; hidden: the first block's input. Blocks get random parameters one at a time, and
-    get back what they had; nothing that the calls hold is changed. A block that cannot be run raises LlmqError.
+    calls: one per block, as recorded; hidden: the first block's input. Blocks get random parameters one at a time;
+    their own parameters and the calls' contents are restored. Raises LlmqError if a block cannot be run.
     """
     blocks = list(model.get_submodule(path).children())
     owners = Counter(id(p) for block in blocks for p in block.parameters())
@@ -301,12 +300,12 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
     with unchanged(calls):
         for i, (block, call) in enumerate(zip(blocks, calls, strict=True)):
             shared = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
-            make = (make_of(block, call, shared), attributes[i])
+            make = (structure_key(block, call, shared), attributes[i])
             if make not in known:
                 with randomize(block):
                     try:
                         known[make] = find_pairs(block, call, hidden, shared)
-                        leave(block, call, hidden)
+                        run_to_fill(block, call, hidden)
                     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                         words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
                         raise LlmqError(words) from error

@@ -1,8 +1,9 @@
-"""The inputs of weights, seen and replaced at the matrix products that use them.
+"""Observe and replace the inputs of weights at the matrix products that use them.
 
-A weight is a `View`: a parameter or a part of one. Which weights a product uses is told by where its operand lies in
-the parameter's memory, looked up when the product is made: parameters may be exchanged at any time. So a product with
-an expert's slice is seen like that of a linear layer, and so is one product with a fused parameter or all experts.
+A weight is a `View`: a parameter or a part of one. The weights that a product uses are identified by its operand's
+position in the parameter's memory, when the product is computed, so parameters may be replaced at any time. So a
+product with an expert's slice is observed like that of a linear layer, and so is a single product with a fused
+parameter or with all experts.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from llmq.discovery.view import View
 from llmq.errors import LlmqError
 
 Take = Callable[[Tensor], Tensor | None]
-"""Is given a weight's input [..., in]; returns what the product takes in its place, None to leave it as it is."""
+"""Called with a weight's input [..., in]; returns the input that the product uses instead, or None for no change."""
 
 LEFT = {torch.addmm: 1, torch.Tensor.addmm: 1, torch.baddbmm: 1}
-"""Where among a product's arguments its left operand stands, where that is not the first; the right one is the next."""
+"""The position of a product's left operand among its arguments, if it is not the first; the right one follows it."""
 LEFT_NAMES, RIGHT_NAMES = ("mat1", "batch1", "input"), ("weight", "mat2", "batch2", "other", "tensor2")
 
 
 class Takes(Protocol):
-    """What an input can be given to: a statistic of it."""
+    """The interface for consumers of an input, such as statistics."""
 
     def update(self, x: Tensor) -> None:
-        """Take in x [..., width]."""
+        """Add x [..., width]."""
 
 
 class _Use(NamedTuple):
-    """A weight that a product uses; batch: its places on the operand's batch axes, None for the whole of the input."""
+    """A weight that a product uses; batch: its index on the operand's batch axes, None if it gets the whole input."""
 
     view: View
     take: Take
@@ -45,7 +46,7 @@ class _Use(NamedTuple):
 
 @contextmanager
 def collect(module: nn.Module, statistics: Mapping[View, Sequence[Takes]]) -> Iterator[None]:
-    """Feed each weight's input to its statistics while the context is open."""
+    """Within the context, pass each weight's input to its statistics."""
 
     def feed(those: Sequence[Takes]) -> Take:
         def take(x: Tensor) -> None:
@@ -60,11 +61,11 @@ def collect(module: nn.Module, statistics: Mapping[View, Sequence[Takes]]) -> It
 
 @contextmanager
 def at_products(module: nn.Module, takes: Mapping[View, Take]) -> Iterator[None]:
-    """Hand the input of each weight of a module to its function, at every product with it, while the context is open.
+    """Within the context, pass the input of each weight of a module to its function, at every product with the weight.
 
-    A context within another of the same module is handed what the outer one made of the input. Products raise LlmqError
-    where weights that share one input replace it by different values, and at einsum with one of the weights, where its
-    input cannot be told.
+    If contexts of the same module are nested, the inner one gets the input that the outer one returned. Products raise
+    LlmqError if weights that share an input replace it by different values, and for einsum with one of the weights,
+    whose input cannot be identified.
     """
     if not takes:
         yield
@@ -87,7 +88,7 @@ def at_products(module: nn.Module, takes: Mapping[View, Take]) -> Iterator[None]
 
 
 class _Inputs(Products):
-    """Every context that is open on a module, the outermost first."""
+    """All open contexts of a module, the outermost first."""
 
     def __init__(self, module: nn.Module, layers: list[_Layer]) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ _OPEN: ContextVar[_Inputs | None] = ContextVar("inputs watched", default=None)
 
 
 class _Layer:
-    """One context: functions of inputs, and which of them each kind of operand calls, as far as it was met."""
+    """One context: the functions of inputs, and a cache of the functions that each kind of operand calls."""
 
     def __init__(self, module: nn.Module, takes: Mapping[View, Take]) -> None:
         self.takes: dict[str, list[tuple[View, Take]]] = {}
@@ -121,20 +122,20 @@ class _Layer:
     def change(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a product, its input replaced where a function gave another."""
+        """The arguments of a product, with its input replaced if a function returned another."""
         if func is torch.einsum:
             self._refuse_einsum(args)
             return args, kwargs
         first = LEFT.get(func, 0)
         left, right = _place(args, kwargs, first, LEFT_NAMES), _place(args, kwargs, first + 1, RIGHT_NAMES)
         linear = func is torch.nn.functional.linear
-        for matrix, other, turned in ((right, left, not linear), (left, right, False)):
+        for matrix, other, transposed in ((right, left, not linear), (left, right, False)):
             operand, x = _at(args, kwargs, matrix), _at(args, kwargs, other)
             if not isinstance(x, Tensor) or not isinstance(operand, Tensor) or operand.dim() < 2:
                 continue
-            uses = self._uses(operand, turned)
+            uses = self._uses(operand, transposed)
             if uses:
-                # Left of its input, a weight meets columns.
+                # A weight to the left of its input multiplies the input's columns.
                 columns = matrix is left and x.dim() > 1
                 new = _taken(x.mT if columns else x, uses)
                 if new is not None:
@@ -142,17 +143,17 @@ class _Layer:
                 break
         return args, kwargs
 
-    def _uses(self, operand: Tensor, turned: bool) -> list[_Use]:
-        """The weights that lie in an operand, [..., out, in] or, `turned`, [..., in, out]."""
+    def _uses(self, operand: Tensor, transposed: bool) -> list[_Use]:
+        """The weights in an operand, [..., out, in] or, if `transposed`, [..., in, out]."""
         pointer = operand.untyped_storage().data_ptr()
         for name, (holder, leaf) in self.places.items():
             parameter = holder._parameters[leaf]
             if parameter is None or parameter.untyped_storage().data_ptr() != pointer or not pointer:
                 continue
             start = operand.storage_offset() - parameter.storage_offset()
-            key = name, turned, start, operand.shape, operand.stride(), parameter.shape, parameter.stride()
+            key = name, transposed, start, operand.shape, operand.stride(), parameter.shape, parameter.stride()
             if key not in self.known:
-                matrix = operand.detach().mT if turned else operand.detach()
+                matrix = operand.detach().mT if transposed else operand.detach()
                 stored = parameter.detach()
                 self.known[key] = [use for view, take in self.takes[name] for use in _found(matrix, stored, view, take)]
             if self.known[key]:
@@ -165,11 +166,14 @@ class _Layer:
         for name, (holder, leaf) in self.places.items():
             parameter = holder._parameters[leaf]
             if parameter is not None and parameter.untyped_storage().data_ptr() in held:
-                raise LlmqError(f"{name}: the model uses it in an einsum, where llmq cannot tell its input; keep it")
+                raise LlmqError(
+                    f"{name}: the model uses it in an einsum, where llmq cannot identify its input; exclude it by "
+                    "--keep"
+                )
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, names: tuple[str, ...]) -> int | str | None:
-    """Where an operand stands: its position, or the name it was given by."""
+    """How an operand was passed: its position, or its argument name."""
     return position if position < len(args) else next((name for name in names if name in kwargs), None)
 
 
@@ -182,7 +186,7 @@ def _at(args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str | None) 
 def _with(
     args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str | None, value: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with another operand at a place."""
+    """The arguments with one operand replaced."""
     if isinstance(place, int):
         return (*args[:place], value, *args[place + 1 :]), kwargs
     assert place is not None
@@ -190,7 +194,7 @@ def _with(
 
 
 def _found(matrix: Tensor, stored: Tensor, view: View, take: Take) -> Iterator[_Use]:
-    """How an operand [..., out, in] in a parameter's memory uses a weight, entry by entry of its batch axes."""
+    """How an operand [..., out, in] in a parameter's memory uses a weight, for each entry of its batch axes."""
     weight = view.of(stored)
     rows, width = matrix.shape[-2:]
     step, along = matrix.stride()[-2:]
@@ -213,9 +217,9 @@ def _found(matrix: Tensor, stored: Tensor, view: View, take: Take) -> Iterator[_
 
 
 def _taken(x: Tensor, uses: list[_Use]) -> Tensor | None:
-    """Hand a product's input [..., rows, in] to the weights that it meets; what the product takes instead, if anything.
+    """Pass a product's input [..., rows, in] to the functions of its weights; returns the replaced input, or None.
 
-    Raises LlmqError where two weights replace the same part of it by different values.
+    Raises LlmqError if two weights replace the same part of it by different values.
     """
     made: dict[tuple[int | None, ...], tuple[Tensor, View]] = {}
     for view, take, batch in uses:
@@ -236,8 +240,9 @@ def _taken(x: Tensor, uses: list[_Use]) -> Tensor | None:
 
 
 def _axes(x: Tensor, batch: tuple[int, ...] | None) -> tuple[int | None, ...]:
-    """Which part of an input [..., rows, in] an entry of the operand's batch axes meets: a place on each axis before
-    the last two, None for all of it; empty where it meets the whole input."""
+    """The part of an input [..., rows, in] that an entry of the operand's batch axes multiplies: an index on each axis
+    before the last two, None for the whole axis; empty for the whole input.
+    """
     axes: list[int | None] = [None] * max(0, x.dim() - 2)
     for i, place in zip(reversed(range(len(axes))), reversed(batch or ()), strict=False):
         axes[i] = place if x.shape[i] > 1 else None

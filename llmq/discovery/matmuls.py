@@ -1,6 +1,6 @@
-"""Sees every matrix product with a parameter of a block.
+"""Observes every matrix product with a parameter of a block.
 
-Products are seen at the torch function, not at nn.Linear, so fused and sliced parameters are seen as well.
+Products are observed at the torch function, not at nn.Linear, so those with fused and sliced parameters are included.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ CHOICES = {
 
 @dataclass
 class Matmul:
-    """One product seen: the parameter's name, the other operand, its rows, and whether the whole parameter was used.
+    """One observed product: the parameter's name, the other operand, its rows, and whether the whole parameter was
+    used.
 
-    part: where in the parameter's memory the used part begins, and how many elements it has; chosen: whether something
-    was selected by its value (as a router selects experts) before this product; axis: the axis of the parameter that
-    the product sums over (1 for nn.Linear), None where that cannot be told.
+    part: the offset of the used part in the parameter's memory, and its number of elements; chosen: whether a selection
+    by value (as a router selects experts) came before this product; axis: the axis of the parameter that the product
+    sums over (1 for nn.Linear), None if it cannot be determined.
     """
 
     parameter: str
@@ -63,12 +64,12 @@ class Matmul:
 
 
 class Products(TorchFunctionMode):
-    """Sees every matrix product before it is made, and may change its operands."""
+    """Intercepts every matrix product before it is computed, and may change its operands."""
 
     def product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments that a product is made with."""
+        """The arguments with which the product is computed."""
         raise NotImplementedError
 
     def __torch_function__(
@@ -96,7 +97,7 @@ class _Watch(Products):
     def product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See `Products.product`: notes what is multiplied by a parameter, and changes nothing."""
+        """See `Products.product`: records products with a parameter, and changes nothing."""
         matrices = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
@@ -115,7 +116,7 @@ def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Te
     if func is torch.einsum:
         return None
     axis = -2 if last and func is not torch.nn.functional.linear else -1
-    # The operand may be a transposed view: the axis is known by its stride.
+    # The operand may be a transposed view: the axis is identified by its stride.
     own = [a for a in range(parameter.dim()) if parameter.stride(a) == operand.stride(axis)]
     return own[0] if len(own) == 1 and parameter.shape[own[0]] == operand.shape[axis] else None
 
@@ -132,7 +133,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 @contextmanager
 def watch_matmuls(module: nn.Module) -> Iterator[list[Matmul]]:
-    """Products with the module's parameters, in order, while the context is open (inputs are kept alive)."""
+    """Products with the module's parameters, in order, within the context (inputs are kept in memory)."""
     seen: list[Matmul] = []
     with _Watch(module, seen):
         yield seen
@@ -148,7 +149,7 @@ class Modules:
 
 @contextmanager
 def watch_modules(module: nn.Module) -> Iterator[Modules]:
-    """Which of the module's parts are called while the context is open (outputs are kept alive)."""
+    """Records which submodules are called within the context (outputs are kept in memory)."""
     seen = Modules({}, [])
 
     def norm(_: nn.Module, __: Any, output: Any) -> None:

@@ -1,6 +1,6 @@
-"""Which tensor of the checkpoint fills which parameter of the model, by transformers' own renaming rules.
+"""Maps the model's parameters to the checkpoint's tensors, by transformers' own renaming rules.
 
-Checkpoints are written with the names they were read with, so every server that reads the source reads the result.
+The output keeps the source's tensor names, so every server that can read the source can read the output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmq.discovery.rename import renamer
 
 @dataclass
 class Links:
-    """source: parameter or buffer → tensor; converted: parameter → why it is no stored tensor; unused: the rest."""
+    """source: parameter or buffer → tensor; converted: parameter → why no stored tensor fits; unused: tensors."""
 
     source: dict[str, str] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)

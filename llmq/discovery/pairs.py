@@ -74,7 +74,7 @@ class Pair:
         return f"{self.source} → {', '.join(consumer.parameter for consumer in self.consumers)}"
 
     def gain(self, source: Tensor) -> Tensor:
-        """How much the source multiplies each channel by: |w| of a norm, the length of a matrix's rows.
+        """The factor by which the source scales each channel: |w| of a norm, the norm of a matrix's rows.
 
         source: the parameter, float32. Returns float32 [channels].
         """
@@ -85,7 +85,7 @@ class Pair:
         return lengths
 
     def edits(self, scale: Tensor) -> dict[str, Edit]:
-        """What dividing the source's channels by `scale` [channels] > 0 does to each parameter.
+        """The edit of each parameter when the source's channels are divided by `scale` [channels] > 0.
 
         On the matrices and biases of float32 master copies, use `edits(scale)[name].of(value)`.
         """
@@ -99,13 +99,14 @@ class Pair:
         return made | {s.parameter: Edit(s.axis, scale[s.channel]) for s in self.consumers}
 
     def shifts(self, shift: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What taking `shift` [channels] off the source's output adds to the biases, float32: −z; W z at the consumers.
+        """The additions to biases that subtract `shift` z [channels] from the source's output and compensate for it.
 
+        Float32: −z at the source, W z at the consumers.
         weights: the consumers' matrices by parameter name, as stored. Outlier Suppression+ (Wei et al., 2023), §4.1.
-        Raises ValueError where the pair is not shiftable.
+        Raises ValueError if the pair is not shiftable.
         """
         if not self.shiftable or self.bias is None:
-            raise ValueError(f"{self.source}: nothing could absorb a shift here")
+            raise ValueError(f"{self.source}: this pair has no biases that could absorb a shift")
         shift = shift.detach().float().cpu()
         made = {self.bias: self._spread(-shift, 0.0)}
         for consumer in self.consumers:
@@ -123,7 +124,7 @@ class Pair:
                 parameter.copy_(edit.of(parameter))
 
     def apply_shift(self, block: nn.Module, shift: Tensor) -> None:
-        """Take `shift` [channels] off the source's output and give it back at the consumers' biases, in place."""
+        """Subtract `shift` [channels] from the source's output and compensate in the consumers' biases, in place."""
         with torch.no_grad():
             weights = {s.parameter: block.get_parameter(s.parameter) for s in self.consumers}
             for name, value in self.shifts(shift, weights).items():
@@ -140,14 +141,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A parameter from which no scale can move, and why, in a user's words."""
+    """A parameter from which no scale can move, and the reason, for users."""
 
     source: str
     reason: str
 
 
 class Found(NamedTuple):
-    """The pairs of a block, and what was tried in vain."""
+    """The pairs of a block, and the parameters that make no pair."""
 
     pairs: list[Pair]
     rejections: list[Rejection]
@@ -156,7 +157,7 @@ class Found(NamedTuple):
 def explain(pairs: list[Pair], rejections: list[Rejection]) -> list[tuple[str, str, str]]:
     """A row for each source of a block: its name, what it feeds or why nothing can move from it, and its kind.
 
-    The kind is "norm" or "linear", "norm, shift" where a constant can move as well, and empty for a rejection.
+    The kind is "norm" or "linear", "norm, shift" if a shift can move too, and empty for a rejection.
     """
     rows = []
     for pair in pairs:

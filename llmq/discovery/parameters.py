@@ -1,4 +1,4 @@
-"""A model's parameters, put in place and taken away one by one: on the meta device they cost nothing."""
+"""Materialize and free a model's parameters one by one; on the meta device they take no memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
-    """Give the named parameters (all of them by default) zeros, free until written to; afterwards what they were.
+    """Set the named parameters (default: all) to zeros, which take memory only once written to; restore them
+    afterwards.
 
-    Ties are kept within the module and, afterwards, with the rest of the model.
+    Tied parameters stay tied within the module and, afterwards, with the rest of the model.
     """
     chosen = [n for n, _ in module.named_parameters()] if names is None else names
     with _instead(module, chosen, lambda _, p: torch.zeros(p.shape, dtype=p.dtype)):
@@ -23,10 +24,10 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Give every parameter random float32 values on the CPU, floating buffers float32; afterwards what they were.
+    """Set every parameter to random float32 values on the CPU, floating buffers to float32; restore them afterwards.
 
-    Matrices keep the size of what passes through them (uniform, variance 1 / width). A vector beside a matrix or
-    another vector of its size, as biases are, is small; others and single numbers, as norms have, lie in [0.5, 1.5].
+    Matrices preserve the variance of their inputs (uniform, variance 1 / width). Vectors next to a matrix or to another
+    vector of the same size (biases) are small; other vectors and scalars (norms) lie in [0.5, 1.5].
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +61,7 @@ def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values for some parameters; afterwards the very tensors that were there."""
+    """Replace some parameters' values; afterwards put the original tensors back."""
     with _instead(module, list(values), lambda name, _: values[name]):
         yield
 
@@ -78,7 +79,7 @@ def _instead(module: nn.Module, names: list[str], make: Callable[[str, Tensor], 
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in place of a parameter or buffer, keeping ties: other owners of a parameter see it too."""
+    """Replace a parameter or buffer by `value`, in all modules that share it."""
     owner, _, leaf = name.rpartition(".")
     holder = module.get_submodule(owner)
     old = getattr(holder, leaf)
@@ -89,7 +90,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def empty(module: nn.Module, name: str) -> None:
-    """Send a parameter back to the meta device."""
+    """Move a parameter back to the meta device, freeing its memory."""
     parameter = module.get_parameter(name)
     if parameter.device.type != "meta":
         assign(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))

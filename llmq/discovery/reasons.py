@@ -1,4 +1,4 @@
-"""Why a weight is left as it is: a kind that decisions are made on, and the sentence that people read."""
+"""Why a weight is not quantized: a kind, for decisions in code, and a sentence, for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What sort of reason it is, as report.json names it."""
+    """The kind of a reason, as in report.json."""
 
     BY_USER = "by_user"
     INDIVISIBLE = "indivisible"
@@ -28,11 +28,11 @@ class Reason:
     """Why a weight with two or more axes is not quantized.
 
     kind: BY_USER: --keep matches it; INDIVISIBLE: the group size does not divide its width; OUTSIDE: it is in no
-    decoder block; SHARED: between blocks; UNUSED: in no matrix product; NOT_LINEAR: not of a Linear module, or not
-    multiplied by it; IN_PARTS: used in slices; REPEATED: used several times in a block; NOT_LOADABLE: stock
+    decoder block; SHARED: between blocks; UNUSED: in no matrix product; NOT_LINEAR: not of a Linear module, or that
+    module is not called; IN_PARTS: used in slices; REPEATED: used several times in a block; NOT_LOADABLE: stock
     transformers fails to load it packed; NOT_STORED: the checkpoint has it in another form or not at all; NOT_LOADED: a
-    tensor that the model does not have; UNTOLD: in the report of an earlier llmq.
-    sentence: the same for people, with what is particular to the weight.
+    tensor that is no parameter of the model; UNTOLD: an earlier llmq's report gives no kind. sentence: the reason for
+    people, with the weight's details.
     """
 
     kind: Kind

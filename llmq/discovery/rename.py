@@ -1,4 +1,4 @@
-"""A stored tensor's name → the model's name for it, by transformers' own renaming rules, as from_pretrained would."""
+"""Maps a stored tensor's name to the model's name for it, by transformers' renaming rules, as from_pretrained does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """A function: stored name → (name in the model, whether transformers makes something else of the tensor)."""
+    """A function: stored name → (name in the model, whether transformers converts the tensor)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,7 +1,7 @@
-"""What stock transformers does to a model while loading it, as far as it decides which weights can be stored packed.
+"""Finds the weights that stock transformers cannot load packed.
 
-A packed module has no `weight` of its own until the model first runs. Loading still calls each model's own routine for
-fresh weights on every module, and some of those reach for `weight` without looking: loading then ends in an error.
+A packed module has no `weight` of its own until the model first runs. Loading still calls the model's own weight
+initialization on every module, and some of these routines access `weight` unconditionally: loading then fails.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import nn
 
 
 def unpackable(model: nn.Module, names: list[str]) -> set[str]:
-    """Those of the Linear modules `names` that the model's own loading code fails on once their weight is packed.
+    """Those of the Linear modules `names` for which the model's initialization code fails once their weight is packed.
 
-    Found by doing it: the model must be on the meta device, where fresh weights cost nothing.
+    Found by calling that code; the model must be on the meta device, where initialization takes no memory.
     """
     modules = {name: model.get_submodule(name) for name in names}
     if any(p.device.type != "meta" for p in model.parameters()):
@@ -28,7 +28,7 @@ def unpackable(model: nn.Module, names: list[str]) -> set[str]:
         for owner, module in _owners(model, None):
             while True:
                 try:
-                    with torch.no_grad():  # as transformers does: weights are written to in place
+                    with torch.no_grad():  # as in transformers, because initialization writes to weights in place
                         owner._init_weights(module)  # type: ignore[operator]
                 except AttributeError as error:
                     if error.name == "weight" and id(error.obj) in held:
@@ -36,7 +36,7 @@ def unpackable(model: nn.Module, names: list[str]) -> set[str]:
                         _restore(reached, parameters)
                         found.add(name)
                         continue
-                except Exception:  # noqa: S110  whatever else a model's code cannot do without memory is no matter here
+                except Exception:  # noqa: S110  other failures on the meta device are irrelevant here
                     pass
                 break
     finally:

@@ -1,4 +1,4 @@
-"""A weight as it lies in memory: a matrix [out, in] that is a parameter, or a part of one.
+"""A weight as a view: a matrix [out, in] that is a parameter, or a part of one.
 
 The weight of an nn.Linear is a whole parameter. An expert is one entry of a parameter with three axes, a projection may
 be a range of rows of a fused parameter, and some models store matrices as [in, out].
@@ -16,11 +16,11 @@ from llmq.discovery.parameters import assign
 
 @dataclass(frozen=True)
 class View:
-    """Where a weight [out, in] lies within a block.
+    """The position of a weight [out, in] within a block.
 
-    parameter: the parameter's name in the block; index: the weight's place on a leading axis (the expert), None where
-    there is no such axis; transposed: whether it is stored [in, out]; rows: the first of the matrix's rows and the one
-    after the last, None for all of them. Rows are outputs, also where the matrix is stored transposed.
+    parameter: the parameter's name in the block; index: the weight's index on a leading axis (the expert), None if
+    there is no such axis; transposed: whether it is stored as [in, out]; rows: the first row of the weight in the
+    matrix and the one after the last, None for all rows. Rows are outputs, also if the matrix is stored transposed.
     """
 
     parameter: str
@@ -35,15 +35,15 @@ class View:
 
     @property
     def name(self) -> str:
-        """A name of its own within the block: the parameter's where the weight is a whole parameter."""
+        """A unique name within the block: the parameter's name if the weight is a whole parameter."""
         index = "" if self.index is None else f"[{self.index}]"
         rows = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
         return f"{self.parameter}{index}{'.t()' if self.transposed else ''}{rows}"
 
     def of(self, stored: Tensor) -> Tensor:
-        """The weight [out, in] in a tensor that has the parameter's shape: it shares that tensor's memory.
+        """The weight [out, in] as a view of a tensor with the parameter's shape.
 
-        Raises ValueError where the tensor has other axes or fewer rows than the view says.
+        Raises ValueError if the tensor has other axes or fewer rows than the view needs.
         """
         if stored.dim() != (2 if self.index is None else 3):
             raise ValueError(f"{self.name}: the parameter has the shape {[*stored.shape]}")
@@ -57,14 +57,14 @@ class View:
         return matrix[begin:end]
 
     def get(self, module: nn.Module) -> Tensor:
-        """The weight [out, in], in the parameter's dtype and memory."""
+        """The weight [out, in], as a view of the parameter."""
         return self.of(module.get_parameter(self.parameter).detach())
 
     def set(self, module: nn.Module, value: Tensor) -> None:
-        """Give the weight another value [out, in], in the parameter's dtype.
+        """Set the weight's value [out, in], in the parameter's dtype.
 
-        A whole parameter is replaced by `value`, ties are kept. A part is copied into the parameter's memory; raises
-        ValueError where the parameter has none of its own (on the meta device, or one entry repeated).
+        A whole parameter is replaced by `value`, and tied parameters stay tied. A part is copied into the parameter's
+        memory; raises ValueError if the parameter has no memory of its own (on the meta device, or an expanded tensor).
         """
         if self.whole:
             assign(module, self.parameter, value)
@@ -78,9 +78,10 @@ class View:
 
 
 def put(module: nn.Module, values: Iterable[tuple[View, Tensor]]) -> None:
-    """Put other values [out, in] in place of weights, in fresh memory: what the parameters held stays as it is.
+    """Replace weights by other values [out, in], in new memory; the parameters' old tensors are unchanged.
 
-    values: any float dtype; they become the parameter's. A parameter of which only parts are given is copied first.
+    values: any float dtype; they are converted to the parameter's. A parameter of which only parts are replaced is
+    copied first.
     """
     copied: set[str] = set()
     for view, value in values:

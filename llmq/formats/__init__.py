@@ -1,4 +1,4 @@
-"""Formats: one file or folder each, which holds all that is known of it. This one asks them (see `base`)."""
+"""Checkpoint formats: all code for a format is in its own file or folder (see `base`); this file dispatches to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmq.grids.scheme import Scheme
 
 
 def of(scheme: Scheme) -> Format:
-    """The format that holds a scheme: its grid names it."""
+    """The format that stores a scheme, as its grid names it."""
     return cast(Format, importlib.import_module(f"{__name__}.{scheme.rules.format}"))
 
 
@@ -25,12 +25,12 @@ def _modules() -> tuple[Any, ...]:
 
 
 def having(part: str) -> tuple[Any, ...]:
-    """Every format here that has a part: READERS, PACKAGES, claims, COMPANIONS … (`base`). None must have them all."""
+    """Every format that has a part (READERS, PACKAGES, claims, COMPANIONS …, see `base`); all parts are optional."""
     return tuple(module for module in _modules() if hasattr(module, part))
 
 
 def readers() -> dict[str, tuple[Any, ...]]:
-    """Method as transformers' tables name it → the classes that read it: the first that does not refuse is taken."""
+    """Method in transformers' tables → the readers for it, of which the first that does not refuse is used."""
     found: dict[str, tuple[Any, ...]] = {}
     for module in having("READERS"):
         for method, reader in module.READERS.items():
@@ -49,7 +49,7 @@ def unpacked_by_stock(method: str) -> bool:
 
 
 def method_of(section: Mapping[str, Any]) -> str | None:
-    """What the `quantization_config` of any folder says that it was quantized with."""
+    """The quantization method that a folder's `quantization_config` names."""
     method = section.get("quant_method")
     if method:
         return str(method)
@@ -57,14 +57,17 @@ def method_of(section: Mapping[str, Any]) -> str | None:
 
 
 def refusal(schemes: Collection[Scheme]) -> str | None:
-    """Why these schemes cannot be in one folder, in a sentence, or None."""
+    """Why one folder cannot hold these schemes, in a sentence, or None."""
     alone = [scheme for scheme in schemes if of(scheme).ONE_SCHEME]
     if len(schemes) > 1 and alone:
         listed, kind = ", ".join(sorted(map(str, schemes))), alone[0].rules.name
-        return f"one folder holds {kind} weights of one kind, or other grids, not both ({listed}): --keep some weights"
+        return (
+            f"a folder with {kind} weights has one scheme for all of them ({listed}): give them one scheme, or --keep "
+            "some weights"
+        )
     used = {of(scheme) for scheme in schemes}
     if len(used) > 1:
-        return f"one folder has one format, which does not hold all of {', '.join(sorted(map(str, schemes)))}"
+        return f"a folder has one format, and no format stores all of {', '.join(sorted(map(str, schemes)))}"
     return None
 
 
@@ -79,5 +82,5 @@ def name(schemes: Collection[Scheme]) -> str:
 
 
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
-    """Who reads a folder with these schemes."""
+    """The tools that can read a folder with these schemes."""
     return of(next(iter(schemes), Scheme())).loaders(schemes)

@@ -1,7 +1,8 @@
 """AWQ checkpoints in their GEMM layout (AutoAWQ, gptqmodel, auto-round): 4 bits packed along the outputs.
 
 `qweight` int32 [in, out/8], `qzeros` int32 [groups, out/8], `scales` [groups, out]; the eight nibbles of a word, lowest
-first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are. `llmq inspect` knows them by `gptq`.
+first, hold columns 0, 2, 4, 6, 1, 3, 5, 7. Zero points are stored as they are. `gptq.inspect` describes them for `llmq
+inspect`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class AWQReader:
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
-        """Why such checkpoints are not read here, or None."""
+        """Why llmq cannot read such checkpoints, or None."""
         form = getattr(layout_of(config), "value", layout_of(config)).lower()
         if form.removeprefix("awqformat.") not in FORMATS:
             return f"its weights are stored as {form!r}, not as {' or '.join(FORMATS)}"
@@ -81,7 +82,7 @@ class AWQReader:
 
 
 def _columns(words: Tensor) -> Tensor:
-    """int32 [rows, words] → codes int8 [rows, 8·words], less 8."""
+    """int32 [rows, words] → codes int8 [rows, 8·words], minus 8."""
     shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device) * 4
     nibbles = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).sub_(8)
     return nibbles.to(torch.int8).flatten(1)

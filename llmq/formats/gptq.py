@@ -1,9 +1,10 @@
 """GPTQ checkpoints (gptqmodel, AutoGPTQ, auto-round): codes packed along the inputs, one row per word.
 
-`qweight` int32 [in·bits/32, out] is, column by column, the dense little-endian stream that the kernels are packed from,
-for every width: in 3 bits too, 32 values fill 3 words. `qzeros` int32 [groups, out·bits/32] is the same along the
-outputs; "gptq" (v1) stores zero − 1 modulo 2^bits, "gptq_v2" zero itself. `scales` [groups, out]; `g_idx` int32 [in]
-says each input's group where the order is not the natural one. Read off files of gptqmodel 7.6 and auto-round 0.16.
+Each column of `qweight` int32 [in·bits/32, out] is the dense little-endian bit stream from which kernel layouts are
+packed, at every bit width: with 3 bits, 32 values fill 3 words. `qzeros` int32 [groups, out·bits/32] is packed the same
+way along the outputs; "gptq" (v1) stores zero − 1 modulo 2^bits, "gptq_v2" zero itself. `scales` [groups, out]; `g_idx`
+int32 [in] gives each input's group, if groups are not consecutive inputs (act-order). Found in files of gptqmodel 7.6
+and auto-round 0.16.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ FORMATS = {
     "auto_round:gptqmodel": 0,
     "auto_round": 0,
 }
-"""What a checkpoint calls its layout → what its stored zero points lack."""
+"""The layout's name in a checkpoint → the offset to add to its stored zero points."""
 
 
 @dataclass(frozen=True)
 class GPTQLayer:
-    """One weight. offset: what the stored zero points lack; ordered: whether it must have a g_idx."""
+    """One weight. offset: to add to the stored zero points; ordered: whether it must have a g_idx."""
 
     shape: tuple[int, int]
     bits: int
@@ -72,7 +73,7 @@ class GPTQLayer:
 
 
 class GPTQReader:
-    """config: transformers' GPTQConfig, with `dynamic` where the checkpoint has it, or AutoRoundConfig."""
+    """config: transformers' GPTQConfig, with the checkpoint's `dynamic` if it has one, or AutoRoundConfig."""
 
     suffixes = (CODES, ZEROS, SCALES_NAME, GROUPS, "weight", "bias")
 
@@ -82,7 +83,7 @@ class GPTQReader:
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
-        """Why such checkpoints are not read here, or None."""
+        """Why llmq cannot read such checkpoints, or None."""
         if layout_of(config) not in FORMATS:
             return f"its weights are stored as {layout_of(config)!r}, not as {' or '.join(FORMATS)}"
         return refusal_of_values(config)
@@ -98,12 +99,12 @@ class GPTQReader:
 
 
 def layout_of(config: Configuration) -> str:
-    """What the configuration calls the way its weights are stored."""
+    """The configuration's name for its weights' layout."""
     return str(getattr(config, "packing_format", None) or config.format)
 
 
 def refusal_of_values(config: Configuration) -> str | None:
-    """Why the numbers of a GPTQ, AWQ or auto-round configuration are none that the kernels know, or None."""
+    """Why the kernels do not support the values of a GPTQ, AWQ or auto-round configuration, or None."""
     if config.bits not in BITS:
         return f"it has {config.bits} bits, and there are kernels for {', '.join(map(str, BITS))}"
     if str(getattr(config, "data_type", "int")) != "int":
@@ -114,11 +115,11 @@ def refusal_of_values(config: Configuration) -> str | None:
 
 
 def settings(config: Configuration, name: str) -> tuple[int, int, bool]:
-    """Bits and group size of a module's weight, and whether it needs a g_idx, with what is said of it alone.
+    """Bits and group size of a module's weight, and whether it needs a g_idx, including per-module settings.
 
-    `dynamic` (gptqmodel): regular expression → other settings, where '-:' leaves a module alone; `extra_config`
-    (auto-round): name or regular expression → other settings. Raises LlmqError when it must not be quantized, or has
-    bits without a kernel, or the configuration is no such thing.
+    `dynamic` (gptqmodel): regular expression → other settings, where '-:' marks an unquantized module; `extra_config`
+    (auto-round): name or regular expression → other settings. Raises LlmqError if the module should not be quantized,
+    has bits without a kernel, or the configuration is invalid.
     """
     own: Mapping[str, Any] = {}
     for pattern, changes in mapping(getattr(config, "extra_config", None), "extra_config").items():
@@ -129,7 +130,9 @@ def settings(config: Configuration, name: str) -> tuple[int, int, bool]:
         kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
         if _expression(pattern.removeprefix(kind), "dynamic").match(name):
             if kind == "-:":
-                raise LlmqError(f"config.json leaves {name} alone ({pattern!r}), but its weight is stored quantized")
+                raise LlmqError(
+                    f"config.json says that {name} is not quantized ({pattern!r}), but its weight is stored quantized"
+                )
             own = mapping(changes, f"dynamic {pattern!r}")
             break
     bits, group_size = own.get("bits", config.bits), own.get("group_size", config.group_size)
@@ -149,7 +152,7 @@ def _expression(pattern: str, key: str) -> re.Pattern[str]:
 def inspect(
     source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
 ) -> Row:
-    """What a quantized weight is, from the headers of the tensors that store it.
+    """The description of a quantized weight, from the headers of the tensors that store it.
 
     GPTQ packs along the inputs, AWQ along the outputs; scales are [groups, out] in both.
     """

@@ -1,7 +1,7 @@
-"""What is in a model folder: every weight, its bits, group, error and bytes, whichever tool wrote it.
+"""Lists every weight of a model folder of any tool: its bits, group size, error and bytes.
 
-Reads the headers of the safetensors files, the configuration and a few tensors of some bytes that state a shape; never
-a weight. A quantized weight is several tensors: each layout below says which endings belong together.
+Reads the headers of the safetensors files, the configuration and a few small tensors that give a shape; never a weight.
+A quantized weight is stored as several tensors; each format says which suffixes belong together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmq.formats.base import Row, dtype_name
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every weight of a folder, in the order of its names. method: what config.json says quantized it, or None."""
+    """Every weight of a folder, in the order of its names. method: the quantization method in config.json, or None."""
 
     folder: Path
     method: str | None
@@ -30,7 +30,7 @@ class Inspection:
 
     @property
     def size(self) -> int:
-        """Numbers in all weights."""
+        """The number of elements of all weights."""
         return sum(row.size for row in self.rows)
 
     @property
@@ -45,7 +45,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective bits per weight of the whole model: scales, zero points and what was left alone counted."""
+        """Effective bits per weight of the whole model, including scales, zero points and unquantized weights."""
         return 8 * self.nbytes / max(1, self.size)
 
     @property
@@ -56,9 +56,9 @@ class Inspection:
 
 
 def inspect_folder(path: Path) -> Inspection:
-    """Look at a model folder: compressed-tensors, gptq, awq, bitsandbytes, fp8, or not quantized at all.
+    """Inspect a model folder: compressed-tensors, gptq, awq, bitsandbytes, fp8, or unquantized.
 
-    Raises LlmqError if it is no model folder, or its files are missing or damaged.
+    Raises LlmqError if it is not a model folder, or its files are missing or damaged.
     """
     source = FolderSource(Path(path), trust_remote_code=True, quantized_ok=True)
     found = source.config.get("quantization_config") or source.config.get("compression_config") or {}
@@ -90,7 +90,7 @@ def _rows(source: Source, method: str | None, config: Mapping[str, Any]) -> Iter
 
 
 def _errors(folder: Path) -> dict[str, float]:
-    """Weight name → relative error, from the report that llmq writes; empty where there is none."""
+    """Weight name → relative error, from llmq's report; empty if there is none."""
     try:
         rows = json.loads((folder / REPORT).read_text(encoding="utf-8"))["weights"]
         return {row["name"]: float(row["error"]) for row in rows if row.get("error") is not None}

@@ -1,6 +1,6 @@
-"""Integer codes into a dense little-endian bit stream and back: the layout is told in `llmq_kernels.reference`.
+"""Pack integer codes into a dense little-endian bit stream, and back; `llmq_kernels.reference` describes the layout.
 
-The stream is the one of compressed-tensors' pack-quantized format; the tests hold the two together bit for bit.
+It is the bit stream of compressed-tensors' pack-quantized format; tests compare the two bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs each row of codes.
 
     codes: int8 [rows, n] in [−2^(bits−1), 2^(bits−1) − 1]; bits: 1…8. Returns int32 [rows, ceil(n·bits/32)]; unused
-    high bits of the last word are 0. Works through a few MiB of rows at a time. Raises LlmqError on another dtype.
+    high bits of the last word are 0. Processes a few MiB of rows at a time. Raises LlmqError for another dtype.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise LlmqError(f"codes to pack must be int8 with two axes, not {codes.dtype} {[*codes.shape]}")
@@ -38,7 +38,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """One chunk of `pack_codes`: the eight bytes of a 64-bit integer are pushed together in three steps."""
+    """One chunk of `pack_codes`: eight codes, one per byte of a 64-bit integer, are shifted together in three steps."""
     rows, n = codes.shape
     octets, width = -(-n // 8), packed_width(n, bits)
     stored = torch.zeros(rows, octets * 8, dtype=torch.uint8, device=codes.device)

@@ -1,4 +1,4 @@
-"""What every stored weight is turned into before it is packed for a kernel, and what a format tells to get there."""
+"""The plain form of a weight, to which every format's reader converts it before it is packed for a kernel."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class IntWeight:
-    """W [out, in] = (code − zero) · scale, group by group along the inputs, which `order` permutes first.
+    """W [out, in] = (code − zero) · scale, in groups along the inputs after these are permuted by `order`.
 
     words: int32 [out, ceil(in·bits/32)], the dense little-endian stream of code + 2^(bits−1); scale: float [out,
-    groups]; zero: int8 like scale, in the range of the codes, or None; bits: 2, 3, 4 or 8; the last group may be
-    short; order: int32 [in], column i of W meets input order[i], or None.
+    groups]; zero: int8 in the shape of scale, in the range of the codes, or None; bits: 2, 3, 4 or 8; the last group
+    may be shorter; order: int32 [in], column i of W multiplies input order[i], or None.
     """
 
     words: Tensor
@@ -38,7 +38,7 @@ class IntWeight:
 
 @dataclass(frozen=True)
 class CodebookWeight:
-    """Four-bit codes into a table of 16 values, times the magnitude of their block: what bitsandbytes stores.
+    """W = codebook[code] · absmax of its block, with 4-bit codes: the weights that bitsandbytes stores.
 
     packed: uint8 [ceil(out·in/2)], the first code in the high four bits; absmax: float32 [blocks], or uint8 with
     nested_absmax float32 [ceil(blocks/256)] and nested_codebook float32 [256]; codebook: float32 [16].
@@ -57,7 +57,7 @@ class CodebookWeight:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """codes int8 [out, in] · scale float [out, 1]; its input is rounded per token, or by input_scale [1]."""
+    """W = codes int8 [out, in] · scale float [out, 1]; the input is rounded per token, or with input_scale [1]."""
 
     codes: Tensor
     scale: Tensor
@@ -69,7 +69,7 @@ Weight = IntWeight | CodebookWeight | Int8Weight
 
 @dataclass(frozen=True)
 class Entry:
-    """What a stored tensor must be."""
+    """The dtypes and shape that a stored tensor must have."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...]
@@ -79,28 +79,28 @@ class Entry:
 
 
 class Layer(Protocol):
-    """How one weight is stored: the tensors it must have, by suffix, and what they mean."""
+    """The storage of one weight: the tensors that it must have, by suffix, and how to read them."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Suffix → what must be there."""
+        """Suffix → the required tensor."""
 
     def read(self, tensors: Mapping[str, Tensor]) -> Weight:
-        """The weight, on the tensors' device. Raises LlmqError when the values contradict each other."""
+        """The weight, on the tensors' device. Raises LlmqError if the values contradict each other."""
 
 
 class Reader(Protocol):
-    """One checkpoint's format: made from its configuration."""
+    """Reads one checkpoint's format; constructed from its configuration."""
 
     suffixes: tuple[str, ...]
 
     def layer(
         self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
     ) -> Layer | None:
-        """How the weight [out, in] of a linear module is stored, or None where it is an ordinary tensor.
+        """The storage of the weight [out, in] of a linear module, or None if it is an ordinary tensor.
 
-        name: of the module in the model; stored: what the files have of it, by suffix. Raises LlmqError when the
-        configuration and the files do not agree on what the weight is.
+        name: of the module in the model; stored: its tensors in the files, by suffix. Raises LlmqError if the
+        configuration and the files contradict each other.
         """
 
 
@@ -108,7 +108,7 @@ Configuration = Any
 
 
 def mapping(value: Any, key: str) -> Mapping[str, Any]:
-    """What config.json has under a key of its quantization_config. Raises LlmqError unless an object, or nothing."""
+    """A value of quantization_config as a mapping, empty for null. Raises LlmqError if it is anything else."""
     if value is not None and not isinstance(value, Mapping):
         raise LlmqError(f"config.json: {key} must be an object, not {value!r:.60}")
     return value or {}
@@ -120,11 +120,11 @@ def part_of_rows(width: int) -> int:
 
 
 def in_groups(words: Tensor, bits: int, width: int, group: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
-    """Columns brought into the order of their groups, as activation order stores them out of it.
+    """Reorder columns so that each group is contiguous; with activation order they are stored in another order.
 
-    words: int32 [out, ceil(width·bits/32)]; group: integer [width], the group of each column; size: of a group.
-    Returns the words with whole groups in a row, and the order: None where they were so already. Raises LlmqError when
-    a group has another number of columns than `size`.
+    words: int32 [out, ceil(width·bits/32)]; group: integer [width], the group of each column; size: of a group. Returns
+    the words with contiguous groups, and the order, None if they were contiguous already. Raises LlmqError if a group
+    does not have `size` columns.
     """
     group = group.to(torch.int64)
     wanted = torch.arange(width, device=group.device) // size
@@ -146,7 +146,7 @@ def in_groups(words: Tensor, bits: int, width: int, group: Tensor, size: int) ->
 
 
 def served(words: Tensor, bits: int, width: int) -> tuple[Tensor, int]:
-    """Words of 5, 6 and 7 bits, for which there are no kernels, as 8 bits; others as they are."""
+    """Words of 5, 6 and 7 bits, which have no kernels, converted to 8 bits; other words unchanged."""
     if bits in BITS:
         return words, bits
     wide = torch.empty(words.shape[0], -(-width // 4), dtype=torch.int32, device=words.device)
@@ -158,5 +158,5 @@ def served(words: Tensor, bits: int, width: int) -> tuple[Tensor, int]:
 
 
 def none_if_zero(zero: Tensor) -> Tensor | None:
-    """Zero points that are all 0, as symmetric weights have them, need not be read again and again."""
+    """None if all zero points are 0, as in symmetric weights: kernels then need not read them."""
     return zero if bool(zero.any()) else None

@@ -1,4 +1,4 @@
-"""What a grid does to numbers (Rounding), and what every quantizer returns and every format stores (Quantized)."""
+"""A grid's arithmetic (Rounding), and the result that quantizers return and formats store (Quantized)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llmq.grids.table import Grid
 from llmq_kernels.reference import dequantize
 
 CHUNK = 1 << 17
-"""Numbers at a time, so that temporaries fit the processor's cache."""
+"""Elements processed at a time, so that temporaries fit the processor's cache."""
 READ = 1 << 21
-"""Numbers at a time where a weight is only read back."""
+"""Elements processed at a time for dequantization."""
 
 
 class Quantized(Protocol):
-    """A rounded weight [out, in], as it is stored: a dataclass with at least these. notes: what fell back."""
+    """A quantized weight [out, in] in its stored form: a dataclass with at least these fields."""
 
     @property
     def scheme(self) -> Scheme:
@@ -32,20 +32,20 @@ class Quantized(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What fell back, for the report."""
+        """The fallbacks that were used, for the report."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that is stored, computed in float32 and rounded once to `dtype`."""
+        """The stored weight [out, in], computed in float32 and rounded once to `dtype`."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [out, in] on a grid: w ≈ (point − zero) · scale, group by group along the input axis.
+    """A weight [out, in] on a grid: w ≈ (point − zero) · scale, with groups along the input axis.
 
     codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: int8 [out,
-    groups] in the range of the codes, or None when symmetric; notes: what fell back, for the report; input_scale:
-    float32 [1], where the input is rounded by a static scale; stored_scale: what is stored in place of `scale`, where
-    the grid stores scales as codes too.
+    groups] in the range of the codes, or None when symmetric; notes: fallbacks used, for the report; input_scale:
+    float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead of `scale`, if the
+    grid stores scales as codes.
     """
 
     codes: Tensor
@@ -57,11 +57,11 @@ class QuantizedWeight:
     stored_scale: Any = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        """The dequantized weight [out, in], computed in float32 and rounded once to `dtype`."""
         rows, width = self.codes.shape
         weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
         rounding = rounding_of(self.scheme.rules)
-        # Some rows at a time, so that no float32 copy of the whole is made.
+        # Some rows at a time, so that there is no float32 copy of the whole weight.
         step = max(1, READ // width)
         for start in range(0, rows, step):
             part = slice(start, start + step)
@@ -73,9 +73,9 @@ class QuantizedWeight:
 class Rounding(ABC):
     """A grid's arithmetic: one class in each grid's file, without state.
 
-    A *point* is a value of the grid, float32; a *code* is a point as it is stored, one byte each. The `scaled` value of
-    a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model; even: whether
-    the levels are evenly spaced.
+    A *point* is a value of the grid, float32; a *code* is the stored form of a point, one byte each. The `scaled` value
+    of a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model; even:
+    whether the levels are evenly spaced.
     """
 
     code_dtype: torch.dtype = torch.uint8
@@ -88,64 +88,64 @@ class Rounding(ABC):
 
     @abstractmethod
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-        """The point nearest to scaled + zero, which is rounded before the zero point is added.
+        """The point nearest to `scaled`, plus the zero point, clipped to the grid.
 
         scaled: float32, may be overwritten; zero: a tensor that broadcasts to it, or None. Returns float32 like scaled.
         """
 
     @abstractmethod
     def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
-        """The codes of points, in code_dtype."""
+        """The codes of the points, in code_dtype."""
 
     @abstractmethod
     def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:
-        """The points that codes stand for, in float32 or a dtype that turns into it without loss."""
+        """The points of the codes, in float32 or a dtype that converts to it exactly."""
 
     @abstractmethod
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """The scale [out, groups] of every group, as it is stored, and its zero point, int8 [out, groups] or None.
+        """The scale of every group in its stored dtype, [out, groups], and its zero point, int8 [out, groups] or None.
 
         weight: any float [out, in]; method: one of the grid's ranges; importance: float [in], for 'weighted'. Raises
-        LlmqError when the method is unknown, the groups do not divide the inputs, or the weight is not finite.
+        LlmqError if the method is unknown, the group size does not divide the inputs, or the weight is not finite.
         """
 
     def reach(self, scheme: Scheme) -> float:
-        """The largest magnitude of a weight that the scale 1 covers."""
+        """The largest magnitude that the grid covers at scale 1."""
         return float(self.levels(scheme, torch.device("cpu")).abs().amax())
 
     def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Any]:
-        """Scales as they come back from disk, and what is stored in their place where that is not themselves."""
+        """The scales as read back from disk, and what is stored in their place (None: the scales themselves)."""
         return scale, None
 
     def round(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None
     ) -> Quantized:
-        """Every weight [out, in] to its nearest point, on the scale that `find_scale` finds."""
+        """The weight [out, in] rounded to nearest, with the scales of `find_scale`."""
         scale, zero = self.find_scale(weight, scheme, method, importance, scale_dtype)
         return self.finish(rounded_on(weight, scale, zero, scheme), scale_dtype)
 
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> Quantized:
-        """The weight as the grid's format stores it; dtype: of the model, which readers make of it."""
+        """The weight in the form that the grid's format stores; dtype: of the model, to which readers dequantize."""
         return weight
 
     def reopen(self, weight: Quantized) -> QuantizedWeight:
-        """The inverse of `finish`. Raises LlmqError for a weight of another kind."""
+        """The inverse of `finish`. Raises LlmqError for another kind of weight."""
         if not isinstance(weight, QuantizedWeight):
             raise LlmqError(f"a {weight.scheme} weight is a QuantizedWeight, not a {type(weight).__name__}")
         return weight
 
     def round_input(self, scaled: Tensor) -> Tensor:
-        """Inputs, in units of their scale and within the grid's limits, to the nearest value, in their own dtype."""
-        raise LlmqError(f"{type(self).__name__} leaves inputs as they are")
+        """Round inputs, already divided by their scale and within the grid's limits, to nearest, in their own dtype."""
+        raise LlmqError(f"{type(self).__name__} does not round inputs")
 
     def rank(self, points: Tensor, scheme: Scheme) -> Tensor:
-        """Which level, counted from the lowest, each point is: float32. Learned rounding moves along these."""
+        """The index of each point among the levels in ascending order, float32. Learned rounding changes ranks."""
         return torch.searchsorted(self.levels(scheme, points.device), points.contiguous()).to(torch.float32)
 
     def of_rank(self, ranks: Tensor, scheme: Scheme) -> Tensor:
-        """The points of whole ranks, float32: the inverse of `rank`."""
+        """The points of whole-number ranks, float32: the inverse of `rank`."""
         return self.levels(scheme, ranks.device)[ranks.to(torch.int64)]
 
     def ranks(self, scheme: Scheme) -> tuple[int, int]:
@@ -153,12 +153,12 @@ class Rounding(ABC):
         return 0, len(self.levels(scheme, torch.device("cpu"))) - 1
 
     def in_steps(self, away: Tensor, points: Tensor, scheme: Scheme) -> Tensor:
-        """How far a value lies from its point (`away`, float32), in steps to the next point on that side."""
+        """The distance `away` (float32) of a value from its point, in steps to the next point on that side."""
         levels = self.levels(scheme, points.device)
         rank = torch.searchsorted(levels, points.contiguous())
         other = (rank + torch.where(away < 0, -1, 1)).clamp_(0, len(levels) - 1)
         step = (levels[other] - levels[rank]).abs()
-        # Beyond the last level there is no step to measure with: the value counts as being at it.
+        # Beyond the last level there is no step: the distance counts as 0.
         return torch.where(step > 0, away / step, 0.0)
 
 
@@ -173,14 +173,14 @@ def rounding_of(grid: Grid) -> Rounding:
 def rounded_on(
     weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, notes: tuple[str, ...] = ()
 ) -> QuantizedWeight:
-    """A weight [out, in] rounded to nearest on scales [out, groups] and zero points that are known."""
+    """A weight [out, in] rounded to nearest with given scales [out, groups] and zero points."""
     scale, stored = rounding_of(scheme.rules).settle(scale, scheme)
     codes = round_to_grid(weight, scale, zero, scheme)
     return QuantizedWeight(codes, scale, zero, scheme, notes, stored_scale=stored)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """The code of the nearest point of every weight.
+    """The code of each element's nearest point.
 
     weight: any float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None. Returns codes [out, in].
     """
@@ -198,7 +198,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sc
 
 
 def check_range(method: str, scheme: Scheme, width: int) -> None:
-    """Raises LlmqError when the grid has no such way to find a scale, or the groups do not divide the inputs."""
+    """Raises LlmqError if the grid does not have this range method, or the group size does not divide the inputs."""
     if method not in scheme.rules.ranges:
         raise LlmqError(f"range must be one of {', '.join(scheme.rules.ranges)}, not {method!r}")
     if width == 0 or (scheme.group_size is not None and width % scheme.group_size):
@@ -206,8 +206,9 @@ def check_range(method: str, scheme: Scheme, width: int) -> None:
 
 
 def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Some rows at a time: the first row's number, the groups [rows, groups, size] in float32, the largest magnitude
-    and the power of two that brings it to 1 or below, each [rows, groups, 1]. Raises LlmqError at values not finite.
+    """Yields some rows at a time: the first row's index, the groups [rows, groups, size] in float32, their largest
+    magnitude and the power of two that scales it to at most 1, each [rows, groups, 1]. Raises LlmqError if a value is
+    not finite.
     """
     rows, width = weight.shape
     step = max(1, CHUNK // width)
@@ -220,13 +221,15 @@ def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Te
 
 
 def root_of(importance: Tensor) -> Tensor:
-    """The root of the importance [1, groups, size], its mean brought to 1 in each group; all 0 means all equal."""
+    """The square root of the importance [1, groups, size], normalized to mean 1 in each group; all 0 counts as all
+    equal.
+    """
     mean = importance.mean(-1, keepdim=True)
     return torch.where(mean > 0, importance / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0).sqrt_()
 
 
 def storable(scale: Tensor, dtype: torch.dtype, unit: Tensor | float = 1.0) -> Tensor:
-    """A scale, float32 in units of `unit`, as it comes back from disk: rounded to its dtype, finite, normal, not 0."""
+    """A scale as read back from disk: rounded to its dtype, finite, normal, not 0; float32, in units of `unit`."""
     info = torch.finfo(dtype)
     true = scale * unit
     size = true.abs().clamp_(info.tiny, info.max).to(dtype).to(torch.float32)

@@ -1,8 +1,8 @@
-"""A grid that is a list of levels: any values, the nearest one for every weight, one scale a group.
+"""A grid given by a list of levels of any values, with one scale per group.
 
-The scale is searched where it is not min-max: from above min-max downwards, each candidate followed by the scale that
-fits the levels it chose best (linear least squares, a closed form); whatever lowers the error is kept, and min-max is
-tried first, so the search is never worse.
+Methods other than min-max search the scale from above min-max downwards; after each candidate, the least-squares scale
+for the levels that it chose is tried too (closed form). Whatever lowers the error is kept, and min-max is tried first,
+so the search is never worse.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from llmq.grids.base import Rounding, check_range, parts, root_of, storable
 from llmq.grids.scheme import Scheme
 
 FACTORS = (1.0, 1.05, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.58, 0.52)
-"""The scales that are tried, as shares of min-max."""
+"""The candidate scales, as fractions of min-max."""
 
 
 class Codebook(Rounding):
-    """See `Rounding`; a grid of this kind says its levels, and may say more."""
+    """See `Rounding`; a subclass defines its levels, and may override more."""
 
     @abstractmethod
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
         """See `Rounding.levels`: at most 256, some of them 0 or below and some above."""
 
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-        """See `Rounding.nearest`: half-way goes to the lower level. There are no zero points."""
+        """See `Rounding.nearest`: ties go to the lower level. There are no zero points."""
         levels = self.levels(scheme, scaled.device)
         return levels[torch.bucketize(scaled, _bounds(levels), out_int32=True)]
 
     def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
-        """See `Rounding.encode`: the number of the level."""
+        """See `Rounding.encode`: the index of the level."""
         levels = self.levels(scheme, points.device)
         return torch.bucketize(points, _bounds(levels), out_int32=True).to(torch.uint8)
 
@@ -44,11 +44,11 @@ class Codebook(Rounding):
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Rounding.find_scale`: positive, 1 where a whole group is 0."""
+        """See `Rounding.find_scale`: positive; 1 if a whole group is 0."""
         rows, width = weight.shape
         check_range(method, scheme, width)
         if method == "weighted" and importance is None:
-            raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' where there is none")
+            raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
         groups, dtype = scheme.groups(width), self.scale_dtype or scale_dtype
         root = None
         if method == "weighted" and importance is not None:
@@ -68,7 +68,7 @@ class Codebook(Rounding):
         dtype: torch.dtype,
         factors: tuple[float, ...],
     ) -> Tensor:
-        """The best scale of groups [rows, groups, size] of magnitude 1, float32 [rows, groups, 1]."""
+        """The best scale of groups [rows, groups, size] normalized to magnitude 1, float32 [rows, groups, 1]."""
         levels = self.levels(scheme, weight.device)
         low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
         below = -low / -levels[0] if float(levels[0]) < 0 else -low
@@ -94,5 +94,5 @@ class Codebook(Rounding):
 
 
 def _bounds(levels: Tensor) -> Tensor:
-    """Half-way between neighbouring levels."""
+    """The midpoints between neighbouring levels."""
     return (levels[:-1] + levels[1:]) / 2

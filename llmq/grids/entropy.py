@@ -1,8 +1,8 @@
-"""TensorRT's entropy calibration: the clip whose rounded histogram tells least from the original.
+"""TensorRT's entropy calibration: the clip whose quantized histogram has the least KL divergence from the original.
 
-Migacz 2017, "8-bit inference with TensorRT" (GTC): of a histogram of |x|, keep the first i bins, put what lies beyond
-into the last of them (P); merge the kept bins, without what lies beyond, into as many cells as the grid has levels,
-and spread each cell evenly over those of its bins that are not empty (Q). The clip is the i of least KL(P ‖ Q).
+Migacz 2017, "8-bit inference with TensorRT" (GTC): of a histogram of |x|, keep the first i bins, add the counts beyond
+them to the last kept bin (P); merge the kept bins, without the counts beyond, into as many cells as the grid has
+levels, and spread each cell evenly over its nonempty bins (Q). The clip is the i of least KL(P ‖ Q).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-"""What Q is at least where P is not 0, as a share of an even spread: a bin that holds only what was clipped."""
+"""Lower bound of Q where P is not 0, as a fraction of an even spread: for a bin that holds only clipped counts."""
 BLOCK = 1 << 20
 
 
 def entropy_clip(counts: Tensor, kept: Tensor, cells: Tensor) -> Tensor:
-    """The index into `kept` of the clip of least divergence, int64 []; the longest of those that tie.
+    """The index into `kept` of the clip with the least divergence, int64 []; of ties the largest clip.
 
-    counts: float64 [bins]; kept: int64 [candidates], how many bins each keeps (1…bins); cells: int64
-    [candidates, bins], the cell that each bin falls into, from 0 (what it says of bins that are not kept is ignored).
+    counts: float64 [bins]; kept: int64 [candidates], the number of bins that each keeps (1…bins); cells: int64
+    [candidates, bins], the cell index of each bin, from 0 (ignored for bins that are not kept).
     """
     bins = len(counts)
     step = max(1, BLOCK // bins)
@@ -28,13 +28,13 @@ def entropy_clip(counts: Tensor, kept: Tensor, cells: Tensor) -> Tensor:
         for start in range(0, len(kept), step)
     ]
     divergence = torch.cat(found)
-    # Rounding noise must not decide between clips that keep everything alike.
+    # Rounding noise must not decide between clips of equal divergence.
     near = divergence <= divergence.min() * (1 + 1e-9) + 1e-12
     return torch.where(near, kept, -1).argmax()
 
 
 def even_cells(kept: Tensor, bins: int, levels: int) -> Tensor:
-    """Cells of a uniform grid: bin j of i kept falls into cell ⌊j · levels / i⌋. int64 [candidates, bins]."""
+    """Cells of a uniform grid: with i bins kept, bin j is in cell ⌊j · levels / i⌋. int64 [candidates, bins]."""
     place = torch.arange(bins, device=kept.device)[None] * levels
     return place.div(kept[:, None], rounding_mode="floor").clamp_(max=levels - 1)
 

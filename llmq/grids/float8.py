@@ -1,9 +1,9 @@
 """Weights in float8_e4m3fn with one scale per output channel: w ≈ code · scale.
 
 The format: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv:2209.05433, table 1: sign, 4 bits of
-exponent, 3 of mantissa, largest 448, no infinity. `minmax` puts a channel's largest magnitude at 448. A floating grid
-loses little to a scale that is too large, so `mse` gains less than on integers: it finds where the mantissa's steps
-suit a channel best, between min-max and twice it, and is never worse (3 % less error on normal weights).
+exponent, 3 of mantissa, largest 448, no infinity. `minmax` scales a channel's largest magnitude to 448. On a
+floating-point grid a scale that is too large loses little, so `mse` gains less than on integers: it searches between
+min-max and twice min-max for the scale with the least error, and is never worse (3 % less error on normal weights).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llmq.grids.table import find
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 CHUNK = 1 << 18
-# Multiples of min-max that are tried: one octave, beyond which the mantissas repeat. Half the step gains 0.5 % more.
+# Candidate multiples of min-max: one octave, after which the mantissas repeat. Half the step gains 0.5 % more.
 STEPS = tuple(2.0 ** (step / 8) for step in range(1, 8))
 
 
 class Float8(Rounding):
-    """See `Rounding`: torch's own conversion rounds."""
+    """See `Rounding`: rounding is torch's conversion to float8."""
 
     code_dtype = DTYPE
 
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
-        """See `Rounding.levels`: 253, as 0 and −0 are one point."""
+        """See `Rounding.levels`: 253, as 0 and −0 are the same point."""
         return _levels(device)
 
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-        """See `Rounding.nearest`: what lies beyond ±448 is clipped. There are no zero points."""
+        """See `Rounding.nearest`: values beyond ±448 are clipped. There are no zero points."""
         return scaled.clamp_(-LARGEST, LARGEST).to(DTYPE).to(torch.float32)
 
     def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
@@ -70,17 +70,17 @@ def find_float8_scale(
     scale_dtype: torch.dtype = torch.bfloat16,
     importance: Tensor | None = None,
 ) -> Tensor:
-    """The scale of every output channel, as it is stored.
+    """The scale of every output channel, in its stored dtype.
 
     weight: any float [out, in]; method: 'minmax', 'mse', or 'weighted' by the importance, float [in]. Returns
-    [out, 1] in scale_dtype, positive, normal and finite; 1 for a channel of zeros. Temporaries stay below a few MiB
-    whatever the matrix, unless one row is longer than that. Raises LlmqError when the weight is not finite, or the
-    importance is missing.
+    [out, 1] in scale_dtype, positive, normal and finite; 1 for a channel of zeros. Temporaries stay below a few MiB for
+    any matrix, unless a single row is larger. Raises LlmqError if the weight is not finite, or the importance is
+    missing.
     """
     if method not in find("fp8").ranges:
         raise LlmqError(f"range of an fp8 weight must be one of {', '.join(find('fp8').ranges)}, not {method!r}")
     if method == "weighted" and importance is None:
-        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' where there is none")
+        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
     by = importance.to(torch.float32)[None] if method == "weighted" and importance is not None else None
     rows, width = weight.shape
     step = max(1, CHUNK // width)
@@ -98,7 +98,7 @@ def find_float8_scale(
 
 
 def round_to_float8(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest code of every weight, those beyond ±448 clipped.
+    """The nearest code of every element; elements beyond ±448 are clipped.
 
     weight: any float [out, in]; scale: any float [out, 1]. Returns float8_e4m3fn [out, in].
     """
@@ -112,8 +112,9 @@ def round_to_float8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _errors(weight: Tensor, scale: Tensor, top: Tensor, by: Tensor | None) -> Tensor:
-    """Σ (w − ŵ)² of every channel, by importance [1, in] where there is one, in units of its largest magnitude so that
-    none vanishes: float32 [out, 1]."""
+    """Σ (w − ŵ)² of every channel, weighted by the importance [1, in] if given; in units of the channel's largest
+    magnitude, so that it does not underflow: float32 [out, 1].
+    """
     rows, width = weight.shape
     errors = torch.empty_like(scale)
     step = max(1, CHUNK // width)

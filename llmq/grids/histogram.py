@@ -1,9 +1,9 @@
-"""Static activation ranges: what the input of a weight looked like over all of calibration, and one scale for it.
+"""Static activation ranges: the distribution of a weight's input over all of calibration, and one scale for it.
 
-A histogram of |x| that grows: it reaches to a power of two, and where a value lies beyond, the reach doubles and every
-two bins become one. So the counts are exact, the same as if the final reach had been known, whatever the order the
-samples came in; and as the reach is the least power of two that holds the largest value, at least half the bins are in
-use. The price: one value far out makes the rest coarse, a bin being at most a 1024th of the largest.
+A histogram of |x| that grows: its range (`reach`) is a power of two; if a value exceeds it, the range doubles and every
+two bins are merged. So the counts are exact, as if the final range had been known from the start, for any order of the
+samples. The range is the smallest power of two above the largest value, so at least half the bins are used. A single
+outlier makes the bins coarse: a bin is at most 1/1024 of the largest value.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from llmq.grids.table import find, inputs_of
 BINS = 2048
 PIECE = 1 << 20
 SMALLEST = -100
-"""The least exponent of the reach: below 2^−100 everything is one bin, and float32 can still divide by a bin."""
+"""The smallest exponent of the reach: values below 2^−100 share one bin; float32 can still divide by a bin's width."""
 METHODS = ("minmax", "percentile", "mse", "kl", "aciq")
 PARTS = 8
-"""Points that stand for a bin where the error of a grid is summed."""
+"""Sample points per bin for the sum of a grid's error."""
 CLIPS = tuple(2 ** (-step / 16) for step in range(145))
-"""The clips that 'mse' tries, as shares of the largest magnitude: down to a 512th, 4 % apart."""
+"""The candidate clips of 'mse', as fractions of the largest magnitude: down to 1/512, in steps of 4 %."""
 
 
 class Magnitudes:
     """The histogram of |x| over a whole input, its extremes and moments: a Statistic (see `llmq.block.statistics`).
 
-    counts: int64 [2048], bin j holding j·reach/2048 ≤ |x| < (j+1)·reach/2048; reach: a power of two, 0 before the first
-    value that is not 0; low, high: the extremes; total, size, square: Σx, Σ|x|, Σx², float64 []; count: values seen.
+    counts: int64 [2048], bin j counts j·reach/2048 ≤ |x| < (j+1)·reach/2048; reach: a power of two, 0 before the first
+    nonzero value; low, high: the extremes; total, size, square: Σx, Σ|x|, Σx², float64 []; count: values seen.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Magnitudes:
         self.count = 0
 
     def update(self, x: Tensor) -> None:
-        """Take in x of any shape and float dtype. Raises LlmqError at values that are not finite."""
+        """Add x of any shape and float dtype. Raises LlmqError if a value is not finite."""
         flat = x.detach().reshape(-1)
         for start in range(0, len(flat), PIECE):
             self._take(flat[start : start + PIECE].to(torch.float32))
@@ -68,7 +68,7 @@ class Magnitudes:
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen: counts and extremes are as though this one had seen it all."""
+        """Add the values of another one: counts and extremes are as if this one had seen all of them."""
         device = self.counts.device
         reach = max(self.reach, other.reach)
         self.counts = _folded(self.counts, self.reach, reach) + _folded(other.counts, other.reach, reach).to(device)
@@ -79,7 +79,7 @@ class Magnitudes:
         self.square = self.square + other.square.to(device)
 
     def _grow(self, top: float) -> None:
-        """Doubles the reach until it lies beyond `top`; every doubling merges two bins into one."""
+        """Double the reach until it exceeds `top`; every doubling merges two bins into one."""
         if top == 0:
             return
         needed = math.ldexp(1.0, max(math.frexp(top)[1], SMALLEST))
@@ -93,7 +93,7 @@ class Magnitudes:
 
     @classmethod
     def nbytes(cls, width: int) -> int:
-        """Memory that it holds, in bytes."""
+        """The memory of its tensors, in bytes."""
         return 8 * BINS + 3 * 8
 
 
@@ -102,11 +102,11 @@ def find_activation_scale(
 ) -> Tensor:
     """The scale of a whole input, float32 [1], positive and finite: its clip over 127.5 (int8) or 448 (float8_e4m3fn).
 
-    method: 'minmax': the largest magnitude; 'percentile': that share of the values is covered; 'mse': least squared
-    error of rounding, over clips 4 % apart; 'kl': TensorRT's, see `entropy`; 'aciq': Banner et al. 2018
-    (arXiv:1810.05723), the clip of least expected error under the likelier of Laplace and normal, for fp8 found by
-    integrating that density. None reaches beyond the largest magnitude. grid: 'int' or 'fp8'. An input that was 0
-    throughout has scale 1. Raises LlmqError at an unknown method or grid, or where nothing was seen.
+    method: 'minmax': the largest magnitude; 'percentile': that percentage of the values is not clipped; 'mse': least
+    squared rounding error, over clips in steps of 4 %; 'kl': TensorRT's, see `entropy`; 'aciq': Banner et al. 2018
+    (arXiv:1810.05723), the clip of least expected error under the more likely of a Laplace and a normal distribution,
+    for fp8 by numerical integration. No clip exceeds the largest magnitude. grid: 'int' or 'fp8'. An input of only
+    zeros has scale 1. Raises LlmqError for an unknown method or grid, or if there are no values.
     """
     if method not in METHODS:
         raise LlmqError(f"the range of activations must be one of {', '.join(METHODS)}, not {method!r}")
@@ -114,7 +114,7 @@ def find_activation_scale(
     if not 0 < percentile <= 100:
         raise LlmqError(f"percentile must lie above 0 and not above 100, not {percentile!r}")
     if statistic.count == 0:
-        raise LlmqError("nothing passed through this weight in calibration: use dynamic activation scales")
+        raise LlmqError("this weight had no input during calibration: use dynamic activation scales")
     clip = top = statistic.top
     if top == 0:
         return torch.ones(1)
@@ -133,14 +133,14 @@ def find_activation_scale(
 
 def _folded(counts: Tensor, reach: float, needed: float) -> Tensor:
     """A histogram's counts over a larger reach, both powers of two: every doubling merges two bins into one."""
-    # At reach 0 only zeros came, all in the first bin, which is theirs whatever the reach.
+    # At reach 0 there were only zeros; they are in the first bin for any reach.
     for _ in range(round(math.log2(needed / reach)) if reach else 0):
         counts = torch.cat([counts.view(-1, 2).sum(1), counts.new_zeros(BINS // 2)])
     return counts
 
 
 def _percentile(counts: Tensor, reach: float, share: float) -> float:
-    """Below which a share of the values lies, linear within its bin."""
+    """The value below which a fraction of the values lies, linear within its bin."""
     below = counts.cumsum(0)
     wanted = share * float(below[-1])
     place = min(int(torch.searchsorted(below, wanted)), BINS - 1)
@@ -149,11 +149,11 @@ def _percentile(counts: Tensor, reach: float, share: float) -> float:
 
 
 def _least_error(counts: Tensor, reach: float, top: float, grid: str) -> float:
-    """The clip of least Σ(x − x̂)², each bin standing for PARTS values spread over it."""
-    # In units of the reach: nothing overflows when squared.
+    """The clip of least Σ(x − x̂)², with PARTS evenly spaced sample points per bin."""
+    # In units of the reach, so that squares do not overflow.
     value = (torch.arange(BINS * PARTS, dtype=torch.float32) + 0.5) / (BINS * PARTS)
     weight = counts.to(torch.float32).repeat_interleave(PARTS) / counts.sum()
-    # The signs are not known: as many values are taken to lie below 0 as above.
+    # Signs are not recorded: half of the values are assumed to be negative.
     both = torch.stack([value, -value])
     best, found = math.inf, top
     for share in CLIPS:
@@ -166,14 +166,14 @@ def _least_error(counts: Tensor, reach: float, top: float, grid: str) -> float:
 
 
 def _entropy(counts: Tensor, reach: float, top: float, grid: str) -> float:
-    """The clip of least divergence: at least 128 bins are kept, as many as int8 has magnitudes."""
+    """The clip of least divergence; it keeps at least 128 bins, the number of int8's magnitudes."""
     used = min(int(top * BINS / reach) + 1, BINS)
     kept = torch.arange(min(128, used), used + 1)
     rounding, limits = rounding_of(find(grid)), inputs_of(grid)
     if rounding.even:
         cells = even_cells(kept, BINS, 128)
     else:
-        # Cells that widen outwards: the bins that round to one value share a cell.
+        # Bins that round to the same value share a cell; cells are wider at larger values.
         middle = (torch.arange(BINS) + 0.5)[None] / kept[:, None] * limits.high
         values = rounding.round_input(middle.clamp_(max=limits.high))
         cells = torch.searchsorted(torch.unique(values), values)

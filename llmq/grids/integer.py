@@ -11,7 +11,7 @@ from llmq.grids.scheme import Scheme
 
 
 class Integer(Rounding):
-    """See `Rounding`: levels are evenly spaced, so rounding is all there is, and no table is looked up."""
+    """See `Rounding`: levels are evenly spaced, so values are simply rounded, without a table."""
 
     code_dtype = torch.int8
     even = True
@@ -38,11 +38,11 @@ class Integer(Rounding):
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Rounding.find_scale`; `ranges` has the search."""
+        """See `Rounding.find_scale`; the search is in `ranges`."""
         return find_range(weight, scheme, method, importance, scale_dtype)
 
     def reach(self, scheme: Scheme) -> float:
-        """See `Rounding.reach`: half the span of the codes, whichever side the one level more is on."""
+        """See `Rounding.reach`: half the span of the codes, on whichever side the extra level is."""
         return float((2**scheme.bits - 1) / 2)
 
     def round_input(self, scaled: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rounding to nearest on any grid: the simplest quantizer, and the yardstick while transforms are tried."""
+"""Rounding to nearest on any grid: the simplest quantizer, also used to judge candidate transforms."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def round_to_nearest(
     range: str | None = None,
     importance: Tensor | None = None,
 ) -> Quantized:
-    """Every weight [out, in] to the nearest point of its grid.
+    """Round a weight [out, in] to nearest on its grid.
 
-    range: how scales are found, one of the grid's; by default what is usual on the grid, or what is where an importance
-    is given; importance: float [in], for 'weighted'. Raises LlmqError on values that are not finite, or where the grid
-    has no such range.
+    range: one of the grid's range methods; the default is the grid's usual one, or its calibrated one if an importance
+    is given; importance: float [in], for 'weighted'. Raises LlmqError if a value is not finite, or the grid does not
+    have this range method.
     """
     rules = scheme.rules
     how = range or (rules.usual if importance is None else rules.calibrated)

@@ -1,13 +1,13 @@
-"""NF4: four bits whose 16 levels are quantiles of a normal distribution, and whose scales may be quantized in turn.
+"""NF4: 4 bits whose 16 levels are quantiles of a normal distribution, optionally with quantized scales.
 
 Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3: the flattened weight is cut into blocks (of 64), each divided
-by its largest magnitude and rounded to the nearest level; double quantization stores those magnitudes in 8 bits, less
-their mean, in blocks of 256.
+by its largest magnitude and rounded to the nearest level; double quantization subtracts the mean of these magnitudes
+and stores them in 8 bits, in blocks of 256.
 
-Bit for bit what bitsandbytes 0.50 stores when it quantizes on the CPU; the tests hold the two together. So its rounding
-is followed where it could have been otherwise: a whole block is multiplied by the reciprocal of its magnitude, a last
-partial one divided by it; half-way goes to the lower level; the 8-bit codes are looked up in a table of 65536 steps,
-which is not always the nearest. Both tables of levels are bitsandbytes' own.
+The result is bit for bit what bitsandbytes 0.50 stores when it quantizes on the CPU; tests compare the two. So the
+details of its rounding are followed: a whole block is multiplied by the reciprocal of its magnitude, a last partial
+block is divided by it; ties go to the lower level; the 8-bit codes come from a table of 65536 steps, so they are not
+always the nearest. Both tables of levels are bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from llmq.grids.scheme import Scheme
 
 CHUNK = 1 << 20
 NESTED_BLOCK = 256
-# The least magnitude that bitsandbytes divides by; a last partial block stores it where it is all 0.
+# The smallest magnitude that bitsandbytes divides by; a last partial block of zeros stores it.
 SMALLEST = 1e-38
-# How finely the 8-bit codes' table cuts [-1, 1].
+# The number of steps in [-1, 1] of the 8-bit codes' table.
 STEPS = 65535
 
 
@@ -36,7 +36,7 @@ class Nested:
     """Double quantization: a block's magnitude is codebook[code] · absmax + offset.
 
     absmax: float32 [ceil(blocks/256)]; codebook: float32 [256], ascending; offset: the mean of the magnitudes; codes:
-    uint8 [blocks], where they are not kept elsewhere.
+    uint8 [blocks], or None if they are kept elsewhere.
     """
 
     absmax: Tensor
@@ -45,7 +45,7 @@ class Nested:
     codes: Tensor | None = None
 
     def read(self, codes: Tensor) -> Tensor:
-        """The magnitudes that codes, uint8 [blocks], stand for: float32 [blocks]."""
+        """The magnitudes, float32 [blocks], of codes, uint8 [blocks]."""
         spread = self.absmax.repeat_interleave(NESTED_BLOCK)[: len(codes)]
         return self.codebook[codes.to(torch.int32)].mul_(spread).add_(self.offset)
 
@@ -55,8 +55,8 @@ class NF4Weight:
     """A weight [out, in] of n values in NF4: w ≈ codebook[code] · magnitude of its block.
 
     packed: uint8 [ceil(n/2), 1], row-major, the first of two codes in the high four bits; absmax: the magnitudes,
-    float32 [ceil(n/block)], or their codes, uint8, when `nested` is there; codebook: float32 [16], ascending;
-    shape: of the weight; dtype: what the weight was in, and readers make of it; notes: what fell back, for the report.
+    float32 [ceil(n/block)], or their codes, uint8, if `nested` is given; codebook: float32 [16], ascending; shape: of
+    the weight; dtype: of the original and the dequantized weight; notes: fallbacks used, for the report.
     """
 
     packed: Tensor
@@ -75,10 +75,10 @@ class NF4Weight:
         return self.nested.read(self.absmax)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`.
+        """The dequantized weight [out, in], computed in float32 and rounded once to `dtype`.
 
-        Equal to bitsandbytes' dequantize_4bit bit for bit, but for two oddities of its own on CPUs with AVX-512: it
-        takes the wrong magnitudes when 16 divides the inputs and the block does not, and makes subnormal bfloat16 0.
+        Equal to bitsandbytes' dequantize_4bit bit for bit, except for two faults of its AVX-512 kernel: it uses the
+        wrong magnitudes if 16 divides the inputs but the block size does not, and it flushes subnormal bfloat16 to 0.
         """
         block, n = group_of(self.scheme), self.shape[0] * self.shape[1]
         weight = torch.empty(n, dtype=dtype, device=self.packed.device)
@@ -93,7 +93,7 @@ class NF4Weight:
 
 
 class NF4(Codebook):
-    """See `Rounding`: scales are float32 whatever the model's dtype, and 'minmax' is bitsandbytes' own rounding."""
+    """See `Rounding`: scales are float32 for any model dtype, and 'minmax' is bitsandbytes' own rounding."""
 
     scale_dtype = torch.float32
 
@@ -102,7 +102,7 @@ class NF4(Codebook):
         return tables(device)[0]
 
     def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Nested | None]:
-        """See `Rounding.settle`: with double quantization, the scales that their codes stand for, and those codes."""
+        """See `Rounding.settle`: with double quantization, the scales after quantization, and their codes."""
         if not scheme.double_quant:
             return scale, None
         codes, nested = double_quantize(scale.flatten())
@@ -117,10 +117,10 @@ class NF4(Codebook):
         return super().round(weight, scheme, scale_dtype, method, importance)
 
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> NF4Weight:
-        """See `Rounding.finish`. Raises LlmqError where the codes of doubly quantized scales are missing."""
+        """See `Rounding.finish`. Raises LlmqError if the codes of double-quantized scales are missing."""
         scheme, nested = weight.scheme, weight.stored_scale
         if scheme.double_quant and not isinstance(nested, Nested):
-            raise LlmqError("a doubly quantized weight needs the codes of its scales: round it by `rounded_on`")
+            raise LlmqError("a double-quantized weight needs the codes of its scales: round it by `rounded_on`")
         codes = weight.codes.reshape(-1)
         packed = ((codes[::2] << 4) | codes[1::2]).view(-1, 1)
         absmax = weight.scale.flatten() if nested is None else nested.codes
@@ -141,21 +141,21 @@ class NF4(Codebook):
 
 
 def group_of(scheme: Scheme) -> int:
-    """The values that share a magnitude: an nf4 scheme always has a group size."""
+    """The block size: an nf4 scheme always has a group size."""
     assert scheme.group_size is not None
     return scheme.group_size
 
 
 def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> NF4Weight:
-    """The NF4 weight nearest to a weight, in bitsandbytes' own rounding.
+    """Quantize a weight to NF4 with bitsandbytes' own rounding.
 
     weight: any float [out, in]; scheme: grid 'nf4', its group size the block, its double_quant whether the magnitudes
-    are quantized too; dtype: what readers shall make of it, the weight's own unless given. Temporaries: some tens of
-    MiB, and with double quantization several times the magnitudes, one float32 a block. Raises LlmqError when a value
-    is not finite, there is no such block, bitsandbytes is not installed, or the magnitudes are too large to be
+    are quantized too; dtype: to which readers dequantize, by default the weight's own. Temporaries: some tens of MiB,
+    and with double quantization several times the magnitudes (one float32 per block). Raises LlmqError if a value is
+    not finite, the block size is invalid, bitsandbytes is not installed, or the magnitudes are too large to be
     quantized.
 
-    The offset is torch's mean, as it is bitsandbytes': from some 100 thousand blocks on its last bit depends on the
+    The offset is torch's mean, as in bitsandbytes: from about 100 thousand blocks on, its last bit depends on the
     number of threads.
     """
     block, n = group_of(scheme), weight.numel()
@@ -178,7 +178,8 @@ def quantize_nf4(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = Non
 
 
 def _scaled(part: Tensor, absmax: Tensor, block: int) -> Tensor:
-    """Consecutive values divided by the magnitudes of their blocks, which are written to `absmax`: float32, even size.
+    """Consecutive values divided by their blocks' magnitudes, which are written to `absmax`. Returns float32 of even
+    size.
 
     part: float32 [n], absmax: float32 [ceil(n/block)]. Clamped to [-1, 1], one 0 appended when n is odd.
     """
@@ -196,13 +197,13 @@ def _scaled(part: Tensor, absmax: Tensor, block: int) -> Tensor:
 
 
 def _nest(weight: NF4Weight) -> NF4Weight:
-    """The same weight with its magnitudes in 8 bits."""
+    """The weight with its magnitudes quantized to 8 bits."""
     codes, nested = double_quantize(weight.absmax)
     return replace(weight, absmax=codes, nested=nested)
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Nested]:
-    """Magnitudes, float32 [blocks], in 8 bits: their codes, uint8 [blocks], and what they mean. Raises LlmqError."""
+    """Magnitudes, float32 [blocks], quantized to 8 bits: codes, uint8 [blocks], and their scales. Raises LlmqError."""
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
         raise LlmqError("the weight is too large for double quantization: turn double_quant off")
@@ -214,14 +215,14 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Nested]:
     most = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / most).unsqueeze(1)).clamp_(-1, 1)
     steps = scaled.add_(1.0).mul_(0.5).mul_(STEPS).add_(0.5)
-    # A block of subnormal magnitudes has no reciprocal: what is not a number gets step 0 there.
+    # The reciprocal of a subnormal magnitude is infinite: the resulting NaNs get step 0.
     codes = table[steps.nan_to_num_(0.0).to(torch.int32)]
     codes.masked_fill_((most == 0).unsqueeze(1), 0)
     return codes.view(-1)[: len(absmax)].clone(), Nested(most, levels, float(offset))
 
 
 def _lookup(levels: Tensor) -> Tensor:
-    """The code of every step in [-1, 1]: uint8 [65536]. levels: float32 [256], ascending."""
+    """The code of every step of [-1, 1]: uint8 [65536]. levels: float32 [256], ascending."""
     step = torch.arange(STEPS + 1, dtype=torch.float32, device=levels.device)
     value = step.mul_(2).div_(STEPS).add_(-1)
     return torch.bucketize(value, (levels[:-1] + levels[1:]) * 0.5, out_int32=True).to(torch.uint8)
@@ -230,7 +231,7 @@ def _lookup(levels: Tensor) -> Tensor:
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """bitsandbytes' levels, ascending: of NF4, float32 [16], and of the 8-bit magnitudes, float32 [256].
 
-    Raises LlmqError when bitsandbytes is not installed.
+    Raises LlmqError if bitsandbytes is not installed.
     """
     return _tables(torch.device(device))
 

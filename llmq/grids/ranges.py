@@ -1,21 +1,19 @@
-"""Which scale and zero point a group of weights gets on the grid of whole numbers.
+"""Range search: the scale and zero point of a group of weights on the integer grid.
 
-Searched or told. `minmax` covers every weight: the extremes decide, one outlier stretches the grid for its whole group.
-`mse` lets the extremes clip where that lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², where the
-importance of a column is how much its input matters. Both search: scales from above min-max down to a fraction of it,
-log-spaced; each candidate's codes are followed by the scale that fits those codes best (linear least squares, a closed
-form); then the winner is refined: finer steps, neighbouring zero points, and rounds of refit → round the scale to its
-stored dtype → choose the codes anew, keeping only what lowers the error. What min-max gives is the first thing tried
-and is replaced only by something better, so a search is never worse. `percentile`, `kl` and `aciq` tell where to clip
-from how the weights are distributed, without a search: see `estimators`.
+`minmax` covers every weight, so one outlier stretches the grid for its whole group. `mse` clips the extremes if that
+lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², with an importance per input column. Both search
+log-spaced scales from above min-max down to a fraction of it; each candidate's codes get their best scale (linear least
+squares, closed form). The winner is then refined: finer steps, neighbouring zero points, and rounds of refitting the
+scale, rounding it to its stored dtype and choosing the codes again, as long as the error falls. Min-max is tried first
+and replaced only by something better, so a search is never worse. `percentile`, `kl` and `aciq` clip by the
+distribution of the weights, without a search: see `estimators`.
 
-A symmetric grid of an even number of levels has one more on the negative side. A negative scale puts it on the positive
-side; that is an ordinary value for every reader, and worth a third of a bit at 2 bits (auto-round does the same:
+A symmetric grid with an even number of levels has one extra negative level. A negative scale makes it an extra positive
+level; every reader accepts negative scales, and at 2 bits this is worth a third of a bit (auto-round does the same:
 Cheng et al. 2023, arXiv:2309.05516).
 
-Everything is in float32, on groups first brought to magnitude 1 by an exact power of two, so that
-neither half precision nor tiny weights overflow or vanish when squared. WeightState goes through chunks that fit the
-processor's cache.
+Everything is computed in float32, on groups normalized to magnitude 1 by an exact power of two, so that squares neither
+overflow nor underflow. The weight is processed in chunks that fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -33,20 +31,20 @@ from llmq.grids.scheme import Scheme
 
 COARSE = 10
 ROUNDS = 2
-# From this many bits on, the extra level goes to the side of the largest weight without trying the other.
+# From this many bits on, the extra level is on the side of the largest weight; the other side is not tried.
 SIDED = 5
-# The largest and smallest scale tried, as shares of min-max: the coarser the grid, the more clipping can pay.
+# The largest and smallest candidate scale, as fractions of min-max: coarser grids gain from more clipping.
 LARGEST = 1.1
 SMALLEST = {2: 0.30, 3: 0.35, 4: 0.45, 5: 0.55, 6: 0.65, 7: 0.75, 8: 0.80}
-# Steps around the best scale, at last: at 8 bits a change of half a percent moves the largest codes by a whole one.
+# Final steps around the best scale: at 8 bits a change of half a percent moves the largest codes by one.
 FINE = {bits: (0.97, 1.03) if bits < 6 else (0.99, 0.995, 1.005, 1.01) for bits in range(2, 9)}
 
 
 class _Groups(NamedTuple):
-    """A chunk of groups, brought to magnitude 1: what the search below works on.
+    """A chunk of groups, normalized to magnitude 1, as the search uses it.
 
     weight: float32 [rows, groups, size]; root: float32 [1, groups, size], the square root of the importance, or None;
-    unit: float32 [rows, groups, 1], the power of two that was divided out; dtype: what the scale is stored in.
+    unit: float32 [rows, groups, 1], the power of two that was divided out; dtype: the scale's stored dtype.
     """
 
     weight: Tensor
@@ -56,19 +54,19 @@ class _Groups(NamedTuple):
     dtype: torch.dtype
 
     def stored(self, scale: Tensor) -> Tensor:
-        """The scale as it comes back from disk: rounded to its dtype, finite, normal, never 0; still in units of 1."""
+        """The scale as read back from disk: rounded to its dtype, finite, normal, never 0; still for magnitude 1."""
         return storable(scale, self.dtype, self.unit)
 
 
 class _Best(NamedTuple):
-    """The best so far, each [rows, groups, 1] float32: the error, the stored scale, the zero point."""
+    """The best candidate so far, each [rows, groups, 1] float32: the error, the stored scale, the zero point."""
 
     error: Tensor
     scale: Tensor
     zero: Tensor
 
     def take(self, error: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """Overwrites in place where the new error is lower."""
+        """Overwrite in place the groups whose new error is lower."""
         better = error < self.error
         for mine, new in zip(self, (error, scale, zero), strict=True):
             torch.where(better, new, mine, out=mine)
@@ -83,18 +81,18 @@ def find_range(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and zero point of every group.
 
-    weight: any float [out, in], the group size dividing in; method: see above; importance: float [in], not
-    negative, used by 'weighted' only, where it is required; scale_dtype: what the scale is stored in.
-    Returns the scale [out, groups] in scale_dtype, finite and never 0 (1 where a whole group is 0; it may be negative
-    when the scheme is symmetric), and the zero point int8 [out, groups], or None when the scheme is symmetric.
-    Raises LlmqError when the group size does not divide in, the method is unknown, or the weight is not finite.
+    weight: any float [out, in], `in` a multiple of the group size; method: see above; importance: float [in], not
+    negative, required by 'weighted' and otherwise unused; scale_dtype: the scale's stored dtype.
+    Returns the scale [out, groups] in scale_dtype, finite and never 0 (1 if a whole group is 0; it may be negative if
+    the scheme is symmetric), and the zero point int8 [out, groups], or None if the scheme is symmetric. Raises
+    LlmqError if the group size does not divide `in`, the method is unknown, or the weight is not finite.
 
-    Temporaries stay below a few MiB whatever the matrix, unless one row is longer than that.
+    Temporaries stay below a few MiB for any matrix, unless a single row is larger.
     """
     rows, width = weight.shape
     check_range(method, scheme, width)
     if method == "weighted" and importance is None:
-        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' where there is none")
+        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
     groups = scheme.groups(width)
     root = None
     if method == "weighted" and importance is not None:
@@ -113,7 +111,7 @@ def find_range(
 
 
 def _entropy_limit(weight: Tensor, groups: int, bits: int) -> float:
-    """Where 'kl' clips, in root mean squares of a group: one figure for the whole weight."""
+    """The clip of 'kl', in root mean squares of a group: one value for the whole weight."""
     histogram = Histogram(weight.device)
     for _, part, _, unit in parts(weight, groups):
         histogram.update(part / unit)
@@ -121,7 +119,7 @@ def _entropy_limit(weight: Tensor, groups: int, bits: int) -> float:
 
 
 def _search(groups: _Groups, method: str, limit: float) -> _Best:
-    """Min-max or where the method clips, and what searching around it improves."""
+    """The scale and zero point by min-max or the method's clip, improved by the search if the method has one."""
     scheme, weight = groups.scheme, groups.weight
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     if method in CLIPPED:
@@ -158,10 +156,10 @@ def _search(groups: _Groups, method: str, limit: float) -> _Best:
 def _coarse(
     groups: _Groups, top: Tensor, low: Tensor, high: Tensor, buffer: Tensor, other: Tensor, third: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best of the log-spaced scales and its zero point, judged by what its codes could reach with any scale.
+    """The best of the log-spaced scales and its zero point, judged by the least error of its codes with any scale.
 
-    For codes c − z = k and weights a, Σ a(w − s·k)² is least at s = Σ a·w·k / Σ a·k², where it is
-    Σ a·w² − (Σ a·w·k)² / Σ a·k²: two sums tell both the best scale for these codes and its error.
+    For codes c − z = k and weights a, Σ a(w − s·k)² is minimal at s = Σ a·w·k / Σ a·k², with the value Σ a·w² − (Σ
+    a·w·k)² / Σ a·k²: two sums give both the best scale for these codes and its error.
     """
     scheme, root = groups.scheme, groups.root
     pull = groups.weight if root is None else groups.weight * root
@@ -185,13 +183,13 @@ def _coarse(
     tried = [torch.as_tensor(zero, device=top.device).expand_as(top) for each in zeros for zero in each]
     zero = torch.stack(tried).gather(0, winner)[0]
     if scheme.symmetric:
-        # Level −k of the mirrored grid is level k of the plain one with a negative scale.
+        # Level −k of the mirrored grid is level k of the grid itself with a negative scale.
         scale, zero = torch.where(zero < 0, -scale, scale), torch.zeros_like(zero)
     return torch.where(scale == 0, top, scale), zero
 
 
 def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor | float]:
-    """Zero points worth trying for a scale: those that share the clip between both ends, more or less.
+    """Candidate zero points for a scale: those that divide the clipping about evenly between both ends.
 
     Symmetric: 0, and −1 for the mirrored grid, whose levels are those of a zero point of −1.
     """
@@ -204,16 +202,16 @@ def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Ten
 
 
 def _levels(groups: _Groups, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
-    """code − zero of every weight on the grid of `scale` and `zero`, as float32, into `out`."""
+    """code − zero of every element on the grid of `scale` and `zero`, as float32, into `out`."""
     torch.div(groups.weight, scale, out=out).round_()
     return _clip(out, groups.scheme, 0.0 if groups.scheme.symmetric else zero, out)
 
 
 def _clip(levels: Tensor, scheme: Scheme, zero: Tensor | float, out: Tensor) -> Tensor:
-    """The levels that the grid with this zero point has, nearest to those given, into `out`."""
+    """The levels clipped to those of the grid with this zero point, into `out`."""
     if isinstance(zero, float):
         return torch.clamp(levels, scheme.qmin - zero, scheme.qmax - zero, out=out)
-    # torch.clamp with bounds that are tensors takes four times as long.
+    # torch.clamp with tensor bounds takes four times as long.
     torch.maximum(levels, scheme.qmin - zero, out=out)
     return torch.minimum(out, scheme.qmax - zero, out=out)
 
@@ -230,13 +228,13 @@ def _error(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> Tens
 def _error_and_fit(
     groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor, other: Tensor, third: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The error of a scale, and the least-squares scale for the codes it chose: both [rows, groups, 1]."""
+    """The error of a scale, and the least-squares scale for its codes: both [rows, groups, 1]."""
     levels = _levels(groups, scale, zero, buffer)
     left = torch.addcmul(groups.weight, levels, scale, value=-1, out=other)
     if groups.root is not None:
         left *= groups.root
         levels *= groups.root
-    # The correction to the scale is fitted to what the scale left over: no cancellation, even at 8 bits.
+    # The correction of the scale is fitted to the residual, which avoids cancellation, even at 8 bits.
     change = torch.mul(left, levels, out=third).sum(-1, keepdim=True)
     size = levels.square_().sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     return left.square_().sum(-1, keepdim=True), change.div_(size).add_(scale)

@@ -1,4 +1,4 @@
-"""What a quantized weight is (Scheme), and how its input is rounded when the model runs (Activations)."""
+"""The scheme of a quantized weight (Scheme), and the rounding of its input when the model runs (Activations)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llmq.validate import check_choice, check_keys, check_types, made
 
 @dataclass(frozen=True)
 class Activations:
-    """How the input of a weight is rounded when the model runs: to 8 bits, on the same kind of grid as the weight.
+    """The rounding of a weight's input when the model runs: to 8 bits, on the same kind of grid as the weight.
 
-    dynamic: one scale per token, found as the model runs; otherwise one scale for the whole tensor, found on
+    dynamic: one scale per token, computed as the model runs; otherwise one scale for the whole tensor, found on
     calibration data by `range`.
     """
 
@@ -33,12 +33,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a quantized weight [out, in] is: w ≈ (point − zero) · scale, with points of a grid.
+    """How a weight [out, in] is quantized: w ≈ (point − zero) · scale, with points of a grid.
 
-    grid: a row of `grids.table`, which says what it allows. bits: of a code. group_size: input columns that share a
-    scale (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not
-    stored. double_quant: the scales are stored in 8 bits themselves. activations: how the weight's input is rounded
-    when the model runs; None leaves it alone.
+    grid: a row of `grids.table`, which has its limits. bits: of a code. group_size: input columns that share a scale
+    (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
+    double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
+    runs; None is no rounding.
     """
 
     bits: int = 4
@@ -59,8 +59,8 @@ class Scheme:
         plain = self.group_size is None and self.symmetric and self.bits == 8
         if self.activations is not None and refusal is None and (grid.inputs is None or not plain):
             raise LlmqError(
-                f"activations are rounded to 8 bits where weights are 8 bits, symmetric, group size 'channel': {self} "
-                "is not: --activations none leaves them alone, or choose --bits 8 --group-size channel"
+                "activations can be rounded to 8 bits only beside symmetric 8-bit weights with group size 'channel', "
+                f"not {self}: choose --activations none, or --bits 8 --group-size channel"
             )
         if self.double_quant and not grid.double_quant:
             having = ", ".join(repr(g.name) for g in GRIDS.values() if g.double_quant)
@@ -78,12 +78,12 @@ class Scheme:
 
     @property
     def rules(self) -> Grid:
-        """Its grid: what it allows, how it rounds, who stores it."""
+        """The scheme's grid: its limits, its rounding, its format."""
         return GRIDS[self.grid]
 
     @property
     def stored_bits(self) -> float:
-        """What a code takes on disk, in bits; it may be a fraction."""
+        """The stored size of a code in bits; it may be a fraction."""
         return float(self.rules.stored_bits or self.bits)
 
     @property
@@ -97,12 +97,12 @@ class Scheme:
         return (1 << (self.bits - 1)) - 1
 
     def groups(self, width: int) -> int:
-        """How many groups a row of `width` inputs has; the group size must divide the width."""
+        """The number of groups in a row of `width` inputs; the group size must divide the width."""
         return 1 if self.group_size is None else width // self.group_size
 
 
 def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
-    """The base scheme with the keys of a mapping changed. Raises LlmqError saying where."""
+    """The base scheme, changed by the keys of a mapping. Raises LlmqError with `where` in its message."""
     values = check_keys(data, Scheme, where)
     if values.get("group_size") == "channel":
         values["group_size"] = None

@@ -1,7 +1,8 @@
-"""The grids there are, a row each. Plain data that loads no torch; the arithmetic of each is in a file beside this one.
+"""The table of grids, one row each: plain data that does not load torch. Each grid's arithmetic is in a file of its
+own.
 
-A grid is a set of values that a weight, divided by its scale, is rounded to. Everything that depends on which grid a
-weight is on is told here or by the grid's `Rounding` (see `base`); the rest of llmq asks.
+A grid is a set of values that a weight, divided by its scale, is rounded to. Everything that depends on the grid is
+defined here or by the grid's `Rounding` (see `base`); the rest of llmq never checks a grid's name.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from llmq.errors import LlmqError
 from llmq.validate import nearest
 
 RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
-"""Every way to find a scale that some grid has."""
+"""All range methods, that is, ways to find a scale."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How inputs are rounded to 8 bits when the model runs: the lowest and highest value, in units of the scale, and
-    what the largest magnitude is divided by to give the scale."""
+    """The rounding of inputs to 8 bits when the model runs: the lowest and highest value, in units of the scale, and
+    the divisor of the largest magnitude that gives the scale.
+    """
 
     low: float
     high: float
@@ -29,14 +31,13 @@ class Limits:
 class Grid:
     """One grid.
 
-    name: as recipes write it; label: as people read it, `{bits}` stands for the scheme's bits. bits: the bits of a code
-    that it can have; stored_bits: what a code takes on disk, where that is not its bits (it may be a fraction).
-    group_sizes: how many weights can share a scale, None being all of an output channel; () is any number. zero_points:
-    whether a group may have a zero point. double_quant: whether scales may be stored in 8 bits themselves. ranges: how
-    the scale of a group can be found, out of RANGES; usual: without data; calibrated: where the importance of the
-    inputs is known. inputs: how the inputs of 8-bit weights are rounded, None where they are left alone. rounding:
-    where its arithmetic is, 'module:Class' (`base.rounding_of` loads it); format: the module under `formats/` that
-    stores it.
+    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code;
+    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes: the allowed
+    group sizes, where None is a whole output channel; () allows any. zero_points: whether a group may have a zero
+    point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
+    usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
+    rounding of 8-bit weights' inputs, None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of`
+    loads it); format: the module under `formats/` that stores it.
     """
 
     name: str
@@ -54,22 +55,22 @@ class Grid:
     inputs: Limits | None = None
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
-        """Why it has no scheme of these bits, group size and symmetry, in a sentence, or None."""
+        """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
         sizes = not self.group_sizes or group_size in self.group_sizes
         if bits in self.bits and sizes and (symmetric or self.zero_points):
             return None
-        told = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
-        told += [] if self.zero_points else ["symmetric"]
+        parts = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
+        parts += [] if self.zero_points else ["symmetric"]
         if self.group_sizes == (None,):
-            told.append("group size 'channel'")
+            parts.append("group size 'channel'")
         elif self.group_sizes:
             listed = ", ".join("'channel'" if size is None else str(size) for size in self.group_sizes)
-            told.append(f"in blocks (group size) of {listed}")
-        return f"grid {self.name!r} is {', '.join(told)}"
+            parts.append(f"in blocks (group size) of {listed}")
+        return f"grid {self.name!r} is {', '.join(parts)}"
 
 
 INT8_INPUTS = Limits(-128.0, 127.0, 127.5)
-"""As compressed-tensors rounds: the largest magnitude becomes 127 or, below 0, −128 (vLLM's kernels divide by 127)."""
+"""As in compressed-tensors: the largest magnitude becomes 127 or, if negative, −128 (vLLM's kernels divide by 127)."""
 FP8_INPUTS = Limits(-448.0, 448.0, 448.0)
 
 GRIDS = {
@@ -111,14 +112,14 @@ GRIDS = {
 
 
 def find(name: str) -> Grid:
-    """The grid of a name. Raises LlmqError with all of them and the nearest."""
+    """The grid of a name. Raises LlmqError with all names and the nearest one."""
     if name not in GRIDS:
         raise LlmqError(f"grid {name!r} is not known: choose from {', '.join(GRIDS)}{nearest(name, [*GRIDS])}")
     return GRIDS[name]
 
 
 def inputs_of(name: str) -> Limits:
-    """How inputs are rounded beside weights of a grid. Raises LlmqError where the grid leaves them alone."""
+    """The rounding of inputs for weights of a grid. Raises LlmqError for a grid without input rounding."""
     grid = GRIDS.get(name)
     if grid is None or grid.inputs is None:
         having = " or ".join(g.name for g in GRIDS.values() if g.inputs is not None)

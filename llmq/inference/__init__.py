@@ -1,1 +1,1 @@
-"""Packed weights at work: linear layers, loading, generation."""
+"""Inference with packed weights: linear layers, loading, generation."""

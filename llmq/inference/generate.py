@@ -1,4 +1,4 @@
-"""A quick look at what a model says: goes on from a prompt, printing as it goes."""
+"""A quick look at what a model generates: continues a prompt, printing tokens as they come."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def generate(
 ) -> str:
     """The prompt's continuation by the model in `folder`, loaded through `from_pretrained`.
 
-    temperature: 0 is greedy; above it tokens are drawn, by `seed`. stream: print prompt and continuation to stdout.
-    Raises LlmqError if the model does not load or the prompt is empty.
+    temperature: 0 is greedy decoding; above 0, tokens are sampled with `seed`. stream: print prompt and continuation to
+    stdout. Raises LlmqError if the model does not load or the prompt is empty.
     """
     import torch
     from transformers import GenerationConfig, TextStreamer
@@ -33,7 +33,7 @@ def generate(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:
-        raise LlmqError("the prompt is empty: give some text to go on from")
+        raise LlmqError("the prompt is empty: give some text to continue")
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=stream)
     torch.manual_seed(seed)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ def generate(
 
 
 def _rest(inputs: Any, ids: Any, device: str) -> dict[str, Any]:
-    """The tokenizer's other outputs that are as long as the ids (its mask of what is text)."""
+    """The tokenizer's other outputs of the same length as the ids (the attention mask)."""
     return {
         name: value.to(device) for name, value in inputs.items() if name != "input_ids" and value.shape == ids.shape
     }

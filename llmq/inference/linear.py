@@ -1,7 +1,7 @@
 """QuantLinear: a linear layer whose weight stays packed; its forward is one operator of llmq_kernels.
 
-Made by transformers_hook.py from what a checkpoint stores. Buffers only, so nothing trains; the input gets a gradient,
-which is what adapters on top need. It is an nn.Linear, as bitsandbytes' is, so peft finds it by itself.
+transformers_hook.py makes it from a checkpoint's tensors. It has only buffers, so it is not trained; its input gets a
+gradient, as adapters need. It is an nn.Linear, like bitsandbytes' layers, so that peft recognizes it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HALF = {torch.bfloat16, torch.float16}
 
 
 class QuantLinear(nn.Linear):
-    """y = x · Wᵀ + bias with W [out, in] packed. dtype: of the inputs it was packed for, and of the bias; notes: why
-    no faster layout serves, where it runs on the plain operator.
+    """y = x · Wᵀ + bias with W [out, in] packed. dtype: of the inputs that it was packed for, and of the bias; notes:
+    why no faster layout is possible, if it runs on the plain operator.
 
-    `qweight` holds the codes in the layout's own form. Moving it to a device, or casting it, for which that form is not
-    made raises LlmqError: load the folder there.
+    `qweight` holds the codes in the layout's own form. Raises LlmqError when moved to a device or cast to a dtype that
+    this form does not support: load the folder there instead.
     """
 
     qweight: Tensor
@@ -41,11 +41,11 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Empty: what peft and models look at for the device, and to cast inputs to its dtype. Adding is an error."""
+        """Empty; peft and models read its device, and its dtype to cast inputs. Adding to it is an error."""
         return self.qweight.new_empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float [..., in]. Returns [..., out] in x's dtype; the product itself is in the layer's. Else TypeError."""
+        """x: float [..., in], else TypeError. Returns [..., out] in x's dtype, computed in the layer's dtype."""
         if not x.dtype.is_floating_point:
             raise TypeError(f"x must be floating, not {x.dtype}")
         return self.product(x.to(self.dtype)).to(x.dtype)
@@ -55,19 +55,19 @@ class QuantLinear(nn.Linear):
         raise NotImplementedError
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the weight cannot go to another kind of device or serve another dtype as it is packed, or None."""
+        """Why the packed weight cannot be moved to another kind of device or used with another dtype, or None."""
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """What .to() and its like do: the weight's parts move, but are never rounded; the bias is cast too."""
+        """Implements .to() and similar: the weight's tensors are moved but never cast; the bias is cast too."""
         device = self.qweight.device
         to = fn(torch.empty(0, dtype=self.dtype, device=device))
         changed = (to.device.type, to.dtype) != (device.type, self.dtype) and to.device.type != "meta"
         reason = self.moved(to.device, to.dtype) if changed else None
         if reason is not None:
             raise LlmqError(
-                f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; a model that it is part of "
-                "is half moved now: load the folder anew, there"
+                f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; the model is now only partly moved: "
+                "load the folder again, on that device"
             )
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -80,7 +80,7 @@ class QuantLinear(nn.Linear):
         return self
 
     def settle(self) -> None:
-        """Where it now is, another layout may be better, or only the plain operator serve."""
+        """Called after a move: the new device may have a better layout, or only the plain operator."""
         self.notes = {}
         if self.qweight.device.type not in ("cpu", "meta"):
             reason = triton_refusal(self.qweight.device)
@@ -94,7 +94,7 @@ class QuantLinear(nn.Linear):
         return []
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The text that print shows."""
         return f"in={self.in_features}, out={self.out_features}, {self.layout}, bias={self.bias is not None}"
 
 
@@ -112,7 +112,7 @@ class IntLinear(QuantLinear):
         self._pack(weight.words, weight.scale, weight.zero)
 
     def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        """The plain form of the weight into the best layout for its device."""
+        """Pack the plain form of the weight in the best layout for its device."""
         self.layout, reasons = layouts.choose(words.device, self.dtype, *self._sizes())
         self.notes = reasons if self.layout == layouts.DENSE_BITS else {}
         packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
@@ -131,13 +131,13 @@ class IntLinear(QuantLinear):
         """See QuantLinear."""
         if self.layout == layouts.DENSE_BITS:
             return None
-        # Planes are the same for both dtypes that their kernels read.
+        # The layout "planes" is the same for both dtypes that its kernels support.
         if self.layout == "planes" and device.type == self.qweight.device.type and {dtype, self.dtype} <= HALF:
             return None
         return f"its weight is packed as {self.layout} for {self.dtype}"
 
     def settle(self) -> None:
-        """The plain form can be packed anew wherever it goes."""
+        """The plain form can be packed again on any device."""
         if self.layout == layouts.DENSE_BITS:
             self._pack(self.qweight, self.scale, self.zero)
 
@@ -146,7 +146,7 @@ class IntLinear(QuantLinear):
         return [] if self.layout == layouts.DENSE_BITS else [self.qweight]
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The text that print shows."""
         kind = "symmetric" if self.zero is None else "asymmetric"
         order = "" if self.order is None else ", inputs reordered"
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group_size}, {kind}{order}"
@@ -156,7 +156,7 @@ class IntLinear(QuantLinear):
 
 
 class CodebookLinear(QuantLinear):
-    """bitsandbytes' NF4 or FP4, as it is stored."""
+    """bitsandbytes' NF4 or FP4 weights in their stored form."""
 
     layout = "blocks"
     absmax: Tensor
@@ -181,13 +181,13 @@ class CodebookLinear(QuantLinear):
         return y
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The text that print shows."""
         double = "" if self.nested_absmax is None else ", double-quantized"
         return f"{super().extra_repr()}, bits=4, group={self.block_size}{double}"
 
 
 class Int8Linear(QuantLinear):
-    """int8 weights that meet inputs rounded to int8, per token or by a stored scale."""
+    """int8 weights whose inputs are rounded to int8, per token or with a stored scale."""
 
     layout = "rows"
     scale: Tensor
@@ -206,12 +206,12 @@ class Int8Linear(QuantLinear):
         return y
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The text that print shows."""
         return f"{super().extra_repr()}, bits=8, {'dynamic' if self.input_scale is None else 'static'} activations"
 
 
 def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-    """The layer that runs a weight, on the weight's device, for inputs of `dtype`; bias: float [out] or None."""
+    """A layer for a weight, on the weight's device, for inputs of `dtype`; bias: float [out] or None."""
     kinds: dict[type, Any] = {IntWeight: IntLinear, CodebookWeight: CodebookLinear, Int8Weight: Int8Linear}
     layer: QuantLinear = kinds[type(weight)](weight, bias, dtype)
     return layer

@@ -1,7 +1,7 @@
-"""Where a checkpoint's quantized weights go in a model that is still empty: found in the headers of its files.
+"""Placeholders for a checkpoint's quantized weights in a model on the meta device, found by the headers of its files.
 
-Transformers decides by the configuration alone which modules are quantized, and fills what it then does not find with
-random numbers. Here the files decide, the configuration must agree, and everything is checked before a byte is read.
+Transformers decides by the configuration alone which modules are quantized, and fills missing tensors with random
+numbers. Here the files decide, the configuration must agree, and everything is checked before any data is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Stored = dict[str, TensorInfo]
 class Placeholder(nn.Module):
     """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
 
-    name: of the module; stored: what the files have of it, by suffix, everything that `layer` needs among it.
+    name: of the module; stored: its tensors in the files, by suffix, including all that `layer` needs.
     """
 
     def __init__(self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool) -> None:
@@ -40,11 +40,11 @@ class Placeholder(nn.Module):
         if "bias" not in self._buffers:
             self.bias = None
         if "weight" not in self._buffers:
-            # Some models' code for fresh weights reaches for `weight` without looking; on meta it costs nothing.
+            # Some models' initialization accesses `weight` unconditionally; on the meta device it takes no memory.
             self.weight = torch.empty(1, 1, device="meta")
 
     def replacement(self, dtype: torch.dtype) -> QuantLinear:
-        """The layer that runs what was loaded. Raises LlmqError when something was not, or contradicts itself."""
+        """The layer for the loaded tensors. Raises LlmqError if one was not loaded, or they contradict each other."""
         tensors: dict[str, Tensor] = {}
         for suffix in self.layer.entries:
             tensors[suffix] = self._loaded(suffix)
@@ -57,32 +57,34 @@ class Placeholder(nn.Module):
     def _loaded(self, suffix: str) -> Tensor:
         tensor = self._buffers[inner(suffix)]
         if tensor is None or tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
-            raise LlmqError(f"{self.file}: {self.name}.{suffix} was not loaded, though it is there: please report this")
+            raise LlmqError(
+                f"{self.file}: {self.name}.{suffix} was not loaded, although the file has it: please report this"
+            )
         return tensor
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """Never: it is replaced once its tensors are there."""
+        """Never called in a loaded model: the placeholder is replaced once its tensors are loaded."""
         raise LlmqError(f"{self.name} has not been packed yet")
 
 
 def inner(suffix: str) -> str:
-    """The buffer for a stored tensor: a dot in its name would be a module's."""
+    """The name of the buffer for a stored tensor; buffer names cannot have dots."""
     return suffix.replace(".", "__")
 
 
 @dataclass
 class Found:
-    """quantized: module → placeholder; unserved: why this checkpoint cannot be run on kernels, or None."""
+    """quantized: module → placeholder; unserved: why the kernels cannot run this checkpoint, or None."""
 
     quantized: dict[str, Placeholder] = field(default_factory=dict)
     unserved: str | None = None
 
 
 def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found:
-    """The placeholders of a model on the meta device, for the weights that these files have quantized.
+    """The placeholders of a model on the meta device, for the weights that are quantized in these files.
 
-    Raises LlmqError, naming file and tensor, when a tensor is missing, misshapen or of another dtype than the
-    configuration says, a linear module of the base model has no tensor at all, or a file is damaged.
+    Raises LlmqError, naming file and tensor, if a tensor is missing or its shape or dtype contradicts the
+    configuration, a linear module of the base model has no tensor at all, or a file is damaged.
     """
     stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
     renamed = renamer(model)
@@ -123,7 +125,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
 
 
 def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module that the model lacks would be part of one with parameters of its own, as fused experts are."""
+    """Whether a module that the model lacks would be inside a module with its own parameters, as with fused experts."""
     while name:
         name = name.rpartition(".")[0]
         if name in modules:
@@ -132,7 +134,7 @@ def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:
-    """Module → what the files have of it, by suffix. The longest suffix counts."""
+    """Module → its tensors in the files, by suffix; of several matching suffixes the longest is used."""
     ordered = sorted(suffixes, key=len, reverse=True)
     stored: dict[str, Stored] = {}
     for header in headers:
@@ -144,7 +146,7 @@ def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ..
 
 
 def check(stem: str, shape: tuple[int, int], entries: Mapping[str, Entry], stored: Mapping[str, TensorInfo]) -> None:
-    """Raises LlmqError unless every entry is stored as it must be."""
+    """Raises LlmqError unless every required tensor is stored with the right dtype and shape."""
     for suffix, entry in entries.items():
         info = stored.get(suffix)
         if info is None:
@@ -161,7 +163,7 @@ def check(stem: str, shape: tuple[int, int], entries: Mapping[str, Entry], store
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """[out, in] of a linear module: torch's own or transformers' Conv1D, which holds its weight transposed."""
+    """[out, in] of a linear module: torch's own or transformers' Conv1D, which stores its weight transposed."""
     from transformers.pytorch_utils import Conv1D
 
     if type(module) is nn.Linear:
@@ -173,7 +175,7 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _check_complete(model: nn.Module, linear: Mapping[str, nn.Module], seen: set[str], file: Path | None) -> None:
-    """Raises LlmqError when a linear module of the base model has no tensors, and is not tied to one that has."""
+    """Raises LlmqError if a linear module of the base model has no tensors and is not tied to one that has."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

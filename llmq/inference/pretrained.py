@@ -1,7 +1,7 @@
-"""A model folder to a model, through `from_pretrained` only; what stock transformers lets pass in silence is refused.
+"""Load a model folder, always through `from_pretrained`; errors that stock transformers only warns about are raised.
 
 Transformers loads a checkpoint whose quantization it does not know, or whose tensors do not fit, with a warning and
-random weights. A number measured on those means nothing, so here both are errors.
+random weights. Measurements on such a model are meaningless, so here both are errors.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from llmq import formats
 from llmq.errors import LlmqError, first_line
 
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
-"""Formats that only stock transformers reads: method in config.json → the package that it needs."""
+"""Formats that only stock transformers reads: method in config.json → the package that is needed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Standard error, llmq's log and transformers' tables of readers are the whole process's while a model is loaded.
+# Loading changes state of the whole process: standard error, llmq's log and transformers' tables of readers.
 _one_at_a_time = threading.RLock()
 
 
 def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A model's folder, or a hub id, on llmq's kernels, in evaluation mode; what is not quantized is loaded as it is.
+    """Load a model folder or hub id on llmq's kernels, in evaluation mode; unquantized weights are loaded as they are.
 
     device_map: as from_pretrained takes it: 'auto', 'cpu', 'cuda' …; dtype: auto (the checkpoint's own), float32,
-    bfloat16 or float16. Nothing global is changed. Raises LlmqError when the folder is no model, or its tensors and its
-    config.json do not fit each other.
+    bfloat16 or float16. No global state is changed. Raises LlmqError if the folder is not a model, or its tensors and
+    its config.json contradict each other.
     """
     from llmq.checkpoint.hub import resolve
 
@@ -58,16 +58,17 @@ def load_model(
     probe: bool = True,
     kernels: bool = False,
 ) -> Any:
-    """The model in evaluation mode on `device`, ready to run: what a format unpacks at the first forward is unpacked.
+    """The model in evaluation mode on `device`, ready to run: weights that a format unpacks at the first forward are
+    unpacked.
 
-    dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: say on stderr what is going on.
+    dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: show the current stage on stderr.
     quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
-    without it, what only shows when the model runs is not found, and nothing is unpacked (or repacked) for inference.
-    kernels: run what llmq reads on its own operators, packed. device may be a device map too; 'auto' leaves on the disk
-    what fits neither the GPUs nor the memory, and reads it again whenever it runs.
+    otherwise, errors that only occur in a forward pass are not found, and nothing is unpacked (or repacked) for
+    inference. kernels: run formats that llmq reads packed, on its own operators. device may be a device map too; with
+    'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass.
 
-    Raises LlmqError if the folder is no model, a package that its format needs is not installed, its quantization is
-    unknown to transformers, or tensors are missing or misshapen.
+    Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
+    unknown to transformers, or tensors are missing or have wrong shapes.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -76,7 +77,7 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
-    # What transformers makes of a checkpoint, rather than reads from it, goes there when it does not fit.
+    # Offload folder for tensors that transformers computes while loading and that do not fit in memory.
     spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
@@ -115,15 +116,17 @@ def load_model(
         )
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     if misshapen:
-        raise LlmqError(f"{folder}: {misshapen[0]} has another shape than config.json says; write the checkpoint again")
+        raise LlmqError(
+            f"{folder}: {misshapen[0]} has a different shape than config.json says; write the checkpoint again"
+        )
     return model
 
 
 def widen(model: Any) -> None:
-    """Let a model that was asked for in float32 compute in it.
+    """Make a model that is loaded in float32 compute in float32.
 
-    The reader of a bitsandbytes checkpoint leaves what is not quantized, and what its layers compute in, as they are in
-    the checkpoint.
+    The reader of a bitsandbytes checkpoint leaves unquantized tensors, and the compute dtype of its layers, as they are
+    in the checkpoint.
     """
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -134,12 +137,12 @@ def widen(model: Any) -> None:
 
 
 def input_device(device: str) -> str:
-    """Where the inputs of a model go that was loaded on `device`: for 'auto', to the first GPU, or the host."""
+    """The device for the inputs of a model loaded on `device`: for 'auto', the first GPU, or the CPU."""
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _readers(kernels: bool) -> contextlib.AbstractContextManager[None]:
-    """llmq's own readers of quantized checkpoints, for as long as one is loaded."""
+    """Use llmq's own readers of quantized checkpoints within the context."""
     if not kernels:
         return contextlib.nullcontext()
     from llmq.inference.transformers_hook import reading
@@ -149,7 +152,7 @@ def _readers(kernels: bool) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _status(text: str, shown: bool) -> Iterator[None]:
-    """One line with a spinner in place of the five progress bars that loading a quantized checkpoint draws."""
+    """One line with a spinner instead of the five progress bars that transformers draws."""
     from rich.console import Console
 
     console = Console(file=sys.stderr if shown else io.StringIO())
@@ -162,7 +165,7 @@ def _status(text: str, shown: bool) -> Iterator[None]:
 
 
 class _Held(logging.Handler):
-    """Keeps what llmq has to say while standard error is elsewhere."""
+    """Collects llmq's log records while standard error is redirected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +190,7 @@ class _Held(logging.Handler):
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's own tokenizer. Raises LlmqError if it has none that loads."""
+    """The folder's own tokenizer. Raises LlmqError if it has none, or it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -199,7 +202,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     """config.json, after checking that the folder's quantization can be read. Raises LlmqError.
 
-    kernels: by llmq's own readers, which need no other package than llmq does, or by transformers' where those refuse.
+    kernels: with llmq's own readers, which need no other package, or with transformers' if those refuse.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))

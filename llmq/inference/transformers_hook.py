@@ -1,9 +1,9 @@
-"""Standard checkpoints on llmq's kernels: `use_kernels`, after which stock from_pretrained runs them.
+"""Run standard checkpoints on llmq's kernels through stock from_pretrained, after a call of `use_kernels`.
 
-Transformers looks up the reader of a quantization method in two tables; `use_kernels` puts its own readers there and
-takes them out again. A reader puts placeholders where the files have quantized weights, transformers fills them as
-it fills anything else (devices, shards, names), and each is then packed for a kernel and gives its memory back, one at
-a time. What is not served goes to the reader that stock transformers has, with one line in the log.
+Transformers looks up the reader of a quantization method in two tables; `use_kernels` replaces entries by llmq's
+readers and restores them. A reader puts placeholders in the place of quantized weights, transformers fills them like
+any module (devices, shards, names), and each is then packed for a kernel and its memory freed, one at a time.
+Checkpoints that llmq does not support are loaded by stock transformers' own reader, with one line in the log.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llmq.machine import give_back
 log = logging.getLogger("llmq")
 
 _stock: dict[str, tuple[Any, Any] | None] = {}
-"""What transformers' two tables had for each method before ours; None where it does not know the method."""
+"""The original entries of transformers' two tables for each method; None if transformers does not know the method."""
 
 
 def use_kernels(on: bool = True) -> None:
-    """From now on, from_pretrained of compressed-tensors, GPTQ, AWQ and bitsandbytes 4-bit folders runs on kernels.
+    """Make from_pretrained load compressed-tensors, GPTQ, AWQ and bitsandbytes 4-bit folders on llmq's kernels.
 
-    on: False undoes it: the tables of transformers are as they were. Twice is once. Models that are loaded stay as they
-    are. Neither gptqmodel nor optimum is needed.
+    on: False restores transformers' tables. Repeated calls change nothing. Loaded models are not affected. Neither
+    gptqmodel nor optimum is needed.
     """
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     if on and not _stock:
@@ -55,7 +55,7 @@ def use_kernels(on: bool = True) -> None:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """`use_kernels` for the time of a block, and as it was before afterwards."""
+    """`use_kernels` within the context; the previous state is restored afterwards."""
     before = bool(_stock)
     use_kernels()
     try:
@@ -65,31 +65,33 @@ def reading() -> Iterator[None]:
 
 
 class _Plain(QuantizationConfigMixin):
-    """The configuration of a method that transformers does not know: what config.json says, as attributes."""
+    """The configuration of a method that transformers does not know: the values of config.json as attributes."""
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(values)
 
 
 class _Nobody(HfQuantizer):
-    """In the place of stock transformers' quantizer for a method that it does not know; never made."""
+    """Placeholder for stock transformers' quantizer of a method that transformers does not know; never instantiated."""
 
 
 class _Configuration:
-    """In the place of transformers' own configuration class, which it makes: only `from_dict` is ever called."""
+    """Replaces transformers' configuration class, which it wraps; only `from_dict` is ever called."""
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
-        """Transformers' configuration, without what only its own readers need, and with what it would forget."""
+        """Transformers' configuration; keys that it would reject or lose are removed first and set on the result."""
         values = dict(values)
         own = {key: values.pop(key) for key in ("dynamic", "modules_in_block_to_quantize") if key in values}
         values, ordered = _without_order(values)
-        # A checkpoint's wish to be made dense is there because stock readers cannot run it packed (docs/design.md).
+        # Checkpoints set "dequantize" because stock readers cannot run them packed (docs/design.md).
         dense = values.pop("dequantize", False)
         if mapping(values.get("transform_config"), "transform_config").get("config_groups"):
-            raise LlmqError("this checkpoint rotates activations while it runs (transform_config): llmq cannot yet")
+            raise LlmqError(
+                "this checkpoint rotates activations while it runs (transform_config), which llmq does not support yet"
+            )
         config = self.stock.from_dict(values, **kwargs)
         for key, value in (own | {"ordered": ordered, "dense": dense}).items():
             if value:
@@ -98,12 +100,12 @@ class _Configuration:
 
 
 def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A configuration without activation order by group, which newer compressed-tensors refuses; and who had it."""
+    """A configuration without act-order by group, which newer compressed-tensors refuses; and which groups had it."""
     groups = mapping(values.get("config_groups"), "config_groups")
     changed = {}
     for name, group in groups.items():
         if isinstance(group, list):
-            continue  # the name is a preset's, and these are its targets
+            continue  # the key is a preset's name, the list its targets
         weights = mapping(mapping(group, f"config_groups.{name}").get("weights"), f"config_groups.{name}.weights")
         if _by_group(weights.get("actorder")):
             changed[name] = {**group, "weights": {**weights, "actorder": None}}
@@ -111,12 +113,12 @@ def _without_order(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
 
 
 def _by_group(order: Any) -> bool:
-    """Whether compressed-tensors means, or meant, that every input has a group of its own."""
+    """Whether an `actorder` of any compressed-tensors version means that each input has its own group index (g_idx)."""
     return order is True or str(order).lower() in ("group", "dynamic")
 
 
 def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized: bool = True, **kwargs: Any) -> Any:
-    """The quantizer of one from_pretrained: ours, or stock transformers' own where nobody here reads the checkpoint."""
+    """The quantizer of one from_pretrained call: llmq's, or stock transformers' if llmq cannot read the checkpoint."""
     reasons = ["it is quantized while it is loaded"] if not pre_quantized else []
     for reader in readers if pre_quantized else ():
         reason = reader.refusal(config)
@@ -127,12 +129,12 @@ def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized:
 
 
 def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
-    """Stock transformers' own quantizer, with one line that says why."""
+    """Stock transformers' own quantizer; the reason is logged in one line."""
     method = str(getattr(config.quant_method, "value", config.quant_method))
     if stock is _Nobody:
         raise LlmqError(f"{method}: {reason}, and stock transformers does not know {method}")
     if getattr(config, "ordered", False):
-        raise LlmqError(f"{method}: {reason}, and stock transformers does not know activation order by group")
+        raise LlmqError(f"{method}: {reason}, and stock transformers does not support act-order by group")
     if getattr(config, "dense", False):
         config.dequantize = True
     log.warning("%s: stock transformers loads it: %s", method, reason)
@@ -150,7 +152,7 @@ class KernelQuantizer(HfQuantizer):
         self.placeholders: dict[str, Placeholder] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises LlmqError where modules would be sent to the disk, or some of them to the CPU beside a GPU."""
+        """Raises LlmqError if modules would be offloaded to the disk, or some of them to the CPU beside a GPU."""
         kinds = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
             raise LlmqError(
@@ -159,16 +161,16 @@ class KernelQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Where nothing is said, each method has its own device in stock transformers; so it has here."""
+        """Without a device map, use the default device of the method's stock quantizer."""
         return self.stock.update_device_map(self, device_map)
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
-        """Puts placeholders in; where the files hold what no kernel serves, becomes the stock quantizer instead."""
+        """Insert placeholders; if no kernel supports the files' weights, turn into the stock quantizer instead."""
         files = kwargs.get("checkpoint_files")
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             reason: str | None = "its weights are not in safetensors files"
         else:
-            # Twice does nothing: preprocess_model does it too, but after the files have been looked at.
+            # preprocess_model would also do this, but too late for us; a second call does nothing.
             self._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
             found = find(model, self.reader, files)
             self.placeholders, reason = found.quantized, found.unserved
@@ -177,7 +179,7 @@ class KernelQuantizer(HfQuantizer):
             return
         stock = _stock_quantizer(self.stock, self.quantization_config, reason)
         stock.validate_environment(device_map=kwargs.get("device_map"), weights_only=True)
-        # from_pretrained goes on with this very object, so it must turn into the other.
+        # from_pretrained keeps using this object, so it must become the stock quantizer itself.
         self.__class__, self.__dict__ = type(stock), stock.__dict__
         self.preprocess_model(model, dtype=dtype, **kwargs)
 
@@ -186,7 +188,7 @@ class KernelQuantizer(HfQuantizer):
             model.set_submodule(name, placeholder)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Stored names with a dot in their suffix go to buffers without one. transformers < 5.21 gives no model."""
+        """Map stored names with a dot in their suffix to buffers without one. transformers < 5.21 passes no model."""
         from transformers.core_model_loading import WeightRenaming
 
         dotted = sorted({s for p in self.placeholders.values() for s in p.layer.entries if "." in s})
@@ -213,31 +215,31 @@ class KernelQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """No: what is in memory is packed for a device."""
+        """No: the weights in memory are packed for one device."""
         log.error(
-            "a model on llmq's kernels is packed for its device and not saved: copy the folder it was loaded from"
+            "a model on llmq's kernels is packed for its device and cannot be saved: copy the folder it was loaded from"
         )
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on it are."""
+        """Adapters on the model can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """torch.compile sees one operator per layer."""
+        """Yes: torch.compile sees one operator per layer."""
         return True
 
 
 def _own(model: Any) -> None:
-    """Copies, one at a time, what may still lie in a mapped file: one small tensor there keeps its pages resident."""
+    """Copy, one at a time, tensors that may still be mapped from a file, whose pages would stay resident."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             fresh = module.fresh()
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type == "cpu" and not any(buffer is part for part in fresh):
-                    # A new tensor: a view would hold on to what it is a view of, whatever its data are.
+                    # A new tensor: a view would keep its base tensor in memory.
                     module._buffers[name] = buffer.clone()
     for parameter in model.parameters():
         if parameter.device.type == "cpu":

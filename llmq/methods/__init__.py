@@ -1,6 +1,6 @@
 """Methods: one file and one class each. A method sees weights, statistics and a block; never a model.
 
-Everything that the author of a method in another package needs is handed on from here.
+Authors of methods in other packages import everything that they need from here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEFAULT_QUANTIZER = "rtn"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A recipe's methods, ready to run, in order: transforms, the quantizer, what refines its result."""
+    """A recipe's methods, ready to run, in order: transforms, the quantizer, refinements."""
 
     transforms: tuple[Method, ...]
     quantizer: Method
@@ -59,31 +59,31 @@ class Pipeline:
 
     @property
     def calibrated(self) -> bool:
-        """Whether anything here looks at calibration data."""
+        """Whether any method needs calibration data."""
         return bool(self.transforms or self.refiners or self.quantizer.quantize_needs)
 
     @property
     def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:
-        """The statistics of each pass that takes some, in order. Those of one pass are let go before the next."""
+        """The statistics of each pass over the calibration windows, in order; they are freed before the next pass."""
         found = [method.transform_needs for method in self.transforms]
         found += [self.quantizer.quantize_needs, *(method.refine_needs for method in self.refiners)]
         return tuple(needs for needs in found if needs)
 
     @property
     def first(self) -> tuple[type[Statistic], ...]:
-        """The statistics to take in the first pass of a block: the quantizer's, where nothing comes before it."""
+        """The statistics of a block's first pass: the quantizer's, if there is no transform."""
         return () if self.transforms else self.quantizer.quantize_needs
 
     @property
     def float_target(self) -> bool:
-        """Whether a refiner's target is what the unquantized model, not the quantized one so far, makes of a block."""
+        """Whether a refinement's target is computed from the unquantized model's hidden states."""
         return any(method.float_target for method in self.refiners)
 
 
 def find(name: str) -> type[Method]:
-    """The method's class: the one that the catalog describes.
+    """The method's class, as the catalog describes it.
 
-    Raises LlmqError where there is no method of that name, or its package cannot be imported.
+    Raises LlmqError if there is no method of that name, or its package cannot be imported.
     """
     catalog.check(name)
     outside = catalog.entry_point(name)
@@ -92,24 +92,24 @@ def find(name: str) -> type[Method]:
         return own
     try:
         kind = outside.load()
-    except Exception as error:  # another package's code can fail in any way
+    except Exception as error:  # code of another package may fail in any way
         raise LlmqError(f"method {name!r}: {outside.value} cannot be imported: {first_line(error)}") from error
     if inspect.ismodule(kind):
         kind = getattr(kind, catalog.describe(name).kind, None)
     if not (inspect.isclass(kind) and issubclass(kind, Method)):
-        raise LlmqError(f"method {name!r}: {outside.value} is no class derived from llmq.methods.Method")
+        raise LlmqError(f"method {name!r}: {outside.value} is not a class derived from llmq.methods.Method")
     return kind
 
 
 def make(recipe: Recipe) -> Pipeline:
-    """The recipe's methods with their options. Raises LlmqError for an order that means nothing, or a wrong option."""
+    """The recipe's methods with their options. Raises LlmqError for an invalid order or option."""
     kinds = [find(name) for name in recipe.methods]
     _check_options(recipe, kinds)
     roles = [_roles(kind) for kind in kinds]
     quantizers = [i for i, role in enumerate(roles) if "quantize" in role]
     if len(set(recipe.methods)) < len(recipe.methods):
-        raise LlmqError(f"method {'+'.join(recipe.methods)!r}: a method is there twice")
-    # A method that transforms and quantizes only transforms where there is a quantizer beside it.
+        raise LlmqError(f"method {'+'.join(recipe.methods)!r}: a method is listed twice")
+    # A method that can transform and quantize only transforms if another method quantizes.
     only = [i for i in quantizers if "transform" not in roles[i]]
     if len(only) > 1:
         raise LlmqError(
@@ -122,14 +122,14 @@ def make(recipe: Recipe) -> Pipeline:
     order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners]
     if order != list(range(len(kinds))):
         raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r}: what transforms comes first, then what quantizes, then what "
-            f"refines: write {'+'.join(recipe.methods[i] for i in order)!r}"
+            f"method {'+'.join(recipe.methods)!r}: transforms come first, then the quantizer, then refinements: write "
+            f"{'+'.join(recipe.methods[i] for i in order)!r}"
         )
     built = [_build(kind, recipe) for kind in kinds]
     if chosen is not None:
         quantizer = built[chosen]
     else:
-        # A refinement calibrates anyway, so what it starts from may as well be weighted by the inputs.
+        # A refinement calibrates anyway, so its starting point can use the range 'weighted'.
         usual = {"range": "weighted"} if refiners else {}
         quantizer = _build(find(DEFAULT_QUANTIZER), replace(recipe, options={**usual, **recipe.options}))
     return Pipeline(tuple(built[i] for i in transforms), quantizer, tuple(built[i] for i in refiners))
@@ -158,7 +158,8 @@ def _check_options(recipe: Recipe, kinds: Iterable[type[Method]]) -> None:
         if not takers:
             having = [known.name for known in catalog.known()[0] if any(o.name == name for o in known.options)]
             raise LlmqError(
-                f"{name} {value!r} (--{name.replace('_', '-')}) is no option of method {'+'.join(recipe.methods)!r}: "
+                f"{name} {value!r} (--{name.replace('_', '-')}) is not an option of method "
+                f"{'+'.join(recipe.methods)!r}: "
                 + (f"leave it out, or choose a method that has it ({', '.join(having)})" if having else _known(kinds))
             )
         for kind in takers:

@@ -1,7 +1,7 @@
-"""Choosing how scales move between a pair's two sides: candidates are judged on sampled rows, the best by the block.
+"""Choose the scale of a pair: candidates are judged on sampled rows, and the best one by the block's error.
 
-What AWQ, SmoothQuant and Outlier Suppression share. They differ in the candidates that they propose; the identity is
-always among them.
+AWQ, SmoothQuant and Outlier Suppression share this code and differ in their candidates; "no change" is always one of
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIPS = (0.85, 0.7, 0.55)
 
 
 class Candidate(NamedTuple):
-    """A way to move scales: x → (x − shift) / scale, float32 [channels] each; what says how it came about."""
+    """A scale and shift of a pair: x → (x − shift) / scale, float32 [channels] each; what: its parameters, in words."""
 
     what: str
     scale: Tensor
@@ -35,10 +35,11 @@ class Candidate(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What a candidate is made from, per channel of a pair, float32 [channels]: the inputs and the weights they meet.
+    """Statistics for candidates, per channel of a pair, float32 [channels]: of the inputs and the weights they
+    multiply.
 
-    mean: E|x|; low, high: extremes of x; weight: the largest |w| that meets the channel; share: the mean of |w| over
-    the largest |w| of its group (AWQ's measure of a weight).
+    mean: E|x|; low, high: extremes of x; weight: the largest |w| that multiplies the channel; share: the mean of |w| /
+    (largest |w| of its group) (AWQ's measure of a weight's size).
     """
 
     mean: Tensor
@@ -49,7 +50,7 @@ class Side(NamedTuple):
 
 
 def side(block: Block, pair: Pair) -> Side | None:
-    """The statistics of a pair's consumers by channel; None where none of them is quantized."""
+    """The statistics of a pair's consumers by channel; None if none of them is quantized."""
     states = quantized_consumers(block, pair)
     if not states:
         return None
@@ -67,7 +68,7 @@ def side(block: Block, pair: Pair) -> Side | None:
 
 
 def _by_channel(columns: Tensor, consumer: Consumer, channels: int) -> Tensor:
-    """The largest value of the columns that a channel feeds: float32 [channels]."""
+    """The largest value over the columns that each channel feeds: float32 [channels]."""
     found = torch.full((channels,), -torch.inf, device=columns.device)
     return found.scatter_reduce_(0, consumer.channel.to(columns.device), columns, "amax")
 
@@ -88,15 +89,15 @@ def quantized_consumers(block: Block, pair: Pair) -> list[tuple[Consumer, Weight
 
 
 def normalized(scale: Tensor) -> Tensor:
-    """A scale made harmless: finite, positive, its extremes as far above 1 as below (AWQ's own normalization)."""
+    """A scale made finite and positive, divided by √(max · min) (AWQ's own normalization)."""
     scale = scale.nan_to_num(1.0, 1.0, 1.0).clamp_min(TINY)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
 def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: str) -> bool:
-    """Apply the candidate whose consumers err least on the sampled rows, if the block's own error falls with it.
+    """Apply the candidate with the least consumer error on the sampled rows, if it lowers the block's error.
 
-    Returns whether it stands; either way it is in the block's log.
+    Returns whether it is kept; the attempt is added to the block's log in both cases.
     """
     best, least = None, loss(block, pair, None)
     for candidate in candidates:
@@ -119,7 +120,7 @@ def balance(block: Block, pair: Pair, candidates: Iterable[Candidate], method: s
 
 
 def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
-    """How much the rounded consumers' outputs differ from the exact ones, on the sampled rows: Σ ‖Q(x)Q(W)ᵀ − xWᵀ‖²."""
+    """The error of the rounded consumers' outputs on the sampled rows: Σ ‖Q(x)Q(W)ᵀ − xWᵀ‖²."""
     total = 0.0
     for consumer, state in quantized_consumers(block, pair):
         x, weight = state.statistics[Inputs].rows, state.value.float()
@@ -136,7 +137,7 @@ def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
 
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """Rows as they would be rounded when the model runs; a static scale is that of their own extremes."""
+    """Rows rounded as when the model runs; for static scales, the scale of their own largest magnitude is used."""
     if scheme.activations is None:
         return x
     if scheme.activations.dynamic:
@@ -145,8 +146,9 @@ def rounded(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """The weight on a grid that is clipped a little where that pays: enough to tell scales apart, and ten times as fast
-    as a search."""
+    """The weight rounded with the best of a few clips of each group: accurate enough to compare scales, and ten times
+    as fast as a range search.
+    """
     nearest = round_to_nearest(weight, scheme, torch.float32, "minmax")
     plain = nearest.dequantize(torch.float32)
     if scheme.bits > CLIPPED_BITS or scheme.rules.calibrated == "minmax" or not isinstance(nearest, QuantizedWeight):
@@ -168,7 +170,7 @@ def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
 
 
 def rounded_output_error(state: WeightState, rows: Tensor, clip: Tensor, scale_dtype: torch.dtype) -> float:
-    """‖Q(x)Q(W)ᵀ − xWᵀ‖² on rows [n, in] with the static input scale of a largest magnitude `clip`."""
+    """‖Q(x)Q(W)ᵀ − xWᵀ‖² on rows [n, in], with the static input scale for the largest magnitude `clip`."""
     weight = state.value.float()
     if state.rounded is None:
         state.rounded = round_to_nearest(weight, state.scheme, scale_dtype).dequantize(torch.float32)

@@ -1,8 +1,9 @@
-"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels whose inputs are large are scaled up before rounding, to lose less.
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels with large inputs are scaled up before rounding, so that they lose
+less.
 
 For each pair, s = E|x|^α per channel, with and without division by the weights' own size to the power 1 − α (§3.2,
-equation 5, and the authors' code); α by grid search. Then, where AWQ is the quantizer, the range of each group by
-search on the output of the group alone (weight clipping, `numerics.clipping`).
+equation 5, and the authors' code); α is found by grid search. If AWQ is also the quantizer, each group's range is then
+searched by the error of the group's own output (weight clipping, `numerics.clipping`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from llmq.numerics.clipping import clip_groups
 
 
 class AWQ(Method):
-    """Scales up the channels that matter before rounding, found from the inputs' sizes.
+    """Scales up channels with large inputs before rounding.
 
-    alphas: how many values of α are tried between 0 and 1, for each of two formulas.
+    alphas: number of values of α between 0 and 1 that are tried, for each of two formulas.
     """
 
     transform_needs = (Inputs,)

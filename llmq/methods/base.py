@@ -1,4 +1,4 @@
-"""What every method is."""
+"""The interface of methods."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ S = TypeVar("S")
 
 
 class Method:
-    """Any of three things, by which of its functions it has: a transform, a quantizer, a refinement.
+    """A method is a transform, a quantizer, a refinement, or several of these, by the functions that it defines.
 
-    transform_needs, quantize_needs, refine_needs: the statistics taken of every weight's input before each of the
-    three; which ones may depend on the options. Each is taken in a pass of the calibration windows of its own and let
-    go before the next one. Of which inputs: for `transform`, those of the block as it is then; for `quantize`, those of
-    the block after all transforms, unrounded; for `refine`, those of the block as quantized so far, inputs rounded
-    where schemes say so: what each weight is multiplied by when the written model runs.
-    float_target: for a refinement, whether its target is computed from the unquantized model's hidden states, instead
-    of the quantized model's. scheme: what a quantized weight is by default with this method, as in a recipe.
+    transform_needs, quantize_needs, refine_needs: the statistics of every weight's input that each of the three needs;
+    they may depend on the options. Each set is collected in its own pass over the calibration windows and freed before
+    the next one. The inputs are: for `transform`, those of the block at that time; for `quantize`, those of the block
+    after all transforms, unrounded; for `refine`, those of the block as quantized so far, with inputs rounded as the
+    schemes say, that is, the inputs of the written model. float_target: for a refinement, whether its target is
+    computed from the unquantized model's hidden states instead of the quantized model's. scheme: the method's default
+    scheme, as in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
@@ -40,46 +40,46 @@ class Method:
     scheme: ClassVar[dict[str, Any]] = {}
 
     def transform(self, block: Block) -> str | None:
-        """Changes the block's weights in a way that leaves its function as it is and makes rounding cost less.
+        """Change the block's weights so that its output stays the same but rounding loses less.
 
-        Returns why there is nothing to do in this block, in a sentence, or None. `block.weights` have the statistics
-        that `transform_needs` asks for.
+        Returns a sentence that says why there is nothing to do in this block, or None. `block.weights` have the
+        statistics of `transform_needs`.
         """
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
-        """Rounds one weight [out, in], in the model's dtype or float32; scales come in `scale_dtype`.
+        """Quantize one weight [out, in], given in the model's dtype or float32; scales must be in `scale_dtype`.
 
-        Returns what the scheme's format stores: of the type, with tensors of the dtypes and shapes, that
-        `round_to_nearest` returns for it. The plan calls it once for every scheme, on a small random weight, and
-        refuses what cannot be stored. Raises LlmqError on values not finite.
+        Returns a value of the same type, and with tensors of the same dtypes and shapes, as `round_to_nearest` returns
+        for the scheme. The plan calls it once per scheme, on a small random weight, and refuses a result that cannot be
+        stored. Raises LlmqError if a value is not finite.
         """
         raise NotImplementedError
 
     def refine(self, block: Block) -> str | None:
-        """Replaces what the quantizer made of the block's weights by something better.
+        """Improve the block's quantized weights.
 
-        Returns why there is nothing to do in this block, in a sentence, or None. `block.weights` have the statistics
-        that `refine_needs` asks for.
+        Returns a sentence that says why there is nothing to do in this block, or None. `block.weights` have the
+        statistics of `refine_needs`.
         """
         raise NotImplementedError
 
     def grids(self) -> tuple[str, ...]:
-        """The grids that `quantize` knows."""
+        """The grids that `quantize` supports."""
         return ("int",)
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Why `quantize` cannot round to a scheme, in a clause that names it; None where it can. The plan asks."""
+        """Why `quantize` does not support a scheme, in a clause that names it, or None; the plan calls it."""
         grids = self.grids()
         return None if scheme.grid in grids else f"it rounds to the grid {', '.join(grids)!r}, not to {scheme}"
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """Bytes that it needs for a weight of this shape, beside the weight and its statistics."""
+        """The memory in bytes for a weight of this shape, besides the weight and its statistics."""
         return 2 * math.prod(shape)
 
 
 def range_refusal(range: str | None, scheme: Scheme) -> str | None:
-    """Why scales of a scheme cannot be found in this way, or None."""
+    """Why a scheme does not support a range method, or None."""
     ranges = scheme.rules.ranges
     if range is None or range in ranges:
         return None
@@ -87,8 +87,8 @@ def range_refusal(range: str | None, scheme: Scheme) -> str | None:
 
 
 def statistic(stats: Stats, kind: type[S]) -> S:
-    """The statistic of a kind; raises LlmqError when it was not taken."""
+    """The statistic of a kind; raises LlmqError if it was not collected."""
     found = stats.get(kind)
     if not isinstance(found, kind):
-        raise LlmqError(f"no {kind.__name__} was taken of the input of this weight")
+        raise LlmqError(f"no {kind.__name__} statistic was collected for the input of this weight")
     return found

@@ -18,12 +18,12 @@ from llmq.validate import check_choice
 
 
 class GPTQ(Method):
-    """Rounds column by column; later columns make up for earlier ones, as the inputs' second moments allow.
+    """Rounds column by column; later columns compensate for the error of earlier ones, by the Hessian of the inputs.
 
-    range: how scales are found: minmax, mse, percentile, kl, aciq, or weighted by what each column's rounding costs;
-    act_order: static takes the most active inputs first, grouped the most active groups, none takes inputs as they
-    stand; damping: share of the mean diagonal added to the Hessian's diagonal; sweeps: how often scales and codes are
-    revisited once all are there, 0 is the paper's GPTQ.
+    range: how scales are found: minmax, mse, percentile, kl, aciq, or weighted by the cost of each column's rounding;
+    act_order: static takes the most active inputs first, grouped the most active groups, none keeps the order of the
+    inputs; damping: fraction of the Hessian's mean diagonal that is added to its diagonal; sweeps: how often scales and
+    codes are improved after the first pass, 0 is the paper's GPTQ.
     """
 
     quantize_needs = (Hessian,)

@@ -13,10 +13,10 @@ from llmq.numerics.hqq import check_options, half_quadratic
 
 
 class HQQ(Method):
-    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, its scale stretched a little; no calibration data.
+    """Half-quadratic quantization: the grid of least Σ|w − ŵ|^p, with a slightly larger scale; no calibration data.
 
-    p: what errors are raised to, above 0, the paper's is 0.7 (which clips too much once the scale is free to move);
-    unbiased: 0 to 1, how far the scale goes to where rounding does not shrink the weights, Σw·ŵ = Σw².
+    p: exponent of the errors, above 0, in the paper 0.7 (which clips too much when the scale is optimized too);
+    unbiased: 0 to 1, how far the scale moves towards the one at which rounding does not shrink the weights, Σw·ŵ = Σw².
     """
 
     def __init__(self, *, p: float = 3.0, unbiased: float = 0.7) -> None:

@@ -14,7 +14,7 @@ from llmq.methods.base import Method, Stats
 
 
 class NF4(Method):
-    """bitsandbytes' 4-bit format with double quantization; no calibration data, the base for QLoRA."""
+    """bitsandbytes' 4-bit format with double quantization; no calibration data. It is the base format of QLoRA."""
 
     scheme: ClassVar[dict[str, Any]] = {"grid": "nf4", "bits": 4, "group_size": 64, "double_quant": True}
 

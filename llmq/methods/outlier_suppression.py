@@ -1,9 +1,9 @@
 """Outlier Suppression (Wei et al. 2022, arXiv:2209.13325): the norm's gain moves into the weights, tokens are clipped.
 
-Gamma migration (§4.1): a norm's weight is where outlier channels come from; with the gain moved into the matrices that
-follow, the norm's output is as even as its input. Where a matrix feeds another, the length of its rows is such a gain
-(that goes beyond the paper). Token-wise clipping (§4.2): static scales are searched among
-quantiles of the tokens' largest magnitudes, coarse to fine, since a few unimportant tokens stretch the range of all.
+Gamma migration (§4.1): outlier channels come from a norm's weight; once this gain is moved into the following matrices,
+the norm's output has no more outliers than its input. If a matrix feeds another matrix, the norm of each of its rows is
+treated as such a gain (this goes beyond the paper). Token-wise clipping (§4.2): static scales are searched among
+quantiles of the tokens' largest magnitudes, coarse to fine, because a few unimportant tokens would stretch the range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FINE = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)
 
 
 class OutlierSuppression(Method):
-    """Moves gains into the weights that follow, and clips tokens where activations are static."""
+    """Moves gains into the following weights, and clips tokens if activations are static."""
 
     transform_needs = (Inputs,)
     scheme: ClassVar[dict[str, Any]] = {"bits": 8, "group_size": None, "activations": "dynamic"}
@@ -47,9 +47,9 @@ class OutlierSuppression(Method):
 
 
 def clip_tokens(states: list[WeightState], scale_dtype: torch.dtype) -> Tensor:
-    """The static scale of the input that these weights share with which their outputs on the sampled rows err least.
+    """The static scale of the weights' shared input that gives the least error of their outputs on the sampled rows.
 
-    One scale for all of them: servers fuse weights that share an input. Returns float32 [1].
+    All of them get the same scale, because servers fuse weights that share an input. Returns float32 [1].
     """
     rows = states[0].statistics[Inputs].rows
     sizes = rows.abs().amax(1)

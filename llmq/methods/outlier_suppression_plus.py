@@ -1,7 +1,7 @@
-"""Outlier Suppression+ (Wei et al. 2023, arXiv:2304.09145): channels are shifted to their centre, and scaled.
+"""Outlier Suppression+ (Wei et al. 2023, arXiv:2304.09145): channels are centred by a shift, and scaled.
 
-Outliers sit in few channels and on one side: z = (max + min)/2 per channel (equation 2) is taken off where a bias can
-take it in, then s = max(1, half range / t) (equation 8) with the threshold t searched for each pair.
+Outliers are in few channels and mostly of one sign: z = (max + min)/2 per channel (equation 2) is subtracted if biases
+can compensate for it, then s = max(1, half range / t) (equation 8) with the threshold t searched for each pair.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from llmq.methods.base import Method
 
 
 class OutlierSuppressionPlus(Method):
-    """Shifts channels to their centre where a bias can take it in, and scales those beyond a threshold.
+    """Centres channels if biases can compensate for it, and scales down those beyond a threshold.
 
-    thresholds: how many thresholds are tried for each pair.
+    thresholds: number of thresholds that are tried for each pair.
     """
 
     transform_needs = (Inputs,)

@@ -1,4 +1,4 @@
-"""RTN: every weight to the nearest point of its grid. What it can choose is the grid."""
+"""RTN: round every weight to nearest; only the scales are chosen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RTN(Method):
     """Round to nearest; no calibration data.
 
     range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs,
-    by default as is usual on the grid (mse, on nf4 minmax).
+    by default the grid's usual one (mse, on nf4 minmax).
     """
 
     def __init__(self, *, range: str | None = None) -> None:

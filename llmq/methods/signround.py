@@ -15,21 +15,21 @@ from llmq.grids.base import rounding_of
 from llmq.methods.base import Method
 from llmq.numerics.learned_rounding import LearnedWeight
 
-# One batch in this many is held out, and chooses among the iterates; they are compared this many times.
+# One batch in HELD_OUT is held out to choose the best iterate; iterates are compared LOOKS times.
 HELD_OUT = 8
 LOOKS = 12
-# A token's size counts as no less than this share of the mean.
+# Lower bound of a token's size in the loss, as a fraction of the mean size.
 FLOOR = 0.01
-# How much of the gradient that a step goes by is that of earlier windows.
+# Momentum of the gradient over steps.
 MOMENTUM = 0.8
 
 
 class SignRound(Method):
-    """Learns which way each weight is rounded, and each scale, from what the whole block makes of its inputs.
+    """Learns the rounding direction of each weight, and each scale, from the output of the whole block.
 
-    iterations: steps of sign-gradient descent; minibatch: calibration windows in each, in whole batches; reach: how far
-    the steps, which shrink to 0 linearly, can move a weight in all, in codes; scale_reach: the same for a scale, as a
-    share of it.
+    iterations: steps of sign-gradient descent; minibatch: calibration windows per step, in whole batches; reach: how
+    far all steps together can move a weight, in codes (step sizes fall linearly to 0); scale_reach: the same for a
+    scale, as a fraction of it.
     """
 
     float_target = True
@@ -55,7 +55,7 @@ class SignRound(Method):
     def refine(self, block: Block) -> None:
         """See `Method.refine`.
 
-        The iterate kept is the one nearest to the target on batches that no step was taken on; it may be the start.
+        Keeps the iterate with the least error on held-out batches; this may be the start.
         """
         states = [state for state in block.weights.values() if state.quantized is not None]
         if states:
@@ -67,7 +67,7 @@ class SignRound(Method):
 
 
 class _Descent:
-    """One block's descent."""
+    """Sign-gradient descent on one block."""
 
     def __init__(self, method: SignRound, block: Block, states: list[WeightState]) -> None:
         self.method, self.block = method, block
@@ -82,7 +82,7 @@ class _Descent:
         self.held, self.train = order[:count] or order, order[count:]
 
     def run(self) -> None:
-        """Takes every step; leaves the best iterate in the block's states."""
+        """Run all steps; the best iterate is written to the block's states."""
         method, looks = self.method, max(1, self.method.iterations // LOOKS)
         with self._learning():
             least = self._held_out()
@@ -106,7 +106,7 @@ class _Descent:
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
-        """Every weight and input of the block is rounded while the context is open; what is learned has gradients."""
+        """Within the context, every weight and input of the block is rounded; the learned weights have gradients."""
         module = self.block.module
         with self.block.rounding(straight_through=True), torch.enable_grad():
             for state, _ in self.learned:
@@ -127,12 +127,12 @@ class _Descent:
             module.get_parameter(state.view.parameter).grad = None
 
     def _error(self, index: int) -> Tensor:
-        """The squared distance of each token's output to its target, as a share of the target's square; their mean."""
+        """The mean over tokens of the output's squared error, relative to the target's mean square."""
         device = self.block.device
         target = self.block.target[index].to(device, torch.float32)
         output = self.block.calls[index].run(self.block.module, self.block.inputs[index].to(device))
         size = target.square().mean(-1)
-        # What follows a block divides each token by its size. Tokens with next to none count less, not more.
+        # Relative, as later norms divide each token by its size; the floor keeps tiny tokens from dominating.
         size += FLOOR * size.mean() + torch.finfo(torch.float32).tiny
         return ((output.to(torch.float32) - target).square().mean(-1) / size).mean()
 

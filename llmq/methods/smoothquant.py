@@ -1,4 +1,5 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers of the inputs move into the weights, where they cost less.
+"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers of the inputs are moved into the weights, where they lose
+less.
 
 For each pair, s = max|x|^α / max|w|^(1−α) per channel (equation 4): the input is divided by it, the weight multiplied.
 """
@@ -20,7 +21,7 @@ STEPS = 10
 class SmoothQuant(Method):
     """Moves outliers of the inputs into the weights; for schemes that round activations.
 
-    alpha: how much of the difficulty moves, between 0 and 1, searched for each pair where it is not given.
+    alpha: migration strength, between 0 and 1, searched for each pair by default.
     """
 
     transform_needs = (Inputs,)

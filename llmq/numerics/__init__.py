@@ -1,1 +1,1 @@
-"""Pure functions on tensors: grids, range search, rounding, packing. Knows no model and no file."""
+"""Solvers for one weight matrix, as functions on tensors; they use no model and no file."""

@@ -1,8 +1,8 @@
-"""AWQ's weight clipping: a group's scale by search on the output of the group alone, correlations included.
+"""AWQ's weight clipping: search each group's scale by the error of the group's own output.
 
 Lin et al. 2023, AWQ, arXiv:2306.00978, §5.1 and the authors' code: scales from min-max downwards, each judged by the
-change of w·x over the calibration inputs x of the group. Here by e H eᵀ with H = E[x xᵀ] of the group, which is the
-same without the inputs.
+change of w·x over the calibration inputs x of the group. Here that is computed as e H eᵀ with e = w − ŵ and the group's
+H = E[x xᵀ], which is equal and needs no inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 1 << 20
 
 
 def clip_groups(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, moments: Tensor) -> QuantizedWeight:
-    """The weight rounded with each group's scale multiplied by whichever factor lowers e H eᵀ most; 1 is among them.
+    """Round a weight with each group's scale multiplied by the factor with the least e H eᵀ; 1 is one of the factors.
 
     weight: float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None; moments: float32 [in, in], E[x xᵀ].
     """

@@ -1,14 +1,13 @@
-"""What rounding column by column leaves on the table: scales and codes revisited with everything else in place.
+"""Coordinate descent after GPTQ: improve each scale and code with all others fixed.
 
-GPTQ fixes a group's scale before it knows what compensation will do to the group, and a code before it knows those
-after it. Here every group is taken again, a few times over: first its scale, then its codes one column at a time, each
-to the value that is best with all others as they are. The objective is the same, tr((W − Ŵ) H (W − Ŵ)ᵀ), and every step
-is the exact minimum of a parabola in one unknown per row, so it can only fall. (Coordinate descent on codes: Behdin et
-al. 2023, QuantEase, arXiv:2309.01885, §3; scales are revisited here in the same sweep, in the dtype that they are
-stored in.)
+GPTQ fixes a group's scale before the group's weights are compensated, and a code before later codes are known. Here
+every group is visited again, a few times: first its scale, then its codes one column at a time, each set to its best
+value with all others fixed. The objective is the same, tr((W − Ŵ) H (W − Ŵ)ᵀ), and every step is the exact minimum of a
+parabola in one unknown per row, so the objective never rises. (Coordinate descent on codes: Behdin et al. 2023,
+QuantEase, arXiv:2309.01885, §3; here scales are updated in the same sweep, in their stored dtype.)
 
 With G = (W − Ŵ) H, moving a row's Ŵ by δ along a direction d changes the objective by δ²·dᵀHd − 2δ·G·d. One sweep costs
-what one pass of GPTQ costs, without the factorization.
+as much as one pass of GPTQ without the factorization.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from llmq.grids.base import QuantizedWeight, rounding_of
 def improve(
     q: QuantizedWeight, weight: Tensor, hessian: Tensor, *, sweeps: int, damping: float = 0.01, block_size: int = 128
 ) -> QuantizedWeight:
-    """Lowers tr((W − Ŵ) H (W − Ŵ)ᵀ) by moving scales and codes of `q`; zero points stay.
+    """Lower tr((W − Ŵ) H (W − Ŵ)ᵀ) by changing scales and codes of `q`; zero points are fixed.
 
-    weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: its diagonal is raised by damping ·
-    its mean for the time of the call; sweeps: how often every group is visited. Returns a new weight, with the same
-    notes. Holds three float32 matrices of the weight's size.
+    weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: damping · mean(diag H) is added to
+    its diagonal during the call; sweeps: the number of visits to every group. Returns a new weight, with the same
+    notes. Uses three float32 matrices of the weight's size.
     """
     if sweeps < 1:
         return q
@@ -57,14 +56,14 @@ class _Descent:
         self.curvature = hessian.diagonal()
 
     def run(self, sweeps: int, block_size: int) -> QuantizedWeight:
-        """Every group, `sweeps` times."""
+        """Visit every group `sweeps` times."""
         width = self.points.shape[0]
         for _ in range(sweeps):
             for start in range(0, width, self.size):
                 group = slice(start, start + self.size)
                 shift = self._rescale(start)
                 if self.size <= block_size:
-                    # Scale and codes move the rest of the gradient together: one large product instead of two.
+                    # One large product updates the other groups' gradient for the changes of scale and codes together.
                     local = self.gradient[group] - self.hessian[group, group] @ shift
                     self._move(group, shift.add_(self._recode(start, start + self.size, local)))
                     continue
@@ -76,13 +75,13 @@ class _Descent:
         return replace(self.q, codes=codes, scale=self.scale.t().to(self.q.scale.dtype).contiguous())
 
     def _move(self, part: slice, shift: Tensor) -> None:
-        """Bring the gradient up to date with a shift [columns, out] of Ŵ in a part of the columns."""
+        """Update the gradient for a change [columns, out] of Ŵ in some columns."""
         self.gradient.addmm_(self.hessian[:, part], shift, alpha=-1)
 
     def _rescale(self, start: int) -> Tensor:
-        """The best scale of the group that begins at a column, for its codes; returns by how much Ŵ shifts there."""
+        """Set the best scale, given its codes, of the group that begins at a column; returns the change of Ŵ."""
         group, part = start // self.size, slice(start, start + self.size)
-        if self.q.stored_scale is not None:  # scales that are quantized themselves stay
+        if self.q.stored_scale is not None:  # quantized scales are fixed
             return torch.zeros_like(self.points[part])
         levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels
@@ -97,7 +96,7 @@ class _Descent:
         return levels * change
 
     def _recode(self, start: int, stop: int, gradient: Tensor) -> Tensor:
-        """The best code of each column in [start, stop), one after another; returns by how much Ŵ shifts there.
+        """Set the best code of each column in [start, stop), one after another; returns the change of Ŵ.
 
         gradient: float32 [stop − start, out], G of these columns; overwritten.
         """
@@ -105,7 +104,8 @@ class _Descent:
         scale, scheme = self.scale[group], self.q.scheme
         hessian = self.hessian[part, part]
         moved = torch.empty_like(gradient)
-        # An input that never fired has the damping for curvature and goes to the nearest code; without any, it stays.
+        # An input that was always 0 has only the damping as curvature and gets the nearest code; with none it is
+        # unchanged.
         steps = (self.curvature[part, None] * scale).reciprocal_().nan_to_num_(0, 0, 0)
         for k in range(stop - start):
             points = self.points[start + k]

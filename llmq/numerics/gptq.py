@@ -1,15 +1,15 @@
-"""GPTQ: rounding a weight column by column, each column making up for the rounding of those before it.
+"""GPTQ: round a weight column by column, compensating each column's error in the later columns.
 
-Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a layer with inputs x and H = E[x xᵀ] it lowers
-tr((W − Ŵ) H (W − Ŵ)ᵀ), the mean squared change of the layer's output, instead of Σ(w − ŵ)².
+Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a layer with inputs x and H = E[x xᵀ], it minimizes tr((W − Ŵ) H
+(W − Ŵ)ᵀ), the mean squared error of the layer's output, instead of Σ(w − ŵ)².
 
-The recursion needs the upper triangular U with UᵀU = H⁻¹ (the paper's §3.3, step 3). It is found without inverting H:
-from its last row upwards H = R Rᵀ with R upper triangular, and U = R⁻¹, which costs half as much and keeps more of
-float32. Then, column after column,
+The recursion needs the upper triangular U with UᵀU = H⁻¹ (the paper's §3.3, step 3). It is computed without inverting
+H: H = R Rᵀ with R upper triangular (a Cholesky factorization from the last row upwards), and U = R⁻¹, which costs half
+as much and is more accurate in float32. Then, for each column k,
 
     ŵₖ = nearest grid point to wₖ,      wⱼ ← wⱼ − (wₖ − ŵₖ) U[k,j] / U[k,k]  for j > k,
 
-after which the objective has grown by exactly ‖wₖ − ŵₖ‖² / U[k,k]²: this is the importance that ranges are found with.
+which raises the objective by exactly ‖wₖ − ŵₖ‖² / U[k,k]²: so 1 / U[k,k]² is the columns' importance in range search.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def solve(
     sweeps: int = 0,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QuantizedWeight:
-    """Quantizes a weight so that the layer's output on the calibration text changes least.
+    """Quantize a weight with the least change of the layer's output on the calibration text.
 
-    weight: any float [out, in], not changed; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, in any
-    unit; range_method: one of the grid's ranges. act_order: 'none' takes columns as they stand and finds each group's
-    range when its turn comes, in what earlier columns have made of it; 'static' takes columns by falling diag(H), with
-    all ranges found beforehand; 'grouped' takes groups by falling Σ diag(H), columns inside them likewise, and finds
-    each group's range when its turn comes. Groups stay where they are: no permutation is stored. Where scales are
-    quantized themselves, all are found beforehand, whatever the order. damping: a share of mean(diag H) added to the
-    diagonal; block_size: columns between two updates of all the rest; sweeps: how often scales and codes are revisited
-    afterwards (see `descent`; 0 is the paper's GPTQ).
+    weight: any float [out, in], not modified; hessian: float [in, in], symmetric: the mean of x xᵀ over tokens, up to a
+    factor; range_method: one of the grid's ranges. act_order: 'none' processes columns in their order and finds each
+    group's range on reaching it, from the compensated weights; 'static' processes columns by descending diag(H), with
+    all ranges found beforehand; 'grouped' processes groups by descending Σ diag(H), and the columns in them by
+    descending diag(H), and finds each group's range on reaching it. Groups are always consecutive inputs: no
+    permutation is stored. Scales that are quantized themselves are all found beforehand. damping: the fraction of
+    mean(diag H) added to the diagonal; block_size: columns between updates of all later columns; sweeps: how often
+    scales and codes are improved afterwards (see `descent`; 0 is the paper's GPTQ).
 
-    Inputs that never fired (diag H = 0) are rounded to the nearest code, and neither give nor take compensation.
-    When H has no Cholesky factor, damping grows tenfold up to 4 times, then eigenvalues are clipped, and if that fails
-    plain rounding is used; each is named in `notes`. Nothing is revisited then, nor when an input that never fired has
-    other entries in H: without a minimum, descent need not end near the weight. Raises LlmqError for a weight or
-    Hessian that is not finite, or options that do not exist. Besides the Hessian, two float32 [in, in] matrices are
-    held, more when eigenvalues are clipped.
+    Columns of inputs that were always 0 (diag H = 0) are rounded to nearest, without any compensation. If H has no
+    Cholesky factor, damping is raised tenfold up to 4 times, then eigenvalues are clipped, and if that fails the weight
+    is rounded to nearest; each is reported in `notes`. There are no sweeps after plain rounding, or if an input with
+    diag H = 0 has nonzero entries in H: the objective then has no minimum, and descent may end far from the weight.
+    Raises LlmqError for a weight or Hessian that is not finite, or unknown options. Besides the Hessian, two float32
+    [in, in] matrices are used, more when eigenvalues are clipped.
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
@@ -68,7 +68,9 @@ def solve(
     if not bool(torch.isfinite(weight).all()):
         raise LlmqError("the weight holds values that are not finite")
     if not bool(torch.isfinite(hessian).all()):
-        raise LlmqError("the Hessian holds values that are not finite: the calibration text overflowed somewhere")
+        raise LlmqError(
+            "the Hessian holds values that are not finite: an activation overflowed on the calibration text"
+        )
     diagonal = hessian.diagonal().to(torch.float32).clone()
     importance = diagonal.clamp_min(0)
     order = _order(diagonal, scheme, act_order)
@@ -90,7 +92,7 @@ def solve(
 
 
 def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
-    """The order in which columns are taken, int64 [in], or None for as they stand."""
+    """The processing order of the columns, int64 [in], or None for their own order."""
     if act_order == "none":
         return None
     falling = torch.argsort(diagonal, descending=True, stable=True)
@@ -103,17 +105,17 @@ def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
 
 
 def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The upper triangular U with UᵀU = (H + damping)⁻¹, in the given order of columns, and what was done for it.
+    """The upper triangular U with UᵀU = (H + damping)⁻¹, in the given order of columns, and notes on fallbacks.
 
     hessian: float [in, in]; order: int64 [in] or None. Returns float32 [in, in] with zeros below the
-    diagonal, or None when nothing helped.
+    diagonal, or None if all fallbacks failed.
     """
     width = hessian.shape[0]
     diagonal = hessian.diagonal().to(torch.float32)
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     notes: list[str] = []
-    # R Rᵀ of H is the mirror image, in both axes, of L Lᵀ of H mirrored in both axes.
+    # H = R Rᵀ is, mirrored in both axes, the Cholesky factorization L Lᵀ of the mirrored H.
     order = torch.arange(width, device=hessian.device) if order is None else order
     mirror = order.flip(0)
     amount = damping
@@ -142,7 +144,7 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Te
 
 
 def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> Tensor:
-    """A float32 copy of H with its columns in mirrored order, dead inputs cut off, `amount` added to the diagonal."""
+    """A float32 copy of H in mirrored order, dead inputs decoupled, `amount` added to the diagonal."""
     copy = torch.empty(hessian.shape, device=hessian.device)
     for start in range(0, len(mirror), 256):
         copy[start : start + 256] = hessian[mirror[start : start + 256]][:, mirror]
@@ -168,14 +170,14 @@ def _invert(lower: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> bool:
-    """Replaces a symmetric matrix by its lower Cholesky factor; False when it has none."""
+    """Replace a symmetric matrix by its lower Cholesky factor; False if it has none."""
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     return not int(info) and bool(torch.isfinite(matrix.diagonal()).all())
 
 
 class _Columns:
-    """The column loop. Weights are held transposed [in, out] in the order of processing: a column is contiguous."""
+    """The column loop. Weights are transposed, [in, out] in processing order, so that a column is contiguous."""
 
     def __init__(
         self,
@@ -202,7 +204,7 @@ class _Columns:
         self.ranged = False
 
     def range_all(self) -> None:
-        """Finds all ranges at once, from the original weights: for an order that visits groups more than once."""
+        """Find all ranges at once, from the original weights, for an order that visits groups more than once."""
         importance = self.importance
         if self.order is not None:
             importance = torch.empty_like(importance).index_copy_(0, self.order, importance)
@@ -213,7 +215,7 @@ class _Columns:
         self.ranged = True
 
     def run(self, block_size: int) -> QuantizedWeight:
-        """All blocks, left to right."""
+        """Process all blocks of columns, left to right."""
         bounds = self._bounds(block_size)
         for start, stop in zip(bounds, bounds[1:], strict=False):
             errors = self._block(start, stop)  # [stop − start, out]
@@ -221,14 +223,14 @@ class _Columns:
                 self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors, alpha=-1)
         codes = self.codes
         if self.order is not None:
-            # Copied as bytes, which every dtype of codes is.
+            # Copied as bytes, as codes of any dtype have one byte each.
             codes = torch.empty_like(codes)
             codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
         codes = codes.t().contiguous()
         return QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
 
     def _bounds(self, block_size: int) -> list[int]:
-        """Where blocks begin and end. Without an order they keep to the groups: a range sees every update."""
+        """The boundaries of blocks; without an order at group boundaries, so that ranges see all earlier updates."""
         if self.ranged or self.size <= block_size:
             step = block_size if self.ranged else block_size // self.size * self.size
             return [*range(0, self.width, step), self.width]
@@ -236,7 +238,7 @@ class _Columns:
         return [*(group + inside for group in groups for inside in range(0, self.size, block_size)), self.width]
 
     def _block(self, start: int, stop: int) -> Tensor:
-        """Rounds columns [start, stop), each compensated for those before it; returns w − ŵ [stop − start, out]."""
+        """Round columns [start, stop) with compensation for those before; returns w − ŵ [stop − start, out]."""
         block = self.columns[start:stop]
         errors = torch.empty_like(block)
         unit = self.unit[start:stop, start:stop]
@@ -262,7 +264,7 @@ class _Columns:
         return errors
 
     def _range(self, group: int, block: Tensor, column: int) -> None:
-        """Finds the range of the group that begins at `column`, from its weights as they are now."""
+        """Find the range of the group that begins at `column`, from its compensated weights."""
         current = self.columns[column : column + self.size].t().contiguous()
         importance = self.importance[column : column + self.size]
         scale, zero = self.rounding.find_scale(current, self.scheme, self.range_method, importance, self.scale_dtype)

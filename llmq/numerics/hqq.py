@@ -1,19 +1,19 @@
 """HQQ: a grid by half-quadratic splitting, without any data (Badri and Shaji 2023, "Half-Quadratic Quantization of
 Large Machine Learning Models", mobiusml.github.io/hqq_blog).
 
-Minimized is Σ|w − ŵ|^p of each group. The residual gets a variable of its own, e, and two steps alternate:
-e ← shrink(w − ŵ), the proximal step of |e|^p, and the grid ← least squares of the levels on w − e, while the penalty β
-that holds e to the residual grows. Theirs moves a real-valued zero point and leaves the scale at min-max. The formats
-written here store whole zero points, or none, so here the scale is the unknown as well: it has a closed form too,
-Σ(w − e)k / Σk² for levels k. The real zero point is rounded, the scale fitted to what it was rounded to, and the
-neighbouring zero points are tried at the end.
+HQQ minimizes Σ|w − ŵ|^p of each group. An auxiliary variable e stands for the residual, and two steps alternate: e ←
+shrink(w − ŵ), the proximal step of |e|^p, and a least-squares fit of the grid to w − e, while the penalty β on the
+difference of e and the residual grows. The original method optimizes a real-valued zero point and keeps the min-max
+scale. The formats of llmq store integer zero points, or none, so here the scale is optimized too, also in closed form:
+Σ(w − e)k / Σk² for levels k. The real zero point is rounded, the scale is fitted to the rounded one, and neighbouring
+zero points are tried at the end.
 
-The problem has many local minima, so the splitting starts twice: from the range that `mse` finds, and from the best of
-a row of scales from min-max down. What counts is the objective on the grid as it will be stored; the best ever seen is
-kept, and as the first one seen is that of `mse`, the result is never worse than rounding on that.
+The problem has many local minima, so the splitting starts twice: from the range of `mse`, and from the best of several
+scales from min-max down. Candidates are compared by the objective on the stored grid and the best is kept; the range of
+`mse` is the first candidate, so the result is never worse than it.
 
-Residuals are shrunk in units of their scale, so that one β suits weights of any magnitude. (Where theirs are taken as
-they are, p = 0.7 and β = 10 shrink everything below 0.17 to 0, which is ordinary least squares.)
+Residuals are shrunk in units of the scale, so that one β suits weights of any magnitude. (The original does not
+rescale: p = 0.7 and β = 10 shrink all residuals below 0.17 to 0, which is ordinary least squares.)
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from llmq.grids.base import QuantizedWeight, parts, rounded_on, rounding_of, sto
 from llmq.grids.scheme import Scheme
 
 STARTS = tuple(1.1 * 0.88**step for step in range(14))
-"""The scales to start from beside that of 'mse', as shares of min-max: 1.1 to 0.21."""
+"""The starting scales besides that of 'mse', as fractions of min-max: 1.1 to 0.21."""
 
 
 def check_options(p: float, *, beta: float = 1, kappa: float = 1, iterations: int = 1, unbiased: float = 0) -> None:
-    """Raises LlmqError at impossible options of `half_quadratic`."""
+    """Raises LlmqError for invalid options of `half_quadratic`."""
     if not 0 < p <= 8 or beta <= 0 or kappa < 1 or iterations < 1 or not 0 <= unbiased <= 1:
         raise LlmqError(
             "half-quadratic splitting needs 0 < p ≤ 8, beta > 0, kappa ≥ 1, iterations ≥ 1 and 0 ≤ unbiased ≤ 1, "
@@ -49,14 +49,14 @@ def half_quadratic(
     iterations: int = 4,
     unbiased: float = 0.0,
 ) -> QuantizedWeight:
-    """Quantizes one weight to the grid of least Σ|w − ŵ|^p in each group.
+    """Quantize one weight to the grid of least Σ|w − ŵ|^p in each group.
 
-    weight: any float [out, in], the group size dividing in; scale_dtype: what the scale is stored in. p: above 0; the
-    smaller, the less outliers count. beta, kappa: the penalty to begin with and its growth per iteration; iterations:
-    of each start. unbiased: the share, 0…1, of the way (on a log scale) from the scale found to the one at which
-    Σw·ŵ = Σw², that is, at which rounding does not shrink the group (the scale of EDEN, Vargaftik et al. 2022,
-    arXiv:2108.08842, §3); the objective then is no longer what is least. Raises LlmqError at impossible options, a
-    group size that does not divide, or values that are not finite.
+    weight: any float [out, in], `in` a multiple of the group size; scale_dtype: the scale's stored dtype. p: above 0;
+    with smaller p, outliers count less. beta, kappa: the initial penalty and its growth per iteration; iterations: per
+    start. unbiased: 0…1, how far (on a log scale) the found scale is moved towards the one at which Σw·ŵ = Σw², that
+    is, at which rounding does not shrink the group (the scale of EDEN, Vargaftik et al. 2022, arXiv:2108.08842, §3);
+    the objective is then no longer minimal. Raises LlmqError for invalid options, a group size that does not divide
+    `in`, or values that are not finite.
     """
     check_options(p, beta=beta, kappa=kappa, iterations=iterations, unbiased=unbiased)
     rounding = rounding_of(scheme.rules)
@@ -89,7 +89,7 @@ def half_quadratic(
 
 
 class _Solver:
-    """A chunk of groups of magnitude 1, float32 [rows, groups, size], and the best grid so far of each."""
+    """A chunk of groups normalized to magnitude 1, float32 [rows, groups, size], and the best grid so far of each."""
 
     def __init__(
         self, weight: Tensor, unit: Tensor, scheme: Scheme, dtype: torch.dtype, p: float, scale: Tensor, zero: Tensor
@@ -100,18 +100,18 @@ class _Solver:
         self.cost = self._cost(weight - self.levels(scale, zero) * scale)
 
     def stored(self, scale: Tensor) -> Tensor:
-        """The scale as it comes back from disk, in units of 1: rounded to its dtype, finite, normal, never 0."""
+        """The scale as read back from disk, for magnitude 1: rounded to its dtype, finite, normal, never 0."""
         return storable(scale, self.dtype, self.unit)
 
     def levels(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """point − zero of every weight."""
+        """point − zero of every element."""
         rounding = rounding_of(self.scheme.rules)
         if self.scheme.symmetric:
             return rounding.nearest(self.weight / scale, None, self.scheme)
         return rounding.nearest(self.weight / scale, zero, self.scheme).sub_(zero)
 
     def narrowed(self, share: float) -> tuple[Tensor, list[Tensor]]:
-        """A share of min-max on the side that the best so far is on; zero points that clip both ends alike, or one."""
+        """A fraction of min-max as scale, with the sign of the best so far; zero points that clip both ends or one."""
         scheme = self.scheme
         if scheme.symmetric:
             size = torch.maximum(self.high, -self.low) * (share / rounding_of(scheme.rules).reach(scheme))
@@ -123,11 +123,11 @@ class _Solver:
         return scale, [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in zeros]
 
     def shifted(self, shift: int) -> Tensor:
-        """The best zero point's neighbour."""
+        """A neighbour of the best zero point."""
         return (self.zero + shift).clamp_(self.scheme.qmin, self.scheme.qmax)
 
     def descend(self, scale: Tensor, zero: Tensor, beta: float, kappa: float, iterations: int) -> None:
-        """Half-quadratic splitting from a grid; whatever it passes that is better than the best so far is kept."""
+        """Half-quadratic splitting from a starting grid; every iterate better than the best so far is kept."""
         scheme = self.scheme
         for index in range(iterations + 1):
             scale = self.stored(scale)
@@ -138,7 +138,7 @@ class _Solver:
                 return
             kept = self.weight - _shrink(left / scale, self.p, beta * kappa**index) * scale
             if not scheme.symmetric and index % 2:
-                # The best real zero point for these codes, as theirs; the scale follows in the next round.
+                # The best real zero point for these codes, as in the original; the scale follows in the next iteration.
                 real = (levels + zero - kept / scale).mean(-1, keepdim=True)
                 zero = real.round_().clamp_(scheme.qmin, scheme.qmax)
                 continue
@@ -147,7 +147,7 @@ class _Solver:
             scale = torch.where((size > 0) & (fit * scale > 0), fit, scale)
 
     def straightened(self, levels: Tensor, share: float) -> Tensor:
-        """The stored scale, moved a share of the way to where Σw·ŵ = Σw² for these levels."""
+        """The stored scale, moved by a fraction of the way to the one with Σw·ŵ = Σw² for these levels."""
         along = (self.weight * levels).sum(-1, keepdim=True)
         whole = self.weight.square().sum(-1, keepdim=True) / along
         usable = torch.isfinite(whole) & (whole * self.scale > 0)
@@ -165,7 +165,7 @@ class _Solver:
 
 
 def _power(size: Tensor, p: float) -> Tensor:
-    """size^p for p > 0, of float32 that is not negative; whole and half powers without the pow, five times as slow."""
+    """size^p for p > 0 and nonnegative float32; whole and half powers without pow, which is five times slower."""
     if p not in (1.0, 1.5, 2.0, 2.5, 3.0):
         return size.pow(p)
     power = size if p < 2 else size.square()
@@ -175,7 +175,7 @@ def _power(size: Tensor, p: float) -> Tensor:
 
 
 def _shrink(left: Tensor, p: float, beta: float) -> Tensor:
-    """Their generalized soft threshold: sign(x)·max(|x| − |x|^(p−1)/β, 0)."""
+    """HQQ's generalized soft threshold: sign(x)·max(|x| − |x|^(p−1)/β, 0)."""
     size = left.abs()
     by = (_power(size, p - 1) if p > 1 else size.clamp_min(1e-6).pow(p - 1)) / beta
     return torch.copysign((size - by).clamp_min_(0), left)

@@ -1,12 +1,13 @@
-"""Rounding that learns: a place between grid points for every weight, a factor for every scale, moved by gradients.
+"""Learned rounding: a real-valued position on the grid for every weight and a factor for every scale, by gradients.
 
 SignRound (Cheng et al. 2023, arXiv:2309.05516, equations 3 to 5): with z the position of a weight on its grid,
 
     ŵ = s·f · (clamp(round(z), qmin, qmax) − zero),
 
-where z and the factor f take steps against the sign of the loss's gradient, passed straight through the rounding:
-∂L/∂z = s·f · ∂L/∂ŵ and ∂L/∂f = s · Σ (code − zero) · ∂L/∂ŵ over the group. The paper starts at z = w/s + zero; here
-z starts within the code that an earlier method chose, which need not be the nearest: what that method found is kept.
+where z and the factor f take steps against the sign of the loss's gradient, with a straight-through estimator for the
+rounding: ∂L/∂z = s·f · ∂L/∂ŵ and ∂L/∂f = s · Σ (code − zero) · ∂L/∂ŵ over the group. The paper starts at z = w/s +
+zero; here z starts at the code that the quantizer chose, even if it is not the nearest one, so that the quantizer's
+result is the start.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight, rounding_of
 
-# How near to the next code a position may start.
+# The largest distance of a starting position from its code.
 EDGE = 0.49
 
 
 def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
-    """Where on the grid each weight stands, in levels counted from the lowest (on whole numbers: in steps from 0):
-    float32 [out, groups, size], so that rounding it gives `q.codes`.
+    """The position of each weight on the grid, as a real-valued rank (on the integer grid: in steps from 0), float32
+    [out, groups, size]; rounding it gives `q.codes`.
 
-    That is where w / s + zero lies where this rounds to the code, else what is nearest to it and does.
+    It is w / s + zero if that rounds to the code, else the nearest value that does.
     """
     rounding = rounding_of(q.scheme.rules)
     scale = q.scale.to(torch.float32).unsqueeze(-1)
@@ -39,11 +40,10 @@ def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
 
 
 class LearnedWeight:
-    """A quantized weight whose codes and scales follow gradients.
+    """A quantized weight whose codes and scales are updated by gradients.
 
-    q: what to start from; weight: any float [out, in], what it stands for; momentum: how much of the gradient a step
-    goes by is that of the steps before, 0 for none of it. Holds two float32 matrices of the weight's size, and three
-    float32 numbers per group.
+    q: the starting point; weight: any float [out, in], the original; momentum: of the gradient over steps, 0 for none.
+    Uses two float32 matrices of the weight's size, and three float32 values per group.
     """
 
     def __init__(self, q: QuantizedWeight, weight: Tensor, momentum: float = 0.0) -> None:
@@ -56,17 +56,17 @@ class LearnedWeight:
         self.slope, self.pull = torch.zeros_like(self.position), torch.zeros_like(self.base)
 
     def points(self) -> Tensor:
-        """The points of the grid as they are now, float32 [out, groups, size]."""
+        """The current points of the grid, float32 [out, groups, size]."""
         return self.rounding.of_rank(self.position.round().clamp_(*self.limits), self.q.scheme)
 
     def scale(self) -> Tensor:
-        """The scales as they would be stored, as float32 [out, groups, 1]: finite, normal, of the sign they had."""
+        """The scales in their stored precision, as float32 [out, groups, 1]: finite, normal, with unchanged sign."""
         info = torch.finfo(self.q.scale.dtype)
         size = (self.base * self.factor).abs_().clamp_(info.tiny, info.max).to(self.q.scale.dtype)
         return torch.copysign(size.to(torch.float32), self.base)
 
     def value(self, out: Tensor) -> None:
-        """Writes the weight that codes and scales stand for into `out` [out, in], rounded once to its dtype."""
+        """Write the dequantized weight to `out` [out, in], rounded once to its dtype."""
         levels = self.points()
         if self.zero is not None:
             levels -= self.zero
@@ -75,7 +75,7 @@ class LearnedWeight:
     def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """One step against the sign of ∂L/∂ŵ [out, in], any float: positions by `rate` steps, factors by `scale_rate`.
 
-        Positions stay less than one code beyond the ends of the grid, so they can come back.
+        Positions stay less than one code beyond the ends of the grid, so that they can return.
         """
         slope = gradient.to(torch.float32).view_as(self.position)
         levels = self.points()
@@ -83,16 +83,16 @@ class LearnedWeight:
             levels -= self.zero
         pull = levels.mul_(slope).sum(-1, keepdim=True).mul_(self.base)
         self.pull.lerp_(pull, 1 - self.momentum)
-        # A step along z moves ŵ by s, whose sign counts; its size would not change which way to go.
+        # ∂ŵ/∂z = s: only its sign matters for the sign of the gradient.
         self.slope.lerp_(slope, 1 - self.momentum)
-        if self.q.stored_scale is None:  # scales that are quantized themselves stay
+        if self.q.stored_scale is None:  # quantized scales are fixed
             self.factor.sub_(self.pull.sign(), alpha=scale_rate).clamp_(0.1, 10)
         signs = torch.sign(self.slope).mul_(self.base.sign())
         lowest, highest = self.limits
         self.position.sub_(signs, alpha=rate).clamp_(lowest - EDGE, highest + EDGE)
 
     def quantized(self) -> QuantizedWeight:
-        """The weight as it is now."""
+        """The current quantized weight."""
         codes = self.rounding.encode(self.points().flatten(1), self.q.scheme)
         if self.q.stored_scale is not None:
             return replace(self.q, codes=codes)

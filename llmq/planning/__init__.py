@@ -1,1 +1,1 @@
-"""The checks of the first seconds: what happens to every weight, and what it needs."""
+"""Planning: every weight's scheme, and the memory and disk of a run, checked before any work."""

@@ -1,4 +1,4 @@
-"""The plan's checks of every weight: shapes, patterns, groups, servers. Each names every offending weight."""
+"""The plan's checks of every weight: shapes, patterns, groups, servers. Errors name all weights that fail."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from llmq.recipe.recipe import Recipe
 
 
 def check_sources(source: Source, model: nn.Module, links: Links) -> None:
-    """Raises LlmqError where a parameter has no tensor in the checkpoint, or one of another shape."""
+    """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape."""
     for name, parameter in model.named_parameters():
         tensor = links.source.get(name)
         if tensor is None:
             reason = links.converted.get(
-                name, "the checkpoint has no tensor for it: it is incomplete, or another model's"
+                name, "the checkpoint has no tensor for it: it is incomplete, or of another model"
             )
             raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         stored = source.info(tensor).shape
         if stored != tuple(parameter.shape):
             raise LlmqError(
-                f"{source.folder}: {tensor} is {[*stored]} in the checkpoint and {[*parameter.shape]} by config.json: "
-                "they do not belong together"
+                f"{source.folder}: {tensor} is {[*stored]} in the checkpoint but {[*parameter.shape]} by config.json: "
+                "they are of different models"
             )
 
 
 def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
-    """Raises LlmqError where --keep or --override matches nothing, or only what is left alone."""
+    """Raises LlmqError if --keep or --override matches no weight, or only weights that are not quantized."""
     names = [i.name for i in items]
     for option, patterns in (("--keep", recipe.keep), ("--override", [p for p, _ in recipe.overrides])):
         for pattern in patterns:
@@ -48,11 +48,13 @@ def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
     for pattern, _ in recipe.overrides:
         if not any(matches(pattern, i.name) and (i.scheme or i.by_user) for i in items):
             one = next(i for i in items if matches(pattern, i.name))
-            raise LlmqError(f"--override {pattern!r} matches only what is left alone: {one.name} ({one.reason})")
+            raise LlmqError(
+                f"--override {pattern!r} matches only weights that are not quantized: {one.name} ({one.reason})"
+            )
 
 
 def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp: int) -> None:
-    """Raises LlmqError where nothing is left to quantize, or a scheme fits no format, weight, method or server."""
+    """Raises LlmqError if nothing is quantized, or a scheme does not suit its format, weight, method or server."""
     chosen = [i for i in items if i.scheme is not None]
     if not chosen:
         reasons = sorted({i.reason.sentence for i in items if i.block is not None and i.reason})
@@ -65,7 +67,8 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
         reason = quantizer.refusal(scheme)
         if reason:
             raise LlmqError(
-                f"method {'+'.join(recipe.methods)!r}: {reason}; choose another scheme, or --method rtn, which knows "
+                f"method {'+'.join(recipe.methods)!r}: {reason}; choose another scheme, or --method rtn, which "
+                "supports "
                 "every grid"
             )
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
@@ -74,7 +77,7 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
         raise LlmqError(
             f"the group size does not divide the width of {_name_all(ragged)}. Ways out: --group-size with a divisor, "
             + (other if any(i.scheme and not formats.of(i.scheme).ONE_SCHEME for i in ragged) else "")
-            + "--ragged keep (leave them alone), or --keep PATTERN"
+            + "--ragged keep (do not quantize them), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
     if torn:
@@ -91,7 +94,7 @@ def _splits(item: WeightPlan, tp: int) -> bool:
 
 
 def _name_all(items: list[WeightPlan]) -> str:
-    """Every weight by name; those that differ only in their block in one, with the blocks."""
+    """All weights by name; names that differ only in the block's number are merged, with the list of blocks."""
     alike: dict[tuple[str, tuple[int, ...], Scheme | None], list[int]] = {}
     for item in items:
         name = item.name.replace(f".{item.block}.", ".*.", 1)
@@ -114,7 +117,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def warnings(items: list[WeightPlan]) -> list[str]:
-    """What the user should know though nothing is wrong, a sentence each."""
+    """Warnings for the user, a sentence each."""
     warnings = []
     families: dict[tuple[int | None, int], set[str]] = {}
     for item in items:

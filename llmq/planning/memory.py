@@ -1,4 +1,4 @@
-"""How much memory and disk a run will take, before it starts, and whether there is that much."""
+"""Predict the memory and disk that a run needs, and check that they are available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRANSIENT = 96 * 2**20
 
 @dataclass(frozen=True)
 class Budget:
-    """Predicted peaks in bytes: resident host memory, device memory (0 on the host), and the output folder."""
+    """Predicted peaks in bytes: resident host memory, device memory (0 on the CPU), and the output folder."""
 
     memory: int
     device_memory: int
@@ -29,7 +29,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Load:
-    """What one block needs while it is quantized, in bytes: its parameters, its result, statistics and workspace."""
+    """The memory in bytes to quantize one block: its parameters, its result, statistics and workspace."""
 
     block: int
     packed: int
@@ -49,10 +49,10 @@ def predict(
     *,
     chains: int = 3,
 ) -> Budget:
-    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block; chains: how many copies of
-    every window's hidden states are held.
+    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block; chains: the number of sets
+    of hidden states (2 with a float target).
 
-    The host holds the activations (input, target and output of every window) whatever the device.
+    The activations (input, target and output of every window) are in host memory for any device.
     """
     hidden = hidden_width(model)
     activations = chains * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
@@ -78,13 +78,13 @@ def before_blocks(model: nn.Module, inside: list[str]) -> dict[str, nn.Parameter
 
 
 def hidden_width(model: nn.Module) -> int:
-    """The width of the hidden states, as far as the input embedding tells."""
+    """The width of the hidden states, taken from the input embedding."""
     entry = model.get_input_embeddings()  # type: ignore[operator]
     return max((p.shape[-1] for p in entry.parameters()), default=1)
 
 
 def check_room(budget: Budget, out: Path | None, device: str) -> None:
-    """Raise LlmqError where the memory of the host or the device, or the output's disk, cannot hold the run."""
+    """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run."""
     have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if budget.memory > have:
         raise LlmqError(
@@ -108,7 +108,7 @@ def check_room(budget: Budget, out: Path | None, device: str) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raise LlmqError unless the output folder can be made or written to."""
+    """Raise LlmqError unless the output folder can be created or written to."""
     folder = existing(out)
     if not folder.is_dir():
         raise LlmqError(f"{folder} is a file, not a folder; choose another -o")

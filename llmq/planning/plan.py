@@ -1,4 +1,4 @@
-"""The checks of the first seconds: every weight's scheme, memory, disk. It refuses now, or the run finishes."""
+"""The plan of a run: every weight's scheme, memory and disk. A run that cannot finish is refused here."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ CHECK_TOKENS = 512
 class BlockPlan:
     """One decoder block.
 
-    index: its place among the blocks; name, module: its path in the model, and what is there; weights: what is
-    quantized, by `View.name`, in order; tensors: parameter or buffer within the block → tensor of the checkpoint;
-    pairs: where scales can move, where a method moves any.
+    index: of the block; name, module: its path in the model, and its module; weights: those to quantize, by
+    `View.name`, in order; tensors: parameter or buffer within the block → tensor of the checkpoint; pairs: the block's
+    scale pairs, if a method uses them.
     """
 
     index: int
@@ -49,13 +49,13 @@ class BlockPlan:
 
     @property
     def unit(self) -> str:
-        """What the sink's journal calls it."""
+        """The block's name in the sink's journal."""
         return f"block {self.index}"
 
 
 @dataclass
 class Plan:
-    """Everything that is known before work starts."""
+    """Everything that is decided before the work starts."""
 
     source: Source
     recipe: Recipe
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def schemes(self) -> set[Scheme]:
-        """Every scheme that some weight gets."""
+        """The schemes of all quantized weights."""
         return {i.scheme for i in self.weights if i.scheme is not None}
 
     @property
@@ -102,10 +102,10 @@ def make_plan(
     tp: int = 1,
     device: str = "cpu",
 ) -> Plan:
-    """Look at everything and promise, or refuse. `windows` is told the most tokens
-    the model takes, where known, and gives the calibration windows.
+    """Check everything and make the plan. `windows`: returns the calibration windows, given the model's maximum length
+    if it is known.
 
-    Raises LlmqError with every offending weight and the ways out.
+    Raises LlmqError with all weights that fail a check and the remedies.
     """
     dtype = _model_dtype(source)
     model = discover.build(source.folder, dtype, source.trust_remote_code)
@@ -122,11 +122,11 @@ def make_plan(
         found = windows(_longest(model))
     else:
         ids = (torch.arange(min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)) % vocabulary)[None]
-        found = Windows(ids, (), "none needed; one window of token ids in a row checks each block")
+        found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
     if int(found.ids.max()) >= vocabulary:
         raise LlmqError(
-            f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, the model has {vocabulary} embeddings: "
-            "they do not belong together"
+            f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
+            "embeddings: they are of different models"
         )
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline)
     if pipeline.transforms:
@@ -140,7 +140,7 @@ def make_plan(
 
 
 def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
-    """Where scales can move in the blocks of the model in a folder. Raises LlmqError."""
+    """The scale pairs in the blocks of a folder's model. Raises LlmqError."""
     source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     model = discover.build(folder, _model_dtype(source), trust_remote_code)
     return find_in(model, discover.find(model).path)
@@ -162,9 +162,9 @@ def _check_pairs(plan: Plan) -> None:
     if not any(found.pairs for found in plan.pairs.values()):
         reasons = sorted({f"{r.source}: {r.reason}" for found in plan.pairs.values() for r in found.rejections})
         raise LlmqError(
-            f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, and "
-            f"this model has no place where that leaves its blocks' output as it is ({'; '.join(reasons[:4])}). "
-            "Leave the transform out: gptq and rtn need none"
+            f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, but this "
+            "model has no pair of weights between which scales can move without changing a block's output "
+            f"({'; '.join(reasons[:4])}). Leave out the transform: gptq and rtn need none"
         )
 
 
@@ -185,12 +185,12 @@ def _budget(plan: Plan, device: str) -> Budget:
         inside += [f"{block.name}.{n}" for n, _ in block.module.named_parameters()]
         mine = list(block.weights.values())
         widths = {i.input_id: i.shape[1] for i in mine}
-        # The statistics of one pass are let go before the next one's are taken.
+        # The statistics of one pass are freed before the next pass.
         statistics = (
             sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes
         )
         numbers = sum(prod(i.shape) for i in mine)
-        # Transforms work on float32 copies beside the block, and keep both results until the better one is known.
+        # Transforms use float32 copies besides the block, and both results are kept until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
         loads.append(
             Load(

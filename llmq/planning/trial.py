@@ -1,4 +1,4 @@
-"""The quantizer tried at plan time, once for every scheme, on a small random weight: can its result be stored?"""
+"""Try the quantizer at plan time, once per scheme, on a small random weight: its result must be storable."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from llmq.methods.base import Method
 from llmq.planning.weights import WeightPlan
 
 ROWS, WIDTH, TOKENS = 8, 256, 64
-"""Of the random weight, at most, unless a group is wider; and of its random input."""
+"""The largest width of the random weight, unless a group is wider; and the tokens of its random input."""
 
 
 def try_quantizer(
     items: Iterable[WeightPlan], quantizer: Method, name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Round and store a random weight by every scheme that some item has; name: of the method, as people write it.
+    """Quantize and store a random weight with every scheme of the items; name: of the method, as in --method.
 
-    dtype: of weights, inputs and scales. Raises LlmqError naming the method, the first weight of a scheme and what is
-    expected, where quantizing fails or the result is not what the scheme's format stores.
+    dtype: of weights, inputs and scales. Raises LlmqError naming the method, the first weight of a scheme and the
+    expected result, if quantizing fails or the scheme's format cannot store the result.
     """
     first: dict[Scheme, WeightPlan] = {}
     for item in items:
@@ -38,13 +38,13 @@ def try_quantizer(
         rows, width = item.shape
         group = scheme.group_size or 1
         shape = min(rows, ROWS), min(width, max(group, WIDTH // group * group))
-        # The random numbers of the run itself stay what they were.
+        # The run's own random numbers are not affected.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             try:
                 weight, stats = _random(shape, quantizer, dtype, device)
                 found = quantizer.quantize(weight, scheme, stats, dtype)
                 problem = _problem(found, scheme, shape, dtype)
-            except Exception as error:  # a method of another package can fail in any way
+            except Exception as error:  # a method of another package may fail in any way
                 kind = "" if isinstance(error, LlmqError) else f"{type(error).__name__}: "
                 problem = kind + first_line(error)
         if problem:
@@ -69,7 +69,7 @@ def _random(
 
 
 def _problem(found: Quantized, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> str:
-    """What is wrong with a result, in a clause; empty where it can be stored and read back."""
+    """What is wrong with a result, in a clause; empty if it can be stored and read back."""
     if found.scheme != scheme:
         return f"it returned the scheme {found.scheme}"
     if not isinstance(found.notes, tuple) or not all(isinstance(note, str) for note in found.notes):
@@ -90,12 +90,12 @@ def _problem(found: Quantized, scheme: Scheme, shape: tuple[int, int], dtype: to
             wanted = torch.empty(spec[suffix][1], dtype=spec[suffix][0], device="meta")
             return f"{suffix} would be stored as {_tensor(tensor)}, not {_tensor(wanted)}"
     if not torch.equal(kind.unpack(stored, scheme).dequantize(dtype), value):
-        return "what would be stored is read back as another weight than its dequantize gives"
+        return "the stored tensors are read back as a different weight than its dequantize gives"
     return ""
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has a shape; where its length depends on the values, that is the most there can be."""
+    """Whether a tensor has a shape; if its length depends on the values, the shape is an upper bound."""
     return tensor.dim() == len(shape) and all(have <= most for have, most in zip(tensor.shape, shape, strict=True))
 
 

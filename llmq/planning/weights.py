@@ -1,4 +1,4 @@
-"""Every weight with two or more axes, and what becomes of it: its scheme, or why it is left alone."""
+"""Every weight with two or more axes: its scheme, or the reason why it is not quantized."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from llmq.recipe.recipe import Recipe
 SMALLEST_GROUP = 16
 BY_USER = Reason(Kind.BY_USER, "kept by --keep")
 OUTSIDE = Reason(Kind.OUTSIDE, "outside the decoder blocks")
-NOT_LOADED = Reason(Kind.NOT_LOADED, "transformers does not load it: copied as it is")
+NOT_LOADED = Reason(Kind.NOT_LOADED, "transformers does not load it: it is copied unchanged")
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """One weight with two or more axes: what becomes of it.
+    """One weight with two or more axes, and its scheme.
 
-    module: its path in the model; tensor: its name in the checkpoint; scheme: None when it is left alone, for `reason`;
-    before, after: stored bytes; view: where it lies in its block, None where it is no weight of a block's product.
+    module: its path in the model; tensor: its name in the checkpoint; scheme: None if it is not quantized, for
+    `reason`; before, after: stored bytes; view: its position in its block, None if no product of a block uses it.
     """
 
     module: str
@@ -52,12 +52,12 @@ class WeightPlan:
 
     @property
     def by_user(self) -> bool:
-        """Whether it is left alone because the user said so."""
+        """Whether the user excluded it by --keep."""
         return self.reason is not None and self.reason.kind is Kind.BY_USER
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern means a weight: 're:' and a regular expression, a shell glob, or dotted parts of a name."""
+    """Whether a pattern matches a weight: 're:' and a regular expression, a shell glob, or dotted parts of a name."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     if any(c in pattern for c in "*?["):
@@ -127,7 +127,7 @@ def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan
     rows, width = item.shape
     group = scheme.group_size
     if group and width % group:
-        # Where all weights of a folder have one scheme, there is no smaller group to go to.
+        # If the format allows only one scheme per folder, a smaller group is impossible.
         if recipe.ragged == "error" or (formats.of(scheme).ONE_SCHEME and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":

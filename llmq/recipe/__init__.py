@@ -1,1 +1,1 @@
-"""What is asked for: Recipe, Calibration, presets by name, the catalog of methods."""
+"""The user's request: Recipe, Calibration, presets by name, the catalog of methods."""

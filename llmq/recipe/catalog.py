@@ -1,9 +1,9 @@
-"""Which methods there are, and what each says of itself, read from its source without importing it (or torch).
+"""The list of methods and their descriptions, read from their source without importing it (or torch).
 
 A method is the public class derived from `Method` in a file under `llmq/methods/`, or an entry point of the group
-`llmq.methods` in any installed package: its name is what people write after `--method`, its class's keyword arguments
-become command-line options, and what its docstring says after `name:` is their help. A class attribute `scheme`, a
-plain dict, is the scheme that the method is for. Other classes of the file are its own affair.
+`llmq.methods` in any installed package: its name is used with `--method`, its class's keyword arguments become
+command-line options, and the text after `name:` in its docstring is their help. A class attribute `scheme`, a plain
+dict, is the method's default scheme. Other classes in the file are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent.parent / "methods"
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword argument of a method. kind: its annotation; choices: where that is a Literal."""
+    """A keyword argument of a method. kind: its annotation; choices: those of a Literal."""
 
     name: str
     kind: type
@@ -38,7 +38,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Description:
-    """What a method says of itself. kind: its class's name; roles: which of transform, quantize, refine it has."""
+    """A method's description. kind: its class's name; roles: which of transform, quantize, refine it defines."""
 
     name: str
     kind: str
@@ -50,31 +50,31 @@ class Description:
 
 
 def names() -> list[str]:
-    """Every method there is: the files of `llmq/methods`, then the entry points of installed packages."""
+    """The names of all methods: the files of `llmq/methods`, then the entry points of installed packages."""
     return [*_own(), *sorted(_outside().keys() - set(_own()))]
 
 
 def check(name: str) -> None:
-    """Raises LlmqError, with the nearest name, where there is no such method."""
+    """Raises LlmqError, with the nearest name, if there is no such method."""
     known = names()
     if name not in known:
         raise LlmqError(f"method {name!r} is not known: choose from {', '.join(known)}{nearest(name, known)}")
 
 
 def entry_point(name: str) -> EntryPoint | None:
-    """The entry point of a method from outside; None for llmq's own."""
+    """The entry point of another package's method; None for llmq's own."""
     return None if name in _own() else _outside()[name]
 
 
 def versions(methods: Iterable[str]) -> dict[str, str]:
-    """The packages, with their versions, that methods from outside come from."""
+    """The other packages that define these methods, with their versions."""
     points = [entry_point(name) for name in methods]
     return {point.dist.name: point.dist.version for point in points if point is not None and point.dist is not None}
 
 
 @cache
 def known() -> tuple[list[Description], list[str]]:
-    """Every method that can be described, and a sentence for each that cannot: a broken package takes nothing down."""
+    """The descriptions of all methods, and an error message for each that cannot be read."""
     found, broken = [], []
     for name in names():
         try:
@@ -86,7 +86,7 @@ def known() -> tuple[list[Description], list[str]]:
 
 @cache
 def describe(name: str) -> Description:
-    """What the method says of itself. Raises LlmqError where there is no such method, or its source cannot be read."""
+    """A method's description. Raises LlmqError if there is no such method, or its source cannot be read."""
     check(name)
     outside = entry_point(name)
     file, wanted = (FOLDER / f"{name}.py", "") if outside is None else (_file(outside), outside.attr or "")
@@ -123,7 +123,7 @@ def _outside() -> dict[str, EntryPoint]:
 def _file(point: EntryPoint) -> Path:
     try:
         spec = importlib.util.find_spec(point.module)
-    except Exception as error:  # finding a submodule imports its package, and another's code can fail in any way
+    except Exception as error:  # finding a submodule imports its package, which may fail in any way
         raise LlmqError(f"method {point.name!r}: {point.value} cannot be found: {first_line(error)}") from error
     if spec is None or spec.origin is None:
         raise LlmqError(f"method {point.name!r}: there is no module {point.module} (entry point {point.value})")
@@ -131,9 +131,9 @@ def _file(point: EntryPoint) -> Path:
 
 
 def _line(tree: ast.Module, wanted: str) -> list[ast.ClassDef]:
-    """The method's class, `wanted` or else the first public one derived from Method, then its bases in the file.
+    """The method's class (`wanted`, or the first public class derived from Method), followed by its bases in the file.
 
-    Empty where there is none.
+    Empty if there is none.
     """
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
@@ -141,7 +141,7 @@ def _line(tree: ast.Module, wanted: str) -> list[ast.ClassDef]:
 
     def line(name: str) -> list[ast.ClassDef]:
         found = [name]
-        for one in found:  # which grows as bases are found
+        for one in found:  # the list grows as bases are found
             bases = [base.id for base in classes[one].bases if isinstance(base, ast.Name)]
             found += [base for base in bases if base in classes and base not in found]
         return [classes[one] for one in found]
@@ -176,7 +176,7 @@ def _options(defined: dict[str, ast.FunctionDef], text: str) -> tuple[Option, ..
 
 
 def _value(default: ast.expr | None) -> Any:
-    """A default as it is shown: its value, or its source where that is no literal."""
+    """A default for display: its value, or its source if it is not a literal."""
     try:
         return None if default is None else ast.literal_eval(default)
     except ValueError:
@@ -184,7 +184,7 @@ def _value(default: ast.expr | None) -> Any:
 
 
 def _help(name: str, text: str) -> str:
-    """What a docstring says after 'name:' or 'name, other:', up to a semicolon or the end of the sentence."""
+    """The text after 'name:' or 'name, other:' in a docstring, up to a semicolon or the end of the sentence."""
     found = re.search(rf"(?:^|\s){name}(?:, \w+)*: (.*?)(?:;|\. |\.?$)", text)
     return found[1].strip() if found else ""
 

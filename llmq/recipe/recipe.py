@@ -1,6 +1,6 @@
-"""Which scheme and methods go to which weights (Recipe).
+"""Recipe: the methods, and the scheme of each weight.
 
-Plain frozen data: nothing here touches a tensor. YAML in, YAML out, unknown keys are errors.
+Plain frozen data without tensors, read from and written to YAML; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RAGGED = ("error", "smaller", "channel", "keep")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text the statistics are taken from, and how much of it.
+    """The text for the statistics, and how much of it is used.
 
     text: 'demo' (the interpreter's own standard library), a .txt/.jsonl/.parquet file, or a hub data set id.
-    samples × seqlen tokens, packed, never padded; seqlen is cut to the most the model takes.
+    samples × seqlen tokens, packed, never padded; seqlen is reduced to the model's maximum.
     """
 
     text: str = "demo"
@@ -41,14 +41,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes that come out, apart from the model.
+    """Everything that the written bytes depend on, apart from the model.
 
-    methods: in order, transforms first, then at most one quantizer (rtn where there is none), then what refines its
-    result. scheme: the first method's own default where it has one (`nf4` has). overrides: (pattern, scheme) pairs, the
-    last match wins; keep: patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in
-    the checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name, each for
-    those methods that take it; one that none of them takes is refused. What is not given is the method's own default:
-    what measures best for it.
+    methods: in order, transforms first, then at most one quantizer (default rtn), then refinements. scheme: by default
+    the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match wins; keep:
+    patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in the checkpoint, a shell
+    glob, or 're:' and a regular expression. options: the methods' own options by name, each is passed to the methods
+    that have it; one that no method has is refused. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -78,7 +77,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from plain data. Raises LlmqError at an unknown key or an impossible value."""
+        """A recipe from plain data. Raises LlmqError for an unknown key or an invalid value."""
         values = check_keys(data, Recipe, where)
         if isinstance(values.get("methods"), str):
             values["methods"] = values["methods"].split("+")
@@ -107,7 +106,7 @@ class Recipe:
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds; an empty one is an empty mapping. Raises LlmqError naming the file."""
+    """The contents of a YAML file; an empty file is an empty mapping. Raises LlmqError naming the file."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -116,7 +115,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def default_scheme(methods: tuple[str, ...] | list[str]) -> Scheme:
-    """The scheme that methods are for, where they say so: `nf4` is nf4. Unknown names are left to be refused later."""
+    """The methods' default scheme, if one has it (as `nf4` has). Unknown names are ignored here and refused later."""
     scheme = Scheme()
     known = catalog.names()
     for name in methods:
@@ -126,7 +125,7 @@ def default_scheme(methods: tuple[str, ...] | list[str]) -> Scheme:
 
 
 def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
-    """'PATTERN=bits:8,group_size:64,symmetric:false' → the pattern and the base scheme so changed. Raises LlmqError."""
+    """'PATTERN=bits:8,group_size:64,symmetric:false' → the pattern and the changed base scheme. Raises LlmqError."""
     pattern, equals, changes = text.rpartition("=")
     if not equals or not pattern:
         raise LlmqError(f"--override {text!r}: write it as 'PATTERN=bits:8' or 'PATTERN=bits:8,group_size:64'")
@@ -138,5 +137,5 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         try:
             values[key.strip()] = yaml.safe_load(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise LlmqError(f"--override {text!r}: {value!r} is no value for {key.strip()}") from error
+            raise LlmqError(f"--override {text!r}: {value!r} is not a value for {key.strip()}") from error
     return pattern, changed_scheme(values, base, f"--override {text!r}")

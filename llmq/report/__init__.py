@@ -1,1 +1,1 @@
-"""What a run did, for people: report.json, the terminal, the page, the model card."""
+"""Reports of a run: report.json, the terminal, the HTML page, the model card."""

@@ -1,4 +1,4 @@
-"""The model card, README.md of a written folder: metadata that the hub understands, loading, what was measured."""
+"""The model card, README.md of a written folder: metadata for the hub, how to load it, measured results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmq.report.measured import NO_QUALITY, Measure, Row, rows
 from llmq.report.report import Report
 
 COPIED = ("license", "license_name", "license_link", "language")
-"""What is copied from the metadata of the source's card."""
+"""The keys that are copied from the metadata of the source's card."""
 FOLDER = "PATH_TO_THIS_FOLDER"
 _BEGIN, _END = "<!-- measured by llmq eval -->", "<!-- end of measured -->"
 _INDEX_BEGIN, _INDEX_END = "# measured by llmq eval", "# end of measured"
@@ -26,7 +26,7 @@ _PLACE = re.compile(r'^path = ".*"$', re.MULTILINE)
 
 
 def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> str:
-    """README.md of a written folder. source: the folder that was quantized, whose card tells its licence."""
+    """README.md of a written folder. source: the folder that was quantized; its card has the licence."""
     base = hub_id(report.model, source)
     name = Path(report.out).name
     left = sorted({str(row.reason) for row in report.kept})
@@ -38,8 +38,8 @@ def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> st
 
 # {name}
 
-{what}, its weights quantized by {methods} to {_kinds(report)}: {report.bits_per_weight:.2f} bits per quantized \
-weight, {report.bits_per_weight_whole:.2f} over the whole model, {size(report.bytes)} where it was \
+{what}, quantized with {methods} to {_kinds(report)}: {report.bits_per_weight:.2f} bits per quantized \ weight,
+{report.bits_per_weight_whole:.2f} over the whole model, {size(report.bytes)} where it was \
 {size(report.source_bytes)}.
 
 {_BEGIN}
@@ -56,13 +56,13 @@ by weight; `report.json` has every number and the recipe.
 - methods: {methods}
 - format: {report.format}
 - calibration: {report.calibration}
-- left alone: {"; ".join(left) or "nothing"}
-- checked: every block was read back from disk and gave the output that it gave in memory
+- not quantized: {"; ".join(left) or "nothing"}
+- verified: every block was read back from disk and gave the same output as in memory
 """
 
 
 def hub_id(model: str, source: Path | None = None) -> str | None:
-    """A model's id on the hub, where it is known: it was named by it, or its folder lies in the hub's cache."""
+    """A model's id on the hub, if known: from the name that the user gave, or from its folder in the hub's cache."""
     if model != "demo" and not Path(model).is_absolute():
         return model
     for part in source.parts if source is not None and model != "demo" else ():
@@ -72,7 +72,7 @@ def hub_id(model: str, source: Path | None = None) -> str | None:
 
 
 def measured_section(measured: Sequence[Row]) -> str:
-    """The measured table with its protocols; '' where nothing was measured."""
+    """The table of measurements with its protocols; '' if nothing was measured."""
     if not measured:
         return ""
     lines = ["## Measured", "", "| task | metric | value | 95 % interval | base | recovery |"]
@@ -86,9 +86,9 @@ def measured_section(measured: Sequence[Row]) -> str:
 
 
 def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Measure] = ()) -> Path:
-    """Put the measured table into a folder's card, and into its metadata what is of the model's quality.
+    """Write the table of measurements to a folder's card, and measures of quality to the card's metadata.
 
-    An earlier table is replaced. Raises LlmqError where there is no card of llmq's, or it cannot be written.
+    An earlier table is replaced. Raises LlmqError if there is no card by llmq, or it cannot be written.
     """
     text = _read(folder)
     before, begin, rest = text.partition(_BEGIN)
@@ -100,9 +100,9 @@ def write_measured(folder: Path, measures: Iterable[Measure], base: Iterable[Mea
 
 
 def _indexed(card: str, measures: Sequence[Measure]) -> str:
-    """A card with the measures as the hub's model-index, from which it shows and finds them.
+    """A card with the measures as a model-index, which the hub displays and searches.
 
-    The rest of its metadata stays as it is written; a model-index that llmq did not write is left alone.
+    Other metadata is unchanged; so is a model-index that llmq did not write.
     """
     without = _INDEX.sub("", card)
     parts = _METADATA.match(without)
@@ -137,7 +137,7 @@ def _index(name: str, measures: Sequence[Measure]) -> str:
 
 
 def write_place(folder: Path, place: str) -> None:
-    """Let the card's example load the model from `place`, a repository on the hub. A card of another form is left."""
+    """Make the card's example load the model from `place`, a repository on the hub. Other cards are unchanged."""
     text = _read(folder)
     changed = _PLACE.sub(lambda _: f'path = "{place}"', text)
     if changed != text:
@@ -158,7 +158,7 @@ def _metadata(report: Report, base: str | None, source: Path) -> str:
 
 
 def source_metadata(source: Path) -> dict[str, Any]:
-    """The metadata of a folder's own card; empty where there is none that can be read."""
+    """The metadata of a folder's own card; empty if there is none or it cannot be read."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 

@@ -1,4 +1,4 @@
-"""Measured numbers as the page and the model card show them, whoever measured them: each beside the base's own."""
+"""Measurements as the page and the model card show them, each beside the base model's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_QUALITY = ("divergence", "speed", "memory")
 
 
 class Measure(Protocol):
-    """One number of one model. low, high: its 95 % interval; higher_is_better: None where neither is."""
+    """One number of one model. low, high: its 95 % interval; higher_is_better: None if neither direction is better."""
 
     @property
     def task(self) -> str: ...
@@ -33,9 +33,9 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the measured table, in words. recovery: in % of the base, '' where that has no meaning.
+    """A row of the table of measurements, as text. recovery: in % of the base, '' if not applicable.
 
-    number: of the protocol, from 1; task ends with it, as in 'perplexity:demo [2]', where the measure has several.
+    number: of the protocol, from 1; if a measure has several protocols, task ends with it, as in 'perplexity:demo [2]'.
     """
 
     task: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]:
-    """A line for each measure, with the base's number of the same task, metric and protocol beside it."""
+    """A row for each measure, beside the base's value for the same task, metric and protocol."""
     found = {(m.task, m.metric, m.protocol): m for m in base}
     measures = list(measures)
     numbers = {protocol: number for number, protocol in enumerate(dict.fromkeys(m.protocol for m in measures), 1)}
@@ -74,10 +74,10 @@ def rows(measures: Iterable[Measure], base: Iterable[Measure] = ()) -> list[Row]
 
 
 def recovery(measure: Measure, base: Measure) -> float | None:
-    """How much of the base's quality is left, in %: the quotient, upside down where lower is better; or None.
+    """The share of the base's quality that is kept, in %: the ratio, inverted if lower is better; or None.
 
-    What is no quality (a speed, a size), is measured against the base itself (a divergence), by another protocol, or is
-    no positive number to divide by (nor a sum of logarithms), has none.
+    None for measures other than quality (a speed, a size), measures relative to the base (a divergence), different
+    protocols, values that are not positive, and sums of logarithms.
     """
     if measure.higher_is_better is None or measure.task.partition(":")[0] in NO_QUALITY:
         return None
@@ -88,7 +88,7 @@ def recovery(measure: Measure, base: Measure) -> float | None:
 
 
 def value(number: float, unit: str = "") -> str:
-    """A number with its unit as people write it: bytes as MiB, a share as %, else four significant digits."""
+    """A number with its unit, formatted for people: bytes as MiB, a fraction as %, else four significant digits."""
     from llmq.machine import size
 
     if number != number:
@@ -101,7 +101,7 @@ def value(number: float, unit: str = "") -> str:
 
 
 def interval(measure: Measure) -> str:
-    """The 95 % interval, or '' where there is none."""
+    """The 95 % interval, or '' if there is none."""
     if measure.low is None or measure.high is None:
         return ""
     low, high = value(measure.low, measure.unit), value(measure.high, measure.unit)
@@ -110,7 +110,7 @@ def interval(measure: Measure) -> str:
 
 
 def digits(number: float, significant: int = 4) -> str:
-    """A number with so many significant digits, without an exponent where that is short: 0.01234, 12.34, 1,234."""
+    """A number with this many significant digits, without an exponent if short: 0.01234, 12.34, 1,234."""
     if number == 0:
         return "0"
     if abs(number) >= 10**significant:

@@ -1,4 +1,4 @@
-"""A progress bar with time left for each stage of a run."""
+"""A progress bar, with the remaining time, for each stage of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import (
 
 
 class Bars:
-    """Draws what a run tells its Watch: one bar per stage, on stderr, with time left; quiet where no one looks."""
+    """A Watch that draws a progress bar per stage on stderr, with the remaining time; silent without a terminal."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(

@@ -1,4 +1,4 @@
-"""What a run did: report.json, which the terminal's summary, report.html and the model card are made of."""
+"""The report of a run: report.json, from which the terminal's summary, report.html and the model card are made."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors"
 
 @dataclass
 class Report:
-    """Everything a run did. weights: one row per weight with two or more axes, those left alone with their reason.
+    """The results of a run. weights: one row per weight with two or more axes, unquantized ones with their reason.
 
-    Sizes in bytes, times in seconds, peak_memory the largest resident size of the process that finished the run.
-    command: the command line that does the same again from the recipe in a file `recipe.yaml`. What the rows hold is
-    told in `llmq.report.rows`; report.json has all of it under the same names.
+    Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
+    command: the command line that repeats the run with the recipe in a file `recipe.yaml`. `llmq.report.rows` defines
+    the rows; report.json has the same fields under the same names.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def fallbacks(self) -> list[tuple[str, str]]:
-        """(weight, note) for everything that did not go the usual way."""
+        """(weight, note) for every fallback."""
         return [(row.name, note) for row in self.quantized for note in row.notes]
 
     @property
@@ -67,11 +67,11 @@ class Report:
 
     @property
     def kept(self) -> list[KeptRow]:
-        """The weights that were left alone."""
+        """The weights that are not quantized."""
         return [row for row in self.weights if isinstance(row, KeptRow)]
 
     def attempts(self, *outcomes: Outcome) -> list[tuple[str, Attempt]]:
-        """(block, attempt) for everything that methods tried, with one of these outcomes."""
+        """(block, attempt) for every attempt of a method with one of these outcomes."""
         return [(block.name, attempt) for block in self.blocks for attempt in block.log if attempt.outcome in outcomes]
 
     def to_json(self) -> str:
@@ -85,7 +85,7 @@ class Report:
 
     @staticmethod
     def load(folder: Path) -> Report:
-        """The report of a finished folder. Raises LlmqError where there is none."""
+        """The report of a finished folder. Raises LlmqError if there is none."""
         try:
             return Report.from_dict(json.loads((folder / REPORT).read_text()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, LlmqError) as error:
@@ -93,9 +93,9 @@ class Report:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
-        """A report from the data of report.json, of an earlier llmq too.
+        """A report from the data of report.json; files of earlier versions are accepted too.
 
-        Raises KeyError, TypeError, ValueError, AttributeError or LlmqError where it is none.
+        Raises KeyError, TypeError, ValueError, AttributeError or LlmqError if the data is not a report.
         """
         weights = [read_weight(row) for row in data["weights"]]
         blocks = [read_block(row) for row in data["blocks"]]
@@ -103,14 +103,14 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """The versions that can change the bytes written."""
+    """The versions of packages that can change the written bytes."""
     return {name: version(name) for name in VERSIONS} | {"python": sys.version.split()[0]}
 
 
 def make_report(
     plan: Plan, model: str, out: Path, done: dict[str, Any], seconds: float, written: int, command: str = ""
 ) -> Report:
-    """Put the rows of the blocks (from the sink's journal) together with what the plan left alone."""
+    """A report from the rows of the blocks (in the sink's journal) and the weights that the plan does not quantize."""
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         payload = done[f"block {index}"]

@@ -1,4 +1,4 @@
-"""The rows of report.json: what became of every weight, and of every block. The journal of a run holds the same."""
+"""The rows of report.json: the result of every weight and every block. A run's journal holds the same rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llmq.grids.scheme import Scheme, changed_scheme
 class WeightRow:
     """A quantized weight.
 
-    shape: [out, in]; block: its number; bytes: stored; error: relative, of the rounded weight to what was to be rounded
-    (after all transforms), in the Frobenius norm; notes: what did not go the usual way; seconds: of its rounding.
+    shape: [out, in]; block: its number; bytes: stored; error: relative, in the Frobenius norm, of the quantized weight
+    to the weight after all transforms; notes: fallbacks used; seconds: of its quantization.
     """
 
     name: str
@@ -32,7 +32,7 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class KeptRow:
-    """A weight with two or more axes that was left alone, for a reason. block: None outside the blocks."""
+    """A weight with two or more axes that is not quantized, with the reason. block: None outside the blocks."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,9 +45,9 @@ class KeptRow:
 class BlockRow:
     """A decoder block.
 
-    error: relative, of its output on the calibration windows; seconds: in all; log: what methods tried; memory, peak:
-    the resident size of the process that quantized it, at its end, and the largest until then; device: on a GPU, the
-    most that tensors took there while the block was quantized. None where it was not recorded.
+    error: relative, of its output on the calibration windows; seconds: in all; log: the methods' attempts; memory,
+    peak: the resident size of the process that quantized it, at the block's end, and the largest until then; device:
+    the peak of tensor memory on the GPU while the block was quantized. None if not recorded.
     """
 
     name: str
@@ -60,7 +60,7 @@ class BlockRow:
 
 
 def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
-    """The row of a weight that has its result. nbytes: what it takes on disk."""
+    """The row of a quantized weight. nbytes: its size on disk."""
     assert state.quantized is not None
     return WeightRow(
         state.name,
@@ -75,7 +75,7 @@ def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
 
 
 def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
-    """A row from plain data, of an earlier llmq too. Raises KeyError, TypeError, ValueError or LlmqError."""
+    """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
     shared = {"name": str(data["name"]), "shape": tuple(data["shape"]), "block": data["block"], "bytes": data["bytes"]}
     if data.get("scheme") is not None:
         scheme = changed_scheme(_current(data["scheme"]), Scheme(), data["name"])
@@ -93,14 +93,14 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
 
 
 def read_block(data: Mapping[str, Any]) -> BlockRow:
-    """A row from plain data, of an earlier llmq too. Raises KeyError, TypeError, ValueError or LlmqError."""
+    """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
     more = {key: data[key] for key in ("memory", "peak", "device") if key in data}
     log = tuple(read_attempt(line) for line in data.get("log", ()))
     return BlockRow(data["name"], data["error"], data["seconds"], log, **more)
 
 
 def read_attempt(data: Mapping[str, Any]) -> Attempt:
-    """An attempt from plain data; that of an earlier llmq says method and pair in one text, and kept or not."""
+    """An attempt from plain data; earlier versions stored method and pair in one text, and whether it was kept."""
     if "method" in data:
         return Attempt(**{**data, "outcome": Outcome(data["outcome"])})
     method, _, where = data["what"].partition(": ")
@@ -110,5 +110,5 @@ def read_attempt(data: Mapping[str, Any]) -> Attempt:
 
 
 def _current(scheme: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheme as it is written today: the grid of 8-bit floats was once called float."""
+    """A scheme in today's names: earlier versions called the grid fp8 'float'."""
     return {**scheme, "grid": {"float": "fp8"}.get(scheme["grid"], scheme["grid"])}

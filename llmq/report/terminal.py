@@ -1,4 +1,4 @@
-"""What the command line prints: a plan, a finished run, an inspected folder, recipes, methods and pairs, as tables."""
+"""Terminal output: a plan, a finished run, an inspected folder, recipes, methods and pairs, as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from llmq.block.attempt import Outcome
 from llmq.machine import size
 
-# `llmq methods` and the like import no torch.
+# For `llmq methods` and similar commands, which do not import torch.
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found
     from llmq.formats.base import Row
@@ -53,7 +53,7 @@ def _row(item: WeightPlan) -> list[str]:
 
 
 def summary(console: Console, made: Plan) -> None:
-    """A plan in a few lines: what is quantized, to which size, from which text, in how much memory and disk."""
+    """A plan in a few lines: the quantized weights, the size, the calibration text, the memory and disk."""
     chosen = [i for i in made.weights if i.scheme is not None]
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
@@ -75,7 +75,7 @@ def summary(console: Console, made: Plan) -> None:
 
 
 def report(console: Console, done: Report) -> None:
-    """A finished run: a line per block, the weights that lost most, everything that fell back, and the headline."""
+    """A finished run: a line per block, the weights with the largest error, all fallbacks, and the headline."""
     table = Table(title="blocks", title_justify="left")
     for heading in ("block", "output error", "mean weight error", "bits", "seconds"):
         table.add_column(heading, justify="left" if heading == "block" else "right")
@@ -103,7 +103,7 @@ def report(console: Console, done: Report) -> None:
 
 
 def _attempts(console: Console, done: Report) -> None:
-    """What the methods tried, counted, and what of it does not stand."""
+    """The number of the methods' attempts, and those that were undone or skipped."""
     kept, undone = done.attempts(Outcome.KEPT), done.attempts(Outcome.UNDONE)
     if kept or undone:
         console.print(f"tried {len(kept + undone)} changes to the blocks, kept {len(kept)}, undid {len(undone)}")
@@ -129,7 +129,7 @@ def headline(console: Console, done: Report) -> None:
 
 
 def inspection(console: Console, found: Inspection) -> None:
-    """A line for each weight, then what they come to."""
+    """A line for each weight, then the totals."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("weight", overflow="fold")
     for name in ("shape", "stored as", "error", "size"):
@@ -158,7 +158,7 @@ def inspection(console: Console, found: Inspection) -> None:
 
 
 def scheme(row: Row) -> str:
-    """How a weight is stored: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64' …"""
+    """The storage of a weight: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64' …"""
     if row.bits is None:
         return row.dtype
     kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
@@ -177,7 +177,7 @@ def recipes(console: Console, found: Sequence[tuple[str, Recipe, str]]) -> None:
 
 
 def methods(console: Console, found: Sequence[Description]) -> None:
-    """A paragraph for each method: what it does in a recipe, what it is, its options with their defaults."""
+    """A paragraph for each method: its roles in a recipe, a summary, its options with their defaults."""
     for method in found:
         outside = ", from another package" if method.outside else ""
         console.print(f"[bold]{escape(method.name)}[/] ({', '.join(method.roles)}{outside})", highlight=False)
@@ -189,7 +189,7 @@ def methods(console: Console, found: Sequence[Description]) -> None:
 
 
 def pairs(console: Console, found: Mapping[str, Found]) -> None:
-    """Where scales can move, a table for every kind of block: from what, to what, or why not."""
+    """The scale pairs, a table for every kind of block: source, consumers, or why there is no pair."""
     from llmq.discovery.pairs import explain
 
     alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}

@@ -9,7 +9,7 @@ Point = tuple[float, float]
 
 
 def svg(training: Sequence[Point], held_out: Sequence[Point]) -> str:
-    """(step, loss) pairs to a drawing: the training loss as a thin line, the held-out loss as a thick one with dots."""
+    """An SVG of (step, loss) points: the training loss as a thin line, the held-out loss as a thick one with dots."""
     points = [*training, *held_out]
     right = max((x for x, _ in points), default=1) or 1
     low, high = min((y for _, y in points), default=0), max((y for _, y in points), default=1)

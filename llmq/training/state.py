@@ -1,4 +1,4 @@
-"""The state of a training run on disk: safetensors and JSON in one file, whole or not there. No pickle."""
+"""Checkpoints of a training run: safetensors and JSON in one file, written atomically. No pickle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def save(
 def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Put the checkpoint's values into the parameters and the optimizer; returns `about`, or None without a checkpoint.
 
-    Raises LlmqError if it is damaged or of other parameters.
+    Raises LlmqError if it is damaged or has other parameters.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -44,7 +44,7 @@ def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Opt
             written = json.loads(file.metadata()[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = _put_back(written["optimizer"], tensors)
-        state["state"] = {int(index): values for index, values in state["state"].items()}  # JSON has text for keys
+        state["state"] = {int(index): values for index, values in state["state"].items()}  # JSON keys are strings
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[f"trained.{name}"])
@@ -56,9 +56,9 @@ def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Opt
 
 
 def _taken_out(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain data like `tree`, each tensor in it put into `tensors` and replaced by its name there."""
+    """A copy of `tree` in which each tensor is moved to `tensors` and replaced by its name there."""
     if isinstance(tree, Tensor):
-        # A copy: optimizers share some of their tables, which safetensors does not hold twice.
+        # A copy: optimizers share some tables between parameters, and safetensors refuses shared memory.
         tensors[name] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(tree, dict):
@@ -67,7 +67,7 @@ def _taken_out(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_back(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of _taken_out."""
+    """The inverse of `_taken_out`."""
     if not isinstance(tree, dict):
         return tree
     if _TENSOR in tree:

@@ -1,4 +1,4 @@
-"""The steps of a training run as functions: which rows, at which rate, padded how, by which optimizer."""
+"""Functions for a training run's steps: learning rate, rows of each step, padding, loss, optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmq.machine import require
 
 IGNORED = -100
 SORTED = 16
-"""Steps whose rows are sorted by length together, so that little is padded."""
+"""The number of steps whose rows are sorted by length together, so that there is little padding."""
 
 
 def rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
@@ -29,7 +29,7 @@ def rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> fl
 
 
 def steps_of(rows: Sequence[Example], size: int, epoch: int, seed: int) -> list[list[Example]]:
-    """The rows of each step of an epoch: shuffled, then sorted by length a few steps at a time, then those shuffled."""
+    """The rows of each step of an epoch: shuffled, sorted by length within a few steps, and then the steps shuffled."""
     chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(rows), generator=chance).tolist()
     steps = []
@@ -40,9 +40,9 @@ def steps_of(rows: Sequence[Example], size: int, epoch: int, seed: int) -> list[
 
 
 def padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids and targets, int64 [rows, longest]; a target that is not to be learned is −100.
+    """Token ids and targets, int64 [rows, longest]; targets without a loss are −100.
 
-    Padding is at the right and never a target: a causal model's other positions do not see it, so it needs no mask.
+    Padding is on the right and never a target; in a causal model no other position attends to it, so no mask is needed.
     """
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -54,7 +54,7 @@ def padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, rows: Sequence[Example], device: torch.device | str) -> tuple[Tensor, int]:
-    """The summed loss over a batch's learned tokens, float32, in nats, and how many there are."""
+    """The summed loss over a batch's learned tokens, float32, in nats, and their number."""
     ids, targets = (t.to(device) for t in padded(rows))
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wanted = targets[:, 1:]
@@ -64,7 +64,7 @@ def loss_of(model: nn.Module, rows: Sequence[Example], device: torch.device | st
 
 
 def held_out_loss(model: nn.Module, rows: Sequence[Example], batch: int, device: torch.device | str) -> float:
-    """Nats per learned token over all rows, the model in evaluation mode meanwhile."""
+    """The loss in nats per learned token over all rows, with the model in evaluation mode."""
     mode(model, False)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -82,8 +82,9 @@ def split(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 
 
 def mode(model: nn.Module, training: bool) -> None:
-    """Switch dropout on or off. 4-bit modules stay in training mode: in the other one bitsandbytes may repack them for
-    the CPU, which its backward pass cannot read; they have nothing else to switch."""
+    """Switch dropout on or off. 4-bit modules always stay in training mode: in evaluation mode bitsandbytes may repack
+    them for the CPU, and its backward pass cannot read that layout; the mode has no other effect on them.
+    """
     model.train(training)
     for module in model.modules():
         if hasattr(module, "quant_state"):
@@ -93,9 +94,9 @@ def mode(model: nn.Module, training: bool) -> None:
 def make_optimizer(
     kind: str, parameters: list[nn.Parameter], lr: float, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, str]:
-    """AdamW with 8-bit state where it runs (tried on one parameter), else torch's; and its name, with the reason.
+    """AdamW with 8-bit state if it runs (tried on one parameter), else torch's; and its name, with the reason.
 
-    Raises LlmqError if bitsandbytes' was asked for by name and does not run.
+    Raises LlmqError if bitsandbytes' AdamW was requested by name and does not run.
     """
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     why = ""

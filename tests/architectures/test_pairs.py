@@ -155,8 +155,8 @@ def test_the_ungated_half(tmp_path: Path) -> None:
 def test_says_why_not(tmp_path: Path) -> None:
     own = next(iter(found_in(tiny.make("qwen3", tmp_path)).values()))
     reasons = {r.source.removesuffix(".weight"): r.reason for r in own.rejections}
-    assert reasons["self_attn.q_proj"] == "it is normalized afterwards: a common factor on it changes nothing"
-    assert reasons["self_attn.k_norm"] == "no matrix product has an input that follows it, channel by channel"
+    assert reasons["self_attn.q_proj"] == "its output is normalized: a common factor on it changes nothing"
+    assert reasons["self_attn.k_norm"] == "no matrix product has an input that scales with it channel by channel"
     assert reasons["mlp.down_proj"] == "no matrix product of the block comes after it"
     assert reasons.keys() == {f"self_attn.{n}" for n in ("q_proj", "k_proj", "o_proj", "q_norm", "k_norm")} | {
         "mlp.gate_proj",

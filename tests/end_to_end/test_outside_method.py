@@ -252,7 +252,7 @@ def test_a_helper_class_before_it_hides_nothing(
 
 def test_a_module_without_a_method_is_named(tmp_path: Path, inside: Callable[[Path], None]) -> None:
     inside(install(tmp_path / "site", "coarse = mymethod", mymethod="class Coarse:\n    pass\n"))
-    refused(lambda: made("coarse"), "'coarse'", "no class derived from Method")
+    refused(lambda: made("coarse"), "'coarse'", "not a class derived from Method")
 
 
 BROKEN = {
@@ -261,7 +261,7 @@ BROKEN = {
         METHOD.replace("from llmq.methods", "import nowhere_to_be_found\nfrom llmq.methods"),
         "nowhere_to_be_found",
     ),
-    "no method": ("coarse = mymethod:Coarse", "class Coarse:\n    '''Not one.'''\n", "no class derived from"),
+    "no method": ("coarse = mymethod:Coarse", "class Coarse:\n    '''Not one.'''\n", "not a class derived from"),
     "no class": ("coarse = mymethod:Coarsest", METHOD, "Coarsest"),
     "no module": ("coarse = yourmethod:Coarse", METHOD, "yourmethod"),
     "no package": ("coarse = yourpackage.methods:Coarse", METHOD, "yourpackage"),

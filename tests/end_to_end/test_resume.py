@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command goes on, and the bytes are those of an unbroken run."""
+"""Killed at any moment, the same command resumes, and the bytes are those of an unbroken run."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "same command goes on" in " ".join(err.split())
+    assert "same command resumes" in " ".join(err.split())
     assert "Traceback" not in err
 
 

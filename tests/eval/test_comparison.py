@@ -261,7 +261,7 @@ def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq:
         assert done.returncode == 2 and done.stderr.endswith("remove it, or run `llmq eval` again\n")
     whole.write_text(text[:99])
     done = llmq(*command)
-    assert done.returncode == 0 and "begun anew" in done.stderr
+    assert done.returncode == 0 and "it is replaced" in done.stderr
     assert whole.read_text() == text
 
 
@@ -302,7 +302,7 @@ def test_what_two_processes_measured_is_kept(five: list[Results], tmp_path: Path
     assert first.path(tmp_path).read_text() == other
     first.path(tmp_path).write_text("[" * 100_000)
     told: list[str] = []
-    assert first.keep(tmp_path, told.append).measures == first.measures and "begun anew" in told[0]
+    assert first.keep(tmp_path, told.append).measures == first.measures and "it is replaced" in told[0]
 
 
 def test_which_results_are_meant(five: list[Results], tiny_model: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_other_tokenizers_are_refused(tiny_model: Path, text_file: Path, tmp_pat
     tokenizer.save_pretrained(folder)
     with pytest.raises(LlmqError, match="different tokens"):
         perplexities([tiny_model, folder], str(text_file), progress=False)
-    with pytest.raises(LlmqError, match="gives token 256, the model knows 256"):
+    with pytest.raises(LlmqError, match="gives token 256, but the model has only 256"):
         perplexity(folder, str(text_file), progress=False)
 
 

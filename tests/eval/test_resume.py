@@ -46,7 +46,7 @@ def numbers(out: Path) -> dict[str, object]:
 
 
 def resumed(done: Done) -> bool:
-    return done.returncode == 0 and "going on from" in done.stderr
+    return done.returncode == 0 and "resuming after" in done.stderr
 
 
 def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:

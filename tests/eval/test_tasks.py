@@ -263,7 +263,7 @@ def test_without_lm_eval(tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--tasks", ","), "names none"),
+        (("--tasks", ","), "--tasks is empty"),
         (("--tasks", "speed:demo"), "speed takes no text"),
         (("--text", "wikitext2"), "--data-dir"),
         (("--text", "wikitext2", "--data-dir", "{tmp}"), "neither wikitext2.txt nor wikitext2.jsonl"),

@@ -20,7 +20,7 @@ from llmq_kernels.triton.rule import rule
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu() -> None:
-    with pytest.raises(ValueError, match="torch sees none"):
+    with pytest.raises(ValueError, match="torch finds none"):
         tune.tune([(64, 64)])
 
 
@@ -73,7 +73,7 @@ def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(tune, "BEYOND_CACHE", 1)
     monkeypatch.setattr(tune, "candidates", lambda *_: iter(fast))
     monkeypatch.setattr(tune, "seconds", lambda *arguments: fast[arguments[2]])
-    with pytest.warns(UserWarning, match=r"results are wrong on interpreter \(0\.5 off\).*block_n=2"):
+    with pytest.warns(UserWarning, match=r"wrong results on interpreter \(relative error 0\.5\).*block_n=2"):
         microseconds, config = tune.fastest(gpu, torch.device("cpu"), 4, 1, 32, 256, 128)
     assert config == right and microseconds == pytest.approx(2e6)
 

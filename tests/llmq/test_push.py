@@ -132,7 +132,7 @@ def test_damaged_folders(folder: Path, what: str, words: str, llmq: Run) -> None
 def test_a_report_of_other_weights(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     (folder / "report.json").write_text(json.dumps(report | {"bytes": report["bytes"] + 4}))
-    with pytest.raises(LlmqError, match="not of one run"):
+    with pytest.raises(LlmqError, match="of different runs"):
         check(folder)
 
 

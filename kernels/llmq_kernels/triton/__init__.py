@@ -1,4 +1,4 @@
-"""Triton kernels, one family per file, and what decides between them.
+"""Triton kernels, one family per file, and the choice between them.
 
-Importing a kernel imports triton; gpu, config, rule, tables and launch, and the package itself, do not.
+Importing a kernel's file imports triton; gpu, config, rule, tables, launch and the package itself do not.
 """

@@ -1,4 +1,4 @@
-"""Arithmetic that the interpreter does otherwise than a GPU: what all kernels share.
+"""Arithmetic in which Triton's interpreter differs from a GPU; shared by all kernels.
 
 BACKEND: as `gpu.Gpu.backend`.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr, BACKEND: tl.constexpr):
-    """float32 rounded to dtype, to nearest, half to even. The interpreter's own cast to bfloat16 cuts off instead."""
+    """float32 rounded to dtype, to nearest, half to even. The interpreter's own cast to bfloat16 truncates instead."""
     if BACKEND == "cpu" and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -20,7 +20,7 @@ def rounded(value, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 @triton.jit
 def product(a, b, total, BACKEND: tl.constexpr):
-    """total + a · b on tensor cores. The interpreter takes bfloat16 operands for integers: it gets them as float32."""
+    """total + a · b on tensor cores. The interpreter would treat bfloat16 operands as integers, so it gets float32."""
     if BACKEND == "cpu":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:

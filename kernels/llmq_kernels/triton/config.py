@@ -15,10 +15,10 @@ Family = Literal["one_row", "few_rows", "many_rows", "dense"]
 class Config:
     """One way to run a product: a family of kernels, or the dense product of the dequantized weight.
 
-    block_n, block_m: rows of the weight and of x in a program; tiles: how many of a row a program takes side by side
-    (one_row; of few_rows each warp takes one); programs_k: programs that share K; prescale: scales multiply codes
-    rather than sums (many_rows). registers: how many a thread may use on NVIDIA. None: as few as ptxas likes, which at
-    times spills so that more programs fit.
+    block_n, block_m: rows of the weight and of x per program; tiles: tiles of a row that a program processes at once
+    (one_row; in few_rows each warp processes one); programs_k: programs that share K; prescale: scales multiply codes
+    instead of sums (many_rows); registers: the limit per thread on NVIDIA, None for ptxas' own choice, which sometimes
+    spills so that more programs fit.
     """
 
     family: Family
@@ -32,7 +32,7 @@ class Config:
     registers: int | None = None
 
     def options(self, backend: str) -> dict[str, Any]:
-        """What Triton is told beside the kernel's arguments."""
+        """Triton's launch options besides the kernel's arguments."""
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         if self.registers and backend == "cuda":
             options["maxnreg"] = self.registers
@@ -40,14 +40,14 @@ class Config:
 
 
 def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
-    """GROUP and RUN of the kernels: codes in a group; slices that surely share one.
+    """GROUP and RUN of the kernels: codes per group; consecutive slices that always share a group.
 
-    A row with one scale runs as groups of 128 do, all of them the first: the same machine code.
+    A row with one scale uses the machine code for groups of 128, with every group index 0.
     """
     group = 128 if group_size >= in_features else group_size
     return group, gcd(group, TILE[bits]) // 32
 
 
 def power(value: int, least: int) -> int:
-    """The smallest power of two that is no smaller than either."""
+    """The smallest power of two that is at least both."""
     return max(least, 1 << (value - 1).bit_length())

@@ -1,7 +1,7 @@
-"""Codes to a dense weight: for products with so many rows that the vendor's dense kernel is worth a copy of the weight.
+"""Dequantize to a dense weight, for products with so many rows that the vendor's dense kernel is worth the copy.
 
-It writes four times what it reads (4 bits to 16), so it is bound by memory however codes are unpacked: values are
-computed in float32 and rounded once, exactly as `reference.dequantize` does.
+It writes four times the bytes that it reads (4 bits to 16), so it is memory-bound however codes are unpacked: values
+are computed in float32 and rounded once, exactly as in `reference.dequantize`.
 """
 
 import triton
@@ -35,7 +35,7 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], stride apart."""
+    """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], strided."""
     SLICES: tl.constexpr = slices(BITS)
     WORDS_OF_TILE: tl.constexpr = words(BITS)
     tile = tl.program_id(0)
@@ -58,7 +58,7 @@ def dequantize_kernel(
 
 
 def build(weight: PackedInt, y: Tensor, backend: str) -> Launch:
-    """y [out, in] filled; scale and zero [groups, out] may be columns of larger ones."""
+    """The launch that fills y [out, in]; scale and zero [groups, out] may be column slices of larger tensors."""
     bits, scale = weight.bits, weight.scale
     n, k = y.shape
     tiles = weight.packed.shape[1] // WORDS[bits]

@@ -1,17 +1,17 @@
-"""One to some tens of rows on tensor cores, with K divided among the warps of a program, and programs if need be.
+"""One to some tens of rows on tensor cores, with K divided among the warps of a program, and among programs if needed.
 
-Yᵀ = W · Xᵀ: the weight is the left operand, which tensor cores take from registers: packed words go through shared
-memory (asynchronous 16-byte copies, several tiles ahead) straight into the operand's own arrangement, and become
-numbers there. A slice of 32 codes along K is one dot, so nothing is joined or reshaped.
+Yᵀ = W · Xᵀ: the weight is the left operand, which tensor cores read from registers. Packed words are copied to shared
+memory (asynchronous 16-byte copies, several tiles ahead), loaded directly in the operand's register layout, and
+dequantized there. A slice of 32 codes along K is one dot, so no data is joined or reshaped.
 
-The dot is a batch of WARPS_K dots, one for each warp: warp p of a program takes tiles p, p + WARPS_K, … of the same
-rows, and the parts are added once at the end, in the program. So a weight of 4096 rows keeps a GPU busy in a single
-launch, with no partial sums in memory. PROGRAMS_K > 1 divides K among programs too; `sums` then adds, always in one
-order.
+The dot is a batch of WARPS_K dots, one for each warp: warp p of a program processes tiles p, p + WARPS_K, … of the same
+rows, and the partial sums are added at the end, within the program. So a weight of 4096 rows keeps a GPU busy in a
+single launch, without partial sums in memory. PROGRAMS_K > 1 divides K among programs too; `sums` then adds their
+results in a fixed order.
 
 Sums are float32; codes are exact; a group's sum is multiplied by its scale, so there is one rounding in all. Scales are
-fetched one step before they are needed: they are too narrow for asynchronous copies, and Triton pipelines no loop that
-carries a value further than one step. Not so those of more than four groups a tile, for which there are no registers.
+loaded one step before they are used: they are too narrow for asynchronous copies, and Triton does not pipeline a loop
+that carries a value over more than one step. With more than four groups per tile there are no registers for that.
 """
 
 import triton
@@ -55,8 +55,8 @@ def few_rows_kernel(
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that certainly
-    share a group. EVEN_K: tiles are full, and WARPS_K divides them.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group.
+    EVEN_K: all tiles are full, and WARPS_K divides their number.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)

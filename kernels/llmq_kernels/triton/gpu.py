@@ -1,4 +1,4 @@
-"""What a GPU is to the kernels: NVIDIA's, AMD's, or Triton's interpreter on a CPU."""
+"""The properties of a GPU that kernels depend on: NVIDIA, AMD, or Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """target: what is compiled for ("cuda:90", "hip:gfx942", "cpu"); shared: bytes of shared memory for a program."""
+    """target: of the compiler ("cuda:90", "hip:gfx942", "cpu"); shared: bytes of shared memory per program."""
 
     name: str
     target: str
@@ -26,7 +26,7 @@ class Gpu:
 
     @property
     def wide(self) -> bool:
-        """Memory so fast that unpacking holds back a kernel without tensor cores: the data-center cards."""
+        """Whether memory is so fast (data-center GPUs) that unpacking limits a kernel without tensor cores."""
         return self.target in ("cuda:80", "cuda:90", "cuda:100", "cuda:103")
 
 
@@ -37,18 +37,18 @@ KNOWN = (
     Gpu("NVIDIA B200", "cuda:100", 148, 232448),
     Gpu("AMD Instinct MI300X", "hip:gfx942", 304, 65536),
 )
-# As few processors as make small tests split K, too.
+# Few processors, so that small tests also split K.
 INTERPRETER = Gpu("interpreter", "cpu", 4, 65536)
 _NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU of a device; tensors elsewhere are the interpreter's."""
+    """The GPU of a device; for other devices, the interpreter."""
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:  # ROCm's torch calls its devices cuda, too
+    if torch.version.hip is not None:  # torch for ROCm also calls its devices cuda
         target = "hip:" + str(found.gcnArchName).partition(":")[0]
     else:
         target = f"cuda:{found.major * 10 + found.minor}"
@@ -57,7 +57,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the tensors' device the current one, on which Triton launches; nothing where it already is."""
+    """Make the device the current one, on which Triton launches; no operation if it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)

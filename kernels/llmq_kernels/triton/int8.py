@@ -1,9 +1,9 @@
-"""A product of 8-bit integers: x is rounded per token, or by a known scale, and multiplied by an int8 weight.
+"""Products of 8-bit integers: x is rounded per token, or with a given scale, and multiplied by an int8 weight.
 
-Two kernels. The first rounds x in the very steps of compressed-tensors, each in x's own dtype, so that its integers
-are bit for bit those that the accuracy was measured with (`reference.round_input`). The second multiplies on integer
-tensor cores, sums exactly in int32, and applies both scales and the bias at the end, in float32. Reading an int8 weight
-needs no arithmetic, so few rows run on the same kernel, with more of K in flight.
+There are two kernels. The first rounds x with exactly the steps of compressed-tensors, each in x's own dtype, so that
+the integers are bit for bit those of accuracy measurements (`reference.round_input`). The second multiplies on integer
+tensor cores, sums exactly in int32, and applies both scales and the bias at the end, in float32. An int8 weight needs
+no unpacking, so few rows use the same kernel, with larger blocks along K.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def int8_round_kernel(
     x, input_scale, codes, scale, K, DTYPE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BACKEND: tl.constexpr
 ):
-    """A row of x [M, K] a program: codes int8 [M, K] and the scale that they stand for in units of, float32 [M].
+    """One row of x [M, K] per program: writes codes int8 [M, K] and their scale, float32 [M].
 
     input_scale: [1] or None. DTYPE: x's; EPS: its epsilon, the scale of a row of zeros.
     """
@@ -36,7 +36,7 @@ def int8_round_kernel(
         most = tl.zeros([BLOCK], tl.float32)
         for start in range(0, K, BLOCK):
             most = tl.maximum(most, tl.abs(tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)))
-        # 1-element blocks, not scalars: the interpreter's scalars are numpy's, which have other casts.
+        # 1-element blocks, not scalars: the interpreter's scalars are numpy's, whose casts differ.
         step = rounded(tl.div_rn(tl.max(most, 0, keep_dims=True), 127.5), DTYPE, BACKEND).to(tl.float32)
         step = tl.where(step == 0.0, EPS, step)
     else:
@@ -46,9 +46,10 @@ def int8_round_kernel(
         value = tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)
         level = rounded(tl.div_rn(value, step), DTYPE, BACKEND).to(tl.float32)
         level = tl.minimum(tl.maximum(level, -128.0), 127.0)
-        # Adding 1.5 · 2²³ leaves no bit for fractions: float32's own rounding, half to even, does it.
+        # After adding 1.5 · 2²³ no fraction bits are left, so float32's own rounding (half to even) rounds to an
+        # integer.
         level = (level + 12582912.0) - 12582912.0
-        # A maximum passes over what is no number; the row's scale must not.
+        # The maximum ignores NaN, but the row's scale must be NaN.
         strange = tl.maximum(strange, (value != value).to(tl.float32))
         tl.store(codes + at + start + k, level.to(tl.int8), mask=start + k < K)
     step = tl.where(tl.max(strange, 0, keep_dims=True) > 0.0, float("nan"), step)
@@ -61,7 +62,7 @@ def int8_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = int8 x [M, K] · int8 weight [N, K]ᵀ, times x_scale float32 [M] and scale [N], + bias [N]."""
-    # Neighbouring programs share rows of the weight, which is what is large.
+    # Neighbouring programs share rows of the weight, the larger operand.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -86,7 +87,7 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with x rounded to 8 bits.
 
     x: float32, bfloat16 or float16 [M, in], contiguous; bias: float [out]. Returns [M, out] in x's dtype, rounded once.
-    Raises ValueError where int32 sums might overflow: at 131072 inputs.
+    Raises ValueError if int32 sums might overflow: from 131072 inputs on.
     """
     weight.check_sums()
     codes, x_scale = round_input(x, weight.input_scale)
@@ -96,7 +97,7 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x on the signed 8-bit grid, as `reference.round_input` rounds it, bit for bit.
+    """x rounded to signed 8 bits, bit for bit as in `reference.round_input`.
 
     x: float32, bfloat16 or float16 [M, in], contiguous; input_scale: float [1], or None for one scale per token.
     Returns int8 [M, in] and the scales, exact in float32, [M].
@@ -108,7 +109,7 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def build_round(x: Tensor, input_scale: Tensor | None, codes: Tensor, scale: Tensor, backend: str) -> Launch:
-    """codes and scale filled with what `round_input` returns."""
+    """The launch that fills codes and scale with the result of `round_input`."""
     rows, width = x.shape
     block = min(8192, max(256, 1 << (width - 1).bit_length()))
     constexprs = {"DTYPE": TYPES[x.dtype], "EPS": torch.finfo(x.dtype).eps, "BLOCK": block, "BACKEND": backend}
@@ -117,7 +118,7 @@ def build_round(x: Tensor, input_scale: Tensor | None, codes: Tensor, scale: Ten
 
 
 def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
-    """y [M, out] filled with the product of rounded inputs, codes int8 [M, in] and x_scale float32 [M]."""
+    """The launch that fills y [M, out] with the product of rounded inputs: codes int8 [M, in], x_scale float32 [M]."""
     rows, width = codes.shape
     out = weight.out_features
     block_m, block_n, block_k, warps, stages = tile(rows, out)
@@ -131,7 +132,8 @@ def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | Non
 def tile(rows: int, out_features: int) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages.
 
-    Few rows: narrow tiles, so that a weight of 4096 rows fills a large GPU, and a long K in flight. Many: square ones.
+    Few rows: narrow tiles, so that a weight of 4096 rows fills a large GPU, with large blocks along K. Many: square
+    tiles.
     """
     if rows <= 16:
         return 16, 32 if out_features <= 8192 else 64, 256, 4, 4

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, ba
 
 
 def build(config: Config, x: Tensor, weight: PackedInt, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
-    """The product as it is launched. y: [M, out], or float32 [programs_k, M, out] where programs share K."""
+    """The launch of the product. y: [M, out], or float32 [programs_k, M, out] if programs share K."""
     bits, n, k, m = weight.bits, weight.out_features, weight.in_features, x.shape[0]
     tiles = weight.packed.shape[1] // WORDS[bits]
     group, run = run_length(bits, weight.group_size, k)

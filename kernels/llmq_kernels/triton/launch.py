@@ -1,4 +1,4 @@
-"""How a kernel is launched: what scripts/compile_kernels.py compiles is what is launched here."""
+"""Kernel launches; scripts/compile_kernels.py compiles exactly what is launched here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llmq_kernels.triton.gpu import on
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that a launch gives it.
+    """A kernel with all arguments of a launch.
 
-    arguments: tensors (None: one that is not there) and numbers, in the kernel's order; constexprs: the rest of its
-    arguments; options: what Triton is told beside them (num_warps, num_stages, maxnreg, enable_fp_fusion).
+    arguments: tensors (or None) and numbers, in the kernel's order; constexprs: its constants; options: Triton's own
+    (num_warps, num_stages, maxnreg, enable_fp_fusion).
     """
 
     kernel: Any

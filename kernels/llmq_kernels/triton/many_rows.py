@@ -1,12 +1,12 @@
-"""Tens to hundreds of rows: a fused product on tensor cores, split among programs where a weight is small for the GPU.
+"""Tens to hundreds of rows: a fused product on tensor cores, with K split among programs if the weight is small.
 
-Yᵀ = W · Xᵀ, as in `few_rows`, but one dot of [rows, 32] at a time, which on Hopper is a warp-group's, with the weight
-in registers. Scales are loaded where they are used: carried from one step to the next, they keep Triton from unpacking
-codes in the operand's own arrangement, and dequantized codes then go through shared memory (seen in its TTGIR).
+Yᵀ = W · Xᵀ, as in `few_rows`, but one dot of [rows, 32] at a time, which on Hopper is a warp-group instruction with the
+weight in registers. Scales are loaded when they are used: if they were carried from one step to the next, Triton would
+not unpack codes in the operand's own layout, and dequantized codes would go through shared memory (seen in its TTGIR).
 
-Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all), or with PRESCALE the codes,
-which costs less and needs half the accumulators where groups are short and rows of x many; W is then rounded to x's
-dtype, as the operator says.
+Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all) or, with PRESCALE, the codes,
+which costs less and needs half the accumulators for small groups and many rows of x; W is then rounded to x's dtype, as
+the operator's definition allows.
 """
 
 import triton
@@ -41,8 +41,7 @@ def many_rows_kernel(
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that certainly
-    share a group.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)

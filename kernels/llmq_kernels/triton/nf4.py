@@ -1,8 +1,8 @@
 """A product with a weight of 4-bit codes into a codebook of 16 numbers (NF4), as bitsandbytes stores it.
 
-By rows of x: up to 4, every weight times every row in registers, exact but for the float32 sums; up to FUSED, on tensor
-cores, split along K where the weight is small for the GPU; beyond that, and where 8 does not divide K, the weight is
-written out and torch multiplies. W is rounded to x's dtype in all but the first.
+By rows of x: up to 4, all products in registers, exact except for the float32 sums; up to FUSED, on tensor cores, split
+along K if the weight is small for the GPU; beyond that, or if K is not a multiple of 8, the weight is dequantized and
+torch multiplies. W is rounded to x's dtype in all but the first case.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from llmq_kernels.triton.launch import Launch, launch
 from llmq_kernels.triton.nf4_kernels import nf4_dequantize_kernel, nf4_many_rows_kernel, nf4_one_row_kernel
 from llmq_kernels.weights import PackedCodebook
 
-# The most rows that the tensor-core kernel takes before writing the weight out is expected to be cheaper.
+# Above this many rows, dequantizing the weight is expected to be faster than the tensor-core kernel.
 FUSED = 128
-# Bytes of codes that a program writes out.
+# Bytes of codes that a program dequantizes.
 DEQUANTIZE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Nf4Config:
     """One way to run a product. one_row: without tensor cores, for up to 4 rows; block_n, block_m: rows of the weight
-    and of x in a program; block_w: words of 8 codes along K at a time; programs_k: programs that share K."""
+    and of x per program; block_w: words of 8 codes along K per step; programs_k: programs that share K.
+    """
 
     one_row: bool
     block_n: int
@@ -43,14 +44,14 @@ class Nf4Config:
 
 @functools.lru_cache(maxsize=4096)
 def choose(gpu: Gpu, m: int, out_features: int, in_features: int) -> Nf4Config:
-    """How to run x [m, in] · Wᵀ, m ≤ FUSED, by counting; nothing in it is measured."""
+    """How to run x [m, in] · Wᵀ, m ≤ FUSED; an estimate, not measured."""
     if m <= 4:
-        # A word a thread; eight rows of W where that still fills a large GPU.
+        # One word per thread; eight rows of W if that still fills a large GPU.
         return Nf4Config(True, 8 if out_features >= 4096 else 4, m, 128, 4, 1)
     block_m, block_n, block_w, warps, stages = (
         (16, 64, 16, 4, 4) if m <= 16 else (32, 128, 8, 4, 3) if m <= 32 else (64, 128, 16, 8, 2)
     )
-    # K is cut into parts of at least four steps, where there are not two tiles for each multiprocessor.
+    # K is split into parts of at least four steps if there are fewer than two tiles per multiprocessor.
     tiles, steps = -(-out_features // block_n) * -(-m // block_m), -(-in_features // 8 // block_w)
     programs_k = max(1, min(2 * gpu.processors // tiles, steps // 4, 16))
     return Nf4Config(False, block_n, block_m, block_w, warps, stages, programs_k)
@@ -59,8 +60,8 @@ def choose(gpu: Gpu, m: int, out_features: int, in_features: int) -> Nf4Config:
 def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias.
 
-    x: bfloat16 or float16 [M, in], contiguous; bias: [out]. Returns [M, out] in x's dtype. Raises ValueError when the
-    block is not a power of two of at least 32.
+    x: bfloat16 or float16 [M, in], contiguous; bias: [out]. Returns [M, out] in x's dtype. Raises ValueError if the
+    block size is not a power of two of at least 32.
     """
     check(weight)
     m, n = x.shape[0], weight.out_features
@@ -78,7 +79,7 @@ def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
 
 
 def build(config: Nf4Config, x: Tensor, weight: PackedCodebook, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
-    """The product as it is launched. y: [M, out], or float32 [programs_k, M, out] where programs share K."""
+    """The launch of the product. y: [M, out], or float32 [programs_k, M, out] if programs share K."""
     m, n, words, run = x.shape[0], weight.out_features, weight.in_features // 8, weight.block_size // 8
     nested = weight.nested_absmax, weight.nested_codebook, weight.offset
     tensors = (x, weight.packed.view(torch.int32), weight.absmax, weight.codebook, *nested, bias, y)
@@ -103,8 +104,8 @@ def build(config: Nf4Config, x: Tensor, weight: PackedCodebook, bias: Tensor | N
 def dequantize(weight: PackedCodebook, dtype: torch.dtype) -> Tensor:
     """The weight [out, in]: codebook[code] · magnitude in float32, rounded once to `dtype`.
 
-    dtype: float32, bfloat16 or float16. Bit for bit bitsandbytes' dequantize_4bit, for which products and sums are
-    rounded one by one (no fused multiply-add). Raises ValueError as `linear` does.
+    dtype: float32, bfloat16 or float16. Bit for bit equal to bitsandbytes' dequantize_4bit; so products and sums are
+    rounded separately (no fused multiply-add). Raises ValueError as `linear` does.
     """
     check(weight)
     dense = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
@@ -113,7 +114,7 @@ def dequantize(weight: PackedCodebook, dtype: torch.dtype) -> Tensor:
 
 
 def build_dequantize(weight: PackedCodebook, dense: Tensor, backend: str) -> Launch:
-    """dense [out, in] filled."""
+    """The launch that fills dense [out, in]."""
     size = weight.out_features * weight.in_features
     nested = weight.nested_absmax, weight.nested_codebook, weight.offset
     arguments = (weight.packed, weight.absmax, weight.codebook, *nested, dense, size)

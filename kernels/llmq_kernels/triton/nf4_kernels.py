@@ -1,9 +1,9 @@
-"""The kernels of `nf4`: products with 4-bit codes into a codebook of 16 numbers.
+"""The kernels of `nf4`: products with 4-bit codes of a codebook of 16 values.
 
 Codes are read eight at a time, in 32-bit words of the flattened weight, little-endian, the first code of each byte in
 its high half; the codebook is looked up in float32. On NVIDIA each lane of a warp keeps one entry, and a lookup is a
-shuffle by the code. Shuffles name lanes, never elements of a tensor, so they do not depend on how the compiler lays
-tensors out. Elsewhere a lookup is a load.
+shuffle by the code. Shuffles address lanes, not elements of a tensor, so they do not depend on the compiler's tensor
+layout. On other GPUs a lookup is a load.
 """
 
 import triton
@@ -14,7 +14,7 @@ from llmq_kernels.triton.arithmetic import product, rounded
 
 @triton.jit
 def lane_entry(codebook):
-    """The codebook's entry that this lane of the warp keeps: number lane mod 16."""
+    """The codebook entry that this lane of the warp keeps: index lane mod 16."""
     return tl.inline_asm_elementwise(
         "{ .reg .u32 lane; .reg .u64 at; mov.u32 lane, %laneid; and.b32 lane, lane, 15; mul.wide.u32 at, lane, 4; "
         "add.u64 at, at, $1; ld.global.nc.f32 $0, [at]; }",
@@ -28,10 +28,10 @@ def lane_entry(codebook):
 
 @triton.jit
 def lookup(codes, codebook, entry, SHIFT: tl.constexpr, BACKEND: tl.constexpr):
-    """The numbers that bits [SHIFT, SHIFT + 4) of int32 codes stand for, float32."""
+    """The codebook values, float32, of bits [SHIFT, SHIFT + 4) of int32 codes."""
     shifted = codes >> SHIFT
     if BACKEND == "cuda":
-        # 0x100f: the lowest four bits choose a lane among the reader's own sixteen; the rest of the word is ignored.
+        # 0x100f: the lowest four bits select one of the thread's own sixteen lanes; other bits are ignored.
         found = tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
             "=f,f,r",
@@ -62,7 +62,8 @@ def word_magnitudes(
 ):  # fmt: skip
     """The magnitude of each word of a tile [BLOCK_N, BLOCK_W] that starts at (row[0], word).
 
-    RUN: words of a block. WHOLE: rows and tiles begin where blocks do: each is then loaded once, not once a word.
+    RUN: words per block. WHOLE: rows and tiles start at block boundaries; each magnitude is then loaded once, not once
+    per word.
     """
     if WHOLE:
         block = word // RUN + tl.arange(0, BLOCK_W // RUN)
@@ -80,7 +81,7 @@ def word_magnitudes(
 
 @triton.jit
 def eighths(x):
-    """x [A, 8 · B] → eight [A, B]: element i of every run of eight."""
+    """x [A, 8 · B] → eight tensors [A, B]: element i of every eight."""
     A: tl.constexpr = x.shape[0]
     B: tl.constexpr = x.shape[1] // 8
     even, odd = tl.split(tl.reshape(x, [A, B, 2, 2, 2]))
@@ -118,8 +119,9 @@ def nf4_one_row_kernel(
 ):  # fmt: skip
     """y [ROWS, N] for up to four ROWS. x: [ROWS, 8 · words]; packed: int32 [N, words].
 
-    `words` is not specialized on purpose: knowing it divisible by 16, the compiler gives a thread four neighbouring
-    words, and x, of which a thread reads eight neighbouring values, has to travel between threads for every word.
+    `words` is deliberately not specialized: if the compiler knew that it is divisible by 16, it would give each thread
+    four neighbouring words; the values of x, of which a thread loads eight neighbours, would then have to be exchanged
+    between threads for every word.
     """
     entry = lane_entry(codebook) if BACKEND == "cuda" else 0.0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,7 +174,7 @@ def nf4_many_rows_kernel(
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
     x: [M, 8 · words]; packed: int32 [N, words].
-    Yᵀ = W · Xᵀ: the left operand is the one that tensor cores take from registers, so codes become numbers there.
+    Yᵀ = W · Xᵀ: tensor cores read the left operand from registers, so codes are dequantized there.
     """
     entry = lane_entry(codebook) if BACKEND == "cuda" else 0.0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,9 +1,9 @@
 """One to four rows: no tensor cores, one pass over the weight, no second kernel.
 
-A program takes a few rows of the weight and all of K, its threads side by side along K: each loads 16 bytes of each
-row at a time, and what it holds of x, in float32, serves all its rows. Codes become float32 by a mask, an exponent and
-one fused multiply-add (`unpack.single_codes`), a second one multiplies and adds; the sum of a thread's codes in a group
-is scaled once. Zero points go through the sum of x: Σ (q − z)·x = Σ q·x − z·Σ x.
+A program processes a few rows of the weight over all of K, with its threads along K: each loads 16 bytes of each row at
+a time, and uses its values of x, in float32, for all rows. Codes become float32 by a mask, an exponent and one fused
+multiply-add (`unpack.single_codes`); a second one multiplies by x and adds; a thread's sum over a group is scaled once.
+Zero points use the sum of x: Σ (q − z)·x = Σ q·x − z·Σ x.
 """
 
 import triton

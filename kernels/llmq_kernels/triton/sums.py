@@ -1,4 +1,4 @@
-"""The sum of what programs that share K have left, always in one order."""
+"""The sum, in a fixed order, of partial results of programs that share K."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sum_kernel(parts, bias, y, M, N, PROGRAMS_K: tl.constexpr, BLOCK: tl.constex
 
 
 def build(parts: Tensor, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
-    """y [M, N] filled with the sum of parts float32 [PROGRAMS_K, M, N], + bias [N]."""
+    """The launch that fills y [M, N] with the sum of parts float32 [PROGRAMS_K, M, N], + bias [N]."""
     programs_k, m, n = parts.shape
     constexprs = {"PROGRAMS_K": programs_k, "BLOCK": BLOCK, "BACKEND": backend}
     options = {"num_warps": 4, "enable_fp_fusion": True}

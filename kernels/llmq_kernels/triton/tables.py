@@ -1,6 +1,6 @@
-"""Measured launch configurations: the user's table, then the shipped one, and the rule where neither knows a product.
+"""Measured launch configurations: the user's table, then the shipped table, then the rule.
 
-No kernel is ever timed behind a user's back; `llmq_kernels.tune` writes the user's table.
+Kernels are never timed automatically; `llmq_kernels.tune` writes the user's table.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def choose(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
-    """How to run x [m, in] · Wᵀ: as measured for this shape, by the user or before shipping, or by the rule."""
+    """How to run x [m, in] · Wᵀ: measured for this shape by the user or before shipping, else by the rule."""
     measured = table(gpu.name)
     found = measured.get(key(bits, bucket(m), out_features, in_features, group_size)) if measured else None
     return found or rule(gpu, bits, m, out_features, in_features, group_size)
 
 
 def bucket(m: int) -> int:
-    """The row count under which measurements of m rows are kept."""
+    """The row count under which a table keeps measurements of m rows."""
     return next((size for size in BUCKETS if m <= size), BUCKETS[-1])
 
 
 def key(bits: int, rows: int, out_features: int, in_features: int, group_size: int) -> str:
-    """Under what a measured configuration is kept."""
+    """The key of a measured configuration in a table."""
     return f"{bits} bits, {rows} x {in_features} to {out_features}, groups of {min(group_size, in_features)}"
 
 
 def user_table(name: str) -> Path:
-    """Where `llmq_kernels.tune` keeps what it measured on a GPU of that name."""
+    """The file of `llmq_kernels.tune`'s measurements on a GPU of that name."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(root) / "llmq" / "tuned" / file_name(name)
 
@@ -51,7 +51,7 @@ def file_name(name: str) -> str:
 
 @functools.cache
 def table(name: str) -> dict[str, Config]:
-    """Everything measured on a GPU of that name: what is shipped, and over it the user's own."""
+    """All measurements on a GPU of that name: the shipped ones, overridden by the user's own."""
     shipped = resources.files("llmq_kernels") / "tuned" / file_name(name)
     user = user_table(name)
     found = read_table(shipped) if shipped.is_file() else {}
@@ -61,19 +61,21 @@ def table(name: str) -> dict[str, Config]:
 
 
 def read_table(file: Path | Traversable) -> dict[str, Config]:
-    """A table from its JSON. Raises ValueError when it is none, or holds what no kernel can be launched with."""
+    """A table from its JSON. Raises ValueError if it is invalid, or has a configuration that cannot be launched."""
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
         found = {name: Config(**entry["config"]) for name, entry in measured.items()}
         for name, config in found.items():
             check(name, config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: no table of launch configurations ({error}); delete it and run llmq tune") from error
+        raise ValueError(
+            f"{file}: not a table of launch configurations ({error}); delete it and run llmq tune"
+        ) from error
     return found
 
 
 def check(name: str, config: Config) -> None:
-    """Raise ValueError for a configuration with which no kernel can be launched."""
+    """Raise ValueError for a configuration that cannot be launched."""
     numbers = {field: value for field, value in asdict(config).items() if field not in ("family", "prescale")}
     if config.family not in get_args(Family) or not isinstance(config.prescale, bool):
         raise ValueError(f"{name}: family {config.family!r}, prescale {config.prescale!r}")
@@ -82,14 +84,14 @@ def check(name: str, config: Config) -> None:
             raise ValueError(f"{name}: {field} is {value!r}")
     if config.family == "dense":
         return
-    # What Triton makes ranges of, and warps, are powers of two.
+    # Sizes of Triton's ranges, and numbers of warps, are powers of two.
     for field in ("block_n", "block_m", "warps"):
         if numbers[field] < 1 or numbers[field] & (numbers[field] - 1):
-            raise ValueError(f"{name}: {field} is {numbers[field]}, no power of two")
+            raise ValueError(f"{name}: {field} is {numbers[field]}, not a power of two")
     if min(config.tiles, config.programs_k, config.stages) < 1:
         raise ValueError(f"{name}: tiles {config.tiles}, programs_k {config.programs_k}, stages {config.stages}")
 
 
 def entry(config: Config, microseconds: float) -> dict[str, Any]:
-    """One measured configuration as it stands in a table."""
+    """One measured configuration as an entry of a table."""
     return {"config": asdict(config), "microseconds": round(microseconds, 2)}

@@ -1,12 +1,12 @@
-"""Codes out of 16-bit words: what the integer kernels share.
+"""Unpack codes from 16-bit words; shared by the integer kernels.
 
-A word holds `16 // bits` codes, lowest first; code j of 32 words in a row is one slice of 32 neighbours along K. Two
-neighbouring words lie in one register, and one `lop3` turns both into floating point: it masks code j of each and puts
-an exponent above it, under which a mantissa's last bit is worth one; one fused multiply-add then takes the exponent's
-own value off and undoes the code's position. Every step is exact, because a code has fewer bits than a mantissa.
+A word holds `16 // bits` codes, lowest first; code j of 32 consecutive words is one slice of 32 neighbours along K. Two
+neighbouring words share a register, and one `lop3` turns both into floating point: it masks code j of each and sets an
+exponent with which the mantissa's last bit is worth one; one fused multiply-add then subtracts the exponent's own value
+and undoes the code's shift. Every step is exact, because a code has fewer bits than a mantissa.
 
-Triton has no tensor of register pairs, but its inline assembly takes elements of 16 bits two at a time (`pack=2`),
-which is why words are of 16 bits. BACKEND "cuda" is this; elsewhere the same is done by plain arithmetic.
+Triton has no tensors of register pairs, but its inline assembly processes 16-bit elements two at a time (`pack=2`);
+hence the 16-bit words. This is BACKEND "cuda"; other backends use plain arithmetic with the same result.
 
 3 bits: five codes in each of three words fill 15 bits, and the three top bits are a sixteenth code (`sixteenth`).
 """
@@ -14,37 +14,37 @@ which is why words are of 16 bits. BACKEND "cuda" is this; elsewhere the same is
 import triton
 import triton.language as tl
 
-# triton 3.4 has it there only.
+# In triton 3.4 this is the only place that has it.
 constexpr_function = getattr(triton, "constexpr_function", None) or tl.core.constexpr_function
 
 
 @constexpr_function
 def slices(BITS):
-    """Slices of 32 codes in a tile: what 32 words (3 bits: 96 words) of one row hold."""
+    """Slices of 32 codes per tile, that is, per 32 words (3 bits: 96 words) of one row."""
     return 16 if BITS == 3 else 16 // BITS
 
 
 @constexpr_function
 def words(BITS):
-    """Words of 16 bits in a tile."""
+    """16-bit words per tile."""
     return 96 if BITS == 3 else 32
 
 
 @constexpr_function
 def plane(BITS, j):
-    """Which run of 32 words of a tile holds slice j; 3: the top bits of all three."""
+    """The index of the 32 words of a tile that hold slice j; 3 means the top bits of all three."""
     return j // 5 if BITS == 3 else 0
 
 
 @constexpr_function
 def position(BITS, j):
-    """Where in its word a code of slice j starts."""
+    """The first bit, in its word, of a code of slice j."""
     return j % 15 % 5 * 3 if BITS == 3 else j * BITS
 
 
 @constexpr_function
 def window(BITS, POS, MANTISSA):
-    """The shift that brings a code at POS into the mantissa: as few different ones as possible, to be shared."""
+    """The shift that moves a code at POS into the mantissa; few different shifts, so that codes can share them."""
     per = MANTISSA // BITS
     return POS // (per * BITS) * per * BITS
 
@@ -57,7 +57,7 @@ def both(value):
 
 @constexpr_function
 def half_bits(value):
-    """A number that is exact in float16, as its bits."""
+    """The bits of a number that is exact in float16."""
     import struct
 
     return struct.unpack("<H", struct.pack("<e", value))[0]
@@ -65,7 +65,7 @@ def half_bits(value):
 
 @constexpr_function
 def bfloat_bits(value):
-    """A number that is exact in bfloat16, as its bits."""
+    """The bits of a number that is exact in bfloat16."""
     import struct
 
     return struct.unpack("<I", struct.pack("<f", value))[0] >> 16
@@ -73,7 +73,7 @@ def bfloat_bits(value):
 
 @triton.jit
 def sixteenth(w0, w1, w2, BACKEND: tl.constexpr):
-    """The top bits of three words as a code in the lowest bits of one."""
+    """The top bits of three words as a code in the lowest bits of one word."""
     if BACKEND == "cuda":
         code = tl.inline_asm_elementwise(
             """{
@@ -98,7 +98,7 @@ def sixteenth(w0, w1, w2, BACKEND: tl.constexpr):
 
 @triton.jit
 def load_words(at, mask, BITS: tl.constexpr):
-    """The words of a tile, as a tuple of runs of 32: one, or three for 3 bits. at: pointers to the first run."""
+    """The words of a tile, as a tuple of blocks of 32: one, or three for 3 bits. at: pointers to the first block."""
     found = (tl.load(at, mask=mask, other=0),)
     if BITS == 3:
         found = found + (tl.load(at + 32, mask=mask, other=0), tl.load(at + 64, mask=mask, other=0))  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def slice_words(tile_words, BITS: tl.constexpr, j: tl.constexpr, BACKEND: tl.con
 
 @triton.jit
 def half_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
-    """Code at POS of every word, less 2^(BITS − 1) and less `zero`, in 16-bit floating point, exactly.
+    """Code at POS of every word, minus 2^(BITS − 1) and minus `zero`, exact in 16-bit floating point.
 
     w: int16. zero: None, or float32 of w's shape, whole numbers in the range of codes.
     """
@@ -181,7 +181,7 @@ def _masked_codes(w, zero, BITS: tl.constexpr, POS: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def _bfloat_bytes(w, zero, POS: tl.constexpr):
-    """8-bit codes as bfloat16, whose mantissa holds 7: the top bit goes into the exponent, worth 128, and is added."""
+    """8-bit codes as bfloat16, whose mantissa has 7 bits: the top bit, worth 128, is converted on its own and added."""
     if zero is None:
         half = tl.inline_asm_elementwise(
             f"""{{
@@ -225,10 +225,9 @@ def _bfloat_bytes(w, zero, POS: tl.constexpr):
 
 @triton.jit
 def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr):
-    """Code at POS of every word, less 2^(BITS − 1), in float32, exactly.
+    """Code at POS of every word, minus 2^(BITS − 1), exact in float32.
 
-    The upper of two words is first shifted right by 12, so that its codes too end below bit 23, where 2^23 has its last
-    mantissa bit.
+    The upper of two words is first shifted right by 12, so that its codes are also below bit 23, within the mantissa.
     """
     if BACKEND == "cuda":
         LOW: tl.constexpr = ((1 << BITS) - 1) << POS
@@ -259,7 +258,7 @@ def single_codes(w, BITS: tl.constexpr, POS: tl.constexpr, BACKEND: tl.constexpr
 
 @triton.jit
 def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr):
-    """What belongs to each run of RUN slices of a tile, from [groups, N], as a tuple; None gives an empty one.
+    """The values, from [groups, N], of each run of RUN slices of a tile, as a tuple; empty if `values` is None.
 
     tile: a number, or [warps, 1] with n and row [1, rows]. Tiles past the end get the last group's.
     """
@@ -273,6 +272,6 @@ def per_group(values, tile, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.c
 
 @triton.jit
 def one_group(values, tile, j, n, row, N, groups, GROUP: tl.constexpr, SLICES: tl.constexpr):
-    """What belongs to the group of slice j of a tile, from [groups, N]; arguments as in `per_group`."""
+    """The values, from [groups, N], of the group of slice j of a tile; arguments as in `per_group`."""
     group = tl.minimum((tile * SLICES + j) * 32 // GROUP, groups - 1)
     return tl.load(values + group * N + n, mask=row, other=0)

@@ -1,6 +1,6 @@
-"""Every kernel as it is launched, in every configuration that the rules reach: for scripts/compile_kernels.py.
+"""All launches of all kernels, in every configuration that the rules can select, for scripts/compile_kernels.py.
 
-Tensors are on the meta device: the very functions that build a launch say what is compiled.
+Tensors are on the meta device; the same functions build these launches and the real ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from llmq_kernels.triton.tables import BUCKETS
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Rows and columns of usual weights: narrow and wide, K whole in tiles, in some of them, or in none.
+# Rows and columns of typical weights: narrow and wide; K fills all tiles, those of some bit widths, or of none.
 SHAPES = tuple(itertools.product((96, 1024, 4096, 8192, 28672), (160, 2048, 4096, 11008, 14336)))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with everything that its machine code depends on. target: the GPU it is for, as `Gpu.target`."""
+    """One kernel with everything that its machine code depends on. target: as `Gpu.target`."""
 
     name: str
     target: str
@@ -36,7 +36,7 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """All of them; names are unique for a target."""
+    """All variants; names are unique per target."""
     for gpu in KNOWN:
         yield from _integers(gpu)
         yield from _dequantize(gpu)
@@ -57,15 +57,16 @@ def _planes(bits: int, n: int, k: int, group_size: int, zero: bool, dtype: torch
 
 
 def choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int]]:
-    """What the rule reaches: a configuration, bits, rows of x, shape of the weight [n, k], group size, each once.
+    """The configurations that the rule can select: configuration, bits, rows of x, weight shape [n, k], group size;
+    each once.
 
-    All numbers of programs that share K count as two: they differ in one constant of an address.
+    Every number of programs that share K is represented by two: the code differs only in a constant of an address.
     """
     seen = set()
     for bits, group_size, (n, k), m in itertools.product(TILE, (128, 32), SHAPES, BUCKETS):
         config = rule(gpu, bits, m, n, k, group_size)
         config = replace(config, programs_k=min(config.programs_k, 2))
-        # What EVEN_K of the kernels depends on; one_row has none.
+        # EVEN_K of the kernels depends on this; one_row has none.
         side_by_side = config.warps if config.family == "few_rows" else 1
         even = config.family != "one_row" and k % (TILE[bits] * side_by_side) == 0
         if config.family == "dense" or (bits, group_size, even, config) in seen:
@@ -116,7 +117,7 @@ def _codebook(n: int, k: int, nested: bool) -> PackedCodebook:
 def _nf4(gpu: Gpu) -> Iterator[Variant]:
     for nested in (False, True):
         kind = "nested" if nested else "plain"
-        # Rows of whole blocks, and of half ones.
+        # Rows of whole blocks, and rows that end in half a block.
         for (label, dtype), k in itertools.product(HALF.items(), (4096, 4128)):
             title = f"{kind} {label} {'whole' if k == 4096 else 'ragged'}"
             for m, n in itertools.product((1, 2, 3, 4), (1024, 4096)):
@@ -130,7 +131,7 @@ def _nf4(gpu: Gpu) -> Iterator[Variant]:
                     gpu.backend,
                 )
                 yield Variant(f"nf4 one_row {title} rows {m} tile {config.block_n}", gpu.target, made)
-            # Numbers of rows that no kernel is specialized for.
+            # Numbers of rows for which no kernel is specialized.
             for m, programs_k in itertools.product((15, 31, 63), (1, 4)):
                 config = replace(nf4.choose(gpu, m, 4096, k), programs_k=programs_k)
                 y = _meta(dtype, m, 4096) if programs_k == 1 else _meta(torch.float32, programs_k, m, 4096)

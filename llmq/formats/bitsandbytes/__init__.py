@@ -22,7 +22,7 @@ PACKAGES = {"bitsandbytes": "bitsandbytes"}
 
 
 def claims(section: Mapping[str, Any]) -> bool:
-    """Whether a configuration that names no method is of this format, as older ones are."""
+    """Whether a configuration without `quant_method` is of this format: older bitsandbytes configurations have none."""
     return bool(section.get("load_in_4bit") or section.get("load_in_8bit"))
 
 

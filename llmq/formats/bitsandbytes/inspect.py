@@ -1,4 +1,4 @@
-"""bitsandbytes' weights in any folder, of 4 or 8 bits, for `llmq inspect`."""
+"""bitsandbytes weights of 4 or 8 bits, as `llmq inspect` shows them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COMPANIONS = {
         "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4",
     )
 }  # fmt: skip
-"""Endings that, beside a tensor that holds the codes, belong to the same weight."""
+"""Suffixes of the other tensors that belong to a weight, besides its codes."""
 SCALES = ("SCB", "weight.absmax")
 
 
 def inspect(
     source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
 ) -> Row:
-    """What a quantized weight is, from the headers of the tensors that store it."""
+    """The description of a quantized weight, from the headers of the tensors that store it."""
     name, nbytes = f"{module}.weight", sum(part.nbytes for part in parts.values())
     weight = parts["weight"]
     if "SCB" in parts:

@@ -1,7 +1,6 @@
-"""bitsandbytes' 4-bit checkpoints, NF4 and FP4: what is stored is what the kernel reads, but for a JSON of sizes.
+"""bitsandbytes' 4-bit checkpoints, NF4 and FP4; the kernel reads the stored tensors unchanged.
 
-The bytes are told in `write`; here any block size, codebook and storage dtype is
-read that bitsandbytes writes.
+`write` describes the layout. The reader accepts every block size, codebook and storage dtype that bitsandbytes writes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SIZES = find("nf4").group_sizes
 
 @dataclass(frozen=True)
 class CodebookLayer:
-    """One weight. packed: the tensor of the codes as it is stored; offset: of doubly quantized magnitudes, or None."""
+    """One weight. packed: the stored tensor of codes; offset: of double-quantized magnitudes, or None."""
 
     shape: tuple[int, int]
     block_size: int
@@ -72,9 +71,9 @@ class BitsandbytesReader:
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
-        """Why such checkpoints are not read here, or None."""
+        """Why llmq cannot read such checkpoints, or None."""
         if not config.load_in_4bit:
-            return "its weights have 8 bits and outliers apart"
+            return "its weights have 8 bits and separate outliers (LLM.int8)"
         return None
 
     def layer(
@@ -96,7 +95,7 @@ class BitsandbytesReader:
             nested = int(state.get("nested_blocksize", NESTED_BLOCK))
         except (ValueError, KeyError, TypeError) as error:
             raise LlmqError(
-                f"{info.file}: {info.name} is no description of a 4-bit weight: {first_line(error)}"
+                f"{info.file}: {info.name} does not describe a 4-bit weight: {first_line(error)}"
             ) from error
         if (rows, width) != shape:
             raise LlmqError(f"{info.file}: {info.name} says [{rows}, {width}], the model needs {[*shape]}")
@@ -111,7 +110,7 @@ class BitsandbytesReader:
 
 
 def _packed(n: int, info: TensorInfo | None) -> Entry:
-    """The tensor of n codes: bytes, or any other dtype over the same bytes (bnb_4bit_quant_storage), in any shape."""
+    """The expected tensor of n codes: bytes in any shape and, by bnb_4bit_quant_storage, viewed as any dtype."""
     needed = (n + 1) // 2
     if info is not None and info.nbytes == needed and info.dtype not in (torch.int64, torch.float64):
         return Entry((info.dtype,), info.shape)

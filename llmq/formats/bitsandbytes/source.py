@@ -1,6 +1,4 @@
-"""A folder that bitsandbytes quantized, read as the dense model that its codes stand for; and NF4 as bitsandbytes
-rounds.
-"""
+"""An NF4 folder of bitsandbytes, read as a dense model; and rounding to NF4 by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,16 +17,16 @@ from llmq.formats.bitsandbytes.write import ABSMAX, LEVELS, NESTED_ABSMAX, NESTE
 from llmq.machine import require
 
 BLOCK = 64
-"""Weights that share a scale in NF4, the only block size that QLoRA and transformers use."""
+"""The number of weights per scale in NF4, the only block size that QLoRA and transformers use."""
 _STATE = STATE.removeprefix("weight")
 _PARTS = tuple(name.removeprefix("weight") for name in (ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_LEVELS, STATE))
 
 
 class NF4Source(Wrapped):
-    """A folder that bitsandbytes quantized to NF4, read as the weights that its codes stand for.
+    """A folder that bitsandbytes quantized to NF4, read as dequantized weights.
 
-    A quantized weight's dtype and shape are those it had before. Raises LlmqError for a folder that is quantized in
-    another way.
+    A quantized weight has the dtype and shape that it had before quantization. Raises LlmqError if the folder is
+    quantized by another method.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -47,11 +45,11 @@ class NF4Source(Wrapped):
         return TensorInfo(name, dtype, shape, self.base.info(name).file, 0, math.prod(shape) * dtype.itemsize)
 
     def names(self) -> list[str]:
-        """See `Source.names`: the weights, without what quantization stores beside them."""
+        """See `Source.names`: the weights, without scales and other tensors of quantization."""
         return self._names
 
     def info(self, name: str) -> TensorInfo:
-        """See `Source.info`: a weight as it was before it was quantized."""
+        """See `Source.info`: dtype and shape before quantization."""
         return self.quantized.get(name) or self.base.info(name)
 
     def changes_tensor(self, name: str) -> bool:
@@ -59,7 +57,7 @@ class NF4Source(Wrapped):
         return name in self.quantized
 
     def read(self, name: str) -> Tensor:
-        """The tensor in the dtype it had, dequantized by bitsandbytes where it is quantized."""
+        """The tensor in its dtype before quantization; dequantized by bitsandbytes if it is quantized."""
         if name not in self.quantized:
             return self.base.read(name)
         bnb = require("bitsandbytes", "reading an NF4 model")
@@ -71,7 +69,7 @@ class NF4Source(Wrapped):
 
 
 def is_nf4(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a model that bitsandbytes quantized to NF4."""
+    """Whether a config.json describes a model that bitsandbytes quantized to NF4."""
     section = config.get("quantization_config")
     return (
         isinstance(section, dict) and bool(section.get("load_in_4bit")) and section.get("bnb_4bit_quant_type") == "nf4"
@@ -79,7 +77,7 @@ def is_nf4(config: dict[str, Any]) -> bool:
 
 
 def through_nf4(weight: Tensor, double: bool) -> Tensor:
-    """[out, in] to NF4 and back by bitsandbytes, in the weight's dtype: what an NF4 base computes with."""
+    """A weight [out, in] rounded to NF4 and back by bitsandbytes, in its dtype: the effective weight of an NF4 base."""
     functional = require("bitsandbytes", "merging a tune of an NF4 base").functional
     codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
     value: Tensor = functional.dequantize_4bit(codes, state)

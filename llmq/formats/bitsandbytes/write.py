@@ -1,16 +1,18 @@
-"""bitsandbytes NF4: what transformers, PEFT (QLoRA) and vLLM load with bitsandbytes installed.
+"""bitsandbytes NF4, which transformers, PEFT (QLoRA) and vLLM load with bitsandbytes installed.
 
-What is stored for a weight [out, in] is listed in `spec`; the names and every byte are those that transformers 5.23 and
-bitsandbytes 0.50 write themselves. Read off and tried with both:
+`spec` lists the tensors of a weight [out, in]; names and bytes are exactly those that transformers 5.23 and
+bitsandbytes 0.50 write. Found in their code and tried with both:
 
-- The block must divide the inputs. Their kernel for CPUs with AVX-512 takes the magnitude of the wrong block otherwise
-  (weights off by 40 %), and says nothing. Their GPU kernels would read it.
-- On CPUs that multiply bfloat16 (avx512_bf16) evaluation runs in bfloat16 with bfloat16 magnitudes whatever the model's
-  dtype, and stops at a weight whose outputs 32 does not divide.
-- `llm_int8_skip_modules` is matched as the start of a name, as a regular expression or as its end; given a list, the
-  output layer is not skipped by itself (so it is always listed). Only modules of exactly the class Linear are replaced.
+- The block size must divide the inputs. Otherwise their AVX-512 CPU kernel silently uses the magnitude of the wrong
+  block (weights off by 40 %). Their GPU kernels would read such weights.
+- On CPUs with avx512_bf16, evaluation runs in bfloat16 with bfloat16 magnitudes whatever the model's dtype, and fails
+  on a weight whose number of outputs is not a multiple of 32.
+- `llm_int8_skip_modules` is matched as a prefix of a name, as a regular expression or as a suffix. If it is given, the
+  output layer is no longer skipped by default, so it is always listed. Only modules of exactly the class Linear are
+  replaced.
 - A checkpoint has one scheme: the configuration has one `bnb_4bit_use_double_quant` for all.
-- vLLM (bitsandbytes.py, read, not run) multiplies in bfloat16 too, and skips by whole parts of a name: full names do.
+- vLLM (bitsandbytes.py, read, not run) multiplies in bfloat16 too, and skips by whole parts of a name; full names work
+  there.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ PACKED, ABSMAX, LEVELS = "weight", "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_LEVELS = "weight.nested_absmax", "weight.nested_quant_map"
 STATE = "weight.quant_state.bitsandbytes__nf4"
 SUFFIXES = (PACKED, ABSMAX, LEVELS, NESTED_ABSMAX, NESTED_LEVELS, STATE)
-# The most characters that a float32 takes when its exact value is written as JSON.
+# The maximum number of characters of a float32's exact value in JSON.
 LONGEST_FLOAT = 22
 
 
 def spec(
     shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a weight [out, in] becomes: suffix → (dtype, shape); scale_dtype: the dtype readers make of the weight.
+    """The tensors that store a weight [out, in]: suffix → (dtype, shape); scale_dtype: of the dequantized weight.
 
-    With double quantization the bytes of the state are the most there can be: how many digits the offset takes is known
-    only when the weight is. Raises LlmqError when the block does not divide `in`.
+    With double quantization the state's size is an upper bound: the number of digits of the offset depends on the
+    weight. Raises LlmqError if the block size does not divide `in`.
     """
     rows, width = shape
     block = group_of(scheme)
@@ -65,7 +67,7 @@ def spec(
 
 def pack(q: NF4Weight) -> dict[str, Tensor]:
     """The tensors to store, by suffix, as `spec` says."""
-    # All weights share the two tables of levels; stored tensors must not.
+    # In memory all weights share the two tables of levels; stored tensors must not share memory.
     tensors = {PACKED: q.packed, ABSMAX: q.absmax, LEVELS: q.codebook.clone()}
     if q.nested is not None:
         tensors |= {NESTED_ABSMAX: q.nested.absmax, NESTED_LEVELS: q.nested.codebook.clone()}
@@ -74,7 +76,7 @@ def pack(q: NF4Weight) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> NF4Weight:
-    """The inverse of `pack`. Raises LlmqError when tensors are missing or have other dtypes or shapes than `spec`'s."""
+    """The inverse of `pack`. Raises LlmqError if tensors are missing or their dtypes or shapes differ from `spec`."""
     wanted = [s for s in SUFFIXES if scheme.double_quant or s not in (NESTED_ABSMAX, NESTED_LEVELS)]
     missing = [s for s in wanted if s not in tensors]
     if missing:
@@ -107,10 +109,10 @@ def config(
 ) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint, key for key what transformers' BitsAndBytesConfig writes.
 
-    groups: the module names of the one scheme there can be; ignore: the names of linear modules left alone. Names as in
-    the checkpoint, without '.weight'; compute_dtype: what inputs are turned into before every product, best the model's
-    own. Raises LlmqError when nothing is quantized, or in more than one scheme, or a name to be left alone makes
-    transformers leave a quantized one alone too.
+    groups: the module names of the single scheme; ignore: the names of unquantized linear modules. Names as in the
+    checkpoint, without '.weight'; compute_dtype: the dtype of every product, preferably the model's own. Raises
+    LlmqError if nothing is quantized, if there is more than one scheme, or if a name in `ignore` makes transformers
+    skip a quantized module too.
     """
     schemes = [scheme for scheme, names in groups.items() if names]
     if not schemes:
@@ -118,13 +120,13 @@ def config(
     if len(schemes) > 1:
         raise LlmqError(f"bitsandbytes holds one scheme in a checkpoint, not {' and '.join(map(str, schemes))}")
     skipped = sorted(set(ignore))
-    # Matched as transformers does: at the start of a name, as a regular expression, and as any end of it.
+    # Matched as transformers does: as a prefix, as a regular expression, and as a suffix.
     for key in skipped:
         start = re.compile(rf"(?:{key})(?:(?<=\.)|(?=\.|$))")
         for name in groups[schemes[0]]:
             if start.match(name) or name.endswith(key):
                 raise LlmqError(
-                    f"leaving {key} alone makes transformers leave {name} alone too: leave it, or quantize both"
+                    f"transformers would also skip {name} if {key} is not quantized: --keep both, or quantize both"
                 )
     return {
         "quant_method": QUANT_METHOD,
@@ -144,7 +146,7 @@ def config(
 
 
 def _state(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, offset: float | None) -> bytes:
-    """The JSON that bitsandbytes' QuantState writes beside a weight; offset: of the magnitudes quantized in turn."""
+    """The JSON that bitsandbytes' QuantState writes beside a weight; offset: of double-quantized magnitudes."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": group_of(scheme),

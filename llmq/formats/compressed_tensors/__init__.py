@@ -1,5 +1,5 @@
-"""compressed-tensors on disk: integers in packed words (`packed`), 8-bit codes as they are (`eight_bit`), and what both
-share. `read` is for what other writers make of it.
+"""compressed-tensors on disk: packed integers (`packed`), unpacked 8-bit codes (`eight_bit`), and what both share.
+`read` also reads folders of other writers.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     else:
         said.append(
             Loader(
-                "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights beside another "
-                "scheme: give all weights one scheme, or leave zero points out (--symmetric)",
+                "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights if the folder has "
+                "several schemes: give all weights one scheme, or use --symmetric",
                 works=False,
             )
         )
@@ -87,7 +87,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
 
 
 class _Layout(Protocol):
-    """What each of the two files has."""
+    """The interface of `packed` and `eight_bit`."""
 
     def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
 
@@ -99,5 +99,5 @@ class _Layout(Protocol):
 
 
 def _layout(scheme: Scheme) -> _Layout:
-    """The file that stores a scheme."""
+    """The module that stores a scheme."""
     return packed if layout_of(scheme) == packed.FORMAT else eight_bit

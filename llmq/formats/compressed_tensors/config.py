@@ -1,13 +1,13 @@
 """compressed-tensors' `quantization_config`, for all of its layouts.
 
-The reader's rules for it, tried and read in both:
+How readers match modules to schemes (found in the code of both and tried):
 
-- transformers (compressed_tensors.utils.match): a module takes the scheme of its exact name before a pattern before its
-  class, and `ignore` beats all of them.
-- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then class, and only then parts of a fused layer.
-  So once the target "Linear" is there, it takes every fused layer whatever the names of its parts say.
+- transformers (compressed_tensors.utils.match): a module's exact name has priority over a pattern, and a pattern over
+  its class; `ignore` has priority over all.
+- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then class, and only then the parts of a fused
+  layer. So a target "Linear" matches every fused layer, whatever targets its parts have.
 
-Hence one scheme is written as the target "Linear", and several are all written by name.
+Hence a single scheme is written as the target "Linear", and several schemes are all written by module name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = "0.19.0"
 
 
 def layout_of(scheme: Scheme) -> str:
-    """The name that compressed-tensors has for the way a scheme is stored."""
+    """compressed-tensors' name for the layout of a scheme."""
     if rounding_of(scheme.rules).code_dtype.is_floating_point:
         return "float-quantized"
     return FORMAT if scheme.activations is None else "int-quantized"
@@ -35,16 +35,16 @@ def layout_of(scheme: Scheme) -> str:
 def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
-    groups: the module names of each scheme; ignore: the names of linear modules left alone. Names as in the checkpoint,
-    without '.weight'. Raises LlmqError when nothing is quantized.
+    groups: the module names of each scheme; ignore: the names of unquantized linear modules. Names as in the
+    checkpoint, without '.weight'. Raises LlmqError if nothing is quantized.
     """
     schemes = sorted((s for s, names in groups.items() if names), key=lambda s: (-len(groups[s]), str(s)))
     if not schemes:
         raise LlmqError("nothing is quantized: there is no configuration to write")
     alone = len(schemes) == 1
     kinds = {layout_of(scheme) for scheme in schemes}
-    # Stock transformers 5.23 fails on packed zero points unless it is told to unpack them while loading; with several
-    # schemes it would then decode all as the first.
+    # Stock transformers 5.23 fails on packed zero points unless "dequantize" is set; with several schemes, that option
+    # would decode all of them as the first one.
     dense = {"dequantize": True} if alone and not schemes[0].symmetric else {}
     return dense | {
         "quant_method": QUANT_METHOD,
@@ -70,7 +70,7 @@ def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
-    """The arguments that compressed-tensors calls QuantizationArgs."""
+    """The weights' scheme, as compressed-tensors' QuantizationArgs."""
     return {
         "num_bits": scheme.bits,
         "type": "float" if rounding_of(scheme.rules).code_dtype.is_floating_point else "int",
@@ -86,7 +86,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
-    """How the input of a weight is rounded, as QuantizationArgs."""
+    """The rounding of a weight's input, as QuantizationArgs."""
     if scheme.activations is None:
         return None
     dynamic = scheme.activations.dynamic

@@ -1,13 +1,13 @@
-"""compressed-tensors `int-quantized` and `float-quantized`: 8-bit weights that meet 8-bit activations (W8A8, FP8).
+"""compressed-tensors `int-quantized` and `float-quantized`: 8-bit weights for 8-bit activations (W8A8, FP8).
 
-What is stored for a weight [out, in] is listed in `spec`: codes as they are, not packed; the configuration is in
-`config`. Written against compressed-tensors 0.20; tried with stock transformers 5.23 on the CPU, which rounds the
-activations of every product (see llmq.grids.activations):
+`spec` lists the tensors of a weight [out, in]: the codes are not packed; `config` has the configuration. Written
+against compressed-tensors 0.20; tried with stock transformers 5.23 on the CPU, which rounds the activations of every
+product (see llmq.grids.activations):
 
-- Dynamic activations store nothing. Static ones store `input_scale` [1]. Scales belong in the model's dtype: loading
-  rounds others to it, so what float32 scales meant is not what runs.
-- vLLM takes int8 activations per token, or per tensor and static; float8 either way. Weight scales per channel go with
-  all of them.
+- Dynamic activations store nothing. Static ones store `input_scale` [1]. Scales must be in the model's dtype: loading
+  converts them to it, so float32 scales would be rounded.
+- vLLM supports int8 activations with dynamic per-token or static per-tensor scales, float8 with either; weight scales
+  per channel work with all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUFFIXES = (WEIGHT, SCALE, INPUT_SCALE)
 def spec(
     shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a weight [out, in] becomes: suffix → (dtype, shape)."""
+    """The tensors that store a weight [out, in]: suffix → (dtype, shape)."""
     rows, width = shape
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         WEIGHT: (rounding_of(scheme.rules).code_dtype, (rows, width)),
@@ -42,8 +42,8 @@ def spec(
 def pack(q: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors to store, by suffix, as `spec` says.
 
-    q: codes int8 or float8_e4m3fn [out, in], scale [out, 1], and the input's scale where activations are static, which
-    is stored in the scale's dtype. Raises LlmqError when it is missing.
+    q: codes int8 or float8_e4m3fn [out, in], scale [out, 1], and for static activations the input's scale, which is
+    stored in the scale's dtype. Raises LlmqError if that is missing.
     """
     tensors = {WEIGHT: q.codes.contiguous(), SCALE: q.scale.contiguous()}
     if _static(q.scheme):
@@ -54,7 +54,7 @@ def pack(q: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The inverse of `pack`. Raises LlmqError when tensors are missing or have dtypes or shapes other than `spec`'s."""
+    """The inverse of `pack`. Raises LlmqError if tensors are missing or their dtypes or shapes differ from `spec`."""
     missing = [s for s in SUFFIXES if s not in tensors and (s != INPUT_SCALE or _static(scheme))]
     if missing:
         raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
@@ -69,7 +69,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
-    """See `Format.splits`: nothing is packed, and there is one scale per output channel."""
+    """See `Format.splits`: always, as codes are not packed and each output channel has its own scale."""
     return shape[1 if row_parallel else 0] % parts == 0
 
 

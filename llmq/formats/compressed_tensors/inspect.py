@@ -1,4 +1,4 @@
-"""compressed-tensors' weights in any folder, and FP8 ones of other tools laid out alike, for `llmq inspect`."""
+"""compressed-tensors weights, and other tools' FP8 weights in the same layout, as `llmq inspect` shows them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ COMPANIONS = {
         "input_scale", "input_zero_point",
     ),
 }  # fmt: skip
-"""Endings that, beside a tensor that holds the codes, belong to the same weight."""
+"""Suffixes of the other tensors that belong to a weight, besides its codes."""
 SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def inspect(
     source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
 ) -> Row:
-    """What a quantized weight is, from the headers of the tensors that store it."""
+    """The description of a quantized weight, from the headers of the tensors that store it."""
     nbytes = sum(part.nbytes for part in parts.values())
     codes = parts.get("weight_packed") or parts["weight"]
     scale = parts.get("weight_scale") or parts["weight_scale_inv"]
@@ -42,7 +42,7 @@ def inspect(
         if "weight_shape" in parts and parts["weight_shape"].nbytes < SMALL:
             shape = tuple(int(size) for size in source.read(parts["weight_shape"].name).tolist())
     group = _group(shape, scale.shape, scheme)
-    # Floating point grids have no zero point; where the scheme says nothing, a stored zero point tells.
+    # Floating point grids have no zero point; if the scheme does not say, look for a stored zero point.
     symmetric = bool(scheme.get("symmetric", "weight_zero_point" not in parts)) if kind == "int" else True
     return Row(f"{module}.weight", shape, kind, bits, group, symmetric, None, nbytes, dtype_name(codes.dtype))
 

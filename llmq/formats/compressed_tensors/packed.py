@@ -1,7 +1,7 @@
 """compressed-tensors `pack-quantized`: integer weights of 2–8 bits that transformers and vLLM read.
 
-What is stored for a weight [out, in] is listed in `spec`. Written against compressed-tensors 0.19 and 0.20 (0.17 packed
-3, 5, 6 and 7 bits differently).
+`spec` lists the tensors of a weight [out, in]. Written against compressed-tensors 0.19 and 0.20 (0.17 packed 3, 5, 6
+and 7 bits differently).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (PACKED, SCALE, SHAPE, ZERO)
 def spec(
     shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a weight [out, in] becomes: suffix → (dtype, shape). Raises LlmqError when groups do not divide `in`."""
+    """The tensors of a weight [out, in]: suffix → (dtype, shape). Raises LlmqError if groups do not divide `in`."""
     rows, width = shape
     check_range("minmax", scheme, width)
     groups = scheme.groups(width)
@@ -51,7 +51,7 @@ def pack(q: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The inverse of `pack`. Raises LlmqError when tensors are missing or have shapes other than `spec`'s."""
+    """The inverse of `pack`. Raises LlmqError if tensors are missing or their shapes differ from `spec`."""
     missing = [s for s in SUFFIXES if s not in tensors and (s != ZERO or not scheme.symmetric)]
     if missing:
         raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
@@ -66,10 +66,10 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
-    """See `Format.splits`: parts end at whole words, and along the inputs at whole groups."""
+    """See `Format.splits`: every part must have whole words, and along the inputs whole groups."""
     rows, width = shape
     if not row_parallel:
-        # Zero points are packed along the output.
+        # Zero points are packed along the outputs.
         return rows % parts == 0 and (scheme.symmetric or rows // parts * scheme.bits % 32 == 0)
     part = width // parts
     return width % parts == 0 and part % (scheme.group_size or 1) == 0 and part * scheme.bits % 32 == 0

@@ -1,7 +1,7 @@
 """compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8.
 
-The bytes are told in `llmq.formats.compressed_tensors` and `eight_bit`, which write them; here anything is read that
-other writers of the format make of integers: zero points, activation order, one scale per tensor, 5 to 7 bits.
+`packed` and `eight_bit` describe the layouts that llmq writes. The readers here also accept other writers' integer
+weights: zero points, activation order, one scale per tensor, 5 to 7 bits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PACK, CODES = ("pack-quantized",), ("int-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A weight whose input stays as it is.
+    """A weight whose input is not rounded.
 
-    packed: as a bit stream, not one byte a code; scales: as they are stored; zeros: of a symmetric weight, as they are
-    stored though it needs none, or None.
+    packed: codes are stored as a bit stream, not one per byte; scales: their stored shape; zeros: the stored zero
+    points of a symmetric weight, which does not need them, or None.
     """
 
     shape: tuple[int, int]
@@ -88,7 +88,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """A weight that meets 8-bit activations; static: their scale is stored, in that shape; zeros: as in PackedLayer."""
+    """A weight with 8-bit activations. static: the shape of their stored scale, if it is; zeros: as in PackedLayer."""
 
     shape: tuple[int, int]
     scales: tuple[int, ...]
@@ -110,7 +110,7 @@ class Int8Layer:
 
 
 class CompressedTensorsReader:
-    """config: transformers' CompressedTensorsConfig; with `ordered`, the config_groups whose weights need a g_idx."""
+    """config: transformers' CompressedTensorsConfig; with `ordered`, the config groups whose weights need a g_idx."""
 
     suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
 
@@ -122,11 +122,11 @@ class CompressedTensorsReader:
 
     @staticmethod
     def refusal(config: Configuration) -> str | None:
-        """Why such checkpoints are not read here, or None."""
+        """Why llmq cannot read such checkpoints, or None."""
         if getattr(config, "dequantize", False):  # transformers < 5.21 has none
             return "dequantize=True asks for dense weights"
         if not config.is_quantization_compressed:
-            return "its weights are not compressed"
+            return "its weights are not stored quantized"
         if config.quantization_config.kv_cache_scheme is not None:
             return "it quantizes the key-value cache"
         for scheme in config.quantization_config.config_groups.values():
@@ -142,7 +142,9 @@ class CompressedTensorsReader:
         info = next((stored[s] for s in (PACKED, SCALE) if s in stored), None)
         if scheme is None:
             if info is not None:
-                raise LlmqError(f"{info.file}: config.json leaves {name} alone, but {info.name} is stored")
+                raise LlmqError(
+                    f"{info.file}: config.json says that {name} is not quantized, but {info.name} is stored"
+                )
             return None
         if info is None:
             found = stored.get(WEIGHT)
@@ -158,7 +160,7 @@ class CompressedTensorsReader:
         scales: tuple[int, ...] = (shape[0], -(-width // group_size))
         if weights.strategy == "tensor":
             scales = stored[SCALE].shape if SCALE in stored and stored[SCALE].shape in ((1, 1), ()) else (1,)
-        # Whatever its shape is: some writers store the zeros of symmetric weights, and not all pack them.
+        # In any shape: some writers store the zero points of symmetric weights, and not all pack them.
         zeros = Entry((stored[ZERO].dtype,), stored[ZERO].shape) if weights.symmetric and ZERO in stored else None
         if inputs is not None:
             one = None
@@ -170,7 +172,7 @@ class CompressedTensorsReader:
         return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, ordered, scales, zeros)
 
     def _scheme(self, name: str, module: nn.Module) -> Any:
-        """The scheme of a module as compressed-tensors finds it, or None."""
+        """The module's scheme by compressed-tensors' own matching, or None."""
         from compressed_tensors.utils.match import is_match, match_targets
 
         if is_match(name, module, self.config.ignore or ()):
@@ -180,18 +182,18 @@ class CompressedTensorsReader:
 
 
 def _refuse_zeros(zero: Tensor) -> None:
-    """Raises LlmqError unless the zero points of a symmetric weight are what they must be."""
+    """Raises LlmqError unless the zero points of a symmetric weight are all 0."""
     if bool(zero.any()):
         raise LlmqError(f"config.json says that the weight is symmetric, but {ZERO} has other values than 0")
 
 
 def _spread(scale: Tensor, rows: int, groups: int) -> Tensor:
-    """A scale as [rows, groups], whether it was that or one for all."""
+    """A scale expanded to [rows, groups], from that shape or from one value for all."""
     return scale if scale.shape == (rows, groups) else scale.reshape(1, 1).expand(rows, groups).contiguous()
 
 
 def _refusal(scheme: Any, form: str) -> str | None:
-    """Why the weights of one scheme have no kernel here, or None."""
+    """Why llmq has no kernel for the weights of one scheme, or None."""
     weights, inputs = scheme.weights, scheme.input_activations
     if form not in PACK + CODES:
         return f"its weights are stored as {form}"
@@ -205,7 +207,7 @@ def _refusal(scheme: Any, form: str) -> str | None:
         return None
     plain = inputs.type == "int" and inputs.num_bits == 8 and inputs.symmetric
     if not plain or inputs.strategy != ("token" if inputs.dynamic else "tensor"):
-        return "it rounds activations to something else than symmetric int8 per token, or static per tensor"
+        return "it rounds activations, but not to symmetric int8 with one scale per token or a static scale per tensor"
     if form in PACK or weights.num_bits != 8 or not weights.symmetric or weights.strategy == "group":
-        return "it rounds activations, and its weights are not symmetric int8 with a scale per channel"
+        return "it rounds activations, but its weights are not symmetric int8 with a scale per channel"
     return None

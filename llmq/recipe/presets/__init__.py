@@ -1,4 +1,4 @@
-"""Recipes by name: the YAML files beside this module, each with a sentence of advice, and files of the user's own."""
+"""Recipes by name: the YAML files in this folder, each with a sentence of advice, or the user's own files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The plain data of a preset or of a YAML file, without its advice. Raises LlmqError where there is neither."""
+    """The plain data of a preset or of a YAML file, without its advice. Raises LlmqError if there is neither."""
     data = read_yaml(_file(name))
     if not isinstance(data, dict):
         raise LlmqError(f"{name}: must be a mapping, not {data!r}")

@@ -1,7 +1,7 @@
-"""Self-contained pages: one HTML file each, drawn by templates, that reads nothing from anywhere.
+"""Self-contained pages: one HTML file each, made from templates, that loads nothing else.
 
 Every figure is an SVG with a title, a description and a table of the same numbers. Colours are CSS variables with a
-light and a dark set; a content security policy, made of the hashes of the page's own style and script, forbids all
+light and a dark set; a content security policy with the hashes of the page's own style and script forbids everything
 else.
 """
 
@@ -23,7 +23,7 @@ PAGE = "report.html"
 
 
 def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
-    """report.html of a run. measures: what was measured of its result, base: the same of the base model."""
+    """report.html of a run. measures: of the quantized model; base: of the base model."""
     from llmq.report.page import figures, story
 
     measured = rows(measures, base)
@@ -50,9 +50,9 @@ def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable
 
 
 def write_page(folder: Path, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> Path:
-    """Write a finished folder's report.html again, now with what was measured of it.
+    """Write a finished folder's report.html again, with its measurements.
 
-    Raises LlmqError where the folder has no report, or cannot be written.
+    Raises LlmqError if the folder has no report, or cannot be written.
     """
     from llmq.checkpoint.files import write
     from llmq.report.report import Report

@@ -1,4 +1,4 @@
-"""What the templates draw: plain data with every place already worked out, in percent of the plot's width or height."""
+"""Data of the charts for the templates: all positions are computed, in percent of the plot's width or height."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from itertools import groupby
 LEVELS = 9
 """Colours of the heat map's scale."""
 LOGARITHMIC = 3.0
-"""A scale of values whose largest is so many times the smallest is logarithmic."""
+"""From this ratio of the largest to the smallest value on, a scale is logarithmic."""
 TICKS = 4
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a heat map. level: 0 … LEVELS − 1, None where the weight was left alone; text: its tooltip."""
+    """A cell of a heat map. level: 0 … LEVELS − 1, None if the weight is not quantized; text: its tooltip."""
 
     at: int
     level: int | None
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of a heat map: one kind of weight along the depth of the model."""
+    """A row of a heat map: one kind of weight in all blocks."""
 
     label: str
     detail: str
@@ -46,19 +46,19 @@ class Heat:
 
     @property
     def left(self) -> bool:
-        """Whether some cell is of a weight that was left alone."""
+        """Whether some cell is of a weight that is not quantized."""
         return any(cell.level is None for strip in self.strips for cell in strip.cells)
 
     @property
     def rows(self) -> list[list[str]]:
-        """The same as a table: a row for each block, a column for each strip."""
+        """The same data as a table: a row for each block, a column for each strip."""
         found = [{cell.at: cell.number for cell in strip.cells} for strip in self.strips]
         return [[label, *(cells.get(at, "") for cells in found)] for at, label in enumerate(self.columns)]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line or a row of bars. parts: polylines, one for each run of values that are there."""
+    """A line or a row of bars. parts: polylines, one for each run of consecutive known values."""
 
     name: str
     style: str
@@ -69,9 +69,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Numbers along an axis of places. ticks: (percent from the top, text); columns: (left, width, tooltip) in percent.
+    """Values along an axis of blocks. ticks: (percent from the top, text); columns: (left, width, tooltip) in percent.
 
-    table: a heading and the texts of each column, for those who do not see the picture.
+    table: a heading and the texts of each column, for readers who cannot see the picture.
     """
 
     id: str
@@ -99,7 +99,7 @@ class Given:
 
 @dataclass
 class Scale:
-    """Steps of a colour scale over some values: even, or even in the logarithm where they are far apart."""
+    """Steps of a colour scale over some values: linear, or logarithmic if they differ by a large factor."""
 
     values: Sequence[float]
     low: float = field(init=False)
@@ -112,7 +112,7 @@ class Scale:
         self.log = self.low > 0 and self.high / self.low > LOGARITHMIC
 
     def level(self, value: float) -> int:
-        """The step that a value is in."""
+        """The step of a value."""
         if self.high <= self.low or value <= self.low:
             return 0
         if not math.isfinite(value):
@@ -152,7 +152,7 @@ def plot(
     column: str = "block",
     caption: str = "",
 ) -> Plot:
-    """A plot of some series over the same places. text: a number in words; tick: the same beside the axis."""
+    """A plot of some series over the same blocks. text: formats a value; tick: formats it for the axis."""
     values = [v for one in given for v in one.values if v is not None and math.isfinite(v)]
     marks = ticks(max(values, default=1.0))
     top, width = marks[-1], 100 / max(1, len(labels))

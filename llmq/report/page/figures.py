@@ -13,14 +13,14 @@ from llmq.report.rows import BlockRow, KeptRow, WeightRow
 
 Row = WeightRow | KeptRow
 MANY = 24
-"""More kinds of weights than this, and those that differ in a number only (experts) are shown as one."""
+"""With more kinds of weights than this, those that differ only in a number (experts) are shown as one."""
 
 
 def heat(report: Report) -> Heat | None:
-    """Error per weight: blocks along the depth, a strip for each kind of weight; None where nothing is quantized.
+    """Error per weight: a column for each block, a strip for each kind of weight; None if nothing is quantized.
 
-    Where a block has very many weights, those whose names differ in numbers only share a strip: its colour is their
-    mean error, its tooltip tells the largest as well.
+    If a block has very many weights, those whose names differ only in numbers share a strip: its colour is their mean
+    error, its tooltip also gives the largest.
     """
     rows = [(row, row.block) for row in report.weights if row.block is not None]
     kinds = _kinds(report, rows)
@@ -60,7 +60,7 @@ def _quantized(rows: Iterable[Row]) -> list[WeightRow]:
 
 
 def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
-    """What each weight is called inside its block."""
+    """The name of each weight inside its block."""
     inside = [_inside(row.name, report.blocks[at].name) for row, at in rows]
     if len(set(inside)) <= MANY:
         return inside
@@ -68,7 +68,7 @@ def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
 
 
 def _order(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, float]:
-    """Where in its block each kind of weight stands, on average; weights left alone come last in a report."""
+    """The average position of each kind of weight in its block; in a report, unquantized weights come last."""
     counts: dict[int, int] = {}
     places: dict[str, list[int]] = {}
     for (row, at), kind in zip(rows, kinds, strict=True):
@@ -79,7 +79,7 @@ def _order(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, f
 
 
 def _inside(name: str, block: str) -> str:
-    """The part of a weight's name inside its block; a checkpoint may put other words before the block's number."""
+    """The part of a weight's name inside its block; a checkpoint may have another prefix before the block's number."""
     if name.startswith(f"{block}."):
         return name.removeprefix(f"{block}.")
     number = block.rpartition(".")[2]
@@ -101,7 +101,7 @@ def _cell(kind: str, at: int, alike: list[Row], mean: float | None, scale: Scale
 
 
 def _detail(places: dict[int, list[Row]]) -> str:
-    """What else is to be said of a strip: its shape and schemes' bits, where they are all alike."""
+    """Details of a strip: its shape and bits, if they are the same in all blocks."""
     rows = [row for alike in places.values() for row in _quantized(alike)]
     shapes = {row.shape for row in rows}
     bits = sorted({row.scheme.bits for row in rows})
@@ -112,7 +112,7 @@ def _detail(places: dict[int, list[Row]]) -> str:
 
 
 def depth(report: Report) -> Plot | None:
-    """The error of each block's output, and what it would have been without what the methods changed."""
+    """The error of each block's output, and the error before the methods' changes."""
     if not report.blocks:
         return None
     errors = [block.error for block in report.blocks]
@@ -130,12 +130,12 @@ def depth(report: Report) -> Plot | None:
 
 
 def _before(block: BlockRow) -> float | None:
-    """A block's error before the first change that was judged by the real quantizer, where there was one."""
+    """A block's error before the first change that was judged by the real quantizer, if there was one."""
     return next((tried.before for tried in block.log if tried.whole and tried.before is not None), None)
 
 
 def seconds(report: Report) -> Plot | None:
-    """Time along the run."""
+    """Time of each block."""
     if not report.blocks:
         return None
     times = [block.seconds for block in report.blocks]
@@ -148,7 +148,7 @@ def seconds(report: Report) -> Plot | None:
 
 
 def memory(report: Report) -> Plot | None:
-    """Memory along the run; None where the run did not record it."""
+    """Memory after each block; None if the run did not record it."""
     if all(block.peak is None for block in report.blocks):
         return None
     unit, name = (2**30, "GiB") if report.peak_memory >= 2**30 else (2**20, "MiB")
@@ -177,7 +177,7 @@ def memory(report: Report) -> Plot | None:
 
 
 def device(report: Report) -> Plot | None:
-    """The GPU's memory along the run; None where there was none."""
+    """The GPU's memory for each block; None without a GPU."""
     values = [block.device for block in report.blocks]
     most = max((value for value in values if value is not None), default=None)
     if most is None:

@@ -1,4 +1,4 @@
-"""A template and its data → one HTML file, with a policy that lets it load nothing."""
+"""Render a template and its data as one HTML file, with a content security policy that lets it load nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 
 def render(template: str, *, loaders: Sequence[BaseLoader] = (), **data: Any) -> str:
-    """The page that a template makes of the data. loaders: where else templates are looked for, first."""
+    """The page of a template and its data. loaders: template loaders that are tried first."""
     where = ChoiceLoader([*loaders, PackageLoader("llmq.report.page")])
     environment = Environment(
         loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -29,7 +29,7 @@ def render(template: str, *, loaders: Sequence[BaseLoader] = (), **data: Any) ->
 
 
 def breaks(name: str) -> Markup:
-    """A dotted name that may be broken after its dots, slashes, colons and underscores."""
+    """A dotted name with allowed line breaks after its dots, slashes, colons and underscores."""
     return Markup("<wbr>").join(re.split(r"(?<=[./:_])", name))
 
 

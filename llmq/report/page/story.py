@@ -1,4 +1,4 @@
-"""What a run did, in words and tables: the headline, what was left alone, fell back or was undone, the recipe."""
+"""The text and tables of a run's page: headline, unquantized weights, fallbacks, undone attempts, recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmq.report.rows import WeightRow
 T = TypeVar("T")
 WORST = 12
 NAMES = 400
-"""Names listed of one group; the report has the others."""
+"""The number of names listed per group; report.json has the others."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Group:
-    """What went the same way: what, how many, and which; more: how many are not listed."""
+    """Weights or attempts with the same outcome: what, how many, and which; more: how many are not listed."""
 
     what: str
     detail: str
@@ -42,7 +42,7 @@ class Group:
 
 
 def title(report: Report) -> str:
-    """What the page is about: the folder's name."""
+    """The page's title: the folder's name."""
     return Path(report.out).name or report.out
 
 
@@ -63,7 +63,7 @@ def headline(report: Report, measured: Sequence[Row] = ()) -> list[Figure]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 4.2 s, 3 min 26 s, 5 h 8 min."""
+    """Seconds formatted for people: 4.2 s, 3 min 26 s, 5 h 8 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 def worst(report: Report) -> list[list[str]]:
-    """The weights that lost most: name, shape, bits, error."""
+    """The weights with the largest error: name, shape, bits, error."""
     rows = sorted(report.quantized, key=lambda row: -row.error)
     return [
         [row.name, "×".join(map(str, row.shape)), f"{_bits(row):.2f}", digits(row.error, 3)] for row in rows[:WORST]
@@ -85,13 +85,13 @@ def _bits(row: WeightRow) -> float:
 
 
 def tried(report: Report) -> tuple[int, int]:
-    """How many changes to the blocks were tried, and how many of them stood."""
+    """How many changes to the blocks were tried, and how many of them were kept."""
     kept = len(report.attempts(Outcome.KEPT))
     return kept + len(report.attempts(Outcome.UNDONE)), kept
 
 
 def undone(report: Report) -> list[Group]:
-    """What was tried on a block and undone, by method; what judges whole blocks first."""
+    """The undone attempts, by method; those on whole blocks first."""
 
     def what(entry: tuple[str, Attempt]) -> str:
         return f"{entry[1].method}, {'whole block' if entry[1].whole else 'one pair of weights'}"
@@ -100,17 +100,17 @@ def undone(report: Report) -> list[Group]:
 
 
 def skipped(report: Report) -> list[Group]:
-    """Where a method had nothing to do, by method and reason."""
+    """The blocks in which a method had nothing to do, by method and reason."""
     return _groups(report.attempts(Outcome.SKIPPED), lambda entry: str(entry[1]), lambda entry: (entry[0], ""))
 
 
 def notes(report: Report) -> list[Group]:
-    """Weights that did not go the usual way, by what happened."""
+    """Weights with a fallback, by the kind of fallback."""
     return _groups(report.fallbacks, lambda entry: entry[1], lambda entry: (entry[0], ""))
 
 
 def left(report: Report) -> list[Group]:
-    """Weights left alone, by the reason, with their size."""
+    """Unquantized weights, by reason, with their size."""
     groups = _groups(
         report.kept,
         lambda row: str(row.reason),

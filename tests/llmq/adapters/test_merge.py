@@ -58,7 +58,7 @@ def test_what_finetune_recorded_decides(tmp_path: Path, tiny_model: Path, adapte
     assert [name for name, change in merged.changes.items() if change.rounded] == [f"{some[0]}.weight"]
     assert Merged(FolderSource(tiny_model), Adapter(folder), "base").fingerprint() != merged.fingerprint()
     notes = merge(str(tiny_model), folder, tmp_path / "out", plain=True).notes
-    assert any("not the same checkpoint" in note for note in notes)
+    assert any("is a different checkpoint" in note for note in notes)
 
 
 def test_plain_merge_in_stock_transformers(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_is_left_is_measured_on_the_written_weights(tmp_path: Path, tiny_mo
     [
         (renamed, "model.layers.7.mlp.down_proj, which this model does not have"),
         (widened, "model.layers.1.mlp.down_proj by [64, 96], and the weight is [64, 128]"),
-        (halved, "model.layers.1.mlp.down_proj lacks a half"),
+        (halved, "model.layers.1.mlp.down_proj lacks A or B"),
     ],
 )
 def test_an_adapter_that_does_not_fit(
@@ -190,4 +190,4 @@ def test_interrupted_commands_say_how_to_go_on(
     monkeypatch.setattr("llmq.adapters.merge.merge", interrupted)
     for words in (["finetune", tiny_model, "--data", "x.jsonl"], ["merge", tiny_model, adapter]):
         done = command(*words, "-o", tmp_path)
-        assert done.exit_code == 130 and "the same command goes on" in " ".join(done.output.split())
+        assert done.exit_code == 130 and "the same command resumes" in " ".join(done.output.split())

@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 from llmq.adapters.lora import Adapter
-from llmq.adapters.merged import Merged, open_base, quantizable, turned_around
+from llmq.adapters.merged import Merged, open_base, quantizable, stores_transposed
 from llmq.formats.bitsandbytes.source import NF4Source
 from tests.llmq.adapters.made import load, nf4, renamed, widened, write_adapter
 from tests.llmq.refusal import refused
@@ -41,7 +41,7 @@ def test_as_peft_merges(tmp_path: Path, tiny_model: Path, options: dict[str, Any
     check(Merged(FolderSource(tiny_model), Adapter(folder)), PeftModel.from_pretrained(load(tiny_model), folder))
 
 
-def test_as_peft_merges_weights_that_are_turned_around(tmp_path: Path, turned_model: Path) -> None:
+def test_as_peft_merges_weights_that_are_stores_transposed(tmp_path: Path, turned_model: Path) -> None:
     from peft import PeftModel
 
     folder = write_adapter(tmp_path / "adapter", turned_model, fan_in_fan_out=True)
@@ -77,7 +77,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
     for name, change in merged.changes.items():
         module = modules[rounded[name.removesuffix(".weight").removeprefix("transformer.")]]
         value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        value = value.t() if change.turned else value
+        value = value.t() if change.transposed else value
         delta = 0.0 if change.factors is None else plain.exact(name)[0] - FolderSource(base).read(name)
         assert torch.allclose(merged.read(name), value + delta, rtol=1e-5, atol=1e-6), name
         assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
@@ -85,7 +85,7 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
 
 def test_an_adapter_of_a_tied_weight(tmp_path: Path, turned_model: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", turned_model, target_modules=["lm_head"])
-    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "serves another module")
+    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "is shared with another module")
 
 
 def test_linear_layers_are_found_whichever_way_they_lie(turned_model: Path) -> None:
@@ -93,7 +93,7 @@ def test_linear_layers_are_found_whichever_way_they_lie(turned_model: Path) -> N
     model = load(turned_model)
     names = quantizable(model)
     assert "lm_head" not in names and len(names) == 8
-    assert all(turned_around(model.get_submodule(name)) for name in names)
+    assert all(stores_transposed(model.get_submodule(name)) for name in names)
 
 
 def test_the_modules_made_nf4_are_those_of_stock_transformers(tiny_model: Path) -> None:

@@ -131,12 +131,12 @@ def test_a_block_s_weights_with_their_sizes_and_inputs() -> None:
     assert all((w.rows, w.width) == (WIDTH, WIDTH) for w in (query, key, out))
     assert query.input_id == key.input_id != out.input_id
     assert [w.row_parallel for w in (query, key, out)] == [False, False, True]
-    assert reasons(structure) == {"layers.0.table": "no matrix product with it was seen"}
+    assert reasons(structure) == {"layers.0.table": "no matrix product uses it"}
 
 
 NOT_LINEAR = "it is not the weight of a Linear module, and loaders replace only those"
 IN_SLICES = "it is used in slices, not as one matrix"
-NOT_CALLED = "its module is never called: the model takes the weight out of it"
+NOT_CALLED = "its module is never called: the model reads the weight directly"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ NOT_CALLED = "its module is never called: the model takes the weight out of it"
         (lambda m, x: x + x @ m.table, "table", NOT_LINEAR),
         (lambda m, x: x + x @ m.spare.weight.T, "spare.weight", NOT_CALLED),
         (lambda m, x: m.spare(x) + x[..., :4] @ m.spare.weight[:, :4].T, "spare.weight", IN_SLICES),
-        (lambda m, x: x, "spare.weight", "no matrix product with it was seen"),
+        (lambda m, x: x, "spare.weight", "no matrix product uses it"),
     ],
 )
 def test_what_is_left_is_left_for_a_reason(extra: Extra, parameter: str, reason: str) -> None:

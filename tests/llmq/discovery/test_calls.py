@@ -132,7 +132,7 @@ def test_a_mask_of_its_own_stays() -> None:
     [
         ("mapping", "usual", "a block returns a dict, in which llmq cannot find the hidden states"),
         ("ids", "usual", "a block returns a tuple"),
-        ("narrow", "usual", "no argument of the blocks has the shape of what they return"),
+        ("narrow", "usual", "no argument of the blocks has the shape of their output"),
         ("tensor", "between", "changes the hidden states between its blocks"),
         ("tensor", "fewer", "not called once each, in order"),
     ],

@@ -33,7 +33,7 @@ def moved(block: nn.Module, pair: Pair, *, shift: bool = False) -> float:
     before = block(x)
     values = torch.rand(pair.channels, generator=torch.Generator().manual_seed(6)) + 0.5
     (pair.apply_shift if shift else pair.apply)(block, values)
-    return probe.apart(block(x), before)
+    return probe.difference(block(x), before)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -73,7 +73,7 @@ def test_a_norm_whose_output_is_added_as_well() -> None:
     block.body = forward
     pairs, reasons = search(block)
     assert pairs.keys() == {"up.weight"}
-    assert reasons["norm.weight"] == "its output also goes somewhere that is no matrix product"
+    assert reasons["norm.weight"] == "its output is also used outside matrix products"
 
 
 def test_one_channel_that_goes_elsewhere_is_enough() -> None:
@@ -89,7 +89,7 @@ def test_one_channel_that_goes_elsewhere_is_enough() -> None:
 def test_a_square_between() -> None:
     block = Made(lambda m, x: x + m.down(relu(m.up(x)).square()), up=fc(INNER, WIDTH), down=fc(WIDTH, INNER))
     assert search(block) == ({}, search(block)[1])
-    assert search(block)[1]["up.weight"] == "what it feeds follows the square of a factor on it"
+    assert search(block)[1]["up.weight"] == "the input that it feeds scales with the square of a factor on it"
 
 
 @pytest.mark.parametrize("act", [relu, gelu])
@@ -107,7 +107,7 @@ def test_an_activation_between(act: Callable[[Tensor], Tensor]) -> None:
 def test_a_bound_that_random_weights_do_not_reach() -> None:
     block = Made(lambda m, x: x + m.down(m.up(x).clamp(-30, 30)), up=fc(INNER, WIDTH), down=fc(WIDTH, INNER))
     pairs, reasons = search(block)
-    assert not pairs and reasons["up.weight"] == "large values of it are cut off on the way"
+    assert not pairs and reasons["up.weight"] == "large values of its output are clamped before the next product"
 
 
 def test_rarely_active_channels_are_seen() -> None:
@@ -166,7 +166,7 @@ def test_values_are_found_wherever_they_lie() -> None:
 def test_values_left_for_later_blocks_stay(kind: Callable[[], Any]) -> None:
     store = kind()
     pairs, reasons = search(Made(attention, qkv=fc(12, WIDTH), out=fc(WIDTH, 6)), store)
-    assert not pairs and reasons["qkv.weight"] == "its output also goes somewhere that is no matrix product"
+    assert not pairs and reasons["qkv.weight"] == "its output is also used outside matrix products"
     assert not store
 
 

@@ -89,7 +89,7 @@ def test_what_is_said_of_one_module_goes_before_what_is_said_of_all(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"dynamic": {"-:.*up": {}}}, ("config.json leaves a.up alone ('-:.*up')", "stored quantized")),
+        ({"dynamic": {"-:.*up": {}}}, ("config.json says that a.up is not quantized ('-:.*up')", "stored quantized")),
         ({"dynamic": {"+:.*up": {"bits": 5}}}, ("gives a.up 5 bits", "2, 3, 4, 8")),
         ({"dynamic": {"*": {}}}, ("dynamic has '*', no regular expression",)),
         ({"extra_config": {"(": {}}}, ("extra_config has '(', no regular expression",)),

@@ -37,7 +37,7 @@ def test_double_quantization_does_not_follow_to_a_grid_without_it() -> None:
         ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
         (
             {"grid": "nf4", "group_size": 64, "activations": "dynamic"},
-            "activations are rounded to 8 bits where weights",
+            "activations can be rounded to 8 bits only beside",
         ),
     ],
 )

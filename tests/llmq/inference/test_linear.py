@@ -104,7 +104,7 @@ def test_planes_serve_both_half_precisions(monkeypatch: pytest.MonkeyPatch) -> N
         assert layer.bias.dtype == dtype
         if not torch.cuda.is_available():  # Triton's interpreter
             assert apart(layer(x.to(dtype)).float(), wanted) < 1e-2
-    with pytest.raises(llmq.LlmqError, match="packed as planes for torch.float16; .* half moved now: load .* anew"):
+    with pytest.raises(llmq.LlmqError, match="packed as planes for torch.float16; .* only partly moved: load .* again"):
         model.to(torch.float32)
     model.to("meta")
 

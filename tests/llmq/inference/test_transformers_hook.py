@@ -297,8 +297,8 @@ def test_damaged_folders(case: Case, change: Any, message: str, tmp_path: Path, 
         (Case("ct", 4), "num_bits", 3, "weight_packed must be"),
         (Case("ct", 4), "group_size", 64, "weight_scale must be"),
         (Case("ct", 4), "symmetric", False, "weight_zero_point is missing"),
-        (Case("ct", 4), "ignore", ["re:.*up_proj"], "leaves model.layers.0.mlp.up_proj alone, but"),
-        (Case("gptq", 4), "dynamic", {"-:.*up_proj": {}}, "leaves model.layers.0.mlp.up_proj alone"),
+        (Case("ct", 4), "ignore", ["re:.*up_proj"], "model.layers.0.mlp.up_proj is not quantized, but"),
+        (Case("gptq", 4), "dynamic", {"-:.*up_proj": {}}, "model.layers.0.mlp.up_proj is not quantized"),
     ],
 )
 def test_configurations_that_disagree(

@@ -173,7 +173,7 @@ def test_options_go_to_the_methods_that_take_them() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "words"),
     [
-        (("rtn",), {"damping": 0.1}, ("--damping", "no option of method 'rtn'", "gptq")),
+        (("rtn",), {"damping": 0.1}, ("--damping", "not an option of method 'rtn'", "gptq")),
         (("hqq",), {"range": "weighted"}, ("--range", "'hqq'", "gptq, rtn")),
         (("rtn",), {"dampening": 0.1}, ("--dampening", "its options are range")),
         (("nf4",), {"dampening": 0.1}, ("its options are none",)),

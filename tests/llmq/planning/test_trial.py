@@ -85,7 +85,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "codes to pack must be int8",
     ),
     "dtype of codes": (lambda q: replace(q, codes=q.codes.to(torch.int32)), "codes to pack must be int8"),
-    "range of codes": (lambda q: replace(q, codes=q.codes * 4), "read back as another weight"),
+    "range of codes": (lambda q: replace(q, codes=q.codes * 4), "read back as a different weight"),
     "shape of codes": (lambda q: replace(q, codes=q.codes[:, :32], scale=q.scale[:, :1]), "gave float32 [8, 32]"),
     "dtype of scales": (lambda q: replace(q, scale=q.scale.half()), "weight_scale would be stored as float16 [8, 8]"),
     "shape of scales": (lambda q: replace(q, scale=q.scale[:, :4].contiguous()), "weight_scale"),

@@ -73,7 +73,10 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("scheme: {grid: nf5}", ("grid 'nf5' is not known", "did you mean 'nf4'")),
         ("scheme: {grid: fp8}", ("grid 'fp8' is 8 bits",)),
         ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 32",)),
-        ("scheme: {activations: dynamic}", ("activations are rounded to 8 bits where weights are 8 bits",)),
+        (
+            "scheme: {activations: dynamic}",
+            ("activations can be rounded to 8 bits only beside symmetric 8-bit weights",),
+        ),
         ("scheme: {activations: dynamc}", ("did you mean 'dynamic'",)),
         ("scheme: {double_quant: true}", ("for grid 'nf4' only",)),
         ("a: [", ("YAML",)),

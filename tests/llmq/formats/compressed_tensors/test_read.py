@@ -112,7 +112,11 @@ def test_files_and_configuration_that_do_not_agree_are_named() -> None:
     tensors, _ = drawn(case)
     reader = CompressedTensorsReader(config(case))
     left = stored(tensors, "lm_head")
-    refused(lambda: reader.layer("lm_head", MODULE, (ROWS, WIDTH), left), str(FILE), "config.json leaves lm_head alone")
+    refused(
+        lambda: reader.layer("lm_head", MODULE, (ROWS, WIDTH), left),
+        str(FILE),
+        "config.json says that lm_head is not quantized",
+    )
     assert reader.layer("lm_head", MODULE, (ROWS, WIDTH), stored({"weight": torch.ones(ROWS, WIDTH)})) is None
     plain = {"weight": torch.ones(ROWS, WIDTH)}
     refused(lambda: layer_of(reader, plain), str(FILE), "block.up is quantized", "an ordinary float32 tensor")
