@@ -57,6 +57,7 @@ def test_every_operator_that_ran_has_a_time(script: Any, tmp_path: Path, capsys:
     assert "64x128" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_bit_widths(script: Any, tmp_path: Path, bits: int, asymmetric: bool) -> None:
@@ -139,6 +140,7 @@ def test_shapes(script: Any) -> None:
         kernels.parse_shapes("llama9b")
 
 
+@pytest.mark.slow
 def test_a_whole_model(script: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = script("bench_decode")
     options = ["--kinds", "bf16", "--work", str(tmp_path), "--prefill", "16", "--tokens", "3", "--rounds", "2"]

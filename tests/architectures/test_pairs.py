@@ -100,6 +100,7 @@ def test_finds_what_the_code_connects(name: str, tmp_path: Path) -> None:
     assert applied["without"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_leaves_the_logits_as_they_were(name: str, tmp_path: Path) -> None:
     found = found_in(tiny.make(name, tmp_path))

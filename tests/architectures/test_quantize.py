@@ -26,6 +26,7 @@ TYPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_stock_transformers_gives_the_logits_of_the_weights_in_memory(name: str, tmp_path: Path) -> None:
     source = tiny.make(name, tmp_path / "source")

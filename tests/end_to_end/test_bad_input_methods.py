@@ -177,6 +177,7 @@ def test_bad_settings_of_a_tune(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model(tune: Path, tmp_path: Path, llmq: Run) -> None:
     other = tiny.make("opt", tmp_path / "other")
     write_tokenizer(other)

@@ -30,6 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("models") / "source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [NF4, DOUBLE, FP8, W8A8], ids=str)
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "signround", "gptq+signround"])
 def test_stock_transformers_reads_what_every_quantizer_writes(
@@ -49,6 +50,7 @@ def on(windows: Tensor, model: nn.Module) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [NF4, DOUBLE, FP8], ids=str)
 def test_calibration_pays_on_every_grid(
     scheme: Scheme, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

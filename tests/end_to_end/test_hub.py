@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import WORDS
 from tests.llmq.hub_server import HubServer, Repo
 
@@ -38,6 +40,7 @@ def quantize(hub: HubServer, home: Path, *arguments: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_by_hub_id(tiny_model: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.models["org/tiny"] = Repo({p.name: p.read_bytes() for p in tiny_model.iterdir()}, drops={"config.json": 1})

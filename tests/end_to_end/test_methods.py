@@ -133,6 +133,7 @@ RECIPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", RECIPES, ids=lambda r: f"{'+'.join(r.methods)} {r.scheme}")
 def test_stock_transformers_gives_the_logits_in_memory(
     chosen: Recipe, outlying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,7 @@ def test_stock_transformers_gives_the_logits_in_memory(
         assert any("layernorm" in name for name in memory.parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt", "gemma2", "phi3"])
 @pytest.mark.parametrize("method", ["outlier_suppression_plus", "awq"])
 def test_shifts_and_other_norms(kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +164,7 @@ def test_shifts_and_other_norms(kind: str, method: str, tmp_path: Path, monkeypa
     assert apart([logits(loaded(tmp_path / "out"))], [target]) < (1e-4 if method == "awq" else 1e-2)
 
 
+@pytest.mark.slow
 def test_a_transform_of_the_demo_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a trained model with outliers planted in its norms, SmoothQuant and Outlier Suppression lose less than RTN."""
     from llmq.demo import path
@@ -250,6 +253,7 @@ def log(report: Report) -> list[Any]:
     return [(block.name, block.error, block.log) for block in report.blocks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize(
     "chosen", [recipe("awq+gptq", W4), recipe("smoothquant", STATIC), recipe("outlier_suppression", STATIC)]

@@ -96,6 +96,7 @@ def test_it_is_listed_with_its_options(site: Path) -> None:
     assert "--its-option" in help_of and "codes up to this magnitude become 0" in help_of and "--no-loud" in help_of
 
 
+@pytest.mark.slow
 def test_it_runs_with_its_option(site: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     smallest = {}
     for option in (None, 3):
@@ -122,6 +123,7 @@ def first_packed(out: Path) -> Tensor:
     raise AssertionError(f"{out} holds no packed weight")
 
 
+@pytest.mark.slow
 def test_it_joins_a_recipe(site: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("methods: awq+coarse\nscheme: {group_size: 32}\noptions: {its_option: 0, alphas: 2}\n")
@@ -291,6 +293,7 @@ def test_a_broken_one_is_named_when_it_is_used(kind: str, tmp_path: Path, inside
     refused(lambda: made("rtn", damping=0.1), "choose a method that has it (gptq)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["import error", "a package that fails"])
 def test_a_broken_one_takes_nothing_down(kind: str, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     entry_point, text, named = BROKEN[kind]

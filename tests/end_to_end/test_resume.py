@@ -33,6 +33,7 @@ def command(model: Path, text: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), "--calib", str(text), *options]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
     model = write_tiny_model(tmp_path / "model", layers=6)
     subprocess.run(command(model, text_file, tmp_path / "whole"), check=True, capture_output=True)
@@ -55,6 +56,7 @@ def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file: Path, stop_after: int) -> None:
     import llmq

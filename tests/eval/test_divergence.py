@@ -80,6 +80,7 @@ def test_by_hand(pair: tuple[Path, Path], text_file: Path, tmp_path: Path, on_di
     assert found.kl[0] > 0 and expected[:, :, 2].sum() > 0
 
 
+@pytest.mark.slow
 def test_against_itself_and_in_the_order_of_the_bits(tmp_path: Path, llmq: Run) -> None:
     folders = [tmp_path / f"w{bits}" for bits in (8, 4, 3, 2)]
     for folder in folders:
@@ -115,6 +116,7 @@ def test_a_base_is_needed(tiny_model: Path, llmq: Run) -> None:
     assert done.returncode == 2 and "give it as --base" in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_on_disk_where_both_do_not_fit(
     pair: tuple[Path, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ def test_on_disk_where_both_do_not_fit(
     assert json.loads(next((tmp_path / "b" / "results").glob("other*")).read_text())["model"] == other
 
 
+@pytest.mark.slow
 def test_another_base_stands_beside_the_first(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
     base, other = map(str, pair)
     options = Options(
@@ -152,6 +155,7 @@ def test_another_base_stands_beside_the_first(pair: tuple[Path, Path], text_file
     assert found.measures[0].base == str(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_protocol_names_both_dtypes(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -50,11 +50,13 @@ def test_without_them_another_package_is_needed(folders: list[Path], text_file: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_speed_of_packed_weights(folders: list[Path]) -> None:
     found = speed.measure(folders[1], dtype="float32", repeats=1, prompt=8, tokens=4, kernels=True)
     assert found.dtype == "float32 on llmq's kernels" and min(found.prefill + found.decode) > 0
 
 
+@pytest.mark.slow
 def test_asked_for_in_float32_it_runs_in_it(tmp_path: Path, llmq: Run) -> None:
     """Also what stock's reader of bitsandbytes leaves in bfloat16: else it would be in no line with its base."""
     folder = tmp_path / "nf4"

@@ -36,6 +36,7 @@ def numbers(device: str, out: Path, data: Path) -> list[list[Measure]]:
     return [one.measures for one in evaluate(["demo"], "demo", options)]
 
 
+@pytest.mark.slow
 def test_refused_with_the_ways_out(small: None, tmp_path: Path, llmq: Run) -> None:
     done = llmq("eval", "demo", "--max-windows", 1, "--out", tmp_path)
     said = " ".join(done.stderr.split())
@@ -46,6 +47,7 @@ def test_refused_with_the_ways_out(small: None, tmp_path: Path, llmq: Run) -> No
     assert done.returncode == 2 and "12.5 MiB" in done.stderr
 
 
+@pytest.mark.slow
 def test_from_the_disk(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -66,6 +68,7 @@ def test_from_the_disk(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found == numbers("cpu", tmp_path / "b", data)
 
 
+@pytest.mark.slow
 def test_what_is_made_dense_must_fit(small: None, tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert llmq("quantize", "demo", "-o", tmp_path / "w4", "--method", "rtn", "--group-size", 64).returncode == 0

@@ -136,6 +136,7 @@ def test_other_tokenizers_are_refused(tiny_model: Path, text_file: Path, tmp_pat
         perplexity(folder, str(text_file), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "window", "special"), [("books8m", 64, True), ("stories260K", 64, False)])
 @pytest.mark.parametrize("quantized", [False, True])
 @needs_shared

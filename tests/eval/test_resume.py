@@ -49,6 +49,7 @@ def resumed(done: Done) -> bool:
     return done.returncode == 0 and "resuming after" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
     options = ("--text", text_file, "--window", 32, "--max-windows", 400, "--batch", 3)
     command = (tiny_model, "--base", tiny_model, "--tasks", "perplexity,divergence", *options)
@@ -66,6 +67,7 @@ def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Pat
     assert numbers(broken) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_killed_between_requests(tmp_path: Path, llmq: Run) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     rows = [
@@ -83,6 +85,7 @@ def test_killed_between_requests(tmp_path: Path, llmq: Run) -> None:
     assert numbers(broken) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_measured_again(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
     import shutil
 
@@ -120,6 +123,7 @@ def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
     assert Journal(file).done == {"0": 0.1 + 0.2, "1": [1e-300, True], "2": 4}
 
 
+@pytest.mark.slow
 def test_damage_is_measured_again(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
     out = tmp_path / "out"
     command = ("eval", tiny_model, "--text", text_file, "--window", 32, "--max-windows", 2, "--out", out)

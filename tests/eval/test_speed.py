@@ -13,6 +13,7 @@ from llmq.errors import LlmqError
 from llmq_eval import measures, speed
 
 
+@pytest.mark.slow
 def test_numbers_of_a_process_of_its_own(tiny_model: Path) -> None:
     ballast = bytearray(1 << 30)
     ballast[:: 1 << 12] = b"x" * (1 << 18)
@@ -42,6 +43,7 @@ def test_failures_are_told(tiny_model: Path, tmp_path: Path) -> None:
         speed.measure(folder)
 
 
+@pytest.mark.slow
 def test_no_module_of_the_users_folder_is_taken(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_as_its_own_command_line(tmp_path: Path, llmq: Run) -> None:
     from llmq import demo
@@ -133,6 +134,7 @@ def test_a_group_that_does_not_weigh_by_size() -> None:
     assert "0-shot or 5-shot, 110 documents, generate_until or multiple_choice" in measure.protocol
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_groups(tmp_path: Path, llmq: Run) -> None:
     """The subjects of mmlu come from one file; what it lacks of them is named."""
@@ -157,6 +159,7 @@ def test_groups(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", *options), subjects[0], "mmlu needs", "mmlu_test.jsonl")
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_tags(tmp_path: Path, llmq: Run) -> None:
     """A tag takes the files of its tasks, and each has the numbers that it has alone."""

@@ -229,6 +229,7 @@ print(int4pack.packing(), int4pack._operator_is_fast())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_cpus_pack_otherwise_and_give_the_same(capability: str) -> None:
     """ATen's code for lesser CPUs, which packs in another order; oneDNN's too, which then knows no 16-bit matmul."""

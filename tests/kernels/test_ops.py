@@ -56,6 +56,7 @@ def test_the_twin_is_the_float64_product(bits: int, group_size: int, symmetric: 
         assert torch.equal(torch.ops.llmq.int_linear(*arguments(weight, x, bias=bias)), twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [None, torch.randn(12)])
 def test_opcheck(bias: Tensor | None) -> None:
     x = torch.randn(2, 3, 128, requires_grad=True)

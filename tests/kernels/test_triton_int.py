@@ -56,6 +56,7 @@ def check(weight: Plain, form: PackedInt, x: Tensor, bias: Tensor | None) -> Non
     assert ((y.double() - twin.double()).abs() <= 2 * allowed).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 200])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -95,6 +96,7 @@ def test_groups_that_are_not_whole_tiles(monkeypatch: pytest.MonkeyPatch, bits: 
         check(weight, form, torch.randn(2, 600).to(torch.bfloat16), torch.randn(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])

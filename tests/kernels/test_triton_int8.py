@@ -38,6 +38,7 @@ def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float |
     assert codes.min() == -128 and codes.max() == 127
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 33, 130])
 @pytest.mark.parametrize("static", STATIC)

@@ -46,6 +46,7 @@ def moved(weight: tuple[Any, ...], *sizes: int) -> PackedCodebook:
     return PackedCodebook(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in weight), *sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -101,6 +101,7 @@ def results(block: Block) -> dict[str, tuple[bytes, ...]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "recipe"),
     [(Spread, W4), (Spread, STATIC), (Careless, W4), (Careless, STATIC), (Cheat, W3)],

@@ -52,6 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG, LOSSES, CURVE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("optimizer", ["8bit", "torch"])
 def test_a_resumed_run_is_the_unbroken_one(

@@ -181,6 +181,7 @@ def test_entropy_is_migaczs(levels: int, empty: bool) -> None:
     assert min(want) < want[-1] or got == len(want) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [32, 256])
 def test_kl_shares_one_histogram_of_normalized_groups(group: int) -> None:
     weight = sample(3, 64, 1024).view(64, -1, group) * torch.logspace(-3, 3, 64)[:, None, None]

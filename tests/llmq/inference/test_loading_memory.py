@@ -23,6 +23,7 @@ def mapped(folder: Path) -> list[tuple[int, int, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")
 @pytest.mark.parametrize(
     "kind", [Case("ct", 8, 32, True), Case("ct", 4), Case("gptq", 4, 32, True), "w8a8", "nf4"], ids=str

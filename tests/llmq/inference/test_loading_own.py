@@ -65,6 +65,7 @@ def stock(folder: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_as_stock_reads_it(scheme: str, tmp_path: Path) -> None:
     folder = quantized("llama", SCHEMES[scheme], tmp_path)

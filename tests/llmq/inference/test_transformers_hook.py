@@ -140,6 +140,7 @@ def test_a_method_that_transformers_does_not_know(tmp_path: Path, monkeypatch: p
         llmq.load(tmp_path / "m", device_map="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("ct", 4, 32, True), Case("gptq", 3, 32, True, True)], ids=str)
 def test_compiled_and_generating(case: Case, tmp_path: Path) -> None:
     write(tmp_path / "m", case, layers=1)

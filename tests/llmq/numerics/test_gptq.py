@@ -86,6 +86,7 @@ def follow(weight: Tensor, hessian: Tensor, q: QuantizedWeight, act_order: str, 
 CASES = list(itertools.product((True, False), ACT_ORDERS, (8, 24, None), (False, True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_code_and_range_is_the_papers(bits: int) -> None:
     for case, (symmetric, act_order, size, correlated) in enumerate(CASES):

@@ -54,6 +54,7 @@ def calls_of_a_run(tmp_path: Path, carried: list[Path]) -> int:
         return failing.count
 
 
+@pytest.mark.slow
 def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
     for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
         out = tmp_path / f"killed{at}"
@@ -70,6 +71,7 @@ def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dic
         assert content(out) == unbroken, at
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_random_moments(
     tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]
 ) -> None:
