@@ -2,8 +2,9 @@
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
-Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md),
-every model in float32 through stock from_pretrained. KL is the mean over positions of KL(base ‖ quantized), in nats.
+Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md), every
+model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
+KL(base ‖ quantized), in nats. Methods that do not round to a scheme are left out for it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
+from llmq import methods
 from llmq.data.tokens import tokenize
-from llmq.grids.scheme import Activations, Scheme
+from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Calibration, Recipe
 
-METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround"]
+METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround", "nf4"]
 
 
-def load(folder: Path) -> Any:
-    """A model in float32, by stock from_pretrained."""
+def load(folder: Path, kernels: bool = False) -> Any:
+    """A model in float32, by stock from_pretrained, or on llmq's kernels."""
+    if kernels:
+        return llmq.load(folder, device_map="cpu", dtype="float32")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -57,13 +61,17 @@ def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4' (double-quantized), 'fp8' (with its inputs in fp8)."""
+    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4' (double quantized), or a grid first: 'fp8:8gc'."""
     if text == "nf4":
         return Scheme(4, 64, grid="nf4", double_quant=True)
-    if text == "fp8":
-        return Scheme(8, None, grid="fp8", activations=Activations())
-    bits, group = text.removesuffix("a").split("g")
-    return Scheme(int(bits), None if group == "c" else int(group), not text.endswith("a"))
+    grid, _, sizes = text.rpartition(":")
+    bits, group = sizes.removesuffix("a").split("g")
+    return Scheme(int(bits), None if group == "c" else int(group), not text.endswith("a"), grid or "int")
+
+
+def rounds(method: str, scheme: Scheme) -> bool:
+    """Whether the methods joined by '+' have a quantizer that rounds to the scheme."""
+    return methods.make(Recipe(methods=tuple(method.split("+")))).quantizer.refusal(scheme) is None
 
 
 def main() -> None:
@@ -75,6 +83,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=METHODS)
     parser.add_argument("--range")
     parser.add_argument("--schemes", nargs="+", default=["4g128", "3g128", "2g64"])
+    parser.add_argument("--kernels", action="store_true", help="for formats that stock from_pretrained does not know")
     parser.add_argument("--windows", type=int, default=200)
     args = parser.parse_args()
     ids = tokenize(args.heldout.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(args.model))
@@ -83,7 +92,7 @@ def main() -> None:
     rows, models = [], [base]
     with tempfile.TemporaryDirectory() as folder:
         for scheme in map(parse_scheme, args.schemes):
-            for method in args.method:
+            for method in (method for method in args.method if rounds(method, scheme)):
                 recipe = Recipe(
                     methods=tuple(method.split("+")),
                     scheme=scheme,
@@ -94,7 +103,7 @@ def main() -> None:
                 began = time.perf_counter()
                 report = llmq.quantize(str(args.model), out, recipe)
                 seconds = time.perf_counter() - began
-                models.append(load(out))
+                models.append(load(out, args.kernels))
                 rows.append([method, str(scheme), f"{report.bits_per_weight:.3f}", f"{seconds:.1f}"])
                 print(*rows[-1], sep="\t", flush=True)
     results = divergences(base, models, windows)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.grids.scheme import Scheme
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
@@ -149,3 +151,12 @@ def test_a_whole_model(script: Any, tiny_model: Path, tmp_path: Path, monkeypatc
     assert result["loaded"]["rss"] > result["loaded"]["before"] > 0
     for name in ("prefill", "decode"):
         assert len(result[name]["seconds"]) == 2 and min(result[name]["seconds"]) > 0
+
+
+def test_quality_is_measured_on_any_grid(script: Any) -> None:
+    """A scheme names its grid, and a method is left out only where it says that it does not round to it."""
+    quality = script("bench_quality")
+    assert quality.parse_scheme("fp8:8gc") == Scheme(8, None, grid="fp8")
+    assert quality.parse_scheme("3g64a") == Scheme(3, 64, False)
+    nf4 = quality.parse_scheme("nf4")
+    assert quality.rounds("awq+gptq", nf4) and quality.rounds("nf4", nf4) and not quality.rounds("nf4", Scheme())

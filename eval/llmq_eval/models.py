@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING, Any
 
+from llmq import formats
 from llmq.errors import LlmqError
 from llmq.inference.pretrained import input_device
 from llmq.machine import size
@@ -94,7 +95,7 @@ class Models:
         """Raise LlmqError, with the remedies, if a model's weights alone take more memory than is free."""
         o = self.options
         count, nbytes, bits = subject.weights
-        packed = subject.quantized and (o.kernels or subject.quantized != "compressed-tensors")
+        packed = subject.quantized and (o.kernels or not formats.unpacked_by_stock(subject.quantized))
         place = input_device(o.device)
         if o.device == "auto" and (packed or not subject.quantized or place != "cpu"):
             return  # spread over several devices, or partly on disk

@@ -43,6 +43,11 @@ def packages() -> dict[str, str]:
     return {method: package for module in having("PACKAGES") for method, package in module.PACKAGES.items()}
 
 
+def unpacked_by_stock(method: str) -> bool:
+    """Whether stock transformers makes weights of a method in config.json dense, at the first forward or before."""
+    return any(module.STOCK_UNPACKS and method in module.PACKAGES for module in having("STOCK_UNPACKS"))
+
+
 def method_of(section: Mapping[str, Any]) -> str | None:
     """The quantization method that a folder's `quantization_config` names."""
     method = section.get("quant_method")

@@ -6,6 +6,7 @@ parts are optional:
 - READERS: method in config.json → the reader of its weights for llmq's kernels (`plain.Reader`), whether or not
   transformers supports the method;
 - PACKAGES: method in config.json → the package that stock transformers needs to read it;
+- STOCK_UNPACKS: whether stock transformers makes the weights of PACKAGES dense to run them;
 - claims(section): whether a configuration without `quant_method` is of this format;
 - COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`).
 """

@@ -215,9 +215,11 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
         return config
     method = formats.method_of(quantization) or ""
     if not _known(method) and not (kernels and method in formats.readers()):
+        way = (
+            "--kernels or llmq.load reads it" if method in formats.readers() else "load it with the tool that wrote it"
+        )
         raise LlmqError(
-            f"{folder} is quantized with {method!r}, which transformers would load as random weights: "
-            "load it with the tool that wrote it"
+            f"{folder} is quantized with {method!r}, which transformers would load as random weights: {way}"
         )
     package = (OTHERS | formats.packages()).get(method)
     if package and not kernels and not _installed(package):

@@ -23,6 +23,7 @@ __all__ = ["COMPANIONS", "SCALES", "inspect"]
 ONE_SCHEME = False
 READERS = {"compressed-tensors": CompressedTensorsReader}
 PACKAGES = {"compressed-tensors": "compressed_tensors"}
+STOCK_UNPACKS = True
 
 
 def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:

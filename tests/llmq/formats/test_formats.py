@@ -48,3 +48,8 @@ def test_what_it_does_not_read_it_does_not_claim(tens: None) -> None:
     assert "tens" not in formats.readers() and "tens" not in formats.packages()
     assert formats.method_of({}) is None and formats.method_of({"quant_method": "tens"}) == "tens"
     assert formats.method_of({"load_in_4bit": True}) == "bitsandbytes"
+
+
+def test_who_unpacks() -> None:
+    assert formats.unpacked_by_stock("compressed-tensors")
+    assert not any(map(formats.unpacked_by_stock, ("bitsandbytes", "gptq", "made-up")))
