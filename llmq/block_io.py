@@ -32,9 +32,7 @@ class BlockIO:
     device: torch.device
 
     def load(self, name: str, device: torch.device | None = None) -> None:
-        """Fill one parameter or buffer of the model, by its name in the model, from the checkpoint, and check that it
-        is finite.
-        """
+        """Fill a parameter or buffer, given by its name in the model, from the checkpoint; check that it is finite."""
         source, tensor = self.plan.source, self.plan.links.source.get(name)
         if tensor is None:
             raise LlmqError(f"{source.folder}: the checkpoint has no tensor for {name}")

@@ -2,9 +2,9 @@
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
-Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (docs/evaluation.md), every
-model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
-KL(base ‖ quantized), in nats. Methods that do not round to a scheme are left out for it.
+Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md),
+every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
+KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
 """
 
 from __future__ import annotations

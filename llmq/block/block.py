@@ -257,9 +257,7 @@ class Block:
         self._error = None
 
     def get(self, name: str) -> Tensor:
-        """A weight (by its `View.name`, [out, in]) or parameter (as stored) in float32; unrounded if it will be
-        quantized.
-        """
+        """A weight (by its `View.name`, [out, in]) or parameter (as stored), float32; unrounded if it is quantized."""
         state = self.weights.get(name)
         if state is not None:
             return state.value.to(torch.float32)

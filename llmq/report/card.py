@@ -38,8 +38,8 @@ def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> st
 
 # {name}
 
-{what}, quantized with {methods} to {_kinds(report)}: {report.bits_per_weight:.2f} bits per quantized \ weight,
-{report.bits_per_weight_whole:.2f} over the whole model, {size(report.bytes)} where it was \
+{what}, quantized with {methods} to {_kinds(report)}: {report.bits_per_weight:.2f} bits per quantized \
+weight, {report.bits_per_weight_whole:.2f} over the whole model, {size(report.bytes)} instead of \
 {size(report.source_bytes)}.
 
 {_BEGIN}
@@ -50,8 +50,8 @@ def model_card(report: Report, source: Path, measured: Sequence[Row] = ()) -> st
 {_usage(report)}
 ## How it was made
 
-By [llmq](https://pypi.org/project/llmq/) {report.versions.get("llmq", "")}. `report.html` shows what it cost, weight \
-by weight; `report.json` has every number and the recipe.
+By [llmq](https://pypi.org/project/llmq/) {report.versions.get("llmq", "")}. `report.html` shows the error of every \
+weight; `report.json` has every number and the recipe.
 
 - methods: {methods}
 - format: {report.format}

@@ -146,7 +146,9 @@ def inspection(console: Console, found: Inspection) -> None:
     schemes = Counter(scheme(row) for row in found.quantized)
     totals.add_row("quantized", ", ".join(f"{count} × {what}" for what, count in schemes.most_common()) or "none")
     kept = len(found.rows) - len(found.quantized)
-    totals.add_row("left alone", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}")
+    totals.add_row(
+        "not quantized", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}"
+    )
     if found.bits_per_quantized_weight is not None:
         totals.add_row("bits per quantized weight", f"{found.bits_per_quantized_weight:.3f}")
     totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")

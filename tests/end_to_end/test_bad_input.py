@@ -156,7 +156,7 @@ def test_mended_weight_is_another_model(model: Path, tmp_path: Path, text_file: 
         (["--override", "no_such_weight=bits:8"], "no_such_weight"),
         (["--override", "up_proj"], "--override"),
         (["--override", "up_proj=bots:8"], "did you mean 'bits'"),
-        (["--override", "lm_head=bits:8"], "left alone"),
+        (["--override", "lm_head=bits:8"], "not quantized"),
         (["--method", "gtpq"], "did you mean 'gptq'"),
         (["--range", "mean"], "range"),
         (["--method", "rtn", "--act-order", "static"], "--act-order"),

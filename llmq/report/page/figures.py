@@ -90,7 +90,7 @@ def _cell(kind: str, at: int, alike: list[Row], mean: float | None, scale: Scale
     where = f"block {at}, {kind}"
     if mean is None:
         reason = next(str(row.reason) for row in alike if isinstance(row, KeptRow))
-        return Cell(at, None, f"{where}: left alone ({reason})", "left alone")
+        return Cell(at, None, f"{where}: not quantized ({reason})", "not quantized")
     text = digits(mean, 3)
     if len(alike) == 1:
         return Cell(at, scale.level(mean), f"{where}: {text}", text)

@@ -27,7 +27,7 @@ from tests.llmq.refusal import refused
         ({"modules_to_save": ["head"]}, "whole modules"),
         ({"bias": "all"}, "trained biases"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"target_parameters": ["experts.w"]}, "no linear layer's"),
+        ({"target_parameters": ["experts.w"]}, "outside linear layers"),
     ],
 )
 def test_adapters_that_are_more_than_lora(tmp_path: Path, adapter: Path, change: dict[str, Any], words: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from llmq.discovery import parameters
-from llmq.discovery.bench import Bench, Run, Unsteady, Use, apart, followed, leave, unchanged
+from llmq.discovery.bench import Bench, Run, Unsteady, Use, difference, followed, run_to_fill, unchanged
 from llmq.discovery.calls import Call
 from tests.llmq.discovery.made import INNER, TOKENS, WIDTH, Made, fc, mlp
 
@@ -29,22 +29,22 @@ def bench(block: nn.Module, *rest: Any, shape: tuple[int, ...] = (1, TOKENS, WID
 
 def test_apart_is_the_relative_distance_in_float64() -> None:
     base = torch.tensor([3.0, 4.0])
-    assert apart(torch.tensor([3.0, 9.0]), base) == pytest.approx(1.0)
-    assert apart(base, base) == 0.0 and apart(torch.zeros(2), torch.zeros(2)) == 0.0
-    assert apart(torch.full((2,), 1e30), torch.full((2,), 2e30)) == pytest.approx(0.5)  # squares exceed float32
+    assert difference(torch.tensor([3.0, 9.0]), base) == pytest.approx(1.0)
+    assert difference(base, base) == 0.0 and difference(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert difference(torch.full((2,), 1e30), torch.full((2,), 2e30)) == pytest.approx(0.5)  # squares exceed float32
     for value, other in (
         (torch.ones(3), base),
         (torch.tensor([3.0, math.nan]), base),
         (torch.tensor([math.inf, 1.0]), base),
         (torch.ones(2), torch.zeros(2)),
     ):
-        assert apart(value, other) == math.inf
+        assert difference(value, other) == math.inf
 
 
 def test_runs_with_other_outputs_are_infinitely_apart() -> None:
     one, two = Run([], [torch.ones(2)]), Run([], [torch.ones(2), torch.ones(1)])
-    assert one.apart(two) == math.inf and one.apart(one) == 0.0 and Run([], []).apart(Run([], [])) == 0.0
-    assert Run([], [torch.ones(2), torch.full((1,), 3.0)]).apart(two) == pytest.approx(2.0)
+    assert one.difference(two) == math.inf and one.difference(one) == 0.0 and Run([], []).difference(Run([], [])) == 0.0
+    assert Run([], [torch.ones(2), torch.full((1,), 3.0)]).difference(two) == pytest.approx(2.0)
 
 
 def test_products_are_seen_with_their_inputs() -> None:
@@ -56,7 +56,7 @@ def test_products_are_seen_with_their_inputs() -> None:
     y = block.norm(hidden).reshape(-1, WIDTH)  # type: ignore[operator]
     assert torch.allclose(run.uses[0].input, y, atol=1e-6) and torch.equal(run.uses[0].input, run.uses[1].input)
     assert torch.allclose(run.output[0], block(hidden), atol=1e-6)
-    assert run.path() == on_trial.base.path() and run.apart(on_trial.base) == 0.0
+    assert run.path() == on_trial.base.path() and run.difference(on_trial.base) == 0.0
 
 
 def test_there_are_samples_enough_and_single_tokens_make_more() -> None:
@@ -75,7 +75,7 @@ def test_other_values_are_for_one_run() -> None:
     change, base = doubled.output[0] - hidden, on_trial.base.output[0] - hidden
     assert torch.allclose(change, 2 * base, atol=1e-5)
     assert all(now is before[name] for name, now in block.named_parameters())
-    assert on_trial.run().apart(on_trial.base) == 0.0
+    assert on_trial.run().difference(on_trial.base) == 0.0
 
 
 def test_a_batch_that_is_not_its_rows_is_run_row_by_row() -> None:
@@ -195,9 +195,9 @@ def test_a_block_leaves_what_later_ones_take() -> None:
         return x
 
     block, hidden, store = Made(forward, up=fc(WIDTH, WIDTH)), torch.zeros(1, 3, WIDTH), dict[str, Tensor]()
-    leave(block, Call((None,), {}, 0, None), hidden)
+    run_to_fill(block, Call((None,), {}, 0, None), hidden)
     assert not ran
-    leave(block, Call((None, store), {}, 0, None), hidden, seed=4)
+    run_to_fill(block, Call((None, store), {}, 0, None), hidden, seed=4)
     noise = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(4))
     assert torch.allclose(store["values"], block.up(noise).detach())  # type: ignore[operator]
 

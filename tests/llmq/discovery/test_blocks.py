@@ -188,7 +188,7 @@ def test_blocks_that_differ_in_their_call_are_run_each() -> None:
     other.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def key(block: Block, **kwargs: Any) -> tuple[Any, ...]:
-        return discover.make_of(block, Call((None, torch.ones(2, 3)), kwargs, 0, None), set())
+        return discover.structure_key(block, Call((None, torch.ones(2, 3)), kwargs, 0, None), set())
 
     assert key(block) == key(same) != key(other)
     assert key(block, window=4) != key(same, window=5) and key(block, mask=torch.ones(2)) == key(

@@ -50,7 +50,7 @@ def test_ids() -> None:
 def test_usage_says_what_was_tried(source: Path) -> None:
     text = model_card(report(2), source)
     assert "With vLLM, which was not tried" in text and "from vllm import LLM" in text
-    assert "left alone: kept by --keep; outside the decoder blocks" in text
+    assert "not quantized: kept by --keep; outside the decoder blocks" in text
 
 
 def schemes(*given: Scheme) -> Report:

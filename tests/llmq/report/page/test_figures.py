@@ -21,7 +21,7 @@ def test_a_strip_for_each_kind_of_weight_and_a_cell_for_each_block() -> None:
     for strip in heat.strips:
         for cell in strip.cells:
             name = f"model.layers.{cell.at}.{strip.label}"
-            assert cell.number == (digits(errors[name], 3) if name in errors else "left alone")
+            assert cell.number == (digits(errors[name], 3) if name in errors else "not quantized")
             assert (cell.level is None) == (name not in errors)
     largest = max(errors, key=lambda name: errors[name])
     said = f"{digits(errors[largest], 3)} ({largest.split('.', 3)[3]} in block {largest.split('.')[2]})"

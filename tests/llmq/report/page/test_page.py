@@ -46,7 +46,7 @@ def test_what_is_in_it() -> None:
     for row in made.weights[:3]:
         if isinstance(row, WeightRow):
             assert f"block 0, {row.name.removeprefix('model.layers.0.')}: {digits(row.error, 3)}" in text
-    assert "block 0, attn.value: left alone (kept by --keep)" in text
+    assert "block 0, attn.value: not quantized (kept by --keep)" in text
     assert "outside the decoder blocks (1, 256.0 MiB)" in text
     assert "damped 10 times more (1)" in text and "model.layers.0.attn.out" in text
     assert "12 changes to the blocks were tried and 6 kept" in text
