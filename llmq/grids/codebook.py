@@ -8,6 +8,7 @@ so the search is never worse.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,12 +31,11 @@ class Codebook(Rounding):
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
         """See `Rounding.nearest`: ties go to the lower level. There are no zero points."""
         levels = self.levels(scheme, scaled.device)
-        return levels[torch.bucketize(scaled, _bounds(levels), out_int32=True)]
+        return levels[torch.bucketize(scaled, self._bounds(scheme, scaled.device), out_int32=True)]
 
     def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.encode`: the index of the level."""
-        levels = self.levels(scheme, points.device)
-        return torch.bucketize(points, _bounds(levels), out_int32=True).to(torch.uint8)
+        return torch.bucketize(points, self._bounds(scheme, points.device), out_int32=True).to(torch.uint8)
 
     def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.decode`."""
@@ -92,7 +92,8 @@ class Codebook(Rounding):
                     scale = storable(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale), dtype, unit)
         return best
 
-
-def _bounds(levels: Tensor) -> Tensor:
-    """The midpoints between neighbouring levels."""
-    return (levels[:-1] + levels[1:]) / 2
+    @cache  # noqa: B019  there is one object for each grid, as long as the program runs
+    def _bounds(self, scheme: Scheme, device: torch.device) -> Tensor:
+        """The midpoints between neighbouring levels, float32 ascending."""
+        levels = self.levels(scheme, device)
+        return (levels[:-1] + levels[1:]) / 2

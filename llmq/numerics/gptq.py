@@ -243,7 +243,7 @@ class _Columns:
         errors = torch.empty_like(block)
         unit = self.unit[start:stop, start:stop]
         where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
-        rounding, scale = self.rounding, block
+        rounding, scale, points = self.rounding, block, torch.empty_like(block)
         zero: Tensor | None = None
         held = -1
         for k, column in enumerate(where):
@@ -256,11 +256,12 @@ class _Columns:
                 if self.zero is not None:
                     zero = self.zero[:, group].to(torch.float32)
             point = rounding.nearest(block[k] / scale, zero, self.scheme)
-            self.codes[start + k] = rounding.encode(point, self.scheme)
+            points[k] = point
             value = (point if zero is None else point.sub_(zero)).mul_(scale)
             torch.sub(block[k], value, out=errors[k])
             if k + 1 < len(where):
                 block[k + 1 :].addr_(unit[k, k + 1 :], errors[k], alpha=-1)
+        self.codes[start:stop] = rounding.encode(points, self.scheme)
         return errors
 
     def _range(self, group: int, block: Tensor, column: int) -> None:
