@@ -213,9 +213,6 @@ EXCUSED = {
 UNTESTED = {
     "discovery/matmuls",
     "job",
-    "planning/checks",
-    "planning/memory",
-    "planning/weights",
 }
 
 
