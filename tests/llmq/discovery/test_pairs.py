@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmq.discovery.pairs import Consumer, Edit, Pair, Rejection, explain
+from tests.llmq.methods.made import near, row
 
 
 @given(st.integers(1, 9), st.sampled_from([0.0, 1.0]), st.randoms(use_true_random=False))
@@ -30,6 +31,17 @@ def test_edits_undo_each_other(channels: int, offset: float, random: Any) -> Non
     assert torch.allclose(
         there["m"] @ (x * (offset + there["w"]) + there["b"]).repeat(2), product, rtol=1e-3, atol=1e-4
     )
+
+
+def test_gamma_migration() -> None:
+    """Outlier Suppression §4.1: γ moves out of a norm, so that its output is as even as what it normalizes."""
+    consumer = Consumer("m", 1, torch.arange(3), None)
+    norm = Pair("norm", "w", None, 0, 0.0, None, 3, (consumer,), 3)
+    assert near(norm.gain(row(-3, 0.5, 2)), 3, 0.5, 2)
+    plus_one = Pair("norm", "w", None, 0, 1.0, None, 3, (consumer,), 3)
+    assert near(plus_one.gain(row(-3, 0.5, 2)), 2, 1.5, 3)
+    matrix = Pair("linear", "a", None, 0, 0.0, torch.tensor([2, 0]), 3, (consumer,), 2)
+    assert near(matrix.gain(torch.tensor([[3.0, 4], [0, 1], [5, 12]])), 13, 5)
 
 
 def test_rows_of_a_source_and_nothing_else() -> None:

@@ -1,25 +1,19 @@
-"""The formulas of the papers by hand, and what a recipe's methods and options may be."""
+"""What a recipe's methods and options may be, and what the catalog says of each."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import torch
-from torch import Tensor
 
 from llmq import methods
 from llmq.block.statistics import Hessian, Inputs, MeanSquare
-from llmq.discovery.pairs import Consumer, Pair
 from llmq.grids.scheme import Scheme
-from llmq.methods._pair_scales import Candidate, Side
 from llmq.methods.awq import AWQ
 from llmq.methods.base import Method
 from llmq.methods.gptq import GPTQ
-from llmq.methods.outlier_suppression_plus import OutlierSuppressionPlus
 from llmq.methods.rtn import RTN
 from llmq.methods.smoothquant import SmoothQuant
 from llmq.recipe import catalog
@@ -27,97 +21,6 @@ from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
 
 BUILT_IN = [name for name in catalog.names() if catalog.entry_point(name) is None]
-
-
-def row(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def facts(**changed: Tensor) -> Side:
-    """Three channels: the middle one has large inputs, the last lies to one side."""
-    usual = {
-        "mean": row(1, 16, 4),
-        "low": row(-2, -64, 0),
-        "high": row(1, 32, 16),
-        "weight": row(4, 1, 2),
-        "share": row(0.25, 1, 0.5),
-    }
-    return Side(**usual | changed)
-
-
-def by_name(candidates: Iterable[Candidate]) -> dict[str, Candidate]:
-    return {candidate.what: candidate for candidate in candidates}
-
-
-def near(value: Tensor, *expected: float) -> bool:
-    return torch.allclose(value, row(*expected), rtol=1e-5)
-
-
-def test_awq_equation_5() -> None:
-    """s = s_X^α, s_X = E|x|; brought to where the largest and the smallest are as far from 1."""
-    found = by_name(AWQ(alphas=2)._candidates(facts()))
-    assert list(found) == ["α 0.5", "α 0.5, by weight", "α 1", "α 1, by weight"]
-    # √(1, 16, 4) = (1, 4, 2), over √(4 · 1) = 2.
-    assert near(found["α 0.5"].scale, 0.5, 2, 1)
-    # (1, 16, 4) over √16 = 4.
-    assert near(found["α 1"].scale, 0.25, 4, 1)
-    # As the authors' code divides by share^(1−α): (1, 4, 2) / (0.5, 1, √0.5) = (2, 4, 2.828), over √8.
-    assert near(found["α 0.5, by weight"].scale, 2 / 8**0.5, 4 / 8**0.5, 1)
-    assert near(found["α 1, by weight"].scale, 0.25, 4, 1)
-    assert all(candidate.shift is None for candidate in found.values())
-
-
-def test_awq_tries_as_many_as_told() -> None:
-    assert len(by_name(AWQ(alphas=7)._candidates(facts()))) == 14
-    refused(lambda: AWQ(alphas=0), "alphas must be 1 or more")
-    silent = by_name(AWQ(alphas=3)._candidates(facts(mean=row(0, 0, 0), share=row(0, 0, 0))))
-    assert all(bool(c.scale.isfinite().all() and (c.scale > 0).all()) for c in silent.values())
-
-
-def test_smoothquant_equation_4() -> None:
-    """s = max|x|^α / max|w|^(1−α): with max|x| = (2, 64, 16), max|w| = (4, 1, 2)."""
-    found = by_name(SmoothQuant()._candidates(facts()))
-    assert list(found) == [f"α {i / 10:g}" for i in range(11)]
-    # α 0.5: (√2/2, 8, 4/√2) = (0.7071, 8, 2.8284), over √(0.7071 · 8) = 2.3784.
-    assert near(found["α 0.5"].scale, 0.29730, 3.36359, 1.18921)
-    # α 0: 1/max|w| = (0.25, 1, 0.5), over 0.5.
-    assert near(found["α 0"].scale, 0.5, 2, 1)
-    # α 1: max|x|, over √128.
-    assert near(found["α 1"].scale, *(v / 128**0.5 for v in (2, 64, 16)))
-    assert list(by_name(SmoothQuant(alpha=0.8)._candidates(facts()))) == ["α 0.8"]
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.5, 85])
-def test_smoothquant_alpha_is_a_share(alpha: float) -> None:
-    refused(lambda: SmoothQuant(alpha=alpha), "alpha must lie between 0 and 1", "leave it out")
-
-
-def test_gamma_migration() -> None:
-    """Outlier Suppression §4.1: γ moves out of a norm, so that its output is as even as what it normalizes."""
-    consumer = Consumer("m", 1, torch.arange(3), None)
-    norm = Pair("norm", "w", None, 0, 0.0, None, 3, (consumer,), 3)
-    assert near(norm.gain(row(-3, 0.5, 2)), 3, 0.5, 2)
-    plus_one = Pair("norm", "w", None, 0, 1.0, None, 3, (consumer,), 3)
-    assert near(plus_one.gain(row(-3, 0.5, 2)), 2, 1.5, 3)
-    matrix = Pair("linear", "a", None, 0, 0.0, torch.tensor([2, 0]), 3, (consumer,), 2)
-    assert near(matrix.gain(torch.tensor([[3.0, 4], [0, 1], [5, 12]])), 13, 5)
-
-
-def test_outlier_suppression_plus_equations_2_and_8() -> None:
-    """z = (max + min)/2 = (−0.5, −16, 8); s = max(1, range/2 / t), range/2 = (1.5, 48, 8) and t between 8 and 48."""
-    found = list(OutlierSuppressionPlus(thresholds=2)._candidates(facts(), True))
-    assert len(found) == 6
-    for candidate in found[3:]:
-        assert candidate.shift is not None and near(candidate.shift, -0.5, -16, 8)
-    scales = [candidate.scale for candidate in found[3:]]
-    assert near(scales[0], 1, 1, 1)  # t = 48
-    assert near(scales[1], 1, 48 / (48 * 8) ** 0.5, 1)  # halfway, in ratios
-    assert near(scales[2], 1, 6, 1)  # t = 8
-    # Unshifted: max|x| = (2, 64, 16), t from 64 down to the median 16.
-    assert all(candidate.shift is None for candidate in found[:3])
-    assert near(found[2].scale, 1, 4, 1)
-    assert [c.shift for c in OutlierSuppressionPlus(thresholds=2)._candidates(facts(), False)] == [None] * 3
-    refused(lambda: OutlierSuppressionPlus(thresholds=0), "thresholds must be 1 or more")
 
 
 def made(*names: str, **options: Any) -> methods.Pipeline:

@@ -11,18 +11,15 @@ import pytest
 import torch
 
 from llmq import steps
-from llmq.block.attempt import Attempt, Outcome
-from llmq.checkpoint.files import REPORT
+from llmq.block.attempt import Outcome
 from llmq.discovery.reasons import Kind, Reason
 from llmq.grids.scheme import Activations, Scheme
 from llmq.methods import Pipeline
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
-from llmq.report.report import Report
 from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_weight, weight_row
+from tests.llmq.block.attempts import LOG
 from tests.llmq.blocks import open_block
-from tests.llmq.refusal import refused
-from tests.llmq.report.page.reports import report
 
 STATIC = Scheme(8, None, activations=Activations(False, "kl"))
 WEIGHTS = [
@@ -31,12 +28,6 @@ WEIGHTS = [
     WeightRow("a.d", (8, 64), 3, 300, Scheme(4, 64, grid="nf4", double_quant=True), 0.1),
     KeptRow("a.e", (8, 64), None, 1024, Reason(Kind.OUTSIDE, "outside the decoder blocks")),
 ]
-LOG = (
-    Attempt("awq", "norm → first, second", 0.5, 0.4, Outcome.KEPT, choice="α 0.5"),
-    Attempt("awq", "up → down", 0.4, None, Outcome.UNDONE, why="no scale tried was better than none"),
-    Attempt("AWQ", None, 0.3, 0.2, Outcome.KEPT),
-    Attempt("SignRound", None, None, None, Outcome.SKIPPED, why="no weight here can be refined"),
-)
 
 
 def through_json(row: Any) -> Any:
@@ -54,16 +45,6 @@ def test_a_block_is_read_back(row: BlockRow) -> None:
     assert read == row and all(isinstance(attempt.outcome, Outcome) for attempt in read.log)
 
 
-def test_attempts_in_words() -> None:
-    assert list(map(str, LOG)) == [
-        "awq: norm → first, second: error 0.5000 → 0.4000",
-        "awq: up → down: error 0.4000 (no scale tried was better than none)",
-        "AWQ: error 0.3000 → 0.2000",
-        "SignRound: no weight here can be refined",
-    ]
-    assert [attempt.whole for attempt in LOG] == [False, False, True, True]
-
-
 def test_rows_of_an_earlier_llmq() -> None:
     """`kept` meant two things, `what` was searched for ': ', and FP8's grid was called float."""
     fp8 = {"activations": None, "bits": 8, "double_quant": False, "grid": "float", "group_size": None}
@@ -79,23 +60,6 @@ def test_rows_of_an_earlier_llmq() -> None:
     ]
     assert tuple(map(read_attempt, lines)) == LOG[:3]
     assert read_block({"name": "x", "error": 0.1, "seconds": 1.0, "log": lines}).log == LOG[:3]
-
-
-def test_a_report_is_read_back(tmp_path: Path) -> None:
-    made = report(3)
-    (tmp_path / REPORT).write_text(made.to_json())
-    read = Report.load(tmp_path)
-    assert read == made
-    assert [row.name for row in read.kept] == ["model.layers.0.attn.value", "head"]
-    assert len(read.quantized) == 20 and read.fallbacks == [("model.layers.0.attn.out", "damped 10 times more")]
-    assert [attempt.method for _, attempt in read.attempts(Outcome.UNDONE)] == ["awq"] * 3
-    assert read.attempts(Outcome.SKIPPED) == []
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"weights": [{}], "blocks": []}', '{"weights": 1, "blocks": []}', "{"])
-def test_what_is_no_report_is_refused_by_name(text: str, tmp_path: Path) -> None:
-    (tmp_path / REPORT).write_text(text)
-    refused(lambda: Report.load(tmp_path), str(tmp_path / REPORT), "cannot be read as a report")
 
 
 def test_the_row_of_a_weight(tiny_model: Path) -> None:

@@ -1,0 +1,139 @@
+"""What a plan refuses: every offending weight by name, and the ways out; what it only warns of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llmq.checkpoint.source import FolderSource
+from llmq.discovery import blocks as discover
+from llmq.discovery.names import link
+from llmq.discovery.reasons import Kind, Reason
+from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
+from llmq.methods.rtn import RTN
+from llmq.planning.checks import check_patterns, check_sources, check_weights, warnings
+from llmq.planning.weights import BY_USER, WeightPlan
+from llmq.recipe.recipe import Recipe
+from tests.llmq.planning.made import item, make
+from tests.llmq.refusal import refused
+
+FOUR, EIGHT = Scheme(4, 32), Scheme(8, 32)
+UNUSED = Reason(Kind.UNUSED, "in no matrix product")
+
+
+def test_ragged_is_refused_by_name(ragged_model: Path) -> None:
+    with pytest.raises(LlmqError, match=r"down_proj \[64, 172\] .* in blocks 0–2.*--ragged smaller"):
+        make(ragged_model)
+
+
+def test_splitting_what_servers_fuse_is_warned_of(tiny_model: Path) -> None:
+    plan = make(tiny_model, overrides=(("up_proj", Scheme(8, 32)),))
+    assert [w for w in plan.warnings if "share an input" in w]
+
+
+def test_tensor_parallel(tiny_model: Path) -> None:
+    assert make(tiny_model, tp=2)
+    refused_text = str(pytest.raises(LlmqError, make, tiny_model, tp=4, group=64).value)
+    assert "o_proj" in refused_text and "--tp 4" in refused_text
+    assert "q_proj" not in refused_text  # its output is split, not its input
+
+
+def test_a_method_says_which_schemes_are_not_for_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(lambda: make(tiny_model, methods=("nf4",)), "'nf4'", "it rounds to the grid 'nf4', not to 4-bit g32")
+    monkeypatch.setattr(RTN, "refusal", lambda self, scheme: f"it never liked {scheme}" if scheme.bits == 3 else None)
+    assert make(tiny_model, methods=("rtn",))
+    refused(lambda: make(tiny_model, 3, methods=("rtn",)), "method 'rtn': it never liked 3-bit g32", "another scheme")
+
+
+def check(items: list[WeightPlan], tp: int = 1) -> None:
+    check_weights(items, Recipe(methods=("rtn",), scheme=FOUR), RTN(), tp)
+
+
+def test_nothing_left_says_why_once_for_each_reason_inside_the_blocks() -> None:
+    items = [item("a", reason=BY_USER), item("b", reason=UNUSED), item("c", reason=UNUSED)]
+    outside = item("head", reason=Reason(Kind.OUTSIDE, "outside"), block=None)
+    said = refused(lambda: check([*items, outside]), "there is nothing to quantize")
+    assert said.endswith(": in no matrix product; kept by --keep")
+    check([*items, item("d", scheme=FOUR)])
+
+
+def test_schemes_that_no_folder_holds_together() -> None:
+    items = [item("a", scheme=FOUR), item("b", scheme=Scheme(4, 64, grid="nf4"))]
+    refused(lambda: check(items), "nf4 g64", "4-bit g32")
+
+
+def test_offending_weights_are_named_once_with_all_their_blocks() -> None:
+    ragged = [item(f"x.{b}.fc", (8, 40), FOUR, block=b) for b in (4, 0, 2, 1)]
+    fine = [item("x.0.other", (8, 64), FOUR), item("x.9.fc", (8, 48), reason=UNUSED, block=9)]
+    said = refused(lambda: check([*ragged, *fine]), "x.*.fc [8, 40] (4-bit g32 symmetric) in blocks 0–2, 4.")
+    assert "--ragged smaller" in said and "other" not in said and "9" not in said
+    one = Scheme(4, 64, grid="nf4")
+    said = refused(lambda: check([item("x.0.fc", (8, 40), one)]), "--ragged keep")
+    assert "--ragged smaller" not in said  # nf4 has one group size for all
+
+
+def test_a_server_must_split_groups_whole() -> None:
+    rows, columns = item("a", (64, 64), FOUR), item("b", (64, 64), FOUR, row_parallel=True)
+    check([rows, columns])
+    check([rows, columns], tp=2)
+    said = refused(lambda: check([rows, columns], tp=4), "--tp 4", "b [64, 64]", "fewer parts")
+    assert "a [64, 64]" not in said
+
+
+@pytest.mark.parametrize("option", ["--keep", "--override"])
+def test_patterns_that_mean_nothing(option: str) -> None:
+    items = [item("x.0.fc", scheme=FOUR), item("x.0.conv", reason=UNUSED), item("x.0.own", reason=BY_USER)]
+
+    def given(pattern: str) -> None:
+        told = {"keep": (pattern,)} if option == "--keep" else {"overrides": ((pattern, EIGHT),)}
+        check_patterns(Recipe(scheme=FOUR, **told), items)  # type: ignore[arg-type]
+
+    for fine in ("fc", "own", "re:fc|conv"):
+        given(fine)
+    refused(lambda: given("cf"), f"{option} 'cf' matches no weight", "looks like 'x.0.fc'")
+    refused(lambda: given("re:("), f"{option} 're:('", "is not a regular expression")
+    if option == "--override":
+        refused(lambda: given("conv"), "matches only what is left alone: x.0.conv (in no matrix product)")
+    else:
+        given("conv")
+
+
+def test_a_checkpoint_that_belongs_to_another_model(tiny_model: Path) -> None:
+    source, model = FolderSource(tiny_model), discover.build(tiny_model, torch.float32, False)
+    links, name = link(model, source.names()), "model.norm.weight"
+    check_sources(source, model, links)
+    model.model.norm.weight = nn.Parameter(torch.empty(65, device="meta"))  # type: ignore[union-attr]
+    refused(lambda: check_sources(source, model, links), f"{name} is [64] in the checkpoint and [65] by config.json")
+    links.source.pop(name)
+    refused(lambda: check_sources(source, model, links), f"{name} cannot be read", "it is incomplete, or another")
+    links.converted[name] = "it is turned around"
+    refused(lambda: check_sources(source, model, links), f"{name} cannot be read: it is turned around")
+
+
+def test_what_shares_an_input_and_is_quantized_must_be_alike() -> None:
+    """At most three blocks are named; what cannot be quantized anyway tears nothing apart."""
+    apart = [item(f"x.{b}.{n}", (8, 8), s, block=b) for b in range(5) for n, s in (("k", FOUR), ("q", EIGHT))]
+    (said,) = warnings(apart)
+    assert re.findall(r"block \d", said) == ["block 0", "block 1", "block 2"]
+    assert "4-bit g32 symmetric and 8-bit g32 symmetric" in said
+    kept = warnings([item("k", (8, 100), FOUR), item("q", (8, 8), reason=BY_USER)])
+    assert len(kept) == 1 and "4-bit g32 symmetric and kept" in kept[0]
+    assert not warnings([item("k", (8, 100), FOUR), item("q", (8, 8), reason=UNUSED)])
+    assert not warnings([item("k", (8, 8), FOUR), item("down", (8, 8), EIGHT, input_id=1)])
+
+
+def test_little_that_is_quantized_is_warned_of() -> None:
+    head = item("head", (800, 8), reason=Reason(Kind.OUTSIDE, "outside"), block=None)
+    assert not warnings([item("a", (90, 8), FOUR), item("b", (10, 8), reason=UNUSED), head])
+    (said,) = warnings([item("a", (85, 8), FOUR), item("b", (15, 8), reason=UNUSED), head])
+    assert said.startswith("only 85% of the blocks' weights are quantized")
+
+
+def test_loaders_that_fail_are_warned_of() -> None:
+    mixed = [item("a", scheme=Scheme(4, 32, False)), item("b", scheme=EIGHT, input_id=1)]
+    assert any("transformers" in line for line in warnings(mixed)) and not warnings(mixed[1:])
