@@ -124,7 +124,7 @@ def test_half_an_adapter(tmp_path: Path) -> None:
         left = {name: value for name, value in halves().items() if name != lost}
         refused(lambda left=left: Adapter(written(tmp_path, left)), str(tmp_path), "layers.0.up lacks A or B")
     odd = halves() | {"base_model.model.layers.0.up.lora_B.weight": torch.ones(5, 4)}
-    refused(lambda: Adapter(written(tmp_path, odd)), "layers.0.up", "halves do not fit")
+    refused(lambda: Adapter(written(tmp_path, odd)), "layers.0.up", "their shapes do not match")
     refused(lambda: Adapter(written(tmp_path, {})), "adapter_model.safetensors", "holds no adapter")
 
 

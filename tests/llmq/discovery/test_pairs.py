@@ -56,7 +56,7 @@ def test_scales_that_cannot_be(scale: list[float]) -> None:
     pair = Pair("linear", "a", None, 0, 0.0, None, 2, (), 2)
     with pytest.raises(ValueError, match="a scale is 2 positive numbers"):
         pair.edits(torch.tensor(scale))
-    with pytest.raises(ValueError, match="nothing could absorb a shift"):
+    with pytest.raises(ValueError, match="no biases that could absorb a shift"):
         pair.shifts(torch.ones(2), {})
 
 

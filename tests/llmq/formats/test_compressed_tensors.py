@@ -32,7 +32,7 @@ def test_the_title_names_each_layout_once() -> None:
     [
         ([Scheme(4, 32), Scheme(8, None)], True, "on a GPU or CPU"),
         ([Scheme(4, 32, False)], True, "unpacks its asymmetric weights while loading"),
-        ([Scheme(4, 32, False), Scheme(8, None)], False, "fails on asymmetric weights beside another"),
+        ([Scheme(4, 32, False), Scheme(8, None)], False, "fails on asymmetric weights if the folder has several"),
     ],
 )
 def test_what_stock_transformers_does(schemes: list[Scheme], works: bool, words: str) -> None:

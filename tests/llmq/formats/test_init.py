@@ -21,7 +21,7 @@ def test_the_grid_names_its_format() -> None:
 
 
 def test_formats_that_read_are_found_in_their_folder() -> None:
-    names = {module.__name__.rpartition(".")[2] for module in formats.known()}
+    names = {module.__name__.rpartition(".")[2] for module in formats.having("READERS")}
     assert names == {"awq", "bitsandbytes", "compressed_tensors", "gptq"}
     readers = formats.readers()
     assert set(readers["auto-round"]) == {GPTQReader, AWQReader} and readers["awq"] == (AWQReader,)
@@ -51,7 +51,11 @@ def test_schemes_that_one_folder_holds() -> None:
 @pytest.mark.parametrize("schemes", [[NF4, DOUBLE], [NF4, INT[0]], [INT[0], DOUBLE]])
 def test_schemes_that_one_folder_does_not_hold(schemes: list[Scheme]) -> None:
     words = formats.refusal(schemes) or ""
-    assert "weights of one kind" in words and "--keep" in words and all(str(scheme) in words for scheme in schemes)
+    assert (
+        "has one scheme for all of them" in words
+        and "--keep" in words
+        and all(str(scheme) in words for scheme in schemes)
+    )
 
 
 def test_what_is_asked_of_a_folder_goes_to_its_format() -> None:

@@ -108,9 +108,9 @@ def replaced(state: bytes) -> Callable[[dict[str, Tensor]], None]:
         ({"quant_type": "fp4"}, ("says fp4, config.json nf4",)),
         ({"blocksize": 16}, ("has blocks of 16", "there are kernels for")),
         ({"nested_offset": 0.5, "nested_blocksize": 64}, ("(nested 64)", "(nested 256)")),
-        ({"shape": 3}, ("is no description of a 4-bit weight",)),
-        ({"shape": [1, 2, 3]}, ("is no description of a 4-bit weight",)),
-        ({"blocksize": None}, ("is no description of a 4-bit weight",)),
+        ({"shape": 3}, ("does not describe a 4-bit weight",)),
+        ({"shape": [1, 2, 3]}, ("does not describe a 4-bit weight",)),
+        ({"blocksize": None}, ("does not describe a 4-bit weight",)),
     ],
 )
 def test_a_state_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -125,7 +125,7 @@ def test_a_state_that_is_no_json_object_is_named(tmp_path: Path, state: bytes) -
     replaced(state)(tensors)
     there = stored(tmp_path, tensors)
     call = lambda: BitsandbytesReader(config()).layer("block.up", MODULE, (ROWS, WIDTH), there)  # noqa: E731
-    refused(call, f"block.up.{NF4} is no description of a 4-bit weight")
+    refused(call, f"block.up.{NF4} does not describe a 4-bit weight")
 
 
 @pytest.mark.parametrize(("kind", "missing"), [("nf4", NF4), ("fp4", FP4)])
