@@ -30,7 +30,7 @@ class Data:
         (str, ["", "a"], [b"a", 1, None]),
         (int | None, [1, None], ["", True]),
         (Kind | None, ["static", None], ["other", 1]),
-        (Any, [None, object()], []),
+        (Any, [None, {1: "a"}], []),
         (tuple[str, ...], [(), ("a", "b")], [["a"], ("a", 1), "a"]),
         (tuple[str, int], [("a", 1)], [("a",), (1, "a"), ("a", 1, 2)]),
         (tuple[tuple[str, Data], ...], [(("a", Data()),)], [(("a", 1),)]),
