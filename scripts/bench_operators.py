@@ -146,7 +146,7 @@ def llmq_nf4(weight: Weight) -> Prepared | str:
         arguments = (packed, absmax, codebook, nested, levels, offset, None, rows, width, 64)
         return lambda x: torch.ops.llmq.nf4_linear(x, *arguments)
 
-    tensors = (made.packed.view(-1), made.absmax, made.levels, made.nested.absmax, made.nested.levels)
+    tensors = (made.packed.view(-1), made.absmax, made.codebook, made.nested.absmax, made.nested.codebook)
     return Prepared(tensors, bind, product(made.dequantize(weight.dtype)))
 
 

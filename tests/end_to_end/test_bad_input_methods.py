@@ -47,7 +47,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
             ("--method", "nf4", "--grid", "fp8", "--bits", "8", "--group-size", "channel"),
             ("'nf4'", "fp8", "--method rtn"),
         ),
-        (("--bits", "4", "--activations", "dynamic"), ("activations are rounded", "--bits 8 --group-size channel")),
+        (("--bits", "4", "--activations", "dynamic"), ("activations can be rounded", "--bits 8 --group-size channel")),
         (("--activations", "sometimes"), ("activations", "'sometimes'", "dynamic, static, none")),
         (("--method", "nf4", "--group-size", "48"), ("blocks (group size) of 32, 64",)),
         (("--method", "nf4", "--bits", "8"), ("grid 'nf4' is 4 bits",)),
@@ -61,7 +61,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--method", "nf4", "--group-size", "256"), ("self_attn.o_proj [64, 64] (nf4 g256", "--ragged keep")),
         (("--method", "nf4", "--group-size", "128", "--ragged", "smaller"), ("self_attn.o_proj", "--ragged keep")),
         (("--method", "nf4", "--grid", "int"), ("'nf4'", "not to 4-bit", "--method rtn")),
-        (("--method", "smoothquant", "--bits", "4"), ("activations are rounded", "--activations none")),
+        (("--method", "smoothquant", "--bits", "4"), ("activations can be rounded", "--activations none")),
         (("--method", "nf4", "--override", "up_proj=grid:int,group_size:32"), ("nf4", "--keep")),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_transform_where_nothing_can_move(tmp_path: Path, text_file: Path, llm
     model = tiny.make("xlnet", tmp_path / "model")
     write_tokenizer(model)
     for method in ("awq", "awq+gptq"):
-        named = (str(model), f"'{method}'", "no place where", "gptq and rtn need none")
+        named = (str(model), f"'{method}'", "no pair of weights between which", "gptq and rtn need none")
         refuse(llmq, tmp_path / "out", model, "--method", method, "--group-size", "16", named=named, text=text_file)
     plain = llmq("plan", model, "--method", "gptq", "--group-size", "16", "--calib", text_file, *SHORT)
     assert plain.returncode == 0, plain.stderr
@@ -191,7 +191,7 @@ def test_an_adapter_without_weights(tune: Path, tiny_model: Path, tmp_path: Path
     shutil.copytree(tune, tmp_path / "half")
     (tmp_path / "half" / "adapter_model.safetensors").unlink()
     check_refusal(llmq("merge", tiny_model, tmp_path / "half", "-o", tmp_path / "out"), "adapter_model.safetensors")
-    check_refusal(llmq("merge", tiny_model, tiny_model, "-o", tmp_path / "out"), "is no adapter")
+    check_refusal(llmq("merge", tiny_model, tiny_model, "-o", tmp_path / "out"), "is not an adapter folder")
     check_refusal(llmq("merge", tiny_model, tune, "-o", tmp_path / "out", "--method", "gptq+awq"), "write 'awq+gptq'")
     assert not (tmp_path / "out").exists()
 

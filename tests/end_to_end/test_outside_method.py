@@ -254,7 +254,7 @@ def test_a_helper_class_before_it_hides_nothing(
 
 def test_a_module_without_a_method_is_named(tmp_path: Path, inside: Callable[[Path], None]) -> None:
     inside(install(tmp_path / "site", "coarse = mymethod", mymethod="class Coarse:\n    pass\n"))
-    refused(lambda: made("coarse"), "'coarse'", "not a class derived from Method")
+    refused(lambda: made("coarse"), "'coarse'", "no class derived from Method")
 
 
 BROKEN = {

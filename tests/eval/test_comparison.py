@@ -251,7 +251,7 @@ def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq:
     (out / "results" / "broken.json").write_text(text[:99])
     for place in (tiny_model, out, whole):
         done = llmq("compare", place, "--out", out, "--format", "csv")
-        assert done.returncode == 0 and ("left out" in done.stderr) == (place != whole), done.stderr
+        assert done.returncode == 0 and ("skipped:" in done.stderr) == (place != whole), done.stderr
         assert [row["metric"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["perplexity"]
     wrong = [text.replace(old, new) for old, new in (('"format": 1', '"format": 0'), ('"value": ', '"value": "x'))]
     nothing = json.dumps(json.loads(text) | {"bytes": None})

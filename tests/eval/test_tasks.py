@@ -274,7 +274,7 @@ def test_without_lm_eval(tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPa
         (("--text", "nowhere.txt"), "one of 'demo', 'wikitext2'"),
         (("--data-dir", "{tmp}/gone"), "no such folder"),
         (("--limit", 0), "--limit"),
-        (("--text", ""), "--text names no text"),
+        (("--text", ""), "--text is empty"),
         (("--device", "meta"), "nothing is computed there; there are cpu, cuda, auto"),
         (("--device", "gpu"), "torch knows no such device; there are cpu, cuda, auto"),
         (("--batch-size", "²"), "'auto'"),

@@ -87,7 +87,7 @@ def test_a_damaged_table_is_named(change: dict[str, object], tmp_path: Path) -> 
     file.write_text(json.dumps({"measured": {"a": whole}}))
     assert tables.read_table(file) == {"a": Config("one_row", 2, 1, 16, warps=2)}
     file.write_text(json.dumps({"measured": {"a": {"config": whole["config"] | change}}}))
-    with pytest.raises(ValueError, match=r"gpu\.json: no table .*; delete it and run llmq tune"):
+    with pytest.raises(ValueError, match=r"gpu\.json: not a table .*; delete it and run llmq tune"):
         tables.read_table(file)
     file.write_text("{")
     with pytest.raises(ValueError, match=r"gpu\.json"):

@@ -164,7 +164,7 @@ def test_what_was_loaded_is_replaced_by_a_layer_that_runs(tmp_path: Path) -> Non
 def test_what_was_not_loaded_or_contradicts_itself_is_named(tmp_path: Path) -> None:
     place = found(tmp_path, tensors()).quantized["model.up"]
     file = str(tmp_path / "model.safetensors")
-    refused(lambda: place.replacement(torch.float32), file, "was not loaded, though it is there")
+    refused(lambda: place.replacement(torch.float32), file, "was not loaded, although the file has it")
     given = {name.removeprefix("model.up."): t for name, t in tensors().items() if name.startswith("model.up.")}
     loaded(place, given | {"g_idx": torch.zeros(64, dtype=torch.int32)})
     refused(lambda: place.replacement(torch.float32), file, "model.up: g_idx must give every group 32")

@@ -97,4 +97,6 @@ def test_it_gives_what_the_grid_stores(scheme: Scheme) -> None:
 
 
 def test_without_its_statistic_it_refuses() -> None:
-    refused(lambda: AWQ().quantize(torch.ones(2, 8), Scheme(4, 8), {}, torch.float32), "no Hessian was taken")
+    refused(
+        lambda: AWQ().quantize(torch.ones(2, 8), Scheme(4, 8), {}, torch.float32), "no Hessian statistic was collected"
+    )

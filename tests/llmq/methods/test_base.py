@@ -56,6 +56,9 @@ def test_a_way_to_find_scales_is_refused_where_the_grid_has_it_not(scheme: Schem
 def test_the_statistic_that_was_taken_is_found_by_its_kind() -> None:
     square = MeanSquare(4, torch.device("cpu"))
     assert statistic({MeanSquare: square}, MeanSquare) is square
-    refused(lambda: statistic({MeanSquare: square}, Hessian), "no Hessian was taken of the input of this weight")
+    refused(
+        lambda: statistic({MeanSquare: square}, Hessian),
+        "no Hessian statistic was collected for the input of this weight",
+    )
     # One of another kind under its name counts as none.
-    refused(lambda: statistic({Hessian: square}, Hessian), "no Hessian was taken")
+    refused(lambda: statistic({Hessian: square}, Hessian), "no Hessian statistic was collected")

@@ -98,7 +98,7 @@ def test_what_a_grid_has_not_and_what_was_not_taken_is_refused() -> None:
     said = GPTQ(range="percentile").refusal(nf4)
     assert said == "scales of nf4 g64 are found by minmax, mse, weighted, not by --range percentile"
     assert GPTQ(range="percentile").refusal(Scheme()) is None
-    refused(lambda: GPTQ().quantize(torch.ones(2, 8), SCHEME, {}, torch.float32), "no Hessian was taken")
+    refused(lambda: GPTQ().quantize(torch.ones(2, 8), SCHEME, {}, torch.float32), "no Hessian statistic was collected")
 
 
 @pytest.mark.parametrize(("shape", "needed"), [((8, 64), 8 * 64 * 64 + 4 * 8 * 64), ((64, 8), 4 * 8 * 8 + 16 * 64 * 8)])

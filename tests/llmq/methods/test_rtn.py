@@ -66,7 +66,7 @@ def test_what_inputs_weigh_counts_only_where_it_is_asked_for() -> None:
 
 def test_without_its_statistic_weighted_refuses() -> None:
     method = RTN(range="weighted")
-    refused(lambda: method.quantize(weight(), Scheme(4, 8), {}, torch.float32), "no MeanSquare was taken")
+    refused(lambda: method.quantize(weight(), Scheme(4, 8), {}, torch.float32), "no MeanSquare statistic was collected")
 
 
 def test_it_knows_every_grid_but_only_the_ways_that_a_grid_has() -> None:

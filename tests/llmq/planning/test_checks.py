@@ -98,7 +98,7 @@ def test_patterns_that_mean_nothing(option: str) -> None:
     refused(lambda: given("cf"), f"{option} 'cf' matches no weight", "looks like 'x.0.fc'")
     refused(lambda: given("re:("), f"{option} 're:('", "is not a regular expression")
     if option == "--override":
-        refused(lambda: given("conv"), "matches only what is left alone: x.0.conv (in no matrix product)")
+        refused(lambda: given("conv"), "matches only weights that are not quantized: x.0.conv (in no matrix product)")
     else:
         given("conv")
 
@@ -108,9 +108,9 @@ def test_a_checkpoint_that_belongs_to_another_model(tiny_model: Path) -> None:
     links, name = link(model, source.names()), "model.norm.weight"
     check_sources(source, model, links)
     model.model.norm.weight = nn.Parameter(torch.empty(65, device="meta"))  # type: ignore[union-attr]
-    refused(lambda: check_sources(source, model, links), f"{name} is [64] in the checkpoint and [65] by config.json")
+    refused(lambda: check_sources(source, model, links), f"{name} is [64] in the checkpoint but [65] by config.json")
     links.source.pop(name)
-    refused(lambda: check_sources(source, model, links), f"{name} cannot be read", "it is incomplete, or another")
+    refused(lambda: check_sources(source, model, links), f"{name} cannot be read", "it is incomplete, or of another")
     links.converted[name] = "it is turned around"
     refused(lambda: check_sources(source, model, links), f"{name} cannot be read: it is turned around")
 

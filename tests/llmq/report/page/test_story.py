@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
+from llmq.block.attempt import Outcome
 from llmq.machine import size
 from llmq.recipe.recipe import Recipe
 from llmq.report.measured import digits, rows
 from llmq.report.page import story
-from tests.llmq.report.page.reports import measure, report
+from tests.llmq.report.page.reports import measure, noted, report
 
 
 @pytest.mark.parametrize(
@@ -58,9 +61,9 @@ def test_a_run_without_blocks_has_a_time_of_its_own_only() -> None:
 
 def test_the_worst_weights_come_first_and_kept_ones_not() -> None:
     made = report(10)
-    made.weights[2]["error"] = 99.0  # of a weight that was left alone
+    made.weights.insert(0, replace(made.quantized[0], error=0.0))  # the least of all
     found = story.worst(made)
-    errors = sorted((row["error"] for row in made.weights if row["scheme"]), reverse=True)
+    errors = sorted((row.error for row in made.quantized), reverse=True)
     assert [row[3] for row in found] == [digits(error, 3) for error in errors[: story.WORST]]
     assert found[0][1] in ("4096×4096", "14336×4096") and found[0][2] == "4.12"  # 33/64 bytes of 8 bits
 
@@ -71,15 +74,16 @@ def test_what_was_tried_and_undone() -> None:
     (group,) = story.undone(made)
     assert (group.what, group.detail, group.more) == ("awq, one pair of weights", "3", 0)
     name, words = group.items[0]
-    before = made.blocks[0]["log"][0]["before"]
+    before = made.blocks[0].log[0].before
     assert name == "model.layers.0" and words.startswith(f"awq: norm → query, key: error {before:.4f} → ")
-    made.blocks[1]["log"][1]["kept"] = False
+    pair, whole = made.blocks[1].log
+    made.blocks[1] = replace(made.blocks[1], log=(pair, replace(whole, outcome=Outcome.UNDONE)))
     assert [group.what for group in story.undone(made)] == ["awq, one pair of weights", "AWQ, whole block"]
 
 
 def test_what_did_not_go_the_usual_way_by_what_happened() -> None:
     made = report(2)
-    made.weights[0]["notes"] = made.weights[1]["notes"] = ["rounded plainly"]
+    made.weights[:2] = [noted(row, "rounded plainly") for row in made.weights[:2]]
     groups = story.notes(made)
     assert [(group.what, group.detail) for group in groups] == [("rounded plainly", "2"), ("damped 10 times more", "1")]
     assert groups[1].items == [("model.layers.0.attn.out", "")]
@@ -89,16 +93,15 @@ def test_what_was_left_alone_by_the_reason_with_its_size() -> None:
     made = report(2)
     groups = {group.what: group for group in story.left(made)}
     kept = made.weights[2]
-    assert groups["kept by --keep"].detail == f"1, {size(kept['bytes'])}"
-    assert groups["kept by --keep"].items == [(kept["name"], f"4096×4096, {size(kept['bytes'])}")]
+    assert groups["kept by --keep"].detail == f"1, {size(kept.bytes)}"
+    assert groups["kept by --keep"].items == [(kept.name, f"4096×4096, {size(kept.bytes)}")]
     assert groups["outside the decoder blocks"].detail == "1, 256.0 MiB"
 
 
 def test_a_long_group_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(story, "NAMES", 2)
     made = report(1)
-    for row in made.weights:
-        row["notes"] = ["the same"]
+    made.weights = [noted(row, "the same") for row in made.quantized]
     (group,) = story.notes(made)
     assert (len(group.items), group.more, group.detail) == (2, len(made.weights) - 2, str(len(made.weights)))
 
