@@ -55,7 +55,9 @@ def test_a_weight_left_alone_has_a_kind_of_reason(ragged_model: Path) -> None:
     }
     # What the user leaves alone may be overridden in vain; what cannot be quantized may not.
     assert make(ragged_model, ragged="keep", keep=("q_proj",), overrides=(("q_proj", Scheme(8, 32)),))
-    refused(lambda: make(ragged_model, ragged="keep", overrides=(("lm_head", Scheme(8, 32)),)), "only what is left")
+    refused(
+        lambda: make(ragged_model, ragged="keep", overrides=(("lm_head", Scheme(8, 32)),)), "only weights that are not"
+    )
 
 
 @pytest.mark.parametrize(
