@@ -37,6 +37,7 @@ def run_kernels(script: Any, out: Path, *options: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_every_operator_that_ran_has_a_time(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_kernels(script, tmp_path / "report.json", "--rows", "1,5")
     assert [(cell["shape"], cell["rows"]) for cell in report["cells"]] == [([64, 128], 1), ([64, 128], 5)]
@@ -86,6 +87,7 @@ def not_a_number(y: Tensor) -> Tensor:
     return y * math.nan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [lose_last, swap_rows, double, not_a_number])
 def test_a_wrong_operator_gets_no_time(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Any
@@ -122,6 +124,7 @@ def test_an_operator_that_raises_does_not_end_the_run(
     assert results["torch"]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_resume_measures_what_is_lacking(script: Any, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     first = run_kernels(script, out, "--rows", "1", "--operators", "torch")

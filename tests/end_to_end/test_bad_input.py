@@ -219,6 +219,7 @@ def test_output_holds_something_else(tiny_model: Path, tmp_path: Path, text_file
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_full_disk_then_room(tmp_path: Path, text_file: Path, llmq: Run) -> None:
     """A small tmpfs fills in the middle of a run; with room again the same command ends as an unbroken run does."""
     import llmq as api

@@ -191,6 +191,7 @@ def test_a_transform_of_the_demo_pays(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lost["outlier_suppression"] < 0.6 * lost["rtn"]
 
 
+@pytest.mark.slow
 def test_presets_through_the_command_line(
     tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ KMEANS = (
 )
 
 
+@pytest.mark.slow
 def test_what_no_format_stores_is_refused_by_the_plan(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
     """Before any work, with the method's and the weight's name."""
     site = install(tmp_path / "site", "coarse = mymethod:Coarse", mymethod=KMEANS)

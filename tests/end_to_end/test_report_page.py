@@ -15,6 +15,7 @@ from tests.end_to_end.test_resume import digests
 from tests.llmq.report.page.reports import Page
 
 
+@pytest.mark.slow
 def test_do_it_again(
     tmp_path: Path, tiny_model: Path, text_file: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

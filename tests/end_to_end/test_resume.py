@@ -90,6 +90,7 @@ def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file:
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
     model = write_tiny_model(tmp_path / "model", layers=12, hidden_size=256, intermediate_size=512)
     out = tmp_path / "out"

@@ -28,6 +28,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return made
 
 
+@pytest.mark.slow
 def test_the_numbers_of_dense_weights(folders: list[Path], text_file: Path, tmp_path: Path) -> None:
     options = Options(
         tasks=("perplexity", "divergence"), text=str(text_file), window=32, max_windows=4, kernels=True,

@@ -41,6 +41,7 @@ def test_perplexity(overflowing: torch.nn.Module, tiny_model: Path, text_file: P
         measure(overflowing.to(torch.bfloat16), tiny_model, cut, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not tasks.installed(), reason="lm-eval is not installed: pip install 'llmq[eval]'")
 def test_tasks(overflowing: torch.nn.Module, tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"goal": f"count to {i}", "sol1": "one", "sol2": "two three", "label": i % 2} for i in range(4)]

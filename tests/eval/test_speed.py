@@ -34,6 +34,7 @@ def test_numbers_of_a_process_of_its_own(tiny_model: Path) -> None:
     del ballast
 
 
+@pytest.mark.slow
 def test_failures_are_told(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)

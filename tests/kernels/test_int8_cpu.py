@@ -68,6 +68,7 @@ for rows in (1, 3, 17, 130):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 @pytest.mark.parametrize("onednn", ["AVX512_CORE", "AVX2"])
 def test_products_are_exact_on_lesser_processors(capability: str, onednn: str) -> None:

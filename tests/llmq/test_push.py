@@ -46,6 +46,7 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield found
 
 
+@pytest.mark.slow
 def test_everything_arrives(hub: HubServer, client: HubClient, folder: Path) -> None:
     options = {"private": True, "revision": "w4", "message": "four bits"}
     here = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -78,6 +79,7 @@ def test_logins(hub: HubServer, client: HubClient, folder: Path, token: str, wor
     assert "org/no" not in hub.models
 
 
+@pytest.mark.slow
 def test_no_network(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

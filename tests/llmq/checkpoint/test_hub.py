@@ -127,6 +127,7 @@ def test_index_names_an_absent_shard(hub: HubServer, client: HubClient) -> None:
     assert "model-00001-of-00002.safetensors" in refusal(client.ask(do="resolve", model="org/broken"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["org/dropped", "org/reset"])
 def test_dropped_connection_goes_on(hub: HubServer, client: HubClient, name: str) -> None:
     repo = hub.models[name]
@@ -158,6 +159,7 @@ def test_refused_models(hub: HubServer, client: HubClient, name: str, words: tup
     assert not hub.served  # refused before anything was fetched
 
 
+@pytest.mark.slow
 def test_calibration_is_streamed(hub: HubServer, client: HubClient, tokenizer: str) -> None:
     hub.forget()
     calibration = {"text": "org/texts", "samples": 8, "seqlen": 128}
@@ -204,6 +206,7 @@ def test_refused_data_sets(
         assert word in text
 
 
+@pytest.mark.slow
 def test_no_network(client: HubClient, cache: Path, tokenizer: str) -> None:
     cached = client.ask(do="resolve", model="org/plain")["value"]
     with socket.socket() as closed:

@@ -141,6 +141,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_then_room(tmp_path: Path, carried: list[Path]) -> None:
     def run(out: Path) -> None:
         with Sink.open(out, PRINT, 4) as sink:
