@@ -29,6 +29,8 @@ PRODUCTS = {
     torch.einsum,
 }
 
+WITH_ADDEND = {torch.addmm, torch.Tensor.addmm, torch.baddbmm}
+
 CHOICES = {
     torch.topk,
     torch.Tensor.topk,
@@ -98,7 +100,9 @@ class _Watch(Products):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `Products.product`: records products with a parameter, and changes nothing."""
-        matrices = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
+        # The addend of a sum with a product is no operand of the product.
+        added = kwargs.get("input", args[0] if args else None) if func in WITH_ADDEND else None
+        matrices = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2 and t is not added]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
             others = [t for t in matrices if t is not operand]

@@ -220,3 +220,13 @@ def test_a_module_with_parts_of_its_own_is_no_norm() -> None:
     with watch_modules(outer) as found:
         outer(torch.ones(2, IN))
     assert not found.norms and not found.linears
+
+
+def test_an_addend_with_two_axes_is_no_operand() -> None:
+    module = nn.Module()
+    module.weight, module.added = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5, 3))
+    x = torch.ones(5, 4)
+    with watch_matmuls(module) as seen, torch.no_grad():
+        torch.addmm(module.added, x, module.weight)
+    assert [(matmul.parameter, matmul.tokens, matmul.axis) for matmul in seen] == [("weight", 5, 0)]
+    assert seen[0].input is x
