@@ -109,6 +109,7 @@ def test_a_wrong_operator_gets_no_time(
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_operator_that_raises_does_not_end_the_run(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_tags(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", "--tasks", "fda", *options), "Python code", "leave out --data-dir")
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_tokenizer_without_a_beginning(tmp_path: Path, llmq: Run) -> None:
     import shutil
@@ -236,6 +237,7 @@ def test_malformed_rows(
     refused(done, f"{task}_{FILES[task]}.jsonl:2", *named)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_other_refusals(tmp_path: Path, llmq: Run) -> None:
     data = tmp_path / "data"

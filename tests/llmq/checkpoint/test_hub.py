@@ -176,6 +176,7 @@ def test_calibration_is_streamed(hub: HubServer, client: HubClient, tokenizer: s
     assert AutoTokenizer.from_pretrained(tokenizer).decode(flat) == bytes(expected).decode()
 
 
+@pytest.mark.slow
 def test_calibration_outlives_a_dropped_connection(hub: HubServer, client: HubClient, tokenizer: str) -> None:
     repo = hub.datasets["org/dropped"]
     path = next(iter(repo.files))

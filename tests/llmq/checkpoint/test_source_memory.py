@@ -29,6 +29,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_costs_one_tensor_and_maps_nothing(tmp_path: Path) -> None:
     mib = 1 << 20

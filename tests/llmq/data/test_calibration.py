@@ -197,6 +197,7 @@ def test_demo_text(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert windows(asked("demo", 3, 64), bpe, seed=0).ids.shape == (3, 64)
 
 
+@pytest.mark.slow
 def test_heavy_packages_wait_until_needed() -> None:
     code = (
         "import sys, llmq.data.calibration, llmq.checkpoint.hub\n"
