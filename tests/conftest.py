@@ -65,12 +65,17 @@ def write_tiny_model(
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Threads cost more than they give on models this small, and much more where tests share the processor."""
-    import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test that draws random numbers without a seed of its own draws the same ones in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

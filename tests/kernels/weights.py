@@ -75,11 +75,15 @@ def dense(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, group_s
 
 
 def tolerance(x: Tensor, weight: Tensor) -> Tensor:
-    """How far a product in x's dtype may be from float64's: the weight and the result are each rounded once.
+    """How far a product in x's dtype may be from float64's: the weight and the result are each rounded once, and the
+    sum is made in float32.
 
     x: [M, in]; weight: float64 [out, in]. Returns float64 [M, out]: 2 roundings of the terms' magnitudes, as they add
-    up at random (the root of the sum of their squares, six of them), and one of the result.
+    up at random (the root of the sum of their squares, six of them), one of the result, and the sum's. Each of its
+    n additions rounds a partial sum, of mean square k/n · terms², by eps/√12 at most, as standard deviation: together
+    eps √(n/24) terms, six of them.
     """
     step = torch.finfo(x.dtype).eps
+    added = torch.finfo(torch.float32).eps * (x.shape[1] / 24) ** 0.5
     terms = ((x.double() ** 2) @ (weight**2).t()).sqrt()
-    return 6 * step * terms + 2 * step * (x.double() @ weight.t()).abs() + 1e-6
+    return 6 * (step + added) * terms + 2 * step * (x.double() @ weight.t()).abs() + 1e-6
