@@ -23,6 +23,7 @@ from llmq.errors import LlmqError, first_line
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
+from llmq.planning.named_class import check_named_class
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
@@ -60,7 +61,8 @@ def plan(
         return calibration_windows(source, recipe.calibration, recipe.seed, longest)
 
     made = make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
-    config(made)  # refuses now, not after the work, what the format's config cannot express
+    # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
+    check_named_class(made, config(made)["quantization_config"])
     return made
 
 
@@ -94,6 +96,8 @@ def quantize(
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
         stream.run(made, sink, torch.device(device), watch)
+        described = config(made)
+        check_named_class(made, described["quantization_config"], sink)
         # A local model is recorded by its absolute path, so that the report can be used from any working directory.
         name = str(Path(model).absolute()) if Path(model).exists() else model
         if command is None:
@@ -104,7 +108,7 @@ def quantize(
             PAGE: report_page(report),
             CARD: card.model_card(report, made.source.folder),
         }
-        sink.finish(config(made), made.source.aux_files(), told)
+        sink.finish(described, made.source.aux_files(), told)
     return report
 
 
@@ -117,18 +121,24 @@ def repeat(model: str, out: Path, device: str, tp: int, trust_remote_code: bool)
 
 
 def config(made: Plan) -> dict[str, Any]:
-    """The source's config with the quantization section, which names modules as the model and the checkpoint do."""
+    """The source's config with the quantization section, which names modules as the model, the checkpoint and the
+    class that config.json names do.
+
+    Every matrix that is not quantized is listed as left alone, also those that transformers does not load: a server
+    may, and would take it for a quantized one.
+    """
     groups: dict[Scheme, list[str]] = {}
     ignore: list[str] = []
     linears = {n for n, m in made.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    unused = set(made.links.unused)
+    other = {} if made.named is None else made.named.parameters
     for item in made.weights:
-        names = list(dict.fromkeys([item.module, item.name]))
+        names = [item.module, item.name, other.get(item.tensor, item.tensor).removesuffix(".weight")]
         if item.scheme is not None:
-            groups.setdefault(item.scheme, []).extend(names)
-            linears.discard(item.module)
-        elif item.module in linears:
+            groups.setdefault(item.scheme, []).extend(dict.fromkeys(names))
+        elif item.module in linears or (item.tensor in unused and item.tensor.endswith(".weight")):
             ignore.extend(names)
-            linears.discard(item.module)
+        linears.discard(item.module)
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     return made.source.config | {"quantization_config": section}
 

@@ -18,7 +18,7 @@ from llmq.block.block import Block, relative_error, rounded_inputs
 from llmq.block_io import BlockIO, discard, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
-from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.calls import Call, Recording, of_length, record
 from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
@@ -120,7 +120,8 @@ def record_calls(io: BlockIO, watch: Watch) -> Recording:
         io.load(name, torch.device("cpu"))
     batches = list(torch.split(plan.ids, plan.batch))
     watch.stage("Recording calls", len(batches))
-    recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
+    with of_length("the model", plan.ids.shape[1]):
+        recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
     for name in needed:
         empty(model, name)
     return recording
@@ -134,7 +135,7 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
 
 def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
     """The block's output for each batch, on the CPU, in the model's dtype."""
-    with torch.no_grad():
+    with torch.no_grad(), of_length("a block", hidden[0].shape[-2]):
         return [call.run(block, h.to(device)).to(h) for h, call in zip(hidden, calls, strict=True)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmq.block.attempt import Attempt
 from llmq.block.statistics import Inputs, Statistic
-from llmq.discovery.calls import Call
+from llmq.discovery.calls import Call, of_length
 from llmq.discovery.inputs import at_products, collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
@@ -108,7 +108,7 @@ class Block:
 
     def output(self, index: int) -> Tensor:
         """The block's current output for batch `index`, on the block's device."""
-        with torch.no_grad():
+        with torch.no_grad(), of_length("a block", self.inputs[index].shape[-2]):
             return self.calls[index].run(self.module, self.inputs[index].to(self.device))
 
     def outputs(self) -> list[Tensor]:

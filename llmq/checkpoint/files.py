@@ -16,6 +16,8 @@ SINGLE = "model.safetensors"
 REPORT = "report.json"
 CARD = "README.md"
 PARTIAL = ".partial"
+QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where other tools say how a folder's weights are quantized, besides or instead of config.json."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
 _CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.files import INDEX, PICKLES, REPORT, SINGLE, goes_along
+from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
 # Not copied: these files describe the source's own weights, which is wrong for the quantized ones.
-_LEFT = {"config.json", "params.json", "adapter_config.json", "quantize_config.json", REPORT}
+_LEFT = {"config.json", "params.json", "adapter_config.json", *QUANTIZED, REPORT}
 _CARRIED_MAX = 128 << 20
 _CHUNK = 4096
 _CHUNKS = 64

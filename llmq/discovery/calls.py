@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 
 
 @dataclass
@@ -68,6 +68,33 @@ def _to(value: Any, device: torch.device) -> Any:
 
 class _EndOfPass(Exception):
     """Ends a forward pass once the last block has been called."""
+
+
+@contextmanager
+def of_length(what: str, tokens: int) -> Iterator[None]:
+    """Turns any failure of a model's code inside into an LlmqError that names the number of tokens; what: it failed."""
+    try:
+        yield
+    except LlmqError:
+        raise
+    except Exception as error:  # model code may fail in any way
+        raise LlmqError(
+            f"{what} fails on windows of {tokens} tokens ({type(error).__name__}: {first_line(error)}): "
+            "give a smaller --seqlen"
+        ) from error
+
+
+def reach(model: nn.Module, block: nn.Module, batch: Tensor) -> None:
+    """Run the model on token ids [batch, tokens] up to its first block; what lies before it must be in memory."""
+
+    def make(i: int, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise _EndOfPass
+
+        return forward
+
+    with torch.no_grad(), _forwards([block], make), suppress(_EndOfPass):
+        model(batch, use_cache=False)
 
 
 Forward = Callable[..., Any]

@@ -15,14 +15,18 @@ from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
+from llmq.discovery.calls import of_length, reach
 from llmq.discovery.find_pairs import find_in
+from llmq.discovery.named import Named, named
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found, Pair
 from llmq.errors import LlmqError
+from llmq.formats.base import dtype_name
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
 from llmq.planning.memory import Budget, Load, check_room, predict
+from llmq.planning.numbers import READ, check_numbers
 from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
@@ -55,7 +59,11 @@ class BlockPlan:
 
 @dataclass
 class Plan:
-    """Everything that is decided before the work starts."""
+    """Everything that is decided before the work starts.
+
+    model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
+    weights, in which the model runs and scales are stored.
+    """
 
     source: Source
     recipe: Recipe
@@ -66,6 +74,7 @@ class Plan:
     weights: list[WeightPlan]
     calibration: Windows
     pipeline: Pipeline
+    named: Named | None = None
     pairs: dict[str, Found] = field(default_factory=dict)
     blocks: list[BlockPlan] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
@@ -107,13 +116,12 @@ def make_plan(
 
     Raises LlmqError with all weights that fail a check and the remedies.
     """
-    dtype = _model_dtype(source)
-    model = discover.build(source.folder, dtype, source.trust_remote_code)
-    structure = discover.find(model)
-    links = link(model, source.names())
+    model, dtype, structure, links = _discover(source)
+    other, warned = _named(source, model)
     pipeline = methods.make(recipe)
-    items = plan_weights(source, recipe, model, structure, links, dtype)
+    warned += check_numbers(source, model, links, other)
     checks.check_sources(source, model, links)
+    items = plan_weights(source, recipe, model, structure, links, dtype, other)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
@@ -121,19 +129,20 @@ def make_plan(
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
         found = windows(_longest(model))
     else:
-        ids = (torch.arange(min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)) % vocabulary)[None]
+        ids = (torch.arange(_check_tokens(source, model, structure)) % vocabulary)[None]
         found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
     if int(found.ids.max()) >= vocabulary:
         raise LlmqError(
             f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
             "embeddings: they are of different models"
         )
-    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline)
+    _check_length(source, model, structure, found.ids.shape[1])
+    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other)
     if pipeline.transforms:
         plan.pairs = find_in(model, structure.path)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
-    plan.warnings = [*found.notes, *checks.warnings(items)]
+    plan.warnings = [*warned, *found.notes, *checks.warnings(items)]
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out, device)
     return plan
@@ -142,8 +151,29 @@ def make_plan(
 def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     """The scale pairs in the blocks of a folder's model. Raises LlmqError."""
     source = FolderSource(folder, trust_remote_code, quantized_ok=True)
-    model = discover.build(folder, _model_dtype(source), trust_remote_code)
+    model = discover.build(folder, _main_dtype(source, source.names()), trust_remote_code)
     return find_in(model, discover.find(model).path)
+
+
+def _discover(source: Source) -> tuple[nn.Module, torch.dtype, Structure, Links]:
+    """The model in the dtype of its blocks' weights, its structure, and the checkpoint's names for its parameters."""
+    dtype = _main_dtype(source, source.names())
+    while True:
+        model = discover.build(source.folder, dtype, source.trust_remote_code)
+        structure, links = discover.find(model), link(model, source.names())
+        inside = [f"{b.name}.{w.view.parameter}" for b in structure.blocks for w in b.weights]
+        found = _main_dtype(source, [links.source[name] for name in inside if name in links.source], dtype)
+        if found == dtype:
+            return model, dtype, structure, links
+        dtype = found
+
+
+def _named(source: Source, model: nn.Module) -> tuple[Named | None, list[str]]:
+    """The class that config.json names, if it is another than the model's; and what to warn of."""
+    try:
+        return named(source.folder, model, source.names(), source.trust_remote_code), []
+    except LlmqError as problem:
+        return None, [f"{problem}: what only that class loads is copied, but not checked"]
 
 
 def _blocks(plan: Plan) -> list[BlockPlan]:
@@ -173,9 +203,35 @@ def _static(scheme: Scheme | None) -> bool:
 
 
 def _longest(model: nn.Module) -> int | None:
+    """The model's longest input by its config, under whichever name the config has it (attribute_map)."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    limits = [v for k, v in config.to_dict().items() if k.startswith("max_position") and isinstance(v, int) and v > 0]
-    return min(limits, default=None)
+    names = {name for name in (*config.to_dict(), *config.attribute_map) if name.startswith("max_position")}
+    limits = [getattr(config, name, None) for name in names]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _check_tokens(source: Source, model: nn.Module, structure: Structure) -> int:
+    """The length of the window that checks blocks of a run without calibration: at most what the model takes."""
+    tokens = min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)
+    while tokens > discover.PROBE_TOKENS:
+        try:
+            _check_length(source, model, structure, tokens)
+            break
+        except LlmqError:
+            tokens //= 2
+    return tokens
+
+
+def _check_length(source: Source, model: nn.Module, structure: Structure, tokens: int) -> None:
+    """Raises LlmqError if what lies before the blocks, with zeros as parameters, fails on windows of that length.
+
+    So a table of positions that is too short is found, whatever the config says.
+    """
+    blocks = structure.path + "."
+    outside = [name for name, _ in model.named_parameters() if not name.startswith(blocks)]
+    first = model.get_submodule(structure.blocks[0].name)
+    with of_length(f"{source.folder}: the model", tokens), discover.zeros(model, outside):
+        reach(model, first, torch.zeros(1, tokens, dtype=torch.long))
 
 
 def _budget(plan: Plan, device: str) -> Budget:
@@ -215,12 +271,15 @@ def _budget(plan: Plan, device: str) -> Budget:
     )
 
 
-def _model_dtype(source: Source) -> torch.dtype:
+def _main_dtype(source: Source, names: list[str], default: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of most bytes of the named tensors, among those that llmq reads; the default if none has one."""
     sizes: dict[torch.dtype, int] = {}
-    for name in source.names():
+    for name in names:
         info = source.info(name)
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    dtype = max(sizes, key=lambda d: sizes[d], default=None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise LlmqError(f"{source.folder}: its weights are {dtype}; llmq reads float32, float16 and bfloat16 sources")
+        if info.dtype in READ:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    dtype = max(sizes, key=lambda d: sizes[d], default=default)
+    if dtype is None:
+        kinds = ", ".join(sorted({dtype_name(source.info(name).dtype) for name in names}))
+        raise LlmqError(f"{source.folder}: its weights are {kinds}; llmq reads float32, float16 and bfloat16 sources")
     return dtype

@@ -13,6 +13,7 @@ from torch import nn
 from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import Structure
+from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.view import View
@@ -22,7 +23,7 @@ from llmq.recipe.recipe import Recipe
 SMALLEST_GROUP = 16
 BY_USER = Reason(Kind.BY_USER, "kept by --keep")
 OUTSIDE = Reason(Kind.OUTSIDE, "outside the decoder blocks")
-NOT_LOADED = Reason(Kind.NOT_LOADED, "transformers does not load it: it is copied unchanged")
+NOT_LOADED = "transformers does not load it: it is copied unchanged"
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,15 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def plan_weights(
-    source: Source, recipe: Recipe, model: nn.Module, structure: Structure, links: Links, dtype: torch.dtype
+    source: Source,
+    recipe: Recipe,
+    model: nn.Module,
+    structure: Structure,
+    links: Links,
+    dtype: torch.dtype,
+    named: Named | None = None,
 ) -> list[WeightPlan]:
+    """named: the class that config.json names, if it is another one: it may load tensors that the model does not."""
     items = []
     planned: set[str] = set()
     for index, block in enumerate(structure.blocks):
@@ -106,7 +114,9 @@ def plan_weights(
     for tensor in links.unused:
         shape = source.info(tensor).shape
         if len(shape) >= 2:
-            items.append(_left(tensor, tensor, shape, dtype, NOT_LOADED, None))
+            loaded = named is not None and tensor in named.parameters
+            sentence = f"only {named.name} loads it: it is copied unchanged" if loaded and named else NOT_LOADED
+            items.append(_left(tensor, tensor, shape, dtype, Reason(Kind.NOT_LOADED, sentence), None))
     return items
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.calls import Call, Recording, of_length, record
+from llmq.errors import LlmqError
 from tests.llmq.refusal import refused
 
 WIDTH = 6
@@ -179,3 +180,15 @@ def test_arguments_follow_the_hidden_states_to_their_device() -> None:
     assert seen["store"] is store and type(seen["point"]) is Point and seen["point"].y == 3
     assert seen["point"].x.device.type == seen["list"][0].device.type == "meta"
     assert given["list"][0].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("index out of range\nin self"), RuntimeError("can't allocate memory"), KeyError("x")]
+)
+def test_a_failure_at_full_length_is_one_line(error: Exception) -> None:
+    def fail(error: Exception) -> None:
+        with of_length("a block", 4096):
+            raise error
+
+    refused(lambda: fail(error), "a block fails on windows of 4096 tokens", type(error).__name__, "--seqlen")
+    refused(lambda: fail(LlmqError("as it is")), "as it is")

@@ -1,0 +1,138 @@
+"""The class that a checkpoint's config.json names, where it holds more than the causal one: a vision tower, an encoder.
+
+A server, or transformers without a word to the contrary, opens the folder as that class, so its weights must be as
+well described as those that are quantized. transformers itself is asked: on the meta device its own loader takes the
+names and shapes of tensors, without their values.
+"""
+
+from __future__ import annotations
+
+import logging as levels
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.discovery.rename import renamer
+from llmq.errors import LlmqError, first_line
+
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""A checkpoint's tensors: name → (dtype, shape)."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What transformers' loader does not accept, by names in the model, sorted.
+
+    missing: parameters that it fills with random numbers; mismatched: of another shape.
+    """
+
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.mismatched)
+
+    def beyond(self, other: Refused) -> Refused:
+        """What is not in `other` too; a parameter's name may have a format's suffix in one of them."""
+        known = {_stem(name) for name in (*other.missing, *other.mismatched)}
+        return Refused(*(tuple(n for n in names if _stem(n) not in known) for names in (self.missing, self.mismatched)))
+
+
+class Named:
+    """The model that config.json names, on the meta device.
+
+    model: it; parameters: tensor of the checkpoint → its name in the model's state, for every tensor that it loads.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model = model
+        renamed, state = renamer(model), model.state_dict()
+        targets = ((name, renamed(name)[0]) for name in names)
+        self.parameters = {name: target for name, target in targets if target in state}
+
+    @property
+    def name(self) -> str:
+        """The class's name."""
+        return type(self.model).__name__
+
+    def refused(self, tensors: Tensors, quantization: Mapping[str, Any] | None = None) -> Refused:
+        """What its `from_pretrained` would not accept of these tensors, with this `quantization_config`.
+
+        Raises LlmqError if it cannot be asked: the format's package is missing, or reads values while loading.
+        """
+        config: Any = deepcopy(self.model.config)
+        if quantization is not None:
+            config.quantization_config = deepcopy(dict(quantization))
+        state: dict[str, Tensor] = {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in tensors.items()
+        }
+        try:
+            with _quiet():
+                _, told = type(self.model).from_pretrained(  # type: ignore[attr-defined]
+                    None,
+                    config=config,
+                    state_dict=state,
+                    device_map="meta",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+        except Exception as error:  # a loader of another package may fail in any way
+            raise LlmqError(f"{self.name}, which config.json names, was not tried: {first_line(error)}") from error
+        mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told["mismatched_keys"])
+        return Refused(tuple(sorted(told["missing_keys"])), tuple(mismatched))
+
+
+def named(folder: Path, causal: nn.Module, names: list[str], trust_remote_code: bool = False) -> Named | None:
+    """The model that a folder's config.json names, unless that is of the causal model's own class, or unknown.
+
+    names: the checkpoint's tensors. Raises LlmqError if transformers has the class but cannot build it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kinds = [getattr(transformers, str(name), None) for name in config.architectures or []]
+    kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
+    # By name: a class of the checkpoint's own code may be one that transformers has too.
+    if kind is None or kind.__name__ == type(causal).__name__:
+        return None
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = kind._from_config(config, dtype=causal.dtype)  # type: ignore[no-untyped-call]
+        model.tie_weights()  # construction on the meta device unties parameters
+    except Exception as error:  # with a wrong config, model code may fail in any way
+        raise LlmqError(f"config.json names {kind.__name__}, which cannot be built: {first_line(error)}") from error
+    return Named(model.eval(), names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what it would say is what is asked."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(levels.CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _stem(name: str) -> str:
+    """A parameter's name without what a format appends to `weight`."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.weight" if last.startswith("weight") else name

@@ -1,0 +1,176 @@
+"""What only the class in config.json loads: described as left alone, and refused if that class would not find it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmq import job
+from llmq.grids.scheme import Scheme
+from llmq.planning.named_class import check_named_class
+from llmq.planning.plan import Plan
+from llmq.recipe.recipe import Recipe
+from tests.llmq.refusal import refused
+
+IDS = torch.arange(64).view(2, 32)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT = SIZES | {"vocab_size": 256, "max_position_embeddings": 128, "is_decoder": True}
+
+
+def classifier(folder: Path) -> Path:
+    """A classifier whose base has a tied head: the causal class opens it, without its own head."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, vocab_size=256, tie_word_embeddings=True)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def planned(model: Path, *methods: str, **more: Any) -> Plan:
+    return job.plan(str(model), Recipe(methods=methods or ("rtn",), **({"scheme": Scheme(4, 32)} | more)), ids=IDS)
+
+
+def test_the_other_heads_weight_is_left_alone_by_name(tmp_path: Path) -> None:
+    made = planned(classifier(tmp_path / "m"))
+    section = job.config(made)["quantization_config"]
+    assert "score" in section["ignore"] and made.named is not None
+    (item,) = [item for item in made.weights if item.name == "score"]
+    assert str(item.reason) == "only LlamaForSequenceClassification loads it: it is copied unchanged"
+
+
+def test_a_section_that_the_class_would_misread_is_refused(tmp_path: Path) -> None:
+    made = planned(classifier(tmp_path / "m"))
+    section = job.config(made)["quantization_config"]
+    check_named_class(made, section)
+    refused(
+        lambda: check_named_class(made, section | {"ignore": ["lm_head"]}),
+        "LlamaForSequenceClassification, which config.json names, would not load",
+        "score.weight",
+    )
+
+
+def test_tensors_that_no_class_of_transformers_loads_are_left_alone_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    """Heads for multi-token prediction: a server loads them, by the checkpoint's names."""
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "m").mkdir()
+    tensors = load_file(tiny_model / "model.safetensors") | {
+        "mtp.layers.0.mlp.up_proj.weight": torch.ones(128, 64),
+        "mtp.fc.weight": torch.ones(64, 128),
+        "mtp.norm.weight": torch.ones(64),
+    }
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "m" / "config.json").write_text((tiny_model / "config.json").read_text())
+    for recipe in ({}, {"scheme": Scheme(4, 64, True, "nf4")}):
+        section = job.config(planned(tmp_path / "m", **recipe))["quantization_config"]
+        left = section.get("ignore", section.get("llm_int8_skip_modules"))
+        assert {"mtp.layers.0.mlp.up_proj", "mtp.fc", "lm_head"} <= set(left) and "mtp.norm" not in left
+
+
+def test_a_source_that_lacks_the_classs_weights_itself_is_warned_of(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
+    made = planned(tmp_path / "m")
+    assert [w for w in made.warnings if "score.weight" in w and "already" in w]
+
+
+def test_a_named_class_that_cannot_be_built_is_warned_of(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    config = json.loads((tiny_model / "config.json").read_text()) | {"architectures": ["BartForConditionalGeneration"]}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
+    assert [w for w in planned(tmp_path / "m").warnings if "BartForConditionalGeneration" in w]
+
+
+def vision(folder: Path) -> type:
+    """Qwen3.5: its causal class is the text half only."""
+    import transformers
+
+    text = {"vocab_size": 256, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256}
+    linear = {f"linear_{part}": 32 for part in ("key_head_dim", "value_head_dim")}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+    tower = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 64}
+    tower |= {"num_position_embeddings": 64, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = transformers.Qwen3_5Config(
+        text_config=SIZES | text | linear | heads | {"num_hidden_layers": 4, "rope_parameters": rope},
+        vision_config=tower,
+        tie_word_embeddings=False,
+        **{f"{name}_token_id": 200 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+    )
+    return saved(folder, transformers.Qwen3_5ForConditionalGeneration, config)
+
+
+def saved(folder: Path, kind: Any, config: Any) -> type:
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    return kind  # type: ignore[no-any-return]
+
+
+def classification(folder: Path) -> type:
+    from transformers import LlamaForSequenceClassification
+
+    classifier(folder)
+    return LlamaForSequenceClassification
+
+
+def bert(name: str, task: str = "PreTraining", **more: Any) -> Callable[[Path], type]:
+    return lambda folder: of_name(folder, f"{name}For{task}", f"{name}Config", BERT | more)
+
+
+def encoder_decoder(name: str, sizes: dict[str, Any]) -> Callable[[Path], type]:
+    tokens = {"vocab_size": 256, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return lambda folder: of_name(folder, f"{name}ForConditionalGeneration", f"{name}Config", tokens | sizes)
+
+
+def of_name(folder: Path, kind: str, config: str, sizes: dict[str, Any]) -> type:
+    import transformers
+
+    return saved(folder, getattr(transformers, kind), getattr(transformers, config)(**sizes))
+
+
+WHISPER = {"d_model": 64, "max_source_positions": 40, "max_target_positions": 64, "num_mel_bins": 8}
+WHISPER |= {f"{half}_{part}": n for half in ("encoder", "decoder") for part, n in (("layers", 2), ("ffn_dim", 128))}
+PROPHET = {"hidden_size": 64, "max_position_embeddings": 128, "ngram": 2}
+PROPHET |= {f"num_{half}_layers": 2 for half in ("encoder", "decoder")}
+PROPHET |= {f"{half}_ffn_dim": 128 for half in ("encoder", "decoder")}
+PROPHET |= {f"num_{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+WHISPER |= {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+KINDS = {
+    "qwen3.5": vision,
+    "classifier": classification,
+    "bert": bert("Bert"),
+    "bert-masked": bert("Bert", "MaskedLM"),
+    "megatron": bert("MegatronBert"),
+    "ernie": bert("Ernie"),
+    "roc": bert("RoCBert"),
+    "bigbird": bert("BigBird", attention_type="original_full"),
+    "whisper": encoder_decoder("Whisper", WHISPER),
+    "prophetnet": encoder_decoder("ProphetNet", PROPHET),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 64, True, "nf4")], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_other_parameter_is_the_sources_through_the_named_class(
+    kind: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    """Stock `from_pretrained` of the class that config.json names: nothing missing, the rest bit for bit."""
+    stock: Any = KINDS[kind](tmp_path / "m")
+    report = job.quantize(str(tmp_path / "m"), tmp_path / "q", Recipe(methods=("rtn",), scheme=scheme), ids=IDS)
+    model, told = stock.from_pretrained(tmp_path / "q", output_loading_info=True, dtype=torch.float32)
+    assert not told["missing_keys"] and not told["mismatched_keys"] and not told["unexpected_keys"]
+    before, after = dict(stock.from_pretrained(tmp_path / "m").named_parameters()), dict(model.named_parameters())
+    changed = {n for n, v in before.items() if n not in after or not torch.equal(after[n], v)}
+    assert len(changed) == len(report.quantized) > 0
+    assert len(before) > len(changed)

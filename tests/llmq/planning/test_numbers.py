@@ -1,0 +1,130 @@
+"""Numbers without what gives them meaning are refused, by the weight's name; what only looks like that is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmq.checkpoint.source import FolderSource
+from llmq.errors import LlmqError
+from tests.conftest import write_tiny_model
+from tests.llmq.planning.made import make
+from tests.llmq.refusal import refused
+
+UP = "model.layers.1.mlp.up_proj.weight"
+FP8 = torch.float8_e4m3fn
+
+
+def edited(model: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of the model whose tensors are changed."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "weight_scale", None])
+@pytest.mark.parametrize("weights", [UP, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_float8_without_its_section_is_refused(
+    scale: str | None, weights: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[weights] = tensors[weights].to(FP8)
+        if scale:
+            tensors[weights.removesuffix("weight") + scale] = torch.ones(1, 1)
+
+    model = edited(tiny_model, tmp_path / "fp8", change)
+    refused(lambda: make(model), weights, "float8_e4m3fn", "start from the unquantized model")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float64, torch.float8_e5m2])
+def test_other_dtypes_are_refused(dtype: torch.dtype, tiny_model: Path, tmp_path: Path) -> None:
+    model = edited(tiny_model, tmp_path / "odd", lambda t: t.update({UP: t[UP].to(dtype)}))
+    refused(lambda: make(model), UP, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    "beside", ["weight_scale", "weight_scale_inv", "input_scale", "weight.absmax", "lora_A.default.weight", "g_idx"]
+)
+def test_a_weight_with_something_beside_it_is_refused(beside: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Also in a dtype that llmq reads: those numbers are not the whole weight."""
+    name = UP.removesuffix("weight") + beside
+    model = edited(tiny_model, tmp_path / "beside", lambda t: t.update({name: torch.ones(4, 4)}))
+    refused(lambda: make(model), UP, name, "beside it")
+
+
+@pytest.mark.parametrize("told", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_codes_in_place_of_a_weight_are_refused_with_the_file_that_explains_them(
+    told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[UP]
+        tensors |= {UP.replace("weight", part): torch.zeros(8, 8, dtype=torch.int32) for part in ("qweight", "qzeros")}
+
+    model = edited(tiny_model, tmp_path / "codes", change)
+    (model / told).write_text(json.dumps({"bits": 4}))
+    refused(lambda: make(model), UP, "up_proj.qweight", "in its place", told)
+
+
+@pytest.mark.parametrize("told", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_such_a_file_left_beside_plain_weights_is_no_obstacle_and_is_not_copied(
+    told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = edited(tiny_model, tmp_path / "plain", lambda t: None)
+    (model / told).write_text(json.dumps({"bits": 4}))
+    assert make(model).schemes
+    assert told not in [path.name for path in FolderSource(model).aux_files()]
+
+
+def test_a_bias_that_the_config_denies_is_warned_of(tiny_model: Path, tmp_path: Path) -> None:
+    name = UP.replace("weight", "bias")
+    plan = make(edited(tiny_model, tmp_path / "bias", lambda t: t.update({name: torch.ones(128)})))
+    assert [w for w in plan.warnings if name in w]
+
+
+def test_tensors_of_no_linear_module_are_let_be(tiny_model: Path, tmp_path: Path) -> None:
+    """Old checkpoints hold buffers that transformers computes, of any dtype."""
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.masked_bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "mtp.fc.weight": torch.ones(4, 4),
+    }
+    assert make(edited(tiny_model, tmp_path / "old", lambda t: t.update(extra))).schemes
+
+
+@pytest.mark.parametrize("upcast", ["embed", "lm_head", "norm"])
+def test_scales_have_the_dtype_of_the_blocks_weights(upcast: str, tmp_path: Path) -> None:
+    """Trainers upcast embeddings, heads and norms to float32: scales stay bfloat16, 4.5 bits a weight and not 5."""
+    model = write_tiny_model(tmp_path / "bf16", dtype="bfloat16")
+    other = edited(model, tmp_path / "up", lambda t: t.update({n: v.float() for n, v in t.items() if upcast in n}))
+    plain, changed = make(model), make(other)
+    assert changed.dtype == plain.dtype == torch.bfloat16
+    assert changed.bits_per_weight == plain.bits_per_weight < 4.6
+
+
+def test_embeddings_larger_than_the_blocks_do_not_decide(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1}
+    wide = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8192, tie_word_embeddings=False)).bfloat16()
+    wide.save_pretrained(tmp_path / "wide")
+    model = edited(
+        tmp_path / "wide",
+        tmp_path / "up",
+        lambda t: t.update({n: v.float() for n, v in t.items() if v.shape[0] > 8000}),
+    )
+    assert make(model).dtype == torch.bfloat16
+
+
+def test_a_source_of_nothing_that_llmq_reads(tiny_model: Path, tmp_path: Path) -> None:
+    model = edited(tiny_model, tmp_path / "ints", lambda t: t.update({n: v.to(torch.int8) for n, v in t.items()}))
+    with pytest.raises(LlmqError, match="its weights are int8; llmq reads"):
+        make(model)
