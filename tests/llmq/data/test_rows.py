@@ -39,8 +39,9 @@ def test_the_column_that_is_read(fields: dict[str, Any], column: str | None, fou
     assert text(fields, column) == found
 
 
-def test_text_goes_before_chats_and_chats_before_the_only_string(bpe: Any) -> None:
-    assert text({"messages": CHAT, "text": "noon"}, tokenizer=bpe) == "noon"
+def test_chats_go_before_text_and_any_string(bpe: Any) -> None:
+    for name in ("messages", "dialogue"):
+        assert text({"text": "noon", name: CHAT}, tokenizer=bpe).startswith("[user] see")
     assert text({"source": "web", "messages": CHAT}, tokenizer=bpe).startswith("[user] see")
 
 
