@@ -94,7 +94,7 @@ def _object_rows(file: Path, line: int, value: dict[str, Any]) -> Iterator[Row]:
         return
     if not chats and not any(isinstance(held, str) for held in value.values()):
         raise LlmqError(
-            f"{file}:{line} is one object that is no row ({', '.join(value) or 'empty'}): write one row a line"
+            f"{file}:{line} is one object that is no row ({', '.join(value) or 'empty'}): write a row on each line"
         )
     yield _row(f"{file}:{line}", value, "an array of objects")
 
