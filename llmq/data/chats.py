@@ -138,8 +138,9 @@ def check_text(text: str, where: str) -> None:
 def tools_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
     """The row's tools, from a list or its JSON; None if it has none. Raises LlmqError, with `where`, for all else."""
     value = fields.get("tools")
-    if isinstance(value, str) and value.strip():
-        value = _parsed(value) or value
+    if isinstance(value, str):
+        parsed = _parsed(value.strip() or "[]")
+        value = value if parsed is None else parsed
     if isinstance(value, list):
         value = [_parsed(tool) or tool for tool in value]
     if not value:
@@ -183,7 +184,8 @@ def render(tokenizer: Any, messages: Messages, tools: list[Any] | None) -> Rende
         raise refusal or TemplateRefusal("it gives no text")
     silent = [{key: held for key, held in message.items() if key not in _CALLS} for message in best.messages]
     hidden = [*best.hidden]
-    if silent != best.messages and not hidden and _same_text(tokenizer, silent, tools, best.text):
+    made = any(message.get(key) for message in best.messages for key in _CALLS)
+    if made and not hidden and _same_text(tokenizer, silent, tools, best.text):
         hidden.append("tool calls")
     if tools and _same_text(tokenizer, best.messages, None, best.text):
         hidden.append("list of tools")
