@@ -65,6 +65,8 @@ def windows(calibration: Calibration, tokenizer: Any, *, seed: int = 0) -> Windo
 
 def _windows(calibration: Calibration, tokenizer: Any) -> Windows:
     if calibration.text == "demo":
+        if calibration.column is not None:
+            raise LlmqError(f"the demo text has no column {calibration.column!r}: name a file or data set with --calib")
         from llmq import demo
 
         return _from_text(demo.calibration_text(), "the demo text (standard library)", calibration, tokenizer)
