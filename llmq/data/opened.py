@@ -113,7 +113,10 @@ def decode(
             text, error = fault.object[: fault.start].decode(encoding), fault
         if "\0" in text:
             at = _place(where, line + text[: text.index("\0")].count("\n"), begin)
-            raise LlmqError(f"{at} holds zero bytes: it is binary, or UTF-16 without a byte order mark; {ways_out}")
+            raise LlmqError(
+                f"{at} is not {encoding.upper()} text: it holds zero bytes, so it is binary, or UTF-16 without a byte "
+                f"order mark; {ways_out}"
+            )
         if text:
             yield text
         line += text.count("\n")
