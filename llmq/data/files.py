@@ -270,7 +270,7 @@ def stored(value: Any, feature: Any = None, exact: tuple[type, ...] = ()) -> Any
         return {
             key: stored(held, inner.get(key), exact)
             for key, held in value.items()
-            if held is not None or (key == "content" and "role" in value)
+            if held is not None or (key == "content" and "role" in value) or (key == "value" and "from" in value)
         }
     if isinstance(value, list):
         of = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)

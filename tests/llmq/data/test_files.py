@@ -57,6 +57,7 @@ def test_nulls_that_fill_typed_objects_are_left_out_and_exact_values_stay() -> N
 
     row = {"role": "user", "content": None, "name": None, "calls": [{"a": 1, "b": None}]}
     assert stored(row) == {"role": "user", "content": None, "calls": [{"a": 1}]}
+    assert stored({"from": "gpt", "value": None, "id": None}) == {"from": "gpt", "value": None}
 
     class Exact:
         """As datasets.Json, which its older versions do not have."""
