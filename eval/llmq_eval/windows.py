@@ -194,7 +194,7 @@ def read_text(text: str, data_dir: Path | None = None) -> Text:
 
 def _file(file: Path, text: str) -> str:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")  # a byte order mark is no token
     except FileNotFoundError as error:
         names = ", ".join(map(repr, ("demo", *TEXTS)))
         raise LlmqError(f"evaluation text {text}: no such file; give a text file or one of {names}") from error

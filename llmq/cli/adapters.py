@@ -66,7 +66,8 @@ def finetune(
     data: Annotated[
         Path,
         typer.Option(
-            help="A .jsonl file of rows: messages, prompt and completion, instruction and output, or text.",
+            help="A .json, .jsonl, .csv or .parquet file of rows: messages, prompt and completion, instruction and "
+            "output, or text.",
         ),
     ],
     out: Out,

@@ -58,7 +58,15 @@ Activations = Annotated[
 ]
 Calib = Annotated[
     str | None,
-    typer.Option("--calib", help="Calibration text: 'demo', a .txt, .jsonl or .parquet file, or a hub data set id."),
+    typer.Option(
+        "--calib",
+        help="Calibration text: 'demo', a .txt, .json, .jsonl, .csv or .parquet file, or a hub data set id (org/name, "
+        "org/name:config).",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="The column of the calibration rows. Default: the one with chats, 'text', or the only text."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")]
@@ -98,6 +106,7 @@ def recipe_options(
     grid: Grid = None,
     activations: Activations = None,
     calib: Calib = None,
+    column: Column = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
     recipe: RecipeName = None,
@@ -116,7 +125,7 @@ def recipe_options(
         "grid": grid,
         "activations": activations,
     }
-    calibration = {"text": calib, "samples": samples, "seqlen": seqlen}
+    calibration = {"text": calib, "column": column, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}
     # The whole recipe is checked below; here only the sections that options write to must be mappings.
     for name in ("scheme", "calibration", "options"):

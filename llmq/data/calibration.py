@@ -1,23 +1,25 @@
 """Calibration text to token windows: packed, never padded, so that no statistic ever sees a padding token.
 
 A plain text is tokenized as a whole and cut into consecutive windows, of which the wanted number is taken, evenly
-spread. Rows (.jsonl, .parquet, a streamed hub data set) are tokenized one after the other, joined with the end-of-text
-token between them, and cut into windows; reading stops as soon as there are enough windows.
+spread. Rows (.json, .jsonl, .csv, .parquet, a streamed hub data set) are tokenized one after the other, joined with the
+end-of-text token between them, and cut into windows; reading stops as soon as there are enough windows.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.data.rows import Row, RowReader, hub_rows, jsonl_rows, parquet_rows
+from llmq.data.files import ENDINGS, WHAT, rows_of
+from llmq.data.opened import decode, is_compressed, read_bytes, suffix
+from llmq.data.rows import Row, RowReader, hub_rows
 from llmq.data.tokens import encode, tokenize
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
@@ -28,11 +30,15 @@ WHOLE = 64 << 20
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [samples, seqlen]; notes: for the user; description: the text and windows, for the report."""
+    """ids: int64 [samples, seqlen]; notes: for the user; description: the text and windows, for the report.
+
+    first: the first window as text, special tokens included; empty if the windows were not made of a text.
+    """
 
     ids: Tensor
     notes: tuple[str, ...]
     description: str
+    first: str = ""
 
     @property
     def digest(self) -> str:
@@ -53,19 +59,26 @@ def windows(calibration: Calibration, tokenizer: Any, *, seed: int = 0) -> Windo
             "calibration takes at least 1 sample of at least 2 tokens, "
             f"not {calibration.samples} of {calibration.seqlen}: raise --samples or --seqlen"
         )
+    found = _windows(calibration, tokenizer)
+    return replace(found, first=tokenizer.decode(found.ids[0].tolist()))
+
+
+def _windows(calibration: Calibration, tokenizer: Any) -> Windows:
     if calibration.text == "demo":
+        if calibration.column is not None:
+            raise LlmqError(f"the demo text has no column {calibration.column!r}: name a file or data set with --calib")
         from llmq import demo
 
         return _from_text(demo.calibration_text(), "the demo text (standard library)", calibration, tokenizer)
     file = Path(calibration.text).expanduser()
     if file.is_dir():
-        raise LlmqError(f"calibration text {file} is a folder: give a .txt, .jsonl or .parquet file")
+        raise LlmqError(f"{WHAT} {file} is a folder: give a .txt, .json, .jsonl, .csv or .parquet file")
     if not file.exists():
         return _from_rows(hub_rows(calibration), calibration.text, calibration, tokenizer)
-    if file.suffix == ".jsonl":
-        return _from_rows(jsonl_rows(file), str(file), calibration, tokenizer)
-    if file.suffix == ".parquet":
-        return _from_rows(parquet_rows(file), str(file), calibration, tokenizer)
+    if suffix(file) in ENDINGS:
+        return _from_rows(rows_of(file, suffix(file)), str(file), calibration, tokenizer)
+    if calibration.column is not None:
+        raise LlmqError(f"{WHAT} {file} is plain text and has no column {calibration.column!r}: name no column")
     if file.stat().st_size > WHOLE:
         return _from_places(file, calibration, tokenizer)
     return _from_text(_decode(file, _read(file)), str(file), calibration, tokenizer)
@@ -88,6 +101,8 @@ def _from_places(file: Path, calibration: Calibration, tokenizer: Any) -> Window
 
     A window that would reach past the next offset is left out.
     """
+    if is_compressed(file):
+        raise LlmqError(f"{WHAT} {file} is large and compressed: unpack it, to take windows all over it")
     size = file.stat().st_size
     taken: list[Tensor] = []
     tokens = 0
@@ -124,7 +139,7 @@ def _from_rows(rows: Iterable[Row], name: str, calibration: Calibration, tokeniz
     wanted = calibration.samples * calibration.seqlen
     ids: list[int] = []
     used = 0
-    for row in rows:
+    for row in reader.look(rows):
         text = reader.text(row)
         if not text:
             continue
@@ -138,7 +153,7 @@ def _from_rows(rows: Iterable[Row], name: str, calibration: Calibration, tokeniz
         raise LlmqError(f"calibration text {name} is empty: no row holds any text" + reader.reasons())
     kept = torch.tensor(ids[:wanted], dtype=torch.int64)
     full = [kept[i : i + calibration.seqlen] for i in range(0, len(kept) - calibration.seqlen + 1, calibration.seqlen)]
-    how = f"the first {used} row{'s' * (used > 1)}"
+    how = f"the first {used} row{'s' * (used > 1)}, column {reader.column!r}"
     return _made(full, len(ids), name, calibration, how, reader.notes())
 
 
@@ -162,24 +177,31 @@ def _made(
 
 
 def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise LlmqError(f"calibration text {file} cannot be read: {error.strerror}") from error
+    return b"".join(read_bytes(file, WHAT))
 
 
 def _decode(file: Path, raw: bytes, begin: int | None = None) -> str:
-    """UTF-8 text with its line ends made uniform, as Python opens text. Raises LlmqError for anything else.
+    """The text of a file's bytes with its line ends made uniform, as Python opens text. Raises LlmqError for anything
+    else, and for a text that is rows in JSON.
 
     begin: the bytes' offset if they are a part of the file; they may then end in the middle of a character.
     """
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=begin is None)
-    except UnicodeDecodeError as error:
-        raise LlmqError(
-            f"calibration text {file} is not UTF-8 text (near byte {(begin or 0) + error.start}): "
-            "give a plain .txt, a .jsonl or a .parquet file"
-        ) from error
-    if "\0" in text:
-        raise LlmqError(f"calibration text {file} is binary, not text: give a plain .txt, a .jsonl or a .parquet file")
+    ways_out = "save it as UTF-8 text, or as .jsonl, .csv or .parquet"
+    text = "".join(decode([raw], str(file), ways_out, begin))
+    if not begin:
+        _refuse_rows(file, text)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse_rows(file: Path, text: str) -> None:
+    """Raise LlmqError if a plain text starts with an object of JSON, alone on its line or first in an array."""
+    start = text[: 1 << 20].lstrip()
+    start = start[1:].lstrip() if start.startswith("[") else start
+    if not start.startswith("{"):
+        return
+    try:
+        json.JSONDecoder().raw_decode(start)
+    except (ValueError, RecursionError):
+        return
+    line = 1 + text.count("\n", 0, text.index("{"))
+    raise LlmqError(f"{WHAT} {file}:{line} holds rows in JSON: call the file .jsonl if each is on its line, else .json")

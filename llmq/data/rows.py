@@ -1,32 +1,29 @@
-"""Rows of text data: where they come from (.jsonl, .parquet, a streamed hub data set) and which text they hold."""
+"""Rows of text data: where they come from (a local file, a streamed hub data set) and which text they hold."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from llmq.checkpoint import hub
+from llmq.data import chats
+from llmq.data.chats import CHAT, chat_messages
+from llmq.data.files import ENDINGS, Row, jsonl_rows, parquet_rows, rows_of, stored
+from llmq.data.opened import PACKED
 from llmq.errors import LlmqError, first_line
 from llmq.recipe.recipe import Calibration
 
-CHAT = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-_FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".md", ".gz", ".zst", ".zip")
+__all__ = ["Row", "RowReader", "chat_messages", "hub_rows", "jsonl_rows", "parquet_rows", "rows_of"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """where: the file and line, or the row's number, for error messages."""
-
-    where: str
-    fields: Mapping[str, Any]
+LOOKED_AT = 32
+"""Rows that are looked at before the column is chosen: the first may have no chat, or an empty one."""
+_PLAIN = (".txt", ".md")
 
 
 class RowReader:
-    """Finds the text of each row: a named column, 'text', chat messages, or the only column that holds a string."""
+    """Finds the text of each row: a named column, chat messages, 'text', or the only column that holds a string."""
 
     def __init__(self, name: str, column: str | None, tokenizer: Any) -> None:
         self.name = name
@@ -34,123 +31,153 @@ class RowReader:
         self.tokenizer = tokenizer
         self.refused = 0
         self.refusal = ""
+        self.hidden: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.choice = ""
+
+    def look(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, after the column was chosen by the first of them. Raises LlmqError."""
+        source = iter(rows)
+        held: list[Row] = []
+        problem: LlmqError | None = None
+        while self.column is None and len(held) < LOOKED_AT and not (held and _chat_columns(held[-1:])):
+            try:
+                row = next(source, None)
+            except LlmqError as error:  # raised below, where the rows before it have been read
+                problem = error
+                break
+            if row is None:
+                break
+            held.append(row)
+        if held and self.column is None:
+            self.column = self._choose(held)
+        yield from held
+        if problem is not None:
+            raise problem
+        yield from source
 
     def text(self, row: Row) -> str:
         """The row's text, through the chat template if it is a chat; empty if it holds none. Raises LlmqError."""
         if self.column is None:
-            self.column = self._choose(row)
-        if self.column not in row.fields:
+            self.column = self._choose([row])
+        fields = _joined(row.fields)
+        if self.column not in fields:
             raise LlmqError(
-                f"{row.where} has no column {self.column!r}, only {_names(row.fields)}: "
-                "name the one with the text as 'column' in the recipe's calibration"
+                f"{row.where} has no column {self.column!r}, only {_names(fields)}: "
+                "name the one with the text with --column, or as 'column' in the recipe's calibration"
             )
-        value = row.fields[self.column]
+        value = fields[self.column]
         if value is None:
             return ""
-        if isinstance(value, str):
-            return value if value.strip() else ""
         messages = chat_messages(value)
+        if messages:
+            return self._chat(row, messages)
+        if isinstance(value, str):
+            if chats.is_repr(value):
+                raise LlmqError(f"{row.where}: column {self.column!r} holds a list that is not JSON: write it as JSON")
+            chats.check_text(value, f"{row.where}: column {self.column!r}")
+            return value if value.strip() else ""
         if messages is None:
-            raise LlmqError(f"{row.where}: column {self.column!r} holds neither a text nor a list of chat messages")
-        return self._chat(row, messages) if messages else ""
+            raise LlmqError(
+                f"{row.where}: column {self.column!r} holds neither a text nor a list of chat messages, but a value of "
+                f"type {type(value).__name__}: mend the row, or name another column with --column"
+            )
+        return ""
 
     def notes(self) -> tuple[str, ...]:
-        """How many rows were left out, and why."""
-        if not self.refused:
-            return ()
-        return (f"calibration text {self.name}: the chat template refused {self.refused} rows ({self.refusal})",)
+        """Which column was taken of several; what the chat template refuses or does not show."""
+        what = f"calibration text {self.name}: "
+        notes = [what + self.choice] if self.choice else []
+        if self.refused:
+            notes.append(f"{what}the chat template refused {self.refused} rows ({self.refusal})")
+        for part, count in self.hidden.items():
+            notes.append(f"{what}the chat template does not show the {part} of {count} rows (first {self.first[part]})")
+        return tuple(notes)
 
     def reasons(self) -> str:
-        """The same text as `notes`, to append to an error message."""
+        """What was refused, to append to an error message."""
         return f" (the chat template refused {self.refused} rows: {self.refusal})" if self.refused else ""
 
-    def _choose(self, row: Row) -> str:
-        fields = row.fields
-        if isinstance(fields.get("text"), str):
+    def _choose(self, rows: list[Row]) -> str:
+        """The column of the first rows; `choice` says what else there was. Raises LlmqError if there is none."""
+        columns = list(dict.fromkeys(name for row in rows for name in _joined(row.fields)))
+        held = [_joined(row.fields) for row in rows]
+        strings = [name for name in columns if any(isinstance(fields.get(name), str) for fields in held)]
+        others = "name another with --column, or as 'column' in the recipe's calibration"
+        found = _chat_columns(rows)
+        if found:
+            more = [*found[1:], *(["text"] if "text" in strings and "text" not in found else [])]
+            if more:
+                self.choice = f"the chats of column {found[0]!r} are taken, not {', '.join(map(repr, more))}; {others}"
+            return found[0]
+        message = next((row for row in rows if chat_messages([row.fields])), None)
+        if message is not None:
+            raise LlmqError(
+                f"{message.where} is one message of a chat: a row holds the whole chat, as a list of its messages in "
+                "a column 'messages'"
+            )
+        if "text" in strings:
             return "text"
-        for name in CHAT:
-            if chat_messages(fields.get(name)) is not None:
-                return name
-        strings = [name for name, value in fields.items() if isinstance(value, str)]
-        if len(strings) == 1:
-            return strings[0]
-        what = "more than one column of text" if strings else "no column of text"
+        empty = [name for name in columns if any(fields.get(name) == [] for fields in held)]
+        if empty and (empty[0] in CHAT or not strings):
+            return empty[0]
+        words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings
+        if len(words) == 1:
+            return words[0]
+        what = "more than one column of text" if words else "no column of text"
         raise LlmqError(
-            f"calibration text {self.name} has {what}, its columns are {_names(fields)}: "
-            "name one as 'column' in the recipe's calibration"
+            f"calibration text {self.name} has {what}, its columns are {_names(columns)}: "
+            "name one with --column, or as 'column' in the recipe's calibration"
         )
 
-    def _chat(self, row: Row, messages: list[dict[str, Any]]) -> str:
+    def _chat(self, row: Row, messages: chats.Messages) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise LlmqError(
                 f"calibration text {self.name} holds chats (column {self.column!r}), and the tokenizer has no chat "
-                "template: give plain text, or name a column of text as 'column' in the recipe's calibration"
+                "template: give plain text, or name a column of text with --column"
             )
-        from jinja2 import TemplateError
-
+        clean = chats.clean(messages, f"{row.where}: column {self.column!r}")
+        tools = chats.tools_of(row.fields, row.where)
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            made = chats.render(self.tokenizer, clean, tools)
+        except chats.TemplateRefusal as error:
             self.refused += 1
-            self.refusal = self.refusal or f"first {row.where}: {first_line(error)}"
+            self.refusal = self.refusal or f"first {row.where}: {error}"
             return ""
-        return text
+        for part in made.hidden:
+            self.hidden[part] += 1
+            self.first.setdefault(part, row.where)
+        return made.text
 
 
-def chat_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Chat messages as {role, content}, from either of the two common spellings; None for anything else."""
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        return None
-    messages = []
-    for item in value:
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or content is None:
-            return None
-        messages.append({"role": _ROLES.get(role, role), "content": content})
-    return messages
+def _chat_columns(rows: list[Row]) -> list[str]:
+    """The columns that hold a chat in some row: known names first, then in the order of the columns."""
+    found = [name for row in rows for name, value in _joined(row.fields).items() if chat_messages(value)]
+    return [name for name in dict.fromkeys([*CHAT, *found]) if name in found]
 
 
-def _names(fields: Mapping[str, Any]) -> str:
+def _joined(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A prompt and a completion that are both lists of messages are one chat."""
+    parts = [chat_messages(fields.get(name)) for name in ("prompt", "completion")]
+    if not all(parts) or any(name in fields for name in CHAT):
+        return fields
+    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion")}
+    return {CHAT[0]: list(chain.from_iterable(part or [] for part in parts)), **rest}
+
+
+def _number(value: Any) -> bool:
+    """Whether a value is no text, or the text of a number, as every value of a CSV is."""
+    if not isinstance(value, str) or not value.strip():
+        return True
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _names(fields: Iterable[str]) -> str:
     return ", ".join(map(str, fields)) or "none"
-
-
-def jsonl_rows(file: Path, what: str = "calibration text") -> Iterator[Row]:
-    """A JSON object, or a JSON string (a row of nothing but text), on each line. Raises LlmqError with file:line."""
-    try:
-        with file.open("rb") as lines:
-            for number, raw in enumerate(lines, 1):
-                if not raw.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    value = json.loads(raw.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise LlmqError(f"{where} is not UTF-8 text: give a .jsonl file, or a plain .txt") from error
-                except (ValueError, RecursionError) as error:
-                    raise LlmqError(f"{where} is not JSON ({error}): one JSON object on each line") from error
-                if isinstance(value, str):
-                    value = {"text": value}
-                if not isinstance(value, dict):
-                    raise LlmqError(f'{where} is not a JSON object: one object, such as {{"text": …}}, on each line')
-                yield Row(where, value)
-    except OSError as error:
-        raise LlmqError(f"{what} {file} cannot be read: {error.strerror}") from error
-
-
-def parquet_rows(file: Path) -> Iterator[Row]:
-    """The rows of a parquet file, one batch in memory at a time. Raises LlmqError if it cannot be read as parquet."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with pq.ParquetFile(file) as source:
-            for batch in source.iter_batches(batch_size=64):
-                for fields in batch.to_pylist():
-                    yield Row(f"{file} row {number}", fields)
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise LlmqError(f"calibration text {file} cannot be read as parquet: {first_line(error)}") from error
 
 
 def hub_rows(calibration: Calibration) -> Iterator[Row]:
@@ -160,18 +187,21 @@ def hub_rows(calibration: Calibration) -> Iterator[Row]:
     Raises LlmqError if the data set is missing, gated, out of reach, or has no such configuration or split.
     """
     name, _, config = calibration.text.partition(":")
-    if hub.is_path(name) or name.endswith(_FILE_ENDINGS):
+    if hub.is_path(name) or name.lower().endswith((*ENDINGS, *PACKED, *_PLAIN)):
         raise LlmqError(f"calibration text {calibration.text}: no such file")
     info = hub.repository(name, "dataset")
-    from datasets import load_dataset
+    import datasets
     from datasets.utils.logging import set_verbosity_error
 
     set_verbosity_error()
     try:
         # The commit, not the branch: the data cannot change after the look-up, and the data set viewer is not used.
-        rows = load_dataset(name, config or None, split=calibration.split, revision=info.sha, streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=calibration.split, revision=info.sha, streaming=True)
+        types = getattr(rows, "features", None) or {}
+        exact = tuple(kind for kind in (getattr(datasets, "Json", None),) if kind)
         for number, fields in enumerate(rows):
-            yield Row(f"{name} row {number}", fields)
+            held = {key: stored(value, types.get(key), exact) for key, value in fields.items()}
+            yield Row(f"{name} row {number}", held)
     except LlmqError:
         raise
     except ValueError as error:

@@ -25,7 +25,8 @@ RAGGED = ("error", "smaller", "channel", "keep")
 class Calibration:
     """The text for the statistics, and how much of it is used.
 
-    text: 'demo' (the interpreter's own standard library), a .txt/.jsonl/.parquet file, or a hub data set id.
+    text: 'demo' (the interpreter's own standard library), a .txt/.json/.jsonl/.csv/.parquet file, compressed or not, or
+    a hub data set id. column: of its rows; None takes the chats, 'text' or the only column of text.
     samples × seqlen tokens, packed, never padded; seqlen is reduced to the model's maximum.
     """
 

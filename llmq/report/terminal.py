@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llmq.report.rows import KeptRow
 
 WORST = 5
+SHOWN = 300
+"""Characters of the first window that are printed."""
 
 
 def plan(console: Console, made: Plan) -> None:
@@ -68,10 +70,18 @@ def summary(console: Console, made: Plan) -> None:
         grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")
     grid.add_row("calibration", escape(made.calibration.description))
     device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
+    if made.calibration.first:
+        grid.add_row("first window", escape(readable(made.calibration.first, console.encoding)))
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
     console.print(grid)
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+
+
+def readable(text: str, encoding: str) -> str:
+    """The beginning of a text in quotes, on one line: what cannot be printed is written as in Python's source."""
+    start = repr(text[:SHOWN]).encode(encoding, "backslashreplace").decode(encoding)
+    return start + (f" ... {len(text) - SHOWN} more" if len(text) > SHOWN else "")
 
 
 def report(console: Console, done: Report) -> None:

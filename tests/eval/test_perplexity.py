@@ -15,6 +15,7 @@ import torch
 
 from llmq.errors import LlmqError
 from llmq_eval import perplexities, perplexity
+from llmq_eval.windows import read_text
 from tests.conftest import Run, write_tiny_model
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared"
@@ -33,6 +34,11 @@ def by_hand(folder: Path, ids: list[int], window: int) -> list[list[float]]:
             logits = model(torch.tensor([piece])).logits[0].double()
         found.append([float(logits[i].logsumexp(0) - logits[i, piece[i + 1]]) for i in range(window - 1)])
     return found
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfsee noon")
+    assert read_text(str(tmp_path / "a.txt")).content == "see noon"
 
 
 def test_by_hand(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

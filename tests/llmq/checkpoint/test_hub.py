@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -40,6 +41,22 @@ BIG = bytes(range(256)) * 100_000
 LINE = "the quick brown fox jumps over a lazy dog, again and again, number {}"
 
 
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Paris"}}}],
+}
+CHATS = [
+    {
+        "id": "a",
+        "dialogue": [{"role": "user", "content": "see"}, CALL],
+        "tools": [{"name": "f", "parameters": {"x": 1}}],
+    },
+    {"id": "b", "dialogue": [{"role": "user", "content": "noon", "name": "g"}], "tools": [{"name": "h"}]},
+]
+"""Rows whose objects have different keys."""
+
+
 def text_files(count: int, lines: int) -> dict[str, bytes]:
     """A data set of `count` jsonl files."""
     return {
@@ -68,6 +85,7 @@ def hub() -> Iterator[HubServer]:
             "org/texts": Repo(text_files(20, 4000)),
             "org/dropped": Repo(text_files(2, 2000), reset=True),
             "org/gated": Repo(text_files(1, 10), gated=True),
+            "org/chats": Repo({"train.jsonl": "".join(json.dumps(row) + "\n" for row in CHATS).encode()}),
             "org/numbers": Repo({"train.jsonl": b'{"x": 1, "y": 2}\n' * 10}),
         }
         yield server
@@ -174,6 +192,24 @@ def test_calibration_is_streamed(hub: HubServer, client: HubClient, tokenizer: s
 
     flat = [token for window in found["ids"] for token in window]
     assert AutoTokenizer.from_pretrained(tokenizer).decode(flat) == bytes(expected).decode()
+
+
+def test_a_chat_on_the_hub_is_what_it_is_in_a_file(client: HubClient, tokenizer: str, tmp_path: Path) -> None:
+    """`datasets` gives all rows of a column the same keys; the template must not see them."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ tools | tojson(sort_keys=true) }}{{ messages | tojson(sort_keys=true) }}"
+    )
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    found = []
+    for text in ("org/chats", str(tmp_path / "chats.jsonl")):
+        calibration = {"text": text, "samples": 1, "seqlen": 240}
+        answer = client.ask(do="windows", tokenizer=str(folder), calibration=calibration)
+        assert "value" in answer, answer
+        found.append(answer["value"])
+    assert found[0]["ids"] == found[1]["ids"] and found[0]["notes"] == []
+    assert "column 'dialogue'" in found[0]["description"]
 
 
 @pytest.mark.slow

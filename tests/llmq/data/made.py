@@ -18,3 +18,11 @@ def text(words: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     lines = (" ".join(rng.choices(WORDS, k=10)) for _ in range(words // 10))
     return "\n".join(lines) + "\n"
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{{ '\n' }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -175,6 +176,31 @@ def test_refusals_name_the_file_in_one_line(tmp_path: Path, bpe: Any, case: str)
     with pytest.raises(LlmqError) as caught:
         windows(asked(file), bpe, seed=0)
     assert words in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_column_of_a_text_without_columns_is_refused(tmp_path: Path, bpe: Any) -> None:
+    (tmp_path / "a.txt").write_text(text(100))
+    for file in ("demo", tmp_path / "a.txt"):
+        with pytest.raises(LlmqError, match="has no column 'body': name"):
+            windows(asked(file, column="body"), bpe)
+
+
+def test_large_and_compressed_is_refused(tmp_path: Path, bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE", 10)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text(100).encode()))
+    with pytest.raises(LlmqError, match="large and compressed: unpack it"):
+        windows(asked(tmp_path / "a.txt.gz"), bpe)
+
+
+def test_a_large_file_with_a_mark(tmp_path: Path, bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE", 1000)
+    file = tmp_path / "large.txt"
+    file.write_text("\ufeff" + text(2000), encoding="utf-8")
+    found = windows(asked(file, 2, 16), bpe)
+    assert found.first and text(2000).startswith(found.first)
+    file.write_text(text(2000), encoding="utf-16")
+    with pytest.raises(LlmqError, match="save it as UTF-8"):
+        windows(asked(file, 2, 16), bpe)
 
 
 def test_chats_need_a_template(tmp_path: Path, plain: Any) -> None:

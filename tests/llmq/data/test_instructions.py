@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llmq.data.instructions import Example, read
+from tests.llmq.data.made import TOOL_TEMPLATE
 from tests.llmq.refusal import refused
 
 TEMPLATE = (
@@ -152,6 +153,25 @@ def test_long_rows(tmp_path: Path, plain: Any) -> None:
         ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
         ('{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "'messages' must be a list"),
         ('{"question": "a"}', "question"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "no answer"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "name": "b"}]}',
+            "no answer",
+        ),
+        (
+            '{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}',
+            "answers in 'chosen', 'rejected': put",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}',
+            "one list",
+        ),
+        (
+            '{"history": [{"role": "user", "content": "a"}], "prompt": "a", "completion": "b"}',
+            "'history', 'completion'",
+        ),
+        ('{"text": "\\ud83d"}', "half of a character"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "two values for 'prompt'"),
     ],
 )
 def test_a_broken_row_is_named_by_line(tmp_path: Path, plain: Any, line: str, words: str) -> None:
@@ -169,10 +189,96 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, chat: Any) -> 
     refused(lambda: read(file, tokenizer, seqlen=100), f"{file}:1", "no system turn")
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+TOOL = {"type": "function", "function": {"name": "weather"}}
+CALLED = [
+    {"role": "user", "content": "Paris?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "Cold."},
+]
+SAID = '<call>weather{"city": "Paris"}</call>\n'
+
+
+@pytest.fixture(scope="module")
+def caller(chat: Any) -> Any:
+    from copy import deepcopy
+
+    tokenizer = deepcopy(chat)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+def turns(*changed: object, **more: object) -> dict[str, object]:
+    """The chat above with its second turn changed."""
+    return {"messages": [CALLED[0], *changed, *CALLED[2:]], **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "learned"),
+    [
+        ({"messages": CALLED}, SAID + "Cold.\n"),
+        ({"messages": CALLED, "tools": [TOOL]}, SAID + "Cold.\n"),
+        ({"messages": json.dumps(CALLED), "tools": json.dumps([TOOL])}, SAID + "Cold.\n"),
+        ({"messages": CALLED[:2]}, SAID),
+        ({"text": "other", "dialogue": CALLED}, SAID + "Cold.\n"),
+        (turns(CALLED[1] | {"content": "One moment."}), "One moment." + SAID + "Cold.\n"),
+        (
+            turns(CALLED[1] | {"content": [{"type": "text", "text": "One "}, {"type": "text", "text": "moment."}]}),
+            "One moment." + SAID + "Cold.\n",
+        ),
+        (turns({"role": "assistant", "content": None}), "Cold.\n"),
+        (turns({"role": "assistant", "content": "", "tool_calls": []}), "Cold.\n"),
+        ({"messages": [*CALLED, {"role": "assistant", "content": " "}]}, SAID + "Cold.\n"),
+    ],
+)
+def test_calls_are_learned_and_empty_turns_are_not(tmp_path: Path, caller: Any, row: Any, learned: str) -> None:
+    (example,) = read(write(tmp_path, row), caller, seqlen=500).all
+    whole, found = shown(example, caller)
+    assert found == learned and "None" not in whole
+    assert whole.startswith("<tools>") == ("tools" in row)
+
+
+def test_two_calls_in_a_turn_and_arguments_as_json(tmp_path: Path, caller: Any) -> None:
+    calls = [{"function": {"name": name, "arguments": '{"city": "Oslo"}'}} for name in ("weather", "time")]
+    row = turns({"role": "assistant", "content": "", "tool_calls": calls})
+    (example,) = read(write(tmp_path, row), caller, seqlen=500).all
+    learned = '<call>weather{"city": "Oslo"}</call><call>time{"city": "Oslo"}</call>\nCold.\n'
+    assert shown(example, caller)[1] == learned
+
+
+def test_calls_that_are_not_shown_cannot_be_learned(tmp_path: Path, chat: Any, plain: Any) -> None:
+    file = write(tmp_path, CHAT, {"messages": CALLED})
+    refused(
+        lambda: read(file, chat, seqlen=500), f"{file}:2: the chat template does not show its tool calls", "take the"
+    )
+    refused(lambda: read(file, plain, seqlen=500), f"{file}:2 has tools or tool calls", "take the row out")
+    refused(lambda: read(file, chat, seqlen=500, template="none"), f"{file}:2 has tools", "without --template none")
+    (note,) = read(write(tmp_path, CHAT | {"tools": [TOOL]}), chat, seqlen=500).notes
+    assert f"hides the list of tools of 1 rows (first {file}:1)" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "learned"),
+    [
+        ("a.json", json.dumps([{"prompt": "ab", "completion": "cd"}]), "cd~"),
+        ("a.JSONL", '\ufeff{"prompt": "ab", "completion": "cd"}', "cd~"),
+        ("a.csv", "prompt,completion\nab,007\n", "007~"),
+        ("a.tsv", "instruction\toutput\nab\tNA\n", "NA~"),
+    ],
+)
+def test_rows_of_every_format(tmp_path: Path, plain: Any, name: str, raw: str, learned: str) -> None:
+    file = tmp_path / name
+    file.write_text(raw, encoding="utf-8")
+    (example,) = read(file, plain, seqlen=500).all
+    assert shown(example, plain)[1] == learned
+
+
 def test_nothing_to_learn_from(tmp_path: Path, plain: Any) -> None:
     refused(lambda: read(write(tmp_path), plain, seqlen=10), "rows.jsonl", "empty")
     refused(lambda: read(tmp_path / "none.jsonl", plain, seqlen=10), "none.jsonl", "no such file")
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    refused(lambda: read(tmp_path / "rows.csv", plain, seqlen=10), "rows.csv", ".jsonl")
+    for name in ("rows.csv", "rows.txt"):
+        (tmp_path / name).write_text("a,b\n")
+        refused(lambda name=name: read(tmp_path / name, plain, seqlen=10), name, ".jsonl")  # type: ignore[misc]
     long = write(tmp_path, {"prompt": "p" * 20, "completion": "c"})
     refused(lambda: read(long, plain, seqlen=10), "--seqlen")

@@ -39,8 +39,9 @@ def test_the_column_that_is_read(fields: dict[str, Any], column: str | None, fou
     assert text(fields, column) == found
 
 
-def test_text_goes_before_chats_and_chats_before_the_only_string(bpe: Any) -> None:
-    assert text({"messages": CHAT, "text": "noon"}, tokenizer=bpe) == "noon"
+def test_chats_go_before_text_and_any_string(bpe: Any) -> None:
+    for name in ("messages", "dialogue"):
+        assert text({"text": "noon", name: CHAT}, tokenizer=bpe).startswith("[user] see")
     assert text({"source": "web", "messages": CHAT}, tokenizer=bpe).startswith("[user] see")
 
 
@@ -81,6 +82,51 @@ def test_chats_that_the_template_refuses_are_counted_and_the_first_is_told(bpe: 
     (note,) = reader.notes()
     assert "a.jsonl: the chat template refused 2 rows (first a.jsonl:2: no tools)" in note
     assert reader.reasons() == " (the chat template refused 2 rows: first a.jsonl:2: no tools)"
+
+
+def looked(rows: list[dict[str, Any]], tokenizer: Any, column: str | None = None) -> tuple[list[str], RowReader]:
+    reader = RowReader("a.jsonl", column, tokenizer)
+    found = (Row(f"a.jsonl:{i}", fields) for i, fields in enumerate(rows, 1))
+    return [reader.text(row) for row in reader.look(found)], reader
+
+
+def test_an_ambiguous_choice_says_what_was_taken_and_how_to_name_another(bpe: Any) -> None:
+    rows = [{"chosen": CHAT, "text": "x", "id": "y", "rejected": CHAT[:1]}]
+    texts, reader = looked(rows, bpe)
+    assert texts == [bpe.apply_chat_template(CHAT, tokenize=False)]
+    (note,) = reader.notes()
+    assert "the chats of column 'chosen' are taken, not 'rejected', 'text'; name another with --column" in note
+    texts, reader = looked(rows, bpe, "text")
+    assert (texts, reader.notes()) == (["x"], ())
+    texts, reader = looked([{"messages": CHAT, "id": "y"}], bpe)
+    assert texts and not reader.notes()
+
+
+def test_the_first_rows_decide_and_no_row_is_lost(bpe: Any) -> None:
+    rows: list[dict[str, Any]] = [{"source": "web", "talk": None}] * 5 + [{"source": "web", "talk": CHAT}] * 2
+    assert looked(rows, bpe)[0] == [""] * 5 + [bpe.apply_chat_template(CHAT, tokenize=False)] * 2
+    assert looked([{"id": "7", "body": "see"}, {"id": "8", "body": "noon"}], bpe)[0] == ["see", "noon"]
+    assert looked([{"id": "7"}], bpe)[0] == ["7"]
+
+
+def test_a_fault_among_the_first_rows_is_raised_after_the_rows_before_it() -> None:
+    def rows() -> Iterator[Row]:
+        yield Row("a.jsonl:1", {"text": "see"})
+        raise LlmqError("a.jsonl:2 is not JSON")
+
+    reader = RowReader("a.jsonl", None, None)
+    found = reader.look(rows())
+    assert reader.text(next(found)) == "see"
+    refused(lambda: next(found), "a.jsonl:2 is not JSON")
+
+
+def test_what_the_template_hides_is_counted(bpe: Any) -> None:
+    call = {"role": "assistant", "content": "noon", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = {"messages": [CHAT[0], call], "tools": [{"name": "f"}]}
+    _, reader = looked([{"messages": CHAT}, row, row], bpe)
+    calls, tools = reader.notes()
+    assert "does not show the tool calls of 2 rows (first a.jsonl:2)" in calls
+    assert "does not show the list of tools of 2 rows (first a.jsonl:2)" in tools
 
 
 def test_both_spellings_of_a_chat_are_one() -> None:
@@ -184,6 +230,20 @@ def test_what_the_data_set_has_is_told(streamed: dict[str, Any], error: Exceptio
     streamed["raises"] = error
     message = refused(lambda: asked_for("org/set"), "calibration data set org/set: ", *words)
     assert "Example" not in message
+
+
+def test_nulls_that_datasets_fills_in_are_left_out(streamed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real IterableDataset, whose column of objects has one type for all rows."""
+    import datasets
+
+    rows = [
+        {"messages": [{"role": "user", "content": "see"}, {"role": "assistant", "content": None, "calls": [{"a": 1}]}]}
+    ]
+    rows.append({"messages": [{"role": "user", "content": "see", "calls": [{"b": 2}]}]})
+    set_ = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    assert next(iter(set_))["messages"][0]["calls"] is None  # what is to be left out
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: set_)
+    assert [dict(row.fields) for row in asked_for("org/set")] == rows
 
 
 def test_what_datasets_cannot_read_is_told_and_what_is_ours_goes_through(streamed: dict[str, Any]) -> None:
