@@ -167,8 +167,8 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
 def _weights(name: str, files: dict[str, int]) -> list[str] | None:
     """The weight files to fetch; None if the index must be read first. Raises LlmqError if none is usable."""
     if "config.json" not in files:
-        told = strangers.of_names(files) or "has no config.json on the hub: it is not a transformers model"
-        raise LlmqError(f"{name} {told}")
+        unknown = "has no config.json on the hub: it is not a transformers model"
+        raise LlmqError(f"{name} {strangers.of_names(files) or unknown}")
     if INDEX in files:
         return None
     if SINGLE in files:

@@ -84,8 +84,8 @@ def of_names(names: Collection[str], base: str | None = None) -> str | None:
         return "is a diffusion pipeline, and llmq quantizes causal language models only, which its text encoder is not"
     if gguf := [name for name in here if name.lower().endswith(".gguf")]:
         if all("mmproj" in name.lower() for name in gguf):
-            return f"has only the image projector of a model for llama.cpp ({gguf[0]}): {ORIGINAL}"
-        return f"has only GGUF files ({gguf[0]}), which are converted for llama.cpp already: {ORIGINAL}"
+            return f"has only the image projector of a model, as GGUF ({gguf[0]}): {ORIGINAL}"
+        return f"has only GGUF files ({gguf[0]}), which are converted for other programs already: {ORIGINAL}"
     if own := [name for name in here if name.startswith("consolidated") or (name == "params.json")]:
         return (
             f"has its maker's own format ({own[0]}), which transformers does not read: download the files for "

@@ -14,7 +14,7 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     transformers is asked which classes and model types are causal; a config that names code of its own is not judged.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
@@ -27,7 +27,7 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
         return (
             "config.json has no model_type, so that nothing says what model it is: download the model's own config.json"
         )
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         return (
             f"transformers {transformers.__version__} has no model type {kind!r}: pip install -U transformers, or say "
             "--trust-remote-code where the folder has code of its own"

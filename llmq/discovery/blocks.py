@@ -134,7 +134,10 @@ def find(model: nn.Module) -> Structure:
             reasons.append(f"{path}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {first_line(error)}")
-    raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
+    raise LlmqError(
+        f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
+        "models that are a list of blocks, which run one after the other"
+    )
 
 
 @contextmanager

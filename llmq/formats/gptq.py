@@ -214,7 +214,7 @@ def _widths(parts: Mapping[str, TensorInfo], out: int) -> dict[int, int]:
     return found
 
 
-LAYOUTS = {*FORMATS, "gemm", "exllama", "ipex", "auto_round:auto_awq", "auto_round:awq"}
+LAYOUTS = {*FORMATS, "gemm", "ipex", "auto_round:auto_awq", "auto_round:awq"}
 """The layouts that `inspect` knows, as configurations of GPTQ and AWQ name them."""
 READERS = {"gptq": GPTQReader, "auto-round": GPTQReader}
 PACKAGES = {"gptq": "gptqmodel"}

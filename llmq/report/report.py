@@ -89,7 +89,10 @@ class Report:
         try:
             return Report.from_dict(json.loads((folder / REPORT).read_text()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, LlmqError) as error:
-            raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {first_line(error)}") from error
+            raise LlmqError(
+                f"{folder / REPORT}: cannot be read as a report ({first_line(error)}): quantize again into another "
+                "folder, or take the file away"
+            ) from error
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
