@@ -6,5 +6,11 @@ class LlmqError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message; with the name of its class if it is one word, which alone says nothing.
+
+    For the middle of a message that says what failed and the way out, never for the whole of one.
+    """
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(" :")
+    if " " in line or isinstance(error, LlmqError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -18,8 +18,9 @@ from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import CARD, REPORT
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import FolderSource, Source
+from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
-from llmq.errors import LlmqError, first_line
+from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
@@ -161,7 +162,8 @@ def calibration_windows(source: Source, calibration: Calibration, seed: int, lon
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise LlmqError(f"{source.folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        told = of_tokenizer(source.folder, error)
+        raise LlmqError(f"{told} (--method rtn needs no calibration text, and no tokenizer)") from error
     if longest is not None:
         calibration = replace(calibration, seqlen=min(calibration.seqlen, longest))
     return windows(calibration, tokenizer, seed=seed)

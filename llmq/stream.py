@@ -5,6 +5,7 @@ Read this file first. `run` is the data flow of docs/design.md; the other functi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -83,6 +84,8 @@ def quantize_block(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )
     payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
+    if not any(bool(t.any()) for t in block.target):
+        payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
     if (on_device := device_memory(io.device)) is not None:
@@ -180,9 +183,12 @@ def output_signature(hidden: Tensor) -> list[float]:
 
 def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> None:
     """Raise LlmqError if a block that was read back has a different output than it had in memory."""
-    then, now = torch.tensor(payload["signature"]), torch.tensor(output_signature(hidden))
-    apart = float((then - now)[1:].norm() / then[1:].norm().clamp_min(1e-30))
-    apart = max(apart, abs(float(now[0] / then[0].clamp_min(1e-30)) - 1))
+    then, now = (torch.tensor(s, dtype=torch.float64) for s in (payload["signature"], output_signature(hidden)))
+    # The values at a few places may all be zero where the output is not.
+    usual = then[0] * math.sqrt(SIGNATURE_VALUES / max(1, hidden.numel()))
+    changes = ((then - now)[1:].norm(), torch.maximum(then[1:].norm(), usual)), ((then - now)[0].abs(), then[0])
+    # An output that was zero and still is has not changed, although nothing is relative to it.
+    apart = max(float(change / whole) if change else 0.0 for change, whole in changes)
     if not apart <= SIGNATURE_TOLERANCE:
         raise LlmqError(
             f"{name}: read back from disk, its output differs from the one in memory (relative difference "

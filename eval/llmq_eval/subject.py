@@ -73,6 +73,8 @@ class Subject:
 
         try:
             found = inspect_folder(self.folder)
+            if found.bits_per_weight is None:
+                return found.nbytes, found.nbytes, 0.0
         except LlmqError:
             # Everything that from_pretrained loads can be measured, also checkpoints that are not safetensors.
             kinds = (".safetensors", ".bin", ".pt", ".gguf")

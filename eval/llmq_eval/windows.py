@@ -157,7 +157,9 @@ def _longest(folder: Path, trust_remote_code: bool) -> int | None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise LlmqError(f"{folder}: its config.json cannot be used: {first_line(error)}") from error
+        raise LlmqError(
+            f"{folder}: its config.json cannot be used ({first_line(error)}): give the folder of a causal model"
+        ) from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 1 else None
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmq.checkpoint import strangers
 from llmq.checkpoint.files import CARD, INDEX, PICKLES, SINGLE, goes_along
 from llmq.errors import LlmqError, first_line
 from llmq.machine import existing
@@ -48,7 +49,10 @@ def resolve(
     if path.is_dir():
         return path
     if path.exists():
-        raise LlmqError(f"{model} is a file, not a model folder: give the folder that holds it")
+        told = strangers.of_file(path)
+        raise LlmqError(
+            f"{model} is a file, not a model folder{f' ({told})' if told else ''}: give the folder of a model"
+        )
     if is_path(model):
         raise LlmqError(f"{model}: no such folder")
     return _fetch(model, revision, token, trust_remote_code)
@@ -163,7 +167,8 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
 def _weights(name: str, files: dict[str, int]) -> list[str] | None:
     """The weight files to fetch; None if the index must be read first. Raises LlmqError if none is usable."""
     if "config.json" not in files:
-        raise LlmqError(f"{name} has no config.json on the hub: it is not a transformers model")
+        unknown = "has no config.json on the hub: it is not a transformers model"
+        raise LlmqError(f"{name} {strangers.of_names(files) or unknown}")
     if INDEX in files:
         return None
     if SINGLE in files:
@@ -180,6 +185,8 @@ def _weights(name: str, files: dict[str, int]) -> list[str] | None:
             f"{name} has only pickled weights ({', '.join(pickles[:3])}), which can run code when read, so llmq does "
             "not: convert it to safetensors on a machine that may run it, or use a revision that has them"
         )
+    if told := strangers.of_names(files):
+        raise LlmqError(f"{name} {told}")
     raise LlmqError(f"{name} has no safetensors weights on the hub (it has {', '.join(sorted(files)[:5])})")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmq.checkpoint import strangers
 from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
@@ -76,6 +77,8 @@ class FolderSource:
     def _open(self, quantized_ok: bool) -> None:
         if not self.folder.is_dir():
             what = "is a file, not a model folder" if self.folder.exists() else "does not exist"
+            told = strangers.of_file(self.folder) if self.folder.is_file() else None
+            what += f" ({told})" if told else ""
             raise LlmqError(f"{self.folder} {what}: give the folder that holds config.json and the safetensors files")
         self.config: dict[str, Any] = _read_config(self.folder)
         if not quantized_ok:
@@ -99,6 +102,8 @@ class FolderSource:
             return None
         found = sorted(self.folder.glob("*.safetensors"))
         if len(found) == 1:
+            if told := strangers.of_single(found[0]):
+                raise LlmqError(f"{self.folder} {told}")
             return found
         if found:
             raise LlmqError(
@@ -111,6 +116,8 @@ class FolderSource:
                 f"{self.folder} has its weights as pickles only ({pickles[0]}), which can run code when opened and are "
                 "not read: convert it once with transformers (from_pretrained, then save_pretrained to a new folder)"
             )
+        if told := strangers.of_folder(self.folder):
+            raise LlmqError(f"{self.folder} {told}")
         raise LlmqError(f"{self.folder} has no weights: neither {INDEX} nor a safetensors file; download it again")
 
     def _headers(self, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
@@ -251,9 +258,12 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    raw = _read_bytes(path)
     try:
-        value = json.loads(_read_bytes(path))
+        value = json.loads(raw)
     except (ValueError, RecursionError) as error:
+        if told := strangers.of_bytes(raw):
+            raise LlmqError(f"{path} is {told}") from error
         raise LlmqError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
         raise LlmqError(f"{path} is not a JSON object: download it again")
@@ -263,7 +273,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise LlmqError(f"{folder} is not a model folder: it has no config.json")
+        told = strangers.of_folder(folder)
+        told = told or "is not a model folder: it has no config.json; give the folder that holds it and the weights"
+        raise LlmqError(f"{folder} {told}")
     return _read_object(path)
 
 

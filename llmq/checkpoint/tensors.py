@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint import strangers
 from llmq.errors import LlmqError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -74,8 +75,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            if start == b"version ":
-                raise LlmqError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder")
+            # A real length is far below 2^32: its last four bytes are 0.
+            if any(start[4:]) and (told := strangers.of_file(path)):
+                raise LlmqError(f"{path} is {told}")
             length = int.from_bytes(start, "little")
             if len(start) < 8 or 8 + length > size:
                 raise _truncated(path, f"{size} bytes, shorter than its own header")

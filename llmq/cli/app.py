@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from llmq.cli import adapters, evaluate, push, tune
 from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli.surroundings import settle
 from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
@@ -151,4 +152,5 @@ app.command()(tune.tune)
 
 def main() -> None:
     """Entry point of the console script."""
+    settle()
     sys.exit(app())

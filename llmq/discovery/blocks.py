@@ -6,6 +6,7 @@ docs/design.md.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.discovery.architecture import not_causal
 from llmq.discovery.calls import Call, Recording, record
 from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
@@ -79,8 +81,22 @@ def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> 
             )
         getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
     except Exception as error:  # with a wrong config, model code may fail in any way
-        raise LlmqError(f"{folder}: transformers cannot build this model: {first_line(error)}") from error
+        told = not_causal(_config_of(folder))
+        told = told or (
+            f"transformers cannot build this model: {first_line(error)}; its config.json is "
+            "damaged, or for another version of transformers"
+        )
+        raise LlmqError(f"{folder}: {told}") from error
     return model.eval()
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """config.json as it is; empty if it cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _nested(config: Any) -> Iterator[Any]:
@@ -118,7 +134,10 @@ def find(model: nn.Module) -> Structure:
             reasons.append(f"{path}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {first_line(error)}")
-    raise LlmqError("no list of decoder blocks was found: " + ("; ".join(reasons) or "the model has no module list"))
+    raise LlmqError(
+        f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
+        "models that are a list of blocks, which run one after the other"
+    )
 
 
 @contextmanager

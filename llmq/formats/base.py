@@ -8,13 +8,14 @@ parts are optional:
 - PACKAGES: method in config.json → the package that stock transformers needs to read it;
 - STOCK_UNPACKS: whether stock transformers makes the weights of PACKAGES dense to run them;
 - claims(section): whether a configuration without `quant_method` is of this format;
-- COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`).
+- COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`). A key of COMPANIONS that
+  begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -86,7 +87,7 @@ class Row:
     channel.
 
     error: relative error from the folder's report, if there is one. nbytes: with scales and all other tensors of the
-    weight. kind: 'int', 'float', 'nf4' …, or 'plain'.
+    weight. kind: 'int', 'float', 'nf4' …, 'plain', or UNKNOWN, of which only nbytes is known; why: the reason for that.
     """
 
     name: str
@@ -98,15 +99,85 @@ class Row:
     error: float | None
     nbytes: int
     dtype: str
+    why: str = ""
+
+    @property
+    def understood(self) -> bool:
+        """Whether more than its stored bytes is known."""
+        return self.kind != UNKNOWN
 
     @property
     def size(self) -> int:
-        """The number of elements of the weight."""
-        return math.prod(self.shape)
+        """The number of elements of the weight; 0 if that is not known."""
+        return math.prod(self.shape) if self.understood else 0
+
+
+UNKNOWN = "unknown"
+
+
+class Unclear(Exception):
+    """A weight's tensors have no layout that is known, or contradict config.json: what was found, in a few words."""
 
 
 SMALL = 1 << 16
 """The largest tensor, in bytes, that an inspection may read."""
+
+
+def whole(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of these values that is a whole number, also written as text; None if there is none."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, str) and value.lstrip("-").isdigit():
+            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def inputs_per_scale(inputs: int, scales: int, stated: int | None) -> int:
+    """The group size of a row of `inputs` weights that has this many scales; 0 for one scale.
+
+    stated: by the configuration: -1 for one scale, None if it does not say. Raises Unclear if that is not so, or if
+    there are several sizes that it could be.
+    """
+    if stated and scales != (-(-inputs // stated) if stated > 0 else 1):
+        told = f"groups of {stated}" if stated > 0 else "one for each row"
+        raise Unclear(f"{scales} scales for {inputs} inputs, but config.json says {told}")
+    if scales <= 1:
+        return 0
+    if stated:
+        return stated
+    powers = (1 << k for k in range(inputs.bit_length()))
+    fitting = {size for size in powers if -(-inputs // size) == scales}
+    fitting |= set() if inputs % scales else {inputs // scales}
+    if len(fitting) != 1:
+        raise Unclear(f"{scales} scales for {inputs} inputs, and config.json does not say how large a group is")
+    return fitting.pop()
+
+
+def check_named(inputs: int, bits: int, config: Mapping[str, Any]) -> None:
+    """Check a number of inputs that follows from `bits` alone, by the sizes in the model's own config.json.
+
+    Raises Unclear if no size is that number, nor the product of two, but another width of codes would give one.
+    """
+    sizes = set(_numbers(config))
+    products = {frozenset((size, inputs // size)) for size in sizes if inputs % size == 0 and inputs // size in sizes}
+    for other in range(2, 9):
+        right = inputs * bits // other
+        if inputs not in sizes and right * other == inputs * bits and right in sizes:
+            # Twice the right size is a product too, where a model has two of something.
+            if any(right not in pair for pair in products):
+                continue
+            raise Unclear(f"{bits} bits would make {inputs} inputs, {other} bits {right} as the model has")
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[int]:
+    """The positive whole numbers of a model's configuration, but for its quantization."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and "quantization" not in key and "compression" not in key:
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            yield value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

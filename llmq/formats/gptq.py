@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
-from llmq.formats.base import Row, dtype_name
+from llmq.formats.base import Row, Unclear, check_named, dtype_name, inputs_per_scale, whole
 from llmq.formats.packing import packed_width, unpack_codes
 from llmq.formats.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
 
@@ -117,28 +117,37 @@ def refusal_of_values(config: Configuration) -> str | None:
 def settings(config: Configuration, name: str) -> tuple[int, int, bool]:
     """Bits and group size of a module's weight, and whether it needs a g_idx, including per-module settings.
 
-    `dynamic` (gptqmodel): regular expression → other settings, where '-:' marks an unquantized module; `extra_config`
-    (auto-round): name or regular expression → other settings. Raises LlmqError if the module should not be quantized,
-    has bits without a kernel, or the configuration is invalid.
+    Raises LlmqError if the module should not be quantized, has bits without a kernel, or the configuration is invalid.
     """
-    own: Mapping[str, Any] = {}
-    for pattern, changes in mapping(getattr(config, "extra_config", None), "extra_config").items():
-        if pattern == name or _expression(pattern, "extra_config").fullmatch(name):
-            own = mapping(changes, f"extra_config {pattern!r}")
-            break
-    for pattern, changes in mapping(getattr(config, "dynamic", None), "dynamic").items():
-        kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
-        if _expression(pattern.removeprefix(kind), "dynamic").match(name):
-            if kind == "-:":
-                raise LlmqError(
-                    f"config.json says that {name} is not quantized ({pattern!r}), but its weight is stored quantized"
-                )
-            own = mapping(changes, f"dynamic {pattern!r}")
-            break
+    own, excluded = own_settings(getattr(config, "extra_config", None), getattr(config, "dynamic", None), name)
+    if excluded is not None:
+        raise LlmqError(
+            f"config.json says that {name} is not quantized ({excluded!r}), but its weight is stored quantized"
+        )
     bits, group_size = own.get("bits", config.bits), own.get("group_size", config.group_size)
     if bits not in BITS:
         raise LlmqError(f"config.json gives {name} {bits} bits, and there are kernels for {', '.join(map(str, BITS))}")
     return bits, group_size, bool(own.get("desc_act", getattr(config, "desc_act", False)))
+
+
+def own_settings(extra_config: Any, dynamic: Any, name: str) -> tuple[Mapping[str, Any], str | None]:
+    """A module's own settings, empty if it has none, and the pattern that says it is not quantized, or None.
+
+    `dynamic` (gptqmodel): regular expression → other settings, where '-:' marks an unquantized module; `extra_config`
+    (auto-round): name or regular expression → other settings. Raises LlmqError if the configuration is invalid.
+    """
+    own: Mapping[str, Any] = {}
+    for pattern, changes in mapping(extra_config, "extra_config").items():
+        if pattern == name or _expression(pattern, "extra_config").fullmatch(name):
+            own = mapping(changes, f"extra_config {pattern!r}")
+            break
+    for pattern, changes in mapping(dynamic, "dynamic").items():
+        kind = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
+        if _expression(pattern.removeprefix(kind), "dynamic").match(name):
+            if kind == "-:":
+                return own, pattern
+            return mapping(changes, f"dynamic {pattern!r}"), None
+    return own, None
 
 
 def _expression(pattern: str, key: str) -> re.Pattern[str]:
@@ -154,21 +163,59 @@ def inspect(
 ) -> Row:
     """The description of a quantized weight, from the headers of the tensors that store it.
 
-    GPTQ packs along the inputs, AWQ along the outputs; scales are [groups, out] in both.
+    GPTQ packs along the inputs, AWQ along the outputs; scales are [groups, out] in both. Raises Unclear if bits, shapes
+    and configuration do not fit together.
     """
+    own, excluded = own_settings(config.get("extra_config"), config.get("dynamic"), module)
+    if excluded is not None:
+        raise Unclear(f"config.json says that it is not quantized ({excluded!r})")
+    layout = str(config.get("packing_format") or config.get("checkpoint_format") or config.get("version") or "")
+    if layout and layout.lower() not in LAYOUTS:
+        raise Unclear(f"it is stored as {layout!r}")
+    words, scales, zeros = parts[CODES], parts[SCALES_NAME], parts.get(ZEROS)
+    if any(len(part.shape) != 2 for part in (words, scales, *([zeros] if zeros else []))):
+        raise Unclear(f"{CODES} is {[*words.shape]}, {SCALES_NAME} {[*scales.shape]}")
+    groups, out = scales.shape
+    stated = whole(own, "bits") or whole(config, "bits", "w_bit")
+    found = _widths(parts, out)
+    if stated is not None and stated not in found:
+        raise Unclear(f"config.json says {stated} bits, its tensors are for {' or '.join(map(str, found)) or 'none'}")
+    if stated is None and len(found) != 1:
+        raise Unclear(
+            f"config.json does not say its bits, its tensors are for {' or '.join(map(str, found)) or 'none'}"
+        )
+    bits = stated or next(iter(found))
+    size = whole(own, "group_size")
+    group = inputs_per_scale(found[bits], groups, whole(config, "group_size", "q_group_size") if size is None else size)
+    if len(found) > 1:
+        check_named(found[bits], bits, source.config)
     nbytes = sum(part.nbytes for part in parts.values())
-    qweight, scales = parts["qweight"], parts["scales"]
-    bits = int(config.get("bits") or config.get("w_bit") or 4)
-    per_word = qweight.dtype.itemsize * 8
-    out = scales.shape[-1]
-    inputs = qweight.shape[0] if qweight.shape[-1] != out else qweight.shape[0] * per_word // bits
-    group = math.ceil(inputs / scales.shape[0]) if scales.shape[0] > 1 else 0
-    stated = config.get("sym", not config["zero_point"] if "zero_point" in config else method != "awq")
+    symmetric = config.get("sym", not config["zero_point"] if "zero_point" in config else method != "awq")
+    dtype = dtype_name(words.dtype)
     return Row(
-        f"{module}.weight", (out, inputs), "int", bits, group, bool(stated), None, nbytes, dtype_name(qweight.dtype)
+        f"{module}.weight", (out, found[bits]), "int", bits, group, bool(own.get("sym", symmetric)), None, nbytes, dtype
     )
 
 
+def _widths(parts: Mapping[str, TensorInfo], out: int) -> dict[int, int]:
+    """Bits → inputs, for every width of codes that these tensors can have."""
+    words, zeros, order = parts[CODES], parts.get(ZEROS), parts.get(GROUPS)
+    per_word, found = 8 * words.dtype.itemsize, {}
+    for bits in range(2, 9):
+        across = -(-out * bits // per_word)
+        if zeros is not None and zeros.shape != (parts[SCALES_NAME].shape[0], across):
+            continue
+        if words.shape[1] == out:
+            inputs = math.prod(order.shape) if order is not None else words.shape[0] * per_word // bits
+            if -(-inputs * bits // per_word) == words.shape[0]:
+                found[bits] = inputs
+        elif zeros is not None and words.shape[1] == across:
+            found[bits] = words.shape[0]
+    return found
+
+
+LAYOUTS = {*FORMATS, "gemm", "ipex", "auto_round:auto_awq", "auto_round:awq"}
+"""The layouts that `inspect` knows, as configurations of GPTQ and AWQ name them."""
 READERS = {"gptq": GPTQReader, "auto-round": GPTQReader}
 PACKAGES = {"gptq": "gptqmodel"}
 COMPANIONS = {CODES: (ZEROS, SCALES_NAME, GROUPS)}

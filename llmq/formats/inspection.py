@@ -1,7 +1,8 @@
 """Lists every weight of a model folder of any tool: its bits, group size, error and bytes.
 
 Reads the headers of the safetensors files, the configuration and a few small tensors that give a shape; never a weight.
-A quantized weight is stored as several tensors; each format says which suffixes belong together.
+A quantized weight is stored as several tensors; each format says which suffixes belong together. Nothing is stated that
+the tensors' own shapes and dtypes do not bear out: the rest is "not understood", with its bytes only.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmq import formats
 from llmq.checkpoint.files import REPORT
 from llmq.checkpoint.source import FolderSource, Source
-from llmq.formats.base import Row, dtype_name
+from llmq.checkpoint.tensors import TensorInfo
+from llmq.formats.base import UNKNOWN, Row, Unclear, dtype_name
+
+OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Files beside a config.json that says nothing of quantization → the method that they are of."""
+PACKED = {
+    *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+}
+"""What codes are stored as; 64-bit integers and booleans are positions and masks."""
+SCALING = ("scale", "zero", "absmax", "codebook", "scb", "quant")
+"""Parts of the names of tensors that give codes their meaning."""
+ORDINARY = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Inspection:
 
     @property
     def size(self) -> int:
-        """The number of elements of all weights."""
+        """The number of elements of all weights that are understood."""
         return sum(row.size for row in self.rows)
 
     @property
@@ -44,49 +59,122 @@ class Inspection:
         return tuple(row for row in self.rows if row.bits is not None)
 
     @property
-    def bits_per_weight(self) -> float:
-        """Effective bits per weight of the whole model, including scales, zero points and unquantized weights."""
-        return 8 * self.nbytes / max(1, self.size)
+    def unknown(self) -> tuple[Row, ...]:
+        """The weights whose layout is not understood: only their bytes are known."""
+        return tuple(row for row in self.rows if not row.understood)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Effective bits per weight of the whole model, including scales, zero points and unquantized weights.
+
+        None if some weights are not understood.
+        """
+        return None if self.unknown else 8 * self.nbytes / max(1, self.size)
 
     @property
     def bits_per_quantized_weight(self) -> float | None:
-        """The same over the quantized weights alone; None if there are none."""
+        """The same over the quantized weights alone that are understood; None if there are none."""
         rows = self.quantized
         return 8 * sum(row.nbytes for row in rows) / max(1, sum(row.size for row in rows)) if rows else None
 
 
 def inspect_folder(path: Path) -> Inspection:
-    """Inspect a model folder: compressed-tensors, gptq, awq, bitsandbytes, fp8, or unquantized.
+    """Inspect a model folder: compressed-tensors, gptq, awq, bitsandbytes, fp8, fp4, mlx, or unquantized.
 
+    What is in another layout, or contradicts its configuration, is a row that is not understood: it has its bytes only.
     Raises LlmqError if it is not a model folder, or its files are missing or damaged.
     """
     source = FolderSource(Path(path), trust_remote_code=True, quantized_ok=True)
-    found = source.config.get("quantization_config") or source.config.get("compression_config") or {}
-    config: dict[str, Any] = found if isinstance(found, dict) else {}
-    method = formats.method_of(config)
+    method, config = section_of(source.folder, source.config)
     errors = _errors(source.folder)
     rows = [replace(row, error=_error(row, errors)) for row in _rows(source, method, config)]
     rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.name)])
     return Inspection(source.folder, method, config.get("format"), tuple(rows))
 
 
+def section_of(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+    """The quantization method of a folder, None if it names none, and its settings, wherever its tool puts them."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = part.get(key)
+            if isinstance(found, Mapping) and found:
+                return formats.method_of(found) or ("mlx" if "quantization" in part else None), found
+    for name, method in OLD_FILES.items():
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, Mapping):
+            inner = found.get("quantization")
+            return method, inner if isinstance(inner, Mapping) else found
+    return None, {}
+
+
 def _rows(source: Source, method: str | None, config: Mapping[str, Any]) -> Iterator[Row]:
     names = set(source.names())
     taken: set[str] = set()
+    understood = False
     for name in sorted(names):
-        module, _, ending = name.rpartition(".")
-        for known in (known for known in formats.having("COMPANIONS") if ending in known.COMPANIONS):
-            parts = {ending: source.info(name)}
-            for companion in known.COMPANIONS[ending]:
-                if f"{module}.{companion}" in names:
-                    parts[companion] = source.info(f"{module}.{companion}")
+        for known, stem, parts in _weights(source, name, names):
+            taken |= {info.name for info in parts.values()}
+            try:
+                row = known.inspect(source, stem, parts, method, config)
+                understood = understood or row.bits is not None
+            except Unclear as unclear:
+                row = _unknown(f"{stem}.weight", list(parts.values()), str(unclear))
+            yield row
+            break
+    left: dict[str, list[TensorInfo]] = {}
+    for name in sorted(names - taken):
+        left.setdefault(_module(name, names), []).append(source.info(name))
+    for module, found in left.items():
+        if strange := _strange(found, method, understood):
+            yield _unknown(module if len(found) > 1 else found[0].name, found, strange)
+        else:
+            for info in found:
+                yield Row(info.name, info.shape, "plain", None, None, None, None, info.nbytes, dtype_name(info.dtype))
+
+
+def _weights(source: Source, name: str, names: set[str]) -> Iterator[tuple[Any, str, dict[str, TensorInfo]]]:
+    """The formats to which a tensor may be the codes of a weight; the weight's name, and its tensors by suffix."""
+    for known in formats.having("COMPANIONS"):
+        for ending, companions in known.COMPANIONS.items():
+            dot = "" if ending.startswith("_") else "."
+            stem = name.removesuffix(dot + ending)
+            if stem == name:
+                continue
+            there = (part for part in (ending, *companions) if f"{stem}{dot}{part}" in names)
+            parts = {part: source.info(f"{stem}{dot}{part}") for part in there}
             if any(scale in parts for scale in known.SCALES):
-                taken |= {info.name for info in parts.values()}
-                yield known.inspect(source, module, parts, method, config)
-                break
-    for name in names - taken:
-        info = source.info(name)
-        yield Row(name, info.shape, "plain", None, None, None, None, info.nbytes, dtype_name(info.dtype))
+                yield known, stem, parts
+
+
+def _module(name: str, names: set[str]) -> str:
+    """The module of a tensor; that of the weight for a tensor named after one (`up.weight.absmax`)."""
+    above = name.rpartition(".")[0]
+    return above.rpartition(".")[0] if above in names else above or name
+
+
+def _strange(found: list[TensorInfo], method: str | None, understood: bool) -> str:
+    """Why a module's tensors, which no format knows, are not plain numbers; '' if they are.
+
+    understood: whether other weights of the folder are in a format that is known.
+    """
+    words = [info for info in found if info.dtype in PACKED]
+    beside = [info.name for info in found if any(word in info.name.rpartition(".")[2].lower() for word in SCALING)]
+    eight = [info for info in words if info.dtype.is_floating_point]
+    if (words and (method or beside)) or eight:
+        one = (eight or words)[0]
+        told = f"with {', '.join(name.rpartition('.')[2] for name in beside)}" if beside else "without scales"
+        return f"{one.name.rpartition('.')[2]} is {dtype_name(one.dtype)} {[*one.shape]} {told}"
+    others = [info for info in found if len(info.shape) > 1 and not info.name.endswith(ORDINARY)]
+    if method and not understood and others:
+        return f"{others[0].name.rpartition('.')[2]} is {dtype_name(others[0].dtype)} {[*others[0].shape]}"
+    return ""
+
+
+def _unknown(name: str, found: list[TensorInfo], why: str) -> Row:
+    return Row(name, (), UNKNOWN, None, None, None, None, sum(info.nbytes for info in found), "", why)
 
 
 def _errors(folder: Path) -> dict[str, float]:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 from llmq import formats
+from llmq.checkpoint.strangers import of_folder, of_tokenizer
+from llmq.discovery.architecture import not_causal
 from llmq.errors import LlmqError, first_line
 
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
@@ -104,7 +106,8 @@ def load_model(
     ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
-        raise LlmqError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        told = not_causal(check_readable(folder, kernels)) or first_line(error)
+        raise LlmqError(f"{folder} cannot be loaded: {told}") from error
     model, info = loaded
     if spilled is not None:
         weakref.finalize(model, spilled.cleanup)
@@ -196,7 +199,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise LlmqError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise LlmqError(of_tokenizer(folder, error)) from error
 
 
 def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
@@ -207,7 +210,8 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LlmqError(f"{folder} has no config.json: give the folder of a model") from error
+        told = (of_folder(folder) if folder.is_dir() else None) or "has no config.json: give the folder of a model"
+        raise LlmqError(f"{folder} {told}") from error
     except (OSError, ValueError) as error:
         raise LlmqError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
     quantization = config.get("quantization_config")

@@ -9,6 +9,7 @@ from torch import nn
 
 from llmq import formats
 from llmq.checkpoint.source import Source
+from llmq.discovery.architecture import not_causal
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
@@ -22,9 +23,7 @@ def check_sources(source: Source, model: nn.Module, links: Links) -> None:
     for name, parameter in model.named_parameters():
         tensor = links.source.get(name)
         if tensor is None:
-            reason = links.converted.get(
-                name, "the checkpoint has no tensor for it: it is incomplete, or of another model"
-            )
+            reason = links.converted.get(name) or _missing(source, links)
             raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         stored = source.info(tensor).shape
         if stored != tuple(parameter.shape):
@@ -32,6 +31,17 @@ def check_sources(source: Source, model: nn.Module, links: Links) -> None:
                 f"{source.folder}: {tensor} is {[*stored]} in the checkpoint but {[*parameter.shape]} by config.json: "
                 "they are of different models"
             )
+
+
+def _missing(source: Source, links: Links) -> str:
+    """Why a parameter may have no tensor, with the way out."""
+    if told := not_causal(source.config):
+        return f"the checkpoint has no tensor for it; {told}"
+    left = f"; it has {links.unused[0]}, for example, which this model does not" if links.unused else ""
+    return (
+        f"the checkpoint has no tensor for it: it is incomplete, or of another model{left}: download all of its files "
+        "again, with its own config.json"
+    )
 
 
 def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:

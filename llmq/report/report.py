@@ -89,7 +89,10 @@ class Report:
         try:
             return Report.from_dict(json.loads((folder / REPORT).read_text()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, LlmqError) as error:
-            raise LlmqError(f"{folder / REPORT}: cannot be read as a report: {first_line(error)}") from error
+            raise LlmqError(
+                f"{folder / REPORT}: cannot be read as a report ({first_line(error)}): quantize again into another "
+                "folder, or take the file away"
+            ) from error
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
@@ -116,6 +119,11 @@ def make_report(
         payload = done[f"block {index}"]
         blocks.append(read_block({"name": block.name, **payload}))
         weights += [read_weight({"block": index, **row}) for row in payload["weights"]]
+    silent = [block.name for block in blocks if block.zero]
+    silent_note = (
+        f"the output of {', '.join(silent[:3])}{f' and {len(silent) - 3} more' if len(silent) > 3 else ''} is zero for "
+        "every calibration window, before quantization as well: there is no relative error, and nothing was calibrated"
+    )
     for item in plan.weights:
         if item.reason is not None:
             weights.append(KeptRow(item.name, item.shape, item.block, item.before, item.reason))
@@ -134,7 +142,7 @@ def make_report(
         seconds=round(seconds, 2),
         weights=weights,
         blocks=blocks,
-        warnings=plan.warnings,
+        warnings=[*plan.warnings, *([silent_note] if silent else [])],
         format=formats.name(plan.schemes),
         loaders=[loader.sentence for loader in formats.loaders(plan.schemes)],
         command=command,

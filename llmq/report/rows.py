@@ -45,7 +45,8 @@ class KeptRow:
 class BlockRow:
     """A decoder block.
 
-    error: relative, of its output on the calibration windows; seconds: in all; log: the methods' attempts; memory,
+    error: relative, of its output on the calibration windows; zero: that output is all zeros before quantization, so
+    that nothing can be relative to it, and the error is absolute; seconds: in all; log: the methods' attempts; memory,
     peak: the resident size of the process that quantized it, at the block's end, and the largest until then; device:
     the peak of tensor memory on the GPU while the block was quantized. None if not recorded.
     """
@@ -57,6 +58,12 @@ class BlockRow:
     memory: int | None = None
     peak: int | None = None
     device: int | None = None
+    zero: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The error in words: a number, or that there is none."""
+        return "output is zero" if self.zero else f"{self.error:.2e}"
 
 
 def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
@@ -94,7 +101,7 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
 
 def read_block(data: Mapping[str, Any]) -> BlockRow:
     """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
-    more = {key: data[key] for key in ("memory", "peak", "device") if key in data}
+    more = {key: data[key] for key in ("memory", "peak", "device", "zero") if key in data}
     log = tuple(read_attempt(line) for line in data.get("log", ()))
     return BlockRow(data["name"], data["error"], data["seconds"], log, **more)
 

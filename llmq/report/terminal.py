@@ -93,7 +93,7 @@ def report(console: Console, done: Report) -> None:
         rows = [row for row in done.quantized if row.block == index]
         bits = 8 * sum(row.bytes for row in rows) / max(1, sum(prod(row.shape) for row in rows))
         mean = sum(row.error for row in rows) / max(1, len(rows))
-        table.add_row(escape(block.name), f"{block.error:.2e}", f"{mean:.2e}", f"{bits:.2f}", f"{block.seconds:.1f}")
+        table.add_row(escape(block.name), block.shown, f"{mean:.2e}", f"{bits:.2f}", f"{block.seconds:.1f}")
     console.print(table)
     worst = sorted(done.quantized, key=lambda row: -row.error)[:WORST]
     losses = ", ".join(f"{escape(row.name)} {row.error:.2e}" for row in worst)
@@ -148,6 +148,9 @@ def inspection(console: Console, found: Inspection) -> None:
         error = "" if row.error is None else f"{row.error:.4f}"
         shape = "×".join(map(str, row.shape)) or "1"
         name = escape(row.name.removesuffix(".weight"))
+        if not row.understood:
+            table.add_row(name, "", "not understood", "", size(row.nbytes), style="yellow")
+            continue
         table.add_row(name, shape, scheme(row), error, size(row.nbytes), style="dim" if row.bits is None else None)
     console.print(table)
     console.print()
@@ -155,17 +158,21 @@ def inspection(console: Console, found: Inspection) -> None:
     totals.add_row("quantized with", escape(" ".join(filter(None, (found.method, found.format))) or "nothing"))
     schemes = Counter(scheme(row) for row in found.quantized)
     totals.add_row("quantized", ", ".join(f"{count} × {what}" for what, count in schemes.most_common()) or "none")
-    kept = len(found.rows) - len(found.quantized)
-    totals.add_row(
-        "not quantized", f"{kept} tensors, {size(sum(row.nbytes for row in found.rows if row.bits is None))}"
-    )
+    kept = [row for row in found.rows if row.bits is None and row.understood]
+    totals.add_row("not quantized", f"{len(kept)} tensors, {size(sum(row.nbytes for row in kept))}")
+    if found.unknown:
+        why = "; ".join(f"{count} × {said}" for said, count in Counter(row.why for row in found.unknown).most_common(3))
+        nbytes = size(sum(row.nbytes for row in found.unknown))
+        totals.add_row("layout not understood", escape(f"{len(found.unknown)} weights, {nbytes} stored: {why}"))
     if found.bits_per_quantized_weight is not None:
         totals.add_row("bits per quantized weight", f"{found.bits_per_quantized_weight:.3f}")
-    totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")
+    if found.bits_per_weight is not None:
+        totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")
     errors = [(row.error, row.name) for row in found.rows if row.error is not None]
     if errors:
         totals.add_row("largest error", f"{max(errors)[0]:.4f} {escape(max(errors)[1])}")
-    totals.add_row("size", f"{size(found.nbytes)}, {found.size / 1e6:.2f} million numbers")
+    numbers = "" if found.unknown else f", {found.size / 1e6:.2f} million numbers"
+    totals.add_row("size", f"{size(found.nbytes)}{numbers}")
     console.print(totals, highlight=False)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from llmq.errors import first_line
+from llmq.errors import LlmqError, first_line
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ValueError("one\ntwo"), "one"),
-        (ValueError("\n\n  one  \ntwo"), "one  "),
+        (ValueError("one way\ntwo"), "one way"),
+        (ValueError("\n\n  one way: \ntwo"), "one way"),
         (ValueError(""), "ValueError"),
         (ValueError(" \n "), "ValueError"),
-        (KeyError("name"), "'name'"),
+        (KeyError("name"), "KeyError: 'name'"),  # one word alone says nothing
+        (LlmqError("name"), "name"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
     ],
 )

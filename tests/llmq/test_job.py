@@ -86,7 +86,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, text_file: P
     refused(
         lambda: job.calibration_windows(FolderSource(model), text, 0, None),
         str(model),
-        "its tokenizer cannot be loaded",
+        "cannot be loaded",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import steps
@@ -19,6 +20,7 @@ from llmq.methods import Pipeline
 from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
+from llmq.stream import check_signature, output_signature
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
 
@@ -83,3 +85,62 @@ def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
     assert device_memory(torch.device("cpu")) is None and not asked
     assert device_memory(torch.device("cuda:0")) == 1 << 30 and asked == ["most", "reset"]
+
+
+def zeroed(folder: Path, *endings: str) -> Path:
+    """A tiny model in which the tensors whose names end so are all zeros."""
+    model = write_tiny_model(folder)
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({n: t * 0 if n.endswith(endings) else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    return model
+
+
+SCHEMES = {
+    "int4": Scheme(4, 32),
+    "int3 asymmetric": Scheme(3, 32, symmetric=False),
+    "nf4": Scheme(4, 64, grid="nf4"),
+    "fp8": Scheme(8, None, grid="fp8"),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq", "awq+gptq", "signround"])
+def test_an_output_of_zeros_is_no_damage(tmp_path: Path, method: str, scheme: str) -> None:
+    """All weights, or only the embedding, are zero: so is every block's output, and nothing is relative to it."""
+    model = zeroed(tmp_path / "model", "")
+    options = {"iterations": 2} if method == "signround" else {}
+    recipe = Recipe(methods=tuple(method.split("+")), scheme=SCHEMES[scheme], options=options)
+    report = llmq.quantize(str(model), tmp_path / "out", recipe, ids=IDS)
+    assert all(block.zero and block.error == 0 and block.shown == "output is zero" for block in report.blocks)
+    assert all(row.error == 0 for row in report.quantized)
+    assert any("layers.0" in w and "is zero for every calibration window" in w for w in report.warnings)
+    assert Report.load(tmp_path / "out") == report
+
+
+@pytest.mark.parametrize(
+    ("endings", "zero"),
+    [
+        (("embed_tokens.weight",), True),
+        (("1.self_attn.o_proj.weight", "1.mlp.down_proj.weight"), False),  # a block that adds nothing
+        (("0.mlp.up_proj.weight",), False),
+    ],
+)
+def test_zeros_in_some_places(tmp_path: Path, endings: tuple[str, ...], zero: bool) -> None:
+    report = llmq.quantize(str(zeroed(tmp_path / "model", *endings)), tmp_path / "out", RECIPE, ids=IDS)
+    assert {block.zero for block in report.blocks} == {zero}
+    assert all(row.error == 0 for row in report.quantized if f"{row.name}.weight".endswith(endings))
+    assert bool([w for w in report.warnings if "is zero" in w]) == zero
+
+
+def test_a_signature_of_zeros() -> None:
+    """Zeros that stay zeros agree; zeros that become numbers, and numbers that become zeros, do not."""
+    zeros, ones = torch.zeros(2, 300), torch.ones(2, 300)
+    sparse = zeros.clone()
+    sparse[1, 299] = 1e3
+    for value in (zeros, ones, sparse):
+        check_signature({"signature": output_signature(value)}, value, "x")
+    for then, now in ((zeros, ones), (ones, zeros), (zeros, sparse), (sparse, zeros), (zeros, zeros + 1e-20)):
+        refused(
+            lambda then=then, now=now: check_signature({"signature": output_signature(then)}, now, "x"), "read back"
+        )

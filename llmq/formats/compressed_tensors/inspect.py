@@ -1,4 +1,8 @@
-"""compressed-tensors weights, and other tools' FP8 weights in the same layout, as `llmq inspect` shows them."""
+"""compressed-tensors weights, and other tools' FP8 and FP4 weights in the same layout, as `llmq inspect` shows them.
+
+Bits and shapes follow from the tensors, and must be those of the configuration. modelopt and quark write FP4 codes as
+`weight`, compressed-tensors as `weight_packed`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.formats.base import SMALL, Row, dtype_name
+from llmq.formats.base import SMALL, Row, Unclear, check_named, dtype_name, inputs_per_scale, whole
 
 COMPANIONS = {
     "weight_packed": (
@@ -17,47 +23,114 @@ COMPANIONS = {
         "input_scale", "input_zero_point", "input_global_scale",
     ),
     "weight": (
-        "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_shape",
-        "input_scale", "input_zero_point",
+        "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_g_idx", "weight_shape",
+        "input_scale", "input_zero_point", "pre_quant_scale",
     ),
 }  # fmt: skip
 """Suffixes of the other tensors that belong to a weight, besides its codes."""
 SCALES = ("weight_scale", "weight_scale_inv")
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+"""How scales that are powers of two are stored."""
+MX, NV = 32, 16
+"""Codes that share a scale in MXFP4, and in NVFP4."""
 
 
 def inspect(
     source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
 ) -> Row:
-    """The description of a quantized weight, from the headers of the tensors that store it."""
+    """The description of a quantized weight, from the headers of the tensors that store it.
+
+    Raises Unclear if these are in no known layout, or contradict the configuration.
+    """
     nbytes = sum(part.nbytes for part in parts.values())
-    codes = parts.get("weight_packed") or parts["weight"]
+    packed = "weight_packed" in parts
+    codes = parts["weight_packed" if packed else "weight"]
     scale = parts.get("weight_scale") or parts["weight_scale_inv"]
-    scheme = _scheme(module, config)
-    kind = str(scheme.get("type") or ("float" if codes.dtype.is_floating_point else "int"))
-    bits = int(scheme.get("num_bits") or (4 if codes is parts.get("weight_packed") else 8 * codes.dtype.itemsize))
-    shape = codes.shape
-    if codes is parts.get("weight_packed"):
-        per_code = codes.dtype.itemsize * 8
-        shape = (*codes.shape[:-1], codes.shape[-1] * per_code // bits)
-        if "weight_shape" in parts and parts["weight_shape"].nbytes < SMALL:
-            shape = tuple(int(size) for size in source.read(parts["weight_shape"].name).tolist())
-    group = _group(shape, scale.shape, scheme)
+    name, dtype, scheme = f"{module}.weight", dtype_name(codes.dtype), scheme_of(module, config)
+    if not packed and codes.dtype in PLAIN:
+        return Row(name, codes.shape, "plain", None, None, None, None, nbytes, dtype)
+    if len(codes.shape) < 2:
+        raise Unclear(f"{dtype} {[*codes.shape]}")
+    if codes.dtype == torch.uint8:
+        shape, kind, bits = _pairs_of_codes(codes, scale, scheme), "float", 4
+    elif packed:
+        kind = str(scheme.get("type") or "int")
+        shape, bits = _words(source, parts, scheme)
+    elif codes.dtype == torch.int8 or codes.dtype.is_floating_point:
+        kind = "float" if codes.dtype.is_floating_point else "int"
+        shape, bits = codes.shape, whole(scheme, "num_bits") or 8
+        if str(scheme.get("type") or kind) != kind or bits > 8 or (kind == "float" and bits != 8):
+            raise Unclear(f"config.json says {scheme.get('type', kind)} of {bits} bits, it is {dtype}")
+    else:
+        raise Unclear(f"weight is {dtype}")
+    group = _group(shape, scale.shape, scheme, config)
     # Floating point grids have no zero point; if the scheme does not say, look for a stored zero point.
     symmetric = bool(scheme.get("symmetric", "weight_zero_point" not in parts)) if kind == "int" else True
-    return Row(f"{module}.weight", shape, kind, bits, group, symmetric, None, nbytes, dtype_name(codes.dtype))
+    return Row(name, shape, kind, bits, group, symmetric, None, nbytes, dtype)
 
 
-def _group(shape: tuple[int, ...], scales: tuple[int, ...], scheme: Mapping[str, Any]) -> int:
-    """Inputs that share a scale; 0 for one scale per channel or for the whole weight."""
-    stated = scheme.get("group_size")
-    if isinstance(stated, int) and stated > 0:
-        return stated
-    if len(scales) != len(shape) or scales[-1] <= 1:
-        return 0
-    return math.ceil(shape[-1] / scales[-1])
+def _pairs_of_codes(codes: TensorInfo, scale: TensorInfo, scheme: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a weight with two FP4 codes in a byte: MXFP4 or NVFP4, as its scales say."""
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    shared = NV if scale.dtype == torch.float8_e4m3fn else MX if scale.dtype in EXPONENTS else 0
+    if not shared or scale.shape != (*shape[:-1], -(-shape[-1] // shared)):
+        raise Unclear(f"uint8 codes with {dtype_name(scale.dtype)} scales {[*scale.shape]} are neither MXFP4 nor NVFP4")
+    if whole(scheme, "num_bits") not in (None, 4) or scheme.get("type") not in (None, "float"):
+        raise Unclear(f"config.json says {scheme.get('type')} of {scheme.get('num_bits')} bits, its tensors are FP4")
+    return shape
 
 
-def _scheme(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _words(source: Source, parts: Mapping[str, TensorInfo], scheme: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """Shape and bits of a weight of integers packed in 32-bit words."""
+    codes, stated, stored = parts["weight_packed"], whole(scheme, "num_bits"), parts.get("weight_shape")
+    if codes.dtype != torch.int32:
+        raise Unclear(f"weight_packed is {dtype_name(codes.dtype)}")
+    *rows, words = codes.shape
+    if stored is None or stored.nbytes >= SMALL:
+        if stated is None:
+            raise Unclear("neither its shape nor its bits are stated")
+        check_named(words * 32 // stated, stated, source.config)
+        return (*rows, words * 32 // stated), stated
+    shape = tuple(int(size) for size in source.read(stored.name).flatten().tolist())
+    # Earlier versions let no code cross a word, so that 3 bits have 10 codes in each.
+    fitting = (
+        {b for b in range(1, 9) if words in (-(-shape[-1] * b // 32), -(-shape[-1] // (32 // b)))} if shape else ()
+    )
+    if list(shape[:-1]) != rows or not fitting or (stated is not None and stated not in fitting):
+        raise Unclear(f"words {[*codes.shape]} for a weight {[*shape]}, and config.json says {stated} bits")
+    if stated is None and len(fitting) > 1:
+        raise Unclear(f"config.json does not say its bits, its tensors are for {sorted(fitting)}")
+    return shape, stated or min(fitting)
+
+
+def _group(
+    shape: tuple[int, ...], scales: tuple[int, ...], scheme: Mapping[str, Any], config: Mapping[str, Any]
+) -> int:
+    """Inputs that share a scale; 0 for one scale per channel or for the whole weight. Blocks have rows as well."""
+    down, along = _block(scheme.get("block_structure") or config.get("weight_block_size"))
+    stated = whole(scheme, "group_size") or along
+    stated = -1 if scheme.get("strategy") in ("channel", "tensor") else stated
+    lead = shape[:-2]
+    wide = {shape[:-1], (*shape[:-1], 1), *([lead, (*lead, 1), (*lead, 1, 1)] if lead else [])}
+    if math.prod(scales) == 1 or scales in wide:
+        return inputs_per_scale(shape[-1], 1, stated)
+    if len(scales) != len(shape) or scales[:-2] != lead:
+        raise Unclear(f"a weight {[*shape]} with scales {[*scales]}")
+    if scales[-2] != shape[-2]:
+        inputs_per_scale(shape[-2], scales[-2], down)
+    return inputs_per_scale(shape[-1], scales[-1], stated)
+
+
+def _block(stated: Any) -> tuple[int | None, int | None]:
+    """Rows and columns of the blocks that share a scale, as the configuration gives them: [128, 128] or '128x128'."""
+    sizes = stated.split("x") if isinstance(stated, str) else stated
+    if not isinstance(sizes, list) or len(sizes) != 2:
+        return None, None
+    return whole({"": sizes[0]}, ""), whole({"": sizes[1]}, "")
+
+
+def scheme_of(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `weights` entry of the config group that a module belongs to: by name or pattern, else the class-wide one."""
     groups = config.get("config_groups")
     wide: Mapping[str, Any] = {}

@@ -221,6 +221,6 @@ def test_a_built_model_has_no_memory_but_its_buffers(tmp_path: Path) -> None:
 
 def test_a_config_that_cannot_be_built_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing of the kind"}')
-    refused(lambda: discover.build(tmp_path, torch.float32), str(tmp_path), "transformers cannot build this model")
+    refused(lambda: discover.build(tmp_path, torch.float32), str(tmp_path), "has no model type 'nothing of the kind'")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     refused(lambda: discover.build(tmp_path, torch.float32), str(tmp_path), "transformers cannot build this model")

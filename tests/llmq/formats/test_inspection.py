@@ -198,6 +198,15 @@ def test_table(tmp_path: Path) -> None:
     assert "1 × int3 channel asymmetric" in text and "bits per weight, whole model" in text
 
 
+def test_table_of_what_is_not_understood(tmp_path: Path) -> None:
+    tensors, config, _ = CASES["gptq"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.inspection(console, inspect_folder(folder(tmp_path, tensors, config | {"bits": 8})))
+    text = console.export_text()
+    assert "not understood" in text and "1 weights" in text and "config.json says 8 bits" in text
+    assert "whole model" not in text and "million" not in text and f"{OUT}×" not in text
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(LlmqError, match="does not exist"):
         inspect_folder(tmp_path / "none")

@@ -39,7 +39,7 @@ def test_a_weight_is_read_back(row: WeightRow | KeptRow) -> None:
     assert read_weight(through_json(row)) == row
 
 
-@pytest.mark.parametrize("row", [BlockRow("x.0", 0.1, 2.0, LOG, 5, 6, 7), BlockRow("x.0", 0.1, 2.0)])
+@pytest.mark.parametrize("row", [BlockRow("x.0", 0.1, 2.0, LOG, 5, 6, 7, True), BlockRow("x.0", 0.1, 2.0)])
 def test_a_block_is_read_back(row: BlockRow) -> None:
     read = read_block(through_json(row))
     assert read == row and all(isinstance(attempt.outcome, Outcome) for attempt in read.log)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint.source import FolderSource
-from llmq.formats.base import SMALL, Row
+from llmq.formats.base import SMALL, Row, Unclear
 from llmq.formats.bitsandbytes.inspect import COMPANIONS, SCALES, inspect
 from tests.llmq.refusal import refused
 
@@ -48,19 +48,24 @@ def test_8_bits_have_a_scale_per_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4_bits_are_what_their_state_says(tmp_path: Path, kind: str) -> None:
     name = f"weight.quant_state.bitsandbytes__{kind}"
-    tensors = four() | {name: state(quant_type=kind, blocksize=128)}
+    tensors = four(blocks=OUT * IN // 128) | {name: state(quant_type=kind, blocksize=128)}
     assert row(tmp_path, tensors) == Row("a.up.weight", (OUT, IN), kind, 4, 128, True, None, nbytes(tensors), "uint8")
 
 
-def test_4_bits_without_a_state_have_a_size_and_a_block(tmp_path: Path) -> None:
-    """Two codes a byte; as many share a magnitude as there are codes for each."""
-    found = row(tmp_path, four(blocks=OUT * IN // 64))
-    assert (found.shape, found.kind, found.bits, found.group) == ((OUT * IN,), "nf4", 4, 64)
-
-
-def test_a_state_that_would_be_large_is_not_read(tmp_path: Path) -> None:
-    tensors = four() | {STATE: torch.zeros(SMALL, dtype=torch.uint8)}
-    assert row(tmp_path, tensors).shape == (OUT * IN,)
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        four(),  # its shape, and whether it is nf4 or fp4, is nowhere
+        four() | {STATE: torch.zeros(SMALL, dtype=torch.uint8)},  # too large to read
+        four() | {STATE: state(shape=[OUT, 2 * IN])},
+        four(blocks=3) | {STATE: state()},
+        {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "SCB": torch.ones(IN)},
+    ],
+    ids=["no state", "large", "shape", "blocks", "scales"],
+)
+def test_what_does_not_fit_is_not_told(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(Unclear):
+        row(tmp_path, tensors)
 
 
 @pytest.mark.parametrize(

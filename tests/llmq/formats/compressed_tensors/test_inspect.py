@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint.source import FolderSource
-from llmq.formats.base import Row
+from llmq.formats.base import Row, Unclear
 from llmq.formats.compressed_tensors.inspect import inspect
 
 OUT, IN = 32, 96
@@ -29,7 +29,7 @@ def row(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], module
 
 
 def packed(bits: int = 4, groups: int = 3, shape: bool = True) -> dict[str, Tensor]:
-    made = {
+    made: dict[str, Tensor] = {
         "weight_packed": torch.zeros(OUT, IN * bits // 32, dtype=torch.int32),
         "weight_scale": torch.ones(OUT, groups),
     }
@@ -64,20 +64,22 @@ def test_the_width_of_words_follows_from_the_bits(tmp_path: Path, bits: int) -> 
         ((group("Linear", num_bits=2), group(r"re:up$", num_bits=8)), 2),  # patterns are matched from the start
         ((group("block.1.up", num_bits=8), group("Linear", num_bits=2)), 2),
         ((group("Linear", num_bits=2), group("Linear", num_bits=8)), 2),  # the first class
-        ((group("block.1.up", num_bits=8),), 4),  # none: what is usual
+        ((group("block.1.up", num_bits=8),), 4),  # none: what the tensors say
         (("damaged", {"weights": None}, {"targets": None, "weights": {"num_bits": 8}}), 4),
     ],
 )
 def test_the_group_that_a_module_belongs_to(tmp_path: Path, given: tuple[Any, ...], bits: int) -> None:
-    assert row(tmp_path, packed(), groups(*given)).bits == bits
+    assert row(tmp_path, packed(bits), groups(*given)).bits == bits
+    with pytest.raises(Unclear, match="words"):
+        row(tmp_path, packed(3), groups(group("Linear", num_bits=bits)))
 
 
 @pytest.mark.parametrize(
     ("scales", "scheme", "expected"),
     [
-        ((OUT, 3), {"group_size": 16}, 16),  # what is stated
+        ((OUT, 6), {"group_size": 16}, 16),  # what is stated
         ((OUT, 3), {}, 32),
-        ((OUT, 5), {}, 20),  # rounded up: the last group may be short
+        ((OUT, 3), {"group_size": 40}, 40),  # the last group may be short
         ((OUT, 1), {"group_size": None}, 0),
         ((1,), {"group_size": -1}, 0),
         ((), {}, 0),
@@ -88,6 +90,23 @@ def test_inputs_that_share_a_scale(
 ) -> None:
     tensors = {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_scale": torch.ones(scales)}
     assert row(tmp_path, tensors, groups(group("Linear", **scheme))).group == expected
+
+
+@pytest.mark.parametrize(
+    ("scales", "scheme", "words"),
+    [
+        ((OUT, 3), {"group_size": 16}, "3 scales for 96 inputs, but config.json says groups of 16"),
+        ((OUT, 5), {}, "does not say how large a group is"),
+        ((OUT, 2), {}, "does not say how large a group is"),  # 48, or 64 and a short one
+        ((OUT, 3), {"strategy": "channel"}, "one for each row"),
+        ((OUT, 3, 1), {}, "with scales [32, 3, 1]"),
+    ],
+)
+def test_scales_that_do_not_fit(tmp_path: Path, scales: tuple[int, ...], scheme: dict[str, Any], words: str) -> None:
+    tensors = {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_scale": torch.ones(scales)}
+    with pytest.raises(Unclear) as caught:
+        row(tmp_path, tensors, groups(group("Linear", **scheme)))
+    assert words in str(caught.value)
 
 
 def test_what_the_scheme_does_not_say_the_tensors_do(tmp_path: Path) -> None:

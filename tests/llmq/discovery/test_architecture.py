@@ -1,0 +1,79 @@
+"""What a config.json says that is no causal language model: transformers knows which are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from llmq import job
+from llmq.discovery.architecture import not_causal
+from llmq.errors import LlmqError
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "it is BertModel"),
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+            "T5ForConditionalGeneration, which is no",
+        ),
+        ({"model_type": "clip"}, "type 'clip' is no causal language model"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "give the causal model"),
+        ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "part of a diffusion pipeline"),
+        ({"architectures": ["LlamaForCausalLM"]}, "no model_type"),
+        ({}, "no model_type"),
+        ({"model_type": "of-tomorrow", "architectures": ["OfTomorrowForCausalLM"]}, "pip install -U transformers"),
+    ],
+)
+def test_what_it_is_instead(config: dict[str, Any], words: str) -> None:
+    assert words in (not_causal(config) or "")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        {"model_type": "llama"},  # who made it did not say
+        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+        {"model_type": "own", "architectures": ["OwnModel"], "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}},
+    ],
+)
+def test_causal_ones(config: dict[str, Any]) -> None:
+    assert not_causal(config) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "BertModel"),
+        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), "LlamaModel"),
+        (lambda: transformers.ViTModel(transformers.ViTConfig(**{**SMALL, "image_size": 32})), "ViTModel"),
+        (
+            lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL, pad_token_id=0)),
+            "LlamaForSequenceClassification",
+        ),
+    ],
+)
+def test_a_plan_says_so(tmp_path: Path, make: Any, words: str) -> None:
+    make().save_pretrained(tmp_path)
+    with pytest.raises(LlmqError) as caught:
+        job.plan(str(tmp_path))
+    message = str(caught.value)
+    assert words in message and "no causal language model" in message and "\n" not in message
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_told_by_its_names(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(LlmqError, match=r"it has layers\.0\.attention\.wq\.weight, for example.*download"):
+        job.plan(str(tmp_path))
