@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import time
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ def merge(
 def plan(source: Merged, recipe: Recipe, out: Path, device: str) -> Plan:
     """As job.plan, for a given source; calibrated on rows like the tune's if the calibration text has such rows."""
     methods.make(recipe)
+    seen = copy(source)
+    seen.folder = source.tokenizer.folder  # the calibration text is encoded as the merged model will be used
 
     def wanted(longest: int | None) -> Windows:
         found = tune_windows(source, recipe.calibration, longest)
-        return found or job.calibration_windows(source, recipe.calibration, recipe.seed, longest)
+        return found or job.calibration_windows(seen, recipe.calibration, recipe.seed, longest)
 
     return make_plan(source, recipe, wanted, out=out, device=device)
 
@@ -165,7 +168,7 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
     file = Path(text).expanduser()
     if file.suffix != ".jsonl" or not file.is_file():
         return None
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    tokenizer = load_tokenizer(source.tokenizer.folder, trust_remote_code=source.trust_remote_code)
     length = min(calibration.seqlen, longest or calibration.seqlen)
     template = source.adapter.record.get("settings", {}).get("template", "auto")
     rows = instructions.read(file, tokenizer, seqlen=length, template=template)
@@ -208,7 +211,7 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
 
 def _notes(source: Merged, base: str) -> list[str]:
     """Notes for the user on how the adapter and the base fit together."""
-    record, notes = source.adapter.record.get("base", {}), []
+    record, notes = source.adapter.record.get("base", {}), list(source.notes)
     rounded = sum(change.rounded for change in source.changes.values())
     if rounded:
         notes.append(f"{rounded} base weights are rounded to NF4 first: the adapter was trained against those values")
