@@ -189,13 +189,16 @@ class Adapter:
             own = own.removesuffix(wrapper)
         parameter = f"{own}.{leaf}"
         self.values[parameter] = info
-        if own != module or leaf == "weight" and not self._saves(own):
+        if not self._trained(own, leaf):
             self.copies.add(parameter)
 
-    def _saves(self, module: str) -> bool:
-        """Whether a module is one of those that were trained whole."""
+    def _trained(self, module: str, leaf: str) -> bool:
+        """Whether a parameter is one that training changed, by the config: of a bias, or of a module trained whole."""
+        if leaf == "bias" and self.config.get("bias", "none") != "none":
+            return True
         saved = self.config.get("modules_to_save") or []
-        return any(module == one or module.endswith(f".{one}") or f".{one}." in f".{module}." for one in saved)
+        tied = bool(saved) and bool(self.config.get("ensure_weight_tying"))
+        return tied or any(f"{name}." in f"{module}." for name in saved)
 
     def _ids(self, module: str, info: TensorInfo) -> tuple[int, ...]:
         """The ids of the trained rows of a module."""
