@@ -40,6 +40,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
     hybrid = text | linear | {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+    hybrid |= {"vocab_size": 264}  # transformers' tokenizer for this type adds tokens of its own
     hybrid |= {"rope_parameters": rope | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
     sight = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
     sight |= {"num_position_embeddings": 16, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
