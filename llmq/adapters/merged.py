@@ -99,14 +99,14 @@ class Merged(Wrapped):
             self._check(place, (max(count, 1 + max(rows.ids, default=0)), rows.info.shape[1]), module)
             changes[place.tensor] = replace(changes.get(place.tensor, Change()), rows=rows)
         for module, shift in self.adapter.shifts.items():
-            place = self.places.find(f"{module}.bias")
-            if isinstance(place, str):
+            found = self.places.find(f"{module}.bias")
+            if isinstance(found, str):
                 raise LlmqError(
                     f"{self._who(module)}, which has no bias, so the one that was trained (lora_bias) has no place in "
                     "the merged model: PEFT cannot merge it either, train without lora_bias"
                 )
-            self._check(place, shift.info.shape, module)
-            changes[place.tensor] = replace(changes.get(place.tensor, Change()), shift=shift)
+            self._check(found, shift.info.shape, module)
+            changes[found.tensor] = replace(changes.get(found.tensor, Change()), shift=shift)
         return changes
 
     def _fit_values(self, changes: dict[str, Change]) -> None:
