@@ -148,6 +148,15 @@ class _Run:
         self.name = str(source.folder.absolute()) if model == "demo" or Path(model).exists() else model
         self.base = {"model": self.name, "fingerprint": source.fingerprint(), "bits": settings.base_bits}
         loaded = self._load()
+        last, vocabulary = (
+            max(max(row.ids) for part in data for row in part.all),
+            loaded.get_input_embeddings().weight.shape[0],
+        )
+        if last >= vocabulary:
+            raise LlmqError(
+                f"{source.folder}: the tokenizer gives id {last}, but the model has {vocabulary} embeddings: they are "
+                "of different models"
+            )
         torch.manual_seed(settings.seed)
         self.model = self._adapted(loaded)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

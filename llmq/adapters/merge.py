@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import time
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.data import instructions
 from llmq.data.calibration import Windows
+from llmq.data.files import ENDINGS
+from llmq.data.opened import suffix
 from llmq.data.tokens import encode
 from llmq.inference.pretrained import load_tokenizer
 from llmq.machine import check_device
@@ -142,16 +145,18 @@ def merge(
 def plan(source: Merged, recipe: Recipe, out: Path, device: str) -> Plan:
     """As job.plan, for a given source; calibrated on rows like the tune's if the calibration text has such rows."""
     methods.make(recipe)
+    seen = copy(source)
+    seen.folder = source.tokenizer.folder  # the calibration text is encoded as the merged model will be used
 
     def wanted(longest: int | None) -> Windows:
         found = tune_windows(source, recipe.calibration, longest)
-        return found or job.calibration_windows(source, recipe.calibration, recipe.seed, longest)
+        return found or job.calibration_windows(seen, recipe.calibration, recipe.seed, longest)
 
     return make_plan(source, recipe, wanted, out=out, device=device)
 
 
 def tune_windows(source: Merged, calibration: Calibration, longest: int | None) -> Windows | None:
-    """Windows of a .jsonl of prompts and answers, laid out as for training; None for any other calibration text.
+    """Windows of a file of rows (prompts and answers), laid out as for training; None for any other calibration text.
 
     If the recipe names no text and the tune's own data is still in its place, that data is used. If the data is shorter
     than one window, windows are shortened to it.
@@ -163,9 +168,9 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
         text = data[0]
         note = (f"calibrating on the tune's own data, {text}; --calib gives another text",)
     file = Path(text).expanduser()
-    if file.suffix != ".jsonl" or not file.is_file():
+    if suffix(file) not in ENDINGS or not file.is_file():
         return None
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    tokenizer = load_tokenizer(source.tokenizer.folder, trust_remote_code=source.trust_remote_code)
     length = min(calibration.seqlen, longest or calibration.seqlen)
     template = source.adapter.record.get("settings", {}).get("template", "auto")
     rows = instructions.read(file, tokenizer, seqlen=length, template=template)
@@ -177,7 +182,8 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
         note = (*note, f"{file} has {len(ids)} tokens: {count} windows, not the {calibration.samples} asked for")
     taken = ids[: len(ids) // length * length].view(-1, length)
     picked = [i * len(taken) // count for i in range(count)]
-    return Windows(taken[picked], note, f"{file}: {count} windows of {length} tokens, rows laid out as for training")
+    told = f"{file}: {count} windows of {length} tokens, rows laid out as for training"
+    return Windows(taken[picked], note, told, tokenizer.decode(taken[picked[0]].tolist()))
 
 
 def write_plain(source: Merged, out: Path, watch: Watch) -> None:
@@ -208,7 +214,7 @@ def write_plain(source: Merged, out: Path, watch: Watch) -> None:
 
 def _notes(source: Merged, base: str) -> list[str]:
     """Notes for the user on how the adapter and the base fit together."""
-    record, notes = source.adapter.record.get("base", {}), []
+    record, notes = source.adapter.record.get("base", {}), list(source.notes)
     rounded = sum(change.rounded for change in source.changes.values())
     if rounded:
         notes.append(f"{rounded} base weights are rounded to NF4 first: the adapter was trained against those values")

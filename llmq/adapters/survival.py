@@ -47,7 +47,10 @@ def measure(source: Merged, out: Path, report: Report | None, watch: Watch) -> l
     written = FolderSource(out, source.trust_remote_code, quantized_ok=True)
     rows = {} if report is None else {row.name: row for row in report.quantized}
     moved = report is not None and any(transforms(name) for name in report.recipe["methods"])
-    changed = [name for name, change in source.changes.items() if change.factors is not None]
+    # A method that moves scales also multiplies norms and biases, by factors that are not recorded.
+    changed = [
+        n for n, change in source.changes.items() if change.own and not (moved and len(source.info(n).shape) == 1)
+    ]
     watch.stage("Measuring", len(changed))
     left = []
     for name in changed:
@@ -75,7 +78,7 @@ def held_out_rows(source: Merged) -> tuple[instructions.Example, ...]:
             f"--loss needs the tune's held-out rows, and {source.adapter.folder} has no record of them, or its data "
             "file was moved: leave out --loss"
         )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=source.trust_remote_code)
+    tokenizer = load_tokenizer(source.tokenizer.folder, trust_remote_code=source.trust_remote_code)
     data, *more = (Path(file) for file in record["data"])
     return examples(tokenizer, Settings(**record["settings"]), data, more[0] if more else None)[1].all
 

@@ -95,23 +95,43 @@ def named(folder: Path, causal: nn.Module, names: list[str], trust_remote_code: 
 
     names: the checkpoint's tensors. Raises LlmqError if transformers has the class but cannot build it.
     """
-    import transformers
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    kinds = [getattr(transformers, str(name), None) for name in config.architectures or []]
-    kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
+    config, kind = _kind(folder, trust_remote_code)
     # By name: a class of the checkpoint's own code may be one that transformers has too.
     if kind is None or kind.__name__ == type(causal).__name__:
         return None
+    return Named(_built(config, kind, causal.dtype), names)  # type: ignore[arg-type]
+
+
+def build_named(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module | None:
+    """The model that a folder's config.json names, parameters on the meta device; None if transformers has no such
+    class. Raises LlmqError if it cannot be built."""
+    config, kind = _kind(folder, trust_remote_code)
+    return None if kind is None else _built(config, kind, dtype)
+
+
+def _kind(folder: Path, trust_remote_code: bool) -> tuple[Any, type | None]:
+    """A folder's config, and the first class of transformers that it names."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config.json can be wrong in any way
+        raise LlmqError(f"{folder}: transformers cannot read its config.json: {first_line(error)}") from error
+    kinds = [getattr(transformers, str(name), None) for name in config.architectures or []]
+    return config, next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
+
+
+def _built(config: Any, kind: Any, dtype: torch.dtype) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = kind._from_config(config, dtype=causal.dtype)  # type: ignore[no-untyped-call]
-        model.tie_weights()  # construction on the meta device unties parameters
+            model: nn.Module = kind._from_config(config, dtype=dtype)
+        getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
     except Exception as error:  # with a wrong config, model code may fail in any way
         raise LlmqError(f"config.json names {kind.__name__}, which cannot be built: {first_line(error)}") from error
-    return Named(model.eval(), names)
+    return model.eval()
 
 
 @contextmanager

@@ -26,3 +26,13 @@ def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
         return target, pattern is not None
 
     return renamed
+
+
+def renamer_only(model: nn.Module) -> Callable[[str], str]:
+    """A function: stored name → the name that transformers gives the tensor before it joins it with others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, [])[0]

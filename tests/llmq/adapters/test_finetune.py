@@ -216,3 +216,16 @@ def test_the_curve_is_an_svg_of_every_loss(tmp_path: Path, tiny_model: Path, row
     drawing = ElementTree.parse(tmp_path / "out" / "loss.svg").getroot()
     paths = [len(e.attrib["points"].split()) for e in drawing.iter() if e.tag.endswith("polyline")]
     assert paths == [sum("loss" in line for line in lines), sum("held_out" in line for line in lines)] == [5, 2]
+
+
+def test_a_tokenizer_that_is_not_the_models(tmp_path: Path, rows: Path, tiny_model: Path) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([": "])
+    tokenizer.save_pretrained(folder)
+    settings = Settings(base_bits=16, steps=1)
+    refused(lambda: finetune(str(folder), rows, tmp_path / "out", settings), str(folder), "id 256", "256 embeddings")

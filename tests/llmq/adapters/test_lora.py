@@ -23,9 +23,8 @@ from tests.llmq.refusal import refused
     ("change", "words"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["head"]}, "whole modules"),
-        ({"bias": "all"}, "trained biases"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_dora": True}, "use_dora in adapter_config.json is not as it was in training"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"target_parameters": ["experts.w"]}, "outside linear layers"),
     ],
@@ -104,11 +103,71 @@ def test_what_finetune_wrote_is_read_and_an_adapter_from_elsewhere_has_none(tmp_
     assert Adapter(written(tmp_path, halves(), base_model_name_or_path=None)).base == ""
 
 
-def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(lambda: Adapter(tmp_path), str(tmp_path), "adapter_config.json", "give the folder that finetune wrote")
     folder = written(tmp_path / "a", halves())
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    refused(lambda: Adapter(folder), str(folder), "pickles are not read", "save_pretrained")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    words = refused(
+        lambda: Adapter(folder), str(folder), "pickles are not read", "save_pretrained", "convert it once: "
+    )
+    monkeypatch.chdir(folder)
+    import safetensors.torch  # noqa: F401
+
+    exec("import torch, safetensors.torch; " + words.split("convert it once: ")[1])  # noqa: S102  the way out works
+    assert Adapter(folder).factors.keys() == {"layers.0.up"}
+
+
+def test_a_folder_of_adapters(tmp_path: Path) -> None:
+    """PEFT saves adapters with a name into folders, and trainers save one at each checkpoint."""
+    for name in ("checkpoint-10", "checkpoint-20"):
+        written(tmp_path / name, halves())
+    words = refused(lambda: Adapter(tmp_path), "2 folders in it have one", "give one of them")
+    assert Adapter(Path(words.split("such as ")[1])).factors
+    refused(lambda: Adapter(tmp_path / "none"), "is not a folder", "hf download")
+
+
+def test_a_damaged_factor_is_named(tmp_path: Path) -> None:
+    tensors = halves()
+    tensors["base_model.model.layers.0.up.lora_A.weight"][1, 2] = float("nan")
+    refused(lambda: Adapter(written(tmp_path, tensors)), "up.lora_A.weight", "adapter_model.safetensors", "[1, 2]")
+
+
+def test_what_else_an_adapter_holds(tmp_path: Path) -> None:
+    """Whole parameters, PEFT's copies of the base's, biases and rows, each under the name of its parameter."""
+    start = "base_model.model."
+    more = {
+        "layers.0.up.lora_B.bias": torch.ones(5),
+        "norm.weight": torch.ones(7),
+        "head.base_layer.weight": torch.ones(9, 7),
+        "layers.0.up.base_layer.bias": torch.ones(5),
+        "tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 7),
+        "tokens.token_adapter.base_layer.weight": torch.ones(9, 7),
+        "tokens.original_module.weight": torch.ones(9, 7),
+    }
+    tensors = halves() | {start + name: value for name, value in more.items()}
+    config = {"modules_to_save": ["norm"], "bias": "lora_only", "trainable_token_indices": {"tokens": [4, 1]}}
+    adapter = Adapter(written(tmp_path, tensors, **config))
+    assert adapter.values.keys() == {"norm.weight", "head.weight", "layers.0.up.bias", "tokens.weight"}
+    assert adapter.copies == {"head.weight", "tokens.weight"}
+    assert adapter.rows["tokens"].ids == (4, 1) and adapter.shifts["layers.0.up"].scale == 2.0
+    refused(
+        lambda: Adapter(written(tmp_path, tensors, **(config | {"trainable_token_indices": [4]}))),
+        "tokens has 2 trained rows",
+        "trainable_token_indices",
+    )
+
+
+def test_dora_by_its_definition(tmp_path: Path) -> None:
+    """Each row of the sum has the norm of the magnitude; in float64."""
+    generator = torch.Generator().manual_seed(2)
+    weight, norms = torch.randn(5, 7, generator=generator), torch.rand(5, generator=generator) + 0.5
+    tensors = halves() | {"base_model.model.layers.0.up.lora_magnitude_vector": norms}
+    merged = Adapter(written(tmp_path, tensors, use_dora=True)).factors["layers.0.up"].merged(weight)
+    a, b = (value.double() for value in halves().values())
+    total = weight.double() + 2 * b @ a
+    expected = total * (norms.double() / total.square().sum(1).sqrt())[:, None]
+    assert torch.allclose(merged.double(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "finetune.json"])
@@ -131,9 +190,9 @@ def test_half_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("layers.0.up.lora_embedding_A", (3, 7)),
-        ("layers.0.up.lora_magnitude_vector", (5,)),
-        ("layers.0.up.weight", (5, 7)),
+        ("layers.0.up.lora_magnitude_vector", (1, 5, 1, 1)),
+        ("layers.0.up.lora_A.default.weight", (3, 7)),
+        ("layers.0.up.lora_C.weight", (3, 7)),
         ("layers.0.conv.lora_A.weight", (3, 7, 1)),
     ],
 )
@@ -143,8 +202,8 @@ def test_tensors_that_are_no_half_of_a_linear_layer(tmp_path: Path, name: str, s
 
 
 def test_everything_that_is_too_much_is_told_at_once(tmp_path: Path) -> None:
-    folder = written(tmp_path, halves(), use_dora=True, bias="lora_only", init_lora_weights="PiSSA")
-    refused(lambda: Adapter(folder), "DoRA", "trained biases", "initialization PiSSA", "merge_and_unload")
+    folder = written(tmp_path, halves(), use_qalora=True, kasa_config={"a": 1}, init_lora_weights="PiSSA")
+    refused(lambda: Adapter(folder), "QA-LoRA", "KaSA", "initialization PiSSA", "merge_and_unload")
 
 
 def test_an_initialization_that_leaves_the_base_alone_is_read(tmp_path: Path) -> None:

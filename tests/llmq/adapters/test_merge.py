@@ -28,7 +28,18 @@ from llmq.cli import app as cli
 from llmq.formats.bitsandbytes.source import NF4Source
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
-from tests.llmq.adapters.made import halved, load, nf4, renamed, widened, write_adapter
+from tests.llmq.adapters.made import (
+    apart,
+    halved,
+    load,
+    nf4,
+    opened,
+    peft_merged,
+    renamed,
+    trained,
+    widened,
+    write_adapter,
+)
 from tests.llmq.refusal import refused
 
 RTN = Recipe(methods=("rtn",), scheme=Scheme(4, 32))
@@ -74,6 +85,41 @@ def test_plain_merge_in_stock_transformers(tmp_path: Path, tiny_model: Path, ada
     assert all(one.survived == pytest.approx(1, abs=1e-4) and (one.snr or 1e9) > 1e4 for one in report.left)
     again = merge(str(tiny_model), adapter, tmp_path / "out", plain=True)
     assert again.left == report.left
+
+
+@pytest.mark.parametrize("base", ["qwen3_5", "gemma3", "gpt2"])
+def test_a_tune_of_ours_is_merged_as_peft_merges_it(tmp_path: Path, bases: dict[str, Path], base: str) -> None:
+    """Of checkpoints whose causal class is the text half, or all, or keeps weights as [in, out]."""
+    from llmq.adapters.finetune import finetune
+    from llmq.adapters.settings import Settings
+    from tests.conftest import write_tokenizer
+
+    folder = shutil.copytree(bases[base], tmp_path / base)
+    write_tokenizer(folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": "abc" * 5}) + "\n" for i in range(12)))
+    finetune(str(folder), rows, tmp_path / "tune", Settings(base_bits=16, steps=2, lr=0.02, rank=4, optimizer="torch"))
+    merge(str(folder), tmp_path / "tune", tmp_path / "out", plain=True)
+    written = dict(opened(tmp_path / "out").state_dict())
+    assert apart(written, peft_merged(folder, tmp_path / "tune")) <= 1e-3
+    assert apart(written, dict(opened(folder).state_dict())) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_norm_and_the_rows_of_an_embedding_are_measured(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
+    """What is not quantized is written as merged; a method that moves scales leaves norms out of the measure."""
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "trainable_token_indices": [3]}
+    folder = trained(tmp_path / "adapter", tiny_model, **options)
+    report = merge(str(tiny_model), folder, tmp_path / "out", RTN)
+    left = {one.name: one for one in report.left}
+    assert len(left) == 3 + 7 + 1 and left["model.norm.weight"].survived == pytest.approx(1, abs=1e-3)
+    assert left["model.embed_tokens.weight"].naive_snr is None and left["model.embed_tokens.weight"].change > 0
+    assert left["model.layers.0.self_attn.q_proj.weight"].naive_snr is not None
+    calibration = {"text": str(text_file), "samples": 2, "seqlen": 32}
+    scheme = {"bits": 4, "group_size": 32}
+    recipe = Recipe.from_dict({"methods": ["awq", "rtn"], "scheme": scheme, "calibration": calibration})
+    moved = merge(str(tiny_model), folder, tmp_path / "moved", recipe)
+    assert {one.name for one in moved.left} == {name for name in left if "norm" not in name}
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -159,7 +205,7 @@ def command(*args: object) -> Any:
 
 def test_the_commands(tmp_path: Path, tiny_model: Path) -> None:
     """A tune, its merge into 4 bits calibrated on its own rows, and into 16; options that do not go together."""
-    data = tmp_path / "rows.jsonl"
+    data = tmp_path / "rows.JSONL"
     data.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": "abc" * 9}) + "\n" for i in range(20)))
     done = command("finetune", tiny_model, "--data", data, "-o", tmp_path / "tune", "--steps", 2, "--lr", 0.01)
     assert done.exit_code == 0 and "held-out loss" in done.stdout, done.output

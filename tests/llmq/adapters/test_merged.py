@@ -21,7 +21,17 @@ pytest.importorskip("bitsandbytes")
 from llmq.adapters.lora import Adapter
 from llmq.adapters.merged import Merged, open_base, quantizable, stores_transposed
 from llmq.formats.bitsandbytes.source import NF4Source
-from tests.llmq.adapters.made import load, nf4, renamed, widened, write_adapter
+from tests.llmq.adapters.made import (
+    apart,
+    load,
+    nf4,
+    peft_merged,
+    renamed,
+    stock_merged,
+    trained,
+    widened,
+    write_adapter,
+)
 from tests.llmq.refusal import refused
 
 
@@ -83,9 +93,143 @@ def test_trained_on_nf4(tmp_path: Path, request: pytest.FixtureRequest, kind: st
         assert not torch.allclose(merged.read(name), plain.read(name), atol=1e-3)
 
 
-def test_an_adapter_of_a_tied_weight(tmp_path: Path, turned_model: Path) -> None:
-    folder = write_adapter(tmp_path / "adapter", turned_model, target_modules=["lm_head"])
-    refused(lambda: Merged(FolderSource(turned_model), Adapter(folder)), "lm_head", "is shared with another module")
+LINEAR = {"target_modules": "all-linear"}
+EMBEDDINGS = {"save": {"save_embedding_layers": True}}
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "changed"),
+    [
+        ("llama", LINEAR | {"use_dora": True}, 14),
+        ("llama", LINEAR | {"use_dora": True, "use_rslora": True, "alpha_pattern": {"layers.0.*up_proj": 32}}, 14),
+        ("gpt2", LINEAR, 8),
+        ("gpt2", LINEAR | {"use_dora": True, "fan_in_fan_out": True}, 8),
+        ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}, 4),
+        ("gpt2", LINEAR | {"bias": "all"}, 21),
+        ("biased", {"lora_bias": True}, 4),
+        ("biased", {"bias": "lora_only"}, 4),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"], "lora_alpha": 1}, 3),
+        ("llama", {"target_modules": ["embed_tokens"], "lora_alpha": 1, "save": {"save_embedding_layers": False}}, 1),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, 3),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, 3),
+        ("llama", EMBEDDINGS, 2),
+        ("tied", EMBEDDINGS, 2),
+        ("llama", {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}, 9),
+        ("llama", {"modules_to_save": ["embed_tokens"]} | EMBEDDINGS, 3),
+        ("llama", {"modules_to_save": ["input_layernorm", "mlp"]}, 10),
+        ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 3),
+        ("llama", {"trainable_token_indices": [3, 250]}, 3),
+        ("tied", {"trainable_token_indices": [3, 250]}, 3),
+        ("llama", {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [5, 6]}}, 4),
+        ("llama", {"layers_to_transform": [1], "layers_pattern": "layers"}, 1),
+        ("llama", LINEAR | {"init_lora_weights": "mica"}, 14),
+        ("llama", {"r": 32, "init_lora_weights": "orthogonal"}, 2),
+    ],
+    ids=lambda value: str(value).translate(str.maketrans("", "", "{}[]' ")),
+)
+def test_every_kind_as_peft_merges_it(
+    tmp_path: Path, bases: dict[str, Path], base: str, options: dict[str, Any], changed: int
+) -> None:
+    """As stock transformers loads the result, in bfloat16; PEFT rounds a change before it adds it, this does not."""
+    folder = trained(tmp_path / "adapter", bases[base], **options)
+    merged = Merged(open_base(bases[base]), Adapter(folder))
+    assert apart(stock_merged(merged, tmp_path / "out"), peft_merged(bases[base], folder)) <= 1e-3
+    assert len(merged.changes) == changed and not merged.notes
+    for name, change in merged.changes.items():
+        value, delta = merged.exact(name)
+        assert change.own and delta is not None
+        assert torch.allclose(value - delta, merged.base.read(name).float(), atol=1e-6)
+        assert not torch.equal(merged.read(name), merged.base.read(name)), name
+
+
+def test_a_copy_that_differs_from_the_base_is_used_and_said(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """PEFT loads the copy into the base before it merges."""
+    folder = trained(tmp_path / "adapter", bases["llama"], target_modules=["lm_head"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"] += 0.5
+    save_file(tensors, file)
+    merged = Merged(open_base(bases["llama"]), Adapter(folder))
+    assert (
+        apart(stock_merged(merged, tmp_path / "out"), peft_merged(bases["llama"], folder)) <= 4e-3
+    )  # values above 0.5
+    (note,) = merged.notes
+    assert "copy of lm_head.weight differs from the base's" in note and "as PEFT does" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_of_another_dtype_over_a_float16_base(tmp_path: Path, bases: dict[str, Path], dtype: Any) -> None:
+    from peft import PeftModel
+
+    load(bases["llama"], dtype=torch.float16).save_pretrained(tmp_path / "half")
+    folder = trained(tmp_path / "adapter", bases["llama"], target_modules="all-linear")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
+    merged = Merged(open_base(tmp_path / "half"), Adapter(folder))
+    reference = PeftModel.from_pretrained(load(tmp_path / "half", dtype=torch.float16), folder).merge_and_unload()
+    for name in merged.names():
+        assert merged.read(name).dtype == torch.float16
+        assert torch.allclose(merged.read(name), reference.state_dict()[name], rtol=0, atol=2e-4), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+    ids=lambda value: str(value).translate(str.maketrans("", "", "{}[]' ")),
+)
+def test_an_adapter_that_would_untie_a_tied_weight(
+    tmp_path: Path, bases: dict[str, Path], options: dict[str, Any]
+) -> None:
+    """The base stores one tensor for both; merged into it, one half's change would be the other's too."""
+    folder = trained(tmp_path / "adapter", bases["tied"], **options)
+    refused(
+        lambda: Merged(open_base(bases["tied"]), Adapter(folder)), "model.embed_tokens.weight", "untie the base first"
+    )
+
+
+def test_the_way_out_for_a_tied_base(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """What the refusal says to do gives what the trained model computes."""
+    from peft import PeftModel
+
+    folder = trained(tmp_path / "adapter", bases["tied"], modules_to_save=["lm_head", "embed_tokens"])
+    model = load(bases["tied"])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "untied")
+    merged = Merged(open_base(tmp_path / "untied"), Adapter(folder))
+    state = stock_merged(merged, tmp_path / "out")
+    tuned = PeftModel.from_pretrained(load(bases["tied"]), folder).merge_and_unload()
+    assert not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    assert apart(state, dict(tuned.state_dict())) <= 1e-3
+
+
+def test_a_vocabulary_that_was_resized(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Refused, as by PEFT, and the way out gives PEFT's result."""
+    load(bases["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path / "resized")
+    bigger = load(tmp_path / "resized", dtype=torch.bfloat16)
+    bigger.resize_token_embeddings(260, mean_resizing=False)
+    bigger.save_pretrained(tmp_path / "bigger")
+    for name, options in (("copy", EMBEDDINGS), ("saved", {"modules_to_save": ["embed_tokens", "lm_head"]})):
+        folder = trained(tmp_path / name, tmp_path / "bigger", **options)
+        refused(
+            lambda folder=folder: Merged(open_base(bases["llama"]), Adapter(folder)),
+            "[260, 32]",
+            "[256, 32]",
+            "resize_token_embeddings(260)",
+        )
+        merged = Merged(open_base(tmp_path / "bigger"), Adapter(folder))
+        assert apart(stock_merged(merged, tmp_path / f"out-{name}"), peft_merged(tmp_path / "bigger", folder)) <= 1e-3
+
+
+def test_a_bias_that_the_base_lacks(tmp_path: Path, bases: dict[str, Path]) -> None:
+    folder = trained(tmp_path / "adapter", bases["llama"], lora_bias=True)
+    refused(lambda: Merged(open_base(bases["llama"]), Adapter(folder)), "q_proj", "no bias", "train without lora_bias")
 
 
 def test_linear_layers_are_found_whichever_way_they_lie(turned_model: Path) -> None:

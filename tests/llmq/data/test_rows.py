@@ -250,7 +250,7 @@ def test_what_datasets_cannot_read_is_told_and_what_is_ours_goes_through(streame
     from datasets.exceptions import DatasetNotFoundError
 
     streamed["raises"] = DatasetNotFoundError("gone\nsecond line")
-    refused(lambda: asked_for("org/set"), "calibration data set org/set cannot be read: gone")
+    refused(lambda: asked_for("org/set"), "calibration data set org/set cannot be read: DatasetNotFoundError: gone")
     ours = LlmqError("said before")
     streamed["raises"] = ours
     with pytest.raises(LlmqError) as caught:

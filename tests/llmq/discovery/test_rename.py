@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from llmq.discovery import blocks as discover
-from llmq.discovery.rename import renamer
+from llmq.discovery.rename import renamer, renamer_only
 from tests.architectures import tiny
 
 
@@ -63,3 +63,11 @@ def test_a_rule_that_would_take_a_name_away_from_its_parameter_is_left_out(monke
     renamed = renamer(nn.ModuleDict({"old": nn.Linear(2, 2), "other": nn.ModuleDict({"new": nn.Linear(2, 2)})}))
     assert renamed("other.old.weight") == ("other.new.weight", False)
     assert renamed("old.weight") == ("old.weight", False)
+
+
+def test_names_before_tensors_are_joined(tmp_path: Path) -> None:
+    """One expert keeps its own name; what is only renamed has the model's name."""
+    only, whole = renamer_only(built("mixtral", tmp_path)), renamer(built("mixtral", tmp_path))
+    old = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    assert "experts.1." in only(old) and whole(old)[1] and "experts.1." not in whole(old)[0]
+    assert only("lm_head.weight") == "lm_head.weight"
