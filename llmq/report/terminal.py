@@ -69,6 +69,8 @@ def summary(console: Console, made: Plan) -> None:
     grid.add_row("calibration", escape(made.calibration.description))
     device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
+    for index, loader in enumerate(made.loaders):
+        grid.add_row("" if index else "loads", escape(loader.sentence))
     console.print(grid)
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
