@@ -4,10 +4,11 @@
     python scripts/check_vllm.py --only 'demo 4-bit*'     some cases; the others are those of the last run
     python scripts/check_vllm.py --fused                  every combination of schemes for weights that vLLM fuses
 
-The reference is the unquantized model with the run's dequantized weights from memory, in float32, in plain transformers;
-where a scheme rounds inputs, they are rounded there as in vLLM, and the limit is 1.5 times what float16 alone changes. vLLM runs in float16. Where it has no CPU kernel, a plain
-product takes the kernel's place (`vllm_worker.py`), and vLLM's own rules say which CUDA kernel it would choose. Prints a
-line per case, and fails where log-probabilities differ by more than 3e-3 (rms).
+The reference is the unquantized model with the run's dequantized weights from memory, in float32, in plain
+transformers. vLLM runs in float16. Where it has no CPU kernel, a plain product takes the kernel's place
+(`vllm_worker.py`), and vLLM's own rules say which CUDA kernel it would choose. Prints a line per case, and fails where
+log-probabilities differ by more than 3e-3 (rms). Where a scheme rounds inputs, the reference rounds them as vLLM does,
+and the limit is 1.5 times what float16 alone changes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def told(row: dict[str, Any]) -> tuple[str, bool]:
     cpu = row["cpu"]
     if "rms" in cpu:
         floor = f" (float16 alone {cpu['floor']:.4f})" if cpu["floor"] else ""
-        words = f"rms {cpu['rms']:.4f}{floor}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
+        words = (
+            f"rms {cpu['rms']:.4f}{floor}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
+        )
         return words, cpu["rms"] <= max(LIMIT, 1.5 * cpu["floor"])
     instead = cpu.get("stand_in")
     if instead and "rms" in instead:
@@ -78,7 +81,9 @@ def run(chosen: list[Case], python: Path, work: Path) -> Iterator[tuple[Case, di
             began = time.perf_counter()
             row = check(case, worker, work)
             words, right = told(row)
-            print(f"{'ok  ' if right else 'FAIL'} {case!s:58} {time.perf_counter() - began:5.1f} s  {words}", flush=True)
+            print(
+                f"{'ok  ' if right else 'FAIL'} {case!s:58} {time.perf_counter() - began:5.1f} s  {words}", flush=True
+            )
             yield case, row | {"right": right, "versions": worker.versions}
 
 

@@ -12,15 +12,16 @@ What vLLM {vllm} does with the folders that llmq writes. This page and `llmq/for
 reports and model cards take what they say of vLLM, are written by `scripts/check_vllm.py`; last run {date}, with
 {versions}.
 
-**CPU**: the folder was loaded and run in float16 (enforce_eager). The number is the rms difference of log-probabilities
-to the run's dequantized weights in float32 in plain transformers: at most 0.003, or, where inputs are rounded too, 1.5
-times what float16 alone changes there (in brackets). "plain": vLLM has no CPU kernel for the scheme; a product with the
-dequantized weight took its place, so that vLLM's own loader was tried, but no kernel. **CUDA**: the kernel that vLLM's own
-rules choose for a weight of 4096 × 4096, by compute capability, with the platform mocked and Humming counted as installed.
-Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's AMX kernel ignores static scales.
+**CPU**: the folder was loaded and run in float16 (enforce_eager). The number is the rms difference of
+log-probabilities to the run's dequantized weights in float32 in plain transformers: at most 0.003, or, where inputs are
+rounded too, 1.5 times what float16 alone changes there (in brackets). "plain": vLLM has no CPU kernel for the scheme; a
+product with the dequantized weight took its place, so that vLLM's own loader was tried, but no kernel.
+**CUDA**: the kernel that vLLM's own rules choose for a weight of 4096 × 4096, by compute capability, with the platform
+mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's AMX
+kernel ignores static scales.
 
-NF4 needs a plugin in vLLM {vllm}: with `vllm-bnb-plugin` 0.0.3 a folder was loaded by hand (rms 0.0127 in bfloat16, whose own
-floor is 0.0125).
+NF4 needs a plugin in vLLM {vllm}: with `vllm-bnb-plugin` 0.0.3 a folder was loaded by hand (rms 0.0127 in bfloat16,
+whose own floor is 0.0125).
 
 ## Schemes, on demo
 
@@ -36,10 +37,10 @@ OTHERS = """
 FUSED = """
 ## Weights that vLLM fuses
 
-vLLM makes one matrix of q, k and v, and one of gate and up. `scripts/check_vllm.py --fused` plans every combination of 4
-and 8 bits, symmetric or not, and kept, of q, k, v (125) and of gate, up (25): `llmq plan` refuses all but the ten where
-the parts have one scheme, and these ten give the right log-probabilities. Of the refused ones, written with `--loader
-transformers`, a sample was loaded: vLLM fails, or loads them wrong. See design.md, "Fused weights".
+vLLM makes one matrix of q, k and v, and one of gate and up. `scripts/check_vllm.py --fused` plans every combination
+of 4 and 8 bits, symmetric or not, and kept, of q, k, v (125) and of gate, up (25): `llmq plan` refuses all but the ten
+where the parts have one scheme, and these ten give the right log-probabilities. A sample of the refused ones, written
+with `--loader transformers`, was loaded too: vLLM fails, or loads them wrong. See design.md, "Fused weights".
 """
 
 

@@ -43,7 +43,11 @@ def write_reference(base: Path, case: Case, out: Path, file: Path) -> bool:
             module.register_forward_pre_hook(rounding(scheme, scales.get(name)))
     found = log_probabilities(model, ids)
     # Where inputs are rounded, float16 alone changes some codes by one: a floor that no implementation is under.
-    floor = log_probabilities(model.half(), ids) - found if any(s.activations for s in schemes.values()) else ids[:, 1:] * 0.0
+    floor = (
+        log_probabilities(model.half(), ids) - found
+        if any(s.activations for s in schemes.values())
+        else ids[:, 1:] * 0.0
+    )
     np.savez(file, tokens=ids.numpy(), logprob=found.numpy(), floor=floor.square().mean().sqrt().numpy())
     return bool(scales)
 

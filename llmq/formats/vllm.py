@@ -27,9 +27,9 @@ APART = Loader(
 def table() -> dict[str, Any]:
     """The file's contents: versions, the date, and a row for each scheme's name.
 
-    A row has `cpu`: {kernels, rms} or {refused, plain_rms}, and `cuda`: {compute capability: kernel} or {refused}. rms: of
-    the log-probabilities' difference to the dequantized weights; plain_rms: that with a plain product in the place of a
-    kernel that vLLM does not have.
+    A row has `cpu`: {kernels, rms} or {refused, plain_rms}, and `cuda`: {compute capability: kernel} or {refused}.
+    rms: of the log-probabilities' difference to the dequantized weights; plain_rms: that with a plain product in the
+    place of a kernel that vLLM does not have.
     """
     data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return data
@@ -60,7 +60,5 @@ def loader(schemes: Collection[Scheme]) -> Loader:
     if missing:
         return Loader(f"{version} has no CPU kernel for {', '.join(missing)}; {gpu}", tried=False, code="vllm")
     worst = max(row["cpu"]["rms"] for row in rows.values())
-    sentence = (
-        f"{version} loads it: tried on the CPU, log-probabilities {worst:.4f} (rms) from the dequantized weights'; {gpu}"
-    )
-    return Loader(sentence, code="vllm")
+    said = f"{version} loads it: tried on the CPU, log-probabilities {worst:.4f} (rms) from the dequantized weights'"
+    return Loader(f"{said}; {gpu}", code="vllm")

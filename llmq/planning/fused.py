@@ -60,8 +60,8 @@ def check_fused(items: list[WeightPlan], recipe: Recipe) -> None:
     more = f" (and in {len(wrong) - 1} more places)" if len(wrong) > 1 else ""
     raise LlmqError(
         f"{where}: {told}{more}: servers such as vLLM make one matrix of weights with one input, and fail to load "
-        f"different schemes or load them wrong. Ways out: one scheme for all of them, {_options(wrong, items, recipe)}; "
-        "or --loader transformers, for a folder that only transformers is to load"
+        "different schemes or load them wrong. Ways out: one scheme for all of them, "
+        f"{_options(wrong, items, recipe)}; or --loader transformers, for a folder that only transformers is to load"
     )
 
 

@@ -27,7 +27,8 @@ class Report:
 
     Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
     command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
-    example code the card shows, and whether they were tried. `llmq.report.rows` defines the rows; report.json has the same fields under the same names.
+    example code the card shows, and whether they were tried. `llmq.report.rows` defines the rows; report.json has the
+    same fields under the same names.
     """
 
     model: str

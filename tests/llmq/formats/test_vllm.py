@@ -31,7 +31,12 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     ("schemes", "tried", "code", "words"),
     [
         ([FOUR], True, "vllm", "vLLM 1.2 loads it: tried on the CPU, log-probabilities 0.0012 (rms)"),
-        ([FOUR, EIGHT], True, "vllm", "0.0023 (rms) from the dequantized weights'; on NVIDIA GPUs its rules choose Marlin or"),
+        (
+            [FOUR, EIGHT],
+            True,
+            "vllm",
+            "0.0023 (rms) from the dequantized weights'; on NVIDIA GPUs its rules choose Marlin or",
+        ),
         ([FOUR, THREE], False, "vllm", "no CPU kernel for 3-bit g32 symmetric; on NVIDIA GPUs"),
         ([Scheme(4, 64, grid="nf4")], False, None, "vLLM 1.2 does not load nf4 g64: unknown method"),
         ([FOUR, Scheme(4, 48)], False, None, "4-bit g48 symmetric: not tried with vLLM 1.2"),
