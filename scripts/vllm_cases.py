@@ -16,7 +16,8 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
 
 BOOKS = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "books8m"
-TINY = {"qwen3": {}, "gemma3_text": {}, "phi3": {}, "gpt_neox": {}, "olmo2": {}}  # type: dict[str, dict[str, Any]]
+TINY = ("qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2")
+GROUPED = ("num_key_value_heads", "head_dim")
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512, "max_position_embeddings": 256,
@@ -41,6 +42,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.model} {self.name}"
 
+    @property
+    def dtype(self) -> str:
+        """What vLLM computes in: it refuses float16 for some types."""
+        return "bfloat16" if self.model.startswith("gemma3") else "float16"
+
 
 def model_folder(name: str, work: Path) -> Path:
     """demo, books8m, or a random model of a type, made once."""
@@ -48,7 +54,9 @@ def model_folder(name: str, work: Path) -> Path:
         folder = work / name
         if not folder.exists():
             torch.manual_seed(0)
-            config = CONFIG_MAPPING[name](**SIZES, **TINY[name])
+            # Types without grouped heads must not have these keys: vLLM takes them from any configuration.
+            grouped = "num_key_value_heads" in CONFIG_MAPPING[name]().to_dict()
+            config = CONFIG_MAPPING[name](**{k: v for k, v in SIZES.items() if grouped or k not in GROUPED})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             with torch.no_grad():
                 for parameter in model.parameters():

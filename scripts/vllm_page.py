@@ -12,13 +12,14 @@ What vLLM {vllm} does with the folders that llmq writes. This page and `llmq/for
 reports and model cards take what they say of vLLM, are written by `scripts/check_vllm.py`; last run {date}, with
 {versions}.
 
-**CPU**: the folder was loaded and run in float16 (enforce_eager). The number is the rms difference of
+**CPU**: the folder was loaded and run in float16 (gemma3: bfloat16). The number is the rms difference of
 log-probabilities to the run's dequantized weights in float32 in plain transformers: at most 0.003, or, where inputs are
-rounded too, 1.5 times what float16 alone changes there (in brackets). "plain": vLLM has no CPU kernel for the scheme; a
-product with the dequantized weight took its place, so that vLLM's own loader was tried, but no kernel.
+rounded too or vLLM refuses float16, 1.5 times what the dtype alone changes there (in brackets). "plain": vLLM has no CPU
+kernel for the scheme; a product with the dequantized weight took its place, so that vLLM's own loader was tried, but no
+kernel.
 **CUDA**: the kernel that vLLM's own rules choose for a weight of 4096 × 4096, by compute capability, with the platform
-mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's AMX
-kernel ignores static scales.
+mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's
+AMX kernel ignores static scales.
 
 NF4 needs a plugin in vLLM {vllm}: with `vllm-bnb-plugin` 0.0.3 a folder was loaded by hand (rms 0.0127 in bfloat16,
 whose own floor is 0.0125).

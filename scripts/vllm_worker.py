@@ -2,8 +2,8 @@
 
 Reads a request per line of standard input, a JSON object, and answers each with a line that begins with "RESULT ":
 
-- {"run": FOLDER, "reference": FILE.npz, "static": bool, "stand_in": bool}: load the folder on the CPU, and compare
-  log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its place,
+- {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool}: load the folder on the CPU,
+  and compare log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its place,
   which shows whether vLLM's loader reads the folder right;
 - {"rules": SECTION}: the kernel that vLLM's own rules choose on NVIDIA GPUs for the first group of a
   quantization_config, for a weight of 4096 × 4096.
@@ -100,7 +100,7 @@ def stand_ins() -> ExitStack:
     return stack
 
 
-def run(folder: str, reference: str, static: bool) -> dict[str, Any]:
+def run(folder: str, reference: str, static: bool, dtype: str) -> dict[str, Any]:
     """Log-probabilities of the reference's tokens in vLLM against those of the file, and the kernels that were used."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -117,7 +117,7 @@ def run(folder: str, reference: str, static: bool) -> dict[str, Any]:
     try:
         model = LLM(
             folder,
-            dtype="float16",
+            dtype=dtype,
             max_model_len=length,
             enforce_eager=True,
             max_num_seqs=8,
@@ -290,7 +290,7 @@ def main() -> None:
                 answer = rules(request["rules"])
             else:
                 with stand_ins() if request["stand_in"] else ExitStack():
-                    answer = run(request["run"], request["reference"], request["static"])
+                    answer = run(request["run"], request["reference"], request["static"], request["dtype"])
         except BaseException as error:  # the answer is what vLLM says
             traceback.print_exc()
             answer = {"refused": first_line(error)}
