@@ -76,7 +76,9 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
         return words, cpu["rms"] <= max(LIMIT, 1.5 * cpu["floor"])
     instead = cpu.get("stand_in")
     if instead and "rms" in instead:
-        return f"no CPU kernel; with a plain product rms {instead['rms']:.4f}", instead["rms"] <= LIMIT
+        return f"no CPU kernel; with a plain product rms {instead['rms']:.4f}", instead["rms"] <= max(
+            LIMIT, 1.5 * instead["floor"]
+        )
     return f"refused: {cpu['refused']}", case.table and "process died" not in cpu["refused"]
 
 

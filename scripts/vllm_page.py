@@ -14,8 +14,8 @@ reports and model cards take what they say of vLLM, are written by `scripts/chec
 
 **CPU**: the folder was loaded and run in float16 (gemma3: bfloat16). The number is the rms difference of
 log-probabilities to the run's dequantized weights in float32 in plain transformers: at most 0.003, or, where inputs are
-rounded too or vLLM refuses float16, 1.5 times what the dtype alone changes there (in brackets). "plain": vLLM has no CPU
-kernel for the scheme; a product with the dequantized weight took its place, so that vLLM's own loader was tried, but no
+rounded too or vLLM refuses float16, 1.5 times what the dtype alone changes there (in brackets). "plain": vLLM has no
+CPU kernel for the scheme; a product with the dequantized weight took its place, so that vLLM's own loader was tried, but no
 kernel.
 **CUDA**: the kernel that vLLM's own rules choose for a weight of 4096 × 4096, by compute capability, with the platform
 mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's

@@ -3,8 +3,8 @@
 Reads a request per line of standard input, a JSON object, and answers each with a line that begins with "RESULT ":
 
 - {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool}: load the folder on the CPU,
-  and compare log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its place,
-  which shows whether vLLM's loader reads the folder right;
+  and compare log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its
+  place, which shows whether vLLM's loader reads the folder right;
 - {"rules": SECTION}: the kernel that vLLM's own rules choose on NVIDIA GPUs for the first group of a
   quantization_config, for a weight of 4096 × 4096.
 """
