@@ -68,7 +68,7 @@ OVERRIDES = f"""
 --method rtn --range weighted
 --method rtn --range kl
 --method awq+gptq
---method gptq --override down_proj=bits:8 --override q_proj=group_size:channel --keep o_proj
+--method gptq --override down_proj=bits:8 --override re:[qkv]_proj=group_size:channel --keep o_proj
 --method rtn --group-size 96 --ragged smaller
 --method rtn --group-size 96 --ragged channel
 --method gptq --calib demo

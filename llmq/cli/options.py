@@ -82,6 +82,13 @@ Ragged = Annotated[
     str | None,
     typer.Option(help="If the group size does not divide a width: error (default), smaller, channel or keep."),
 ]
+Loader = Annotated[
+    str | None,
+    typer.Option(
+        help="Who is to load the folder: any (default: refuse different schemes where servers such as vLLM make one "
+        "matrix of several weights) or transformers."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]
 
 
@@ -113,11 +120,12 @@ def recipe_options(
     override: Override = None,
     keep: Keep = None,
     ragged: Ragged = None,
+    loader: Loader = None,
     seed: Seed = None,
     **options: Any,
 ) -> Recipe:
     """The preset or file, or the defaults, changed by the options that were given. Raises LlmqError."""
-    given = {"methods": method, "keep": keep or None, "ragged": ragged, "seed": seed}
+    given = {"methods": method, "keep": keep or None, "ragged": ragged, "loader": loader, "seed": seed}
     scheme = {
         "bits": bits,
         "group_size": None if group_size is None else parse_group(group_size),

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from llmq.formats import vllm
 from llmq.formats.base import Format, Groups, Loader
 from llmq.grids.scheme import Scheme
 
@@ -81,6 +82,9 @@ def name(schemes: Collection[Scheme]) -> str:
     return of(next(iter(schemes), Scheme())).title(schemes)
 
 
-def loaders(schemes: Collection[Scheme]) -> list[Loader]:
-    """The tools that can read a folder with these schemes."""
-    return of(next(iter(schemes), Scheme())).loaders(schemes)
+def loaders(schemes: Collection[Scheme], apart: bool = False) -> list[Loader]:
+    """What is known of the tools that can read a folder with these schemes.
+
+    apart: whether weights that servers fuse have different schemes.
+    """
+    return [*of(next(iter(schemes), Scheme())).loaders(schemes), vllm.APART if apart else vllm.loader(schemes)]

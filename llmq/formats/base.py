@@ -33,15 +33,16 @@ Groups = Mapping[Scheme, Sequence[str]]
 
 @dataclass(frozen=True)
 class Loader:
-    """A tool that reads a folder, in a sentence.
+    """What is known of a tool that may read a folder, in a sentence.
 
-    works: None if it was not tried; False makes the plan warn. code: the tool whose example code the model card shows,
-    or None.
+    tried: whether it has loaded a folder of this kind, with right results. code: the tool whose example code the model
+    card shows, or None. warn: whether the plan warns of it.
     """
 
     sentence: str
-    works: bool | None = True
+    tried: bool = True
     code: Literal["transformers", "vllm"] | None = None
+    warn: bool = False
 
 
 class Format(Protocol):
@@ -78,7 +79,7 @@ class Format(Protocol):
         """The format's name for people."""
 
     def loaders(self, schemes: Collection[Scheme]) -> list[Loader]:
-        """The tools that can read a folder with these schemes."""
+        """What stock transformers does with a folder of these schemes (`vllm` has the same of vLLM)."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
+from llmq.planning.fused import apart
 from llmq.planning.weights import WeightPlan, matches
 from llmq.recipe.recipe import Recipe
 
@@ -129,20 +130,10 @@ def _ranges(numbers: list[int]) -> str:
 def warnings(items: list[WeightPlan]) -> list[str]:
     """Warnings for the user, a sentence each."""
     warnings = []
-    families: dict[tuple[int | None, int], set[str]] = {}
-    for item in items:
-        if item.block is not None and (item.scheme is not None or item.by_user):
-            families.setdefault((item.block, item.input_id), set()).add(str(item.scheme or "kept"))
-    mixed = [f"block {b}: {' and '.join(sorted(s))}" for (b, _), s in families.items() if len(s) > 1]
-    if mixed:
-        warnings.append(
-            "weights that share an input have different schemes (" + "; ".join(mixed[:3]) + "): "
-            "servers such as vLLM fuse them and refuse that; give them one scheme"
-        )
     inside = [i for i in items if i.block is not None]
     share = sum(prod(i.shape) for i in inside if i.scheme) / max(1, sum(prod(i.shape) for i in inside))
     if share < 0.9:
         warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
     schemes = {i.scheme for i in items if i.scheme is not None}
-    warnings += [loader.sentence for loader in formats.loaders(schemes) if loader.works is False]
+    warnings += [loader.sentence for loader in formats.loaders(schemes, bool(apart(items))) if loader.warn]
     return warnings

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq import methods
+from llmq import formats, methods
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
@@ -21,10 +21,11 @@ from llmq.discovery.named import Named, named
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found, Pair
 from llmq.errors import LlmqError
-from llmq.formats.base import dtype_name
+from llmq.formats.base import Loader, dtype_name
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
+from llmq.planning.fused import apart, check_fused
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
 from llmq.planning.trial import try_quantizer
@@ -86,6 +87,11 @@ class Plan:
         return {i.scheme for i in self.weights if i.scheme is not None}
 
     @property
+    def loaders(self) -> list[Loader]:
+        """What is known of the tools that can read the folder."""
+        return formats.loaders(self.schemes, bool(apart(self.weights)))
+
+    @property
     def ids(self) -> Tensor:
         """The calibration windows, int64 [samples, tokens]."""
         return self.calibration.ids
@@ -124,6 +130,7 @@ def make_plan(
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
+    check_fused(items, recipe)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):

@@ -19,6 +19,7 @@ from llmq.recipe import catalog
 from llmq.validate import check_choice, check_keys, check_types, made
 
 RAGGED = ("error", "smaller", "channel", "keep")
+LOADERS = ("any", "transformers")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Recipe:
     the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match wins; keep:
     patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in the checkpoint, a shell
     glob, or 're:' and a regular expression. options: the methods' own options by name, each is passed to the methods
-    that have it; one that no method has is refused. The defaults are those that measured best for each method.
+    that have it; one that no method has is refused. loader: who is to load the folder: with 'any', weights that servers
+    fuse must have one scheme. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -56,6 +58,7 @@ class Recipe:
     overrides: tuple[tuple[str, Scheme], ...] = ()
     keep: tuple[str, ...] = ()
     ragged: str = "error"
+    loader: str = "any"
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
@@ -67,6 +70,7 @@ class Recipe:
         if not self.methods:
             raise LlmqError("a recipe needs at least one method: 'rtn' is the simplest")
         check_choice("ragged", self.ragged, RAGGED)
+        check_choice("loader", self.loader, LOADERS)
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq import formats
 from llmq.checkpoint.files import CARD, write
 from llmq.errors import LlmqError, first_line
 from llmq.machine import size
@@ -174,9 +173,8 @@ def _kinds(report: Report) -> str:
 
 def _usage(report: Report) -> str:
     said = "".join(f"- {loader}\n" for loader in report.loaders)
-    shown = {loader.code: loader for loader in formats.loaders({row.scheme for row in report.quantized})}
     text = said
-    if "transformers" in shown:
+    if "transformers" in report.examples:
         text += f"""
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,9 +186,9 @@ inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 """
-    if "vllm" in shown:
+    if "vllm" in report.examples:
         text += f"""
-With vLLM{", which was not tried" if shown["vllm"].works is None else ""}:
+With vLLM{"" if report.examples["vllm"] else ", where this was not run"}:
 
 ```python
 from vllm import LLM, SamplingParams

@@ -26,8 +26,9 @@ class Report:
     """The results of a run. weights: one row per weight with two or more axes, unquantized ones with their reason.
 
     Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
-    command: the command line that repeats the run with the recipe in a file `recipe.yaml`. `llmq.report.rows` defines
-    the rows; report.json has the same fields under the same names.
+    command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
+    example code the card shows, and whether they were tried. `llmq.report.rows` defines the rows; report.json has the
+    same fields under the same names.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Report:
     format: str = ""
     predicted_device_memory: int = 0
     loaders: list[str] = field(default_factory=list)
+    examples: dict[str, bool] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -144,7 +146,8 @@ def make_report(
         blocks=blocks,
         warnings=[*plan.warnings, *([silent_note] if silent else [])],
         format=formats.name(plan.schemes),
-        loaders=[loader.sentence for loader in formats.loaders(plan.schemes)],
+        loaders=[loader.sentence for loader in plan.loaders],
+        examples={loader.code: loader.tried for loader in plan.loaders if loader.code},
         command=command,
         versions=versions(),
     )

@@ -73,6 +73,8 @@ def summary(console: Console, made: Plan) -> None:
     if made.calibration.first:
         grid.add_row("first window", escape(readable(made.calibration.first, console.encoding)))
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
+    for index, loader in enumerate(made.loaders):
+        grid.add_row("" if index else "loads", escape(loader.sentence))
     console.print(grid)
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)

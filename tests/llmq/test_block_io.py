@@ -19,7 +19,7 @@ from tests.llmq.refusal import refused
 
 CPU = torch.device("cpu")
 IDS = torch.arange(64).view(2, 32)
-RECIPE = Recipe(scheme=Scheme(4, 32), keep=("v_proj",))
+RECIPE = Recipe(scheme=Scheme(4, 32), keep=("v_proj",), loader="transformers")
 
 
 @pytest.fixture

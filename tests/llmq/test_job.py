@@ -111,7 +111,7 @@ def test_a_run_goes_on_only_with_the_same_of_everything_that_matters(tiny_model:
 
 def test_the_configuration_names_each_scheme_and_all_linears_left_alone(tiny_model: Path) -> None:
     eight = Scheme(8, 32)
-    recipe = Recipe(scheme=Scheme(4, 32), overrides=(("down_proj", eight),), keep=("layers.0.self_attn.q_proj",))
+    recipe = Recipe(scheme=Scheme(4, 32), overrides=(("down_proj", eight),), keep=("layers.0.self_attn.o_proj",))
     made = planned(tiny_model, recipe)
     found = job.config(made)
     section = found.pop("quantization_config")
@@ -119,7 +119,7 @@ def test_the_configuration_names_each_scheme_and_all_linears_left_alone(tiny_mod
     groups = {group["weights"]["num_bits"]: group["targets"] for group in section["config_groups"].values()}
     assert set(groups) == {4, 8}
     assert all("down_proj" in target for target in groups[8]) and not any("down_proj" in target for target in groups[4])
-    assert set(section["ignore"]) == {"model.layers.0.self_attn.q_proj", "lm_head"}
+    assert set(section["ignore"]) == {"model.layers.0.self_attn.o_proj", "lm_head"}
     assert len(section["ignore"]) == 2  # a name that the model and the checkpoint share stands once
 
 

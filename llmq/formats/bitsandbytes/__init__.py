@@ -43,7 +43,4 @@ def title(schemes: Collection[Scheme]) -> str:
 
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
-    return [
-        Loader("stock transformers with bitsandbytes reads it, on a GPU or CPU", code="transformers"),
-        Loader("vLLM reads it (not tried)", works=None, code="vllm"),
-    ]
+    return [Loader("stock transformers with bitsandbytes reads it, on a GPU or CPU", code="transformers")]

@@ -1,4 +1,4 @@
-"""bitsandbytes NF4, which transformers, PEFT (QLoRA) and vLLM load with bitsandbytes installed.
+"""bitsandbytes NF4, which transformers and PEFT (QLoRA) load with bitsandbytes installed.
 
 `spec` lists the tensors of a weight [out, in]; names and bytes are exactly those that transformers 5.23 and
 bitsandbytes 0.50 write. Found in their code and tried with both:
@@ -11,8 +11,7 @@ bitsandbytes 0.50 write. Found in their code and tried with both:
   output layer is no longer skipped by default, so it is always listed. Only modules of exactly the class Linear are
   replaced.
 - A checkpoint has one scheme: the configuration has one `bnb_4bit_use_double_quant` for all.
-- vLLM (bitsandbytes.py, read, not run) multiplies in bfloat16 too, and skips by whole parts of a name; full names work
-  there.
+- vLLM 0.32 has no bitsandbytes of its own; with vllm-bnb-plugin 0.0.3 it loads a folder.
 """
 
 from __future__ import annotations

@@ -58,32 +58,19 @@ def title(schemes: Collection[Scheme]) -> str:
 
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
-    said = []
     if all(scheme.symmetric for scheme in schemes):
-        sentence = "stock transformers with compressed-tensors reads it, on a GPU or CPU"
-        said.append(Loader(sentence, code="transformers"))
-    elif len(schemes) == 1:
-        said.append(
-            Loader(
-                "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while "
-                "loading, so that it takes the memory of an unquantized model",
-                code="transformers",
-            )
+        return [Loader("stock transformers with compressed-tensors reads it, on a GPU or CPU", code="transformers")]
+    if len(schemes) == 1:
+        sentence = (
+            "stock transformers with compressed-tensors reads it, but unpacks its asymmetric weights while loading, so "
+            "that it takes the memory of an unquantized model"
         )
-    else:
-        said.append(
-            Loader(
-                "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights if the folder has "
-                "several schemes: give all weights one scheme, or use --symmetric",
-                works=False,
-            )
-        )
-    odd = sorted({s.bits for s in schemes if s.bits not in (4, 8)})
-    if odd:
-        said.append(Loader(f"vLLM has no kernels for {', '.join(map(str, odd))} bits (not tried)", works=None))
-    else:
-        said.append(Loader("vLLM reads it (not tried)", works=None, code="vllm"))
-    return said
+        return [Loader(sentence, code="transformers")]
+    sentence = (
+        "stock transformers 5.23 with compressed-tensors 0.20 fails on asymmetric weights if the folder has several "
+        "schemes: give all weights one scheme, or use --symmetric"
+    )
+    return [Loader(sentence, warn=True)]
 
 
 class _Layout(Protocol):

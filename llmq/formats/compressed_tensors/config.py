@@ -4,8 +4,8 @@ How readers match modules to schemes (found in the code of both and tried):
 
 - transformers (compressed_tensors.utils.match): a module's exact name has priority over a pattern, and a pattern over
   its class; `ignore` has priority over all.
-- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then class, and only then the parts of a fused
-  layer. So a target "Linear" matches every fused layer, whatever targets its parts have.
+- vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then the parts of a fused layer, then class; in
+  earlier versions class came before parts, so that a target "Linear" matched every fused layer, whatever its parts had.
 
 Hence a single scheme is written as the target "Linear", and several schemes are all written by module name.
 """

@@ -118,7 +118,9 @@ def whole(block: Block, pair: Pair, name: str) -> Tensor:
 )
 def test_where_a_consumer_is_kept_factors_are_powers_of_two(kind: str, kept: str, tmp_path: Path) -> None:
     """So that what is stored in bfloat16 as it is loses nothing."""
-    block = open_block(write(kind, tmp_path / "model", torch.bfloat16), replace(W4, keep=(kept,)))
+    block = open_block(
+        write(kind, tmp_path / "model", torch.bfloat16), replace(W4, keep=(kept,), loader="transformers")
+    )
     touched = [
         p
         for p in block.pairs

@@ -28,19 +28,13 @@ def test_the_title_names_each_layout_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schemes", "works", "words"),
+    ("schemes", "code", "words"),
     [
-        ([Scheme(4, 32), Scheme(8, None)], True, "on a GPU or CPU"),
-        ([Scheme(4, 32, False)], True, "unpacks its asymmetric weights while loading"),
-        ([Scheme(4, 32, False), Scheme(8, None)], False, "fails on asymmetric weights if the folder has several"),
+        ([Scheme(4, 32), Scheme(8, None)], "transformers", "on a GPU or CPU"),
+        ([Scheme(4, 32, False)], "transformers", "unpacks its asymmetric weights while loading"),
+        ([Scheme(4, 32, False), Scheme(8, None)], None, "fails on asymmetric weights if the folder has several"),
     ],
 )
-def test_what_stock_transformers_does(schemes: list[Scheme], works: bool, words: str) -> None:
-    stock = ct.loaders(schemes)[0]
-    assert stock.works is works and words in stock.sentence
-
-
-def test_widths_that_vllm_has_no_kernels_for_are_told() -> None:
-    assert "vLLM has no kernels for 3, 5 bits" in ct.loaders([Scheme(5, 32), Scheme(3, 32), Scheme(4, 32)])[1].sentence
-    for vllm in (ct.loaders([Scheme(4, 32)])[1], ct.loaders([Scheme(3, 32)])[1]):
-        assert vllm.works is None and "not tried" in vllm.sentence
+def test_what_stock_transformers_does(schemes: list[Scheme], code: str | None, words: str) -> None:
+    (stock,) = ct.loaders(schemes)
+    assert stock.code == code and stock.warn is (code is None) and words in stock.sentence

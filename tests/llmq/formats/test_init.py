@@ -63,4 +63,5 @@ def test_what_is_asked_of_a_folder_goes_to_its_format() -> None:
     assert formats.name([]) == compressed_tensors.title([])
     assert formats.config({NF4: ["a"]}, [], torch.float16)["bnb_4bit_compute_dtype"] == "float16"
     assert formats.config({INT[0]: ["a"]}, ["b"], torch.float16)["ignore"] == ["b"]
-    assert formats.loaders([NF4]) == bitsandbytes.loaders([NF4])
+    assert formats.loaders([NF4]) == [*bitsandbytes.loaders([NF4]), formats.vllm.loader([NF4])]
+    assert formats.loaders([NF4], apart=True)[-1] == formats.vllm.APART

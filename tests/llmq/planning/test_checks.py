@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -29,11 +28,6 @@ UNUSED = Reason(Kind.UNUSED, "in no matrix product")
 def test_ragged_is_refused_by_name(ragged_model: Path) -> None:
     with pytest.raises(LlmqError, match=r"down_proj \[64, 172\] .* in blocks 0–2.*--ragged smaller"):
         make(ragged_model)
-
-
-def test_splitting_what_servers_fuse_is_warned_of(tiny_model: Path) -> None:
-    plan = make(tiny_model, overrides=(("up_proj", Scheme(8, 32)),))
-    assert [w for w in plan.warnings if "share an input" in w]
 
 
 def test_tensor_parallel(tiny_model: Path) -> None:
@@ -115,16 +109,10 @@ def test_a_checkpoint_that_belongs_to_another_model(tiny_model: Path) -> None:
     refused(lambda: check_sources(source, model, links), f"{name} cannot be read: it is turned around")
 
 
-def test_what_shares_an_input_and_is_quantized_must_be_alike() -> None:
-    """At most three blocks are named; what cannot be quantized anyway tears nothing apart."""
-    apart = [item(f"x.{b}.{n}", (8, 8), s, block=b) for b in range(5) for n, s in (("k", FOUR), ("q", EIGHT))]
-    (said,) = warnings(apart)
-    assert re.findall(r"block \d", said) == ["block 0", "block 1", "block 2"]
-    assert "4-bit g32 symmetric and 8-bit g32 symmetric" in said
-    kept = warnings([item("k", (8, 100), FOUR), item("q", (8, 8), reason=BY_USER)])
-    assert len(kept) == 1 and "4-bit g32 symmetric and kept" in kept[0]
-    assert not warnings([item("k", (8, 100), FOUR), item("q", (8, 8), reason=UNUSED)])
-    assert not warnings([item("k", (8, 8), FOUR), item("down", (8, 8), EIGHT, input_id=1)])
+def test_fused_weights_apart_are_warned_of_where_only_transformers_is_to_load_them() -> None:
+    (said,) = warnings([item("x.0.k", (8, 8), FOUR), item("x.0.q", (8, 8), EIGHT)])
+    assert said.startswith("not for vLLM")
+    assert not warnings([item("x.0.k", (8, 8), FOUR), item("x.0.down", (8, 8), EIGHT, input_id=1)])
 
 
 def test_little_that_is_quantized_is_warned_of() -> None:

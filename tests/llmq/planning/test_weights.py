@@ -42,19 +42,19 @@ def test_override_and_keep(tiny_model: Path) -> None:
 
 
 def test_a_weight_left_alone_has_a_kind_of_reason(ragged_model: Path) -> None:
-    plan = make(ragged_model, ragged="keep", keep=("q_proj",))
+    plan = make(ragged_model, ragged="keep", keep=("o_proj",))
     kinds: dict[Kind, set[str]] = {}
     for item in plan.weights:
         assert (item.scheme is None) == (item.reason is not None)
         if item.reason is not None:
             kinds.setdefault(item.reason.kind, set()).add(item.name.rpartition(".")[2])
     assert kinds == {
-        Kind.BY_USER: {"q_proj"},
+        Kind.BY_USER: {"o_proj"},
         Kind.INDIVISIBLE: {"down_proj"},
         Kind.OUTSIDE: {"embed_tokens", "lm_head"},
     }
     # What the user leaves alone may be overridden in vain; what cannot be quantized may not.
-    assert make(ragged_model, ragged="keep", keep=("q_proj",), overrides=(("q_proj", Scheme(8, 32)),))
+    assert make(ragged_model, ragged="keep", keep=("o_proj",), overrides=(("o_proj", Scheme(8, 32)),))
     refused(
         lambda: make(ragged_model, ragged="keep", overrides=(("lm_head", Scheme(8, 32)),)), "only weights that are not"
     )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from llmq import formats
 from llmq.errors import LlmqError
-from llmq.formats.base import Loader
-from llmq.grids.scheme import Scheme
 from llmq.report.card import hub_id, model_card, write_measured, write_place
-from llmq.report.report import Report
 from tests.llmq.report.page.reports import measure, report
 
 
@@ -49,24 +44,17 @@ def test_ids() -> None:
 
 def test_usage_says_what_was_tried(source: Path) -> None:
     text = model_card(report(2), source)
-    assert "With vLLM, which was not tried" in text and "from vllm import LLM" in text
+    assert "With vLLM, where this was not run:" in text and "from vllm import LLM" in text
     assert "not quantized: kept by --keep; outside the decoder blocks" in text
+    assert "With vLLM:" in model_card(report(2, examples={"vllm": True}), source)
 
 
-def schemes(*given: Scheme) -> Report:
-    """A report whose weights have these schemes in turn."""
-    made = report(2)
-    rows = [replace(row, scheme=given[at % len(given)]) for at, row in enumerate(made.quantized)]
-    return replace(made, weights=rows)
-
-
-def test_it_shows_only_what_loads_the_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = model_card(schemes(Scheme(3, 128)), source)
+def test_it_shows_only_what_loads_the_folder(source: Path) -> None:
+    odd = model_card(report(2, examples={"transformers": True}), source)
     assert "AutoModelForCausalLM" in odd and "import LLM" not in odd
-    mixed = model_card(schemes(Scheme(4, 128, False), Scheme()), source)
+    mixed = model_card(report(2, examples={"vllm": True}), source)
     assert "AutoModelForCausalLM" not in mixed and "import LLM" in mixed
-    monkeypatch.setattr(formats, "loaders", lambda _: [Loader("nobody reads it", works=False)])
-    nobody = model_card(report(2, loaders=["nobody reads it"]), source)
+    nobody = model_card(report(2, loaders=["nobody reads it"], examples={}), source)
     assert "- nobody reads it" in nobody and "```" not in nobody
 
 

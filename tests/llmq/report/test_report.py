@@ -52,7 +52,7 @@ def test_a_folder_without_one_is_told_from_one_with_one(tmp_path: Path) -> None:
 
 def test_a_report_of_an_earlier_llmq_lacks_what_came_later(tmp_path: Path) -> None:
     data = json.loads(report(1).to_json())
-    later = {"format", "predicted_device_memory", "loaders", "command", "versions"}
+    later = {"format", "predicted_device_memory", "loaders", "examples", "command", "versions"}
     read = Report.from_dict({key: value for key, value in data.items() if key not in later})
     assert (read.format, read.predicted_device_memory, read.loaders, read.command, read.versions) == ("", 0, [], "", {})
     del data["seconds"]
@@ -93,7 +93,7 @@ def journal(names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_it_is_made_of_the_plan_and_the_journal(dtype: str, size: int, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", layers=2, dtype=dtype)
-    recipe = Recipe(scheme=Scheme(4, 32), keep=("q_proj",))
+    recipe = Recipe(scheme=Scheme(4, 32), keep=("q_proj",), loader="transformers")
     plan = job.plan(str(model), recipe, ids=torch.arange(64).view(2, 32))
     plan.warnings = ["a warning"]
     made = make_report(plan, "m", tmp_path / "o", journal(["x", "y"]), 1.239, 1000, "again")

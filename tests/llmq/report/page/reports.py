@@ -49,7 +49,8 @@ def report(layers: int = 80, experts: int = 0, prefix: str = "model.layers", **c
         "calibration": "the demo text", "bits_per_weight": 4.125, "bits_per_weight_whole": 4.6,
         "source_bytes": 140 * 10**9, "bytes": 40 * 10**9, "peak_memory": 5 * 2**30, "predicted_memory": 6 * 2**30,
         "seconds": 5000.0, "weights": weights, "blocks": blocks, "warnings": ["a warning"],
-        "format": "compressed-tensors pack-quantized", "loaders": ["vLLM reads it (not tried)"],
+        "format": "compressed-tensors pack-quantized", "loaders": ["a loader reads it"],
+        "examples": {"transformers": True, "vllm": False},
         "command": "llmq quantize org/name -o name-w4 --recipe recipe.yaml", "versions": {"llmq": "0.1.0"},
     }  # fmt: skip
     return Report(**(made | changes))

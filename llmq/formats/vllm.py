@@ -1,0 +1,64 @@
+"""What vLLM does with each scheme, as `scripts/check_vllm.py` found it; that script writes `vllm.json`.
+
+For every scheme the file says what happened on the CPU, where folders were loaded and run, and which kernel vLLM's own
+rules choose on NVIDIA GPUs, where nothing was run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmq.formats.base import Loader
+from llmq.grids.scheme import Activations, Scheme
+
+FILE = Path(__file__).with_name("vllm.json")
+APART = Loader(
+    "not for vLLM or other servers that make one matrix of weights with one input: such weights have different schemes",
+    warn=True,
+)
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The file's contents: versions, the date, and a row for each scheme's name.
+
+    A row has `cpu`: {kernels, rms} or {refused, plain_rms}, and `cuda`: {compute capability: kernel} or {refused}.
+    rms: of the log-probabilities' difference to the dequantized weights; plain_rms: that with a plain product in the
+    place of a kernel that vLLM does not have.
+    """
+    data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return data
+
+
+def name_of(scheme: Scheme) -> str:
+    """A scheme's name in the table, in which all ways to find a static scale of inputs are one."""
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    return str(replace(scheme, activations=Activations(dynamic=False)) if static else scheme)
+
+
+def loader(schemes: Collection[Scheme]) -> Loader:
+    """What was tried with vLLM, of all schemes of a folder."""
+    known = table()
+    names = sorted({name_of(scheme) for scheme in schemes})
+    rows = {name: known["schemes"][name] for name in names if name in known["schemes"]}
+    version = f"vLLM {known['vllm']}"
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        return Loader(f"{', '.join(unknown)}: not tried with {version}", tried=False)
+    refused = {name: row["cuda"]["refused"] for name, row in rows.items() if "refused" in row["cuda"]}
+    if refused:
+        name, why = next(iter(refused.items()))
+        return Loader(f"{version} does not load {name}: {why}", tried=False)
+    kernels = list(dict.fromkeys(kernel for row in rows.values() for kernel in row["cuda"].values()))
+    gpu = f"on NVIDIA GPUs its rules choose {' or '.join(kernels)} (not run)"
+    missing = [name for name, row in rows.items() if "refused" in row["cpu"]]
+    if missing:
+        return Loader(f"{version} has no CPU kernel for {', '.join(missing)}; {gpu}", tried=False, code="vllm")
+    worst = max(row["cpu"]["rms"] for row in rows.values())
+    said = f"{version} loads it: tried on the CPU, log-probabilities {worst:.4f} (rms) from the dequantized weights'"
+    return Loader(f"{said}; {gpu}", code="vllm")

@@ -1,0 +1,116 @@
+"""The folders that check_vllm.py makes: models, recipes, and combinations of schemes for weights that vLLM fuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from llmq.checkpoint.hub import resolve
+from llmq.grids.scheme import Activations, Scheme
+from llmq.recipe.recipe import Recipe
+
+BOOKS = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "books8m"
+TINY = ("qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2")
+GROUPED = ("num_key_value_heads", "head_dim")
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.08,
+}  # fmt: skip
+W4, W8 = Scheme(4, 64), Scheme(8, 64)
+W8A8 = Scheme(8, None, activations=Activations())
+STATIC = Scheme(8, None, activations=Activations(dynamic=False))
+FP8 = [Scheme(8, None, grid="fp8", activations=a) for a in (None, Activations(), Activations(dynamic=False))]
+NF4 = [Scheme(4, 64, grid="nf4", double_quant=d) for d in (True, False)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder to make. table: whether its row says what vLLM does with its scheme."""
+
+    model: str
+    name: str
+    recipe: Recipe = field(repr=False)
+    table: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.name}"
+
+    @property
+    def dtype(self) -> str:
+        """What vLLM computes in: it refuses float16 for some types."""
+        return "bfloat16" if self.model.startswith("gemma3") else "float16"
+
+
+def model_folder(name: str, work: Path) -> Path:
+    """demo, books8m, or a random model of a type, made once."""
+    if name in TINY:
+        folder = work / name
+        if not folder.exists():
+            torch.manual_seed(0)
+            # Types without grouped heads must not have these keys: vLLM takes them from any configuration.
+            grouped = "num_key_value_heads" in CONFIG_MAPPING[name]().to_dict()
+            config = CONFIG_MAPPING[name](**{k: v for k, v in SIZES.items() if grouped or k not in GROUPED})
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+            model.to(torch.bfloat16).save_pretrained(folder)
+        return folder
+    return BOOKS if name == "books8m" else resolve(name)
+
+
+def recipe(scheme: Scheme = W4, methods: str = "rtn", **more: Any) -> Recipe:
+    """A recipe that needs no text, if the methods need none."""
+    return Recipe(methods=tuple(methods.split("+")), scheme=scheme, **more)
+
+
+def cases() -> Iterator[Case]:
+    """Every case. On demo all schemes; on books8m methods, mixtures and kept weights; on others a few schemes."""
+    packed = [Scheme(b, g, s) for b, s, g in product(range(2, 9), (True, False), (32, 64, 128, None))]
+    for scheme in [*packed, W8A8, STATIC, *FP8, *NF4]:
+        yield Case("demo", str(scheme), recipe(scheme), table=True)
+    mixtures = {
+        "4-bit and 8-bit": {"overrides": (("mlp", W8),)},
+        "4-bit and 4-bit channel": {"overrides": (("mlp", Scheme(4, None)),)},
+        "4-bit and fp8 dynamic": {"overrides": (("down_proj", FP8[1]),)},
+        "4-bit and W8A8": {"overrides": (("mlp", W8A8),)},
+        "--keep o_proj": {"keep": ("o_proj",)},
+        "--keep q, k, v": {"keep": ("q_proj", "k_proj", "v_proj")},
+        "--keep layers.0": {"keep": ("layers.0",)},
+    }
+    for name, more in mixtures.items():
+        yield Case("demo", name, recipe(W4, **more))
+    if not BOOKS.exists():
+        print(f"books8m is not in {BOOKS.parent}: its cases are left out")
+    else:
+        for methods in ("gptq", "awq", "hqq", "signround"):
+            yield Case("books8m", methods, recipe(Scheme(4, 128), methods))
+        yield Case("books8m", "gptq asymmetric", recipe(Scheme(4, 64, False), "gptq"))
+        yield Case("books8m", "smoothquant W8A8", recipe(W8A8, "smoothquant"))
+        yield Case("books8m", "static W8A8", recipe(STATIC))
+        yield Case("books8m", "--keep layers.0", recipe(W4, keep=("layers.0",)))
+    for model in TINY:
+        yield Case(model, str(W4), recipe(W4))
+        yield Case(model, str(Scheme(4, None, False)), recipe(Scheme(4, None, False)))
+        yield Case(model, str(W8A8), recipe(W8A8))
+        yield Case(model, str(Scheme(3, 128)), recipe(Scheme(3, 128)))
+
+
+def fused_cases() -> Iterator[Case]:
+    """Every combination of 4 and 8 bits, symmetric or not, and kept, of q, k, v, and of gate, up, on demo."""
+    kinds = [*(Scheme(b, 64, s) for b, s in product((4, 8), (True, False))), None]
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for schemes in product(kinds, repeat=len(parts)):
+            pairs = list(zip(parts, schemes, strict=True))
+            changed = tuple((part, scheme) for part, scheme in pairs if scheme not in (None, W4))
+            kept = tuple(part for part, scheme in pairs if scheme is None)
+            name = ", ".join(f"{part.partition('_')[0]} {scheme or 'kept'}" for part, scheme in pairs)
+            yield Case("demo", name, recipe(W4, overrides=changed, keep=kept))

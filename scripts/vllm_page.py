@@ -1,0 +1,85 @@
+"""docs/vllm.md, from the rows of check_vllm.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_cases import Case
+
+HEAD = """# vLLM
+
+What vLLM {vllm} does with the folders that llmq writes. This page and `llmq/formats/vllm.json`, from which `llmq plan`,
+reports and model cards take what they say of vLLM, are written by `scripts/check_vllm.py`; last run {date}, with
+{versions}.
+
+**CPU**: the folder was loaded and run in float16 (gemma3: bfloat16). The number is the rms difference of
+log-probabilities to the run's dequantized weights in float32 in plain transformers: at most 0.003, or, where inputs are
+rounded too or vLLM refuses float16, 1.5 times what the dtype alone changes there (in brackets). "plain": vLLM has no
+CPU kernel for the scheme; a product with the dequantized weight took its place, so that vLLM's own loader was tried,
+but no kernel.
+**CUDA**: the kernel that vLLM's own rules choose for a weight of 4096 × 4096, by compute capability, with the platform
+mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's
+AMX kernel ignores static scales.
+
+NF4 needs a plugin in vLLM {vllm}: with `vllm-bnb-plugin` 0.0.3 a folder was loaded by hand (rms 0.0127 in bfloat16,
+whose own floor is 0.0125).
+
+## Schemes, on demo
+
+| scheme | CPU | CUDA |
+|---|---|---|
+"""
+OTHERS = """
+## Other models, methods and mixtures
+
+| model | recipe | CPU |
+|---|---|---|
+"""
+FUSED = """
+## Weights that vLLM fuses
+
+vLLM makes one matrix of q, k and v, and one of gate and up. `scripts/check_vllm.py --fused` plans every combination
+of 4 and 8 bits, symmetric or not, and kept, of q, k, v (125) and of gate, up (25): `llmq plan` refuses all but the ten
+where the parts have one scheme, and these ten give the right log-probabilities. A sample of the refused ones, written
+with `--loader transformers`, was loaded too: vLLM fails, or loads them wrong. See design.md, "Fused weights".
+"""
+
+
+def page(rows: list[tuple[Case, dict[str, Any]]], data: dict[str, Any]) -> str:
+    """The whole page."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(data["versions"].items()))
+    text = HEAD.format(vllm=data["vllm"], date=data["date"], versions=versions)
+    for case, row in rows:
+        if case.table:
+            text += f"| {case.name} | {_cpu(row['cpu'])} | {_cuda(row['cuda'])} |\n"
+    text += OTHERS
+    for case, row in rows:
+        if not case.table:
+            text += f"| {case.model} | {case.name} | {_cpu(row['cpu'])} |\n"
+    return text + FUSED
+
+
+def _cpu(cpu: dict[str, Any]) -> str:
+    if "rms" in cpu:
+        floor = f" ({cpu['floor']:.4f})" if cpu["floor"] else ""
+        return f"{cpu['rms']:.4f}{floor}, {', '.join(cpu['kernels'])}"
+    instead = cpu.get("stand_in", {})
+    if "rms" in instead:
+        return f"no kernel; plain {instead['rms']:.4f}"
+    return f"**refused**: {_cell(cpu['refused'])}"
+
+
+def _cuda(cuda: dict[str, str]) -> str:
+    """Kernels, each with its compute capabilities."""
+    if "refused" in cuda:
+        return f"**refused**: {_cell(cuda['refused'])}"
+    kernels: dict[str, list[str]] = {}
+    for capability, kernel in cuda.items():
+        kernels.setdefault(kernel, []).append(capability)
+    if len(kernels) == 1:
+        return next(iter(kernels))
+    return "; ".join(f"{kernel} ({', '.join(found)})" for kernel, found in kernels.items())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:160]
