@@ -270,6 +270,7 @@ def test_full_disk_then_room(tmp_path: Path, text_file: Path, llmq: Run) -> None
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_eval_without_the_base_model(tmp_path: Path, llmq: Run) -> None:
     """The base model of a report may be elsewhere by now: a warning. One that was asked for must be there."""
     assert llmq("quantize", "demo", "-o", tmp_path / "out", "--method", "rtn").returncode == 0

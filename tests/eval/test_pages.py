@@ -150,6 +150,7 @@ def test_a_card_that_cannot_be_read_is_left(tmp_path: Path) -> None:
     assert (folder / "README.md").read_bytes() == text + b"\xe9"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", list(browser.SIZES))
 def test_in_a_browser(found: Comparison, tmp_path: Path, size: str, theme: str) -> None:

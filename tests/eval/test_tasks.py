@@ -15,6 +15,8 @@ import pytest
 from llmq_eval import tasks
 from tests.conftest import WORDS, Done, Run
 
+# Importing lm-eval takes ten seconds.
+pytestmark = pytest.mark.slow
 needs_lm_eval = pytest.mark.skipif(not tasks.installed(), reason="lm-eval is not installed: pip install 'llmq[eval]'")
 Row = dict[str, object]
 
@@ -69,7 +71,6 @@ FILES = {
 }
 
 
-@pytest.mark.slow
 @needs_lm_eval
 def test_as_its_own_command_line(tmp_path: Path, llmq: Run) -> None:
     from llmq import demo
@@ -134,7 +135,6 @@ def test_a_group_that_does_not_weigh_by_size() -> None:
     assert "0-shot or 5-shot, 110 documents, generate_until or multiple_choice" in measure.protocol
 
 
-@pytest.mark.slow
 @needs_lm_eval
 def test_groups(tmp_path: Path, llmq: Run) -> None:
     """The subjects of mmlu come from one file; what it lacks of them is named."""
@@ -159,7 +159,6 @@ def test_groups(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", *options), subjects[0], "mmlu needs", "mmlu_test.jsonl")
 
 
-@pytest.mark.slow
 @needs_lm_eval
 def test_tags(tmp_path: Path, llmq: Run) -> None:
     """A tag takes the files of its tasks, and each has the numbers that it has alone."""
@@ -180,7 +179,6 @@ def test_tags(tmp_path: Path, llmq: Run) -> None:
     refused(llmq("eval", "demo", "--tasks", "fda", *options), "Python code", "leave out --data-dir")
 
 
-@pytest.mark.slow
 @needs_lm_eval
 def test_a_tokenizer_without_a_beginning(tmp_path: Path, llmq: Run) -> None:
     import shutil
@@ -237,7 +235,6 @@ def test_malformed_rows(
     refused(done, f"{task}_{FILES[task]}.jsonl:2", *named)
 
 
-@pytest.mark.slow
 @needs_lm_eval
 def test_other_refusals(tmp_path: Path, llmq: Run) -> None:
     data = tmp_path / "data"

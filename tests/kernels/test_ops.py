@@ -89,6 +89,7 @@ def test_other_layouts_are_the_same_operator(layout: str, dtype: torch.dtype) ->
     torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_nf4_and_int8_on_triton_are_the_same_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: True)
     x = torch.randn(2, 3, 128).bfloat16().requires_grad_()

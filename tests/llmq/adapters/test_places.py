@@ -16,7 +16,7 @@ from llmq.adapters.lora import Adapter
 from llmq.adapters.merged import Merged, open_base
 from llmq.adapters.places import Place, Places
 from llmq.discovery.named import build_named
-from tests.llmq.adapters.made import apart, peft_merged, rewritten, stock_merged, trained
+from tests.llmq.adapters.made import apart, newer_peft, peft_merged, rewritten, stock_merged, trained
 from tests.llmq.refusal import refused
 
 TEXT = r".*language_model.*(q_proj|up_proj)"
@@ -33,6 +33,7 @@ def merged(base: Path, adapter: Path) -> Merged:
     return Merged(open_base(base), Adapter(adapter))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["qwen3_5", "gemma3", "qwen2_vl"])
 @pytest.mark.parametrize(
     "options",
@@ -83,6 +84,7 @@ def test_names_of_an_older_transformers(
     assert apart(state, peft_merged(bases[base], folder, kind)) <= 1e-3
 
 
+@newer_peft
 def test_experts_named_one_by_one(tmp_path: Path, bases: dict[str, Path]) -> None:
     """As transformers 4 named them; today the model keeps all experts in one parameter, and the checkpoint does not."""
     from peft import PeftModel

@@ -194,6 +194,7 @@ def test_calibration_is_streamed(hub: HubServer, client: HubClient, tokenizer: s
     assert AutoTokenizer.from_pretrained(tokenizer).decode(flat) == bytes(expected).decode()
 
 
+@pytest.mark.slow
 def test_a_chat_on_the_hub_is_what_it_is_in_a_file(client: HubClient, tokenizer: str, tmp_path: Path) -> None:
     """`datasets` gives all rows of a column the same keys; the template must not see them."""
     folder = tmp_path / "tokenizer"
