@@ -148,7 +148,8 @@ def fingerprint(made: Plan, device: str) -> dict[str, Any]:
     """What must be unchanged to resume a run in a folder: model, recipe, calibration text, versions, device."""
     return {
         "source": made.source.fingerprint(),
-        "recipe": made.recipe.to_dict(),
+        # No byte depends on which loader is asked for: the schemes say what it allows.
+        "recipe": {key: value for key, value in made.recipe.to_dict().items() if key != "loader"},
         "calibration": made.calibration.digest,
         "versions": versions() | catalog.versions(made.recipe.methods),
         "device": torch.device(device).type,

@@ -32,6 +32,7 @@ from vllm_reference import write_reference
 
 from llmq import formats, job
 from llmq.errors import LlmqError
+from llmq.formats import vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 3e-3
@@ -78,7 +79,9 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
     if instead and "rms" in instead:
         allowed = max(LIMIT, 1.5 * instead["floor"])
         return f"no CPU kernel; with a plain product rms {instead['rms']:.4f}", instead["rms"] <= allowed
-    return f"refused: {cpu['refused']}", case.table and "process died" not in cpu["refused"]
+    # What vLLM refuses and refused before is no fault of a folder; what it loaded before is.
+    before = vllm.table()["schemes"].get(case.name, {}).get("cpu", {"refused": ""})
+    return f"refused: {cpu['refused']}", case.table and "refused" in before and "process died" not in cpu["refused"]
 
 
 def run(chosen: list[Case], python: Path, work: Path) -> Iterator[tuple[Case, dict[str, Any]]]:

@@ -168,7 +168,7 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
         text = data[0]
         note = (f"calibrating on the tune's own data, {text}; --calib gives another text",)
     file = Path(text).expanduser()
-    if suffix(file) not in ENDINGS or not file.is_file():
+    if calibration.column is not None or suffix(file) not in ENDINGS or not file.is_file():
         return None
     tokenizer = load_tokenizer(source.tokenizer.folder, trust_remote_code=source.trust_remote_code)
     length = min(calibration.seqlen, longest or calibration.seqlen)

@@ -262,7 +262,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        if told := strangers.of_bytes(raw):
+        if told := strangers.of_bytes(raw, text_file=True):
             raise LlmqError(f"{path} is {told}") from error
         raise LlmqError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):

@@ -21,6 +21,7 @@ TOOLS = {
 """Endings of weights that other tools write, and the tools."""
 TOKENIZERS = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|tiktoken|spm|bpe|vocab)")
 """Names of files that make a tokenizer."""
+TEXTS = (".txt", ".json", ".jinja", ".bpe", ".vocab")
 PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 POINTER = b"version https://git-lfs"
 STARTS = (
@@ -35,10 +36,11 @@ PAGE = "a web page or a server's message, not the file itself: log in with 'hf a
 _START = 64
 
 
-def of_bytes(start: bytes) -> str | None:
+def of_bytes(start: bytes, text_file: bool = False) -> str | None:
     """What a file is that begins with these bytes, with the way out; None if they say nothing.
 
-    A safetensors file begins with a length, whose high bytes are 0: it is never taken for text.
+    text_file: whether text is what the file should hold. A safetensors file begins with a length, whose high bytes are
+    0: it is never taken for text.
     """
     for magic, told in STARTS:
         if start.startswith(magic):
@@ -47,7 +49,7 @@ def of_bytes(start: bytes) -> str | None:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b'{"error', b"access to", b"entry not found")):
         return PAGE
     # JSON files, which begin with a bracket, have readers of their own.
-    letters = len(text) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text)
+    letters = not text_file and len(text) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text)
     return PAGE if letters and not text.startswith((b"{", b"[", b'"')) else None
 
 
@@ -55,7 +57,7 @@ def of_file(path: Path) -> str | None:
     """What a file is, by its first bytes; None if they say nothing or it cannot be read."""
     try:
         with path.open("rb") as file:
-            return of_bytes(file.read(_START))
+            return of_bytes(file.read(_START), path.suffix in TEXTS)
     except OSError:
         return None
 

@@ -45,7 +45,8 @@ def _ascii(letter: str) -> str:
 
 
 def name_user() -> None:
-    """Give a user whom the system does not know a name, and a home in the temporary folder if the environment has none.
+    """Give a user whom the system does not know a name, and a home in the temporary folder if the environment has none
+    that can be written to (Docker sets / for a user by number).
 
     torch asks for the name, the hub's cache and `llmq eval` for the home; in a container that runs under any number,
     both fail.
@@ -59,7 +60,8 @@ def name_user() -> None:
         pwd.getpwuid(user)
         return
     os.environ.setdefault("USER", f"uid{user}")
-    if not os.environ.get("HOME"):
+    home = os.environ.get("HOME")
+    if not home or not os.access(home, os.W_OK):
         os.environ["HOME"] = str(_own_folder(os.geteuid()))
 
 

@@ -135,14 +135,30 @@ def check_text(text: str, where: str) -> None:
         raise LlmqError(f"{where} holds half of a character (\\u{ord(text[error.start]):x}): mend the row") from error
 
 
+def with_system(messages: Messages, fields: Mapping[str, Any]) -> Messages:
+    """The messages, after the row's own `system` if that is a text and they have no such message."""
+    system = fields.get("system")
+    if not isinstance(system, str) or not system.strip() or any(m["role"] == "system" for m in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _as_tool(value: Any) -> Any:
+    """A function's description alone, as older rows have it, as a tool."""
+    bare = isinstance(value, Mapping) and "name" in value and "function" not in value and "type" not in value
+    return {"type": "function", "function": value} if bare else value
+
+
 def tools_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
     """The row's tools, from a list or its JSON; None if it has none. Raises LlmqError, with `where`, for all else."""
-    value = fields.get("tools")
+    older = not fields.get("tools")
+    value = fields.get("functions" if older else "tools")
     if isinstance(value, str):
         parsed = _parsed(value.strip() or "[]")
         value = value if parsed is None else parsed
     if isinstance(value, list):
         value = [_parsed(tool) or tool for tool in value]
+        value = [_as_tool(tool) for tool in value] if older else value
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):

@@ -225,7 +225,11 @@ def content(row: Row) -> str | tuple[Messages, bool]:
     if "instruction" in fields or "output" in fields:
         more = fields.get("input")
         question = _string(row, "instruction") + (f"\n\n{_string(row, 'input')}" if more else "")
-        return _pair(question, _string(row, "output")), False
+        if fields.get("history"):
+            raise LlmqError(
+                f"{row.where} has a 'history', whose turns would be lost: put all turns into one list 'messages'"
+            )
+        return chats.with_system(_pair(question, _string(row, "output")), fields), False
     if "text" in fields:
         return _string(row, "text")
     raise LlmqError(
@@ -256,6 +260,7 @@ def _messages(row: Row, name: str) -> Messages:
     messages = chat_messages(row.fields[name])
     if messages is None:
         raise LlmqError(f"{row.where}: {name!r} must be a list of {{'role': …, 'content': text}}: mend the row")
+    messages = chats.with_system(messages, row.fields)
     messages = chats.clean(messages, f"{row.where}: {name!r} must be a list of {{'role': …, 'content': text}}")
     if not any(map(_speaks, messages)):
         raise LlmqError(f"{row.where}: {name!r} has no answer (role {ANSWER!r}) to learn: add one, or take it out")

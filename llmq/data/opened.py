@@ -9,6 +9,7 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +38,14 @@ _MARKS = (
 
 
 def suffix(file: Path) -> str:
-    """The ending that says what a file holds, in small letters: .jsonl of 'Rows.JSONL' and 'rows.jsonl.gz'."""
+    """The ending that says what a file holds, in small letters: .jsonl of 'Rows.JSONL' and 'rows.jsonl.gz'.
+
+    Of a .zip without another ending it is that of the first file in it.
+    """
     endings = [ending.lower() for ending in file.suffixes]
+    if endings == [".zip"] and file.is_file():
+        with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            endings = [ending.lower() for name in archive.namelist()[:1] for ending in Path(name).suffixes]
     while len(endings) > 1 and endings[-1] in PACKED:
         endings.pop()
     return endings[-1] if endings else ""

@@ -136,7 +136,7 @@ class RowReader:
                 f"calibration text {self.name} holds chats (column {self.column!r}), and the tokenizer has no chat "
                 "template: give plain text, or name a column of text with --column"
             )
-        clean = chats.clean(messages, f"{row.where}: column {self.column!r}")
+        clean = chats.clean(chats.with_system(messages, row.fields), f"{row.where}: column {self.column!r}")
         tools = chats.tools_of(row.fields, row.where)
         try:
             made = chats.render(self.tokenizer, clean, tools)
@@ -159,9 +159,9 @@ def _chat_columns(rows: list[Row]) -> list[str]:
 def _joined(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """A prompt and a completion that are both lists of messages are one chat."""
     parts = [chat_messages(fields.get(name)) for name in ("prompt", "completion")]
-    if not all(parts) or any(name in fields for name in CHAT):
+    if not all(parts) or any(fields.get(name) is not None for name in CHAT):
         return fields
-    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion")}
+    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion", CHAT[0])}
     return {CHAT[0]: list(chain.from_iterable(part or [] for part in parts)), **rest}
 
 

@@ -60,5 +60,8 @@ def loader(schemes: Collection[Scheme]) -> Loader:
     if missing:
         return Loader(f"{version} has no CPU kernel for {', '.join(missing)}; {gpu}", tried=False, code="vllm")
     worst = max(row["cpu"]["rms"] for row in rows.values())
-    said = f"{version} loads it: tried on the CPU, log-probabilities {worst:.4f} (rms) from the dequantized weights'"
+    said = (
+        f"{version} loads this format: with it a demo model ran on the CPU, log-probabilities {worst:.4f} (rms) "
+        "from the dequantized weights'; other architectures: docs/vllm.md"
+    )
     return Loader(f"{said}; {gpu}", code="vllm")

@@ -25,8 +25,9 @@ LEFT = (Kind.BY_USER, Kind.INDIVISIBLE)
 def families(items: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
     """The weights of which a server makes one matrix, two or more in each list.
 
-    They have one input and one parent module (docs/design.md, "Fused weights"). Those with less than 1/32 of the
-    outputs of the largest are gates with one output per head: servers join these only with each other.
+    They have one input and one parent module (docs/design.md, "Fused weights"). Beside two or more others, those with
+    less than 1/32 of the outputs of the largest are gates with one output per head: servers join these only with each
+    other. Beside a single one they may be the keys and values of one head for many heads of queries, and belong to it.
     """
     together: dict[tuple[int | None, int, str], list[WeightPlan]] = {}
     for item in items:
@@ -37,7 +38,8 @@ def families(items: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
     for family in together.values():
         most = max(item.shape[0] for item in family)
         gates = [item for item in family if item.shape[0] * GATE_SHARE < most]
-        found += [gates, [item for item in family if item not in gates]]
+        large = [item for item in family if item not in gates]
+        found += [gates, large] if len(large) > 1 else [family]
     return [family for family in found if len(family) > 1]
 
 

@@ -25,9 +25,14 @@ def check_numbers(source: Source, model: nn.Module, links: Links, named: Named |
     for tensor, parameter in _stored(model, links, named).items():
         dtype = source.info(tensor).dtype
         if parameter.is_floating_point() and dtype not in READ:
+            kind = str(dtype).removeprefix("torch.")
+            if dtype == torch.float64:
+                if parameter.dim() < 2:
+                    continue
+                raise LlmqError(f"{source.folder}: {tensor} is stored as {kind}: convert it to float32")
             raise LlmqError(
-                f"{source.folder}: {tensor} is stored as {str(dtype).removeprefix('torch.')}, numbers that mean "
-                f"nothing without their scales; llmq reads float32, float16 and bfloat16 weights: {_way_out(source)}"
+                f"{source.folder}: {tensor} is stored as {kind}, numbers that mean nothing without their scales; llmq "
+                f"reads float32, float16 and bfloat16 weights: {_way_out(source)}"
             )
     biases: list[str] = []
     for weight, extra in _beside(model, links, named).items():
@@ -35,10 +40,12 @@ def check_numbers(source: Source, model: nn.Module, links: Links, named: Named |
         biases += [tensor for tensor in extra if tensor.endswith(".bias")]
         if others:
             stored = weight in links.source
+            adapter = any("lora_" in tensor or "base_layer" in tensor for tensor in others)
             raise LlmqError(
                 f"{source.folder}: {links.source.get(weight, weight)} has {_some(others)} "
-                f"{'beside it, without which its numbers are not the weight' if stored else 'in its place'}: "
-                f"{_way_out(source)}" + (", or merge the adapter first" if stored else "")
+                f"{'beside it, without which its numbers may not be the weight' if stored else 'in its place'}: "
+                + ("merge the adapter first" if adapter else _way_out(source))
+                + (", or take these tensors out of the file if they belong to nothing" if stored else "")
             )
     if not biases:
         return []

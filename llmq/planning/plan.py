@@ -136,7 +136,7 @@ def make_plan(
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
         found = windows(_longest(model))
     else:
-        ids = (torch.arange(_check_tokens(source, model, structure)) % vocabulary)[None]
+        ids = (torch.arange(_check_tokens(source, recipe, model, structure)) % vocabulary)[None]
         found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
     if int(found.ids.max()) >= vocabulary:
         raise LlmqError(
@@ -217,9 +217,9 @@ def _longest(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def _check_tokens(source: Source, model: nn.Module, structure: Structure) -> int:
+def _check_tokens(source: Source, recipe: Recipe, model: nn.Module, structure: Structure) -> int:
     """The length of the window that checks blocks of a run without calibration: at most what the model takes."""
-    tokens = min(CHECK_TOKENS, _longest(model) or CHECK_TOKENS)
+    tokens = min(CHECK_TOKENS, recipe.calibration.seqlen, _longest(model) or CHECK_TOKENS)
     while tokens > discover.PROBE_TOKENS:
         try:
             _check_length(source, model, structure, tokens)

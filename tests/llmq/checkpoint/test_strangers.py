@@ -114,3 +114,11 @@ def test_tokenizers(tmp_path: Path) -> None:
     write(tmp_path, {"tokenizer.json": POINTER})
     assert f"{tmp_path / 'tokenizer.json'} is a Git LFS pointer" in of_tokenizer(tmp_path, error)
     assert "tokenizer" in of_tokenizer(tmp_path / "nowhere", error)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.vocab"])
+def test_text_where_text_is_right_is_no_web_page(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {name: b"#version: 0.2\nh e\nl l\n", "tokenizer_config.json": b"{"})
+    assert "web page" not in of_tokenizer(tmp_path, KeyError("vocab"))
+    write(tmp_path, {name: b"<!DOCTYPE html><html>"})
+    assert "web page" in of_tokenizer(tmp_path, KeyError("vocab"))

@@ -135,9 +135,12 @@ def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("HOME")
     surroundings.name_user()
     assert Path.home() != home and Path.home().parent == tmp_path
-    monkeypatch.setenv("HOME", "/mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
     surroundings.name_user()
-    assert os.environ["HOME"] == "/mine"
+    assert os.environ["HOME"] == str(tmp_path)
+    monkeypatch.setenv("HOME", "/none")
+    surroundings.name_user()
+    assert Path.home().is_dir()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmq.data.chats import TemplateRefusal, call_names, chat_messages, clean, is_repr, render, tools_of
+from llmq.data.chats import TemplateRefusal, call_names, chat_messages, clean, is_repr, render, tools_of, with_system
 from tests.llmq.data.made import TOOL_TEMPLATE
 from tests.llmq.refusal import refused
 
@@ -132,3 +132,19 @@ def test_names_of_calls_in_every_form() -> None:
         *"abc"
     ]
     assert call_names({"role": "user", "content": "see"}) == [] and call_names({"tool_calls": [{"id": 1}]}) == []
+
+
+def test_a_rows_own_system_message_is_the_first() -> None:
+    user = [{"role": "user", "content": "see"}]
+    assert with_system(user, {"system": "Rhyme."}) == [{"role": "system", "content": "Rhyme."}, *user]
+    own = [{"role": "system", "content": "own"}, *user]
+    others: list[tuple[Any, dict[str, Any]]] = [(own, {"system": "Rhyme."}), (user, {"system": " "}), (user, {})]
+    for same, fields in [*others, (user, {"system": None})]:
+        assert with_system(same, fields) == same
+
+
+def test_functions_of_older_rows_are_tools() -> None:
+    bare = {"name": "f", "parameters": {}}
+    assert tools_of({"functions": [bare]}, "a:1") == [{"type": "function", "function": bare}]
+    assert tools_of({"tools": [bare], "functions": [1]}, "a:1") == [bare]
+    assert tools_of({"functions": None}, "a:1") is None

@@ -282,3 +282,25 @@ def test_nothing_to_learn_from(tmp_path: Path, plain: Any) -> None:
         refused(lambda name=name: read(tmp_path / name, plain, seqlen=10), name, ".jsonl")  # type: ignore[misc]
     long = write(tmp_path, {"prompt": "p" * 20, "completion": "c"})
     refused(lambda: read(long, plain, seqlen=10), "--seqlen")
+
+
+def test_a_rows_own_system_text_is_laid_out_and_not_learned(tmp_path: Path, chat: Any) -> None:
+    said = [("system", "Be brief."), ("user", "One?"), ("assistant", "Un.")]
+    rows = [
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Un."}]},
+        {"system": "Be brief.", "instruction": "One?", "output": "Un."},
+        {"messages": [{"role": role, "content": content} for role, content in said]},
+    ]
+    found = []
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps(row))
+        (example,) = read(file, chat, seqlen=500).all
+        found.append(shown(example, chat))
+    assert found == [("<system>Be brief.</system><user>One?</user><assistant>Un.</assistant>", "Un.</assistant>")] * 3
+
+
+def test_turns_before_an_instruction_are_not_dropped(tmp_path: Path, chat: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"instruction": "see", "output": "noon", "history": [["a", "b"]]}))
+    refused(lambda: read(file, chat, seqlen=64), "a.jsonl:1 has a 'history'", "into one list 'messages'")

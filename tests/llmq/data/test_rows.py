@@ -258,3 +258,10 @@ def test_what_datasets_cannot_read_is_told_and_what_is_ours_goes_through(streame
     assert caught.value is ours
     streamed["raises"] = ConnectionError("no route")
     refused(lambda: asked_for("org/set"), "org/set")
+
+
+def test_a_row_s_own_system_text_is_in_the_window(bpe: Any) -> None:
+    rows = [{"system": "fox", "conversations": CHAT}]
+    texts, _ = looked(rows, bpe)
+    same, _ = looked([{"messages": [{"role": "system", "content": "fox"}, *CHAT]}], bpe)
+    assert texts == same

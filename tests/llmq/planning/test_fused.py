@@ -48,8 +48,13 @@ def test_gates_are_a_family_of_their_own() -> None:
     gates = [item("x.0.net.a", (32, 64), reason=BY_USER), item("x.0.net.b", (32, 64), reason=BY_USER)]
     assert families([*large, *gates]) == [gates, large] and not apart([*large, *gates])
     assert apart([*large, gates[0], replace(gates[1], scheme=FOUR, reason=None)])
-    # Keys of one head beside 16 of queries are none.
-    assert len(families([item("x.0.a.q", (1024, 64), FOUR), item("x.0.a.k", (64, 64), FOUR)])) == 1
+
+
+@pytest.mark.parametrize("heads", [16, 40, 64, 128])
+def test_keys_and_values_of_one_head_beside_many_of_queries_are_no_gates(heads: int) -> None:
+    """vLLM makes one matrix of them: with another symmetry of the queries alone it is wrong without a word."""
+    parts = [item("x.0.a.q", (heads * 64, 64), EIGHT), *(item(f"x.0.a.{n}", (64, 64), FOUR) for n in "kv")]
+    assert families(parts) == [parts] and apart(parts) == [parts]
 
 
 @pytest.mark.parametrize("kind", [Kind.BY_USER, Kind.INDIVISIBLE])

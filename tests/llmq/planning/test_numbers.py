@@ -128,3 +128,22 @@ def test_a_source_of_nothing_that_llmq_reads(tiny_model: Path, tmp_path: Path) -
     model = edited(tiny_model, tmp_path / "ints", lambda t: t.update({n: v.to(torch.int8) for n, v in t.items()}))
     with pytest.raises(LlmqError, match="its weights are int8; llmq reads"):
         make(model)
+
+
+def test_norms_in_double_precision_are_no_obstacle(tiny_model: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: value.double() for name, value in tensors.items() if "norm" in name}
+
+    assert make(edited(tiny_model, tmp_path / "f64", change)).dtype == torch.float32
+
+
+def test_an_adapter_that_was_not_merged_is_called_that(tiny_model: Path, tmp_path: Path) -> None:
+    start = UP.removesuffix("weight")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{start}base_layer.weight"] = tensors.pop(UP)
+        tensors |= {f"{start}lora_{part}.default.weight": torch.ones(4, 4) for part in "AB"}
+
+    refused(lambda: make(edited(tiny_model, tmp_path / "a", change)), "in its place", "merge the adapter first")
+    model = edited(tiny_model, tmp_path / "b", lambda t: t.update({f"{start}_extra_state": torch.ones(1)}))
+    assert "merge the adapter" not in refused(lambda: make(model), "take these tensors out of the file")

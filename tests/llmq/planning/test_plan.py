@@ -130,3 +130,8 @@ def test_a_length_that_the_config_does_not_tell_is_found_out(tmp_path: Path) -> 
         "the model fails on windows of 65 tokens",
         "give a smaller --seqlen",
     )
+
+
+def test_the_window_of_a_run_without_calibration_is_no_longer_than_asked(tiny_model: Path) -> None:
+    recipe = Recipe(methods=("rtn",), scheme=Scheme(4, 32), calibration=Calibration(seqlen=24))
+    assert job.plan(str(tiny_model), recipe).ids.shape == (1, 24)
