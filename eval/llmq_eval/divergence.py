@@ -25,7 +25,7 @@ from llmq.errors import LlmqError
 from llmq_eval import intervals
 from llmq_eval.journal import Journal
 from llmq_eval.perplexity import batches, progress_bar
-from llmq_eval.windows import Windows
+from llmq_eval.windows import Windows, logits_of
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _ROWS = 64  # positions converted to float64 at once: with a vocabulary of 128k, 64 MB for each of a few tensors
@@ -74,7 +74,7 @@ def measure(
         for span in batches(windows.count, batch, journal, progress, "divergence"):
             ids = windows.ids[span.start : span.stop].to(device)
             reference = base(span)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = logits_of(model, ids)[:, :-1].flatten(0, 1)
             if logits.shape[-1] != reference.shape[-1]:
                 raise LlmqError(
                     f"{folder} has {logits.shape[-1]} tokens in its vocabulary and its base {reference.shape[-1]}: "
@@ -123,7 +123,7 @@ def loaded(model: Any, windows: Windows, device: str) -> LogProbs:
 
     def log_probs(span: range) -> Tensor:
         ids = windows.ids[span.start : span.stop].to(device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = logits_of(model, ids)[:, :-1].flatten(0, 1)
         return log_softmax(logits)
 
     return log_probs

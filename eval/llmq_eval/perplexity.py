@@ -20,7 +20,7 @@ from llmq.errors import LlmqError
 from llmq.inference.pretrained import input_device, load_model
 from llmq_eval import windows as cutting
 from llmq_eval.journal import Journal
-from llmq_eval.windows import WINDOW, Windows, default_window
+from llmq_eval.windows import WINDOW, Windows, default_window, logits_of
 
 __all__ = ["WINDOW", "Perplexity", "default_window", "measure", "perplexities", "perplexity", "progress_bar"]
 
@@ -200,7 +200,7 @@ def progress_bar(what: str, shown: bool) -> Any:
 
 def _losses(model: Any, ids: Tensor) -> Tensor:
     """Mean negative log likelihood of each window of a batch in nats, float64 [windows]."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits_of(model, ids)[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     losses = [
         torch.nn.functional.cross_entropy(logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none")

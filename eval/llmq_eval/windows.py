@@ -17,10 +17,21 @@ import torch
 from torch import Tensor
 
 from llmq.data.tokens import tokenize
+from llmq.discovery.calls import of_length
 from llmq.errors import LlmqError, first_line
 from llmq.inference.pretrained import check_readable, load_tokenizer
 
 WINDOW = 2048
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """The model's logits [windows, tokens, vocabulary] for token ids [windows, tokens].
+
+    Raises LlmqError, with the number of tokens, if the model's code fails.
+    """
+    with of_length("the model", ids.shape[1], "--window"):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,11 @@ class _EndOfPass(Exception):
 
 
 @contextmanager
-def of_length(what: str, tokens: int) -> Iterator[None]:
-    """Turns any failure of a model's code inside into an LlmqError that names the number of tokens; what: it failed."""
+def of_length(what: str, tokens: int, option: str = "--seqlen") -> Iterator[None]:
+    """Turns any failure of a model's code inside into an LlmqError that names the number of tokens.
+
+    what: it failed; option: which sets the number of tokens.
+    """
     try:
         yield
     except LlmqError:
@@ -80,7 +83,7 @@ def of_length(what: str, tokens: int) -> Iterator[None]:
     except Exception as error:  # model code may fail in any way
         raise LlmqError(
             f"{what} fails on windows of {tokens} tokens ({type(error).__name__}: {first_line(error)}): "
-            "give a smaller --seqlen"
+            f"give a smaller {option}"
         ) from error
 
 

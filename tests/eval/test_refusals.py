@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Run
+from tests.conftest import Run, write_tokenizer
 from tests.llmq.report.page.reports import report
 
 
@@ -34,3 +34,18 @@ def test_devices_that_are_not_there(device: str, tmp_path: Path, llmq: Run) -> N
     """Before the model is looked for: a folder that is not there is not what is complained of."""
     done = llmq("eval", tmp_path / "none", "--device", device, "--out", tmp_path / "out")
     assert done.returncode == 2 and f"error: --device {device} cannot be used here" in " ".join(done.stderr.split())
+
+
+def test_a_window_that_the_models_code_cannot_take(tmp_path: Path, text_file: Path, llmq: Run) -> None:
+    """Its config does not say how many tokens it takes: an error of its code is one line with the way out."""
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    config = MptConfig(d_model=64, n_heads=4, n_layers=1, expansion_ratio=2, vocab_size=256, max_seq_len=32)
+    MptForCausalLM(config).save_pretrained(tmp_path / "m")
+    write_tokenizer(tmp_path / "m")
+    given = ("eval", tmp_path / "m", "--text", text_file, "--limit", "2", "--out", tmp_path / "out")
+    done = llmq(*given, "--window", 64)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and "fails on windows of 64 tokens" in said and "give a smaller --window" in said
+    assert llmq(*given, "--window", 32).returncode == 0
