@@ -113,6 +113,7 @@ def of_folder(folder: Path) -> str | None:
             )
         except (OSError, ValueError, AttributeError):
             base = None
+        base = base if isinstance(base, str) else None
     if told := of_names(names, base):
         return told
     inside = [name.rpartition("/")[0] for name in names if name.endswith("/config.json")]
