@@ -190,6 +190,7 @@ def test_no_pickle(package: str) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_imports_without_triton() -> None:
     """A machine without a GPU build of torch has no triton: all three packages must import there."""
     code = (

@@ -241,6 +241,7 @@ def test_compare_on_the_command_line(tiny_model: Path, text_file: Path, tmp_path
     assert done.returncode == 2 and "table, markdown, csv" in done.stderr
 
 
+@pytest.mark.slow
 def test_broken_results(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
     """One file that was cut off hides no others; who names it is told what to do."""
     out = tmp_path / "out"

@@ -43,6 +43,7 @@ def test_the_numbers_of_dense_weights(folders: list[Path], text_file: Path, tmp_
     assert mine.protocol == dense.protocol and "float32 on llmq's kernels" in mine.protocol
 
 
+@pytest.mark.slow
 def test_without_them_another_package_is_needed(folders: list[Path], text_file: Path, llmq: Run) -> None:
     command = ("eval", folders[1], "--text", text_file, "--window", 32, "--max-windows", 2)
     done = llmq(*command)

@@ -36,6 +36,7 @@ def test_devices_that_are_not_there(device: str, tmp_path: Path, llmq: Run) -> N
     assert done.returncode == 2 and f"error: --device {device} cannot be used here" in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_window_that_the_models_code_cannot_take(tmp_path: Path, text_file: Path, llmq: Run) -> None:
     """Its config does not say how many tokens it takes: an error of its code is one line with the way out."""
     from transformers import MptConfig, MptForCausalLM

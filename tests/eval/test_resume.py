@@ -166,6 +166,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "results").iterdir()] == ["a.json"]
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
     (tmp_path / "file").write_text("")
     short = ("--text", text_file, "--window", 32, "--max-windows", 2, "--out", tmp_path / "file")

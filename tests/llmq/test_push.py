@@ -65,6 +65,7 @@ def test_everything_arrives(hub: HubServer, client: HubClient, folder: Path) -> 
     assert "value" in again and len(hub.objects) == sent[1]  # what is there is not sent again
 
 
+@pytest.mark.slow
 def test_a_public_repository_does_not_take_a_private_folder(hub: HubServer, client: HubClient, folder: Path) -> None:
     hub.models["org/open"] = Repo({})
     answer = client.ask(do="push", folder=str(folder), repo="org/open", token="hf_writer", options={"private": True})

@@ -162,6 +162,7 @@ def test_refusals() -> None:
         quantize_nf4(torch.full((64, 64), 3e38), scheme(True))
 
 
+@pytest.mark.slow
 def test_importing_llmq_imports_no_bitsandbytes() -> None:
     code = "import sys, llmq.grids.nf4; sys.exit('bitsandbytes' in sys.modules)"
     path = {"PYTHONPATH": ":".join(p for p in sys.path if p)}

@@ -33,6 +33,7 @@ def losses(weight: Tensor, q: QuantizedWeight, hessian: Tensor) -> Tensor:
     return ((error @ hessian.double()) * error).sum(1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(Scheme, st.integers(2, 8), st.sampled_from([8, 24, None]), st.booleans()),
