@@ -30,8 +30,8 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
         first, count = (*refused.missing, *refused.mismatched)[0], len(refused.missing) + len(refused.mismatched)
         raise LlmqError(
             f"{plan.source.folder}: {named.name}, which config.json names, would not load {count} parameters of what "
-            f"is written ({first} …), though it loads those of the source. A way out: --keep the weights of one input "
-            "with that one, or another format (--recipe)"
+            f"is written ({first} …), although it loads those of the source: exclude these "
+            "weights with --keep, or use another format (--grid)"
         )
     if lacking:
         first = (*lacking.missing, *lacking.mismatched)[0]
