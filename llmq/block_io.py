@@ -33,14 +33,19 @@ class BlockIO:
 
     def load(self, name: str, device: torch.device | None = None) -> None:
         """Fill a parameter or buffer, given by its name in the model, from the checkpoint; check that it is finite."""
-        source, tensor = self.plan.source, self.plan.links.source.get(name)
-        if tensor is None:
+        source, links, dtype = self.plan.source, self.plan.links, self.plan.dtype
+        if not links.tensors(name):
             raise LlmqError(f"{source.folder}: the checkpoint has no tensor for {name}")
-        value = source.read(tensor)
-        if value.is_floating_point():
-            value = value.to(self.plan.dtype)
-            check_finite(value, tensor, source.info(tensor).file)
-        assign(self.plan.model, name, value.to(device or self.device))
+
+        def read(tensor: str) -> Tensor:
+            value = source.read(tensor)
+            if value.is_floating_point():
+                value = value.to(dtype)
+                check_finite(value, tensor, source.info(tensor).file)
+            return value
+
+        shape = self.plan.model.get_parameter(name).shape if name not in links.source else ()
+        assign(self.plan.model, name, links.fill(name, shape, read).to(device or self.device))
 
     def fill(self, block: BlockPlan) -> nn.Module:
         """The block with its weights read from the checkpoint."""
@@ -69,8 +74,13 @@ class BlockIO:
         """
         dtype = self.plan.dtype
         quantized = {name: self._read(block, name) for name in block.weights}
-        for name, tensor in block.tensors.items():
-            value = quantized[name].dequantize(dtype) if name in quantized else self.sink.read(tensor)
+        for name in block.tensors:
+            if name in quantized:
+                value = quantized[name].dequantize(dtype)
+            else:
+                full = f"{block.name}.{name}"
+                shape = block.module.get_parameter(name).shape if full not in self.plan.links.source else ()
+                value = self.plan.links.fill(full, shape, self.sink.read)
             value = value.to(dtype) if value.is_floating_point() else value
             assign(block.module, name, value.to(self.device))
         block.module.to(self.device)
@@ -97,10 +107,11 @@ class BlockIO:
         """
         elsewhere = {weight.tensor for weight in block.weights.values()}
         for earlier in self.plan.blocks[: block.index]:
-            elsewhere |= set(earlier.tensors.values())
-        tensors = {name: self.plan.source.read(name) for name in block.tensors.values() if name not in elsewhere}
+            elsewhere |= earlier.stored
+        names = [name for found in block.tensors.values() for name in found if name not in elsewhere]
+        tensors = {name: self.plan.source.read(name) for name in dict.fromkeys(names)}
         for parameter in changed:
-            tensor = block.tensors[parameter]
+            (tensor,) = block.tensors[parameter]
             tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
         return tensors
 
@@ -113,7 +124,7 @@ def discard(block: nn.Module) -> None:
 
 def rest(plan: Plan) -> dict[str, list[str]]:
     """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or of one larger tensor."""
-    inside = {tensor for block in plan.blocks for tensor in block.tensors.values()}
+    inside = {tensor for block in plan.blocks for tensor in block.stored}
     units: dict[str, list[str]] = {}
     size = REST_BYTES
     for name in plan.source.names():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from llmq.checkpoint.source import Source
+from llmq.checkpoint.source import Source, shapes
 from llmq.discovery import blocks as discover
 from llmq.discovery.named import build_named
 from llmq.discovery.names import Links, link
@@ -69,7 +69,9 @@ class Places:
 
     def _view(self, model: nn.Module) -> _View:
         names = self.source.names()
-        view = _View(model, link(model, names), renamer(model), renamer_only(model), set(model.state_dict()))
+        view = _View(
+            model, link(model, shapes(self.source)), renamer(model), renamer_only(model), set(model.state_dict())
+        )
         view.plain = {view.only_renamed(name): name for name in names}
         return view
 
@@ -92,7 +94,7 @@ class Places:
             if parameter not in view.state and (tensor := view.plain.get(view.only_renamed(parameter))) is not None:
                 return Place(tensor, None, (parameter,))
             if name in view.state and parameter in view.state:
-                reason = view.links.converted.get(name, "the checkpoint has no tensor for it")
+                reason = view.links.why_apart(name) or "the checkpoint has no tensor for it"
                 why = f"which cannot be merged: {reason}"
         return why
 

@@ -55,6 +55,11 @@ class Source(Protocol):
         """A hash that identifies the checkpoint."""
 
 
+def shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint."""
+    return {name: tuple(source.info(name).shape) for name in source.names()}
+
+
 class FolderSource:
     """A model folder: its config, and its tensors by name.
 

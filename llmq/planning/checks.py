@@ -22,10 +22,12 @@ from llmq.recipe.recipe import Recipe
 def check_sources(source: Source, model: nn.Module, links: Links) -> None:
     """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape."""
     for name, parameter in model.named_parameters():
+        if not links.tensors(name):
+            reason = links.failed.get(name) or _missing(source, links)
+            raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         tensor = links.source.get(name)
         if tensor is None:
-            reason = links.converted.get(name) or _missing(source, links)
-            raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
+            continue
         stored = source.info(tensor).shape
         if stored != tuple(parameter.shape):
             raise LlmqError(

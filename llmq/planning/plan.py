@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import formats, methods
-from llmq.checkpoint.source import FolderSource, Source
+from llmq.checkpoint.source import FolderSource, Source, shapes
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
@@ -41,16 +41,21 @@ class BlockPlan:
     """One decoder block.
 
     index: of the block; name, module: its path in the model, and its module; weights: those to quantize, by
-    `View.name`, in order; tensors: parameter or buffer within the block → tensor of the checkpoint; pairs: the block's
-    scale pairs, if a method uses them.
+    `View.name`, in order; tensors: parameter or buffer within the block → the tensors of the checkpoint that it is made
+    of; pairs: the block's scale pairs, if a method uses them.
     """
 
     index: int
     name: str
     module: nn.Module
     weights: dict[str, WeightPlan]
-    tensors: dict[str, str]
+    tensors: dict[str, tuple[str, ...]]
     pairs: list[Pair]
+
+    @property
+    def stored(self) -> set[str]:
+        """All of its tensors of the checkpoint."""
+        return {name for found in self.tensors.values() for name in found}
 
     @property
     def unit(self) -> str:
@@ -167,7 +172,7 @@ def _discover(source: Source) -> tuple[nn.Module, torch.dtype, Structure, Links]
     dtype = _main_dtype(source, source.names())
     while True:
         model = discover.build(source.folder, dtype, source.trust_remote_code)
-        structure, links = discover.find(model), link(model, source.names())
+        structure, links = discover.find(model), link(model, shapes(source))
         inside = [f"{b.name}.{w.view.parameter}" for b in structure.blocks for w in b.weights]
         found = _main_dtype(source, [links.source[name] for name in inside if name in links.source], dtype)
         if found == dtype:
@@ -189,7 +194,8 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
         chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
         weights = {w.view.name: w for w in chosen if w.view is not None}
         prefix = block.name + "."
-        tensors = {n.removeprefix(prefix): t for n, t in plan.links.source.items() if n.startswith(prefix)}
+        inside = (n for n in plan.links.names() if n.startswith(prefix))
+        tensors = {n.removeprefix(prefix): plan.links.tensors(n) for n in inside}
         pairs = plan.pairs[block.name].pairs if block.name in plan.pairs else []
         found.append(BlockPlan(index, block.name, plan.model.get_submodule(block.name), weights, tensors, pairs))
     return found

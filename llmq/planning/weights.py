@@ -84,7 +84,7 @@ def plan_weights(
             planned.add(parameter)
             tensor = links.source.get(parameter)
             if tensor is None:
-                sentence = links.converted.get(parameter, "the checkpoint has no tensor for it")
+                sentence = links.why_apart(parameter) or "the checkpoint has no tensor for it"
                 reason = Reason(Kind.NOT_STORED, sentence)
                 items.append(_left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
                 continue

@@ -42,10 +42,10 @@ def test_a_planned_block_names_its_weights_and_tensors(plan: Plan, tiny_model: P
             + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
         }
         assert set(block.tensors) == {name for name, _ in block.module.named_parameters()}
-        assert set(block.tensors.values()) <= names
+        assert block.stored <= names
         for name, weight in block.weights.items():
-            assert (weight.block, weight.tensor) == (i, block.tensors[name])
-    inside = {tensor for block in plan.blocks for tensor in block.tensors.values()}
+            assert (weight.block, weight.tensor) == (i, *block.tensors[name])
+    inside = {tensor for block in plan.blocks for tensor in block.stored}
     assert {name for unit in rest(plan).values() for name in unit} == names - inside
 
 
@@ -55,7 +55,7 @@ def test_filled_then_discarded(plan: Plan, tiny_model: Path, tmp_path: Path) -> 
     assert all(p.is_meta for p in block.module.parameters())
     module = io.fill(block)
     for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, files[block.tensors[name]].to(plan.dtype))
+        assert torch.equal(parameter, files[block.tensors[name][0]].to(plan.dtype))
     discard(module)
     assert all(p.is_meta for p in block.module.parameters())
 
@@ -66,14 +66,14 @@ def test_what_is_not_quantized_is_written_as_it_was_unless_it_changed(plan: Plan
     changed = "input_layernorm.weight"
     block.module.get_parameter(changed).data += 1
     written = io.untouched(block, {changed})
-    assert set(written) == {t for name, t in block.tensors.items() if name not in block.weights}
-    for name, tensor in block.tensors.items():
+    assert set(written) == {t for name, (t,) in block.tensors.items() if name not in block.weights}
+    for name, (tensor,) in block.tensors.items():
         if name not in block.weights:
             assert torch.equal(written[tensor], plan.source.read(tensor) + (1 if name == changed else 0))
     # A tensor that an earlier block has too is written there.
     shared = plan.blocks[0].tensors | {"shared": block.tensors["post_attention_layernorm.weight"]}
     plan.blocks[0].tensors.update(shared)
-    assert block.tensors["post_attention_layernorm.weight"] not in io.untouched(block, set())
+    assert block.tensors["post_attention_layernorm.weight"][0] not in io.untouched(block, set())
 
 
 def test_a_block_is_read_back_as_it_was_written(plan: Plan, tiny_model: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_block_is_read_back_as_it_was_written(plan: Plan, tiny_model: Path, tm
             assert torch.equal(value, state.result())
             steps = value.float() / scale
             assert float((steps - steps.round()).abs().max()) < 0.05 and float(steps.abs().max()) <= 8.05
-        kept = block.tensors["self_attn.v_proj.weight"]
+        (kept,) = block.tensors["self_attn.v_proj.weight"]
         assert torch.equal(block.module.get_parameter("self_attn.v_proj.weight"), files[kept].to(plan.dtype))
 
 

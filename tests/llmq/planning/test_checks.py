@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.checkpoint.source import FolderSource
+from llmq.checkpoint.source import FolderSource, shapes
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import link
 from llmq.discovery.reasons import Kind, Reason
@@ -99,13 +99,13 @@ def test_patterns_that_mean_nothing(option: str) -> None:
 
 def test_a_checkpoint_that_belongs_to_another_model(tiny_model: Path) -> None:
     source, model = FolderSource(tiny_model), discover.build(tiny_model, torch.float32, False)
-    links, name = link(model, source.names()), "model.norm.weight"
+    links, name = link(model, shapes(source)), "model.norm.weight"
     check_sources(source, model, links)
     model.model.norm.weight = nn.Parameter(torch.empty(65, device="meta"))  # type: ignore[union-attr]
     refused(lambda: check_sources(source, model, links), f"{name} is [64] in the checkpoint but [65] by config.json")
     links.source.pop(name)
     refused(lambda: check_sources(source, model, links), f"{name} cannot be read", "it is incomplete, or of another")
-    links.converted[name] = "it is turned around"
+    links.failed[name] = "it is turned around"
     refused(lambda: check_sources(source, model, links), f"{name} cannot be read: it is turned around")
 
 

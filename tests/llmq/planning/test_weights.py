@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.checkpoint.source import FolderSource
+from llmq.checkpoint.source import FolderSource, shapes
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import Links, link
 from llmq.discovery.reasons import Kind
@@ -81,11 +81,11 @@ def test_patterns(pattern: str, name: str, hit: bool) -> None:
 def found(folder: Path, recipe: Recipe, change: str = "") -> dict[str, WeightPlan]:
     """The weights of a folder by name. change: 'stored' takes a tensor of a weight away, 'converted' says why."""
     source, model = FolderSource(folder), discover.build(folder, torch.float32, False)
-    links, name = link(model, source.names()), f"{ANY}.weight"
+    links, name = link(model, shapes(source)), f"{ANY}.weight"
     if change:
         links.source.pop(name)
     if change == "converted":
-        links.converted[name] = "it is converted"
+        links.failed[name] = "it is converted"
     if change == "unused":
         links.unused += [name, "model.norm.weight"]
     items = plan_weights(source, recipe, model, discover.find(model), links, torch.float32)
@@ -139,10 +139,10 @@ def test_a_weight_without_a_tensor_is_left_alone_for_that(change: str, sentence:
 
 def test_a_tensor_that_the_model_has_not_is_told_of_where_it_has_two_axes(tiny_model: Path) -> None:
     source, model = FolderSource(tiny_model), discover.build(tiny_model, torch.float32, False)
-    links = link(model, source.names())
+    links = link(model, shapes(source))
     links.unused += ["lm_head.weight", "model.norm.weight"]
     links.source.pop("lm_head.weight")
-    only = Links(links.source, links.converted, links.unused)
+    only = Links(links.source, unused=links.unused)
     items = plan_weights(source, Recipe(), nn.Module(), discover.Structure("", []), only, torch.float32)
     assert [(item.name, item.shape, item.block) for item in items] == [("lm_head", (256, 64), None)]
     assert items[0].reason is not None and items[0].reason.kind is Kind.NOT_LOADED

@@ -1,0 +1,158 @@
+"""Which stored tensors fill which part of a parameter, where transformers joins or cuts tensors while loading them.
+
+transformers' own rules are run, on tensors without memory: forwards, to see that they give the model's parameters, and
+backwards on the parameter, where every result is a view: its offset, shape and stride are the part that one stored
+tensor fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llmq.errors import first_line
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a contiguous tensor, as torch.as_strided takes it: offset and stride in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part, as a view of a contiguous tensor."""
+        return whole.as_strided(self.shape, self.stride, int(whole.storage_offset()) + self.offset)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stored tensor, and the part: of the parameter that it fills, or of it that is the parameter."""
+
+    tensor: str
+    part: Part
+
+
+@dataclass
+class Conversion:
+    """Stored tensors that one rule of transformers makes parameters of.
+
+    parameters: name → shape; tensors: the pattern of the rule → the stored names that it matched, in order.
+    """
+
+    first: str
+    rule: Any
+    model: Any
+    tensors: dict[str, list[str]]
+    parameters: dict[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """All of its stored tensors."""
+        return [name for found in self.tensors.values() for name in found]
+
+    def convert(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters, made by transformers of the tensors that `read` returns. May raise anything."""
+        rule = deepcopy(self.rule)
+        rule.collected_tensors = {pattern: [read(n) for n in names] for pattern, names in self.tensors.items()}
+        made = rule.convert(self.first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def filled(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Slice, ...]] | None:
+        """For each parameter the parts that its tensors fill; None if they are not such parts. shapes: of tensors."""
+        if len(self.parameters) > 1:
+            return None
+        (name, shape), slices = next(iter(self.parameters.items())), []
+        whole = torch.empty(shape, device="meta")
+        try:
+            with _Views():
+                back = self.rule.reverse_transform()
+                parts: dict[str, Any] = {back.source_patterns[0]: [whole]}
+                for operation in back.operations:
+                    parts = operation.convert(
+                        parts,
+                        source_patterns=back.source_patterns,
+                        target_patterns=back.target_patterns,
+                        full_layer_name=name,
+                        model=self.model,
+                        config=self.model.config,
+                    )
+        except Exception:  # a rule may not be reversible: then there are no such parts
+            return None
+        # The reversed rule's targets are this rule's sources, in order, without the escapes of a regular expression.
+        keys = dict(zip(self.rule.source_patterns, back.target_patterns, strict=True))
+        for pattern, names in self.tensors.items():
+            for i, tensor in enumerate(names):
+                found = parts.pop(keys[pattern].replace("*", str(i)), None)
+                if found is None or not _within(found, whole) or tuple(found.shape) != tuple(shapes[tensor]):
+                    return None
+                slices.append(Slice(tensor, _part(found)))
+        covers = sum(torch.Size(s.part.shape).numel() for s in slices) == whole.numel()
+        return {name: tuple(slices)} if covers and not parts else None
+
+    def cut(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Slice] | None:
+        """For each parameter the part of the only stored tensor that it is; None if it is no such part."""
+        if len(self.names) != 1:
+            return None
+        stored = torch.empty(tuple(shapes[self.names[0]]), device="meta")
+        try:
+            with _Views():
+                made = self.convert(lambda _: stored)
+        except Exception:  # transformers itself would fail: said by `link`
+            return None
+        if not all(_within(value, stored) for value in made.values()):
+            return None
+        return {name: Slice(self.names[0], _part(value)) for name, value in made.items()}
+
+
+def conversion(
+    first: str, rule: Any, model: nn.Module, tensors: dict[str, list[str]], shapes: Mapping[str, Sequence[int]]
+) -> Conversion | str:
+    """The conversion of stored tensors by a rule, or why transformers could not make the model's parameters of them.
+
+    first: the first parameter's name, as the rule gives it; shapes: of the stored tensors.
+    """
+    found = Conversion(first, rule, model, tensors, {})
+    try:
+        made = found.convert(lambda name: torch.empty(tuple(shapes[name]), device="meta"))
+    except Exception as error:  # a rule applied to another model's tensors may fail in any way
+        return f"transformers cannot make it of {_some(found.names)}: {first_line(error)}"
+    state = model.state_dict()
+    for name, value in made.items():
+        if name not in state:
+            return f"transformers would make {name} of {_some(found.names)}, which the model does not have"
+        if value.shape != state[name].shape:
+            shape = [*state[name].shape]
+            return f"transformers makes it of {_some(found.names)}, of shape {[*value.shape]}; the model has {shape}"
+        found.parameters[name] = tuple(value.shape)
+    return found
+
+
+class _Views(TorchFunctionMode):
+    """Within it, `contiguous` copies nothing, so that chunks and transposed matrices remain views."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def _within(value: Any, whole: Tensor) -> bool:
+    value = value[0] if isinstance(value, list) else value
+    return isinstance(value, Tensor) and value.untyped_storage()._cdata == whole.untyped_storage()._cdata
+
+
+def _part(value: Any) -> Part:
+    value = value[0] if isinstance(value, list) else value
+    return Part(int(value.storage_offset()), tuple(value.shape), tuple(value.stride()))
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
