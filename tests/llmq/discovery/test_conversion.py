@@ -19,8 +19,8 @@ QUICK = ("mixtral", "qwen3_moe", "kimi_linear", "hrm_text", "inkling2_text")
 """Renamed and numbered experts, patterns with escapes, tensors that are cut, and one that is interleaved."""
 CONVERTED = """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
     dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa hunyuan_v1_moe
-    hy_v3 jamba kolibri1 laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m2 nemotron_h olmo_hybrid olmoe
-    phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text solar_open"""
+    hy_v3 jamba kolibri1 laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m2 nemotron_h olmo_hybrid
+    olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text solar_open"""
 FUSED = """aria_text dbrx gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 inkling_text jetmoe
     llama4 llama4_text minimax_m3_vl_text zaya"""
 """Types whose experts are stored as stacks."""
