@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,13 @@ from llmq.block.block import Block, WeightState
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
+from llmq.discovery.experts import ExpertsInfo
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
 from llmq.planning.plan import BlockPlan, Plan
+from llmq.planning.weights import WeightPlan
+from llmq.report.rows import weight_row
 
 REST_BYTES = 2**28
 
@@ -33,33 +38,84 @@ class BlockIO:
 
     def load(self, name: str, device: torch.device | None = None) -> None:
         """Fill a parameter or buffer, given by its name in the model, from the checkpoint; check that it is finite."""
-        source, links, dtype = self.plan.source, self.plan.links, self.plan.dtype
-        if not links.tensors(name):
-            raise LlmqError(f"{source.folder}: the checkpoint has no tensor for {name}")
+        if not self.plan.links.tensors(name):
+            raise LlmqError(f"{self.plan.source.folder}: the checkpoint has no tensor for {name}")
+        value = self.plan.links.fill(name, self._shape(name), self._checked)
+        assign(self.plan.model, name, value.to(device or self.device))
 
-        def read(tensor: str) -> Tensor:
-            value = source.read(tensor)
-            if value.is_floating_point():
-                value = value.to(dtype)
-                check_finite(value, tensor, source.info(tensor).file)
-            return value
+    def _checked(self, tensor: str) -> Tensor:
+        """A tensor of the checkpoint, a float one in the model's dtype. Raises LlmqError if it is not finite."""
+        value = self.plan.source.read(tensor)
+        if value.is_floating_point():
+            value = value.to(self.plan.dtype)
+            check_finite(value, tensor, self.plan.source.info(tensor).file)
+        return value
 
-        shape = self.plan.model.get_parameter(name).shape if name not in links.source else ()
-        assign(self.plan.model, name, links.fill(name, shape, read).to(device or self.device))
+    def _written(self, tensor: str) -> Tensor:
+        """A tensor of the output folder, a float one in the model's dtype."""
+        value = self.sink.read(tensor)
+        return value.to(self.plan.dtype) if value.is_floating_point() else value
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's or buffer's shape, by its name in the model."""
+        owner, _, leaf = name.rpartition(".")
+        return tuple(getattr(self.plan.model.get_submodule(owner), leaf).shape)
+
+    def fill_expert(self, block: BlockPlan, expert: int) -> nn.Module:
+        """The module of a block's experts with one expert alone, read from the checkpoint."""
+        assert block.experts is not None
+        info = block.experts.info
+        module = block.module.get_submodule(info.module)
+        for name in info.parameters:
+            full = f"{block.name}.{info.module}.{name}"
+            entry = self.plan.links.fill_entry(full, self._entries(full, info), expert, self._checked)
+            assign(module, name, entry.to(self.device))
+        return module
+
+    def restore_expert(self, block: BlockPlan, expert: int) -> tuple[nn.Module, list[WeightState]]:
+        """The module of a block's experts with one expert alone, read back from the output folder, and its weights."""
+        assert block.experts is not None
+        info, planned = block.experts.info, block.experts.weights[expert]
+        module = block.module.get_submodule(info.module)
+        for name in info.parameters:
+            full = f"{block.name}.{info.module}.{name}"
+            shape = self._entries(full, info)
+            if name in info.stacks:
+                entry = torch.empty((1, *shape[1:]), dtype=self.plan.dtype)
+            else:
+                entry = self.plan.links.fill_entry(full, shape, expert, self._written)
+            assign(module, name, entry.to(self.device))
+        states = states_of(module, planned)
+        for state, weight in zip(states, planned.values(), strict=True):
+            state.quantized = self._read(weight)
+            state.input_scale = getattr(state.quantized, "input_scale", None)
+            state.view.set(module, state.result().to(self.device))
+        return module, states
+
+    def _entries(self, name: str, info: ExpertsInfo) -> tuple[int, ...]:
+        """The shape of a parameter with all experts' entries."""
+        return (info.count, *self._shape(name)[1:])
 
     def fill(self, block: BlockPlan) -> nn.Module:
-        """The block with its weights read from the checkpoint."""
-        parameters = [name for name, _ in block.module.named_parameters()]
-        for name in [*parameters, *(block.tensors.keys() - set(parameters))]:
+        """The block with its weights read from the checkpoint, but for those of streamed experts."""
+        parameters = [name for name, _ in block.module.named_parameters() if name not in block.streamed]
+        for name in [*parameters, *(block.tensors.keys() - set(parameters) - block.streamed)]:
             self.load(f"{block.name}.{name}")
-        return block.module.to(self.device)
+        return self._moved(block)
+
+    def _moved(self, block: BlockPlan) -> nn.Module:
+        """The block, with the buffers that are in memory on the device."""
+        for name, buffer in block.module.named_buffers():
+            if not buffer.is_meta:
+                assign(block.module, name, buffer.to(self.device))
+        return block.module
 
     def open(self, block: BlockPlan, inputs: list[Tensor], calls: list[Call]) -> Block:
         """The block with its weights read from the checkpoint, as a `Block` for methods."""
         module = self.fill(block)
         return Block(
             module,
-            _states(block),
+            states_of(module, block.weights),
             inputs,
             calls,
             pairs=block.pairs,
@@ -73,26 +129,27 @@ class BlockIO:
         Returns its quantized weights, which say how their inputs are rounded.
         """
         dtype = self.plan.dtype
-        quantized = {name: self._read(block, name) for name in block.weights}
+        quantized = {name: self._read(weight) for name, weight in block.weights.items()}
         for name in block.tensors:
+            if name in block.streamed:
+                continue
+            full = f"{block.name}.{name}"
             if name in quantized:
                 value = quantized[name].dequantize(dtype)
+            elif name in block.joined:
+                value = self._written(full)
             else:
-                full = f"{block.name}.{name}"
-                shape = block.module.get_parameter(name).shape if full not in self.plan.links.source else ()
-                value = self.plan.links.fill(full, shape, self.sink.read)
-            value = value.to(dtype) if value.is_floating_point() else value
+                value = self.plan.links.fill(full, self._shape(full), self._written)
             assign(block.module, name, value.to(self.device))
-        block.module.to(self.device)
-        states = _states(block)
+        self._moved(block)
+        states = states_of(block.module, block.weights)
         for state in states:
             state.quantized = quantized[state.view.name]
             state.input_scale = getattr(state.quantized, "input_scale", None)
         return states
 
-    def _read(self, block: BlockPlan, name: str) -> Quantized:
+    def _read(self, weight: WeightPlan) -> Quantized:
         """A written quantized weight."""
-        weight = block.weights[name]
         assert weight.scheme is not None
         kind = formats.of(weight.scheme)
         suffixes = kind.spec(weight.shape, weight.scheme, self.plan.dtype)
@@ -105,15 +162,36 @@ class BlockIO:
 
         Parameters in `changed` have the block's values, in the checkpoint's dtype.
         """
-        elsewhere = {weight.tensor for weight in block.weights.values()}
+        experts = [] if block.experts is None else block.experts.weights
+        elsewhere = {weight.tensor for mine in (block.weights, *experts) for weight in mine.values()}
         for earlier in self.plan.blocks[: block.index]:
             elsewhere |= earlier.stored
-        names = [name for found in block.tensors.values() for name in found if name not in elsewhere]
-        tensors = {name: self.plan.source.read(name) for name in dict.fromkeys(names)}
+        read = self.plan.source.read
+        apart = (found for parameter, found in block.tensors.items() if parameter not in block.joined)
+        names = dict.fromkeys(name for found in apart for name in found if name not in elsewhere)
+        tensors = {name: read(name) for name in names}
+        for parameter in sorted(block.joined):
+            full = f"{block.name}.{parameter}"
+            tensors[full] = self.plan.links.fill(full, self._shape(full), read)
         for parameter in changed:
             (tensor,) = block.tensors[parameter]
             tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
         return tensors
+
+
+def pack_weights(
+    planned: Mapping[str, WeightPlan], index: int, block: Block
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The quantized weights of a block, or of an expert of it: their rows of the report, and the tensors to write."""
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for name, weight in planned.items():
+        state = block.weights[name]
+        assert weight.scheme is not None and state.quantized is not None
+        rows.append(asdict(weight_row(state, index, weight.after)))
+        packed = formats.of(weight.scheme).pack(state.quantized)
+        tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    return rows, tensors
 
 
 def discard(block: nn.Module) -> None:
@@ -138,11 +216,11 @@ def rest(plan: Plan) -> dict[str, list[str]]:
     return units
 
 
-def _states(block: BlockPlan) -> list[WeightState]:
-    """The initial states of a filled block's weights."""
+def states_of(module: nn.Module, weights: Mapping[str, WeightPlan]) -> list[WeightState]:
+    """The initial states of a filled module's weights."""
     states = []
-    for weight in block.weights.values():
+    for weight in weights.values():
         assert weight.view is not None and weight.scheme is not None
-        value = weight.view.get(block.module)
+        value = weight.view.get(module)
         states.append(WeightState(weight.name, weight.view, weight.scheme, value, value.dtype, weight.input_id))
     return states

@@ -89,7 +89,9 @@ def quantize(
     began = time.perf_counter()
     out = Path(out)
     made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
-    with Sink.open(out, fingerprint(made, device), units=len(rest(made)) + len(made.blocks)) as sink:
+    with Sink.open(
+        out, fingerprint(made, device), units=len(rest(made)) + sum(len(block.units) for block in made.blocks)
+    ) as sink:
         watch = watch or Silent()
         for note in sink.notes:
             watch.note(note)
@@ -140,6 +142,9 @@ def config(made: Plan) -> dict[str, Any]:
         elif item.module in linears or (item.tensor in unused and item.tensor.endswith(".weight")):
             ignore.extend(names)
         linears.discard(item.module)
+    experts = {item.scheme for item in made.weights if item.expert is not None}
+    order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))
+    groups = {scheme: groups[scheme] for scheme in order}
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     return made.source.config | {"quantization_config": section}
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import formats, steps
-from llmq.block.block import Block, relative_error, rounded_inputs
-from llmq.block_io import BlockIO, discard, rest
+from llmq import mixture, steps
+from llmq.block.block import relative_error, rounded_inputs
+from llmq.block_io import BlockIO, discard, pack_weights, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, of_length, record
@@ -25,7 +25,6 @@ from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.memory import before_blocks
 from llmq.planning.plan import BlockPlan, Plan
-from llmq.report.rows import weight_row
 from llmq.watch import Watch
 
 SIGNATURE_VALUES = 256
@@ -43,16 +42,17 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     hidden, recording.hidden = recording.hidden, recording.hidden[:1]
     float_hidden = hidden if plan.pipeline.float_target else None
     todo = [block for block in plan.blocks if block.unit not in sink.done]
-    watch.stage("Quantizing", len(plan.blocks))
+    watch.stage("Quantizing", sum(len(block.units) for block in plan.blocks))
     for block in plan.blocks[: todo[0].index] if todo else []:
         calls = recording.of_block(block.index)
         if float_hidden is not None:
             float_hidden = unquantized(io, block, float_hidden, calls)
         hidden = replay(io, block, hidden, calls)
-        watch.step(f"{block.unit} was already done")
+        for unit in block.units:
+            watch.step(f"{unit} was already done")
     for block in todo:
         calls = recording.of_block(block.index)
-        hidden, float_hidden = quantize_block(io, block, hidden, float_hidden, calls)
+        hidden, float_hidden = quantize_block(io, block, hidden, float_hidden, calls, watch)
         give_back()
         watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")
     del hidden, float_hidden
@@ -60,7 +60,12 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
 
 
 def quantize_block(
-    io: BlockIO, planned: BlockPlan, hidden: list[Tensor], float_hidden: list[Tensor] | None, calls: list[Call]
+    io: BlockIO,
+    planned: BlockPlan,
+    hidden: list[Tensor],
+    float_hidden: list[Tensor] | None,
+    calls: list[Call],
+    watch: Watch,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
 
@@ -70,21 +75,28 @@ def quantize_block(
     began = time.perf_counter()
     pipeline = io.plan.pipeline
     block = io.open(planned, hidden, calls)
-    block.target = block.observe(pipeline.first)
-    check_output(planned.name, block.target, "before quantization: it overflows, or its weights are damaged")
-    if float_hidden is not None:
-        float_hidden = block.target if float_hidden is hidden else forward(block.module, float_hidden, calls, io.device)
-        block.target = float_hidden
-    steps.quantize(block, pipeline)
-    rows, tensors = pack_weights(planned, block)
+    aim = hidden if float_hidden is None else float_hidden
+    with mixture.without_experts(planned):
+        block.target = block.observe(pipeline.first)
+        check_output(planned.name, block.target, "before quantization: it overflows, or its weights are damaged")
+        if aim is not hidden:
+            block.target = forward(block.module, aim, calls, io.device)
+    before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
+    with mixture.without_experts(planned):
+        steps.quantize(block, pipeline)
+    rows, tensors = pack_weights(planned.weights, planned.index, block)
     tensors |= io.untouched(planned, block.changed)
-    with rounded_inputs(block.module, block.weights.values()):
-        output = block.outputs()
+    if planned.experts is None:
+        with rounded_inputs(block.module, block.weights.values()):
+            output = block.outputs()
+        target = block.target
+    else:
+        output, target = mixture.quantize_rest(io, planned, block, before, aim, watch)
     check_output(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )
-    payload = {"weights": rows, "error": relative_error(output, block.target), "signature": output_signature(output[0])}
-    if not any(bool(t.any()) for t in block.target):
+    payload = {"weights": rows, "error": relative_error(output, target), "signature": output_signature(output[0])}
+    if not any(bool(t.any()) for t in target):
         payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
@@ -92,13 +104,17 @@ def quantize_block(
         payload |= {"device": on_device}
     discard(block.module)
     io.sink.commit(planned.unit, tensors, payload)
-    return output, float_hidden
+    return output, None if float_hidden is None else target
 
 
 def unquantized(io: BlockIO, block: BlockPlan, float_hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
     """The unquantized block's output for the unquantized model's hidden states."""
     module = io.fill(block)
-    output = forward(module, float_hidden, calls, io.device)
+    if block.experts is None:
+        output = forward(module, float_hidden, calls, io.device)
+    else:
+        sums = mixture.unrounded(io, block, mixture.entering(block, float_hidden, calls, io.device))
+        output = mixture.outputs(block, float_hidden, calls, sums, io.device)
     discard(module)
     return output
 
@@ -107,7 +123,11 @@ def replay(io: BlockIO, block: BlockPlan, hidden: list[Tensor], calls: list[Call
     """The output of a written block, after comparing it with the output that the block had in memory."""
     states = io.restore(block)
     with rounded_inputs(block.module, states):
-        output = forward(block.module, hidden, calls, io.device)
+        if block.experts is None:
+            output = forward(block.module, hidden, calls, io.device)
+        else:
+            sums = mixture.restored(io, block, mixture.entering(block, hidden, calls, io.device))
+            output = mixture.outputs(block, hidden, calls, sums, io.device)
     check_signature(io.sink.done[block.unit], output[0], block.name)
     discard(block.module)
     give_back()
@@ -118,12 +138,14 @@ def record_calls(io: BlockIO, watch: Watch) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU."""
     plan, model = io.plan, io.plan.model
     inside = [f"{block.name}.{n}" for block in plan.blocks for n, _ in block.module.named_parameters()]
-    needed = [*before_blocks(model, inside), *(n for n in inside if n.startswith(plan.blocks[0].name + "."))]
+    first = plan.blocks[0]
+    mine = [f"{first.name}.{n}" for n, _ in first.module.named_parameters() if n not in first.streamed]
+    needed = [*before_blocks(model, inside), *mine]
     for name in needed:
         io.load(name, torch.device("cpu"))
     batches = list(torch.split(plan.ids, plan.batch))
     watch.stage("Recording calls", len(batches))
-    with of_length("the model", plan.ids.shape[1]):
+    with of_length("the model", plan.ids.shape[1]), mixture.without_experts(first):
         recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
     for name in needed:
         empty(model, name)
@@ -146,19 +168,6 @@ def check_output(name: str, output: list[Tensor], when: str) -> None:
     """Raise LlmqError if a block's output is not finite."""
     if not all(bool(torch.isfinite(t).all()) for t in output):
         raise LlmqError(f"{name}: its output is not finite {when}")
-
-
-def pack_weights(planned: BlockPlan, block: Block) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """A block's quantized weights: their rows of the report, and the tensors to write."""
-    rows: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    for name, weight in planned.weights.items():
-        state = block.weights[name]
-        assert weight.scheme is not None and state.quantized is not None
-        rows.append(asdict(weight_row(state, planned.index, weight.after)))
-        packed = formats.of(weight.scheme).pack(state.quantized)
-        tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
-    return rows, tensors
 
 
 def copy_rest(io: BlockIO, watch: Watch) -> None:

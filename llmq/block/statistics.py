@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class Statistic(Protocol):
-    """A statistic of a weight's input, constructed with the input's width and the device of its tensors."""
+    """A statistic of a weight's input, constructed with the input's width and the device of its tensors.
+
+    `blend(other, alpha)` is optional: it replaces the mean over samples by α times it and (1 − α) times that of another
+    one of the same kind and width, and leaves `other` and the number of samples unchanged. Routed experts need it.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None: ...
 
@@ -42,6 +46,11 @@ class MeanSquare:
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
+    def blend(self, other: Self, alpha: float) -> None:
+        """See `Statistic`."""
+        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
+        self.count = max(1, self.count)
+
     @property
     def mean(self) -> Tensor:
         """E[x²], float32 [width]."""
@@ -73,6 +82,11 @@ class Hessian:
         """Add the samples of another one of the same width."""
         self.total += other.total.to(self.total.device)
         self.count += other.count
+
+    def blend(self, other: Self, alpha: float) -> None:
+        """See `Statistic`."""
+        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
+        self.count = max(1, self.count)
 
     @classmethod
     def nbytes(cls, width: int) -> int:
@@ -125,6 +139,17 @@ class Inputs:
         self.count += other.count
         self._thin()
 
+    def blend(self, other: Self, alpha: float) -> None:
+        """See `Statistic`; extremes are those of both, and rows of both are kept."""
+        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
+        self.squares = _blended(self.squares, self.count, other.squares, other.count, alpha)
+        device = self.total.device
+        self.low = torch.minimum(self.low, other.low.to(device))
+        self.high = torch.maximum(self.high, other.high.to(device))
+        self.rows = torch.cat([self.rows, other.rows.to(device)])
+        self.count = max(1, self.count)
+        self._thin()
+
     def _thin(self) -> None:
         while len(self.rows) > self.ROWS:
             self.rows = self.rows[::2].clone()
@@ -144,3 +169,9 @@ class Inputs:
     def nbytes(cls, width: int) -> int:
         """The memory of its tensors, in bytes."""
         return (24 + 4 * 2 * cls.ROWS) * width
+
+
+def _blended(own: Tensor, count: int, other: Tensor, others: int, alpha: float) -> Tensor:
+    """The sum over `count` samples (at least 1) whose mean is α · own + (1 − α) · other, in new memory."""
+    samples = max(1, count)
+    return own * (alpha * samples / max(1, count)) + other.to(own) * ((1 - alpha) * samples / max(1, others))

@@ -19,16 +19,19 @@ from torch import Tensor, nn
 
 from llmq.discovery.architecture import not_causal
 from llmq.discovery.calls import Call, Recording, record
-from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
+from llmq.discovery.experts import ExpertsInfo, Places, describe, watch_experts
+from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules, watch_uses
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.reasons import Kind, Reason
+from llmq.discovery.routers import watch_choices
 from llmq.discovery.stock import unpackable
 from llmq.discovery.view import View
 from llmq.errors import LlmqError, first_line
 
 PROBE_TOKENS = 8
+FEW_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """One decoder block. left: parameters with two or more axes that are not quantized, each with the reason."""
+    """One decoder block. left: parameters with two or more axes that are not quantized, each with the reason; experts:
+    its routed experts, whose stacks are neither in `weights` nor in `left`.
+    """
 
     name: str
     weights: tuple[WeightInfo, ...]
     left: dict[str, Reason]
+    experts: ExpertsInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ def find(model: nn.Module) -> Structure:
                 found: dict[Any, BlockInfo] = {}
                 hidden, calls = recording.hidden[0], recording.calls[0]
                 seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
+                _check_handed(recording, blocks, seen)
             return Structure(path, tuple(_packable(model, seen)))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
@@ -138,6 +145,17 @@ def find(model: nn.Module) -> Structure:
         f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
         "models that are a list of blocks, which run one after the other"
     )
+
+
+def _check_handed(recording: Recording, blocks: list[nn.Module], infos: list[BlockInfo]) -> None:
+    """Raises _Experts if a block with experts computes with more from the block before it than hidden states."""
+    for i, values in recording.handed.items():
+        if infos[i].experts is None:
+            continue
+        with zeros(blocks[i]), watch_uses(values) as used, torch.inference_mode():
+            recording.calls[0][i].run(blocks[i], recording.hidden[0])
+        if used:
+            raise _Experts(f"block {i} gets a second value from the block before it, which llmq cannot stream yet")
 
 
 @contextmanager
@@ -164,7 +182,7 @@ def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     )
     for block in blocks:
         left = block.left | {f"{block.name}.{w.view.parameter}": reason for w in block.weights if w.name in bad}
-        yield BlockInfo(block.name, tuple(w for w in block.weights if w.name not in bad), left)
+        yield replace(block, weights=tuple(w for w in block.weights if w.name not in bad), left=left)
 
 
 def _is_input(model: nn.Module, name: str) -> bool:
@@ -180,11 +198,25 @@ def _inspect(
     make = structure_key(block, call, tied)
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
-            call.run(block, hidden)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied)
+            with watch_choices(block) as chosen, watch_experts(block) as called:
+                call.run(block, hidden)
+            experts = _experts(block, called)
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, chosen if experts else set())
     known = found[make]
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
-    return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()})
+    return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()}, known.experts)
+
+
+def _experts(block: nn.Module, called: dict[str, Places]) -> ExpertsInfo | None:
+    """The block's routed experts, if modules were called as such. Raises _Experts if they cannot be run singly."""
+    if len(called) > 1:
+        raise _Experts(f"a block has several modules of experts ({', '.join(called)}), which llmq cannot stream yet")
+    for name, places in called.items():
+        found = describe(block, name, places)
+        if isinstance(found, str):
+            raise _Experts(f"the experts of {name} cannot be quantized yet: {found}")
+        return found
+    return None
 
 
 def structure_key(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
@@ -206,7 +238,15 @@ def _arguments(call: Call) -> tuple[Any, ...]:
     return tuple(kind(a) for a in call.args) + tuple((k, kind(v)) for k, v in call.kwargs.items())
 
 
-def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidden: Tensor, tied: set[str]) -> BlockInfo:
+def _weights_of(
+    block: nn.Module,
+    matmuls: list[Matmul],
+    modules: Modules,
+    hidden: Tensor,
+    tied: set[str],
+    experts: ExpertsInfo | None,
+    routers: set[str],
+) -> BlockInfo:
     linears = {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
     tokens = hidden.numel() // hidden.shape[-1]
@@ -214,8 +254,9 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
     inputs: dict[int, int] = {}
     weights: list[WeightInfo] = []
     left: dict[str, Reason] = {}
+    stacks = () if experts is None else tuple(f"{experts.module}.{name}" for name in experts.stacks)
     for parameter, value in block.named_parameters():
-        if value.dim() < 2:
+        if value.dim() < 2 or parameter in stacks:
             continue
         uses = [m for m in matmuls if m.parameter == parameter]
         listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
@@ -226,6 +267,8 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
         reason = _reason(value, uses, modules.linears.get(linears[parameter], 0) if parameter in linears else None)
         if parameter in tied:
             left[parameter] = Reason(Kind.SHARED, "it is shared with another block")
+        elif parameter in routers:
+            left[parameter] = Reason(Kind.ROUTER, "it decides which experts a token goes to")
         elif reason:
             left[parameter] = reason
         else:
@@ -236,7 +279,7 @@ def _weights_of(block: nn.Module, matmuls: list[Matmul], modules: Modules, hidde
                     linears[parameter], View(parameter), value.shape[0], value.shape[1], input_id, pointer not in known
                 )
             )
-    return BlockInfo("", tuple(weights), left)
+    return BlockInfo("", tuple(weights), left, experts)
 
 
 def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:
@@ -261,6 +304,8 @@ def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | No
         return Reason(Kind.IN_PARTS, "it is used in slices, not as one matrix")
     if len(uses) > 1 or calls > 1:
         return Reason(Kind.REPEATED, "it is used more than once in a block")
+    if len(value) < FEW_OUTPUTS:
+        return Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: servers do not read such weights packed")
     return None
 
 

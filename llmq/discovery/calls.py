@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.discovery.matmuls import flat
 from llmq.errors import LlmqError, first_line
 
 
@@ -41,10 +42,14 @@ class Call:
 
 @dataclass
 class Recording:
-    """The result of the recording pass: for each batch, the first block's input and every block's call."""
+    """The result of the recording pass: for each batch, the first block's input and every block's call.
+
+    handed: what blocks' calls have of the first block's result beside the hidden states, by the block's index.
+    """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    handed: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def of_block(self, index: int) -> list[Call]:
         """One block's calls, batch by batch."""
@@ -170,6 +175,10 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
                 raise LlmqError("the blocks are not called once each, in order")
             assert hidden is not None
             recording.hidden.append(hidden)
+            beside = {id(t) for i, part in enumerate(rest) if i != element for t in flat(part) if isinstance(t, Tensor)}
+            for i, args, kwargs in seen:
+                if found := [v for v in flat((args, kwargs)) if id(v) in beside]:
+                    recording.handed[i] = found
             calls = [_cut(args, kwargs, hidden, element) for _, args, kwargs in seen]
             _share(calls, recording.calls[0] if recording.calls else None)
             recording.calls.append(calls)

@@ -102,7 +102,7 @@ class _Watch(Products):
         """See `Products.product`: records products with a parameter, and changes nothing."""
         # The addend of a sum with a product is no operand of the product.
         added = kwargs.get("input", args[0] if args else None) if func in WITH_ADDEND else None
-        matrices = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2 and t is not added]
+        matrices = [t for t in flat((args, kwargs)) if isinstance(t, Tensor) and t.dim() >= 2 and t is not added]
         for operand in matrices:
             owner = self.owners.get(operand.untyped_storage().data_ptr())
             others = [t for t in matrices if t is not operand]
@@ -125,12 +125,13 @@ def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Te
     return own[0] if len(own) == 1 and parameter.shape[own[0]] == operand.shape[axis] else None
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
+    """Everything in nested tuples, lists and dicts, in order."""
     if isinstance(value, (tuple, list)):
         for item in value:
-            yield from _flat(item)
+            yield from flat(item)
     elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
+        yield from flat(list(value.values()))
     else:
         yield value
 
@@ -176,3 +177,24 @@ def watch_modules(module: nn.Module) -> Iterator[Modules]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Uses(TorchFunctionMode):
+    def __init__(self, values: list[Tensor], used: set[int]) -> None:
+        super().__init__()
+        self.values = {id(value): i for i, value in enumerate(values)}
+        self.used = used
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.used |= {self.values[id(v)] for v in flat((args, kwargs or {})) if id(v) in self.values}
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_uses(values: list[Tensor]) -> Iterator[set[int]]:
+    """Within the context, collects the indices of those tensors that anything is computed with."""
+    used: set[int] = set()
+    with _Uses(values, used):
+        yield used

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +19,14 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
     Tied parameters stay tied within the module and, afterwards, with the rest of the model.
     """
     chosen = [n for n, _ in module.named_parameters()] if names is None else names
-    with _instead(module, chosen, lambda _, p: torch.zeros(p.shape, dtype=p.dtype)):
+    with _instead(module, chosen, lambda _, p: _zeros(p)):
         yield
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    # Unlike torch.zeros, numpy leaves it to the system to make pages when they are first written to.
+    memory = torch.from_numpy(np.zeros(max(1, parameter.nbytes), dtype=np.uint8))
+    return memory[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
 
 @contextmanager

@@ -72,6 +72,15 @@ def refusal(schemes: Collection[Scheme]) -> str | None:
     return None
 
 
+def experts_refusal(scheme: Scheme) -> str | None:
+    """Why stock transformers could not load a mixture's experts of a scheme, in a clause with a way out, or None."""
+    refuse = getattr(of(scheme), "refuse_experts", None)
+    if refuse is None:
+        return f"transformers cannot load experts as {scheme}: give them an integer scheme (--grid int)"
+    told: str | None = refuse(scheme)
+    return told
+
+
 def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
     """See `Format.config`."""
     return of(next(iter(groups), Scheme())).config(groups, ignore, dtype)

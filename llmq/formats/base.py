@@ -7,6 +7,8 @@ parts are optional:
   transformers supports the method;
 - PACKAGES: method in config.json → the package that stock transformers needs to read it;
 - STOCK_UNPACKS: whether stock transformers makes the weights of PACKAGES dense to run them;
+- refuse_experts(scheme): why stock transformers could not load a mixture's experts of a scheme, or None; without it
+  there are none that it loads;
 - claims(section): whether a configuration without `quant_method` is of this format;
 - COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`). A key of COMPANIONS that
   begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear.

@@ -25,6 +25,7 @@ from llmq.formats.base import Loader, dtype_name
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
+from llmq.planning.experts import ExpertsPlan, check_experts, group, plan_experts
 from llmq.planning.fused import apart, check_fused
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
@@ -42,7 +43,9 @@ class BlockPlan:
 
     index: of the block; name, module: its path in the model, and its module; weights: those to quantize, by
     `View.name`, in order; tensors: parameter or buffer within the block → the tensors of the checkpoint that it is made
-    of; pairs: the block's scale pairs, if a method uses them.
+    of; pairs: the block's scale pairs, if a method uses them; experts: its routed experts, if they are quantized, whose
+    weights are not in `weights`; joined: parameters stored in parts that are written as one tensor, under the model's
+    name.
     """
 
     index: int
@@ -51,6 +54,19 @@ class BlockPlan:
     weights: dict[str, WeightPlan]
     tensors: dict[str, tuple[str, ...]]
     pairs: list[Pair]
+    experts: ExpertsPlan | None = None
+    joined: frozenset[str] = frozenset()
+
+    @property
+    def units(self) -> list[str]:
+        """The units that it is written as: groups of experts, and last the rest of the block."""
+        return [*([] if self.experts is None else [group.unit for group in self.experts.groups]), self.unit]
+
+    @property
+    def streamed(self) -> set[str]:
+        """The parameters within the block of which only one expert's entry is in memory."""
+        info = None if self.experts is None else self.experts.info
+        return set() if info is None else {f"{info.module}.{name}" for name in info.parameters}
 
     @property
     def stored(self) -> set[str]:
@@ -133,9 +149,11 @@ def make_plan(
     warned += check_numbers(source, model, links, other)
     checks.check_sources(source, model, links)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
+    items += plan_experts(source, recipe, model, structure, links, dtype)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     check_fused(items, recipe)
+    check_experts(items)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
@@ -192,12 +210,16 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
     found = []
     for index, block in enumerate(plan.structure.blocks):
         chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
-        weights = {w.view.name: w for w in chosen if w.view is not None}
+        weights = {w.view.name: w for w in chosen if w.view is not None and w.expert is None}
+        experts = None if block.experts is None else group(index, block.experts, chosen)
         prefix = block.name + "."
         inside = (n for n in plan.links.names() if n.startswith(prefix))
         tensors = {n.removeprefix(prefix): plan.links.tensors(n) for n in inside}
         pairs = plan.pairs[block.name].pairs if block.name in plan.pairs else []
-        found.append(BlockPlan(index, block.name, plan.model.get_submodule(block.name), weights, tensors, pairs))
+        module = plan.model.get_submodule(block.name)
+        full = {w.tensor.removeprefix(prefix) for w in plan.weights if w.tensor in plan.links.slices}
+        joined = frozenset(full & tensors.keys())
+        found.append(BlockPlan(index, block.name, module, weights, tensors, pairs, experts, joined))
     return found
 
 

@@ -31,7 +31,8 @@ class WeightPlan:
     """One weight with two or more axes, and its scheme.
 
     module: its path in the model; tensor: its name in the checkpoint; scheme: None if it is not quantized, for
-    `reason`; before, after: stored bytes; view: its position in its block, None if no product of a block uses it.
+    `reason`; before, after: stored bytes; view: its position in its block, None if no product of a block uses it;
+    expert: its number, if it is a routed expert's: the view is then its position in a module with this expert alone.
     """
 
     module: str
@@ -45,6 +46,7 @@ class WeightPlan:
     input_id: int = 0
     row_parallel: bool = False
     view: View | None = None
+    expert: int | None = None
 
     @property
     def name(self) -> str:
@@ -75,7 +77,10 @@ def plan_weights(
     dtype: torch.dtype,
     named: Named | None = None,
 ) -> list[WeightPlan]:
-    """named: the class that config.json names, if it is another one: it may load tensors that the model does not."""
+    """All but the stacks of routed experts (`experts.plan_experts`).
+
+    named: the class that config.json names, if it is another one: it may load tensors that the model does not.
+    """
     items = []
     planned: set[str] = set()
     for index, block in enumerate(structure.blocks):
@@ -86,7 +91,7 @@ def plan_weights(
             if tensor is None:
                 sentence = links.why_apart(parameter) or "the checkpoint has no tensor for it"
                 reason = Reason(Kind.NOT_STORED, sentence)
-                items.append(_left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
+                items.append(left(parameter, parameter, (weight.rows, weight.width), dtype, reason, index))
                 continue
             before = source.info(tensor).nbytes
             item = WeightPlan(
@@ -102,32 +107,36 @@ def plan_weights(
                 weight.row_parallel,
                 weight.view,
             )
-            items.append(_schemed(item, recipe, dtype))
+            items.append(schemed(item, recipe, dtype))
         for parameter, reason in block.left.items():
             planned.add(parameter)
             shape = tuple(model.get_parameter(parameter).shape)
-            items.append(_left(parameter, links.source.get(parameter, parameter), shape, dtype, reason, index))
+            items.append(left(parameter, links.source.get(parameter, parameter), shape, dtype, reason, index))
+        if block.experts is not None:
+            planned |= {f"{block.name}.{block.experts.module}.{stack}" for stack in block.experts.stacks}
     for parameter, value in model.named_parameters():
         if value.dim() >= 2 and parameter not in planned:
             tensor = links.source.get(parameter, parameter)
-            items.append(_left(parameter, tensor, tuple(value.shape), dtype, OUTSIDE, None))
+            items.append(left(parameter, tensor, tuple(value.shape), dtype, OUTSIDE, None))
     for tensor in links.unused:
         shape = source.info(tensor).shape
         if len(shape) >= 2:
             loaded = named is not None and tensor in named.parameters
             sentence = f"only {named.name} loads it: it is copied unchanged" if loaded and named else NOT_LOADED
-            items.append(_left(tensor, tensor, shape, dtype, Reason(Kind.NOT_LOADED, sentence), None))
+            items.append(left(tensor, tensor, shape, dtype, Reason(Kind.NOT_LOADED, sentence), None))
     return items
 
 
-def _left(
+def left(
     parameter: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype, reason: Reason, block: int | None
 ) -> WeightPlan:
+    """A weight that is not quantized, for a reason."""
     size = prod(shape) * dtype.itemsize
     return WeightPlan(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
 
 
-def _schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan:
+def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan:
+    """The weight with the scheme that the recipe gives it, or the reason why it has none."""
     scheme = recipe.scheme
     for pattern, override in recipe.overrides:
         if matches(pattern, item.name):

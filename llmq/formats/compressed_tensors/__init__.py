@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.formats.base import Groups, Loader, Spec
 from llmq.formats.compressed_tensors import eight_bit, packed
-from llmq.formats.compressed_tensors.config import config_of, layout_of
+from llmq.formats.compressed_tensors.config import INTEGERS, config_of, layout_of
 from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
 from llmq.grids.base import QuantizedWeight
@@ -49,6 +49,17 @@ def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool)
 def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
     """See `Format.config`."""
     return config_of(groups, ignore)
+
+
+def refuse_experts(scheme: Scheme) -> str | None:
+    """Why stock transformers 5.23 with compressed-tensors 0.20 fails on a mixture's experts of a scheme, or None."""
+    if not scheme.symmetric:
+        return "transformers fails on experts with zero points: use --symmetric"
+    if layout_of(scheme) == INTEGERS:
+        return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
+    if scheme.activations is not None and not scheme.activations.dynamic:
+        return "transformers does not read static scales of experts' inputs: use --activations dynamic"
+    return None
 
 
 def title(schemes: Collection[Scheme]) -> str:

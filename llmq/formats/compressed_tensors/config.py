@@ -22,6 +22,7 @@ from llmq.grids.base import rounding_of
 from llmq.grids.scheme import Scheme
 
 QUANT_METHOD = "compressed-tensors"
+INTEGERS = "int-quantized"
 VERSION = "0.19.0"
 
 
@@ -29,7 +30,7 @@ def layout_of(scheme: Scheme) -> str:
     """compressed-tensors' name for the layout of a scheme."""
     if rounding_of(scheme.rules).code_dtype.is_floating_point:
         return "float-quantized"
-    return FORMAT if scheme.activations is None else "int-quantized"
+    return FORMAT if scheme.activations is None else INTEGERS
 
 
 def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
     groups: the module names of each scheme; ignore: the names of unquantized linear modules. Names as in the
     checkpoint, without '.weight'. Raises LlmqError if nothing is quantized.
     """
-    schemes = sorted((s for s, names in groups.items() if names), key=lambda s: (-len(groups[s]), str(s)))
+    # The order given is kept: transformers takes the first scheme that has names for the scheme of all experts.
+    schemes = [s for s, names in groups.items() if names]
     if not schemes:
         raise LlmqError("nothing is quantized: there is no configuration to write")
     alone = len(schemes) == 1

@@ -1,0 +1,244 @@
+"""A block with routed experts: the block without them, and its experts one at a time, are quantized after each other.
+
+The block runs up to its experts' call; what enters it (rows, choices, weights) is kept for all calibration windows.
+Every expert is then a block of its own: the rows that chose it are its inputs. Its outputs, times their weights, are
+summed into each batch's output of the experts' module, with which the block is run again. One expert is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import steps
+from llmq.block.block import Block, rounded_inputs
+from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
+from llmq.block.statistics import Statistic
+from llmq.block_io import BlockIO, pack_weights, states_of
+from llmq.discovery.calls import Call
+from llmq.discovery.experts import Places, Routed, alone, instead
+from llmq.discovery.parameters import assign
+from llmq.errors import LlmqError
+from llmq.machine import give_back
+from llmq.planning.plan import BlockPlan
+from llmq.watch import Watch
+
+
+class _Reached(Exception):
+    """Ends a block's run at its experts' call."""
+
+
+@contextmanager
+def without_experts(block: BlockPlan) -> Iterator[None]:
+    """Within the context, a block with streamed experts runs as if each of them returned its input."""
+    if block.experts is None:
+        yield
+        return
+    with instead(block.module, block.experts.info, lambda routed: routed.rows.clone()):
+        yield
+
+
+def entering(block: BlockPlan, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Routed]:
+    """What enters the experts of a filled block for each batch, on the CPU."""
+    assert block.experts is not None
+    found: list[Routed] = []
+
+    def keep(routed: Routed) -> Tensor:
+        found.append(Routed(*(t.detach().to("cpu") for t in (routed.rows, routed.choices, routed.weights))))
+        raise _Reached
+
+    with torch.no_grad(), instead(block.module, block.experts.info, keep):
+        for states, call in zip(hidden, calls, strict=True):
+            with suppress(_Reached):
+                call.run(block.module, states.to(device))
+    return found
+
+
+def outputs(
+    block: BlockPlan, hidden: list[Tensor], calls: list[Call], sums: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """The block's output for each batch, on the CPU, with the experts' output given. sums: per batch, float32."""
+    assert block.experts is not None
+    found = []
+    for states, call, total in zip(hidden, calls, sums, strict=True):
+
+        def give(routed: Routed, total: Tensor = total) -> Tensor:
+            return total.to(routed.rows)
+
+        with torch.no_grad(), instead(block.module, block.experts.info, give):
+            found.append(call.run(block.module, states.to(device)).to(states))
+    return found
+
+
+class Sums:
+    """The experts' summed output for each batch: float32 [tokens, width]."""
+
+    def __init__(self, routed: list[Routed]) -> None:
+        self.routed = routed
+        self.totals = [torch.zeros(r.rows.shape, dtype=torch.float32) for r in routed]
+
+    def rows(self, expert: int) -> Tensor:
+        """The rows of all batches that chose an expert: [n, width]."""
+        return torch.cat([r.rows[torch.where(r.choices == expert)[0]] for r in self.routed])
+
+    def add(self, expert: int, outputs: Tensor) -> None:
+        """Add an expert's outputs [n, width] for its rows, times their weights."""
+        begin = 0
+        for routed, total in zip(self.routed, self.totals, strict=True):
+            token, place = torch.where(routed.choices == expert)
+            mine = outputs[begin : begin + len(token)].float()
+            total.index_add_(0, token, mine * routed.weights[token, place].float()[:, None])
+            begin += len(token)
+
+    def others(self, expert: int) -> Tensor:
+        """Up to 128 rows that did not choose an expert, evenly spread over all batches: [m, width]."""
+        free = [torch.where(~(r.choices == expert).any(1))[0] for r in self.routed]
+        every = [(i, int(t)) for i, tokens in enumerate(free) for t in tokens]
+        step = max(1, len(every) // OTHERS)
+        chosen = every[::step][:OTHERS]
+        if not chosen:
+            return self.routed[0].rows[:0]
+        return torch.stack([self.routed[i].rows[t] for i, t in chosen])
+
+
+def run(module: nn.Module, places: Places, rows: Tensor, device: torch.device) -> Tensor:
+    """What the only expert of a module computes of rows [n, width], on the CPU."""
+    with torch.no_grad():
+        parts = [alone(places, part).run(module, part.to(device)).to(rows) for part in torch.split(rows, CHUNK_ROWS)]
+    return torch.cat(parts) if parts else rows
+
+
+def quantize_rest(
+    io: BlockIO, planned: BlockPlan, block: Block, before: list[Routed], aim: list[Tensor], watch: Watch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Quantize the experts of a block whose other weights are quantized, rounded in place and packed.
+
+    before: what entered its experts when it was unquantized, for the inputs `aim`. Returns its output, and the
+    unquantized block's for `aim`; the block is then as in the checkpoint.
+    """
+    states = block.weights.values()
+    with rounded_inputs(block.module, states):
+        given = entering(planned, block.inputs, block.calls, io.device)
+    wanted, sums = quantize_experts(io, planned, before, given, watch)
+    with rounded_inputs(block.module, states):
+        output = outputs(planned, block.inputs, block.calls, sums, io.device)
+    io.fill(planned)
+    return output, outputs(planned, aim, block.calls, wanted, io.device)
+
+
+def unrounded(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor]:
+    """The output of the unquantized experts for what enters them, read one after the other."""
+    assert block.experts is not None
+    sums, info = Sums(routed), block.experts.info
+    for expert in range(info.count):
+        module = io.fill_expert(block, expert)
+        sums.add(expert, run(module, info.call, sums.rows(expert), io.device))
+    discard(block)
+    return sums.totals
+
+
+def restored(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor]:
+    """The output of the written experts for what enters them, read back one after the other."""
+    assert block.experts is not None
+    sums = Sums(routed)
+    for expert in range(block.experts.info.count):
+        _add_written(io, block, expert, sums)
+    discard(block)
+    return sums.totals
+
+
+def _add_written(io: BlockIO, block: BlockPlan, expert: int, sums: Sums) -> None:
+    assert block.experts is not None
+    module, states = io.restore_expert(block, expert)
+    with rounded_inputs(module, states):
+        sums.add(expert, run(module, block.experts.info.call, sums.rows(expert), io.device))
+
+
+def quantize_experts(
+    io: BlockIO, block: BlockPlan, wanted: list[Routed], given: list[Routed], watch: Watch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Quantize a block's experts, and commit them in groups; those that are committed already are read back.
+
+    wanted: what enters the unquantized block's experts; given: what enters those of the block whose other weights are
+    quantized. Returns the unquantized experts' output for the first, and the quantized ones' for the second.
+    """
+    assert block.experts is not None
+    target, result = Sums(wanted), Sums(given)
+    statistics = _statistics(io, given)
+    for group in block.experts.groups:
+        done = group.unit in io.sink.done
+        rows: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for expert in range(group.begin, group.end):
+            module = io.fill_expert(block, expert)
+            target.add(expert, run(module, block.experts.info.call, target.rows(expert), io.device))
+            if done:
+                _add_written(io, block, expert, result)
+                continue
+            mine = _quantize(io, block, expert, module, result, statistics)
+            more, packed = pack_weights(block.experts.weights[expert], block.index, mine)
+            rows += [row | {"tokens": mine.tokens, "own": mine.alpha} for row in more]
+            tensors |= packed
+        if not done:
+            io.sink.commit(group.unit, tensors, {"weights": rows})
+            give_back()
+        watch.step(f"{group.unit}{' were already done' if done else ''}")
+    discard(block)
+    return target.totals, result.totals
+
+
+def _quantize(
+    io: BlockIO,
+    block: BlockPlan,
+    expert: int,
+    module: nn.Module,
+    result: Sums,
+    statistics: dict[type[Statistic], Statistic],
+) -> ExpertBlock:
+    assert block.experts is not None
+    info, planned = block.experts.info, block.experts.weights[expert]
+    mine = ExpertBlock(
+        module,
+        states_of(module, planned),
+        info.call,
+        result.rows(expert),
+        result.others(expert),
+        statistics,
+        {weight.input_id for weight in planned.values() if not weight.row_parallel},
+        scale_dtype=io.plan.dtype,
+        device=io.device,
+    )
+    try:
+        mine.target = mine.observe(io.plan.pipeline.first)
+        steps.quantize(mine, io.plan.pipeline)
+        with rounded_inputs(module, mine.weights.values()):
+            outputs = torch.cat(mine.outputs())
+    except LlmqError as problem:
+        raise LlmqError(f"{block.name}.{info.module}, expert {expert}: {problem}") from problem
+    if mine.tokens:
+        result.add(expert, outputs)
+    return mine
+
+
+def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Statistic]:
+    """The statistics of all rows that enter the experts, of every kind that a method needs."""
+    kinds = dict.fromkeys(need for needs in io.plan.pipeline.passes for need in needs if hasattr(need, "blend"))
+    made = {kind: kind(routed[0].rows.shape[1], io.device) for kind in kinds}
+    for one in made.values():
+        for batch in routed:
+            one.update(batch.rows.to(io.device))
+    return made
+
+
+def discard(block: BlockPlan) -> None:
+    """Free the experts' memory: their parameters are on the meta device again, with all entries."""
+    assert block.experts is not None
+    info = block.experts.info
+    module = block.module.get_submodule(info.module)
+    for name in info.parameters:
+        held = module.get_parameter(name)
+        assign(module, name, torch.empty((info.count, *held.shape[1:]), dtype=held.dtype, device="meta"))

@@ -1,0 +1,195 @@
+"""Every expert's weights in a plan: their schemes, and the checks that keep a loader from filling experts with noise.
+
+What readers do with experts was tried with transformers 5.23, compressed-tensors 0.20 and vLLM 0.32: both take the
+scheme of one expert for all, and transformers fills experts that it cannot read with random numbers, which it only
+logs. So the experts of a folder have one scheme, one that both can read, or are not quantized at all in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import nn
+
+from llmq import formats
+from llmq.checkpoint.source import Source
+from llmq.discovery.blocks import BlockInfo, Structure
+from llmq.discovery.conversion import Part
+from llmq.discovery.experts import ExpertsInfo, Stack
+from llmq.discovery.names import Links
+from llmq.discovery.reasons import Kind, Reason
+from llmq.discovery.view import View
+from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
+from llmq.planning.weights import BY_USER, WeightPlan, left, matches, schemed
+from llmq.recipe.recipe import Recipe
+
+GROUP_BYTES = 2**27
+GROUP_EXPERTS = 16
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Experts begin … end − 1 of a block, which are written as one unit of this name in the sink's journal."""
+
+    unit: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """The routed experts of a block, which are quantized one at a time.
+
+    weights: those of each expert, by `View.name` in a module with this expert alone; index: of the block.
+    """
+
+    info: ExpertsInfo
+    index: int
+    weights: list[dict[str, WeightPlan]]
+    groups: list[ExpertGroup]
+
+
+def plan_experts(
+    source: Source, recipe: Recipe, model: nn.Module, structure: Structure, links: Links, dtype: torch.dtype
+) -> list[WeightPlan]:
+    """The weights of all experts, one by one where the checkpoint stores them so; else a stack with the reason."""
+    items: list[WeightPlan] = []
+    for index, block in enumerate(structure.blocks):
+        if block.experts is not None:
+            items += _of_block(source, recipe, model, block, block.experts, index, links, dtype)
+    return items
+
+
+def _of_block(
+    source: Source,
+    recipe: Recipe,
+    model: nn.Module,
+    block: BlockInfo,
+    experts: ExpertsInfo,
+    index: int,
+    links: Links,
+    dtype: torch.dtype,
+) -> Iterator[WeightPlan]:
+    base = 1 + max((w.input_id for w in block.weights), default=-1)
+    found: list[WeightPlan] = []
+    for name, stack in experts.stacks.items():
+        parameter = f"{block.name}.{experts.module}.{name}"
+        shape = tuple(model.get_parameter(parameter).shape)
+        pieces = [(p.tensor, _place(name, shape, p.part, stack)) for p in links.slices.get(parameter, ())]
+        if not pieces or not all(place for _, place in pieces):
+            tensor = links.source.get(parameter, parameter)
+            by_user = any(matches(p, tensor.removesuffix(".weight")) for p in recipe.keep)
+            reason = BY_USER if by_user else Reason(Kind.STACKED, "the checkpoint stores all experts in one tensor")
+            found.append(left(parameter, tensor, shape, dtype, reason, index))
+            continue
+        for tensor, place in pieces:
+            assert place is not None
+            expert, view = place
+            info = source.info(tensor)
+            item = WeightPlan(
+                tensor.removesuffix(".weight"),
+                tensor,
+                tuple(info.shape),
+                info.nbytes,
+                info.nbytes,
+                None,
+                None,
+                index,
+                base + expert * len(experts.stacks) + stack.input_id,
+                stack.row_parallel,
+                view,
+                expert,
+            )
+            found.append(schemed(item, recipe, dtype))
+    if all(item.scheme is None for item in found):
+        return _joined(found, block, experts, links, dtype)
+    return iter(found)
+
+
+def _place(name: str, shape: tuple[int, ...], part: Part, stack: Stack) -> tuple[int, View] | None:
+    """The expert that a stored matrix belongs to, and its view in a module with this expert alone."""
+    _, rows, columns = shape
+    expert, rest = divmod(part.offset, rows * columns)
+    transposed = stack.axis == 1
+    if len(part.shape) != 2 or part.stride != ((1, columns) if transposed else (columns, 1)):
+        return None
+    first, odd = (rest, 0) if transposed else divmod(rest, columns)
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    if odd or part.shape[1] != inputs:
+        return None
+    span = None if part.shape[0] == outputs else (first, first + part.shape[0])
+    return expert, View(name, 0, span, transposed)
+
+
+def _joined(
+    items: list[WeightPlan], block: BlockInfo, experts: ExpertsInfo, links: Links, dtype: torch.dtype
+) -> Iterator[WeightPlan]:
+    """The stacks of a block whose experts are left alone: each is written as one tensor, under the model's name.
+
+    transformers makes packed experts of any tensors that are named one by one.
+    """
+    for name in experts.stacks:
+        parameter = f"{block.name}.{experts.module}.{name}"
+        mine = [item for item in items if item.tensor in links.tensors(parameter) or item.tensor == parameter]
+        first = mine[0]
+        size = sum(prod(item.shape) for item in mine) * dtype.itemsize
+        whole = len(mine) == 1 and first.expert is None
+        shape = first.shape if whole else (len(mine), *first.shape)
+        tensor = first.tensor if whole else parameter
+        yield replace(
+            first, module=parameter, tensor=tensor, shape=shape, before=size, after=size, view=None, expert=None
+        )
+
+
+def group(index: int, info: ExpertsInfo, items: list[WeightPlan]) -> ExpertsPlan | None:
+    """The plan of a block's experts; None if they are not quantized. items: of the block."""
+    weights: list[dict[str, WeightPlan]] = [{} for _ in range(info.count)]
+    for item in items:
+        if item.expert is not None and item.view is not None and item.scheme is not None:
+            weights[item.expert][item.view.name] = item
+    if not any(weights):
+        return None
+    size = max(sum(item.after for item in mine.values()) for mine in weights)
+    step = max(1, min(GROUP_EXPERTS, GROUP_BYTES // max(1, size)))
+    groups = []
+    for begin in range(0, info.count, step):
+        end = min(begin + step, info.count)
+        groups.append(ExpertGroup(f"block {index}, experts {begin}–{end - 1}", begin, end))
+    return ExpertsPlan(info, index, weights, groups)
+
+
+def check_experts(items: list[WeightPlan]) -> None:
+    """Raises LlmqError if loaders could not read the experts as they would be written, or would read them wrong."""
+    mine = [i for i in items if i.expert is not None]
+    stacked = [i for i in items if i.reason is not None and i.reason.kind is Kind.STACKED]
+    if stacked:
+        raise LlmqError(
+            f"{stacked[0].name}: the checkpoint stores all experts of a block in one tensor; stock transformers cannot "
+            "load such experts packed, and would fill them with random numbers. Way out: "
+            f"--keep {_pattern(stacked)} quantizes everything else"
+        )
+    schemes: dict[Scheme | None, WeightPlan] = {}
+    for item in mine:
+        schemes.setdefault(item.scheme, item)
+    if len(schemes) > 1:
+        told = ", ".join(f"{item.name} {scheme or 'not quantized'}" for scheme, item in schemes.items())
+        raise LlmqError(
+            f"experts with different schemes: {told}. transformers and vLLM take the scheme of one expert for all, and "
+            "load the others as noise or not at all. Ways out: patterns that match every expert, or --keep for all "
+            "experts of a block"
+        )
+    for scheme, item in schemes.items():
+        why = None if scheme is None else formats.experts_refusal(scheme)
+        if why:
+            raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine)} to leave the experts alone")
+
+
+def _pattern(items: list[WeightPlan]) -> str:
+    """A part of the names of all experts, as --keep takes it."""
+    parts = [set(item.name.split(".")) for item in items]
+    common = [p for p in items[0].name.split(".") if all(p in mine for mine in parts)]
+    return common[-1] if common else items[0].name
