@@ -67,6 +67,7 @@ def test_statistics_are_those_of_hooks(kind: str) -> None:
 def meta(kind: str) -> nn.Module:
     """The model without memory, as a plan has it."""
     model = tiny.model(kind).float().eval()
+    model.set_experts_implementation("eager")
     for name, parameter in list(model.named_parameters()):
         assign(model, name, torch.empty(parameter.shape, device="meta"))
     return model
