@@ -96,13 +96,12 @@ class Sums:
 
     def others(self, expert: int) -> Tensor:
         """Up to 128 rows that did not choose an expert, evenly spread over all batches: [m, width]."""
-        free = [torch.where(~(r.choices == expert).any(1))[0] for r in self.routed]
-        every = [(i, int(t)) for i, tokens in enumerate(free) for t in tokens]
-        step = max(1, len(every) // OTHERS)
-        chosen = every[::step][:OTHERS]
-        if not chosen:
-            return self.routed[0].rows[:0]
-        return torch.stack([self.routed[i].rows[t] for i, t in chosen])
+        found = []
+        for routed, share in zip(self.routed, torch.arange(OTHERS).tensor_split(len(self.routed)), strict=True):
+            free = torch.where(~(routed.choices == expert).any(1))[0]
+            places = torch.linspace(0, len(free) - 1, min(len(share), len(free))).long()
+            found.append(routed.rows[free[places]])
+        return torch.cat(found)
 
 
 def run(module: nn.Module, places: Places, rows: Tensor, device: torch.device) -> Tensor:

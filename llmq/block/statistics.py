@@ -48,7 +48,7 @@ class MeanSquare:
 
     def blend(self, other: Self, alpha: float) -> None:
         """See `Statistic`."""
-        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
+        _blend(self.total, self.count, other.total, other.count, alpha)
         self.count = max(1, self.count)
 
     @property
@@ -85,7 +85,7 @@ class Hessian:
 
     def blend(self, other: Self, alpha: float) -> None:
         """See `Statistic`."""
-        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
+        _blend(self.total, self.count, other.total, other.count, alpha)
         self.count = max(1, self.count)
 
     @classmethod
@@ -141,8 +141,8 @@ class Inputs:
 
     def blend(self, other: Self, alpha: float) -> None:
         """See `Statistic`; extremes are those of both, and rows of both are kept."""
-        self.total = _blended(self.total, self.count, other.total, other.count, alpha)
-        self.squares = _blended(self.squares, self.count, other.squares, other.count, alpha)
+        _blend(self.total, self.count, other.total, other.count, alpha)
+        _blend(self.squares, self.count, other.squares, other.count, alpha)
         device = self.total.device
         self.low = torch.minimum(self.low, other.low.to(device))
         self.high = torch.maximum(self.high, other.high.to(device))
@@ -171,7 +171,6 @@ class Inputs:
         return (24 + 4 * 2 * cls.ROWS) * width
 
 
-def _blended(own: Tensor, count: int, other: Tensor, others: int, alpha: float) -> Tensor:
-    """The sum over `count` samples (at least 1) whose mean is α · own + (1 − α) · other, in new memory."""
-    samples = max(1, count)
-    return own * (alpha * samples / max(1, count)) + other.to(own) * ((1 - alpha) * samples / max(1, others))
+def _blend(own: Tensor, count: int, other: Tensor, others: int, alpha: float) -> None:
+    """Change a sum over `count` samples in place: its mean becomes α · own + (1 − α) · other, for at least 1 sample."""
+    own.mul_(alpha).add_(other.to(own.device), alpha=(1 - alpha) * max(1, count) / max(1, others))

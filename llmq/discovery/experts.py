@@ -55,12 +55,15 @@ class ExpertsInfo:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows, the choices and the weights are among the arguments of an experts' module; width: of its rows."""
+    """Where the rows, the choices and the weights are among the arguments of an experts' module; width: of its rows; chosen: the
+    experts that each row chooses.
+    """
 
     rows: int | str
     choices: int | str
     weights: int | str
     width: int
+    chosen: int
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed:
         """The three tensors of a call."""
@@ -106,7 +109,7 @@ def places_of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Pla
     weights = [p for p, v in others.items() if v.shape == choices.shape]
     if len(rows) != 1 or len(weights) != 1 or len(choices) != len(output):
         return None
-    return Places(rows[0], whole[0], weights[0], output.shape[1])
+    return Places(rows[0], whole[0], weights[0], output.shape[1], choices.shape[1])
 
 
 @contextmanager

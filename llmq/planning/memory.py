@@ -36,6 +36,15 @@ class Load:
     statistics: int
     workspace: int
 
+    def and_experts(self, experts: Load) -> Load:
+        """The block's load with that of its experts, which are quantized after the rest, whose statistics are freed."""
+        return Load(
+            self.block + experts.block,
+            self.packed + experts.packed,
+            max(self.statistics, experts.statistics),
+            max(self.workspace, experts.workspace),
+        )
+
 
 def predict(
     model: nn.Module,

@@ -283,14 +283,14 @@ def _budget(plan: Plan, device: str) -> Budget:
         numbers = sum(prod(i.shape) for i in mine)
         # Transforms use float32 copies besides the block, and both results are kept until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
-        loads.append(
-            Load(
-                sum(p.numel() for p in block.module.parameters()) * size + copies,
-                sum(i.after for i in mine),
-                max(statistics, default=0),
-                max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
-            )
+        dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
+        load = Load(
+            dense * size + copies,
+            sum(i.after for i in mine),
+            max(statistics, default=0),
+            max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
         )
+        loads.append(load if block.experts is None else load.and_experts(_experts_load(plan, block.experts)))
     saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(
@@ -303,6 +303,28 @@ def _budget(plan: Plan, device: str) -> Budget:
         plan.source.total_bytes - saved,
         device,
         chains=4 if plan.pipeline.float_target else 3,
+    )
+
+
+def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
+    """What the experts of a block need beside the rest of it: one of them, a group's result, what enters all of them."""
+    size, width = plan.dtype.itemsize, experts.info.call.width
+    largest = max(experts.weights, key=lambda mine: sum(prod(i.shape) for i in mine.values())).values()
+    numbers = sum(prod(i.shape) for i in largest)
+    copies = 4 * numbers * (2 if plan.pipeline.transforms else 1)
+    tokens = plan.ids.numel()
+    # Rows, choices and weights, and the sums of outputs, of the unquantized and of the quantized block.
+    routed = 2 * tokens * (width * (size + 4) + 16 * experts.info.call.chosen)
+    kinds = dict.fromkeys(need for needs in plan.pipeline.passes for need in needs)
+    widths = {i.input_id: i.shape[1] for i in largest}
+    own = max(
+        (sum(need.nbytes(w) for need in needs for w in widths.values()) for needs in plan.pipeline.passes), default=0
+    )
+    return Load(
+        numbers * size + copies + routed,
+        max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),
+        sum(kind.nbytes(width) for kind in kinds) + 2 * own,
+        max((method.workspace(i.shape) for method in plan.pipeline.all for i in largest), default=0),
     )
 
 
