@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from llmq.block.block import Block, WeightState
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
-from llmq.discovery.experts import ExpertsInfo
+from llmq.discovery.experts import Expert
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
@@ -61,30 +61,24 @@ class BlockIO:
         owner, _, leaf = name.rpartition(".")
         return tuple(getattr(self.plan.model.get_submodule(owner), leaf).shape)
 
-    def fill_expert(self, block: BlockPlan, expert: int) -> nn.Module:
-        """The module of a block's experts with one expert alone, read from the checkpoint."""
+    def fill_expert(self, block: BlockPlan, expert: int) -> Expert:
+        """One of a block's experts, read from the checkpoint."""
         assert block.experts is not None
-        info = block.experts.info
-        module = block.module.get_submodule(info.module)
-        for name in info.parameters:
-            full = f"{block.name}.{info.module}.{name}"
-            entry = self.plan.links.fill_entry(full, self._entries(full, info), expert, self._checked)
-            assign(module, name, entry.to(self.device))
-        return module
+        names = block.experts.info.parameters
+        return self._expert(block, {name: self._entry(block, name, expert, self._checked) for name in names})
 
-    def restore_expert(self, block: BlockPlan, expert: int) -> tuple[nn.Module, list[WeightState]]:
-        """The module of a block's experts with one expert alone, read back from the output folder, and its weights."""
+    def restore_expert(self, block: BlockPlan, expert: int) -> tuple[Expert, list[WeightState]]:
+        """One of a block's experts, read back from the output folder, and its weights."""
         assert block.experts is not None
         info, planned = block.experts.info, block.experts.weights[expert]
-        module = block.module.get_submodule(info.module)
+        entries = {}
         for name in info.parameters:
-            full = f"{block.name}.{info.module}.{name}"
-            shape = self._entries(full, info)
             if name in info.stacks:
-                entry = torch.empty((1, *shape[1:]), dtype=self.plan.dtype)
+                shape = self._shape(f"{block.name}.{info.module}.{name}")[1:]
+                entries[name] = torch.empty(shape, dtype=self.plan.dtype)
             else:
-                entry = self.plan.links.fill_entry(full, shape, expert, self._written)
-            assign(module, name, entry.to(self.device))
+                entries[name] = self._entry(block, name, expert, self._written)
+        module = self._expert(block, entries)
         states = states_of(module, planned)
         for state, weight in zip(states, planned.values(), strict=True):
             state.quantized = self._read(weight)
@@ -92,9 +86,17 @@ class BlockIO:
             state.view.set(module, state.result().to(self.device))
         return module, states
 
-    def _entries(self, name: str, info: ExpertsInfo) -> tuple[int, ...]:
-        """The shape of a parameter with all experts' entries."""
-        return (info.count, *self._shape(name)[1:])
+    def _entry(self, block: BlockPlan, name: str, expert: int, read: Callable[[str], Tensor]) -> Tensor:
+        """One expert's entry of a parameter of the experts' module, by its name in that."""
+        assert block.experts is not None
+        full = f"{block.name}.{block.experts.info.module}.{name}"
+        return self.plan.links.fill_entry(full, self._shape(full), expert, read)
+
+    def _expert(self, block: BlockPlan, entries: Mapping[str, Tensor]) -> Expert:
+        assert block.experts is not None
+        info = block.experts.info
+        moved = {name: value.to(self.device) for name, value in entries.items()}
+        return Expert(block.module.get_submodule(info.module), info.call, moved)
 
     def fill(self, block: BlockPlan) -> nn.Module:
         """The block with its weights read from the checkpoint, but for those of streamed experts."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq import steps
 from llmq.block.block import Block, rounded_inputs
@@ -20,8 +20,7 @@ from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
 from llmq.block.statistics import Statistic
 from llmq.block_io import BlockIO, pack_weights, states_of
 from llmq.discovery.calls import Call
-from llmq.discovery.experts import Places, Routed, alone, instead
-from llmq.discovery.parameters import assign
+from llmq.discovery.experts import Expert, Routed, instead
 from llmq.errors import LlmqError
 from llmq.machine import give_back
 from llmq.planning.plan import BlockPlan
@@ -104,11 +103,11 @@ class Sums:
         return torch.cat(found)
 
 
-def run(module: nn.Module, places: Places, rows: Tensor, device: torch.device) -> Tensor:
-    """What the only expert of a module computes of rows [n, width], on the CPU."""
+def run(expert: Expert, rows: Tensor, device: torch.device) -> Tensor:
+    """What an expert computes of rows [n, width], on the CPU."""
     with torch.no_grad():
-        parts = [alone(places, part).run(module, part.to(device)).to(rows) for part in torch.split(rows, CHUNK_ROWS)]
-    return torch.cat(parts) if parts else rows
+        parts = [expert(part.to(device)).to(rows) for part in torch.split(rows, CHUNK_ROWS)]
+    return torch.cat(parts)
 
 
 def quantize_rest(
@@ -132,11 +131,9 @@ def quantize_rest(
 def unrounded(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor]:
     """The output of the unquantized experts for what enters them, read one after the other."""
     assert block.experts is not None
-    sums, info = Sums(routed), block.experts.info
-    for expert in range(info.count):
-        module = io.fill_expert(block, expert)
-        sums.add(expert, run(module, info.call, sums.rows(expert), io.device))
-    discard(block)
+    sums = Sums(routed)
+    for expert in range(block.experts.info.count):
+        sums.add(expert, run(io.fill_expert(block, expert), sums.rows(expert), io.device))
     return sums.totals
 
 
@@ -146,15 +143,13 @@ def restored(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor
     sums = Sums(routed)
     for expert in range(block.experts.info.count):
         _add_written(io, block, expert, sums)
-    discard(block)
     return sums.totals
 
 
 def _add_written(io: BlockIO, block: BlockPlan, expert: int, sums: Sums) -> None:
-    assert block.experts is not None
     module, states = io.restore_expert(block, expert)
     with rounded_inputs(module, states):
-        sums.add(expert, run(module, block.experts.info.call, sums.rows(expert), io.device))
+        sums.add(expert, run(module, sums.rows(expert), io.device))
 
 
 def quantize_experts(
@@ -174,7 +169,7 @@ def quantize_experts(
         tensors: dict[str, Tensor] = {}
         for expert in range(group.begin, group.end):
             module = io.fill_expert(block, expert)
-            target.add(expert, run(module, block.experts.info.call, target.rows(expert), io.device))
+            target.add(expert, run(module, target.rows(expert), io.device))
             if done:
                 _add_written(io, block, expert, result)
                 continue
@@ -186,7 +181,6 @@ def quantize_experts(
             io.sink.commit(group.unit, tensors, {"weights": rows})
             give_back()
         watch.step(f"{group.unit}{' were already done' if done else ''}")
-    discard(block)
     return target.totals, result.totals
 
 
@@ -194,7 +188,7 @@ def _quantize(
     io: BlockIO,
     block: BlockPlan,
     expert: int,
-    module: nn.Module,
+    module: Expert,
     result: Sums,
     statistics: dict[type[Statistic], Statistic],
 ) -> ExpertBlock:
@@ -203,7 +197,6 @@ def _quantize(
     mine = ExpertBlock(
         module,
         states_of(module, planned),
-        info.call,
         result.rows(expert),
         result.others(expert),
         statistics,
@@ -231,13 +224,3 @@ def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Stat
         for batch in routed:
             one.update(batch.rows.to(io.device))
     return made
-
-
-def discard(block: BlockPlan) -> None:
-    """Free the experts' memory: their parameters are on the meta device again, with all entries."""
-    assert block.experts is not None
-    info = block.experts.info
-    module = block.module.get_submodule(info.module)
-    for name in info.parameters:
-        held = module.get_parameter(name)
-        assign(module, name, torch.empty((info.count, *held.shape[1:]), dtype=held.dtype, device="meta"))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Statistic
-from llmq.discovery.calls import Call
-from llmq.discovery.experts import Places, alone
+from llmq.discovery.experts import ALONE
 from llmq.discovery.inputs import collect
+from llmq.discovery.pairs import Pair
 from llmq.discovery.view import View
 
 PRIOR_TOKENS = 32
@@ -26,7 +26,7 @@ CHUNK_ROWS = 2048
 
 
 class ExpertBlock(Block):
-    """A module of experts with one expert alone, as methods see it.
+    """An expert (`discovery.experts.Expert`), as methods see it.
 
     own: the rows [n, width] that chose it; others: rows [m, width] that did not, which are its inputs if no row did;
     entering: statistics of all rows that enter the module; outer: the `input_id` of the weights that these feed.
@@ -36,22 +36,21 @@ class ExpertBlock(Block):
         self,
         module: nn.Module,
         states: Sequence[WeightState],
-        places: Places,
         own: Tensor,
         others: Tensor,
         entering: Mapping[type[Statistic], Statistic],
         outer: set[int],
         *,
+        pairs: Sequence[Pair] = (),
         scale_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         inputs = list(torch.split(own if len(own) else others, CHUNK_ROWS))
-        calls = [alone(places, rows) for rows in inputs]
-        super().__init__(module, states, inputs, calls, scale_dtype=scale_dtype, device=device)
+        calls = [ALONE] * len(inputs)
+        super().__init__(module, states, inputs, calls, pairs=pairs, scale_dtype=scale_dtype, device=device)
         self.tokens, self.entering, self.outer = len(own), entering, outer
         self.alpha = self.tokens / (self.tokens + PRIOR_TOKENS)
         self._others = others
-        self._call: Call = alone(places, others)
 
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """See `Block.observe`; the statistics are drawn towards those of other tokens."""
@@ -67,7 +66,7 @@ class ExpertBlock(Block):
                 inner[state.input_id] = {need: need(state.value.shape[1], self.device) for need in blended}
                 fed[state.view] = list(inner[state.input_id].values())
         with torch.no_grad(), collect(self.module, fed):
-            self._call.run(self.module, self._others.to(self.device))
+            self.module(self._others.to(self.device))
         done: set[int] = set()
         for state in self.weights.values():
             if state.input_id in done:

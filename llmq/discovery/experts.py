@@ -8,7 +8,7 @@ the entries of one expert alone, and calls in which every row chooses that one, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,8 @@ TOLERANCE = 1e-4
 class Stack:
     """A parameter [experts, ...] of an experts' module: the matrices of all experts.
 
-    axis: the axis of the parameter that a product sums over, 1 or 2; input_id: the same for stacks that are fed by the
-    same tensor; row_parallel: whether that is not the module's own input.
+    axis: the axis of an entry that a product sums over: 1, or 0 if it is stored as [in, out]; input_id: the same for
+    stacks that are fed by the same tensor; row_parallel: whether that is not the module's own input.
     """
 
     axis: int
@@ -55,8 +55,9 @@ class ExpertsInfo:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows, the choices and the weights are among the arguments of an experts' module; width: of its rows; chosen: the
-    experts that each row chooses.
+    """Where the rows, the choices and the weights are among the arguments of an experts' module.
+
+    width: of its rows; chosen: how many experts each row chooses.
     """
 
     rows: int | str
@@ -140,7 +141,7 @@ def describe(block: nn.Module, name: str, places: Places) -> ExpertsInfo | str:
     if len(sizes) != 1:
         return f"its stacks have {' and '.join(map(str, sorted(sizes)))} experts"
     count = sizes.pop()
-    parameters = tuple(n for n, p in module.named_parameters() if p.dim() >= 2 and p.shape[0] == count)
+    parameters = tuple(n for n, p in module.named_parameters(recurse=False) if p.dim() >= 2 and p.shape[0] == count)
     try:
         stacks, apart = _tried(module, parameters, places, count)
     except Exception as error:  # the module's code may fail in any way on one expert alone
@@ -173,10 +174,9 @@ def _tried(
             for name, value in values.items():
                 assign(module, name, value.expand(count, *value.shape) if name in shapes else value)
             together = places.call(Routed(x, choices, weights)).run(module, x)
-            for name in parameters:
-                assign(module, name, values[name][None])
-            with watch_matmuls(module) as matmuls:
-                alone = run_alone(module, places, x)
+            expert = Expert(module, places, {name: values[name] for name in parameters})
+            with watch_matmuls(expert) as matmuls:
+                alone = expert(x)
     finally:
         for name, data in before.items():
             assign(module, name, data)
@@ -196,15 +196,34 @@ def _tried(
     return stacks, apart
 
 
-def run_alone(module: nn.Module, places: Places, x: Tensor) -> Tensor:
-    """What the only expert of a module computes of rows x [n, H]: [n, H]."""
-    return alone(places, x).run(module, x)
+class Expert(nn.Module):
+    """One expert of an experts' module: its parameters are this expert's entries, its input and output rows [n, width].
+
+    The module of all experts computes it, with these entries in place of its stacks, and every row choosing it.
+    """
+
+    def __init__(self, experts: nn.Module, places: Places, entries: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # In a tuple, so that the module of all experts is no part of this one.
+        self._experts, self._places = (experts,), places
+        for name, value in entries.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """What the expert computes of rows [n, width]."""
+        experts, choices = self._experts[0], torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        weights = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
+        before = {name: experts._parameters[name] for name in self._parameters}
+        try:
+            for name in before:
+                experts._parameters[name] = getattr(self, name)[None]
+            return self._places.call(Routed(rows, choices, weights)).run(experts, rows)
+        finally:
+            experts._parameters.update(before)
 
 
-def alone(places: Places, x: Tensor) -> Call:
-    """The call in which every row of x [n, H] chooses the only expert, with weight 1."""
-    choices = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
-    return places.call(Routed(x, choices, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)))
+ALONE = Call((None,), {}, 0, None)
+"""The call of an Expert."""
 
 
 @contextmanager

@@ -73,17 +73,17 @@ class Links:
         return self.conversions[name].convert(read)[name]
 
     def fill_entry(self, name: str, shape: Sequence[int], index: int, read: Callable[[str], Tensor]) -> Tensor:
-        """One entry along the first axis of a parameter of this shape: [1, ...]. Of slices, only its own are read.
+        """One entry along the first axis of a parameter of this shape. Of slices, only its own are read.
 
         Raises KeyError if nothing is stored for the parameter.
         """
         if name not in self.slices:
-            return self.fill(name, shape, read)[index : index + 1].clone()
+            return self.fill(name, shape, read)[index].clone()
         size = prod(shape[1:])
         mine = [piece for piece in self.slices[name] if piece.part.offset // size == index]
         parts = (Part(p.part.offset - index * size, p.part.shape, p.part.stride) for p in mine)
         alone = Links(slices={name: tuple(Slice(p.tensor, part) for p, part in zip(mine, parts, strict=True))})
-        return alone.fill(name, (1, *shape[1:]), read)
+        return alone.fill(name, shape[1:], read)
 
 
 def link(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Links:

@@ -44,7 +44,7 @@ class ExpertGroup:
 class ExpertsPlan:
     """The routed experts of a block, which are quantized one at a time.
 
-    weights: those of each expert, by `View.name` in a module with this expert alone; index: of the block.
+    weights: those of each expert, by `View.name` in its own module; index: of the block.
     """
 
     info: ExpertsInfo
@@ -111,10 +111,10 @@ def _of_block(
 
 
 def _place(name: str, shape: tuple[int, ...], part: Part, stack: Stack) -> tuple[int, View] | None:
-    """The expert that a stored matrix belongs to, and its view in a module with this expert alone."""
+    """The expert that a stored matrix belongs to, and its view in this expert's module."""
     _, rows, columns = shape
     expert, rest = divmod(part.offset, rows * columns)
-    transposed = stack.axis == 1
+    transposed = stack.axis == 0
     if len(part.shape) != 2 or part.stride != ((1, columns) if transposed else (columns, 1)):
         return None
     first, odd = (rest, 0) if transposed else divmod(rest, columns)
@@ -122,7 +122,7 @@ def _place(name: str, shape: tuple[int, ...], part: Part, stack: Stack) -> tuple
     if odd or part.shape[1] != inputs:
         return None
     span = None if part.shape[0] == outputs else (first, first + part.shape[0])
-    return expert, View(name, 0, span, transposed)
+    return expert, View(name, None, span, transposed)
 
 
 def _joined(

@@ -307,7 +307,7 @@ def _budget(plan: Plan, device: str) -> Budget:
 
 
 def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
-    """What the experts of a block need beside the rest of it: one of them, a group's result, what enters all of them."""
+    """What a block's experts need beside the rest of it: one of them, a group's result, and what enters all of them."""
     size, width = plan.dtype.itemsize, experts.info.call.width
     largest = max(experts.weights, key=lambda mine: sum(prod(i.shape) for i in mine.values())).values()
     numbers = sum(prod(i.shape) for i in largest)

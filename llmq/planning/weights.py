@@ -32,7 +32,7 @@ class WeightPlan:
 
     module: its path in the model; tensor: its name in the checkpoint; scheme: None if it is not quantized, for
     `reason`; before, after: stored bytes; view: its position in its block, None if no product of a block uses it;
-    expert: its number, if it is a routed expert's: the view is then its position in a module with this expert alone.
+    expert: its number, if it is a routed expert's: the view is then its position in that expert's module.
     """
 
     module: str
