@@ -201,6 +201,7 @@ def _quantize(
         result.others(expert),
         statistics,
         {weight.input_id for weight in planned.values() if not weight.row_parallel},
+        pairs=block.experts.pairs,
         scale_dtype=io.plan.dtype,
         device=io.device,
     )

@@ -47,21 +47,16 @@ def check(name: str) -> dict[str, Any]:
         row["kind"] = "experts" if checks.is_mixture(real) else "dense"
         try:
             model = discover.build(source, torch.float32)
-            try:
-                path = discover.find(model).path
-            except llmq.LlmqError as error:
-                if "mixture-of-experts" not in str(error):
-                    raise
-                path = discover.candidates(model)[0][0]
-            found = pairs.find_in(model, path)
+            found = pairs.find_in(model, discover.find(model))
         except llmq.LlmqError as error:
             return row | {"result": "refused", "words": str(error)}
         except Exception as error:  # shown in the table; the other types continue
             return row | {"result": "fails", "words": first_line(error)}
     row |= checks.pairs_applied(real, found, before, tiny.tokens())
     row["result"] = "unchanged" if row["error"] <= LIMIT else "CHANGED"
-    for block, (own, rejections) in found.items():
-        lines = [f"{a} -> {b}" + (f" ({c})" if c else "") for a, b, c in pairs.explain(own, rejections)]
+    for block, one in found.items():
+        told = [*pairs.explain(one.pairs, one.rejections), *pairs.explain(*one.experts)]
+        lines = [f"{a} -> {b}" + (f" ({c})" if c else "") for a, b, c in told]
         row["blocks"].setdefault("\n".join(lines), []).append(block)
     row["blocks"] = {", ".join(blocks): lines.split("\n") for lines, blocks in row["blocks"].items()}
     return row | {"seconds": round(time.perf_counter() - began, 1)}

@@ -206,6 +206,7 @@ class Expert(nn.Module):
         super().__init__()
         # In a tuple, so that the module of all experts is no part of this one.
         self._experts, self._places = (experts,), places
+        self.width = places.width
         for name, value in entries.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.discovery.bench import SAME, Bench, Run, Unsteady, followed, run_to_fill, unchanged
-from llmq.discovery.blocks import recorded, structure_key
+from llmq.discovery.blocks import Structure, recorded, structure_key
 from llmq.discovery.calls import Call
+from llmq.discovery.experts import ALONE, ROWS, Expert, ExpertsInfo, instead
 from llmq.discovery.pairs import LINEAR, NORM, Consumer, Edit, Found, Pair, Rejection
 from llmq.discovery.pairs import explain as explain
 from llmq.discovery.parameters import randomize
@@ -286,9 +288,12 @@ def _channels(consumers: Iterable[Consumer]) -> Tensor:
     return torch.unique(torch.cat([consumer.channel for consumer in consumers]))  # type: ignore[no-any-return]
 
 
-def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> dict[str, Found]:
+def find_all(
+    model: nn.Module, path: str, calls: list[Call], hidden: Tensor, experts: Sequence[ExpertsInfo | None] = ()
+) -> dict[str, Found]:
     """The pairs of every block in the module list at `path`, by the block's name; identical blocks are run once.
 
+    experts: of each block, if any; they are not run with it, and none is in memory but one, for pairs within an expert.
     calls: one per block, as recorded; hidden: the first block's input. Blocks get random parameters one at a time;
     their own parameters and the calls' contents are restored. Raises LlmqError if a block cannot be run.
     """
@@ -302,9 +307,12 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
             shared = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
             make = (structure_key(block, call, shared), attributes[i])
             if make not in known:
-                with randomize(block):
+                with _alone(block, experts[i] if experts else None) as expert:
                     try:
                         known[make] = find_pairs(block, call, hidden, shared)
+                        if expert is not None:
+                            found = find_pairs(expert, ALONE, torch.empty(ROWS, expert.width))
+                            known[make] = known[make]._replace(experts=(found.pairs, found.rejections))
                         run_to_fill(block, call, hidden)
                     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                         words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
@@ -313,11 +321,27 @@ def find_all(model: nn.Module, path: str, calls: list[Call], hidden: Tensor) -> 
     return result
 
 
-def find_in(model: nn.Module, path: str) -> dict[str, Found]:
-    """The pairs of every block of a model on the meta device (discover.build), its blocks in the list at `path`."""
-    blocks = list(model.get_submodule(path).children())
+@contextmanager
+def _alone(block: nn.Module, experts: ExpertsInfo | None) -> Iterator[Expert | None]:
+    """Within the context, a block has random parameters, and its experts return their input; gives a random expert."""
+    if experts is None:
+        with randomize(block):
+            yield None
+        return
+    stacked = {f"{experts.module}.{name}" for name in experts.parameters}
+    module = block.get_submodule(experts.module)
+    entries = {n: torch.empty(module.get_parameter(n).shape[1:], device="meta") for n in experts.parameters}
+    expert = Expert(module, experts.call, entries)
+    with randomize(block, stacked), randomize(expert), instead(block, experts, lambda routed: routed.rows.clone()):
+        yield expert
+
+
+def find_in(model: nn.Module, structure: Structure) -> dict[str, Found]:
+    """The pairs of every block of a model on the meta device (discover.build)."""
+    blocks = list(model.get_submodule(structure.path).children())
+    experts = [block.experts for block in structure.blocks]
     with recorded(model, blocks) as recording:
-        return find_all(model, path, recording.calls[0], recording.hidden[0])
+        return find_all(model, structure.path, recording.calls[0], recording.hidden[0], experts)
 
 
 def _attributes(blocks: list[nn.Module]) -> list[tuple[Any, ...]]:

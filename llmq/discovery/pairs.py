@@ -148,10 +148,11 @@ class Rejection:
 
 
 class Found(NamedTuple):
-    """The pairs of a block, and the parameters that make no pair."""
+    """The pairs of a block, and the parameters that make no pair; experts: the same of each of its routed experts."""
 
     pairs: list[Pair]
     rejections: list[Rejection]
+    experts: tuple[list[Pair], list[Rejection]] = ([], [])
 
 
 def explain(pairs: list[Pair], rejections: list[Rejection]) -> list[tuple[str, str, str]]:

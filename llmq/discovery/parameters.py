@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,10 +30,10 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
+def randomize(module: nn.Module, but: Collection[str] = (), seed: int = 0) -> Iterator[None]:
     """Set every parameter to random float32 values on the CPU, floating buffers to float32; restore them afterwards.
 
-    Matrices preserve the variance of their inputs (uniform, variance 1 / width). Vectors next to a matrix or to another
+    but: parameters that are left as they are. Matrices preserve the variance of their inputs (uniform, variance 1 / width). Vectors next to a matrix or to another
     vector of the same size (biases) are small; other vectors and scalars (norms) lie in [0.5, 1.5].
     """
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
         return torch.empty(parameter.shape).uniform_(low, high, generator=generator)
 
     buffers = {n: b for n, b in module.named_buffers() if b.is_floating_point() and b.device.type != "meta"}
-    with _instead(module, [n for n, _ in module.named_parameters()], make):
+    with _instead(module, [n for n, _ in module.named_parameters() if n not in but], make):
         try:
             for name, buffer in buffers.items():
                 assign(module, name, buffer.float())

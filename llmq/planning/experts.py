@@ -20,6 +20,7 @@ from llmq.discovery.blocks import BlockInfo, Structure
 from llmq.discovery.conversion import Part
 from llmq.discovery.experts import ExpertsInfo, Stack
 from llmq.discovery.names import Links
+from llmq.discovery.pairs import Found, Pair
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.view import View
 from llmq.errors import LlmqError
@@ -44,13 +45,15 @@ class ExpertGroup:
 class ExpertsPlan:
     """The routed experts of a block, which are quantized one at a time.
 
-    weights: those of each expert, by `View.name` in its own module; index: of the block.
+    weights: those of each expert, by `View.name` in its own module; index: of the block; pairs: the scale
+    pairs within each expert, if a method uses them.
     """
 
     info: ExpertsInfo
     index: int
     weights: list[dict[str, WeightPlan]]
     groups: list[ExpertGroup]
+    pairs: list[Pair]
 
 
 def plan_experts(
@@ -145,7 +148,7 @@ def _joined(
         )
 
 
-def group(index: int, info: ExpertsInfo, items: list[WeightPlan]) -> ExpertsPlan | None:
+def group(index: int, info: ExpertsInfo, items: list[WeightPlan], found: Found | None = None) -> ExpertsPlan | None:
     """The plan of a block's experts; None if they are not quantized. items: of the block."""
     weights: list[dict[str, WeightPlan]] = [{} for _ in range(info.count)]
     for item in items:
@@ -159,7 +162,7 @@ def group(index: int, info: ExpertsInfo, items: list[WeightPlan]) -> ExpertsPlan
     for begin in range(0, info.count, step):
         end = min(begin + step, info.count)
         groups.append(ExpertGroup(f"block {index}, experts {begin}–{end - 1}", begin, end))
-    return ExpertsPlan(info, index, weights, groups)
+    return ExpertsPlan(info, index, weights, groups, [] if found is None else found.experts[0])
 
 
 def check_experts(items: list[WeightPlan]) -> None:

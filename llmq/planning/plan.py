@@ -169,7 +169,7 @@ def make_plan(
     _check_length(source, model, structure, found.ids.shape[1])
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other)
     if pipeline.transforms:
-        plan.pairs = find_in(model, structure.path)
+        plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
     plan.warnings = [*warned, *found.notes, *checks.warnings(items)]
@@ -182,7 +182,7 @@ def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     """The scale pairs in the blocks of a folder's model. Raises LlmqError."""
     source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     model = discover.build(folder, _main_dtype(source, source.names()), trust_remote_code)
-    return find_in(model, discover.find(model).path)
+    return find_in(model, discover.find(model))
 
 
 def _discover(source: Source) -> tuple[nn.Module, torch.dtype, Structure, Links]:
@@ -211,7 +211,7 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
     for index, block in enumerate(plan.structure.blocks):
         chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
         weights = {w.view.name: w for w in chosen if w.view is not None and w.expert is None}
-        experts = None if block.experts is None else group(index, block.experts, chosen)
+        experts = None if block.experts is None else group(index, block.experts, chosen, plan.pairs.get(block.name))
         prefix = block.name + "."
         inside = (n for n in plan.links.names() if n.startswith(prefix))
         tensors = {n.removeprefix(prefix): plan.links.tensors(n) for n in inside}
@@ -224,8 +224,9 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
 
 
 def _check_pairs(plan: Plan) -> None:
-    if not any(found.pairs for found in plan.pairs.values()):
-        reasons = sorted({f"{r.source}: {r.reason}" for found in plan.pairs.values() for r in found.rejections})
+    if not any(found.pairs or found.experts[0] for found in plan.pairs.values()):
+        every = [r for found in plan.pairs.values() for r in (*found.rejections, *found.experts[1])]
+        reasons = sorted({f"{r.source}: {r.reason}" for r in every})
         raise LlmqError(
             f"{plan.source.folder}: method {'+'.join(plan.recipe.methods)!r} moves scales between weights, but this "
             "model has no pair of weights between which scales can move without changing a block's output "

@@ -215,7 +215,8 @@ def pairs(console: Console, found: Mapping[str, Found]) -> None:
 
     alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
     for name, one in found.items():
-        alike.setdefault(tuple(explain(*one)), []).append(name)
+        inside = [(f"each expert: {source}", what, kind) for source, what, kind in explain(*one.experts)]
+        alike.setdefault((*explain(one.pairs, one.rejections), *inside), []).append(name)
     for rows, names in alike.items():
         title = escape(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it")
         table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)

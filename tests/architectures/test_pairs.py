@@ -71,8 +71,7 @@ OTHERS = [
 
 def found_in(folder: Path) -> dict[str, Found]:
     model = discover.build(folder, torch.float32)
-    path, _ = discover.candidates(model)[0]
-    found = pairs.find_in(model, path)
+    found = pairs.find_in(model, discover.find(model))
     assert all(p.device.type == "meta" for p in model.parameters())
     return found
 
@@ -163,7 +162,7 @@ def test_says_why_not(tmp_path: Path) -> None:
         "mlp.gate_proj",
         "mlp.down_proj",
     }
-    rows = pairs.explain(*own)
+    rows = pairs.explain(own.pairs, own.rejections)
     assert len(rows) == len(own.pairs) + len(own.rejections)
     assert ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "linear") in rows
 
@@ -171,6 +170,6 @@ def test_says_why_not(tmp_path: Path) -> None:
 def test_a_model_in_bfloat16(tmp_path: Path) -> None:
     model = discover.build(tiny.make("gemma3_text", tmp_path), torch.bfloat16)
     dtypes = {name: b.dtype for name, b in model.named_buffers()}
-    found = pairs.find_in(model, discover.find(model).path)
+    found = pairs.find_in(model, discover.find(model))
     assert all({described(p) for p in own.pairs} == EXPECTED["gemma3_text"] for own in found.values())
     assert dtypes == {name: b.dtype for name, b in model.named_buffers()}
