@@ -77,7 +77,7 @@ def read(file: Path, tokenizer: Any, *, seqlen: int, template: str = "auto") -> 
 
     An instruction that is too long is truncated at its end, and left out if that removes the whole answer; a text that
     is too long becomes several examples. template: auto or none.
-    Raises LlmqError, with file and line, at a row that has none of the four forms, and if there is no row at all.
+    Raises LlmqError, with file and line, at a row that has none of these forms, and if there is nothing to learn.
     """
     file = file.expanduser()
     if not file.is_file():
@@ -102,7 +102,10 @@ def read(file: Path, tokenizer: Any, *, seqlen: int, template: str = "auto") -> 
         raise LlmqError(
             f"{WHAT} {file} is empty: one row on each line of a .jsonl, such as {{'prompt': …, 'completion': …}}"
         )
-    told = [f"{WHAT} {file}: {told} ({len(where)} rows, first {where[0]})" for told, where in layout.told.items()]
+    told = [
+        f"{WHAT} {file}: {text} ({len(where)} row{'s' * (len(where) > 1)}, first {where[0]})"
+        for text, where in layout.told.items()
+    ]
     if not found and not lost:
         raise LlmqError(
             "; ".join([*told, "so there is nothing to learn: give rows with answers that are to be learned"])

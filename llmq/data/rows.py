@@ -19,6 +19,8 @@ __all__ = ["Row", "RowReader", "chat_messages", "hub_rows", "jsonl_rows", "parqu
 
 LOOKED_AT = 32
 """Rows that are looked at before the column is chosen: the first may have no chat, or an empty one."""
+_BESIDE = ("system", "tools", "functions")
+"""Columns that belong to a chat and are not the chat."""
 _PLAIN = (".txt", ".md", *NO_TEXT)
 
 
@@ -137,11 +139,14 @@ class RowReader:
         if pair is not None:
             self._tell(pair, [*(["system"] if "system" in strings else []), *worse], "the texts")
             return pair
-        words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings
+        more = [name for name in columns if any(isinstance(fields.get(name), list | Mapping) for fields in held)]
+        if more:  # the text may be in there: what is no prose is not taken for it
+            words = [name for name in strings if name not in _BESIDE and not all(_word(f.get(name)) for f in held)]
+        else:
+            words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings
         if any(better in words for better in CHOSEN):
             words = [name for name in words if name not in worse]
         if len(words) == 1:
-            more = [name for name in columns if any(isinstance(f.get(name), list | Mapping) for f in held)]
             self._tell(words[0], [*worse, *more], "the texts")
             return words[0]
         what = "more than one column of text" if words else "no column of text"
@@ -201,6 +206,11 @@ def _number(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _word(value: Any) -> bool:
+    """Whether a value is no text, or one word, such as an identifier."""
+    return not isinstance(value, str) or (value.isascii() and len(value.split()) <= 1)
 
 
 def _names(fields: Iterable[str]) -> str:

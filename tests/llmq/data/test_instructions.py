@@ -195,7 +195,7 @@ def test_calls_that_are_not_shown_cannot_be_learned(tmp_path: Path, chat: Any, p
     refused(lambda: read(file, plain, seqlen=500), f"{file}:2 has tools or tool calls", "take the row out")
     refused(lambda: read(file, chat, seqlen=500, template="none"), f"{file}:2 has tools", "without --template none")
     (note,) = read(write(tmp_path, CHAT | {"tools": [TOOL]}), chat, seqlen=500).notes
-    assert f"hides the list of tools (1 rows, first {file}:1)" in note
+    assert f"hides the list of tools (1 row, first {file}:1)" in note
 
 
 @pytest.mark.parametrize(

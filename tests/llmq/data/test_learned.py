@@ -87,11 +87,11 @@ def test_rows_without_an_answer_to_learn_are_left_out_and_told(tmp_path: Path, c
 def test_a_mark_of_another_role_is_told(tmp_path: Path, chat: Any) -> None:
     row = {"messages": [turn("user", "1", train=True), turn("assistant", "one")]}
     found, (note,) = learned(tmp_path, chat, row)
-    assert found[0][1] == "one</assistant>" and "only answers are (1 rows" in note
+    assert found[0][1] == "one</assistant>" and "only answers are (1 row," in note
 
 
 ASK, GOOD, BAD = [turn("user", "q")], [turn("assistant", "good")], [turn("assistant", "bad")]
-WORSE = "the better answers are learned, never {} (1 rows"
+WORSE = "the better answers are learned, never {} (1 row,"
 HH = "\n\nHuman: q\n\nAssistant:"
 
 
@@ -169,7 +169,7 @@ def test_an_answer_that_is_not_wanted_is_left_out(tmp_path: Path, chat: Any, lab
     ):
         found, (note,) = learned(tmp_path, chat, kept, {**row, key: label})
         assert found == [("<user>q</user><assistant>good</assistant>", "good</assistant>")]
-        assert "label is false are left out (1 rows, first" in note and "rows.jsonl:2)" in note
+        assert "label is false are left out (1 row, first" in note and "rows.jsonl:2)" in note
     assert len(learned(tmp_path, chat, {"text": "see", key: label})[0]) == 1
     _, (note,) = learned(tmp_path, chat, {**kept, key: 0})
     assert "rows whose label is 0 are learned" in note

@@ -117,9 +117,24 @@ def test_a_prompt_with_its_answer_and_its_columns_by_name(bpe: Any) -> None:
 
 
 def test_a_lone_text_beside_what_cannot_be_read_is_told() -> None:
-    texts, reader = looked([{"note": "see", "contents": [{"role": "user", "parts": [{"text": "noon"}]}]}], None)
+    unread = [{"role": "user", "parts": [{"text": "noon"}]}]
+    texts, reader = looked([{"note": "see noon", "contents": unread}], None)
     (note,) = reader.notes()
-    assert texts == ["see"] and "column 'note' are taken, not 'contents'; name another" in note
+    assert texts == ["see noon"] and "column 'note' are taken, not 'contents'; name another" in note
+    assert looked([{"note": "\u8702\u3002", "meta": {"n": 1}}], None)[0] == ["\u8702\u3002"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": "7", "data": ["see", "noon"]},
+        {"source": "web", "contents": [{"role": "user", "parts": []}]},
+        {"system": "You are a bee.", "turns": [["see", "noon"]]},
+        {"tools": '[{"name": "fly"}, 1]', "messages": [{"author": "bee", "content": "see"}]},
+    ],
+)
+def test_an_identifier_beside_what_cannot_be_read_is_not_the_text(fields: dict[str, Any]) -> None:
+    refused(lambda: looked([fields] * 3, None), "no column of text", ", ".join(fields), "--column")
 
 
 def test_the_first_rows_decide_and_no_row_is_lost(bpe: Any) -> None:
