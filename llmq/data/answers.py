@@ -17,6 +17,7 @@ from llmq.data.chats import ANSWER, CHAT, Messages, chat_messages
 CHOSEN = ("chosen", "preferred_output")
 REJECTED = ("rejected", "non_preferred_output", "rejected_response")
 COMPLETION = "completion"
+PLUS = " + "
 _PROMPTS = ("prompt", "question", "instruction", "query")
 LABELS = ("label", "kto_tag")
 MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
@@ -38,7 +39,7 @@ class Joined:
     @property
     def name(self) -> str:
         """The columns in words, the same for every row of a file."""
-        return f"{self.names[0]} + {self.names[-1]}"
+        return self.names[0] + PLUS + self.names[-1]
 
     @property
     def fields(self) -> dict[str, Any]:

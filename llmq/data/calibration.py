@@ -217,7 +217,7 @@ def _refuse_rows(file: Path, text: str, whole: bool) -> None:
 
 
 def _is_object(start: str, whole: bool) -> bool:
-    """Whether a text starts with an object that ends its line, or with one in an array."""
+    """Whether a text starts with an object before the end or another one, or with one in an array."""
     start = start.lstrip()
     inside = start.startswith("[")
     start = start[1:].lstrip() if inside else start
@@ -229,7 +229,7 @@ def _is_object(start: str, whole: bool) -> bool:
         return not whole and _is_cut(error)
     except (ValueError, RecursionError):
         return False
-    return start[end:].lstrip(" \t\r")[:1] in ("", "\n", *(",]" if inside else ""))
+    return start[end:].lstrip()[:1] in ((",", "]", "") if inside else ("{", ""))
 
 
 def _is_cut(error: json.JSONDecodeError) -> bool:

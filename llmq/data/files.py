@@ -214,7 +214,7 @@ def csv_rows(file: Path, separator: str, what: str = WHAT) -> Iterator[Row]:
     try:
         for values in cells:
             where, start = f"{file}:{start}", cells.line_num + 1
-            if not values:
+            if not values or (not names and values == ["sep=", ""]):  # Excel's mark of its separator
                 continue
             if not names:
                 names = values

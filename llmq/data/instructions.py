@@ -140,10 +140,11 @@ class _Layout:
             return [], []
         if label in ("0", "0.0") and "completion" in row.fields:
             self.note("rows whose label is 0 are learned, as only false says that an answer is not wanted", row)
-        if worse := [name for name in REJECTED if row.fields.get(name) is not None]:
+        plain = isinstance(what, str) and isinstance(row.fields.get("text"), str)
+        if worse := [name for name in REJECTED if row.fields.get(name) is not None and not plain]:
             self.note(f"the better answers are learned, never {', '.join(map(repr, worse))}", row)
         if isinstance(what, str):
-            if "text" not in row.fields:
+            if not plain:
                 self.note("texts are learned whole, as no column with their prompts is known", row)
             ids = self._encode(what + self.end, False)
             return ids, [True] * len(ids)
@@ -280,8 +281,8 @@ def content(row: Row) -> str | tuple[Messages, bool]:
     if better:
         several = ", ".join(map(repr, [*better, *beside]))
         raise LlmqError(f"{row.where} has answers in {several}: put the turns to learn into one list 'messages'")
-    chosen = next((name for name in CHOSEN if fields.get(name) is not None), None)
-    if chosen is not None and not beside:
+    chosen = next((name for name in CHOSEN if name in fields), None)
+    if chosen is not None and not beside and not isinstance(fields.get("text"), str):
         text = _string(row, chosen)
         turns = answers.marked_turns(text)
         return text if turns is None else (chats.with_system(turns, fields), False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq.checkpoint import hub
 from llmq.data import chats
-from llmq.data.answers import CHOSEN, REJECTED, joined
+from llmq.data.answers import CHOSEN, COMPLETION, PLUS, REJECTED, joined
 from llmq.data.chats import CHAT, chat_messages
 from llmq.data.files import ENDINGS, Row, jsonl_rows, parquet_rows, rows_of, stored
 from llmq.data.opened import NO_TEXT, PACKED
@@ -68,6 +68,9 @@ class RowReader:
             self.column = self._choose([row])
         fields = row.fields if self.named and self.column in row.fields else _joined(row.fields)
         if self.column not in fields:
+            parts = [row.fields.get(part, "") for part in self.column.split(PLUS)]
+            if len(parts) > 1 and None in parts:
+                return ""
             lacks = f"{row.where} has no column {self.column!r}, only {_names(fields)}"
             if self.named:
                 raise LlmqError(
@@ -120,9 +123,11 @@ class RowReader:
         held = [_joined(row.fields) for row in rows]
         strings = [name for name in columns if any(isinstance(fields.get(name), str) for fields in held)]
         worse = [name for name in REJECTED if any(fields.get(name) is not None for fields in held)]
+        past = any(fields.get("history") for fields in held)
         found = _chat_columns(rows)
         if found:
-            self._tell(found[0], [*found[1:], *(["text"] if "text" in strings else []), *worse], "the chats")
+            beside = ["text"] * ("text" in strings) + ["history"] * (past and PLUS in found[0])
+            self._tell(found[0], [*found[1:], *beside, *worse], "the chats")
             return found[0]
         message = next((row for row in rows if chat_messages([row.fields])), None)
         if message is not None:
@@ -137,10 +142,12 @@ class RowReader:
             return empty[0]
         pair = next((both.name for row in rows if (both := joined(row.fields))), None)
         if pair is not None:
-            self._tell(pair, [*(["system"] if "system" in strings else []), *worse], "the texts")
+            self._tell(pair, ["system"] * ("system" in strings) + ["history"] * past + worse, "the texts")
             return pair
-        more = [name for name in columns if any(isinstance(fields.get(name), list | Mapping) for fields in held)]
-        if more:  # the text may be in there: what is no prose is not taken for it
+        more = [n for n in columns if any(fields.get(n) and isinstance(fields[n], list | Mapping) for fields in held)]
+        if any(name in more for name in (*CHOSEN, COMPLETION)):
+            words = []
+        elif more:  # the text may be in there: what is no prose is not taken for it
             words = [name for name in strings if name not in _BESIDE and not all(_word(f.get(name)) for f in held)]
         else:
             words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings

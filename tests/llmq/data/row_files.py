@@ -226,6 +226,15 @@ RIGHT: dict[str, tuple[str, bytes, list[str]]] = {
         table(["text"], ["see\rvu"], ["noon"], lineterminator="\n", quoting=csv.QUOTE_ALL),
         ["see\rvu", "noon"],
     ),
+    "csv, Excel's separator line": ("a.csv", b"sep=,\r\ntext,n\r\nsee,1\r\n", ["see"]),
+    "better answers, one missing": (
+        "a.jsonl",
+        lines(
+            {"prompt": "see", "chosen": " noon"}, {"prompt": "see", "chosen": None}, {"prompt": "a", "chosen": " vu"}
+        ),
+        ["see noon", "a vu"],
+    ),
+    "prose after an object": ("a.txt", b'{"a": 1}\n\nsee noon', ['{"a": 1}\n\nsee noon']),
     "prose that starts with braces": ("a.txt", b'{} see {"a": 1}', ['{} see {"a": 1}']),
     "prose that starts with an object": ("a.txt", b'{"a": 1} is see\nnoon', ['{"a": 1} is see\nnoon']),
     "prose that starts with an array": ("a.md", b"[1] see\n[2] noon", ["[1] see\n[2] noon"]),

@@ -151,6 +151,12 @@ def test_prompts_and_answers_without_a_template(tmp_path: Path, plain: Any) -> N
     assert whole == "### System:\ns\n\n### User:\nab\n\n### Assistant:\ncd~" and answer == "cd~"
 
 
+def test_a_text_goes_before_answers_without_a_prompt(tmp_path: Path, plain: Any) -> None:
+    assert learned(tmp_path, plain, {"text": "ab", "chosen": "cd", "rejected": "ef"}) == ([("ab~", "ab~")], ())
+    file = write(tmp_path, {"prompt": "ab", "chosen": None, "rejected": "cd"})
+    refused(lambda: read(file, plain, seqlen=99), f"{file}:1: 'chosen' is NoneType, not a text")
+
+
 def test_tools_of_a_prompt_are_kept(tmp_path: Path, caller: Any) -> None:
     row = {"input": {"messages": CALLED[:1], "tools": [TOOL]}, "preferred_output": CALLED[1:2]}
     ((whole, answer),), notes = learned(tmp_path, caller, row)

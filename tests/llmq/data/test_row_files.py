@@ -122,6 +122,12 @@ UNREADABLE: dict[str, tuple[str, bytes, str, tuple[str, ...]]] = {
         ":41",
         ("no column 'text', only messages", "a.jsonl:1", "files of their own"),
     ),
+    "answers in lists of texts": (
+        "a.jsonl",
+        lines({"prompt": "see noon", "chosen": ["vu"], "rejected": ["at"]}),
+        "",
+        ("no column of text", "prompt, chosen, rejected", "--column"),
+    ),
     "prompts among answers": (
         "a.jsonl",
         lines({"prompt": "see", "completion": "noon"}, {"prompt": "see"}),

@@ -114,6 +114,8 @@ def test_a_prompt_with_its_answer_and_its_columns_by_name(bpe: Any) -> None:
     texts, reader = looked([{"prompt": "see ", "chosen": "noon", "rejected": "vu", "system": "be"}], None)
     (note,) = reader.notes()
     assert texts == ["see noon"] and "not 'system', 'rejected'" in note
+    texts, reader = looked([{"instruction": "see", "chosen": "noon", "history": [["a", "b"]]}], bpe)
+    assert texts == [whole] and "not 'history'" in reader.notes()[0]
 
 
 def test_a_lone_text_beside_what_cannot_be_read_is_told() -> None:
