@@ -6,7 +6,7 @@ Every block's call is kept, because in many models masks and position tables dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,12 +114,20 @@ def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward])
             del module.__dict__["forward"]
 
 
-def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor], *, whole: bool = False) -> Recording:
+def record(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batches: Iterable[Tensor],
+    *,
+    whole: bool = False,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Recording:
     """Run the model once per batch of token ids [batch, tokens] with blocks that only record their arguments.
 
     Only the first block really runs, once, to see what a block returns: its parameters and everything before the blocks
     must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
-    again. Raises LlmqError if the blocks are not called once each, in order, each on the output of the one before.
+    again; `around`: a context in which the first block runs. Raises LlmqError if the blocks are not called once each,
+    in order, each on the output of the one before.
     """
     recording = Recording()
     element: int | None = None
@@ -135,7 +143,8 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
                 raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
             seen.append((i, args, kwargs))
             if i == 0 and kind is None:
-                result = original(*args, **kwargs)
+                with around():
+                    result = original(*args, **kwargs)
                 kind, element, rest = _shape_of_result(result)
                 template = result if element is None else result[element]
                 hidden = _hidden_of(args, kwargs, template.shape)
