@@ -62,7 +62,7 @@ class Plan:
     """Everything that is decided before the work starts.
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
-    weights, in which the model runs and scales are stored.
+    weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written.
     """
 
     source: Source
@@ -75,6 +75,7 @@ class Plan:
     calibration: Windows
     pipeline: Pipeline
     named: Named | None = None
+    left_out: set[str] = field(default_factory=set)
     pairs: dict[str, Found] = field(default_factory=dict)
     blocks: list[BlockPlan] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
@@ -124,7 +125,9 @@ def make_plan(
     model, dtype, structure, links = _discover(source)
     other, warned = _named(source, model)
     pipeline = methods.make(recipe)
-    warned += check_numbers(source, model, links, other)
+    noted, left_out = check_numbers(source, model, links, other)
+    warned += noted
+    links.unused = [tensor for tensor in links.unused if tensor not in left_out]
     checks.check_sources(source, model, links)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     checks.check_patterns(recipe, items)
@@ -143,7 +146,7 @@ def make_plan(
             "embeddings: they are of different models"
         )
     check_length(source.folder, model, structure, found.ids.shape[1])
-    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other)
+    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other, set(left_out))
     if pipeline.transforms:
         plan.pairs = find_in(model, structure.path)
         _check_pairs(plan)
