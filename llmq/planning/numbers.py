@@ -27,7 +27,7 @@ class Extra:
     """A tensor that no class loads, by its name that of a Linear module or of something beside its weight.
 
     weight: the weight's parameter; rest: what the tensor's name has beyond the module's; inside: in the module, or
-    beside it (`up_proj.scale`, `up_proj_scale`).
+    beside it (`NAME.scale`, `NAME_scale`).
     """
 
     tensor: str

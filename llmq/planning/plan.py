@@ -128,7 +128,7 @@ def make_plan(
     noted, left_out = check_numbers(source, model, links, other)
     warned += noted
     links.unused = [tensor for tensor in links.unused if tensor not in left_out]
-    checks.check_sources(source, model, links)
+    checks.check_sources(source, model, links, other)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
