@@ -6,7 +6,7 @@ Every block's call is kept, because in many models masks and position tables dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Call:
     slot: int | str
     element: int | None
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for input `hidden` [batch, tokens, width]."""
         device = hidden.device
         args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
@@ -120,13 +120,13 @@ def record(
     batches: Iterable[Tensor],
     *,
     whole: bool = False,
-    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    first: Callable[..., Any] | None = None,
 ) -> Recording:
     """Run the model once per batch of token ids [batch, tokens] with blocks that only record their arguments.
 
     Only the first block really runs, once, to see what a block returns: its parameters and everything before the blocks
     must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
-    again; `around`: a context in which the first block runs. Raises LlmqError if the blocks are not called once each,
+    again; `first`: what runs instead of the first block. Raises LlmqError if the blocks are not called once each,
     in order, each on the output of the one before.
     """
     recording = Recording()
@@ -143,8 +143,7 @@ def record(
                 raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
             seen.append((i, args, kwargs))
             if i == 0 and kind is None:
-                with around():
-                    result = original(*args, **kwargs)
+                result = (first or original)(*args, **kwargs)
                 kind, element, rest = _shape_of_result(result)
                 template = result if element is None else result[element]
                 hidden = _hidden_of(args, kwargs, template.shape)

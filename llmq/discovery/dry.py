@@ -36,14 +36,17 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values, spec = tree_flatten((args, dict(kwargs or {})))
         # What returns no tensor asks for a value: of zeros it is known.
         returns_tensors = all("Tensor" in str(result.type) for result in func._schema.returns)
-        if func in _OF_VALUES or not returns_tensors or not any(_is_large(value) for value in values):
+        made = (kwargs or {}).get("dtype")
+        makes_numbers = made is not None and made.is_floating_point
+        if func in _OF_VALUES or not returns_tensors or not (makes_numbers or any(_is_large(v) for v in values)):
             return func(*args, **(kwargs or {}))
         shapes = [_on_meta(value) for value in values]
         on_meta, named = tree_unflatten(shapes, spec)
         if "device" in named:
             named["device"] = torch.device("meta")
         result = func(*on_meta, **named)
-        if func in _LOOKUPS and result.nbytes <= LARGEST_LOOKUP:
+        single = makes_numbers and isinstance(result, Tensor) and result.numel() <= 1
+        if single or (func in _LOOKUPS and result.nbytes <= LARGEST_LOOKUP):
             return func(*args, **(kwargs or {}))
         # An operator that writes to its argument returns it.
         same = {id(shape): value for shape, value in zip(shapes, values, strict=True) if isinstance(value, Tensor)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +69,22 @@ def _window(tokens: int) -> Tensor:
 
 def _run(model: nn.Module, blocks: list[nn.Module], window: Tensor) -> None:
     """Run what lies before the blocks, and one block of each kind without its arithmetic."""
-    with shared_zeros(blocks[0]):
-        recording = record(model, blocks, [window], around=without_arithmetic)
-    seen = set()
-    for block, call in zip(blocks, recording.calls[0], strict=True):
+    recording = record(model, blocks, [window], first=_dry(blocks[0]))
+    calls = recording.calls[0]
+    seen = {structure_key(blocks[0], calls[0], set())}
+    for block, call in zip(blocks[1:], calls[1:], strict=True):
         key = structure_key(block, call, set())
         if key not in seen:
             seen.add(key)
-            with shared_zeros(block), without_arithmetic():
-                call.run(block, recording.hidden[0])
+            call.run(_dry(block), recording.hidden[0])
+
+
+def _dry(block: nn.Module) -> Callable[..., Any]:
+    """A copy of the block, run without its arithmetic: what it keeps between its runs, such as tables, stays apart."""
+    copy = deepcopy(block)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with shared_zeros(copy), without_arithmetic():
+            return copy(*args, **kwargs)
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,3 +202,33 @@ def test_the_verdict_is_that_of_the_model_itself(kind: str, tmp_path: Path) -> N
             refused(lambda: check_length(tmp_path, model, structure, tokens), type(error).__name__)  # noqa: B023
         else:
             check_length(tmp_path, model, structure, tokens)
+
+
+class Remembers(Limited):
+    """A block that makes its tables when it first sees their length, as code of old checkpoints does."""
+
+    def __init__(self) -> None:
+        super().__init__(1000)
+        self.register_buffer("cosines", torch.ones(8, 64), persistent=False)
+        self.tables: dict[int, Tensor] = {}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.shape[1]
+        if tokens > len(self.cosines):
+            self.cosines = (torch.arange(tokens)[:, None] * torch.ones(64)).cos()
+        self.tables.setdefault(tokens, self.cosines[:tokens] * 2)
+        return super().forward(hidden * self.tables[tokens])
+
+
+def test_what_a_block_remembers_is_not_touched() -> None:
+    """Tables made without arithmetic are zeros: they must not be those of the run that quantizes."""
+    model = Model([1000])
+    model.blocks = nn.ModuleList([Remembers(), Remembers()])
+    structure, ids = discover.find(model), torch.arange(200)[None]
+    check_length(Path("m"), model, structure, 200)
+    block: Any = model.blocks[0]
+    assert len(block.cosines) == 8 and 200 not in block.tables
+    after, fresh = model(ids), model.blocks
+    model.blocks = nn.ModuleList([Remembers(), Remembers()])
+    model.blocks.load_state_dict(fresh.state_dict())
+    assert torch.equal(after, model(ids)) and after.isfinite().all()
