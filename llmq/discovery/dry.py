@@ -22,8 +22,8 @@ _LOOKUPS = (_ATEN.embedding.default, _ATEN.gather.default, _ATEN.index.Tensor, _
 def without_arithmetic() -> Iterator[None]:
     """Inside, operators on floating-point tensors return zeros of the right shape and dtype, in constant time.
 
-    They raise what they raise for wrong shapes. Operators on integers and booleans alone, and lookups by index, are
-    executed, so that an index out of range raises too; a lookup of more than 64 MiB is not executed.
+    They raise an error for wrong shapes, as when executed. Operators on integers and booleans, on single numbers, and
+    lookups by index are executed, so that an index out of range raises too; not a lookup of more than 64 MiB.
     """
     with torch.no_grad(), _Shapes():  # type: ignore[no-untyped-call]
         yield
@@ -33,21 +33,21 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        values, spec = tree_flatten((args, dict(kwargs or {})))
+        named = dict(kwargs or {})
+        values, spec = tree_flatten((args, named))
+        converts = getattr(named.get("dtype"), "is_floating_point", False)
         # What returns no tensor asks for a value: of zeros it is known.
-        returns_tensors = all("Tensor" in str(result.type) for result in func._schema.returns)
-        made = (kwargs or {}).get("dtype")
-        makes_numbers = made is not None and made.is_floating_point
-        if func in _OF_VALUES or not returns_tensors or not (makes_numbers or any(_is_large(v) for v in values)):
-            return func(*args, **(kwargs or {}))
+        asks = func in _OF_VALUES or not all("Tensor" in str(result.type) for result in func._schema.returns)
+        if asks or not (converts or any(_is_large(value) for value in values)):
+            return func(*args, **named)
         shapes = [_on_meta(value) for value in values]
-        on_meta, named = tree_unflatten(shapes, spec)
+        args_on_meta, named_on_meta = tree_unflatten(shapes, spec)
         if "device" in named:
-            named["device"] = torch.device("meta")
-        result = func(*on_meta, **named)
-        single = makes_numbers and isinstance(result, Tensor) and result.numel() <= 1
+            named_on_meta["device"] = torch.device("meta")
+        result = func(*args_on_meta, **named_on_meta)
+        single = converts and isinstance(result, Tensor) and result.numel() <= 1
         if single or (func in _LOOKUPS and result.nbytes <= LARGEST_LOOKUP):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **named)
         # An operator that writes to its argument returns it.
         same = {id(shape): value for shape, value in zip(shapes, values, strict=True) if isinstance(value, Tensor)}
         return tree_map(lambda value: same.get(id(value), _zeros_like(value)), result)
