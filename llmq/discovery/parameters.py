@@ -23,6 +23,14 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def shared_zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
+    """As `zeros`, in the memory of one number per parameter: for code that only reads them."""
+    chosen = [n for n, _ in module.named_parameters()] if names is None else names
+    with _instead(module, chosen, lambda _, p: torch.zeros((), dtype=p.dtype).expand(p.shape)):
+        yield
+
+
+@contextmanager
 def randomize(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Set every parameter to random float32 values on the CPU, floating buffers to float32; restore them afterwards.
 
