@@ -203,8 +203,8 @@ def discard(block: nn.Module) -> None:
 
 
 def rest(plan: Plan) -> dict[str, list[str]]:
-    """The checkpoint's tensors outside the blocks, in units of up to 256 MiB, or of one larger tensor."""
-    inside = {tensor for block in plan.blocks for tensor in block.stored}
+    """The checkpoint's tensors outside the blocks that are written, in units of up to 256 MiB, or of one larger one."""
+    inside = {tensor for block in plan.blocks for tensor in block.stored} | plan.left_out
     units: dict[str, list[str]] = {}
     size = REST_BYTES
     for name in plan.source.names():

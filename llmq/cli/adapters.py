@@ -66,8 +66,8 @@ def finetune(
     data: Annotated[
         Path,
         typer.Option(
-            help="A .json, .jsonl, .csv or .parquet file of rows: messages, prompt and completion, instruction and "
-            "output, or text.",
+            help="A .json, .jsonl, .csv or .parquet file of rows: messages (an answer with weight 0 is not learned), "
+            "prompt and completion or chosen, instruction and output, or text.",
         ),
     ],
     out: Out,

@@ -66,7 +66,10 @@ Calib = Annotated[
 ]
 Column = Annotated[
     str | None,
-    typer.Option(help="The column of the calibration rows. Default: the one with chats, 'text', or the only text."),
+    typer.Option(
+        help="The column of the calibration rows. Default: the one with chats, 'text', a prompt and its answer, or the "
+        "only text."
+    ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default 128.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens per window. Default 2048, or the model's maximum.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.data.files import ENDINGS, WHAT, rows_of
-from llmq.data.opened import decode, is_compressed, read_bytes, suffix
+from llmq.data.opened import decode, is_compressed, read_bytes, refuse_no_text, suffix
 from llmq.data.rows import Row, RowReader, hub_rows
 from llmq.data.tokens import encode, tokenize
 from llmq.errors import LlmqError
@@ -26,6 +27,9 @@ from llmq.recipe.recipe import Calibration
 
 WHOLE = 64 << 20
 """Larger text files (in bytes) are not tokenized as a whole, only where windows are taken."""
+_LOOKED_AT = 1 << 20
+"""Characters at the start of a text by which rows in JSON are known."""
+_COMMA = re.compile(r"\s*,\s*")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def _windows(calibration: Calibration, tokenizer: Any) -> Windows:
         raise LlmqError(f"{WHAT} {file} is a folder: give a .txt, .json, .jsonl, .csv or .parquet file")
     if not file.exists():
         return _from_rows(hub_rows(calibration), calibration.text, calibration, tokenizer)
+    refuse_no_text(file, WHAT)
     if suffix(file) in ENDINGS:
         return _from_rows(rows_of(file, suffix(file)), str(file), calibration, tokenizer)
     if calibration.column is not None:
@@ -189,19 +194,88 @@ def _decode(file: Path, raw: bytes, begin: int | None = None) -> str:
     ways_out = "save it as UTF-8 text, or as .jsonl, .csv or .parquet"
     text = "".join(decode([raw], str(file), ways_out, begin))
     if not begin:
-        _refuse_rows(file, text)
+        _refuse_rows(file, text, begin is None)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _refuse_rows(file: Path, text: str) -> None:
-    """Raise LlmqError if a plain text starts with an object of JSON, alone on its line or first in an array."""
-    start = text[: 1 << 20].lstrip()
-    start = start[1:].lstrip() if start.startswith("[") else start
-    if not start.startswith("{"):
+def _refuse_rows(file: Path, text: str, whole: bool) -> None:
+    """Raise LlmqError if a plain text is values in JSON: one or more objects, arrays, or texts with escapes.
+
+    A text that only starts like one is prose: an object must be whole, an array must be all of the text or of its line,
+    and texts in quotes are JSON only if every line is one and some line has an escape. whole: the text is all of it.
+    """
+    start = text[:_LOOKED_AT]
+    if not start.lstrip()[:1] or start.lstrip()[0] not in '{["':
         return
+    whole = whole and len(start) == len(text)
+    if not (_is_object(start, whole) or _is_array(start, whole) or _is_texts(start, whole)):
+        return
+    line = 1 + text.count("\n", 0, len(text) - len(text.lstrip()))
+    raise LlmqError(
+        f"{WHAT} {file}:{line} holds rows in JSON, not prose: call the file .jsonl if each is on its line, else .json"
+    )
+
+
+def _is_object(start: str, whole: bool) -> bool:
+    """Whether a text starts with an object before the end or another one, or with one in an array."""
+    start = start.lstrip()
+    inside = start.startswith("[")
+    start = start[1:].lstrip() if inside else start
+    if not start.startswith("{") or start.startswith("{}"):
+        return False
     try:
-        json.JSONDecoder().raw_decode(start)
+        end = json.JSONDecoder().raw_decode(start)[1]
+    except json.JSONDecodeError as error:
+        return not whole and _is_cut(error)
     except (ValueError, RecursionError):
-        return
-    line = 1 + text.count("\n", 0, text.index("{"))
-    raise LlmqError(f"{WHAT} {file}:{line} holds rows in JSON: call the file .jsonl if each is on its line, else .json")
+        return False
+    return start[end:].lstrip()[:1] in ((",", "]", "") if inside else ("{", ""))
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether an error is that of JSON that ends too early."""
+    return error.msg.startswith("Unterminated") or error.pos > len(error.doc) - 16
+
+
+def _is_array(start: str, whole: bool) -> bool:
+    """Whether a text is an array, or starts with one that ends its line before another."""
+    start = start.strip()
+    if not start.startswith("["):
+        return False
+    end = _value(start)
+    if end is None:
+        return not whole and _is_cut_array(start)
+    rest = start[end:]
+    return not rest or (not rest.partition("\n")[0].strip() and rest.lstrip().startswith("["))
+
+
+def _is_cut_array(start: str) -> bool:
+    """Whether the start of a text is that of an array: values with commas between, up to where it is cut."""
+    at = len(start) - len(start[1:].lstrip())
+    while True:
+        try:
+            _, at = json.JSONDecoder().raw_decode(start, at)
+        except json.JSONDecodeError as error:
+            return _is_cut(error)
+        except (ValueError, RecursionError):
+            return False
+        if (comma := _COMMA.match(start, at)) is None:
+            return False
+        at = comma.end()
+
+
+def _is_texts(start: str, whole: bool) -> bool:
+    """Whether every line is a text in JSON, at least one of them with an escape."""
+    lines = [line.strip() for line in start.split("\n")]
+    lines = [line for line in (lines if whole else lines[:-1]) if line]
+    return any("\\" in line for line in lines) and all(
+        line.startswith('"') and _value(line) == len(line) for line in lines
+    )
+
+
+def _value(text: str) -> int | None:
+    """Where the JSON value at the start of a text ends; None if there is none."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return None

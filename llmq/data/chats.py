@@ -23,6 +23,8 @@ _ROLES = {"human": "user", "gpt": ANSWER, "chatgpt": ANSWER, "bot": ANSWER, "obs
 _CALL = "function_call"
 """In ShareGPT's spelling the role of a turn whose value is a call, elsewhere a key of a message."""
 _CALLS = ("tool_calls", _CALL)
+_TURNS = {"human": "user", ANSWER: ANSWER}
+"""Keys of two turns in one object, as ms-swift has them."""
 _LIST = re.compile(r"\s*\[\s*\{")
 _AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 Messages = list[dict[str, Any]]
@@ -47,6 +49,8 @@ def chat_messages(value: Any) -> Messages | None:
         value = _parsed(value) if _LIST.match(value) else None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         return None
+    if all(item.keys() == _TURNS.keys() for item in value):
+        value = [{"role": role, "content": item[key]} for item in value for key, role in _TURNS.items()]
     messages = []
     for item in value:
         sharegpt = "role" not in item and "from" in item
@@ -117,8 +121,9 @@ def _part(part: Any, at: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and str(kind).endswith("text"):
-        return str(part["text"])
+    text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
+    if isinstance(text, str) and str(kind).endswith("text"):
+        return text
     raise LlmqError(f"{at} has a part of type {kind!r}, and only text can be read: take the part or the row out")
 
 

@@ -203,7 +203,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def csv_rows(file: Path, separator: str, what: str = WHAT) -> Iterator[Row]:
-    """The rows of a table whose first line names the columns; every value is text. Raises LlmqError with file:line."""
+    """The rows of a table whose first line names the columns; every value is text. Raises LlmqError with file:line.
+
+    Lines end as the first does; a return or a line feed within a quoted text is a part of it.
+    """
     csv.field_size_limit(2**31 - 1)
     cells = csv.reader(lines_of(read_text(file, what)), delimiter=separator, strict=True)
     names: list[str] = []
@@ -211,7 +214,7 @@ def csv_rows(file: Path, separator: str, what: str = WHAT) -> Iterator[Row]:
     try:
         for values in cells:
             where, start = f"{file}:{start}", cells.line_num + 1
-            if not values:
+            if not values or (not names and values == ["sep=", ""]):  # Excel's mark of its separator
                 continue
             if not names:
                 names = values
@@ -224,7 +227,11 @@ def csv_rows(file: Path, separator: str, what: str = WHAT) -> Iterator[Row]:
             else:
                 yield Row(where, dict(zip(names, values, strict=True)))
     except csv.Error as error:
-        raise LlmqError(f"{file}:{start} is not CSV ({first_line(error)}): double the quotes within a text") from error
+        told = first_line(error).partition(" - ")[0]
+        raise LlmqError(
+            f"{file}:{start} is not CSV ({told}): put texts with line ends in double quotes, and write a quote within "
+            "a text twice"
+        ) from error
 
 
 def _check_header(where: str, names: list[str]) -> None:

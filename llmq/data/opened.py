@@ -6,11 +6,12 @@ import bz2
 import codecs
 import gzip
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,21 @@ from llmq.errors import LlmqError, first_line
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of compressed files; the ending before them says what is inside."""
 CHUNK = 1 << 16
+_AS_IT_IS = "take its text out into a .txt, or call it .txt if all of it, markup and all, is the text"
+_EXPORT = "save its text as .txt, or its rows as .jsonl or .csv"
+NO_TEXT = {
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".mhtml"), ("a web page", _AS_IT_IS)),
+    **dict.fromkeys((".xml", ".svg", ".rss", ".tei"), ("XML", _AS_IT_IS)),
+    **dict.fromkeys((".yaml", ".yml"), ("YAML", "write its rows as .jsonl, or call it .txt if all of it is the text")),
+    ".ipynb": ("a notebook", "export it as .md or .txt"),
+    **dict.fromkeys((".rtf", ".doc", ".docx", ".odt", ".epub", ".pdf"), ("a document", _EXPORT)),
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), ("a spreadsheet", "save the sheet as .csv")),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), ("a table", "write it as .parquet")),
+    **dict.fromkeys(
+        (".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), ("an archive", "unpack it and give one of its files")
+    ),
+}
+"""Endings of files that are neither prose nor rows: what they are, and the way out."""
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bz2",
@@ -35,6 +51,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_LINE_END = re.compile(r"\r?\n|\r")
+_QUOTED = re.compile(r'"[^"]*"?')
 
 
 def suffix(file: Path) -> str:
@@ -49,6 +67,13 @@ def suffix(file: Path) -> str:
     while len(endings) > 1 and endings[-1] in PACKED:
         endings.pop()
     return endings[-1] if endings else ""
+
+
+def refuse_no_text(file: Path, what: str) -> None:
+    """Raise LlmqError if a file's ending is that of markup, a document, a table or an archive."""
+    kind, way_out = NO_TEXT.get(suffix(file), ("", ""))
+    if kind:
+        raise LlmqError(f"{what} {file} is {kind} by its ending, neither prose nor rows: {way_out}")
 
 
 def read_bytes(file: Path, what: str) -> Iterator[bytes]:
@@ -141,13 +166,19 @@ def read_text(file: Path, what: str) -> Iterator[str]:
 
 
 def lines_of(chunks: Iterable[str]) -> Iterator[str]:
-    """The lines of a text, each with its line end."""
+    """The lines of a text, each with its line end: a line feed, or if its first line ends otherwise, a return."""
+    source = iter(chunks)
+    head = list(islice(source, 1))
+    if head and head[0].endswith("\r"):
+        head += islice(source, 1)
+    first = _LINE_END.search(_QUOTED.sub("", "".join(head)))
+    end = "\r" if first is not None and first.group() == "\r" else "\n"
     held: list[str] = []
-    for chunk in chunks:
-        first, *rest = chunk.split("\n")
-        held.append(first)
+    for chunk in chain(head, source):
+        begun, *rest = chunk.split(end)
+        held.append(begun)
         for piece in rest:
-            yield "".join(held) + "\n"
+            yield "".join(held) + end
             held = [piece]
     if any(held):
         yield "".join(held)

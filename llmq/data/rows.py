@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from llmq.checkpoint import hub
 from llmq.data import chats
+from llmq.data.answers import CHOSEN, COMPLETION, PLUS, REJECTED, joined
 from llmq.data.chats import CHAT, chat_messages
 from llmq.data.files import ENDINGS, Row, jsonl_rows, parquet_rows, rows_of, stored
-from llmq.data.opened import PACKED
+from llmq.data.opened import NO_TEXT, PACKED
 from llmq.errors import LlmqError, first_line
 from llmq.recipe.recipe import Calibration
 
@@ -19,21 +19,27 @@ __all__ = ["Row", "RowReader", "chat_messages", "hub_rows", "jsonl_rows", "parqu
 
 LOOKED_AT = 32
 """Rows that are looked at before the column is chosen: the first may have no chat, or an empty one."""
-_PLAIN = (".txt", ".md")
+_BESIDE = ("system", "tools", "functions")
+"""Columns that belong to a chat and are not the chat."""
+_PLAIN = (".txt", ".md", *NO_TEXT)
 
 
 class RowReader:
-    """Finds the text of each row: a named column, chat messages, 'text', or the only column that holds a string."""
+    """Finds the text of each row: a named column, chat messages, 'text', a prompt with its answer, or the only column
+    that holds a string.
+    """
 
     def __init__(self, name: str, column: str | None, tokenizer: Any) -> None:
         self.name = name
         self.column = column
+        self.named = column is not None
         self.tokenizer = tokenizer
         self.refused = 0
         self.refusal = ""
         self.hidden: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.choice = ""
+        self.chosen_at = ""
 
     def look(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The same rows, after the column was chosen by the first of them. Raises LlmqError."""
@@ -60,11 +66,19 @@ class RowReader:
         """The row's text, through the chat template if it is a chat; empty if it holds none. Raises LlmqError."""
         if self.column is None:
             self.column = self._choose([row])
-        fields = _joined(row.fields)
+        fields = row.fields if self.named and self.column in row.fields else _joined(row.fields)
         if self.column not in fields:
+            parts = [row.fields.get(part, "") for part in self.column.split(PLUS)]
+            if len(parts) > 1 and None in parts:
+                return ""
+            lacks = f"{row.where} has no column {self.column!r}, only {_names(fields)}"
+            if self.named:
+                raise LlmqError(
+                    f"{lacks}: name the one with the text with --column, or as 'column' in the recipe's calibration"
+                )
             raise LlmqError(
-                f"{row.where} has no column {self.column!r}, only {_names(fields)}: "
-                "name the one with the text with --column, or as 'column' in the recipe's calibration"
+                f"{lacks}, unlike {self.chosen_at}: put rows of different kinds into files of their own, or name a "
+                "column that every row has with --column"
             )
         value = fields[self.column]
         if value is None:
@@ -100,15 +114,20 @@ class RowReader:
 
     def _choose(self, rows: list[Row]) -> str:
         """The column of the first rows; `choice` says what else there was. Raises LlmqError if there is none."""
+        column = self._choice(rows)
+        self.chosen_at = next((row.where for row in rows if column in _joined(row.fields)), self.name)
+        return column
+
+    def _choice(self, rows: list[Row]) -> str:
         columns = list(dict.fromkeys(name for row in rows for name in _joined(row.fields)))
         held = [_joined(row.fields) for row in rows]
         strings = [name for name in columns if any(isinstance(fields.get(name), str) for fields in held)]
-        others = "name another with --column, or as 'column' in the recipe's calibration"
+        worse = [name for name in REJECTED if any(fields.get(name) is not None for fields in held)]
+        past = any(fields.get("history") for fields in held)
         found = _chat_columns(rows)
         if found:
-            more = [*found[1:], *(["text"] if "text" in strings and "text" not in found else [])]
-            if more:
-                self.choice = f"the chats of column {found[0]!r} are taken, not {', '.join(map(repr, more))}; {others}"
+            beside = ["text"] * ("text" in strings) + ["history"] * (past and PLUS in found[0])
+            self._tell(found[0], [*found[1:], *beside, *worse], "the chats")
             return found[0]
         message = next((row for row in rows if chat_messages([row.fields])), None)
         if message is not None:
@@ -121,14 +140,36 @@ class RowReader:
         empty = [name for name in columns if any(fields.get(name) == [] for fields in held)]
         if empty and (empty[0] in CHAT or not strings):
             return empty[0]
-        words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings
+        pair = next((both.name for row in rows if (both := joined(row.fields))), None)
+        if pair is not None:
+            self._tell(pair, ["system"] * ("system" in strings) + ["history"] * past + worse, "the texts")
+            return pair
+        more = [n for n in columns if any(fields.get(n) and isinstance(fields[n], list | Mapping) for fields in held)]
+        if any(name in more for name in (*CHOSEN, COMPLETION)):
+            words = []
+        elif more:  # the text may be in there: what is no prose is not taken for it
+            words = [name for name in strings if name not in _BESIDE and not all(_word(f.get(name)) for f in held)]
+        else:
+            words = [name for name in strings if not all(_number(fields.get(name)) for fields in held)] or strings
+        if any(better in words for better in CHOSEN):
+            words = [name for name in words if name not in worse]
         if len(words) == 1:
+            self._tell(words[0], [*worse, *more], "the texts")
             return words[0]
         what = "more than one column of text" if words else "no column of text"
         raise LlmqError(
             f"calibration text {self.name} has {what}, its columns are {_names(columns)}: "
             "name one with --column, or as 'column' in the recipe's calibration"
         )
+
+    def _tell(self, column: str, others: Iterable[str], what: str) -> None:
+        """Note which column was taken if there are others that could be meant."""
+        more = ", ".join(map(repr, dict.fromkeys(others)))
+        if more:
+            self.choice = (
+                f"{what} of column {column!r} are taken, not {more}; "
+                "name another with --column, or as 'column' in the recipe's calibration"
+            )
 
     def _chat(self, row: Row, messages: chats.Messages) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -137,7 +178,7 @@ class RowReader:
                 "template: give plain text, or name a column of text with --column"
             )
         clean = chats.clean(chats.with_system(messages, row.fields), f"{row.where}: column {self.column!r}")
-        tools = chats.tools_of(row.fields, row.where)
+        tools = chats.tools_of(_joined(row.fields), row.where)
         try:
             made = chats.render(self.tokenizer, clean, tools)
         except chats.TemplateRefusal as error:
@@ -151,18 +192,16 @@ class RowReader:
 
 
 def _chat_columns(rows: list[Row]) -> list[str]:
-    """The columns that hold a chat in some row: known names first, then in the order of the columns."""
+    """The columns that hold a chat in some row: known names first, then in the columns' order, worse answers last."""
     found = [name for row in rows for name, value in _joined(row.fields).items() if chat_messages(value)]
-    return [name for name in dict.fromkeys([*CHAT, *found]) if name in found]
+    names = sorted(dict.fromkeys([*CHAT, *found]), key=lambda name: name in REJECTED)
+    return [name for name in names if name in found]
 
 
 def _joined(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A prompt and a completion that are both lists of messages are one chat."""
-    parts = [chat_messages(fields.get(name)) for name in ("prompt", "completion")]
-    if not all(parts) or any(fields.get(name) is not None for name in CHAT):
-        return fields
-    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion", CHAT[0])}
-    return {CHAT[0]: list(chain.from_iterable(part or [] for part in parts)), **rest}
+    """A row whose prompt and answer are one column."""
+    both = joined(fields)
+    return fields if both is None else both.fields
 
 
 def _number(value: Any) -> bool:
@@ -174,6 +213,11 @@ def _number(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _word(value: Any) -> bool:
+    """Whether a value is no text, or one word, such as an identifier."""
+    return not isinstance(value, str) or (value.isascii() and len(value.split()) <= 1)
 
 
 def _names(fields: Iterable[str]) -> str:

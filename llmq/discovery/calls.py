@@ -27,7 +27,7 @@ class Call:
     slot: int | str
     element: int | None
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for input `hidden` [batch, tokens, width]."""
         device = hidden.device
         args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
@@ -119,12 +119,20 @@ def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward])
             del module.__dict__["forward"]
 
 
-def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor], *, whole: bool = False) -> Recording:
+def record(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batches: Iterable[Tensor],
+    *,
+    whole: bool = False,
+    first: Callable[..., Any] | None = None,
+) -> Recording:
     """Run the model once per batch of token ids [batch, tokens] with blocks that only record their arguments.
 
     Only the first block really runs, once, to see what a block returns: its parameters and everything before the blocks
     must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
-    again. Raises LlmqError if the blocks are not called once each, in order, each on the output of the one before.
+    again; `first`: what runs instead of the first block. Raises LlmqError if the blocks are not called once each,
+    in order, each on the output of the one before.
     """
     recording = Recording()
     element: int | None = None
@@ -140,7 +148,7 @@ def record(model: nn.Module, blocks: list[nn.Module], batches: Iterable[Tensor],
                 raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
             seen.append((i, args, kwargs))
             if i == 0 and kind is None:
-                result = original(*args, **kwargs)
+                result = (first or original)(*args, **kwargs)
                 kind, element, rest = _shape_of_result(result)
                 template = result if element is None else result[element]
                 hidden = _hidden_of(args, kwargs, template.shape)

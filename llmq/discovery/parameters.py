@@ -30,11 +30,20 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
+def shared_zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
+    """As `zeros`, in the memory of one number per parameter: for code that only reads them."""
+    chosen = [n for n, _ in module.named_parameters()] if names is None else names
+    with _instead(module, chosen, lambda _, p: torch.zeros((), dtype=p.dtype).expand(p.shape)):
+        yield
+
+
+@contextmanager
 def randomize(module: nn.Module, but: Collection[str] = (), seed: int = 0) -> Iterator[None]:
     """Set every parameter to random float32 values on the CPU, floating buffers to float32; restore them afterwards.
 
-    but: parameters that are left as they are. Matrices preserve the variance of their inputs (uniform, variance 1 / width). Vectors next to a matrix or to another
-    vector of the same size (biases) are small; other vectors and scalars (norms) lie in [0.5, 1.5].
+    but: parameters that are left as they are. Matrices preserve the variance of their inputs (uniform, variance
+    1 / width). Vectors next to a matrix or to another vector of the same size (biases) are small; other vectors and
+    scalars (norms) lie in [0.5, 1.5].
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -10,6 +10,7 @@ from torch import nn
 from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.architecture import not_causal
+from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
@@ -19,11 +20,14 @@ from llmq.planning.weights import WeightPlan, matches
 from llmq.recipe.recipe import Recipe
 
 
-def check_sources(source: Source, model: nn.Module, links: Links) -> None:
-    """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape."""
+def check_sources(source: Source, model: nn.Module, links: Links, named: Named | None = None) -> None:
+    """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape.
+
+    named: the class that config.json names, if it is another than the model's.
+    """
     for name, parameter in model.named_parameters():
         if not links.tensors(name):
-            reason = links.failed.get(name) or _missing(source, links)
+            reason = links.failed.get(name) or _missing(source, model, links, named)
             raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         tensor = links.source.get(name)
         if tensor is None:
@@ -36,15 +40,32 @@ def check_sources(source: Source, model: nn.Module, links: Links) -> None:
             )
 
 
-def _missing(source: Source, links: Links) -> str:
+def _missing(source: Source, model: nn.Module, links: Links, named: Named | None) -> str:
     """Why a parameter may have no tensor, with the way out."""
     if told := not_causal(source.config):
         return f"the checkpoint has no tensor for it; {told}"
+    if named is not None and _is_whole(source, named):
+        lacking = sum(name not in links.source for name, _ in model.named_parameters())
+        causal = type(model).__name__
+        return (
+            f"the checkpoint is whole for {named.name}, which config.json names, but transformers' causal class "
+            f"{causal} does not find {lacking} of its weights in it, and llmq quantizes a model through its causal "
+            f"class: give a checkpoint that {causal}.from_pretrained loads in full, if there is one"
+        )
     left = f"; it has {links.unused[0]}, for example, which this model does not" if links.unused else ""
     return (
         f"the checkpoint has no tensor for it: it is incomplete, or of another model{left}: download all of its files "
         "again, with its own config.json"
     )
+
+
+def _is_whole(source: Source, named: Named) -> bool:
+    """Whether the class that config.json names finds all of its weights."""
+    infos = {name: source.info(name) for name in source.names()}
+    try:
+        return not named.refused({name: (info.dtype, info.shape) for name, info in infos.items()})
+    except LlmqError:
+        return False
 
 
 def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:

@@ -63,7 +63,8 @@ def check_fused(items: list[WeightPlan], recipe: Recipe) -> None:
     raise LlmqError(
         f"{where}: {told}{more}: servers such as vLLM make one matrix of weights with one input, and fail to load "
         "different schemes or load them wrong. Ways out: one scheme for all of them, "
-        f"{_options(wrong, items, recipe)}; or --loader transformers, for a folder that only transformers is to load"
+        f"{_options(wrong, items, recipe)}; or --loader transformers, for a folder that only transformers is to load, "
+        "or a server of which you know that it keeps these apart"
     )
 
 

@@ -15,7 +15,6 @@ from llmq.checkpoint.source import FolderSource, Source, shapes
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
-from llmq.discovery.calls import of_length, reach
 from llmq.discovery.find_pairs import find_in
 from llmq.discovery.named import Named, named
 from llmq.discovery.names import Links, link
@@ -27,6 +26,7 @@ from llmq.methods import Pipeline
 from llmq.planning import checks
 from llmq.planning.experts import ExpertsPlan, check_experts, group, plan_experts
 from llmq.planning.fused import apart, check_fused
+from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
 from llmq.planning.trial import try_quantizer
@@ -34,7 +34,6 @@ from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048
-CHECK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Plan:
     """Everything that is decided before the work starts.
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
-    weights, in which the model runs and scales are stored.
+    weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written.
     """
 
     source: Source
@@ -97,6 +96,7 @@ class Plan:
     calibration: Windows
     pipeline: Pipeline
     named: Named | None = None
+    left_out: set[str] = field(default_factory=set)
     pairs: dict[str, Found] = field(default_factory=dict)
     blocks: list[BlockPlan] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
@@ -146,8 +146,10 @@ def make_plan(
     model, dtype, structure, links = _discover(source)
     other, warned = _named(source, model)
     pipeline = methods.make(recipe)
-    warned += check_numbers(source, model, links, other)
-    checks.check_sources(source, model, links)
+    noted, left_out = check_numbers(source, model, links, other)
+    warned += noted
+    links.unused = [tensor for tensor in links.unused if tensor not in left_out]
+    checks.check_sources(source, model, links, other)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     items += plan_experts(source, recipe, model, structure, links, dtype)
     checks.check_patterns(recipe, items)
@@ -157,17 +159,17 @@ def make_plan(
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):
-        found = windows(_longest(model))
+        found = windows(longest(model))
     else:
-        ids = (torch.arange(_check_tokens(source, recipe, model, structure)) % vocabulary)[None]
+        ids = (torch.arange(tokens_to_check(source.folder, recipe, model, structure)) % vocabulary)[None]
         found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
     if int(found.ids.max()) >= vocabulary:
         raise LlmqError(
             f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
             "embeddings: they are of different models"
         )
-    _check_length(source, model, structure, found.ids.shape[1])
-    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other)
+    check_length(source.folder, model, structure, found.ids.shape[1])
+    plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other, set(left_out))
     if pipeline.transforms:
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
@@ -236,38 +238,6 @@ def _check_pairs(plan: Plan) -> None:
 
 def _static(scheme: Scheme | None) -> bool:
     return scheme is not None and scheme.activations is not None and not scheme.activations.dynamic
-
-
-def _longest(model: nn.Module) -> int | None:
-    """The model's longest input by its config, under whichever name the config has it (attribute_map)."""
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    names = {name for name in (*config.to_dict(), *config.attribute_map) if name.startswith("max_position")}
-    limits = [getattr(config, name, None) for name in names]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
-def _check_tokens(source: Source, recipe: Recipe, model: nn.Module, structure: Structure) -> int:
-    """The length of the window that checks blocks of a run without calibration: at most what the model takes."""
-    tokens = min(CHECK_TOKENS, recipe.calibration.seqlen, _longest(model) or CHECK_TOKENS)
-    while tokens > discover.PROBE_TOKENS:
-        try:
-            _check_length(source, model, structure, tokens)
-            break
-        except LlmqError:
-            tokens //= 2
-    return tokens
-
-
-def _check_length(source: Source, model: nn.Module, structure: Structure, tokens: int) -> None:
-    """Raises LlmqError if what lies before the blocks, with zeros as parameters, fails on windows of that length.
-
-    So a table of positions that is too short is found, whatever the config says.
-    """
-    blocks = structure.path + "."
-    outside = [name for name, _ in model.named_parameters() if not name.startswith(blocks)]
-    first = model.get_submodule(structure.blocks[0].name)
-    with of_length(f"{source.folder}: the model", tokens), discover.zeros(model, outside):
-        reach(model, first, torch.zeros(1, tokens, dtype=torch.long))
 
 
 def _budget(plan: Plan, device: str) -> Budget:

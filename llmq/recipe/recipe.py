@@ -27,7 +27,7 @@ class Calibration:
     """The text for the statistics, and how much of it is used.
 
     text: 'demo' (the interpreter's own standard library), a .txt/.json/.jsonl/.csv/.parquet file, compressed or not, or
-    a hub data set id. column: of its rows; None takes the chats, 'text' or the only column of text.
+    a hub data set id. column: of its rows; None takes chats, 'text', a prompt and its answer, or the only text.
     samples × seqlen tokens, packed, never padded; seqlen is reduced to the model's maximum.
     """
 

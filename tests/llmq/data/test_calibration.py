@@ -19,6 +19,7 @@ from llmq.data.calibration import windows
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Calibration
 from tests.llmq.data.made import text
+from tests.llmq.refusal import refused
 
 SHARED = Path(__file__).parents[4] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
@@ -231,3 +232,30 @@ def test_heavy_packages_wait_until_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (json.dumps({"text": "see noon " * 150_000}), True),
+        (json.dumps([{"text": "see noon " * 150_000}]), True),
+        (json.dumps(["see, noon"] * 150_000), True),
+        ("[" + "1, " * 400_000, True),
+        ('"see\\nnoon"\n' * 100_000, True),
+        ("{see} " + "noon " * 250_000, False),
+        ('{"see": noon} ' + "noon " * 250_000, False),
+        ("[1] see, noon\n" * 100_000, False),
+        ('["see", "noon" ' + "vu " * 400_000, False),
+        ('"see noon"\n' * 150_000, False),
+        ("[" * 1_500_000, False),
+    ],
+)
+def test_long_texts_are_known_as_json_by_their_start(tmp_path: Path, bpe: Any, text: str, rows: bool) -> None:
+    file = tmp_path / "a.txt"
+    assert len(text) > module._LOOKED_AT
+    if rows:
+        refused(lambda: module._refuse_rows(file, text, True), f"{file}:1 holds rows in JSON")
+        refused(lambda: module._refuse_rows(file, text, False), f"{file}:1 holds rows in JSON")
+    else:
+        module._refuse_rows(file, text, True)
+        module._refuse_rows(file, text, False)

@@ -8,56 +8,11 @@ from typing import Any
 
 import pytest
 
-from llmq.data.instructions import Example, read
-from tests.llmq.data.made import TOOL_TEMPLATE
+from llmq.data.instructions import read
+from tests.llmq.data.learned import CALLED, CHAT, SAID, TOOL, caller, chat, plain, shown, write
 from tests.llmq.refusal import refused
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model: Path) -> Any:
-    """A byte tokenizer without a template, whose end of text is ~."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.eos_token = "~"
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def write(folder: Path, *rows: object) -> Path:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def shown(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """The whole text, and what is learned of it."""
-    learned = [i for i, learn in zip(example.ids, example.learn, strict=True) if learn]
-    return tokenizer.decode(example.ids), tokenizer.decode(learned)
-
-
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Un."},
-        {"role": "user", "content": "Two?"},
-        {"role": "assistant", "content": "Deux."},
-    ]
-}
+__all__ = ["caller", "chat", "plain"]
 
 
 @pytest.mark.parametrize(
@@ -159,17 +114,22 @@ def test_long_rows(tmp_path: Path, plain: Any) -> None:
             "no answer",
         ),
         (
-            '{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}',
-            "answers in 'chosen', 'rejected': put",
+            '{"one": [{"role": "assistant", "content": "a"}], "two": [{"role": "assistant", "content": "b"}]}',
+            "answers in 'one', 'two': put",
         ),
+        ('{"rejected": [{"role": "assistant", "content": "b"}]}', "has the columns rejected"),
         (
-            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}',
-            "one list",
+            '{"prompt": [{"role": "user", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}',
+            "no answer",
         ),
+        ('{"prompt": "a", "rejected": "b"}', "'completion'"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "user", "content": "b"}]}', "no answer"),
+        ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "'chosen' is empty"),
         (
             '{"history": [{"role": "user", "content": "a"}], "prompt": "a", "completion": "b"}',
-            "'history', 'completion'",
+            "turns in 'history' beside it: put all into one list",
         ),
+        ('{"history": [["a", "b"]], "instruction": "a", "chosen": "b"}', "turns in 'history'"),
         ('{"text": "\\ud83d"}', "half of a character"),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', "two values for 'prompt'"),
     ],
@@ -187,26 +147,6 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, chat: Any) -> 
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     file = write(tmp_path, CHAT)
     refused(lambda: read(file, tokenizer, seqlen=100), f"{file}:1", "no system turn")
-
-
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-TOOL = {"type": "function", "function": {"name": "weather"}}
-CALLED = [
-    {"role": "user", "content": "Paris?"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": "12"},
-    {"role": "assistant", "content": "Cold."},
-]
-SAID = '<call>weather{"city": "Paris"}</call>\n'
-
-
-@pytest.fixture(scope="module")
-def caller(chat: Any) -> Any:
-    from copy import deepcopy
-
-    tokenizer = deepcopy(chat)
-    tokenizer.chat_template = TOOL_TEMPLATE
-    return tokenizer
 
 
 def turns(*changed: object, **more: object) -> dict[str, object]:
@@ -255,7 +195,7 @@ def test_calls_that_are_not_shown_cannot_be_learned(tmp_path: Path, chat: Any, p
     refused(lambda: read(file, plain, seqlen=500), f"{file}:2 has tools or tool calls", "take the row out")
     refused(lambda: read(file, chat, seqlen=500, template="none"), f"{file}:2 has tools", "without --template none")
     (note,) = read(write(tmp_path, CHAT | {"tools": [TOOL]}), chat, seqlen=500).notes
-    assert f"hides the list of tools of 1 rows (first {file}:1)" in note
+    assert f"hides the list of tools (1 row, first {file}:1)" in note
 
 
 @pytest.mark.parametrize(

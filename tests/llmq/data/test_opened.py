@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.data.opened import decode, is_compressed, lines_of, read_bytes, read_text, suffix
+from llmq.data.opened import decode, is_compressed, lines_of, read_bytes, read_text, refuse_no_text, suffix
 from tests.llmq.refusal import refused
 
 
@@ -47,6 +47,37 @@ def test_the_text_before_a_fault_comes_first() -> None:
 def test_lines_are_cut_at_line_feeds_only() -> None:
     assert [*lines_of(["a\u2028b", "\r\nc", "\n\nd"])] == ["a\u2028b\r\n", "c\n", "\n", "d"]
     assert [*lines_of(["a\n"])] == ["a\n"] and [*lines_of([])] == []
+
+
+def test_lines_may_end_in_returns_as_old_macs_write_them() -> None:
+    assert [*lines_of(["a\rb", "\rc\r"])] == ["a\r", "b\r", "c\r"]
+    assert [*lines_of(["a\r", "\nb"])] == ["a\r\n", "b"]
+    assert [*lines_of(["a\r", "b\r"])] == ["a\r", "b\r"]
+    assert [*lines_of(["a\nb\rc\n"])] == ["a\n", "b\rc\n"]
+    assert [*lines_of(['"a\nb"\r"c\rd"\r'])] == ['"a\nb"\r', '"c\r', 'd"\r']
+    assert [*lines_of(['"a\rb"\nc'])] == ['"a\rb"\n', "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.html", "a web page"),
+        ("A.XML", "XML"),
+        ("a.yaml", "YAML"),
+        ("a.yml.gz", "YAML"),
+        ("a.ipynb", "a notebook"),
+        ("a.docx", "a document"),
+        ("a.tar.gz", "an archive"),
+        ("a.xlsx", "a spreadsheet"),
+    ],
+)
+def test_an_ending_that_is_neither_prose_nor_rows(name: str, kind: str) -> None:
+    refused(lambda: refuse_no_text(Path(name), "text"), f"text {name} is {kind} by its ending", ": ", ".")
+
+
+def test_other_endings_are_read() -> None:
+    for other in ("a.txt", "a.md", "a", "a.py", "a.jsonl", "a.tex", "a.rst", "a.srt"):
+        refuse_no_text(Path(other), "text")
 
 
 def test_a_file_is_unpacked_by_its_first_bytes(tmp_path: Path) -> None:

@@ -1,17 +1,9 @@
-"""Files as people bring them: each is read to exactly the text it holds, or refused by file, line and way out.
-
-What is right is written out by hand: texts, and what the template below makes of messages.
-"""
+"""Files as people bring them: each is read to exactly the text it holds, or refused by file, line and way out."""
 
 from __future__ import annotations
 
-import bz2
-import csv
 import gzip
-import io
 import json
-import lzma
-import zipfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,178 +13,9 @@ import pytest
 from llmq.data.calibration import windows
 from llmq.recipe.recipe import Calibration
 from tests.llmq.data.made import TOOL_TEMPLATE
+from tests.llmq.data.row_files import CHAT, RIGHT, SEE, TEXTS, lines, parquet, table, zipped, zstd
 from tests.llmq.refusal import refused
 
-CHAT = [{"role": "user", "content": "see"}, {"role": "assistant", "content": "noon"}]
-SAID = "<|user|>see\n<|assistant|>noon\n"
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-TOOLS = '<tools>[{"type": "function", "function": {"name": "weather", "parameters": {}}}]</tools>\n'
-CALLED = '<|user|>Paris?\n<|assistant|><call>weather{"city": "Paris"}</call>\n<|tool|>12\n<|assistant|>Cold.\n'
-
-
-def called(content: Any = None, arguments: Any = None, **more: Any) -> list[dict[str, Any]]:
-    call = {
-        "id": "c1",
-        "type": "function",
-        "function": {"name": "weather", "arguments": arguments or {"city": "Paris"}},
-    }
-    return [
-        {"role": "user", "content": "Paris?", **more},
-        {"role": "assistant", "content": content, "tool_calls": [call], **more},
-        {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "12", **more},
-        {"role": "assistant", "content": "Cold.", **more},
-    ]
-
-
-def lines(*rows: Any, end: str = "\n") -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
-
-
-def table(*rows: list[str], **form: Any) -> bytes:
-    out = io.StringIO()
-    csv.writer(out, **form).writerows(rows)
-    return out.getvalue().encode()
-
-
-def parquet(*rows: Any) -> bytes:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), out)
-    return out.getvalue()
-
-
-def zstd(raw: bytes, codec: str = "zstd") -> bytes:
-    import pyarrow as pa  # type: ignore[import-untyped]
-
-    out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, codec) as packed:
-        packed.write(raw)
-    return bytes(out.getvalue().to_pybytes())
-
-
-def zipped(**files: bytes) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, raw in files.items():
-            archive.writestr(name, raw)
-    return out.getvalue()
-
-
-def parts(*texts: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}, CHAT[1]]
-
-
-SEE = lines({"text": "see"}, {"text": "noon"})
-BOTH = ["see", "noon"]
-TEXTS = [{"text": "see"}, {"text": "noon"}]
-HUMAN = [{"from": "human", "value": "see"}, {"from": "gpt", "value": "noon"}]
-TWO = [{"text": "see", "id": 1, "chat": CHAT}, {"text": "noon", "id": 2, "chat": CHAT}]
-
-RIGHT: dict[str, tuple[str, bytes, list[str]]] = {
-    "lines": ("a.jsonl", SEE, BOTH),
-    "lines, capitals": ("A.JSONL", SEE, BOTH),
-    "lines, ndjson": ("a.ndjson", SEE, BOTH),
-    "lines, CRLF": ("a.jsonl", lines(*TEXTS, end="\r\n"), BOTH),
-    "lines, blank ones between": ("a.jsonl", lines(*TEXTS, end="\n \n\n"), BOTH),
-    "lines, no end of line": ("a.jsonl", SEE.rstrip(), BOTH),
-    "lines, BOM": ("a.jsonl", b"\xef\xbb\xbf" + SEE, BOTH),
-    "lines, UTF-16": ("a.jsonl", SEE.decode().encode("utf-16"), BOTH),
-    "lines, UTF-16 of the other order": ("a.jsonl", b"\xfe\xff" + SEE.decode().encode("utf-16-be"), BOTH),
-    "lines, UTF-32": ("a.jsonl", SEE.decode().encode("utf-32"), BOTH),
-    "lines, gzip": ("a.jsonl.gz", gzip.compress(SEE), BOTH),
-    "lines, gzip in two members": ("a.jsonl.gz", gzip.compress(SEE[:17]) + gzip.compress(SEE[17:]), BOTH),
-    "lines, gzip without its ending": ("a.jsonl", gzip.compress(SEE), BOTH),
-    "lines, zstd": ("a.jsonl.zst", zstd(SEE), BOTH),
-    "lines, lz4": ("a.jsonl.lz4", zstd(SEE, "lz4"), BOTH),
-    "lines, bz2": ("a.jsonl.bz2", bz2.compress(SEE), BOTH),
-    "lines, xz": ("a.jsonl.xz", lzma.compress(SEE), BOTH),
-    "lines, zip": ("a.jsonl.zip", zipped(a=SEE), BOTH),
-    "lines of strings": ("a.jsonl", lines("see", "noon"), BOTH),
-    "lines of chats": ("a.jsonl", lines(CHAT, CHAT), [SAID, SAID]),
-    "lines, other columns": ("a.jsonl", lines({"text": "see", "n": [1], "score": float("nan")}, TEXTS[1]), BOTH),
-    "lines, null and empty": ("a.jsonl", lines({"text": None}, TEXTS[0], {"text": ""}, TEXTS[1]), BOTH),
-    "lines, line separators in a text": (
-        "a.jsonl",
-        lines({"text": "see\u2028noon\x85vu\n"}),
-        ["see\u2028noon\x85vu\n"],
-    ),
-    "array": ("a.json", json.dumps(TEXTS).encode(), BOTH),
-    "array, indented, BOM": ("a.json", b"\xef\xbb\xbf" + json.dumps(TEXTS, indent=2).encode(), BOTH),
-    "array, gzip": ("a.JSON.GZ", gzip.compress(json.dumps(TEXTS).encode()), BOTH),
-    "array of strings": ("a.json", b'["see",\n"noon"]', BOTH),
-    "array of one long text": ("a.json", json.dumps([{"text": "see\n" * 50_000}]).encode(), ["see\n" * 50_000]),
-    "objects one after the other": ("a.json", SEE, BOTH),
-    "objects, indented": ("a.json", "\n".join(json.dumps(row, indent=1) for row in TEXTS).encode(), BOTH),
-    "object around the rows": ("a.json", json.dumps({"version": "1", "data": TEXTS}).encode(), BOTH),
-    "object that is a chat": ("a.json", json.dumps({"messages": CHAT, "tools": [TOOL]}).encode(), [TOOLS + SAID]),
-    "csv": ("a.csv", table(["text", "n"], ["see", "1"], ["noon", "2"]), BOTH),
-    "csv, Excel's BOM": ("a.CSV", b"\xef\xbb\xbf" + table(["text"], ["see"], ["noon"]), BOTH),
-    "csv, quotes, commas, line ends": ("a.csv", table(["text"], ['a "b", c\nd'], ["noon"]), ['a "b", c\nd', "noon"]),
-    "csv, numbers and NA are texts": ("a.csv", table(["text"], ["007"], ["NA"], ["1e5"]), ["007", "NA", "1e5"]),
-    "csv, pandas' index": ("a.csv", table(["", "body"], ["0", "see"], ["1", "noon"]), BOTH),
-    "csv, chats in JSON": ("a.csv", table(["id", "chat"], ["x", json.dumps(CHAT)]), [SAID]),
-    "csv, UTF-16": ("a.csv", table(["text"], ["see"], ["noon"]).decode().encode("utf-16"), BOTH),
-    "tsv": ("a.tsv", table(["text", "n"], ["see, noon", "1"], delimiter="\t"), ["see, noon"]),
-    "parquet": ("a.parquet", parquet(*TEXTS), BOTH),
-    "parquet, capitals": ("A.PARQUET", parquet(*TEXTS), BOTH),
-    "parquet, chats": ("a.parquet", parquet({"chat": CHAT, "source": "web"}), [SAID]),
-    "parquet, calls filled with nulls": (
-        "a.parquet",
-        parquet({"messages": called()}, {"messages": called(arguments={"town": "Paris"})}),
-        [CALLED, CALLED.replace("city", "town")],
-    ),
-    "prose": ("a.txt", b"see\nnoon", ["see\nnoon"]),
-    "prose, BOM": ("a.txt", b"\xef\xbb\xbfsee noon", ["see noon"]),
-    "prose, UTF-16": ("a.md", "see d\u00e9j\u00e0".encode("utf-16"), ["see d\u00e9j\u00e0"]),
-    "prose, CRLF": ("a.txt", b"see\r\nnoon\r\n", ["see\nnoon\n"]),
-    "prose, gzip": ("a.txt.gz", gzip.compress(b"see noon"), ["see noon"]),
-    "prose in brackets": ("a.txt", b"[1] {see} noon", ["[1] {see} noon"]),
-    "chat, a column of its own": ("a.jsonl", lines({"source": "web", "dialogue": CHAT}), [SAID]),
-    "chat beside a text": ("a.jsonl", lines(*TWO), [SAID, SAID]),
-    "chat of which the first is missing": (
-        "a.jsonl",
-        lines({"source": "web", "chat": None}, {"source": "web", "chat": []}, {"source": "web", "chat": CHAT}),
-        [SAID],
-    ),
-    "two chats": ("a.jsonl", lines({"chosen": CHAT, "rejected": CHAT[:1]}), [SAID]),
-    "prompt and completion in messages": ("a.jsonl", lines({"prompt": CHAT[:1], "completion": CHAT[1:]}), [SAID]),
-    "ShareGPT": ("a.jsonl", lines({"conversations": HUMAN}), [SAID]),
-    "ShareGPT, calls": (
-        "a.json",
-        json.dumps(
-            [
-                {
-                    "conversations": [
-                        {"from": "human", "value": "Paris?"},
-                        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
-                        {"from": "observation", "value": "12"},
-                        {"from": "gpt", "value": "Cold."},
-                    ],
-                    "tools": json.dumps([TOOL]),
-                }
-            ]
-        ).encode(),
-        [TOOLS + CALLED],
-    ),
-    "tool calls, content null": ("a.jsonl", lines({"messages": called(), "tools": [TOOL]}), [TOOLS + CALLED]),
-    "tool calls, content empty": ("a.jsonl", lines({"messages": called(""), "tools": []}), [CALLED]),
-    "tool calls, nulls for all that is missing": (
-        "a.jsonl",
-        lines({"messages": called(refusal=None, function_call=None), "tools": None}),
-        [CALLED],
-    ),
-    "tools as JSON": ("a.jsonl", lines({"messages": called(), "tools": json.dumps([TOOL])}), [TOOLS + CALLED]),
-    "arguments as JSON": ("a.jsonl", lines({"messages": called(arguments='{"city": "Paris"}')}), [CALLED]),
-    "arguments of different keys, an explicit null": (
-        "a.jsonl",
-        lines({"messages": called(arguments={"a": None})}, {"messages": called(arguments={"b": [1]})}),
-        [CALLED.replace('{"city": "Paris"}', '{"a": null}'), CALLED.replace('{"city": "Paris"}', '{"b": [1]}')],
-    ),
-    "text parts": ("a.jsonl", lines({"messages": parts("s", "ee")}), [SAID]),
-    "texts for parts": ("a.jsonl", lines({"messages": [{"role": "user", "content": ["s", "ee"]}, CHAT[1]]}), [SAID]),
-}
 IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "see"}]}]
 UNREADABLE: dict[str, tuple[str, bytes, str, tuple[str, ...]]] = {
     # name: file, bytes, what follows the file's name, words of the reason and the way out
@@ -238,7 +61,13 @@ UNREADABLE: dict[str, tuple[str, bytes, str, tuple[str, ...]]] = {
     "deep JSON": ("a.json", b"[" * 100_000, ":1", ("is not JSON",)),
     "semicolons": ("a.csv", b"text;n\nsee;1\n", ":1", ("';'", "commas")),
     "too many cells": ("a.csv", b"text,n\nsee,1\nsee, noon,2\n", ":3", ("3 cells", "double quotes")),
-    "open quote": ("a.csv", b'text\nsee\n"noon\n', ":3", ("is not CSV", "double the quotes")),
+    "open quote": ("a.csv", b'text\nsee\n"noon\n', ":3", ("is not CSV", "double quotes", "twice")),
+    "a return outside of quotes": (
+        "a.csv",
+        b"text,n\nsee,1\nno\ron,2\n",
+        ":3",
+        ("is not CSV", "line ends in double quotes"),
+    ),
     "a name twice": ("a.csv", b"text,text\nsee,noon\n", ":1", ("'text' twice", "own name")),
     "Latin-1 in CSV": ("a.csv", "text\nsee\nd\u00e9j\u00e0\n".encode("latin-1"), ":3", ("not UTF-8", "save it")),
     "Python's list": ("a.csv", table(["chat"], [str(CHAT)]), ":2", ("not JSON", "write it as JSON")),
@@ -255,7 +84,56 @@ UNREADABLE: dict[str, tuple[str, bytes, str, tuple[str, ...]]] = {
     "empty CSV": ("a.csv", b"text\n", "", ("empty",)),
     "empty texts": ("a.jsonl", lines({"text": ""}, {"text": None}), "", ("empty",)),
     "rows called prose": ("a.txt", b"\n" + SEE, ":2", ("rows in JSON", ".jsonl")),
-    "array called prose": ("a.md", b"[\n" + json.dumps(TEXTS[0]).encode() + b"]", ":2", ("rows in JSON", ".json")),
+    "array called prose": ("a.md", b"[\n" + json.dumps(TEXTS[0]).encode() + b"]", ":1", ("rows in JSON", ".json")),
+    "array of texts called prose": ("a.txt", b'["see",\n"noon"]', ":1", ("rows in JSON", ".json")),
+    "lines of arrays called prose": ("a.txt", b'["see"]\n["noon"]\n', ":1", ("rows in JSON", ".jsonl")),
+    "long array called prose": ("a.txt", json.dumps(["see noon"] * 150_000).encode(), ":1", ("rows in JSON",)),
+    "lines of texts called prose": ("a.txt", b'"see\\nvu"\n"noon"\n', ":1", ("rows in JSON", ".jsonl")),
+    "one text in JSON called prose": ("a", json.dumps("see\nnoon").encode(), ":1", ("rows in JSON",)),
+    "indented object called prose": (
+        "a.txt",
+        json.dumps({"messages": CHAT}, indent=1).encode(),
+        ":1",
+        ("rows in JSON",),
+    ),
+    "web page": ("a.html", b"<p>see</p>", "", ("a web page", ".txt")),
+    "XML": ("A.XML", b"<a>see</a>", "", ("XML", ".txt")),
+    "YAML": ("a.yaml", b"- text: see\n", "", ("YAML", ".jsonl")),
+    "YAML, short ending, gzip": ("a.yml.gz", gzip.compress(b"- text: see\n"), "", ("YAML", ".jsonl")),
+    "notebook": ("a.ipynb", b'{"cells": []}', "", ("a notebook", "export")),
+    "document": ("a.docx", zipped(a=SEE, b=SEE), "", ("a document", "save its text")),
+    "spreadsheet": ("a.xlsx", zipped(a=SEE, b=SEE), "", ("a spreadsheet", "save the sheet as .csv")),
+    "archive": ("a.tar.gz", gzip.compress(SEE), "", ("an archive", "unpack")),
+    "chats after texts": (
+        "a.jsonl",
+        SEE + lines({"messages": CHAT}),
+        ":1",
+        ("no column 'messages', only text", "a.jsonl:3", "files of their own", "--column"),
+    ),
+    "texts after chats": (
+        "a.jsonl",
+        lines({"messages": CHAT}) + SEE,
+        ":2",
+        ("no column 'messages', only text", "a.jsonl:1", "files of their own"),
+    ),
+    "chats long after texts": (
+        "a.jsonl",
+        SEE * 20 + lines({"messages": CHAT}),
+        ":41",
+        ("no column 'text', only messages", "a.jsonl:1", "files of their own"),
+    ),
+    "answers in lists of texts": (
+        "a.jsonl",
+        lines({"prompt": "see noon", "chosen": ["vu"], "rejected": ["at"]}),
+        "",
+        ("no column of text", "prompt, chosen, rejected", "--column"),
+    ),
+    "prompts among answers": (
+        "a.jsonl",
+        lines({"prompt": "see", "completion": "noon"}, {"prompt": "see"}),
+        ":2",
+        ("no column 'prompt + completion', only prompt", "a.jsonl:1", "files of their own"),
+    ),
     "Latin-1 in prose": ("a.txt", "see\nd\u00e9j\u00e0".encode("latin-1"), ":2", ("not UTF-8", "save it")),
     "binary prose": ("a.txt", b"see\nno\0on", ":2", ("zero bytes", "save it")),
     "image": ("a.jsonl", lines({"messages": CHAT}, {"messages": IMAGE}), ":2", ("'image'", "take the part")),

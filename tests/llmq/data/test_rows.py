@@ -102,6 +102,43 @@ def test_an_ambiguous_choice_says_what_was_taken_and_how_to_name_another(bpe: An
     assert texts and not reader.notes()
 
 
+def test_a_prompt_with_its_answer_and_its_columns_by_name(bpe: Any) -> None:
+    rows = [{"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[:1]}] * 2
+    whole = bpe.apply_chat_template(CHAT, tokenize=False)
+    texts, reader = looked(rows, bpe)
+    assert texts == [whole] * 2
+    (note,) = reader.notes()
+    assert "column 'prompt + chosen' are taken, not 'rejected'; name another with --column" in note
+    assert looked(rows, bpe, "prompt + chosen")[0] == [whole] * 2
+    assert looked(rows, bpe, "chosen")[0] == [bpe.apply_chat_template(CHAT[1:], tokenize=False)] * 2
+    texts, reader = looked([{"prompt": "see ", "chosen": "noon", "rejected": "vu", "system": "be"}], None)
+    (note,) = reader.notes()
+    assert texts == ["see noon"] and "not 'system', 'rejected'" in note
+    texts, reader = looked([{"instruction": "see", "chosen": "noon", "history": [["a", "b"]]}], bpe)
+    assert texts == [whole] and "not 'history'" in reader.notes()[0]
+
+
+def test_a_lone_text_beside_what_cannot_be_read_is_told() -> None:
+    unread = [{"role": "user", "parts": [{"text": "noon"}]}]
+    texts, reader = looked([{"note": "see noon", "contents": unread}], None)
+    (note,) = reader.notes()
+    assert texts == ["see noon"] and "column 'note' are taken, not 'contents'; name another" in note
+    assert looked([{"note": "\u8702\u3002", "meta": {"n": 1}}], None)[0] == ["\u8702\u3002"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": "7", "data": ["see", "noon"]},
+        {"source": "web", "contents": [{"role": "user", "parts": []}]},
+        {"system": "You are a bee.", "turns": [["see", "noon"]]},
+        {"tools": '[{"name": "fly"}, 1]', "messages": [{"author": "bee", "content": "see"}]},
+    ],
+)
+def test_an_identifier_beside_what_cannot_be_read_is_not_the_text(fields: dict[str, Any]) -> None:
+    refused(lambda: looked([fields] * 3, None), "no column of text", ", ".join(fields), "--column")
+
+
 def test_the_first_rows_decide_and_no_row_is_lost(bpe: Any) -> None:
     rows: list[dict[str, Any]] = [{"source": "web", "talk": None}] * 5 + [{"source": "web", "talk": CHAT}] * 2
     assert looked(rows, bpe)[0] == [""] * 5 + [bpe.apply_chat_template(CHAT, tokenize=False)] * 2
@@ -135,6 +172,7 @@ def test_both_spellings_of_a_chat_are_one() -> None:
             assert chat_messages([{"from": human, "value": "see"}, {"from": gpt, "value": "noon"}]) == CHAT
     assert chat_messages([{"from": "system", "value": ""}]) == [{"role": "system", "content": ""}]
     assert chat_messages([]) == []
+    assert chat_messages([{"assistant": "noon", "human": "see"}] * 2) == CHAT * 2
     for other in (None, "see", {"role": "user"}, ["see"], [{"role": 1, "content": "a"}], [{"role": "user"}]):
         assert chat_messages(other) is None
 

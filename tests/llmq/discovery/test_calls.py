@@ -192,3 +192,18 @@ def test_a_failure_at_full_length_is_one_line(error: Exception) -> None:
 
     refused(lambda: fail(error), "a block fails on windows of 4096 tokens", type(error).__name__, "--seqlen")
     refused(lambda: fail(LlmqError("as it is")), "as it is")
+
+
+def test_another_function_may_run_instead_of_the_first_block() -> None:
+    model, seen = Model("tuple"), []
+    blocks = list(model.layers)
+
+    def first(hidden: Tensor, **given: Any) -> tuple[None, Tensor, str]:
+        seen.append(sorted(given))
+        return None, torch.zeros_like(hidden), "x"
+
+    ids = torch.arange(5)[None]
+    mine, usual = record(model, blocks, [ids, ids], first=first), record(model, blocks, [ids, ids])
+    assert len(seen) == 1 and "mask" in seen[0]
+    assert torch.equal(mine.hidden[0], usual.hidden[0])
+    assert [(c.slot, c.element) for c in mine.calls[1]] == [(c.slot, c.element) for c in usual.calls[1]]

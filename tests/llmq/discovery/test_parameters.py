@@ -125,3 +125,13 @@ def test_empty_sends_to_meta_with_ties_once() -> None:
     assert gone.device.type == "meta" and gone.shape == (6, 6) and model.b.weight is gone
     parameters.empty(model, "b.weight")
     assert model.a.weight is gone
+
+
+def test_shared_zeros_take_the_memory_of_one_number_and_keep_ties() -> None:
+    model = Tied()
+    before = held(model)
+    with parameters.shared_zeros(model):
+        assert model.a.weight is model.b.weight and all(not p.any() for p in model.parameters())
+        assert {p.untyped_storage().nbytes() for p in model.parameters()} == {4}
+        assert [p.shape for p in held(model).values()] == [p.shape for p in before.values()]
+    assert all(held(model)[name] is value for name, value in before.items())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmq.checkpoint.source import FolderSource, shapes
@@ -18,6 +19,7 @@ from llmq.methods.rtn import RTN
 from llmq.planning.checks import check_patterns, check_sources, check_weights, warnings
 from llmq.planning.weights import BY_USER, WeightPlan
 from llmq.recipe.recipe import Recipe
+from tests.architectures import tiny
 from tests.llmq.planning.made import item, make
 from tests.llmq.refusal import refused
 
@@ -125,3 +127,41 @@ def test_little_that_is_quantized_is_warned_of() -> None:
 def test_loaders_that_fail_are_warned_of() -> None:
     mixed = [item("a", scheme=Scheme(4, 32, False)), item("b", scheme=EIGHT, input_id=1)]
     assert any("transformers" in line for line in warnings(mixed)) and not warnings(mixed[1:])
+
+
+def emu3(folder: Path) -> Path:
+    """A model that reads images, whose text half has names that the causal class does not look for."""
+    from transformers import Emu3Config, Emu3ForConditionalGeneration
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+    text = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **heads}
+    codes = {"codebook_size": 32, "embed_dim": 16, "latent_channels": 16, "base_channels": 32, "num_res_blocks": 1}
+    images = {**codes, "channel_multiplier": [1, 1], "attn_resolutions": [3], "hidden_size": 32}
+    words = {"<image>": 11, "<|extra_200|>": 60, **{f"<|visual token {i:06d}|>": 20 + i for i in range(32)}}
+    config = Emu3Config(vq_config={**images, "num_attention_heads": 1}, text_config=text, vocabulary_map=words)
+    Emu3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_that_is_whole_for_its_own_class_is_not_called_incomplete(tmp_path: Path) -> None:
+    said = refused(lambda: make(emu3(tmp_path / "m")), "whole for Emu3ForConditionalGeneration", "Emu3ForCausalLM")
+    assert "does not find 21 of its weights" in said and "incomplete" not in said
+
+
+def test_one_that_lacks_a_weight_for_its_own_class_too_is(tmp_path: Path) -> None:
+    model = emu3(tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["text_model.model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refused(lambda: make(model), "incomplete, or of another model", "download all of its files again")
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("bart", "BartForConditionalGeneration"), ("electra", "ElectraForPreTraining"), ("git", "GitModel")],
+)
+def test_a_class_that_is_no_causal_one_is_named(kind: str, named: str, tmp_path: Path) -> None:
+    import transformers
+
+    getattr(transformers, named)(tiny.config(kind)).save_pretrained(tmp_path / "m")
+    assert "incomplete" not in refused(lambda: make(tmp_path / "m"), f"{named}, which is no causal language model")

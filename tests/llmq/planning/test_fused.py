@@ -64,6 +64,13 @@ def test_a_part_that_is_left_alone_is_refused(kind: Kind) -> None:
     check_fused(items, Recipe(scheme=FOUR, loader="transformers"))
 
 
+def test_two_latent_projections_are_a_family_although_some_servers_keep_them_apart() -> None:
+    """vLLM joins them in one model and not in another of the same structure: the message says what to do there."""
+    items = [item("x.0.attn.q_a", (768, 64), EIGHT), item("x.0.attn.kv_a", (288, 64), FOUR)]
+    refused(lambda: check_fused(items, Recipe(scheme=FOUR)), "--loader transformers", "that it keeps these apart")
+    check_fused(items, Recipe(scheme=FOUR, loader="transformers"))
+
+
 CASES: dict[str, dict[str, Any]] = {
     "symmetry": {"overrides": (("q_proj", ODD),)},
     "bits": {"overrides": (("v_proj", EIGHT),)},
