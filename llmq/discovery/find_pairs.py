@@ -332,7 +332,7 @@ def _alone(block: nn.Module, experts: ExpertsInfo | None) -> Iterator[Expert | N
     module = block.get_submodule(experts.module)
     entries = {n: torch.empty(module.get_parameter(n).shape[1:], device="meta") for n in experts.parameters}
     expert = Expert(module, experts.call, entries)
-    with randomize(block, stacked), randomize(expert), instead(block, experts, lambda routed: routed.rows.clone()):
+    with randomize(block, but=stacked), randomize(expert), instead(block, experts, lambda routed: routed.rows.clone()):
         yield expert
 
 

@@ -38,7 +38,7 @@ def shared_zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[
 
 
 @contextmanager
-def randomize(module: nn.Module, but: Collection[str] = (), seed: int = 0) -> Iterator[None]:
+def randomize(module: nn.Module, seed: int = 0, but: Collection[str] = ()) -> Iterator[None]:
     """Set every parameter to random float32 values on the CPU, floating buffers to float32; restore them afterwards.
 
     but: parameters that are left as they are. Matrices preserve the variance of their inputs (uniform, variance
