@@ -57,6 +57,16 @@ def gptq(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, 
     return {f"{name}.qweight": words, f"{name}.scales": torch.ones(inputs // group, out, dtype=torch.float16)}
 
 
+def compressed(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, Tensor]:
+    """Without weight_shape."""
+    out, inputs = shape
+    words = torch.zeros(out, inputs * bits // 32, dtype=torch.int32)
+    return {
+        f"{name}.weight_packed": words,
+        f"{name}.weight_scale": torch.ones(out, inputs // group, dtype=torch.float16),
+    }
+
+
 def write(folder: Path, shapes: Shapes, true: tuple[int, int], layout: Layout, section: dict[str, Any]) -> Path:
     tensors = {k: t for name, shape in shapes.items() for k, t in layout(name, shape, *true).items()}
     norms = {f"model.layers.{i}.{name}.weight": torch.ones(HIDDEN) for i in (0, 1) for name in ("in_norm", "mlp_norm")}
@@ -80,14 +90,19 @@ def test_mlx(tmp_path: Path, shared: int, true: tuple[int, int]) -> None:
     assert told(write(tmp_path, shapes, true, mlx, section)) == {n: (s, bits, group) for n, s in shapes.items()}
 
 
+@pytest.mark.parametrize("layout", [gptq, compressed])
 @pytest.mark.parametrize("shared", [1, 2, 3, 4])
 @pytest.mark.parametrize("true", [(2, 64), (4, 64), (8, 32)], ids=str)
-def test_gptq(tmp_path: Path, shared: int, true: tuple[int, int]) -> None:
+def test_codes_in_words(tmp_path: Path, shared: int, true: tuple[int, int], layout: Layout) -> None:
     bits, group = true
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True}
+    group_of = {"num_bits": bits, "group_size": group, "type": "int", "symmetric": True, "strategy": "group"}
+    settings: dict[str, Any] = {"bits": bits, "group_size": group, "sym": True}
+    if layout is compressed:
+        settings = {"format": "pack-quantized", "config_groups": {"0": {"targets": ["Linear"], "weights": group_of}}}
+    settings["quant_method"] = "gptq" if layout is gptq else "compressed-tensors"
     section = {"n_shared_experts": shared, "quantization_config": settings}
     shapes: Shapes = {name: shape for name, shape in mixture(shared).items() if len(shape) == 2}
-    assert told(write(tmp_path, shapes, true, gptq, section)) == {n: (s, bits, group) for n, s in shapes.items()}
+    assert told(write(tmp_path, shapes, true, layout, section)) == {n: (s, bits, group) for n, s in shapes.items()}
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 4])
