@@ -201,7 +201,7 @@ class Merged(Wrapped):
         """See `Wrapped.changes_tensor`."""
         return name in self.changes
 
-    def aux_files(self) -> list[Path]:
+    def aux_files(self) -> dict[str, Path]:
         """See `Source.aux_files`: with the adapter's tokenizer where it is carried."""
         return self.tokenizer.replaced(self.base.aux_files())
 

@@ -18,6 +18,8 @@ CARD = "README.md"
 PARTIAL = ".partial"
 QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where other tools say how a folder's weights are quantized, besides or instead of config.json."""
+TEMPLATES = "additional_chat_templates"
+"""The folder beside a tokenizer that holds its named chat templates, as transformers reads and writes it."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
 _CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
@@ -30,6 +32,11 @@ def goes_along(name: str, *, code: bool) -> bool:
         return False
     known = name.lower().endswith(_CARRIED) or name.lower().startswith(_CARRIED_NAMES)
     return known or (code and name.endswith(".py"))
+
+
+def named_templates(folder: Path) -> dict[str, Path]:
+    """The named chat templates of a model's or tokenizer's folder: name in that folder → file."""
+    return {f"{TEMPLATES}/{path.name}": path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
 
 
 def write(path: Path, data: str | bytes) -> None:

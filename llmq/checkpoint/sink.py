@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -128,9 +128,10 @@ class Sink:
             shard.unlink(missing_ok=True)
             raise
 
-    def finish(self, config: Mapping[str, Any], aux: Sequence[Path], extra: Mapping[str, str | bytes]) -> None:
+    def finish(self, config: Mapping[str, Any], aux: Mapping[str, Path], extra: Mapping[str, str | bytes]) -> None:
         """Copy `aux`, write the extra files, config.json and, last, the index; the run is then finished.
 
+        aux: name in the output folder, which may be in a folder in it → file.
         An extra file replaces a copied one of the same name. Does nothing if the run is finished already. Raises
         LlmqError if the disk is full or fails; the same call can be repeated.
         """
@@ -138,17 +139,17 @@ class Sink:
             raise ValueError(f"{len(self._entries)} of {self.units} units are committed")
         if self.finished:
             return
-        copied = [path for path in aux if path.name not in extra]
-        for path in copied:
+        copied = {name: path for name, path in aux.items() if name not in extra}
+        for name, path in copied.items():
             size, pieces = _pieces_of(path)
-            self._put(self.out / path.name, pieces, size)
+            self._put(self.out / name, pieces, size)
         for name, content in extra.items():
             self.write(name, content)
         self.write("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         weight_map = {name: self._entries[unit]["shard"] for name, unit in sorted(self._unit_of.items())}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         self.write(INDEX, json.dumps(index, indent=2) + "\n")
-        self._append({"finished": sorted({path.name for path in copied} | set(extra) | {"config.json", INDEX})})
+        self._append({"finished": sorted(set(copied) | set(extra) | {"config.json", INDEX})})
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write OUT/name atomically, replacing any file of that name. Raises LlmqError as commit does."""
@@ -233,6 +234,9 @@ class Sink:
     def _put(self, path: Path, pieces: Iterable[memoryview], size: int) -> str:
         """Write a file atomically; returns its sha256. Raises LlmqError if the disk is full or fails."""
         try:
+            if not path.parent.is_dir():
+                path.parent.mkdir()
+                sync_folder(path.parent.parent)
             return put(path, pieces, self._state / (path.name + PARTIAL))
         except OSError as error:
             raise self._failed(path.name, size, error) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import strangers
-from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along
+from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along, named_templates
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
@@ -48,8 +48,8 @@ class Source(Protocol):
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
 
-    def aux_files(self) -> list[Path]:
-        """The files that are copied unchanged to the output, sorted by name."""
+    def aux_files(self) -> dict[str, Path]:
+        """The files that are copied unchanged to the output: name in the model's folder → file, sorted by name."""
 
     def fingerprint(self) -> str:
         """A hash that identifies the checkpoint."""
@@ -166,21 +166,23 @@ class FolderSource:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self._infos.values())
 
-    def aux_files(self) -> list[Path]:
-        """The files that are copied unchanged, sorted: tokenizer, generation, processor, chat template, licence.
+    def aux_files(self) -> dict[str, Path]:
+        """The files that are copied unchanged: tokenizer, generation, processor, chat templates, licence.
 
-        Weights, indexes, config.json, model cards, pickles and subfolders are not copied; Python files only if the
-        config names them.
+        Weights, indexes, config.json, model cards, pickles and subfolders are not copied, but for the folder of named
+        chat templates; Python files only if the config names them.
         """
-        return sorted(
-            path
-            for path in self.folder.iterdir()
+        code = "auto_map" in self.config
+        found = {path.name: path for path in self.folder.iterdir() if goes_along(path.name, code=code)}
+        found |= named_templates(self.folder)
+        return {
+            name: path
+            for name, path in sorted(found.items())
             if path.is_file()
             and not path.name.startswith(".")
-            and path.name not in _LEFT
-            and goes_along(path.name, code="auto_map" in self.config)
+            and name not in _LEFT
             and path.stat().st_size <= _CARRIED_MAX
-        )
+        }
 
     def fingerprint(self) -> str:
         """A hash that identifies the checkpoint, without reading all of it.
@@ -246,7 +248,7 @@ class Wrapped:
         """See `Source.total_bytes`."""
         return sum(self.info(name).nbytes for name in self.names())
 
-    def aux_files(self) -> list[Path]:
+    def aux_files(self) -> dict[str, Path]:
         """See `Source.aux_files`."""
         return self.base.aux_files()
 

@@ -89,6 +89,23 @@ class Named:
         mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told["mismatched_keys"])
         return Refused(tuple(sorted(told["missing_keys"])), tuple(mismatched))
 
+    def converted(self, quantization: Mapping[str, Any]) -> set[str]:
+        """The modules whose weights it takes as quantized by this `quantization_config`; needs no values.
+
+        Raises LlmqError if it cannot be asked.
+        """
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        model: Any = deepcopy(self.model)
+        before = {name: type(module) for name, module in model.named_modules()}
+        try:
+            with _quiet():
+                asked = AutoHfQuantizer.from_config(deepcopy(dict(quantization)), pre_quantized=True)
+                asked.preprocess_model(model=model, device_map=None, checkpoint_files=None)
+        except Exception as error:  # as in `refused`
+            raise LlmqError(f"{self.name}, which config.json names, was not tried: {first_line(error)}") from error
+        return {name for name, module in model.named_modules() if type(module) is not before.get(name)}
+
 
 def named(folder: Path, causal: nn.Module, names: list[str], trust_remote_code: bool = False) -> Named | None:
     """The model that a folder's config.json names, unless that is of the causal model's own class, or unknown.

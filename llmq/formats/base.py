@@ -17,13 +17,16 @@ parts are optional:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.source import Source
 from llmq.grids.base import Quantized
 from llmq.grids.scheme import Scheme
 
@@ -158,20 +161,55 @@ def inputs_per_scale(inputs: int, scales: int, stated: int | None) -> int:
     return fitting.pop()
 
 
-def check_named(inputs: int, bits: int, config: Mapping[str, Any]) -> None:
+def check_named(
+    inputs: int, bits: int, config: Mapping[str, Any], beside: Sequence[int] = (), others: Iterable[int] = range(2, 9)
+) -> None:
     """Check a number of inputs that follows from `bits` alone, by the sizes in the model's own config.json.
 
-    Raises Unclear if no size is that number, nor the product of two, but another width of codes would give one.
+    beside: the outputs of the other weights of the same parent module (`outputs_beside`), which no width of codes
+    changes: where two of them agree (gate and up), the weight after them takes as many. others: the widths of codes
+    that the tensors could have as well. Raises Unclear if no size is that number, nor the product of two, but another
+    width would give one, or if all the weights beside it have as many outputs as another width would give inputs.
     """
+    counts = Counter(beside)
+    if counts[inputs] > 1:
+        return
     sizes = set(_numbers(config))
     products = {frozenset((size, inputs // size)) for size in sizes if inputs % size == 0 and inputs // size in sizes}
-    for other in range(2, 9):
+    for other in others:
         right = inputs * bits // other
-        if inputs not in sizes and right * other == inputs * bits and right in sizes:
+        if other == bits or right * other != inputs * bits:
+            continue
+        if len(counts) == 1 and counts[right] > 1:
+            raise Unclear(f"{bits} bits would make {inputs} inputs, {other} bits {right} as the weights beside it give")
+        if inputs not in sizes and right in sizes:
             # Twice the right size is a product too, where a model has two of something.
             if any(right not in pair for pair in products):
                 continue
             raise Unclear(f"{bits} bits would make {inputs} inputs, {other} bits {right} as the model has")
+
+
+def outputs_beside(source: Source, module: str, axes: Mapping[str, int]) -> list[int]:
+    """The outputs of the other weights of the same parent module; none if all have as many as this one: they may be
+    parallel to it (query, key and value) and say nothing of its inputs. axes: a tensor's last name → its outputs' axis.
+    """
+    weights: dict[str, int] = {}
+    for name in _children(source).get(module.rpartition(".")[0], ()):  # type: ignore[arg-type]
+        other, _, last = name.rpartition(".")
+        shape = source.info(name).shape
+        if last in axes and len(shape) > 1:
+            weights.setdefault(other, shape[axes[last]])
+    own = weights.pop(module, None)
+    return [] if set(weights.values()) == {own} else list(weights.values())
+
+
+@lru_cache(maxsize=1)
+def _children(source: Source) -> dict[str, list[str]]:
+    """Parent of a module → the tensors of all its modules."""
+    found: dict[str, list[str]] = {}
+    for name in source.names():
+        found.setdefault(".".join(name.split(".")[:-2]), []).append(name)
+    return found
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
-from llmq.formats.base import Row, Unclear, check_named, dtype_name, inputs_per_scale, whole
+from llmq.formats.base import Row, Unclear, check_named, dtype_name, inputs_per_scale, outputs_beside, whole
 from llmq.formats.packing import packed_width, unpack_codes
 from llmq.formats.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
 
@@ -188,7 +188,9 @@ def inspect(
     size = whole(own, "group_size")
     group = inputs_per_scale(found[bits], groups, whole(config, "group_size", "q_group_size") if size is None else size)
     if len(found) > 1:
-        check_named(found[bits], bits, source.config)
+        check_named(
+            found[bits], bits, source.config, outputs_beside(source, module, {SCALES_NAME: -1, "weight": -2}), found
+        )
     nbytes = sum(part.nbytes for part in parts.values())
     symmetric = config.get("sym", not config["zero_point"] if "zero_point" in config else method != "awq")
     dtype = dtype_name(words.dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from llmq import formats
 from llmq.checkpoint.sink import Sink
-from llmq.discovery.named import Tensors
+from llmq.discovery.named import Named, Refused, Tensors
 from llmq.errors import LlmqError
 from llmq.planning.plan import Plan
+from llmq.planning.weights import WeightPlan
 
 
 def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None = None) -> None:
@@ -20,9 +23,10 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
     if named is None:
         return
     source = {name: (info.dtype, info.shape) for name in plan.source.names() for info in [plan.source.info(name)]}
+    tensors = _planned(plan, source) if sink is None else _written(sink)
     try:
         lacking = named.refused(source)
-        refused = named.refused(_planned(plan, source) if sink is None else _written(sink), section).beyond(lacking)
+        refused = _refused(plan, named, tensors, section).beyond(lacking)
     except LlmqError as problem:
         _warn(plan, str(problem))
         return
@@ -38,15 +42,43 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
         _warn(plan, f"{named.name}, which config.json names, misses parameters of the source already: {first} …")
 
 
+def _refused(plan: Plan, named: Named, tensors: Tensors, section: dict[str, object]) -> Refused:
+    """What the class would not accept of the output's tensors. Raises LlmqError if it cannot be asked.
+
+    A loader that reads values is asked in two parts: which weights it takes as quantized, and whether it accepts all
+    others, with those of the source in place of the quantized ones.
+    """
+    try:
+        return named.refused(tensors, section)
+    except LlmqError as problem:
+        quantized = [item for item in plan.weights if item.scheme is not None]
+        stored = {name for item in quantized for name in _stored(plan, item)}
+        infos = {item.tensor: plan.source.info(item.tensor) for item in quantized}
+        plain = {name: told for name, told in tensors.items() if name not in stored}
+        try:
+            taken = {f"{module}.weight" for module in named.converted(section)}
+        except LlmqError:
+            raise problem from None
+        rest = named.refused(plain | {name: (info.dtype, info.shape) for name, info in infos.items()})
+        wrong = taken ^ {named.parameters[name] for name in infos if name in named.parameters}
+        return Refused((*rest.missing, *sorted(stored - tensors.keys())), (*rest.mismatched, *sorted(wrong)))
+
+
 def _planned(plan: Plan, source: Tensors) -> Tensors:
     """The output's tensors, as the plan's schemes store them."""
     tensors = dict(source)
     for item in plan.weights:
         if item.scheme is not None:
             del tensors[item.tensor]
-            for suffix, (dtype, shape) in formats.of(item.scheme).spec(item.shape, item.scheme, plan.dtype).items():
-                tensors[f"{item.name}.{suffix}"] = dtype, shape
+            tensors |= _stored(plan, item)
     return tensors
+
+
+def _stored(plan: Plan, item: WeightPlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors that store a quantized weight: name → (dtype, shape)."""
+    assert item.scheme is not None
+    spec = formats.of(item.scheme).spec(item.shape, item.scheme, plan.dtype)
+    return {f"{item.name}.{suffix}": told for suffix, told in spec.items()}
 
 
 def _written(sink: Sink) -> Tensors:

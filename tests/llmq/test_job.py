@@ -161,3 +161,19 @@ def test_a_folder_is_named_by_its_whole_path_and_the_command_by_the_caller(
     assert report.command == "llmq quantize model -o out --recipe recipe.yaml"
     made = job.plan("model", PLAIN, out="other", ids=IDS)
     assert job.quantize("model", "other", made=made, ids=IDS, command="mine").command == "mine"
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["with a default", "named only"])
+def test_every_chat_template_goes_along(tmp_path: Path, default: bool) -> None:
+    from transformers import AutoTokenizer
+
+    model, out = write_tiny_model(tmp_path / "model", layers=1), tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"tool_use": "T {{ tools }}", "rag": "R\n"} | ({"default": "D"} if default else {})
+    tokenizer.save_pretrained(model)
+    job.quantize(str(model), out, PLAIN, ids=IDS)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert sorted(path.name for path in (out / "additional_chat_templates").iterdir()) == [
+        "rag.jinja",
+        "tool_use.jinja",
+    ]

@@ -50,6 +50,9 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_everything_arrives(hub: HubServer, client: HubClient, folder: Path) -> None:
     options = {"private": True, "revision": "w4", "message": "four bits"}
     here = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    here["additional_chat_templates/rag.jinja"] = b"{{ messages }}"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     for stray in (".env", "token.txt", "run.log"):
         (folder / stray).write_text("hf_secret")
     answer = client.ask(do="push", folder=str(folder), repo="org/tiny-w4", token="hf_writer", options=options)

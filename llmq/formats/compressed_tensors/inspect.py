@@ -15,7 +15,7 @@ import torch
 
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.formats.base import SMALL, Row, Unclear, check_named, dtype_name, inputs_per_scale, whole
+from llmq.formats.base import SMALL, Row, Unclear, check_named, dtype_name, inputs_per_scale, outputs_beside, whole
 
 COMPANIONS = {
     "weight_packed": (
@@ -56,7 +56,7 @@ def inspect(
         shape, kind, bits = _pairs_of_codes(codes, scale, scheme), "float", 4
     elif packed:
         kind = str(scheme.get("type") or "int")
-        shape, bits = _words(source, parts, scheme)
+        shape, bits = _words(source, module, parts, scheme)
     elif codes.dtype == torch.int8 or codes.dtype.is_floating_point:
         kind = "float" if codes.dtype.is_floating_point else "int"
         shape, bits = codes.shape, whole(scheme, "num_bits") or 8
@@ -81,7 +81,9 @@ def _pairs_of_codes(codes: TensorInfo, scale: TensorInfo, scheme: Mapping[str, A
     return shape
 
 
-def _words(source: Source, parts: Mapping[str, TensorInfo], scheme: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+def _words(
+    source: Source, module: str, parts: Mapping[str, TensorInfo], scheme: Mapping[str, Any]
+) -> tuple[tuple[int, ...], int]:
     """Shape and bits of a weight of integers packed in 32-bit words."""
     codes, stated, stored = parts["weight_packed"], whole(scheme, "num_bits"), parts.get("weight_shape")
     if codes.dtype != torch.int32:
@@ -90,7 +92,8 @@ def _words(source: Source, parts: Mapping[str, TensorInfo], scheme: Mapping[str,
     if stored is None or stored.nbytes >= SMALL:
         if stated is None:
             raise Unclear("neither its shape nor its bits are stated")
-        check_named(words * 32 // stated, stated, source.config)
+        beside = outputs_beside(source, module, {"weight_packed": -2, "weight": -2})
+        check_named(words * 32 // stated, stated, source.config, beside)
         return (*rows, words * 32 // stated), stated
     shape = tuple(int(size) for size in source.read(stored.name).flatten().tolist())
     # Earlier versions let no code cross a word, so that 3 bits have 10 codes in each.

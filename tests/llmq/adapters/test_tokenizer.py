@@ -68,13 +68,6 @@ def test_carried_to_the_written_folder(tmp_path: Path, roomy: Path, plain: bool)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_the_base_has_no_template_left_where_the_adapter_has_none(tmp_path: Path, roomy: Path) -> None:
-    """A tokenizer is carried as a whole: what AutoTokenizer gives for the adapter's folder."""
-    folder = saved(tmp_path / "adapter", roomy, ["<x>"], template=None)
-    merge(str(roomy), folder, tmp_path / "out", plain=True)
-    assert tokenizer_of(tmp_path / "out").chat_template is None
-
-
 def test_a_template_alone(tmp_path: Path, roomy: Path) -> None:
     """It is used with the base's tokenizer, and a processor's older file does not contradict it."""
     (roomy / "chat_template.json").write_text(json.dumps({"chat_template": OTHER}))
@@ -91,7 +84,7 @@ def test_an_adapter_without_one_and_one_that_is_the_bases(tmp_path: Path, roomy:
     source = FolderSource(roomy)
     for _ in range(2):
         carried = Carried(folder, source, 260)
-        assert (carried.files, carried.notes, carried.folder) == ([], [], roomy)
+        assert (carried.files, carried.notes, carried.folder) == ({}, [], roomy)
         assert carried.replaced(source.aux_files()) == source.aux_files()
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(roomy / name, folder / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmq.checkpoint import files
-from llmq.checkpoint.files import goes_along, put, sync_folder, write, write_all
+from llmq.checkpoint.files import TEMPLATES, goes_along, named_templates, put, sync_folder, write, write_all
 from tests.llmq.refusal import refused
 
 
@@ -128,3 +128,15 @@ def test_a_folder_that_cannot_be_synced(
     else:
         with pytest.raises(OSError, match="Input/output"):
             sync_folder(tmp_path)
+
+
+def test_named_templates_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+    assert TEMPLATES == CHAT_TEMPLATE_DIR and named_templates(tmp_path) == {}
+    (tmp_path / TEMPLATES / "more").mkdir(parents=True)
+    for name in ("tool_use.jinja", "rag.jinja", "rag.txt", "more/deep.jinja"):
+        (tmp_path / TEMPLATES / name).write_text("x")
+    found = named_templates(tmp_path)
+    assert list(found) == [f"{TEMPLATES}/rag.jinja", f"{TEMPLATES}/tool_use.jinja"]
+    assert all(path == tmp_path / name for name, path in found.items())

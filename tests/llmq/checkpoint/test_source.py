@@ -119,7 +119,7 @@ def test_remote_code(tmp_path: Path) -> None:
     (folder / "modeling_mine.py").write_text("")
     refused(lambda: FolderSource(folder), "--trust-remote-code", "'anything'")
     source = FolderSource(folder, trust_remote_code=True)
-    assert source.trust_remote_code and "modeling_mine.py" in [path.name for path in source.aux_files()]
+    assert source.trust_remote_code and "modeling_mine.py" in source.aux_files()
     assert FolderSource(one(tmp_path / "known", config=remote | {"model_type": "gpt2"})).names()
 
 
@@ -133,7 +133,13 @@ def test_aux_files(tmp_path: Path) -> None:
         (folder / name).write_text("x")
     (folder / "sub").mkdir()
     (folder / "sub" / "vocab.json").write_text("x")
-    assert [path.name for path in FolderSource(folder).aux_files()] == sorted(carried)
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    for name in ("tool_use.jinja", "rag.jinja", "notes.txt", ".hidden.jinja"):
+        (templates / name).write_text("x")
+    carried += ["additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"]
+    found = FolderSource(folder).aux_files()
+    assert list(found) == sorted(carried) and all(found[name] == folder / name for name in carried)
 
 
 def test_fingerprint_tells_apart(tmp_path: Path) -> None:

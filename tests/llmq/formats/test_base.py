@@ -50,6 +50,20 @@ def test_sizes_of_the_model() -> None:
             check_named(1024, 4, config)
 
 
+def test_outputs_beside_a_weight() -> None:
+    """Two weights with as many outputs settle it; one does not, and neither do two beside a third."""
+    shared = {"size": 512, "count": 2}
+    for beside in ([], [1024], [512, 1024], [512, 512, 1024]):
+        with pytest.raises(Unclear, match="8 bits 512 as the model has"):
+            check_named(1024, 4, shared, beside)
+    check_named(1024, 4, shared, [1024, 1024])
+    check_named(1024, 4, shared, [1024, 1024, 512, 512])
+    check_named(1024, 4, {"size": 512}, [], others=(4, 6))
+    check_named(1024, 4, {"a": 1024}, [512, 512, 2048])  # keys and values, and queries with a gate
+    with pytest.raises(Unclear, match="8 bits 512 as the weights beside it give"):
+        check_named(1024, 4, {"a": 1024, "b": 512}, [512, 512])
+
+
 def test_what_is_not_understood_counts_nothing() -> None:
     known = Row("a", (4, 8), "int", 4, 0, True, None, 16, "int32")
     unknown = Row("a", (), UNKNOWN, None, None, None, None, 16, "", "why")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,26 @@ OUT, IN = 64, 256
 bf16 = torch.bfloat16
 
 
-def row(tensors: dict[str, Tensor], config: dict[str, Any], model: dict[str, Any] | None = None) -> Row:
-    source: Any = SimpleNamespace(config=model or {})
+class Folder:
+    """A model's config.json, and the weights beside the one that is looked at."""
+
+    def __init__(self, config: dict[str, Any], beside: dict[str, Tensor]) -> None:
+        self.config, self.beside = config, {f"a.{name}.weight": tensor for name, tensor in beside.items()}
+
+    def names(self) -> list[str]:
+        return list(self.beside)
+
+    def info(self, name: str) -> Any:
+        return self.beside[name]
+
+
+def row(
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    beside: dict[str, Tensor] | None = None,
+) -> Row:
+    source: Any = Folder(model or {}, beside or {})
     return inspect(source, "a.up", stored(tensors), "mlx", config)
 
 
@@ -46,6 +63,38 @@ def test_a_width_that_the_model_does_not_have() -> None:
     assert row(affine(8, 64), config, {"hidden_size": IN, "heads": 8, "head_dim": IN // 4}).shape == (OUT, 2 * IN)
     with pytest.raises(Unclear, match="8 bits 256 as the model has"):
         row(affine(8, 64), config, {"text_config": {"hidden_size": IN, "layers": 2}})
+
+
+def test_the_weights_beside_it_say_its_width() -> None:
+    """A shared expert of two experts' size: the model's config.json has one expert's size only."""
+    config, model = {"bits": 4, "group_size": 128}, {"moe_size": IN, "shared": 2}
+    wide, one = torch.zeros(2 * IN, 1), torch.zeros(IN, 1)
+    with pytest.raises(Unclear, match="8 bits 256 as the model has"):
+        row(affine(8, 64), config, model)
+    assert row(affine(8, 64), config, model, {"gate": wide, "in": wide}).shape == (OUT, 2 * IN)
+    assert row(affine(8, 64), config, model, {"gate": wide[None], "in": wide[None], "norm": wide[:, 0]}).bits == 4
+    with pytest.raises(Unclear, match="8 bits 256 as the weights beside it give"):
+        row(affine(8, 64), config, model | {"size": 2 * IN}, {"gate": one, "in": one})
+    with pytest.raises(Unclear, match="as the model has"):  # may be gate and in as one
+        row(affine(8, 64), config, model, {"gate_in": wide})
+
+
+@pytest.mark.parametrize(("bits", "group"), [(5, 64), (6, 128), (8, 128), (2, 32), (3, 32)])
+def test_tensors_of_one_width_only_need_no_other_word(bits: int, group: int) -> None:
+    model = {str(other): IN * bits // other for other in range(2, 9)} | {"two": 2}
+    del model[str(bits)]
+    assert row(affine(bits, group), {"bits": bits, "group_size": group}, model).shape == (OUT, IN)
+
+
+def test_an_entry_of_its_own_is_whole() -> None:
+    """The router of a folder in mxfp4: its entry leaves its mode out, and mlx takes affine."""
+    folder = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+    made = row(affine(8, 64), folder | {"a.up": {"bits": 8, "group_size": 64}})
+    assert (made.kind, made.bits, made.group, made.shape) == ("int", 8, 64, (OUT, IN))
+    assert row(affine(8, 64), folder | {"a.up": {"bits": 8}}).group == 64
+    assert row(affine(4, 32), {"bits": 4, "group_size": 32, "a.up": True}).bits == 4
+    with pytest.raises(Unclear, match="False"):
+        row(affine(4, 32), {"bits": 4, "group_size": 32, "a.up": False})
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llmq import job
+from llmq.checkpoint.source import FolderSource
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.grids.scheme import Scheme
 from llmq.planning.named_class import check_named_class
 from llmq.planning.plan import Plan
@@ -53,6 +57,46 @@ def test_a_section_that_the_class_would_misread_is_refused(tmp_path: Path) -> No
         "LlamaForSequenceClassification, which config.json names, would not load",
         "score.weight",
     )
+
+
+def test_a_loader_that_reads_values_is_asked_for_names(tmp_path: Path) -> None:
+    """bitsandbytes: which modules it takes as quantized, and whether all others are there."""
+    made = planned(classifier(tmp_path / "m"), scheme=Scheme(4, 64, True, "nf4"))
+    assert not [warning for warning in made.warnings if "config.json names" in warning]
+    section = job.config(made)["quantization_config"]
+    left = section["llm_int8_skip_modules"]
+    check_named_class(made, section)
+    quantized = next(item.name for item in made.weights if item.scheme is not None)
+    for skipped, parameter in (
+        ([name for name in left if name != "score"], "score.weight"),
+        ([*left, quantized], f"{quantized}.weight"),
+    ):
+        refused(
+            lambda skipped=skipped: check_named_class(made, section | {"llm_int8_skip_modules": skipped}),  # type: ignore[misc]
+            "LlamaForSequenceClassification, which config.json names, would not load 1 parameters",
+            parameter,
+        )
+
+
+@pytest.mark.parametrize("what", ["score.weight", ".absmax"])
+def test_tensors_that_are_missing_in_what_was_written_in_nf4(tmp_path: Path, what: str) -> None:
+    recipe = Recipe(methods=("rtn",), scheme=Scheme(4, 64, True, "nf4"))
+    made = job.plan(str(classifier(tmp_path / "m")), recipe, ids=IDS)
+    job.quantize(str(tmp_path / "m"), tmp_path / "q", recipe, ids=IDS)
+    written = FolderSource(tmp_path / "q", quantized_ok=True)
+    infos = {name: written.info(name) for name in written.names()}
+    section = job.config(made)["quantization_config"]
+    check_named_class(made, section, stub(infos))
+    lost = next(name for name in infos if name.endswith(what))
+    refused(lambda: check_named_class(made, section, stub({n: i for n, i in infos.items() if n != lost})), lost)
+    if what == "score.weight":
+        other = {**infos, lost: replace(infos[lost], shape=(3, 64))}
+        refused(lambda: check_named_class(made, section, stub(other)), lost)
+
+
+def stub(infos: dict[str, TensorInfo]) -> Any:
+    """A sink with these tensors."""
+    return SimpleNamespace(done=["all"], infos=lambda unit: infos)
 
 
 def test_tensors_that_no_class_of_transformers_loads_are_left_alone_by_name(tiny_model: Path, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def carried(tmp_path: Path) -> list[Path]:
+def carried(tmp_path: Path) -> dict[str, Path]:
     return aux(tmp_path / "source")
 
 
 @pytest.fixture
-def unbroken(tmp_path: Path, carried: list[Path]) -> dict[str, bytes]:
+def unbroken(tmp_path: Path, carried: dict[str, Path]) -> dict[str, bytes]:
     work(tmp_path / "unbroken", carried)
     return content(tmp_path / "unbroken")

@@ -28,14 +28,15 @@ def tensors_of(unit: str) -> dict[str, torch.Tensor]:
     }
 
 
-def aux(folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
+def aux(folder: Path) -> dict[str, Path]:
+    (folder / "additional_chat_templates").mkdir(exist_ok=True, parents=True)
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (folder / "tokenizer.json").write_text("{}" * 50)
     (folder / "README.md").write_text("replaced by ours")
-    return [folder / "tokenizer.json", folder / "README.md"]
+    return {name: folder / name for name in ("tokenizer.json", "README.md", "additional_chat_templates/rag.jinja")}
 
 
-def work(out: Path, carried: list[Path]) -> list[str]:
+def work(out: Path, carried: dict[str, Path]) -> list[str]:
     """The whole job, or what is left of it; returns the notes."""
     with Sink.open(out, PRINT, len(UNITS)) as sink:
         for number, unit in enumerate(UNITS):

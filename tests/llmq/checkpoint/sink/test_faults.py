@@ -47,7 +47,7 @@ class Failing:
         return call
 
 
-def calls_of_a_run(tmp_path: Path, carried: list[Path]) -> int:
+def calls_of_a_run(tmp_path: Path, carried: dict[str, Path]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         failing = Failing(patch, -1, None)
         work(tmp_path / "counted", carried)
@@ -55,7 +55,7 @@ def calls_of_a_run(tmp_path: Path, carried: list[Path]) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
+def test_killed_at_every_call(tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes]) -> None:
     for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
         out = tmp_path / f"killed{at}"
 
@@ -73,7 +73,7 @@ def test_killed_at_every_call(tmp_path: Path, carried: list[Path], unbroken: dic
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments(
-    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]
+    tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes]
 ) -> None:
     rng = random.Random(0)
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def test_killed_again_and_again_at_random_moments(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_every_call_fails_once(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], code: int) -> None:
+def test_every_call_fails_once(tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes], code: int) -> None:
     for at in range(1, calls_of_a_run(tmp_path, carried) + 1):
         out = tmp_path / f"failed{at}"
         with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +142,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.slow
-def test_full_disk_then_room(tmp_path: Path, carried: list[Path]) -> None:
+def test_full_disk_then_room(tmp_path: Path, carried: dict[str, Path]) -> None:
     def run(out: Path) -> None:
         with Sink.open(out, PRINT, 4) as sink:
             for unit in ["a", "b", "c", "d"]:

@@ -28,7 +28,8 @@ from tests.llmq.refusal import refused
 def test_what_is_written(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     out = tmp_path / "unbroken"
     shards = [f"model-{number:05d}-of-00005.safetensors" for number in (1, 2, 3, 5)]
-    assert sorted(unbroken) == sorted([*shards, "README.md", "config.json", "report.json", "tokenizer.json", INDEX])
+    others = ["README.md", "config.json", "report.json", "tokenizer.json", "additional_chat_templates/rag.jinja", INDEX]
+    assert sorted(unbroken) == sorted([*shards, *others])
     assert unbroken["README.md"] == b"card" and json.loads(unbroken["config.json"]) == CONFIG
     index = json.loads(unbroken[INDEX])
     assert list(index["weight_map"]) == sorted(index["weight_map"])
@@ -53,7 +54,7 @@ def test_read_back(tmp_path: Path) -> None:
         assert torch.equal(sink.read("block 1.codes"), tensors_of("block 1")["block 1.codes"])
 
 
-def test_finished_is_seen(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes]) -> None:
+def test_finished_is_seen(tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes]) -> None:
     out = tmp_path / "unbroken"
     with Sink.open(out, PRINT, 5) as sink:
         assert sink.finished and list(sink.done) == UNITS and sink.done["block 1"]["rows"] == [2, None]
@@ -66,7 +67,7 @@ def test_finished_is_seen(tmp_path: Path, carried: list[Path], unbroken: dict[st
     assert content(out) == unbroken
 
 
-def test_misuse(tmp_path: Path, carried: list[Path]) -> None:
+def test_misuse(tmp_path: Path, carried: dict[str, Path]) -> None:
     with Sink.open(tmp_path / "o", PRINT, 2) as sink:
         sink.commit("a", {"w": torch.ones(1)}, {})
         with pytest.raises(ValueError, match="committed already"):
@@ -74,19 +75,19 @@ def test_misuse(tmp_path: Path, carried: list[Path]) -> None:
         with pytest.raises(ValueError, match="earlier units"):
             sink.commit("b", {"w": torch.ones(1)}, {})
         with pytest.raises(ValueError, match="1 of 2"):
-            sink.finish({}, [], {})
+            sink.finish({}, {}, {})
         with pytest.raises(TypeError):
             sink.commit("b", {"v": torch.ones(1)}, {"x": object()})
         refused(lambda: sink.commit("b", {"v": torch.ones(1, dtype=torch.complex128)}, {}), "v", "complex128")
         sink.commit("b", {}, {})
         with pytest.raises(ValueError, match="one more"):
             sink.commit("c", {}, {})
-        refused(lambda: sink.finish({}, [tmp_path / "gone.json"], {}), "cannot read", "gone.json")
+        refused(lambda: sink.finish({}, {"gone.json": tmp_path / "gone.json"}, {}), "cannot read", "gone.json")
     assert sorted(content(tmp_path / "o")) == ["model-00001-of-00002.safetensors"]
 
 
 @pytest.mark.parametrize("done", range(len(UNITS) + 1))
-def test_resume(tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], done: int) -> None:
+def test_resume(tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes], done: int) -> None:
     out = tmp_path / "deep" / "er" / "out"
     with Sink.open(out, PRINT, 5) as sink:
         for number, unit in enumerate(UNITS[:done]):
@@ -113,7 +114,7 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_damaged_shard(
-    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], how: str, finished: bool
+    tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes], how: str, finished: bool
 ) -> None:
     out = tmp_path / "unbroken"
     if not finished:
@@ -131,7 +132,7 @@ def test_damaged_shard(
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 10**6), flip=st.booleans())
 def test_journal_torn_anywhere(
-    tmp_path: Path, carried: list[Path], unbroken: dict[str, bytes], cut: int, flip: bool
+    tmp_path: Path, carried: dict[str, Path], unbroken: dict[str, bytes], cut: int, flip: bool
 ) -> None:
     out = tmp_path / "unbroken"
     journal = out / ".llmq" / "journal.jsonl"
