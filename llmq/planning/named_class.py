@@ -14,12 +14,14 @@ from llmq.planning.weights import WeightPlan
 
 def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None = None) -> None:
     """Raises LlmqError, naming a parameter, if a class other than the causal one would lack or refuse a parameter of
-    the output that it loads from the source.
+    the output that it loads from the source; of a mixture, the causal class is asked too if no other is named.
 
     section: the output's `quantization_config`. sink: the written tensors; without it, those that the plan says. Warns
     in the plan if the check cannot be made, or if the source lacks parameters already.
     """
     named = plan.named
+    if named is None and any(info.experts is not None for info in plan.structure.blocks):
+        named = Named(plan.model, plan.source.names())
     if named is None:
         return
     source = {name: (info.dtype, info.shape) for name in plan.source.names() for info in [plan.source.info(name)]}
@@ -71,6 +73,11 @@ def _planned(plan: Plan, source: Tensors) -> Tensors:
         if item.scheme is not None:
             del tensors[item.tensor]
             tensors |= _stored(plan, item)
+    for block in plan.blocks:
+        for parameter in block.joined:
+            parts = [tensors.pop(name) for name in block.tensors[parameter]]
+            full = f"{block.name}.{parameter}"
+            tensors[full] = parts[0][0], tuple(plan.model.get_parameter(full).shape)
     return tensors
 
 
