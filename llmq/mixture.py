@@ -84,6 +84,10 @@ class Sums:
         """The rows of all batches that chose an expert: [n, width]."""
         return torch.cat([r.rows[torch.where(r.choices == expert)[0]] for r in self.routed])
 
+    def weights(self, expert: int) -> Tensor:
+        """The routing weights of these rows: [n]."""
+        return torch.cat([r.weights[r.choices == expert] for r in self.routed])
+
     def add(self, expert: int, outputs: Tensor) -> None:
         """Add an expert's outputs [n, width] for its rows, times their weights."""
         begin = 0
@@ -198,6 +202,7 @@ def _quantize(
         module,
         states_of(module, planned),
         result.rows(expert),
+        result.weights(expert),
         result.others(expert),
         statistics,
         {weight.input_id for weight in planned.values() if not weight.row_parallel},

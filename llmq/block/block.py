@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmq.block.attempt import Attempt
 from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.calls import Call, of_length
-from llmq.discovery.inputs import at_products, collect
+from llmq.discovery.inputs import Takes, at_products, collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
 from llmq.discovery.view import View, put
@@ -118,14 +118,18 @@ class Block:
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """One pass of the current block: returns its outputs, and replaces the statistics of every distinct input."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
-        fed: dict[View, list[Statistic]] = {}
+        fed: dict[View, list[Takes]] = {}
         for state in self.weights.values():
             if state.input_id not in held:
                 held[state.input_id] = {need: need(state.value.shape[1], self.device) for need in needs}
-                fed[state.view] = list(held[state.input_id].values())
+                fed[state.view] = [self.feeding(one) for one in held[state.input_id].values()]
             state.statistics = held[state.input_id]
         with collect(self.module, fed):
             return self.outputs()
+
+    def feeding(self, statistic: Statistic) -> Takes:
+        """What the inputs of a weight are passed to, for a statistic of them."""
+        return statistic
 
     def weigh(self) -> None:
         """Set each weight's importance from its statistics, if they include it."""

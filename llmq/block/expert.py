@@ -3,7 +3,8 @@
 A Hessian of few tokens has a low rank, and GPTQ would fit the weights to these tokens alone. So statistics are drawn
 towards those of other tokens: H = α · H_own + (1 − α) · H_other, each per token, with α = n / (n + 32) for n tokens of
 its own (shrinkage: Ledoit and Wolf, 2004). Of what enters the experts' module, the others are all tokens; of what is
-inside, 128 tokens that did not choose this expert are run through it.
+inside, 128 tokens that did not choose this expert are run through it. Rows count by the square of their routing weight
+w, because the block's error is Σ w² ‖ΔW x‖²: sums of squares take w · x, with w scaled to a mean square of 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Statistic
 from llmq.discovery.experts import ALONE
-from llmq.discovery.inputs import collect
+from llmq.discovery.inputs import Takes, collect
 from llmq.discovery.pairs import Pair
 from llmq.discovery.view import View
 
@@ -28,8 +29,9 @@ CHUNK_ROWS = 2048
 class ExpertBlock(Block):
     """An expert (`discovery.experts.Expert`), as methods see it.
 
-    own: the rows [n, width] that chose it; others: rows [m, width] that did not, which are its inputs if no row did;
-    entering: statistics of all rows that enter the module; outer: the `input_id` of the weights that these feed.
+    own: the rows [n, width] that chose it, and weights: their routing weights [n]; others: rows [m, width] that did
+    not, which are its inputs if no row did; entering: statistics of all rows that enter the module; outer: the
+    `input_id` of the weights that these feed.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ExpertBlock(Block):
         module: nn.Module,
         states: Sequence[WeightState],
         own: Tensor,
+        weights: Tensor,
         others: Tensor,
         entering: Mapping[type[Statistic], Statistic],
         outer: set[int],
@@ -51,6 +54,13 @@ class ExpertBlock(Block):
         self.tokens, self.entering, self.outer = len(own), entering, outer
         self.alpha = self.tokens / (self.tokens + PRIOR_TOKENS)
         self._others = others
+        scale = weights.float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        self._weights = list(torch.split(weights.float() / scale, CHUNK_ROWS)) if len(own) else None
+
+    def feeding(self, statistic: Statistic) -> Takes:
+        """See `Block.feeding`."""
+        weighted = self._weights is not None and getattr(statistic, "QUADRATIC", False)
+        return _Weighted(statistic, self._weights or []) if weighted else statistic
 
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """See `Block.observe`; the statistics are drawn towards those of other tokens."""
@@ -77,3 +87,14 @@ class ExpertBlock(Block):
                 if need in other:
                     state.statistics[need].blend(other[need], self.alpha)
         return outputs
+
+
+class _Weighted:
+    """Passes rows to a statistic, times their weights, one chunk of rows after the other."""
+
+    def __init__(self, statistic: Statistic, weights: list[Tensor]) -> None:
+        self.statistic, self.left = statistic, iter(weights)
+
+    def update(self, x: Tensor) -> None:
+        """Add x [n, width]."""
+        self.statistic.update(x.float() * next(self.left).to(x.device)[:, None])

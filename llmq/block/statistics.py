@@ -13,6 +13,7 @@ class Statistic(Protocol):
 
     `blend(other, alpha)` is optional: it replaces the mean over samples by α times it and (1 − α) times that of another
     one of the same kind and width, and leaves `other` and the number of samples unchanged. Routed experts need it.
+    QUADRATIC, if true, says that it sums squares and products of inputs, which a row of weight w scales by w².
     """
 
     def __init__(self, width: int, device: torch.device) -> None: ...
@@ -30,6 +31,8 @@ class Statistic(Protocol):
 
 class MeanSquare:
     """E[x²] of each input channel, float32 [width]: the importance of a column."""
+
+    QUADRATIC = True
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
@@ -67,6 +70,8 @@ class Hessian:
 
     total: float32 [width, width]; count: tokens summed.
     """
+
+    QUADRATIC = True
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
