@@ -182,15 +182,18 @@ class BlockIO:
 
 
 def pack_weights(
-    planned: Mapping[str, WeightPlan], index: int, block: Block
+    planned: BlockPlan, block: Block, weights: Mapping[str, WeightPlan] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The quantized weights of a block, or of an expert of it: their rows of the report, and the tensors to write."""
+    """A block's quantized weights: their rows of the report, and the tensors to write.
+
+    weights: those of an expert, if `block` is one of the planned block's experts.
+    """
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for name, weight in planned.items():
+    for name, weight in (planned.weights if weights is None else weights).items():
         state = block.weights[name]
         assert weight.scheme is not None and state.quantized is not None
-        rows.append(asdict(weight_row(state, index, weight.after)))
+        rows.append(asdict(weight_row(state, planned.index, weight.after)))
         packed = formats.of(weight.scheme).pack(state.quantized)
         tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
     return rows, tensors

@@ -20,6 +20,7 @@ from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
+from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
@@ -141,6 +142,12 @@ def config(made: Plan) -> dict[str, Any]:
             groups.setdefault(item.scheme, []).extend(dict.fromkeys(names))
         elif item.module in linears or (item.tensor in unused and item.tensor.endswith(".weight")):
             ignore.extend(names)
+        elif item.reason is not None and item.reason.kind is Kind.ROUTER:
+            # No linear module in transformers; in vLLM it is one.
+            ignore.extend(names)
+        elif item.tensor in made.links.slices:
+            # A stack of experts that is left alone; vLLM asks for its parts.
+            ignore.extend(name.removesuffix(".weight") for name in made.links.tensors(item.tensor))
         linears.discard(item.module)
     experts = {item.scheme for item in made.weights if item.expert is not None}
     order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))

@@ -178,7 +178,7 @@ def quantize_experts(
                 _add_written(io, block, expert, result)
                 continue
             mine = _quantize(io, block, expert, module, result, statistics)
-            more, packed = pack_weights(block.experts.weights[expert], block.index, mine)
+            more, packed = pack_weights(block, mine, block.experts.weights[expert])
             rows += [row | {"tokens": mine.tokens, "own": mine.alpha} for row in more]
             tensors |= packed
         if not done:

@@ -84,7 +84,7 @@ def quantize_block(
     before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
     with mixture.without_experts(planned):
         steps.quantize(block, pipeline)
-    rows, tensors = pack_weights(planned.weights, planned.index, block)
+    rows, tensors = pack_weights(planned, block)
     tensors |= io.untouched(planned, block.changed)
     if planned.experts is None:
         with rounded_inputs(block.module, block.weights.values()):

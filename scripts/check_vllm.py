@@ -57,7 +57,7 @@ def check(case: Case, worker: Worker, work: Path) -> dict[str, Any]:
             "stand_in": False,
         }
         row: dict[str, Any] = {"cpu": worker.ask(request)}
-        if "refused" in row["cpu"] and "kernel" in row["cpu"]["refused"]:
+        if "refused" in row["cpu"] and any(word in row["cpu"]["refused"] for word in ("kernel", "backend")):
             row["cpu"]["stand_in"] = worker.ask(request | {"stand_in": True})
         if case.table:
             row["cuda"] = worker.ask({"rules": json.loads((out / "config.json").read_text())["quantization_config"]})

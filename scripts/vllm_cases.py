@@ -17,6 +17,16 @@ from llmq.recipe.recipe import Recipe
 
 BOOKS = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "books8m"
 TINY = ("qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2")
+EXPERTS = 8
+MIXTURES = {
+    "qwen3_moe": {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},
+}
 GROUPED = ("num_key_value_heads", "head_dim")
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,18 +60,22 @@ class Case:
 
 def model_folder(name: str, work: Path) -> Path:
     """demo, books8m, or a random model of a type, made once."""
-    if name in TINY:
+    if name in TINY or name in MIXTURES:
         folder = work / name
         if not folder.exists():
             torch.manual_seed(0)
             # Types without grouped heads must not have these keys: vLLM takes them from any configuration.
             grouped = "num_key_value_heads" in CONFIG_MAPPING[name]().to_dict()
-            config = CONFIG_MAPPING[name](**{k: v for k, v in SIZES.items() if grouped or k not in GROUPED})
+            sizes = {k: v for k, v in SIZES.items() if grouped or k not in GROUPED} | MIXTURES.get(name, {})
+            config = CONFIG_MAPPING[name](**sizes)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(0.1 * torch.randn_like(parameter))
+                    if parameter.dim() == 2 and len(parameter) == EXPERTS:
+                        # Clear choices: near ties, float16 alone would choose other experts.
+                        parameter.mul_(30)
             model.to(torch.bfloat16).save_pretrained(folder)
         return folder
     return BOOKS if name == "books8m" else resolve(name)
@@ -102,6 +116,14 @@ def cases() -> Iterator[Case]:
         yield Case(model, str(Scheme(4, None, False)), recipe(Scheme(4, None, False)))
         yield Case(model, str(W8A8), recipe(W8A8))
         yield Case(model, str(Scheme(3, 128)), recipe(Scheme(3, 128)))
+    wide = Scheme(4, 128)
+    for model in MIXTURES:
+        yield Case(model, str(wide), recipe(wide))
+        yield Case(model, f"gptq {wide}", recipe(wide, "gptq"))
+        yield Case(model, "attention 8-bit", recipe(wide, overrides=(("self_attn", Scheme(8, 128)),)))
+        yield Case(model, "--keep self_attn", recipe(wide, keep=("self_attn",)))
+        yield Case(model, "--keep experts", recipe(wide, keep=("experts",)))
+        yield Case(model, str(W4), recipe(W4))
 
 
 def fused_cases() -> Iterator[Case]:

@@ -81,6 +81,22 @@ class PlainFloat8(PlainProduct):
         layer.plain = (layer.weight.float().t() * layer.weight_scale.float()).to(layer.orig_dtype)
 
 
+def plain_experts(method: Any, layer: torch.nn.Module) -> None:
+    """In the place of packing experts for a kernel: they are dequantized, and run as unquantized ones."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for name in ("w13", "w2"):
+        words, scale = getattr(layer, f"{name}_weight_packed"), getattr(layer, f"{name}_weight_scale")
+        experts, rows, groups = scale.shape
+        codes = unpacked(words.reshape(experts * rows, -1), method.num_bits).view(experts, rows, groups, -1)
+        plain = (codes - (1 << (method.num_bits - 1))).float() * scale.float()[..., None]
+        weight = torch.nn.Parameter(plain.view(experts, rows, -1).to(scale.dtype), requires_grad=False)
+        layer.register_parameter(f"{name}_weight", weight)
+    plain_method = UnquantizedFusedMoEMethod(method.moe)
+    layer._replace_quant_method(plain_method)
+    plain_method.process_weights_after_loading(layer)
+
+
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [rows, words] → codes, int32 [rows, codes]: a little-endian stream of `bits` bits each."""
     stream = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little")
@@ -91,12 +107,17 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 def stand_ins() -> ExitStack:
     """vLLM's CPU kernels, and last the plain products, where vLLM looks for kernels."""
     import vllm.model_executor.kernels.linear as linear
+    import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as experts
     from vllm.platforms import PlatformEnum
 
     stack = ExitStack()
     for table, kernel in ((linear._POSSIBLE_KERNELS, PlainProduct), (linear._POSSIBLE_WFP8A16_KERNELS, PlainFloat8)):
         cpu = [*table[PlatformEnum.CPU], kernel]
         stack.enter_context(mock.patch.dict(table, {PlatformEnum.CPU: cpu}))
+    backend = experts.WNA16MoEBackend.TRITON
+    stack.enter_context(mock.patch.object(experts, "select_wna16_moe_backend", lambda **_: (backend, None)))
+    kind = experts.CompressedTensorsWNA16MoEMethod
+    stack.enter_context(mock.patch.object(kind, "process_weights_after_loading", plain_experts))
     return stack
 
 
