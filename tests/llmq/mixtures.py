@@ -26,7 +26,8 @@ def write(kind: str, folder: Path, **changes: Any) -> Path:
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind_of: Any = AutoModelForCausalLM
+    model = kind_of.from_config(config, dtype=torch.float32)
     tiny.shake(model)
     model.save_pretrained(folder)
     return folder

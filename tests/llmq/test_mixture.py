@@ -178,13 +178,14 @@ def breaking(at: int) -> Callable[..., None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", "awq+rtn"])
+@pytest.mark.parametrize("method", ["gptq", "awq+rtn", "signround"])
 def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups_of(monkeypatch, 1)
     in_batches(monkeypatch)
-    recipe = Recipe(methods=tuple(method.split("+")), scheme=mixtures.W4)
+    options = {"iterations": 2} if method == "signround" else {}
+    recipe = Recipe(methods=tuple(method.split("+")), scheme=mixtures.W4, options=options)
     job.quantize(str(source), tmp_path / "whole", recipe, ids=IDS)
     whole = written(tmp_path / "whole")
     commits = 1 + 2 * (4 + 1)
