@@ -139,7 +139,7 @@ class BlockIO:
             if name in quantized:
                 value = quantized[name].dequantize(dtype)
             elif name in block.joined:
-                value = self._written(full)
+                value = self._written(block.joined[name])
             else:
                 value = self.plan.links.fill(full, self._shape(full), self._written)
             assign(block.module, name, value.to(self.device))
@@ -172,9 +172,9 @@ class BlockIO:
         apart = (found for parameter, found in block.tensors.items() if parameter not in block.joined)
         names = dict.fromkeys(name for found in apart for name in found if name not in elsewhere)
         tensors = {name: read(name) for name in names}
-        for parameter in sorted(block.joined):
+        for parameter, name in block.joined.items():
             full = f"{block.name}.{parameter}"
-            tensors[full] = self.plan.links.fill(full, self._shape(full), read)
+            tensors[name] = self.plan.links.fill(full, self._shape(full), read)
         for parameter in changed:
             (tensor,) = block.tensors[parameter]
             tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
