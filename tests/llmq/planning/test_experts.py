@@ -228,6 +228,33 @@ def test_routers_are_left_alone_by_name(kind: str, tmp_path: Path) -> None:
     assert all(f"{i.name}.weight" in mixtures.stored(model) for i in routers)
 
 
+RAGGED = {
+    # --ragged: the group size of all experts, None if they are kept; of widths 64 and 48
+    "smaller": (16, False),
+    "channel": (None, False),
+    "keep": (None, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_widths_that_the_group_size_does_not_divide_leave_experts_one_scheme(ragged: str, tmp_path: Path) -> None:
+    """The ways out that the refusal gives: a smaller group, or none, for all experts and for no other weight."""
+    model = mixtures.write("qwen3_moe", tmp_path / "m", num_hidden_layers=2, moe_intermediate_size=48)
+    scheme, (size, kept) = Scheme(4, 32), RAGGED[ragged]
+    said = refused(lambda: plan(model, scheme), "does not divide the width of", "experts.*.down_proj [64, 48]")
+    assert f"--ragged {ragged}" in said and "(experts 0–3)" in said and said.count("down_proj") == 1
+    report = exact(model, tmp_path, scheme, ragged=ragged)
+    assert {row.scheme for row in report.quantized if ".self_attn." in row.name} == {scheme}
+    mine = {row.scheme for row in report.quantized if ".experts." in row.name}
+    assert mine == (set() if kept else {replace(scheme, group_size=size)})
+    left = [i for i in plan(model, scheme, ragged=ragged).weights if ".experts." in i.name and i.scheme is None]
+    assert bool(left) is kept
+    for item_left in left:
+        own = "its width 48" if "down" in item_left.name else "the width 48 of others of its expert"
+        assert str(item_left.reason) == f"group size 32 does not divide {own}"
+
+
 def test_every_expert_of_the_checkpoint_is_planned_once_with_its_place(source: Path) -> None:
     made = plan(source)
     stored = mixtures.stored(source)
