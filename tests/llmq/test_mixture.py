@@ -202,6 +202,27 @@ def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
         assert len({row.name for row in report.quantized}) == len(report.quantized) == 2 * (4 + 4 * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sources_of_half_precision(
+    dtype: torch.dtype, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums are kept in float32; what is read back is what was in memory, here as well."""
+    model, _ = mixtures.load(source)
+    model.to(dtype).save_pretrained(tmp_path / "m")
+    groups_of(monkeypatch, 1)
+    job.quantize(str(tmp_path / "m"), tmp_path / "whole", GPTQ, ids=IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sink, "commit", breaking(8))
+        with pytest.raises(Broken):
+            job.quantize(str(tmp_path / "m"), tmp_path / "out", GPTQ, ids=IDS)
+    report = job.quantize(str(tmp_path / "m"), tmp_path / "out", GPTQ, ids=IDS)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert all(block.error < 0.2 for block in report.blocks)
+    scales = {n: t.dtype for n, t in mixtures.stored(tmp_path / "out").items() if n.endswith("weight_scale")}
+    assert set(scales.values()) == {dtype} and len(scales) == 2 * (4 + 4 * 3)
+
+
 def test_groups_that_are_finished_are_read_and_not_quantized_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
