@@ -120,6 +120,7 @@ UNREADABLE = {
     "asymmetric": Scheme(4, 16, symmetric=False),
     "int8 with rounded inputs": Scheme(8, None, activations=Activations()),
     "int8 with static inputs": Scheme(8, None, activations=Activations(dynamic=False)),
+    "fp8 with static inputs": Scheme(8, None, grid="fp8", activations=Activations(dynamic=False)),
     "nf4": Scheme(4, 64, grid="nf4"),
 }
 
@@ -179,6 +180,12 @@ def test_the_way_out_where_a_type_that_stores_experts_singly_has_them_in_one_ten
 
 
 # What loads exactly.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [*(Scheme(bits, 16) for bits in (2, 3, 4, 8)), Scheme(8, None, grid="fp8")], ids=str)
+def test_one_scheme_for_everything(scheme: Scheme, source: Path, tmp_path: Path) -> None:
+    assert experts_in(exact(source, tmp_path, scheme)) == 2 * 4 * 3
 
 
 @pytest.mark.slow
