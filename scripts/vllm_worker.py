@@ -107,7 +107,9 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 def stand_ins() -> ExitStack:
     """vLLM's CPU kernels, and last the plain products, where vLLM looks for kernels."""
     import vllm.model_executor.kernels.linear as linear
-    import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as experts
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as experts,
+    )
     from vllm.platforms import PlatformEnum
 
     stack = ExitStack()
