@@ -25,7 +25,7 @@ from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.reasons import Kind, Reason
-from llmq.discovery.routers import watch_choices
+from llmq.discovery.routers import follow_products
 from llmq.discovery.stock import unpackable
 from llmq.discovery.view import View
 from llmq.errors import LlmqError, first_line
@@ -198,10 +198,14 @@ def _inspect(
     make = structure_key(block, call, tied)
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
-            with watch_choices(block) as chosen, watch_experts(block) as called:
+            routers: set[str] = set()
+            with (
+                follow_products(block) as behind,
+                watch_experts(block, lambda routed: routers.update(behind(routed.choices))) as called,
+            ):
                 call.run(block, hidden)
             experts = _experts(block, called)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, chosen if experts else set())
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, routers)
     known = found[make]
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
     return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()}, known.experts)

@@ -114,8 +114,13 @@ def places_of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Pla
 
 
 @contextmanager
-def watch_experts(block: nn.Module) -> Iterator[dict[str, Places]]:
-    """Within the context, records which modules of a block are called like experts: path in the block → places."""
+def watch_experts(
+    block: nn.Module, noticed: Callable[[Routed], object] = lambda routed: None
+) -> Iterator[dict[str, Places]]:
+    """Within the context, records which modules of a block are called like experts: path in the block → places.
+
+    noticed: is called with the tensors of every such call.
+    """
     seen: dict[str, Places] = {}
     hooks = []
     for name, module in block.named_modules():
@@ -125,6 +130,7 @@ def watch_experts(block: nn.Module) -> Iterator[dict[str, Places]]:
                 places = places_of(args, kwargs, output)
                 if places is not None:
                     seen[name] = places
+                    noticed(places.of(args, kwargs))
 
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
     try:

@@ -1,6 +1,6 @@
 """Finds the weights whose products decide which experts a token goes to: rounding them would change the choice itself.
 
-The output of every product with a parameter is followed through all that is no product, until something chooses by it.
+The output of every product with a parameter is followed through all that is no product, up to the experts' choices.
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmq.discovery.matmuls import CHOICES, PRODUCTS, flat
-
-BY_VALUE = CHOICES | {torch.max, torch.Tensor.max}
+from llmq.discovery.matmuls import PRODUCTS, flat
 
 
 @contextmanager
-def watch_choices(block: nn.Module) -> Iterator[set[str]]:
-    """Within the context, collects the parameters of a block whose product is followed by a choice (top-k, sort …)."""
-    chosen: set[str] = set()
-    with _Follow(block, chosen):
-        yield chosen
+def follow_products(block: nn.Module) -> Iterator[Callable[[Tensor], frozenset[str]]]:
+    """Within the context, follows the products of a block's parameters.
+
+    Yields a function: a tensor computed there → the parameters whose products it is made of without another product.
+    """
+    with _Follow(block) as follow:
+        yield lambda tensor: follow.known[id(tensor)][1] if id(tensor) in follow.known else frozenset()
 
 
 class _Follow(TorchFunctionMode):
-    def __init__(self, module: nn.Module, chosen: set[str]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.owners = {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters() if p.numel()}
-        self.chosen = chosen
         # The tensors are kept, because an id is used again once its object is gone.
         self.known: dict[int, tuple[Tensor, frozenset[str]]] = {}
 
@@ -43,8 +41,6 @@ class _Follow(TorchFunctionMode):
             names = frozenset(self.owners[p] for p in pointers if p in self.owners)
         else:
             names = frozenset[str]().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
-        if func in BY_VALUE:
-            self.chosen |= names
         result = func(*args, **(kwargs or {}))
         for made in flat(result):
             if isinstance(made, Tensor) and (names or id(made) in self.known):

@@ -128,14 +128,22 @@ def _splits(item: WeightPlan, tp: int) -> bool:
 
 
 def _name_all(items: list[WeightPlan]) -> str:
-    """All weights by name; names that differ only in the block's number are merged, with the list of blocks."""
-    alike: dict[tuple[str, tuple[int, ...], Scheme | None], list[int]] = {}
+    """All weights by name; names that differ only in the block's or expert's number are merged, with lists of both."""
+    experts: dict[tuple[str, tuple[int, ...], Scheme | None], dict[int, list[int]]] = {}
     for item in items:
         name = item.name.replace(f".{item.block}.", ".*.", 1)
-        alike.setdefault((name, item.shape, item.scheme), []).append(item.block or 0)
+        if item.expert is not None:
+            name = ".*.".join(name.rsplit(f".{item.expert}.", 1))
+        found = experts.setdefault((name, item.shape, item.scheme), {}).setdefault(item.block or 0, [])
+        found += [] if item.expert is None else [item.expert]
+    alike: dict[tuple[str, tuple[int, ...], Scheme | None, str], list[int]] = {}
+    for (name, shape, scheme), blocks in experts.items():
+        for block, mine in blocks.items():
+            alike.setdefault((name, shape, scheme, _ranges(mine)), []).append(block)
     return ", ".join(
         f"{name} [{shape[0]}, {shape[1]}] ({scheme}) in blocks {_ranges(blocks)}"
-        for (name, shape, scheme), blocks in alike.items()
+        + (f" (experts {mine})" if mine else "")
+        for (name, shape, scheme, mine), blocks in alike.items()
     )
 
 

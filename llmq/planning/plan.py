@@ -154,8 +154,9 @@ def make_plan(
     items += plan_experts(source, recipe, model, structure, links, dtype)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
-    check_fused(items, recipe)
+    # Experts first: what servers allow of weights with one input is no way out for them.
     check_experts(items)
+    check_fused(items, recipe)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if pipeline.calibrated or any(_static(i.scheme) for i in items):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,3 +64,33 @@ def test_hessian_is_the_sum_of_outer_products() -> None:
     statistic = fed(Hessian, x)
     assert isinstance(statistic, Hessian)
     assert torch.equal(statistic.total.double(), x.double().t() @ x.double())
+
+
+@pytest.mark.parametrize("counts", [(40, 90), (1, 500), (700, 3), (0, 50)])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", [MeanSquare, Hessian, Inputs])
+def test_a_blend_has_the_mean_of_both_means(kind: type, alpha: float, counts: tuple[int, int]) -> None:
+    """α · own/n + (1 − α) · other/m per sample, in float64; no sample of its own counts as one."""
+    n, m = counts
+    x, y = rows(n), rows(m, 1)
+    one: Any = fed(kind, x)
+    other: Any = fed(kind, y)
+    before = {name: value.clone() for name, value in vars(other).items() if isinstance(value, Tensor)}
+    one.blend(other, alpha)
+    totals: dict[Any, Callable[[Tensor], Tensor]] = {
+        MeanSquare: lambda t: t.square().sum(0),
+        Hessian: lambda t: t.t() @ t,
+        Inputs: lambda t: t.abs().sum(0),
+    }
+    means = {"total": totals[kind]}
+    if kind is Inputs:
+        means["squares"] = lambda t: t.square().sum(0)
+    for name, total in means.items():
+        want = alpha * total(x.double()) / max(1, n) + (1 - alpha) * total(y.double()) / m
+        assert torch.allclose(getattr(one, name).double() / one.count, want, rtol=1e-5, atol=1e-6), name
+    assert one.count == max(1, n) and other.count == m
+    assert all(torch.equal(getattr(other, name), value) for name, value in before.items())
+    if kind is Inputs:
+        both = torch.cat([x, y])
+        assert torch.equal(one.low, both.amin(0)) and torch.equal(one.high, both.amax(0))
+        assert len(one.rows) <= Inputs.ROWS

@@ -73,6 +73,22 @@ def test_offending_weights_are_named_once_with_all_their_blocks() -> None:
     assert "--ragged smaller" not in said  # nf4 has one group size for all
 
 
+def test_offending_experts_are_named_once_with_their_numbers() -> None:
+    def expert(block: int, number: int, part: str = "down") -> WeightPlan:
+        return item(f"x.{block}.experts.{number}.{part}", (8, 40), FOUR, block=block, expert=number)
+
+    ragged = [expert(b, e) for b in (1, 2, 3) for e in range(4)] + [expert(5, e, "up") for e in (0, 5, 7, 8)]
+    said = refused(lambda: check([*ragged, expert(7, 2)]), "does not divide the width of ")
+    assert said.partition("width of ")[2].partition(". Ways out")[0] == (
+        "x.*.experts.*.down [8, 40] (4-bit g32 symmetric) in blocks 1–3 (experts 0–3), "
+        "x.*.experts.*.down [8, 40] (4-bit g32 symmetric) in blocks 7 (experts 2), "
+        "x.*.experts.*.up [8, 40] (4-bit g32 symmetric) in blocks 5 (experts 0, 5, 7–8)"
+    )
+    # All their names are still told apart.
+    other = refused(lambda: check([item("x.0.fc", (8, 40), FOUR), expert(1, 1)]), "x.*.fc [8, 40]")
+    assert "in blocks 0, x.*.experts.*.down" in other
+
+
 def test_a_server_must_split_groups_whole() -> None:
     rows, columns = item("a", (64, 64), FOUR), item("b", (64, 64), FOUR, row_parallel=True)
     check([rows, columns])

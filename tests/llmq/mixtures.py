@@ -1,0 +1,73 @@
+"""Tiny mixtures of experts, and what their stock modules of experts are called with and return."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from llmq.discovery.blocks import Structure, build, find
+from llmq.grids.scheme import Scheme
+from tests.architectures import tiny
+
+W4 = Scheme(4, 16)
+
+
+def write(kind: str, folder: Path, **changes: Any) -> Path:
+    """A tiny random checkpoint of a type, in float32, with changes to its configuration."""
+    config = tiny.config(kind)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    kind_of: Any = AutoModelForCausalLM
+    model = kind_of.from_config(config, dtype=torch.float32)
+    tiny.shake(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def structure(kind: str) -> Structure:
+    """The structure of a tiny model of a type, found from its configuration alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.config(kind).save_pretrained(folder)
+        return find(build(Path(folder), torch.float32))
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A folder as stock transformers loads it, in float32, and what it says of missing and unexpected tensors."""
+    kind: Any = AutoModelForCausalLM
+    model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return model.eval(), {kind: found for kind, found in told.items() if found}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(tiny.tokens(), use_cache=False).logits
+    return result
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
+    """Within the context, what a module is called with (its tensors, in order) and what it returns."""
+    seen: list[tuple[list[Tensor], Tensor]] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        seen.append(([v.clone() for v in given], output.clone()))
+
+    hook = module.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
