@@ -29,6 +29,7 @@ from llmq.watch import Watch
 
 SIGNATURE_VALUES = 256
 SIGNATURE_TOLERANCE = 1e-3
+BEFORE = "before quantization: it overflows, or its weights are damaged"
 
 
 def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
@@ -78,7 +79,7 @@ def quantize_block(
     aim = hidden if float_hidden is None else float_hidden
     with mixture.without_experts(planned):
         block.target = block.observe(pipeline.first)
-        check_output(planned.name, block.target, "before quantization: it overflows, or its weights are damaged")
+        check_output(planned.name, block.target, BEFORE)
         if aim is not hidden:
             block.target = forward(block.module, aim, calls, io.device)
     before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
@@ -92,6 +93,7 @@ def quantize_block(
         target = block.target
     else:
         output, target = mixture.quantize_rest(io, planned, block, before, aim, watch)
+        check_output(planned.name, target, BEFORE)
     check_output(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_cases import Case, cases, fused_cases, model_folder
+from vllm_cases import MIXTURES, Case, cases, fused_cases, model_folder
 from vllm_environment import Worker, environment
-from vllm_reference import write_reference
+from vllm_reference import TWIN, write_reference
 
 from llmq import formats, job
 from llmq.errors import LlmqError
@@ -55,6 +55,7 @@ def check(case: Case, worker: Worker, work: Path) -> dict[str, Any]:
             "static": static,
             "dtype": case.dtype,
             "stand_in": False,
+            "twin": str(Path(scratch, TWIN)) if case.model in MIXTURES else None,
         }
         row: dict[str, Any] = {"cpu": worker.ask(request)}
         if "refused" in row["cpu"] and any(word in row["cpu"]["refused"] for word in ("kernel", "backend")):

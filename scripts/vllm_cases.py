@@ -17,15 +17,14 @@ from llmq.recipe.recipe import Recipe
 
 BOOKS = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "books8m"
 TINY = ("qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2")
-EXPERTS = 8
 MIXTURES = {
     "qwen3_moe": {
-        "num_experts": EXPERTS,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 128,
         "norm_topk_prob": True,
     },
-    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
 }
 GROUPED = ("num_key_value_heads", "head_dim")
 SIZES = {
@@ -73,9 +72,6 @@ def model_folder(name: str, work: Path) -> Path:
                 for parameter in model.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(0.1 * torch.randn_like(parameter))
-                    if parameter.dim() == 2 and len(parameter) == EXPERTS:
-                        # Clear choices: near ties, float16 alone would choose other experts.
-                        parameter.mul_(30)
             model.to(torch.bfloat16).save_pretrained(folder)
         return folder
     return BOOKS if name == "books8m" else resolve(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import numpy as np
 import torch
 import transformers
 from check_stock import kept_in_memory
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_cases import Case
+from vllm_cases import MIXTURES, Case
 
 import llmq
+from llmq import formats
 from llmq.grids.scheme import Scheme
+from llmq.report.report import Report
 
 ROWS, TOKENS = 2, 96
+TWIN = "twin"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -33,16 +37,12 @@ def write_reference(base: Path, case: Case, out: Path, file: Path) -> bool:
     ids = tokens(base, model.config.get_text_config().vocab_size)
     with kept_in_memory() as kept:
         report = llmq.quantize(str(base), out, case.recipe, ids=ids)
-    if all(f"{row.name}.weight" in model.state_dict() for row in report.quantized):
-        missing, unexpected = model.load_state_dict(kept, strict=False)
-        assert not unexpected and kept, unexpected
-    else:
-        # Experts are no modules: stock transformers with compressed-tensors makes the dense model.
-        plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **plain)
-        for parameter in model.parameters():
-            # Stacks that are not quantized keep the checkpoint's dtype.
-            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+    if case.model in MIXTURES:
+        write_twin(base, out, report)
+        np.savez(file, tokens=ids.numpy(), logprob=np.zeros(1), floor=np.zeros(1))
+        return False
+    missing, unexpected = model.load_state_dict(kept, strict=False)
+    assert not unexpected and kept, unexpected
     scales = input_scales(out)
     schemes = {row.name: row.scheme for row in report.quantized}
     for name, module in model.named_modules():
@@ -55,6 +55,20 @@ def write_reference(base: Path, case: Case, out: Path, file: Path) -> bool:
     floor = log_probabilities(model.to(getattr(torch, case.dtype)), ids) - found if coarse else torch.zeros(1)
     np.savez(file, tokens=ids.numpy(), logprob=found.numpy(), floor=floor.square().mean().sqrt().numpy())
     return bool(scales)
+
+
+def write_twin(base: Path, out: Path, report: Report) -> None:
+    """Write the source with the dequantized weights of a folder beside it, as TWIN, in float16."""
+    stored, written = (
+        {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()} for folder in (base, out)
+    )
+    for row in report.quantized:
+        tensors = {n.removeprefix(f"{row.name}."): t for n, t in written.items() if n.startswith(f"{row.name}.")}
+        stored[f"{row.name}.weight"] = formats.of(row.scheme).unpack(tensors, row.scheme).dequantize(torch.float32)
+    twin = out.parent / TWIN
+    twin.mkdir()
+    shutil.copy(base / "config.json", twin)
+    save_file({n: t.to(torch.float16).contiguous() for n, t in stored.items()}, twin / "model.safetensors")
 
 
 def log_probabilities(model: Any, ids: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Reads a request per line of standard input, a JSON object, and answers each with a line that begins with "RESULT ":
 
-- {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool}: load the folder on the CPU,
+- {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool, "twin":
+  FOLDER or null}: load the folder on the CPU,
   and compare log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its
   place, which shows whether vLLM's loader reads the folder right;
 - {"rules": SECTION}: the kernel that vLLM's own rules choose on NVIDIA GPUs for the first group of a
@@ -107,7 +108,9 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 def stand_ins() -> ExitStack:
     """vLLM's CPU kernels, and last the plain products, where vLLM looks for kernels."""
     import vllm.model_executor.kernels.linear as linear
-    import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as experts
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as experts,
+    )
     from vllm.platforms import PlatformEnum
 
     stack = ExitStack()
@@ -121,18 +124,34 @@ def stand_ins() -> ExitStack:
     return stack
 
 
-def run(folder: str, reference: str, static: bool, dtype: str) -> dict[str, Any]:
-    """Log-probabilities of the reference's tokens in vLLM against those of the file, and the kernels that were used."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+def run(folder: str, reference: str, static: bool, dtype: str, twin: str | None = None) -> dict[str, Any]:
+    """Log-probabilities of the reference's tokens in vLLM against those of the file, and the kernels that were used.
 
+    twin: a folder with the dequantized weights, whose log-probabilities in vLLM take the place of the file's: in a
+    mixture of experts, a rounding error may send a token to another expert.
+    """
     if static:
         # The AMX kernel for int8 ignores static input scales; oneDNN's, which other processors use, does not.
         import vllm.model_executor.kernels.linear.scaled_mm.cpu as cpu_kernels
 
         cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
     want = np.load(reference)
-    rows = want["tokens"]
+    found, used = log_probabilities(folder, want["tokens"], dtype)
+    expected = want["logprob"] if twin is None else log_probabilities(twin, want["tokens"], dtype)[0]
+    return {
+        "rms": float(np.sqrt(((found - expected) ** 2).mean())),
+        "nll": float(-found.mean()),
+        "expected": float(-expected.mean()),
+        "floor": float(want["floor"]),
+        "kernels": used,
+    }
+
+
+def log_probabilities(folder: str, rows: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str]]:
+    """Of each token but the first, in vLLM, and the kernels that were used."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
     length = rows.shape[1] + 16
     model = None
     try:
@@ -151,20 +170,11 @@ def run(folder: str, reference: str, static: bool, dtype: str) -> dict[str, Any]
             SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )
-        found = np.array(
-            [
-                [one.prompt_logprobs[at + 1][token].logprob for at, token in enumerate(row[1:].tolist())]
-                for row, one in zip(rows, done, strict=True)
-            ]
-        )
-        difference = found - want["logprob"]
-        return {
-            "rms": float(np.sqrt((difference**2).mean())),
-            "nll": float(-found.mean()),
-            "expected": float(-want["logprob"].mean()),
-            "floor": float(want["floor"]),
-            "kernels": model.apply_model(kernels)[0],
-        }
+        found = [
+            [one.prompt_logprobs[at + 1][token].logprob for at, token in enumerate(row[1:].tolist())]
+            for row, one in zip(rows, done, strict=True)
+        ]
+        return np.array(found), model.apply_model(kernels)[0]
     finally:
         del model
         gc.collect()
@@ -311,7 +321,9 @@ def main() -> None:
                 answer = rules(request["rules"])
             else:
                 with stand_ins() if request["stand_in"] else ExitStack():
-                    answer = run(request["run"], request["reference"], request["static"], request["dtype"])
+                    answer = run(
+                        request["run"], request["reference"], request["static"], request["dtype"], request.get("twin")
+                    )
         except BaseException as error:  # the answer is what vLLM says
             traceback.print_exc()
             answer = {"refused": first_line(error)}

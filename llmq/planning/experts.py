@@ -173,7 +173,8 @@ def group(index: int, info: ExpertsInfo, items: list[WeightPlan], found: Found |
     groups = []
     for begin in range(0, info.count, step):
         end = min(begin + step, info.count)
-        groups.append(ExpertGroup(f"block {index}, experts {begin}–{end - 1}", begin, end))
+        named = f"experts {begin}–{end - 1}" if end - begin > 1 else f"expert {begin}"
+        groups.append(ExpertGroup(f"block {index}, {named}", begin, end))
     return ExpertsPlan(info, index, weights, groups, [] if found is None else found.experts[0])
 
 

@@ -281,7 +281,7 @@ def test_a_changed_byte_in_an_experts_shard_is_noticed_by_the_run_that_resumes(
 
     job.quantize(str(source), out, RTN, ids=IDS, watch=Noting())
     (said,) = notes
-    assert shard.name in said and "was changed since it was written: block 0, experts 1–1" in said
+    assert shard.name in said and "was changed since it was written: block 0, expert 1" in said
     assert written(out) == written(tmp_path / "whole")
 
 
