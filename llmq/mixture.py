@@ -26,7 +26,6 @@ from llmq.machine import give_back
 from llmq.planning.plan import BlockPlan
 from llmq.watch import Watch
 
-
 STOOD_IN = "no calibration token chose this expert: other tokens stood in"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Report:
 
     def to_json(self) -> str:
         """The text of report.json."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(_plain(self), indent=1, sort_keys=True, default=_plain) + "\n"
 
     @staticmethod
     def there(folder: Path) -> bool:
@@ -105,6 +105,11 @@ class Report:
         weights = [read_weight(row) for row in data["weights"]]
         blocks = [read_block(row) for row in data["blocks"]]
         return Report(**{**data, "weights": weights, "blocks": blocks})
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass: `asdict` copies every number of every row as well."""
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
 
 
 def versions() -> dict[str, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import WeightState, relative_error
 from llmq.discovery.reasons import Kind, Reason
+from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme, changed_scheme
 
 
@@ -95,7 +98,7 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
     """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
     shared = {"name": str(data["name"]), "shape": tuple(data["shape"]), "block": data["block"], "bytes": data["bytes"]}
     if data.get("scheme") is not None:
-        scheme = changed_scheme(_current(data["scheme"]), Scheme(), data["name"])
+        scheme = _scheme(json.dumps(data["scheme"]), shared["name"])
         return WeightRow(
             **shared,
             scheme=scheme,
@@ -129,6 +132,21 @@ def read_attempt(data: Mapping[str, Any]) -> Attempt:
     return Attempt(method, where or None, data["before"], data["after"], outcome, **words)
 
 
-def _current(scheme: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheme in today's names: earlier versions called the grid fp8 'float'."""
-    return {**scheme, "grid": {"float": "fp8"}.get(scheme["grid"], scheme["grid"])}
+def _scheme(text: str, name: str) -> Scheme:
+    """The scheme of a weight, from JSON. Raises KeyError, TypeError or LlmqError."""
+    found = _known_scheme(text)
+    return found if isinstance(found, Scheme) else changed_scheme(found, Scheme(), name)
+
+
+@lru_cache(maxsize=256)
+def _known_scheme(text: str) -> Scheme | dict[str, Any]:
+    """A scheme from JSON, which is the same for very many weights; its data if it is none.
+
+    Earlier versions called the grid fp8 'float'.
+    """
+    scheme = json.loads(text)
+    current = {**scheme, "grid": {"float": "fp8"}.get(scheme["grid"], scheme["grid"])}
+    try:
+        return changed_scheme(current, Scheme(), "")
+    except LlmqError:
+        return current

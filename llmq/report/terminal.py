@@ -103,7 +103,7 @@ def readable(text: str, encoding: str) -> str:
 
 
 def report(console: Console, done: Report) -> None:
-    """A finished run: a line per block, one for its experts, the weights with the largest error, fallbacks, headline."""
+    """A finished run: a line per block, and for its experts; the largest errors, fallbacks, and the headline."""
     table = Table(title="blocks", title_justify="left")
     for heading in ("block", "output error", "mean weight error", "bits", "seconds"):
         table.add_column(heading, justify="left" if heading == "block" else "right")
@@ -148,12 +148,10 @@ def _experts(console: Console, done: Report) -> None:
     ):
         table.add_column(heading, justify="right")
     for experts in found:
-        errors = ", ".join(digits(error, 3) for error in experts.errors)
-        tokens = ("", "")
-        if experts.tokens is not None:
-            tokens = ", ".join(map(str, experts.tokens)), f"{experts.idle} of {len(experts.each)}"
-        routing = "" if experts.routing is None else f"{100 * experts.routing:.2f} %"
-        table.add_row(str(experts.block), str(len(experts.rows)), errors, *tokens, routing)
+        cells = [str(experts.block), str(len(experts.rows)), ", ".join(digits(error, 3) for error in experts.errors)]
+        known = experts.tokens is not None
+        cells += [", ".join(map(str, experts.tokens or ())), f"{experts.idle} of {len(experts.each)}" if known else ""]
+        table.add_row(*cells, "" if experts.routing is None else f"{100 * experts.routing:.2f} %")
     console.print(table)
     if any(experts.routing is not None for experts in found):
         console.print("routing: the share of choices of experts that are those of the unquantized block", style="dim")
