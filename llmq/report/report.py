@@ -123,9 +123,9 @@ def make_report(
     """A report from the rows of the blocks (in the sink's journal) and the weights that the plan does not quantize."""
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
-        units = plan.blocks[index].units
-        blocks.append(read_block({"name": block.name, **done[units[-1]]}))
-        weights += [read_weight({"block": index, **row}) for unit in units for row in done[unit]["weights"]]
+        *groups, last = plan.blocks[index].units
+        blocks.append(read_block({"name": block.name, **done[last]}))
+        weights += [read_weight({"block": index, **row}) for unit in (last, *groups) for row in done[unit]["weights"]]
     silent = [block.name for block in blocks if block.zero]
     silent_note = (
         f"the output of {', '.join(silent[:3])}{f' and {len(silent) - 3} more' if len(silent) > 3 else ''} is zero for "

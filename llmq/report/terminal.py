@@ -21,7 +21,7 @@ from llmq.report.measured import digits
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found
     from llmq.formats.base import Row
-    from llmq.formats.inspection import Inspection
+    from llmq.formats.inspection import Alike, Inspection
     from llmq.planning.plan import Plan
     from llmq.planning.weights import WeightPlan
     from llmq.recipe.catalog import Description
@@ -198,12 +198,17 @@ def headline(console: Console, done: Report) -> None:
 
 
 def inspection(console: Console, found: Inspection) -> None:
-    """A line for each weight, then the totals."""
+    """A line for each weight, one for the experts of a block, then the totals."""
+    from llmq.formats.inspection import Alike
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("weight", overflow="fold")
     for name in ("shape", "stored as", "error", "size"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in found.lines:
+        if isinstance(row, Alike):
+            table.add_row(*_alike_row(row))
+            continue
         error = "" if row.error is None else f"{row.error:.4f}"
         shape = "×".join(map(str, row.shape)) or "1"
         name = escape(row.name.removesuffix(".weight"))
@@ -233,6 +238,19 @@ def inspection(console: Console, found: Inspection) -> None:
     numbers = "" if found.unknown else f", {found.size / 1e6:.2f} million numbers"
     totals.add_row("size", f"{size(found.nbytes)}{numbers}")
     console.print(totals, highlight=False)
+
+
+def _alike_row(found: Alike) -> list[str]:
+    """The row of the experts of a block: how many, their weights, the different shapes and schemes, all their bytes."""
+    known = [row for row in found.rows if row.understood]
+    what = Counter(scheme(row) if row.understood else "not understood" for row in found.rows)
+    told = ", ".join(f"{count} × {said}" if len(what) > 1 else said for said, count in what.most_common())
+    errors = sorted(row.error for row in known if row.error is not None)
+    error = f"{errors[0]:.4f}–{errors[-1]:.4f}" if errors else ""
+    name = f"{escape(found.name)} × {found.count}: {len(found.rows)} weights"
+    cells = [name, shapes(row.shape for row in known), told, error, size(sum(row.nbytes for row in found.rows))]
+    style = "yellow" if len(known) < len(found.rows) else "dim" if all(row.bits is None for row in known) else ""
+    return [f"[{style}]{cell}[/]" if style else cell for cell in cells]
 
 
 def scheme(row: Row) -> str:
