@@ -105,11 +105,12 @@ def _lines(rows: Sequence[Row]) -> Iterator[Row | Alike]:
     places: list[str] = []
     for row in rows:
         parts = row.name.split(".")
-        *outer, at = [0, 0, *(at for at, part in enumerate(parts) if part.isdigit())]
-        places.append(".".join(parts[:at]) if outer[-1] and at + 1 < len(parts) else "")
-        if places[-1]:
-            lists.setdefault(places[-1], {}).setdefault(int(parts[at]), []).append((".".join(parts[at + 1 :]), row))
-        deep |= {".".join(parts[:at]) for at, part in enumerate(parts) if part.isdigit() and at + 3 < len(parts)}
+        numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+        deep |= {".".join(parts[:at]) for at in numbers if at + 3 < len(parts)}
+        last = numbers[-1] if len(numbers) > 1 and numbers[-1] + 1 < len(parts) else 0
+        places.append(".".join(parts[:last]))
+        if last:
+            lists.setdefault(places[-1], {}).setdefault(int(parts[last]), []).append((".".join(parts[last + 1 :]), row))
     whole = {
         name
         for name, modules in lists.items()
