@@ -98,9 +98,6 @@ def place(items: Sequence[Weight]) -> str:
     """The dotted parts that the names of experts' weights begin with, up to the first that differs."""
     first, last = (name.split(".") for name in (min(i.name for i in items), max(i.name for i in items)))
     same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    number = str(items[0].expert)
-    if len({item.expert for item in items}) == 1 and number in first[:same]:
-        same = len(first) - 1 - first[::-1].index(number)
     return ".".join(first[:same])
 
 
