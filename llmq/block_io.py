@@ -193,7 +193,7 @@ def pack_weights(
     for name, weight in (planned.weights if weights is None else weights).items():
         state = block.weights[name]
         assert weight.scheme is not None and state.quantized is not None
-        rows.append(asdict(weight_row(state, planned.index, weight.after)))
+        rows.append(asdict(weight_row(state, planned.index, weight.after, weight.expert)))
         packed = formats.of(weight.scheme).pack(state.quantized)
         tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
     return rows, tensors
