@@ -218,30 +218,6 @@ def test_the_way_out_names_experts_and_no_number(changes: dict[str, Any], tmp_pa
     assert all(i.scheme for i in made.weights if "self_attn" in i.name and i.name.endswith("proj"))
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts of 48 × 64 and 64 × 48; do not change it."""
-    folder = tmp_path_factory.mktemp("models") / "uneven"
-    return mixtures.write("qwen3_moe", folder, num_hidden_layers=1, moe_intermediate_size=48)
-
-
-@pytest.mark.parametrize("way", ["smaller", "channel", "keep"])
-def test_a_group_size_that_divides_some_matrices_of_experts_only(way: str, uneven: Path) -> None:
-    """--ragged would give the others another scheme, so it is not proposed, and refused."""
-    said = refused(lambda: plan(uneven, Scheme(4, 32)), "does not divide", "experts.*.down_proj [64, 48]")
-    assert "--ragged" not in said and "--keep PATTERN for all experts of a block" in said
-    told = "experts with different schemes", "Ways out: a --group-size that divides 48 and 64, "
-    refused(lambda: plan(uneven, Scheme(4, 32), ragged=way), *told)
-    # The ways out; where no expert's width is divided, all have one scheme.
-    assert any(i.expert is not None for i in plan(uneven, W4).weights)
-    assert any(i.expert is not None for i in plan(uneven, Scheme(4, 32), overrides=(("experts", W4),)).weights)
-    plan(uneven, Scheme(4, 32), keep=("experts",))
-    if way == "channel":
-        assert "--ragged channel" in refused(lambda: plan(uneven, Scheme(4, 128)), "does not divide")
-        schemes = {i.scheme for i in plan(uneven, Scheme(4, 128), ragged=way).weights if i.expert is not None}
-        assert schemes == {Scheme(4, None)}
-
-
 # What loads exactly.
 
 
