@@ -21,9 +21,9 @@ class WeightRow:
 
     shape: [out, in]; block: its number; bytes: stored; error: relative, in the Frobenius norm, of the quantized weight
     to the weight after all transforms; notes: fallbacks used; seconds: of its quantization. Of a routed expert's weight
-    also expert: its number in the block; tokens: the calibration tokens that chose it; alpha: the share of their own
-    statistics in those that it was quantized with, from 0 to 1, None if the methods draw none from other tokens. None
-    for other weights.
+    also expert: its number in the block; tokens: those of the calibration windows (if no method needs data, of the one
+    window that checks blocks) that chose it; alpha: the share of their own statistics in those that it was quantized
+    with, from 0 to 1, None if the methods use no such statistics. None for other weights.
     """
 
     name: str

@@ -51,7 +51,7 @@ def clouds(found: Sequence[Experts]) -> Clouds | None:
         f"The largest is {digits(worst.errors[-1], 3)}, in block {worst.block}."
     )
     if counts:
-        description += f" No calibration token chose {idle:,} of the {len(counts):,} experts."
+        description += f" No token chose {idle:,} of the {len(counts):,} experts."
     full = any(experts.tokens is not None for experts in found), any(experts.routing is not None for experts in found)
     return Clouds(
         "experts",

@@ -112,7 +112,12 @@ def tiny(folder: Path, **changes: Any) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+    }
     sizes |= {"num_experts": EXPERTS, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 256, "head_dim": 16, "initializer_range": 0.2, "norm_topk_prob": True}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**(sizes | changes), tie_word_embeddings=False)).save_pretrained(folder)
@@ -178,6 +183,6 @@ def test_routing_is_that_of_the_block_whose_other_weights_are_quantized(
     before, after = chosen(source, ids, {}), chosen(source, ids, changes)
     same = [len({*a} & {*b}) for a, b in zip(before.tolist(), after.tolist(), strict=True)]
     assert made.blocks[0].routing == pytest.approx(sum(same) / before.numel())
-    assert made.blocks[0].routing < 1
+    assert sum(same) < before.numel()
     counts = torch.bincount(after.flatten(), minlength=EXPERTS).tolist()
     assert [tokens for tokens, _ in experts_of(made)[0].each] == counts

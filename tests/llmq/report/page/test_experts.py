@@ -33,9 +33,7 @@ def test_a_row_of_quantiles_for_each_block() -> None:
     routing = f"{100 * (made.blocks[1].routing or 0):.2f} %"
     assert map.table[1] == ["block 1", "8", "24", "4.12", *shares, "0", "6", "14", "1", routing]
     largest = max(row.error for row in made.quantized if row.expert is not None)
-    assert (
-        digits(largest, 3) in map.description and "No calibration token chose 3 of the 24 experts." in map.description
-    )
+    assert digits(largest, 3) in map.description and "No token chose 3 of the 24 experts." in map.description
 
 
 def test_a_point_stands_at_its_tokens_and_its_error() -> None:
