@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_header
-from llmq.discovery.rename import renamer
+from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
-from llmq.formats.plain import FLOATS, Entry, Layer, Reader
+from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
 from llmq.inference.linear import QuantLinear, quant_linear
+from llmq.inference.stacks import ORDINARY, Joining, Stack, unknown
 
 BIAS = "bias"
 Stored = dict[str, TensorInfo]
@@ -45,12 +46,18 @@ class Placeholder(nn.Module):
 
     def replacement(self, dtype: torch.dtype) -> QuantLinear:
         """The layer for the loaded tensors. Raises LlmqError if one was not loaded, or they contradict each other."""
-        tensors: dict[str, Tensor] = {}
-        for suffix in self.layer.entries:
-            tensors[suffix] = self._loaded(suffix)
+        weight = self.weight_read()
         bias = self._loaded(BIAS) if "bias" in self._buffers else None
         try:
-            return quant_linear(self.layer.read(tensors), bias, dtype)
+            return quant_linear(weight, bias, dtype)
+        except (LlmqError, ValueError, TypeError) as error:
+            raise LlmqError(f"{self.file}: {self.name}: {error}") from error
+
+    def weight_read(self) -> Weight:
+        """The weight of the loaded tensors. Raises LlmqError if one was not loaded, or they contradict each other."""
+        tensors = {suffix: self._loaded(suffix) for suffix in self.layer.entries}
+        try:
+            return self.layer.read(tensors)
         except (LlmqError, ValueError, TypeError) as error:
             raise LlmqError(f"{self.file}: {self.name}: {error}") from error
 
@@ -74,9 +81,12 @@ def inner(suffix: str) -> str:
 
 @dataclass
 class Found:
-    """quantized: module → placeholder; unserved: why the kernels cannot run this checkpoint, or None."""
+    """quantized: module → placeholder; stacks: the parameters whose experts are packed, their placeholders by place;
+    unserved: why the kernels cannot run this checkpoint, or None."""
 
     quantized: dict[str, Placeholder] = field(default_factory=dict)
+    stacks: list[Stack] = field(default_factory=list)
+    experts: dict[str, Placeholder] = field(default_factory=dict)
     unserved: str | None = None
 
 
@@ -87,18 +97,27 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     configuration, a linear module of the base model has no tensor at all, or a file is damaged.
     """
     stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
-    renamed = renamer(model)
+    rules = Rules(model)
     modules, state = dict(model.named_modules()), model.state_dict()
     linear = {name: module for name, module in modules.items() if sizes(module) is not None}
-    found = Found()
+    found, joining = Found(), Joining(model, rules)
     seen: set[str] = set()
-    for stem, tensors in stored.items():
-        target, converted = renamed(f"{stem}.weight")
+    for stem in rules.ordered(stored):
+        tensors = stored[stem]
+        target, pattern = rules.rename(f"{stem}.weight")
         name = target.removesuffix(".weight")
         module = linear.get(name)
-        if converted or module is None:
-            known = converted or target in state or name in modules or _inside_parameters(name, modules)
-            if known and found.unserved is None and not set(tensors) <= {"weight", BIAS}:
+        if pattern is not None and target in state:
+            joining.add(stem, target, pattern)
+            continue
+        if pattern is not None or module is None:
+            owner = _inside_parameters(name, modules)
+            if set(tensors) <= ORDINARY or not (pattern or target in state or name in modules or owner):
+                continue
+            if owner is not None and any(p.dim() >= 3 for p in modules[owner].parameters(recurse=False)):
+                if not joining.foreign(stem):
+                    raise LlmqError(unknown(tensors, owner, model))
+            elif found.unserved is None:
                 first = next(iter(tensors.values())).name
                 found.unserved = f"{first} is part of {name}, which is no linear module"
             continue
@@ -120,17 +139,22 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         check(stem, shape, entries, tensors)
         found.quantized[name] = Placeholder(name, layer, tensors, bias)
     if found.unserved is None:
+        found.stacks, found.unserved = joining.stacks(stored, reader)
+    for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
+        check(part.stem, part.shape, part.layer.entries, stored[part.stem])
+        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False)
+    if found.unserved is None:
         _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
     return found
 
 
-def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module that the model lacks would be inside a module with its own parameters, as with fused experts."""
+def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module with its own parameters, as fused experts have, in which a module that the model lacks would be."""
     while name:
         name = name.rpartition(".")[0]
         if name in modules:
-            return bool(name) and any(True for _ in modules[name].parameters(recurse=False))
-    return False
+            return name if name and any(True for _ in modules[name].parameters(recurse=False)) else None
+    return None
 
 
 def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:

@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import formats
 from llmq.errors import LlmqError
-from llmq.formats.plain import mapping
+from llmq.formats.plain import Weight, mapping
+from llmq.inference.experts import packed_stack, use_packed
 from llmq.inference.linear import QuantLinear
-from llmq.inference.placeholders import Placeholder, find, inner
+from llmq.inference.placeholders import Found, Placeholder, find, inner
+from llmq.inference.stacks import Stack
 from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
@@ -150,6 +154,7 @@ class KernelQuantizer(HfQuantizer):
         super().__init__(config, pre_quantized=True)
         self.reader, self.stock = reader, stock
         self.placeholders: dict[str, Placeholder] = {}
+        self.found = Found()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises LlmqError if modules would be offloaded to the disk, or some of them to the CPU beside a GPU."""
@@ -173,7 +178,7 @@ class KernelQuantizer(HfQuantizer):
             # preprocess_model would also do this, but too late for us; a second call does nothing.
             self._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
             found = find(model, self.reader, files)
-            self.placeholders, reason = found.quantized, found.unserved
+            self.found, self.placeholders, reason = found, found.quantized, found.unserved
         if reason is None:
             super().preprocess_model(model, dtype=dtype, **kwargs)
             return
@@ -186,6 +191,14 @@ class KernelQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, placeholder in self.placeholders.items():
             model.set_submodule(name, placeholder)
+        for stack in self.found.stacks:
+            path, _, name = stack.name.rpartition(".")
+            owner = model.get_submodule(path)
+            del owner._parameters[name]
+            # Some models' initialization accesses it unconditionally.
+            vars(owner)[name] = torch.empty(0, device="meta")
+        for name, placeholder in self.found.experts.items():
+            _put(model, name, placeholder)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Map stored names with a dot in their suffix to buffers without one. transformers < 5.21 passes no model."""
@@ -199,6 +212,7 @@ class KernelQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from accelerate.hooks import add_hook_to_module
 
+        self._pack_stacks(model)
         plain: dict[str, list[str]] = {}
         for name in list(self.placeholders):
             placeholder = self.placeholders.pop(name)
@@ -213,6 +227,30 @@ class KernelQuantizer(HfQuantizer):
         _own(model)
         give_back()
         return model
+
+    def _pack_stacks(self, model: Any) -> None:
+        """Put packed stacks in the place of experts' parameters, and free the placeholders of their experts."""
+        owners = {}
+        for stack in self.found.stacks:
+
+            def weights(stack: Stack = stack) -> Iterator[list[Weight]]:
+                for parts in stack.experts:
+                    yield [self.found.experts[part.place].weight_read() for part in parts]
+                    for part in parts:
+                        del self.found.experts[part.place]
+                        _take_out(model, part.place)
+
+            first = self.found.experts[stack.experts[0][0].place]
+            try:
+                packed = packed_stack(stack.name, stack.shape, stack.transposed, weights(), model.dtype)
+            except (LlmqError, ValueError, TypeError) as error:
+                raise LlmqError(f"{first.file}: {stack.name}: {error}") from error
+            path, _, name = stack.name.rpartition(".")
+            owners[path] = owner = model.get_submodule(path)
+            del vars(owner)[name]
+            owner.register_module(name, packed)
+        for owner in owners.values():
+            use_packed(owner)
 
     def is_serializable(self) -> bool:
         """No: the weights in memory are packed for one device."""
@@ -230,6 +268,27 @@ class KernelQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes: torch.compile sees one operator per layer."""
         return True
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Make a module a model's submodule, with the modules above it that the model lacks."""
+    above, at = name.split("."), model
+    for step in above[:-1]:
+        if step not in at._modules:
+            at.register_module(step, nn.Module())
+        at = at.get_submodule(step)
+    at.register_module(above[-1], module)
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    """Undo `_put`: remove a submodule, and those above it that have become empty."""
+    while name:
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        del owner._modules[last]
+        if type(owner) is not nn.Module or owner._modules:
+            return
+        name = path
 
 
 def _own(model: Any) -> None:
