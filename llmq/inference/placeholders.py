@@ -21,23 +21,28 @@ from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
 from llmq.inference.linear import QuantLinear, quant_linear
 from llmq.inference.stacks import ORDINARY, Joining, Stack, unknown
 
-BIAS = "bias"
+BIAS, WEIGHT = "bias", "weight"
+JOINED = "weight.joined"
+"""Instead of `weight`, for a packed weight that transformers would join to others as if it were dense."""
 Stored = dict[str, TensorInfo]
 
 
 class Placeholder(nn.Module):
     """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
 
-    name: of the module; stored: its tensors in the files, by suffix, including all that `layer` needs.
+    name: of the module; stored: its tensors in the files, by suffix, including all that `layer` needs; joined: whether
+    transformers would join the weight to others.
     """
 
-    def __init__(self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool) -> None:
+    def __init__(
+        self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool, joined: bool = False
+    ) -> None:
         super().__init__()
-        self.name, self.layer = name, layer
+        self.name, self.layer, self.joined = name, layer, joined
         self.file = stored[next(iter(layer.entries))].file
         for suffix in (*layer.entries, *((BIAS,) if bias else ())):
             info = stored[suffix]
-            self.register_buffer(inner(suffix), torch.empty(info.shape, dtype=info.dtype, device="meta"))
+            self.register_buffer(self._buffer(suffix), torch.empty(info.shape, dtype=info.dtype, device="meta"))
         if "bias" not in self._buffers:
             self.bias = None
         if "weight" not in self._buffers:
@@ -62,12 +67,15 @@ class Placeholder(nn.Module):
             raise LlmqError(f"{self.file}: {self.name}: {error}") from error
 
     def _loaded(self, suffix: str) -> Tensor:
-        tensor = self._buffers[inner(suffix)]
+        tensor = self._buffers[self._buffer(suffix)]
         if tensor is None or tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
             raise LlmqError(
                 f"{self.file}: {self.name}.{suffix} was not loaded, although the file has it: please report this"
             )
         return tensor
+
+    def _buffer(self, suffix: str) -> str:
+        return inner(JOINED if self.joined and suffix == WEIGHT else suffix)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """Never called in a loaded model: the placeholder is replaced once its tensors are loaded."""
@@ -142,7 +150,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         found.stacks, found.unserved = joining.stacks(stored, reader)
     for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
         check(part.stem, part.shape, part.layer.entries, stored[part.stem])
-        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False)
+        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, joined=True)
     if found.unserved is None:
         _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from llmq.errors import LlmqError
 from llmq.formats.plain import Weight, mapping
 from llmq.inference.experts import packed_stack, use_packed
 from llmq.inference.linear import QuantLinear
-from llmq.inference.placeholders import Found, Placeholder, find, inner
+from llmq.inference.placeholders import JOINED, WEIGHT, Found, Placeholder, find, inner
 from llmq.inference.stacks import Stack
 from llmq.machine import give_back
 
@@ -201,13 +202,25 @@ class KernelQuantizer(HfQuantizer):
             _put(model, name, placeholder)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Map stored names with a dot in their suffix to buffers without one. transformers < 5.21 passes no model."""
+        """Map stored names to those of buffers. transformers < 5.21 passes no model.
+
+        Those with a dot in their suffix, and packed weights of experts that are stored like dense ones, which
+        transformers' rules would join.
+        """
         from transformers.core_model_loading import WeightRenaming
 
-        dotted = sorted({s for p in self.placeholders.values() for s in p.layer.entries if "." in s})
-        return weight_conversions + [
-            WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted
-        ]
+        every = [*self.placeholders.values(), *self.found.experts.values()]
+        dotted = sorted({s for p in every for s in p.layer.entries if "." in s})
+        renamed = [WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted]
+        dense = {_any_expert(n) for n, p in self.found.experts.items() if WEIGHT in p.layer.entries}
+        if dense:
+            # A search, as the base model's prefix may be missing in the files.
+            prefix = f"{getattr(model, 'base_model_prefix', '')}."
+            places = "|".join(sorted(place.removeprefix(re.escape(prefix)) for place in dense))
+            renamed.append(
+                WeightRenaming(source_patterns=rf"((?:{places}))\.{WEIGHT}$", target_patterns=rf"\1.{inner(JOINED)}")
+            )
+        return weight_conversions + renamed
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from accelerate.hooks import add_hook_to_module
@@ -268,6 +281,11 @@ class KernelQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes: torch.compile sees one operator per layer."""
         return True
+
+
+def _any_expert(name: str) -> str:
+    """A regular expression for the names that differ from this one in their last number."""
+    return re.sub(r"(.*\\\.)\d+(\\\..*)", r"\1\\d+\2", re.escape(name))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
