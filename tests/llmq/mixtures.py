@@ -42,18 +42,24 @@ def mixture(folder: Path, model_type: str, case: Case, renamed: Renamed = str, o
         case.kind, compressed
     )
     packed: Tensors = {}
-    orders: dict[str, np.random.Generator] = {}
     for name, tensor in state.items():
         if not quantized(name, tensor) or only not in name:
             packed[name] = tensor
             continue
         stem = name.removesuffix(".weight")
-        made, weight = maker(orders.get(stem, rng), *tensor.shape, case)
+        made, weight = maker(rng, *tensor.shape, case)
         packed |= {f"{renamed(stem)}.{suffix}": value for suffix, value in made.items()}
         state[name] = torch.from_numpy(weight.astype(np.float32))
     save(folder / "dense", state)
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     values = json.loads((folder / "dense" / "config.json").read_text()) | {"quantization_config": config(case)}
+    if case.kind.startswith("ct"):
+        ignored = [
+            name.removesuffix(".weight")
+            for name, value in packed.items()
+            if value.dim() == 2 and value is state.get(name)
+        ]
+        values["quantization_config"]["ignore"] = ignored
     (folder / "packed").mkdir()
     (folder / "packed" / "config.json").write_text(json.dumps(values))
     save(folder / "packed", packed, shards=2)
