@@ -68,7 +68,8 @@ class Rules:
         Writers name experts alike in all models, also where a model's own checkpoints name them otherwise. None if no
         rule of a model that transformers knows gives a parameter of this model, or if they disagree.
         """
-        renamed, found = self.only_renamed(name), {}
+        renamed = self.only_renamed(name)
+        found: dict[Any, tuple[str, str, Any]] = {}
         for rule in _all_converters():
             target, pattern = rule.rename_source_key(renamed)
             target = next((t for t in self._with_and_without_prefix(target) if t in self._state), None)
@@ -89,9 +90,9 @@ def _all_converters() -> list[Any]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    rules = {}
+    rules: dict[Any, Any] = {}
     for kind in CONFIG_MAPPING:
-        for rule in get_checkpoint_conversion_mapping(kind) or ():
+        for rule in get_checkpoint_conversion_mapping(kind) or ():  # type: ignore[no-untyped-call]
             if isinstance(rule, WeightConverter) and len(rule.target_patterns) == 1:
                 rules.setdefault((tuple(rule.source_patterns), tuple(rule.target_patterns)), rule)
     return list(rules.values())

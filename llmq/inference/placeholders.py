@@ -18,8 +18,8 @@ from llmq.checkpoint.tensors import TensorInfo, read_header
 from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
+from llmq.inference.find_experts import ORDINARY, Joining, Stack, unknown
 from llmq.inference.linear import QuantLinear, quant_linear
-from llmq.inference.stacks import ORDINARY, Joining, Stack, unknown
 
 BIAS, WEIGHT = "bias", "weight"
 JOINED = "weight.joined"

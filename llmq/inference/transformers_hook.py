@@ -24,10 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmq import formats
 from llmq.errors import LlmqError
 from llmq.formats.plain import Weight, mapping
-from llmq.inference.experts import packed_stack, use_packed
+from llmq.inference.experts import use_packed
+from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
 from llmq.inference.placeholders import JOINED, WEIGHT, Found, Placeholder, find, inner
-from llmq.inference.stacks import Stack
+from llmq.inference.stack import packed_stack
 from llmq.machine import give_back
 
 log = logging.getLogger("llmq")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.inference.experts import PackedStack
+from llmq.inference.stack import PackedStack
 from llmq.inference.transformers_hook import use_kernels
 from tests.architectures import tiny
 from tests.llmq.mixtures import mixture
