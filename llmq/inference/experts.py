@@ -20,12 +20,10 @@ NAME = "llmq"
 
 def use_packed(experts: nn.Module) -> None:
     """Let an experts' module whose stacks are packed run on `grouped`, if its class lets transformers choose."""
-    config, stacks = getattr(experts, "config", None), _in_order(experts)
-    chooses = hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "has_gate")
-    if not chooses or config is None:
-        return
-    experts._llmq_stacks = stacks  # type: ignore[assignment]
-    config._experts_implementation = NAME
+    config = getattr(experts, "config", None)
+    if hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "has_gate") and config is not None:
+        experts._llmq_stacks = _in_order(experts)  # type: ignore[assignment]
+        config._experts_implementation = NAME
 
 
 def _in_order(experts: nn.Module) -> tuple[str, str] | None:

@@ -36,7 +36,7 @@ class StackedLinear(nn.Module):
     def put(self, index: int, layer: QuantLinear) -> None:
         """Copy an expert's layer. Raises LlmqError if it is not like the first."""
         like = self._like[0]
-        fits = type(layer) is type(like) and layer.extra_repr() == like.extra_repr()
+        fits = type(layer) is type(like) and _numbers(layer) == _numbers(like)
         for name, buffer in layer.named_buffers(recurse=False):
             if self._buffers.get(name) is None:
                 self.register_buffer(name, _blank(name, buffer, self.count))
@@ -77,6 +77,11 @@ class StackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """The text that print shows."""
         return f"experts={self.count}, {self._like[0].extra_repr()}"
+
+
+def _numbers(layer: QuantLinear) -> dict[str, Any]:
+    """Sizes, layout and dtype."""
+    return {name: value for name, value in vars(layer).items() if isinstance(value, (int, float, str, torch.dtype))}
 
 
 def _blank(name: str, like: Tensor, count: int) -> Tensor:
