@@ -86,6 +86,12 @@ class Joining:
         self.add(stem, target, pattern, rule)
         return True
 
+    def refuse_foreign(self, stored: Mapping[str, Stored]) -> None:
+        """Raises LlmqError if stock transformers would not know where a weight belongs."""
+        for target, joined in self.joined.items():
+            if joined.foreign:
+                raise LlmqError(unknown(stored[next(iter(joined.stems.values()))[0]], target, self.model))
+
     def stacks(self, stored: Mapping[str, Stored], reader: Reader) -> tuple[list[Stack], str | None]:
         """The packed stacks, and why one of the parameters can not be kept packed, or None.
 
@@ -102,9 +108,8 @@ class Joining:
             found = self._stack(target, joined, stored, reader)
             if isinstance(found, Stack):
                 stacks.append(found)
-            elif joined.foreign:
-                raise LlmqError(unknown(stored[packed[0]], target, self.model))
             else:
+                self.refuse_foreign(stored)
                 return [], f"{next(iter(stored[packed[0]].values())).name} is part of {target}, {found}"
         return stacks, None
 

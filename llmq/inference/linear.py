@@ -54,6 +54,14 @@ class QuantLinear(nn.Linear):
         """x [..., in] in the layer's dtype → [..., out]."""
         raise NotImplementedError
 
+    def dense(self) -> Tensor:
+        """The weight's values [out, in], in the layer's dtype."""
+        with torch.enable_grad():
+            x = self.weight.new_zeros(self.out_features, self.in_features).requires_grad_()
+            every = torch.eye(self.out_features, dtype=self.dtype, device=x.device)
+            (weight,) = torch.autograd.grad(self.product(x), x, every)
+        return weight
+
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the packed weight cannot be moved to another kind of device or used with another dtype, or None."""
         return None

@@ -89,10 +89,12 @@ def inner(suffix: str) -> str:
 
 @dataclass
 class Found:
-    """quantized: module → placeholder; stacks: the parameters whose experts are packed, their placeholders by place;
+    """quantized: module → placeholder; dense: the same for modules that compute something else of their weight than
+    its product, and so need its values; stacks: the parameters whose experts are packed, their placeholders by place;
     unserved: why the kernels cannot run this checkpoint, or None."""
 
     quantized: dict[str, Placeholder] = field(default_factory=dict)
+    dense: dict[str, Placeholder] = field(default_factory=dict)
     stacks: list[Stack] = field(default_factory=list)
     experts: dict[str, Placeholder] = field(default_factory=dict)
     unserved: str | None = None
@@ -115,6 +117,9 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         target, pattern = rules.rename(f"{stem}.weight")
         name = target.removesuffix(".weight")
         module = linear.get(name)
+        other = modules.get(name) if module is None and pattern is None else None
+        if isinstance(other, nn.Linear) and isinstance(getattr(other, "weight", None), nn.Parameter):
+            module = other
         if pattern is not None and target in state:
             joining.add(stem, target, pattern)
             continue
@@ -129,8 +134,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
                 first = next(iter(tensors.values())).name
                 found.unserved = f"{first} is part of {name}, which is no linear module"
             continue
-        shape = sizes(module)
-        assert shape is not None
+        shape = sizes(module) or (module.weight.shape[0], module.weight.shape[1])
         layer = reader.layer(name, module, shape, tensors)
         if layer is not None or "weight" in tensors:
             seen.add(name)
@@ -145,8 +149,11 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         bias = module.bias is not None
         entries = dict(layer.entries) | ({BIAS: Entry(FLOATS, (shape[0],))} if bias else {})
         check(stem, shape, entries, tensors)
-        found.quantized[name] = Placeholder(name, layer, tensors, bias)
-    if found.unserved is None:
+        where = found.quantized if name in linear else found.dense
+        where[name] = Placeholder(name, layer, tensors, bias)
+    if found.unserved is not None:
+        joining.refuse_foreign(stored)
+    else:
         found.stacks, found.unserved = joining.stacks(stored, reader)
     for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
         check(part.stem, part.shape, part.layer.entries, stored[part.stem])

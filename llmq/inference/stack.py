@@ -7,6 +7,7 @@ such calls on to `__torch_function__` here. The same matrices can multiply rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -306,21 +307,28 @@ def joined(weights: list[Weight]) -> Weight | None:
 
 
 def packed_stack(
-    name: str, shape: tuple[int, ...], transposed: bool, weights: Iterable[list[Weight]], dtype: torch.dtype
+    name: str,
+    shape: tuple[int, ...],
+    transposed: bool,
+    weights: Iterable[list[Weight]],
+    dtype: torch.dtype,
+    file: str | Path,
 ) -> PackedStack:
     """The stack of experts whose matrices have these weights as their rows, one list per expert.
 
-    Raises LlmqError if experts are not stored alike.
+    file: where the first is stored. Raises LlmqError if experts are not stored alike.
     """
     parts: list[StackedLinear] = []
     for index, rows in enumerate(weights):
-        whole = joined(rows) if len(parts) < 2 else None
-        together = [whole] if whole is not None else rows
-        if parts and len(parts) != len(together):
-            raise LlmqError("experts of one stack must be stored alike")
-        layers = [quant_linear(weight, None, dtype) for weight in together]
-        if not parts:
-            parts = [StackedLinear(shape[0], layer) for layer in layers]
-        for part, layer in zip(parts, layers, strict=True):
-            part.put(index, layer)
+        try:
+            whole = joined(rows) if len(parts) < 2 else None
+            layers = [quant_linear(weight, None, dtype) for weight in ([whole] if whole is not None else rows)]
+            if not parts:
+                parts = [StackedLinear(shape[0], layer) for layer in layers]
+            if len(parts) != len(layers):
+                raise LlmqError("experts of one stack must be stored alike")
+            for part, layer in zip(parts, layers, strict=True):
+                part.put(index, layer)
+        except (LlmqError, ValueError, TypeError) as error:
+            raise LlmqError(f"{file}: {name}: {error}") from error
     return PackedStack(name, shape, transposed, parts)

@@ -157,6 +157,7 @@ class KernelQuantizer(HfQuantizer):
         self.reader, self.stock = reader, stock
         self.placeholders: dict[str, Placeholder] = {}
         self.found = Found()
+        self.originals: dict[str, Any] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises LlmqError if modules would be offloaded to the disk, or some of them to the CPU beside a GPU."""
@@ -193,6 +194,9 @@ class KernelQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, placeholder in self.placeholders.items():
             model.set_submodule(name, placeholder)
+        for name, placeholder in self.found.dense.items():
+            self.originals[name] = model.get_submodule(name)
+            model.set_submodule(name, placeholder)
         for stack in self.found.stacks:
             path, _, name = stack.name.rpartition(".")
             owner = model.get_submodule(path)
@@ -210,7 +214,7 @@ class KernelQuantizer(HfQuantizer):
         """
         from transformers.core_model_loading import WeightRenaming
 
-        every = [*self.placeholders.values(), *self.found.experts.values()]
+        every = [*self.placeholders.values(), *self.found.dense.values(), *self.found.experts.values()]
         dotted = sorted({s for p in every for s in p.layer.entries if "." in s})
         renamed = [WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted]
         dense = {_any_expert(n) for n, p in self.found.experts.items() if WEIGHT in p.layer.entries}
@@ -227,6 +231,7 @@ class KernelQuantizer(HfQuantizer):
         from accelerate.hooks import add_hook_to_module
 
         self._pack_stacks(model)
+        self._make_dense(model)
         plain: dict[str, list[str]] = {}
         for name in list(self.placeholders):
             placeholder = self.placeholders.pop(name)
@@ -255,16 +260,33 @@ class KernelQuantizer(HfQuantizer):
                         _take_out(model, part.place)
 
             first = self.found.experts[stack.experts[0][0].place]
-            try:
-                packed = packed_stack(stack.name, stack.shape, stack.transposed, weights(), model.dtype)
-            except (LlmqError, ValueError, TypeError) as error:
-                raise LlmqError(f"{first.file}: {stack.name}: {error}") from error
+            packed = packed_stack(stack.name, stack.shape, stack.transposed, weights(), model.dtype, first.file)
             path, _, name = stack.name.rpartition(".")
             owners[path] = owner = model.get_submodule(path)
             del vars(owner)[name]
             owner.register_module(name, packed)
         for owner in owners.values():
             use_packed(owner)
+
+    def _make_dense(self, model: Any) -> None:
+        """Restore the modules that need their weights' values, with these."""
+        from accelerate.hooks import add_hook_to_module
+
+        for name, module in self.originals.items():
+            placeholder = self.found.dense.pop(name)
+            layer = placeholder.replacement(model.dtype)
+            module.weight, module.bias = nn.Parameter(layer.dense(), requires_grad=False), None
+            if layer.bias is not None:
+                module.bias = nn.Parameter(layer.bias, requires_grad=False)
+            model.set_submodule(name, module)
+            if hasattr(placeholder, "_hf_hook"):
+                add_hook_to_module(module, placeholder._hf_hook)
+        if self.originals:
+            log.warning(
+                "%d weights are dense, such as %s: its %s is no plain linear layer",
+                len(self.originals), *next((n, type(m).__name__) for n, m in self.originals.items()),
+            )  # fmt: skip
+        self.originals.clear()
 
     def is_serializable(self) -> bool:
         """No: the weights in memory are packed for one device."""

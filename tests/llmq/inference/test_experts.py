@@ -23,7 +23,7 @@ EXPERTS, WIDTH = 3, 64
 
 def stack(name: str, out: int, seed: int, **options: Any) -> tuple[PackedStack, Tensor]:
     made = [weight(seed + e, out, **options) for e in range(EXPERTS)]
-    return packed_stack(name, (EXPERTS, out, WIDTH), False, [[w] for w in made], torch.float32), torch.stack(
+    return packed_stack(name, (EXPERTS, out, WIDTH), False, [[w] for w in made], torch.float32, "f"), torch.stack(
         [values(w) for w in made]
     )
 

@@ -203,3 +203,30 @@ def test_experts_that_no_rule_places_are_refused_where_stock_would_fill_them_wit
     values["quantization_config"]["ignore"] = ["lm_head", "re:.*self_attn.*", "re:.*router.*"]
     (tmp_path / "packed" / "config.json").write_text(json.dumps(values))
     refused(lambda: load(tmp_path), "transformers has no rule for gpt_oss", "with the tool that wrote it")
+
+
+def test_linear_modules_that_need_their_values_are_made_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """deepseek_v4's grouped output projection is a Linear by class, but multiplies its rows group by group."""
+    from llmq import job
+    from llmq.grids.scheme import Scheme
+    from llmq.recipe.recipe import Recipe
+
+    tiny.make("deepseek_v4", tmp_path / "m")
+    job.quantize(
+        str(tmp_path / "m"), tmp_path / "packed", Recipe(methods=("rtn",), scheme=Scheme(bits=4, group_size=32))
+    )
+    model = load(tmp_path)
+    assert stacks(model) and "is no plain linear layer" in caplog.text
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    assert apart(model, stock) < 1e-5
+
+
+def test_foreign_names_are_refused_where_stock_would_have_to_load_them(tmp_path: Path) -> None:
+    mixture(tmp_path, "mixtral", Case("ct"), standard)
+
+    def edit(tensors: Tensors) -> None:
+        if any("layers.0.self_attn.q_proj" in name for name in tensors):
+            tensors["model.norm.weight_packed"] = torch.zeros(64, 8, dtype=torch.int32)
+
+    change(tmp_path, edit)
+    refused(lambda: load(tmp_path), "transformers has no rule for mixtral", "quantize the model with llmq")

@@ -36,7 +36,7 @@ def stack(transposed: bool = False, **options: Any) -> tuple[PackedStack, Tensor
     experts: list[list[Weight]] = [[weight(2 * e, **options), weight(2 * e + 1, **options)] for e in range(EXPERTS)]
     dense = torch.stack([torch.cat([values(part) for part in rows]) for rows in experts])  # type: ignore[arg-type]
     dense = dense.mT.contiguous() if transposed else dense
-    return packed_stack("m.stack", tuple(dense.shape), transposed, experts, torch.float32), dense
+    return packed_stack("m.stack", tuple(dense.shape), transposed, experts, torch.float32, "file"), dense
 
 
 def same(found: Tensor, wanted: Tensor) -> None:
@@ -149,15 +149,17 @@ def test_experts_differ_only_in_zero_points_and_order() -> None:
     """Readers leave out zero points that are all 0, and an order that is none: an expert at a time."""
     experts = [weight(0), weight(1, symmetric=False), weight(2, order=True)]
     lists: list[list[Weight]] = [[e] for e in experts]
-    packed = packed_stack("m", (3, OUT, WIDTH), False, lists, torch.float32)
+    packed = packed_stack("m", (3, OUT, WIDTH), False, lists, torch.float32, "file")
     x: Any = torch.randn(5, WIDTH)
     for e, one in enumerate(experts):
         same(functional.linear(x, packed[e]), x @ values(one).t())  # type: ignore[arg-type]
     assert not packed.groups()
     with pytest.raises(LlmqError, match="stored alike"):
-        packed_stack("m", (2, OUT, WIDTH), False, [[weight(0)], [weight(1, bits=8)]], torch.float32)
+        packed_stack("m", (2, OUT, WIDTH), False, [[weight(0)], [weight(1, bits=8)]], torch.float32, "file")
     with pytest.raises(LlmqError, match="stored alike"):
-        packed_stack("m", (2, 64, WIDTH), False, [[weight(0, 64)], [weight(0), weight(1, bits=8)]], torch.float32)
+        packed_stack(
+            "m", (2, 64, WIDTH), False, [[weight(0, 64)], [weight(0), weight(1, bits=8)]], torch.float32, "file"
+        )
     layer = quant_linear(weight(0), None, torch.float32)
     with pytest.raises(LlmqError, match="stored alike"):
         StackedLinear(2, layer).put(1, quant_linear(weight(0, 16), None, torch.float32))
