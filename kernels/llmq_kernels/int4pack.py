@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import FLOATS
+from llmq_kernels.dense_bits import unpack
 from llmq_kernels.products import product_dtype, row_slabs
-from llmq_kernels.reference import unpack_codes
 from llmq_kernels.weights import PackedInt
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
@@ -148,9 +148,9 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     rows = -(-out // how.block) * how.block
     packed = words.new_empty(rows, in_features // 2, dtype=torch.uint8)
     for some in row_slabs(rows, in_features, PACKED_AT_ONCE, how.block):
-        part = unpack_codes(words[some], bits, in_features)
-        codes = words.new_full((some.stop - some.start, in_features), 8)
-        codes[: len(part)] += part
+        codes = unpack(words[some], bits, in_features).add_(8).to(torch.int32)
+        if len(codes) < some.stop - some.start:
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, some.stop - some.start - len(codes)), value=8)
         packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
     of_group = torch.arange(in_features // group, device=words.device) * group // group_size
     pairs = dtype == torch.bfloat16
