@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import FLOATS
+from llmq_kernels.checks import FLOATS, check
 from llmq_kernels.dense_bits import unpack
 from llmq_kernels.products import product_dtype, row_slabs
 from llmq_kernels.weights import PackedInt
@@ -32,7 +32,8 @@ OPERATOR_GROUPS = (256, 128, 64, 32)
 
 # Up to this many rows the operator is faster than slabs. It costs 1.5 ms per four rows at 4096 x 4096; slabs cost a
 # fixed 10 ms and torch's matmul. Both take the same time at 48 rows for 4096 x 4096, 14336 x 4096 and 4096 x 14336:
-# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13.
+# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13. So do experts' weights, many of them one
+# after the other: 48 rows for 1536 x 2048, 48 to 64 for 2048 x 768.
 OPERATOR_ROWS = 48
 
 # Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
@@ -141,6 +142,7 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     how, group = packing(), _group(in_features, group_size)
     if reason is not None or how is None or group is None:
         raise ValueError(reason)
+    check("words", words, torch.int32, (out, -(-in_features * bits // 32)))
     groups = -(-in_features // group_size)
     for name, tensor in (("scale", scale), ("zero", zero)):
         if tensor is not None and tensor.shape != (out, groups):
