@@ -62,6 +62,15 @@ def test_the_twin_and_every_layout_are_the_float64_product(symmetric: bool, bias
                 assert not got[int(OFFSETS[-1]) :].any(), "rows of no expert are zero"
 
 
+def test_the_layout_of_gpus() -> None:
+    """In Triton's interpreter."""
+    experts, x = weights(4, False), torch.randn(ROWS, WIDTH).bfloat16()
+    expected, allowed = exact(experts, x, None)
+    got = torch.ops.llmq.int_grouped(*arguments(experts, x, None, "planes"))
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.slow
 def test_opcheck_and_gradient() -> None:
     experts = weights(4, False)
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
