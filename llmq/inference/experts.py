@@ -62,7 +62,7 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     inner = first.sorted_product(hidden_states[order // chosen], offsets, biases[0])
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     outer = second.sorted_product(inner, offsets, biases[1])
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # older transformers have none
         outer = experts.post_expert_norm(outer)
     outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

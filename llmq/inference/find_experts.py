@@ -28,13 +28,18 @@ ORDINARY = {"weight", "bias"}
 
 @dataclass(frozen=True)
 class PackedPart:
-    """Rows of an expert's matrix that are stored packed, under `stem`; place: of its placeholder in the model."""
+    """Rows of an expert's matrix that are stored packed, under `stem`.
+
+    place: of its placeholder in the model; apart: the suffixes of tensors that transformers would join to others, as
+    if they were dense weights.
+    """
 
     stem: str
     place: str
     start: int
     shape: tuple[int, int]
     layer: Layer
+    apart: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Joining:
         experts: list[list[PackedPart]] = [[] for _ in range(shape[0])]
         for pattern, found in parts.items():
             first: Layer | None = None
+            apart: frozenset[str] = frozenset()
             for stem, part in zip(numbered[pattern], found, strict=True):
                 expert, offset = divmod(part.offset, size)
                 start = offset if turned else offset // width
@@ -142,8 +148,10 @@ class Joining:
                         f"{one.file}: {stem} is not packed like {numbered[pattern][0]}, and all experts must be: "
                         "write the checkpoint again with one scheme for them"
                     )
-                first = layer
-                experts[expert].append(PackedPart(stem, place, start, (out, inputs), layer))
+                if first is None:
+                    first = layer
+                    apart = frozenset(s for s in layer.entries if self.rules.rename(f"{stem}.{s}")[1] is not None)
+                experts[expert].append(PackedPart(stem, place, start, (out, inputs), layer, apart))
         for expert_parts in experts:
             expert_parts.sort(key=lambda p: p.start)
             at = 0

@@ -21,24 +21,27 @@ from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
 from llmq.inference.find_experts import ORDINARY, Joining, Stack, unknown
 from llmq.inference.linear import QuantLinear, quant_linear
 
-BIAS, WEIGHT = "bias", "weight"
-JOINED = "weight.joined"
-"""Instead of `weight`, for a packed weight that transformers would join to others as if it were dense."""
+BIAS = "bias"
 Stored = dict[str, TensorInfo]
 
 
 class Placeholder(nn.Module):
     """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
 
-    name: of the module; stored: its tensors in the files, by suffix, including all that `layer` needs; joined: whether
-    transformers would join the weight to others.
+    name: of the module; stored: its tensors in the files, by suffix, with all that `layer` needs; apart: those that
+    transformers would join to others, if their buffers were named like them.
     """
 
     def __init__(
-        self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool, joined: bool = False
+        self,
+        name: str,
+        layer: Layer,
+        stored: Mapping[str, TensorInfo],
+        bias: bool,
+        apart: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
-        self.name, self.layer, self.joined = name, layer, joined
+        self.name, self.layer, self.apart = name, layer, apart
         self.file = stored[next(iter(layer.entries))].file
         for suffix in (*layer.entries, *((BIAS,) if bias else ())):
             info = stored[suffix]
@@ -75,7 +78,7 @@ class Placeholder(nn.Module):
         return tensor
 
     def _buffer(self, suffix: str) -> str:
-        return inner(JOINED if self.joined and suffix == WEIGHT else suffix)
+        return apart(suffix) if suffix in self.apart else inner(suffix)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """Never called in a loaded model: the placeholder is replaced once its tensors are loaded."""
@@ -85,6 +88,11 @@ class Placeholder(nn.Module):
 def inner(suffix: str) -> str:
     """The name of the buffer for a stored tensor; buffer names cannot have dots."""
     return suffix.replace(".", "__")
+
+
+def apart(suffix: str) -> str:
+    """The name of the buffer for a stored tensor that no rule of transformers matches."""
+    return f"stored_{inner(suffix)}"
 
 
 @dataclass
@@ -157,7 +165,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         found.stacks, found.unserved = joining.stacks(stored, reader)
     for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
         check(part.stem, part.shape, part.layer.entries, stored[part.stem])
-        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, joined=True)
+        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, part.apart)
     if found.unserved is None:
         _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
     return found

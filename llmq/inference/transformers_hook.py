@@ -27,7 +27,7 @@ from llmq.formats.plain import Weight, mapping
 from llmq.inference.experts import use_packed
 from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
-from llmq.inference.placeholders import JOINED, WEIGHT, Found, Placeholder, find, inner
+from llmq.inference.placeholders import Found, Placeholder, apart, find, inner
 from llmq.inference.stack import packed_stack
 from llmq.machine import give_back
 
@@ -209,22 +209,21 @@ class KernelQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Map stored names to those of buffers. transformers < 5.21 passes no model.
 
-        Those with a dot in their suffix, and packed weights of experts that are stored like dense ones, which
-        transformers' rules would join.
+        Those with a dot in their suffix, and tensors of experts that transformers' rules would join as if they were
+        dense weights.
         """
         from transformers.core_model_loading import WeightRenaming
 
         every = [*self.placeholders.values(), *self.found.dense.values(), *self.found.experts.values()]
         dotted = sorted({s for p in every for s in p.layer.entries if "." in s})
         renamed = [WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted]
-        dense = {_any_expert(n) for n, p in self.found.experts.items() if WEIGHT in p.layer.entries}
-        if dense:
-            # A search, as the base model's prefix may be missing in the files.
-            prefix = f"{getattr(model, 'base_model_prefix', '')}."
-            places = "|".join(sorted(place.removeprefix(re.escape(prefix)) for place in dense))
-            renamed.append(
-                WeightRenaming(source_patterns=rf"((?:{places}))\.{WEIGHT}$", target_patterns=rf"\1.{inner(JOINED)}")
-            )
+        # A search, as the base model's prefix may be missing in the files.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        for suffix in sorted({s for p in self.found.experts.values() for s in p.apart}):
+            names = {n.removeprefix(prefix) for n, p in self.found.experts.items() if suffix in p.apart}
+            places = "|".join(sorted({_any_expert(name) for name in names}))
+            rule = rf"((?:{places}))\.{re.escape(inner(suffix))}$"
+            renamed.append(WeightRenaming(source_patterns=rule, target_patterns=rf"\1.{apart(suffix)}"))
         return weight_conversions + renamed
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -75,6 +75,7 @@ def test_types(model_type: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     assert stacks(model)
     assert apart(model, dense) < 1e-5
+    change(tmp_path, halved)
     half, rounded = load(tmp_path, dtype="bfloat16"), dense.to(torch.bfloat16)
     assert apart(half, rounded) < 0.1, "bfloat16 may choose other experts, no more"
     held = sum(b.numel() * b.element_size() for s in stacks(half) for b in s.buffers())
@@ -119,6 +120,12 @@ def change(folder: Path, edit: Callable[[Tensors], None]) -> None:
         tensors = load_file(file)
         edit(tensors)
         save_file(tensors, file, {"format": "pt"})
+
+
+def halved(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not name.endswith("scale"):
+            tensors[name] = tensor.bfloat16()
 
 
 def without(part: str) -> Callable[[Tensors], None]:
