@@ -120,8 +120,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     linear = {name: module for name, module in modules.items() if sizes(module) is not None}
     found, joining = Found(), Joining(model, rules)
     seen: set[str] = set()
-    for stem in rules.ordered(stored):
-        tensors = stored[stem]
+    for stem, tensors in stored.items():
         target, pattern = rules.rename(f"{stem}.weight")
         name = target.removesuffix(".weight")
         module = linear.get(name)
