@@ -85,7 +85,8 @@ class Joining:
             return False
         target, pattern, rule = found
         experts = self.model.get_submodule(target.rpartition(".")[0])
-        usual = not getattr(experts, "is_transposed", False) and getattr(experts, "is_concatenated", True)
+        # Classes that say nothing of how they hold their matrices may hold them in any way.
+        usual = not getattr(experts, "is_transposed", True) and getattr(experts, "is_concatenated", True)
         if not usual or getattr(experts, "has_bias", False):
             return False
         self.add(stem, target, pattern, rule)
