@@ -20,8 +20,8 @@ class Attempt:
 
     method: its name, several joined by '+'; where: the changed pair of weights, as text, or None for the whole block in
     its written form; before, after: the block's relative output error without and with the change, None if not
-    computed; choice: the method's best candidate; why: the reason for skipping it, or for not judging it by the error; expert: the
-    number of the routed expert that it was made on, as a block of its own.
+    computed; choice: the method's best candidate; why: the reason for skipping it, or for not judging it by the error;
+    expert: the number of the routed expert that it was made on, as a block of its own.
     """
 
     method: str
