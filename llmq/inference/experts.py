@@ -66,7 +66,7 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         outer = experts.post_expert_norm(outer)
     outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return cast(Tensor, outer[back].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype))
+    return cast(Tensor, outer[back].view(*top_k_index.shape, outer.shape[-1]).sum(1).to(hidden_states.dtype))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, grouped)

@@ -76,6 +76,14 @@ def test_gated_experts_are_the_weighted_sum(swapped: bool) -> None:
     assert experts.ran == 0
 
 
+def test_no_rows_at_all() -> None:
+    """As where a block's tokens all go another way."""
+    experts = Experts(stack("up", 2 * WIDTH, 0)[0], stack("down", WIDTH, 9)[0], True)
+    use_packed(experts)
+    found = experts(torch.empty(0, WIDTH), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
+    assert found.shape == (0, WIDTH) and experts.ran == 0
+
+
 def test_biases_and_a_norm() -> None:
     (first, up), (second, down) = stack("up", 2 * WIDTH, 0), stack("down", WIDTH, 9)
     experts = Experts(first, second, True)
