@@ -17,7 +17,7 @@ import llmq
 from llmq.inference.stack import PackedStack
 from llmq.inference.transformers_hook import use_kernels
 from tests.architectures import tiny
-from tests.llmq.packed_mixtures import mixture
+from tests.llmq.packed_mixtures import mixture, standard
 from tests.llmq.refusal import refused
 from tests.llmq.written import Case, Tensors, compressed, config, save
 
@@ -34,13 +34,6 @@ CASES = [
 ]
 #: Names like those of the usual checkpoints, and others: with a shared expert, a renamed module, w1/w2/w3, no gate.
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "minimax", "qwen3_next", "flex_olmo", "lfm2_moe", "nemotron_h"]
-STANDARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
-def standard(name: str) -> str:
-    """The names that other tools give experts, whatever the model's own checkpoints have."""
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{STANDARD.get(last, last)}"
 
 
 def stacks(model: Any) -> list[PackedStack]:
