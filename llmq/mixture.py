@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -183,6 +184,7 @@ def quantize_experts(
     for group in block.experts.groups:
         done = group.unit in io.sink.done
         rows: list[dict[str, Any]] = []
+        log: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for expert in range(group.begin, group.end):
             module = io.fill_expert(block, expert)
@@ -193,9 +195,10 @@ def quantize_experts(
             mine = _quantize(io, block, expert, module, result, statistics)
             more, packed = pack_weights(block, mine, block.experts.weights[expert])
             rows += [row | _told(io, mine, row["notes"]) for row in more]
+            log += [asdict(replace(attempt, expert=expert)) for attempt in mine.log]
             tensors |= packed
         if not done:
-            io.sink.commit(group.unit, tensors, {"weights": rows})
+            io.sink.commit(group.unit, tensors, {"weights": rows, "log": log})
             give_back()
         watch.step(f"{group.unit}{' were already done' if done else ''}")
     return target.totals, result.totals

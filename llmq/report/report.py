@@ -124,7 +124,8 @@ def make_report(
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
         *groups, last = plan.blocks[index].units
-        blocks.append(read_block({"name": block.name, **done[last]}))
+        log = [attempt for unit in (last, *groups) for attempt in done[unit]["log"]]
+        blocks.append(read_block({"name": block.name, **done[last], "log": log}))
         weights += [read_weight({"block": index, **row}) for unit in (last, *groups) for row in done[unit]["weights"]]
     silent = [block.name for block in blocks if block.zero]
     silent_note = (

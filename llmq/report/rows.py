@@ -128,8 +128,8 @@ def read_attempt(data: Mapping[str, Any]) -> Attempt:
         return Attempt(**{**data, "outcome": Outcome(data["outcome"])})
     method, _, where = data["what"].partition(": ")
     outcome = Outcome.KEPT if data["kept"] else Outcome.UNDONE
-    words = {key: data.get(key) or "" for key in ("choice", "why")}
-    return Attempt(method, where or None, data["before"], data["after"], outcome, **words)
+    choice, why = (str(data.get(key) or "") for key in ("choice", "why"))
+    return Attempt(method, where or None, data["before"], data["after"], outcome, choice, why)
 
 
 def _scheme(text: str, name: str) -> Scheme:

@@ -21,6 +21,7 @@ from llmq.methods import Pipeline
 from llmq.planning import experts as planning
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
 from llmq.watch import Silent
 from tests.architectures import tiny
 from tests.llmq import mixtures
@@ -357,7 +358,7 @@ def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path
             row["name"]: row["tokens"]
             for e in lines
             for row in e.get("payload", {}).get("weights", [])
-            if "tokens" in row
+            if row.get("tokens") is not None
         }
         assert len(counted) == 12 and {n for name, n in counted.items() if ".experts.1." in name} == {0}
         loaded, told = mixtures.load(out)
@@ -368,3 +369,16 @@ def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path
         want = model.model.layers[0].mlp.experts(rows, one, full)
         error = {method: float((experts(rows, one, full) - want).norm()) for method, experts in outputs.items()}
     assert error["gptq"] < 0.8 * error["rtn"]
+
+
+def test_what_a_method_tried_on_every_expert_is_reported(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(methods=("awq", "gptq"), scheme=mixtures.W4)
+    report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
+    for block in report.blocks:
+        tried = [attempt for attempt in block.log if attempt.expert is not None]
+        assert {attempt.expert for attempt in tried} == {0, 1, 2, 3}
+        for expert in range(4):
+            where = [attempt.where for attempt in tried if attempt.expert == expert]
+            assert where == ["gate_up_proj → down_proj", None]
+        assert str(tried[0]).startswith("expert 0: awq: gate_up_proj → down_proj: error 0.")
+    assert Report.load(tmp_path / "out").blocks == report.blocks
