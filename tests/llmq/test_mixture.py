@@ -224,6 +224,7 @@ def test_sources_of_half_precision(
     assert set(scales.values()) == {dtype} and len(scales) == 2 * (4 + 4 * 3)
 
 
+@pytest.mark.slow
 def test_groups_that_are_finished_are_read_and_not_quantized_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +261,7 @@ def test_groups_that_are_finished_are_read_and_not_quantized_again(
 # Damage.
 
 
+@pytest.mark.slow
 def test_a_changed_byte_in_an_experts_shard_is_noticed_by_the_run_that_resumes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +336,7 @@ def test_an_expert_that_cannot_be_quantized_is_named(
     refused(lambda: job.quantize(str(source), tmp_path / "out", RTN, ids=IDS), "layers.1.mlp.experts, expert 3: not")
 
 
+@pytest.mark.slow
 def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path) -> None:
     """0 tokens of its own, and yet nearer to what it computes of other tokens than rounding to nearest is."""
     folder = mixtures.write("qwen3_moe", tmp_path / "m", num_hidden_layers=1)
@@ -371,6 +374,7 @@ def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path
     assert error["gptq"] < 0.8 * error["rtn"]
 
 
+@pytest.mark.slow
 def test_what_a_method_tried_on_every_expert_is_reported(source: Path, tmp_path: Path) -> None:
     recipe = Recipe(methods=("awq", "gptq"), scheme=mixtures.W4)
     report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)

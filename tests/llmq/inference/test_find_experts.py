@@ -98,6 +98,7 @@ def test_the_base_model_and_use_kernels(tmp_path: Path) -> None:
         torch.testing.assert_close(model(x).last_hidden_state, dense.model(x).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_some_layers_dense(tmp_path: Path) -> None:
     dense = mixture(tmp_path, "qwen3_moe", Case("gptq", 4, 32, True), only="layers.1.")
     values = (tmp_path / "packed" / "config.json").read_text()
@@ -247,6 +248,7 @@ def test_experts_that_no_rule_places_are_refused_where_stock_would_fill_them_wit
     refused(lambda: load(tmp_path), "transformers has no rule for gpt_oss", "with the tool that wrote it")
 
 
+@pytest.mark.slow
 def test_linear_modules_that_need_their_values_are_made_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """deepseek_v4's grouped output projection is a Linear by class, but multiplies its rows group by group."""
     from llmq import job
