@@ -22,25 +22,26 @@ def use_packed(experts: nn.Module) -> None:
     """Let an experts' module whose stacks are packed run on `grouped`, if its class lets transformers choose."""
     config = getattr(experts, "config", None)
     if hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "has_gate") and config is not None:
-        experts._llmq_stacks = _in_order(experts)  # type: ignore[assignment]
+        experts._llmq_stacks = _orders(experts)  # type: ignore[assignment]
         config._experts_implementation = NAME
 
 
-def _in_order(experts: nn.Module) -> tuple[str, str] | None:
-    """The names of the stacks that come first and second in an expert, told by their sizes; None if they do not tell.
+def _orders(experts: nn.Module) -> list[tuple[str, str]]:
+    """The names of the stacks that may come first and second in an expert, by their sizes.
 
-    The first multiplies the rows, and gives the inputs of the second, twice as many if it is gated.
+    The first multiplies the rows, and gives the inputs of the second, twice as many if it is gated. Without gates both
+    orders fit, until the width of the rows is known.
     """
     stacks = {name: child for name, child in experts.named_children() if isinstance(child, PackedStack)}
     others = [p for p in experts.parameters(recurse=False) if p.dim() >= 3]
     if len(stacks) != 2 or others or not all(stack.groups() for stack in stacks.values()):
-        return None
+        return []
     found = []
     for first, second in (tuple(stacks), tuple(stacks)[::-1]):
         (out, width), (back, inner) = stacks[first].sizes(), stacks[second].sizes()
         if out == inner * (2 if experts.has_gate else 1) and back == width:
             found.append((first, second))
-    return found[0] if len(found) == 1 else None
+    return found
 
 
 def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -48,11 +49,13 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
     Experts that are not packed, or not so that one operator multiplies them, run as without it.
     """
-    names = getattr(experts, "_llmq_stacks", None)
-    if names is None:
+    orders = getattr(experts, "_llmq_stacks", [])
+    fitting = [order for order in orders if getattr(experts, order[0]).sizes()[1] == hidden_states.shape[-1]]
+    if len(fitting) != 1:
         packed = any(isinstance(child, PackedStack) for child in experts.children())
         way = type(experts).forward.__wrapped__ if packed else ALL_EXPERTS_FUNCTIONS["grouped_mm"]
         return cast(Tensor, way(experts, hidden_states, top_k_index, top_k_weights))
+    names = fitting[0]
     first, second = (getattr(experts, name) for name in names)
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
     chosen = top_k_index.size(-1)
@@ -66,7 +69,7 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         outer = experts.post_expert_norm(outer)
     outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return cast(Tensor, outer[back].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype))
+    return cast(Tensor, outer[back].view(*top_k_index.shape, outer.shape[-1]).sum(1).to(hidden_states.dtype))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, grouped)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -200,14 +201,20 @@ class Joining:
     @staticmethod
     def _layer(stem: str, place: str, shape: tuple[int, int], stored: Stored, reader: Reader) -> Layer | None:
         """How the weight is stored. Configurations name it as it is stored, or as transformers renames it."""
-        with torch.device("meta"):
-            linear = nn.Linear(shape[1], shape[0], bias=False)
+        linear = _linear(*shape)
         try:
             return reader.layer(stem, linear, shape, stored)
         except LlmqError:
             if place == stem:
                 raise
             return reader.layer(place, linear, shape, stored)
+
+
+@cache
+def _linear(rows: int, width: int) -> nn.Linear:
+    """What a stored weight would be the weight of. One for all experts: making one takes longer than all else."""
+    with torch.device("meta"):
+        return nn.Linear(width, rows, bias=False)
 
 
 def unknown(stored: Stored, parameter: str, model: nn.Module) -> str:

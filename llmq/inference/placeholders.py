@@ -112,16 +112,20 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     """The placeholders of a model on the meta device, for the weights that are quantized in these files.
 
     Raises LlmqError, naming file and tensor, if a tensor is missing or its shape or dtype contradicts the
-    configuration, a linear module of the base model has no tensor at all, or a file is damaged.
+    configuration, a linear module of the base model or a parameter of experts has no tensor at all, or a file is
+    damaged.
     """
-    stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
+    headers = [read_header(Path(file)) for file in files]
+    stored = grouped(headers, reader.suffixes)
     rules = Rules(model)
     modules, state = dict(model.named_modules()), model.state_dict()
     linear = {name: module for name, module in modules.items() if sizes(module) is not None}
     found, joining = Found(), Joining(model, rules)
     seen: set[str] = set()
+    there: set[str] = set()
     for stem, tensors in stored.items():
         target, pattern = rules.rename(f"{stem}.weight")
+        there.add(target)
         name = target.removesuffix(".weight")
         module = linear.get(name)
         other = modules.get(name) if module is None and pattern is None else None
@@ -166,7 +170,11 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         check(part.stem, part.shape, part.layer.entries, stored[part.stem])
         found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, part.apart)
     if found.unserved is None:
-        _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
+        file = next(iter(next(iter(stored.values())).values())).file if stored else None
+        _check_complete(model, linear, seen, file)
+        rest = (n for header in headers for n in header if not n.endswith(tuple(f".{s}" for s in reader.suffixes)))
+        there |= joining.joined.keys() | {rules.rename(name)[0] for name in rest}
+        _check_experts(modules, {stack.name.rpartition(".")[0] for stack in found.stacks}, there, file)
     return found
 
 
@@ -231,3 +239,19 @@ def _check_complete(model: nn.Module, linear: Mapping[str, nn.Module], seen: set
                 f"{file}: no tensor of {name}, which the model needs: transformers would fill it with random numbers; "
                 "download or write the checkpoint again"
             )
+
+
+def _check_experts(modules: Mapping[str, nn.Module], packed: set[str], there: set[str], file: Path | None) -> None:
+    """Raises LlmqError if a parameter of experts is not there. packed: modules of which some experts are packed.
+
+    Other modules of these classes are experts, too.
+    """
+    classes = {type(modules[name]) for name in packed}
+    for name, module in modules.items():
+        if type(module) in classes:
+            for parameter, _ in module.named_parameters(recurse=False):
+                if f"{name}.{parameter}" not in there:
+                    raise LlmqError(
+                        f"{file}: no tensor of {name}.{parameter}, which the model needs: transformers would fill it "
+                        "with random numbers; download or write the checkpoint again"
+                    )

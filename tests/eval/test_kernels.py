@@ -12,6 +12,7 @@ from llmq_eval import speed
 from llmq_eval.evaluation import evaluate
 from llmq_eval.options import Options
 from tests.conftest import Run, write_tokenizer
+from tests.llmq.packed_mixtures import mixture, standard
 from tests.llmq.written import Case, write
 
 
@@ -41,6 +42,23 @@ def test_the_numbers_of_dense_weights(folders: list[Path], text_file: Path, tmp_
     mine, dense = (one.find(task, "perplexity") for one in (gptq, base))
     assert mine and dense and mine.value == pytest.approx(dense.value, rel=1e-6)
     assert mine.protocol == dense.protocol and "float32 on llmq's kernels" in mine.protocol
+
+
+@pytest.mark.slow
+def test_a_mixture_with_packed_experts(text_file: Path, tmp_path: Path) -> None:
+    """Also where another tool gave its experts names that stock transformers fills with random numbers."""
+    mixture(tmp_path, "mixtral", Case("ct"), standard)
+    for name in ("dense", "packed"):
+        write_tokenizer(tmp_path / name)
+    options = Options(
+        tasks=("perplexity", "divergence"), text=str(text_file), window=32, max_windows=4, kernels=True,
+        out=tmp_path / "out", progress=False,
+    )  # fmt: skip
+    base, packed = evaluate([str(tmp_path / "packed")], str(tmp_path / "dense"), options)
+    task, name = "perplexity:words.txt", "divergence:words.txt"
+    wanted, found, kl = base.find(task, "perplexity"), packed.find(task, "perplexity"), packed.find(name, "kl")
+    assert wanted and found and found.value == pytest.approx(wanted.value, rel=1e-5)
+    assert kl and kl.value < 1e-9 and "float32 on llmq's kernels" in found.protocol
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tests.architectures import tiny
 from tests.llmq.written import Case, Tensors, awq, compressed, config, gptq, save
 
 Renamed = Callable[[str], str]
+STANDARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def stored(model_type: str, folder: Path) -> Tensors:
@@ -29,6 +30,12 @@ def quantized(name: str, tensor: torch.Tensor) -> bool:
     """Matrices of blocks, but for routers and tiny ones."""
     usual = re.search(r"proj\.weight$|\.w[123]\.weight$|fc[123]\.weight$", name) is not None
     return usual and tensor.dim() == 2 and min(tensor.shape) >= 32 and ".layers." in name
+
+
+def standard(name: str) -> str:
+    """The names that other tools give experts, whatever the model's own checkpoints have."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{STANDARD.get(last, last)}"
 
 
 def mixture(folder: Path, model_type: str, case: Case, renamed: Renamed = str, only: str = "") -> Any:

@@ -21,9 +21,9 @@ from tests.llmq.written import Case
 EXPERTS, WIDTH = 3, 64
 
 
-def stack(name: str, out: int, seed: int, **options: Any) -> tuple[PackedStack, Tensor]:
-    made = [weight(seed + e, out, **options) for e in range(EXPERTS)]
-    return packed_stack(name, (EXPERTS, out, WIDTH), False, [[w] for w in made], torch.float32, "f"), torch.stack(
+def stack(name: str, out: int, seed: int, width: int = WIDTH, **options: Any) -> tuple[PackedStack, Tensor]:
+    made = [weight(seed + e, out, width=width, **options) for e in range(EXPERTS)]
+    return packed_stack(name, (EXPERTS, out, width), False, [[w] for w in made], torch.float32, "f"), torch.stack(
         [values(w) for w in made]
     )
 
@@ -76,6 +76,28 @@ def test_gated_experts_are_the_weighted_sum(swapped: bool) -> None:
     assert experts.ran == 0
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_without_gates_the_width_of_the_rows_tells_which_stack_is_first(swapped: bool) -> None:
+    (first, up), (second, down) = stack("up", 96, 0), stack("down", WIDTH, 9, width=96)
+    experts = Experts(second, first, False) if swapped else Experts(first, second, False)
+    use_packed(experts)
+    x, choices, weights = routed()
+    wanted = torch.zeros_like(x)
+    for row in range(len(x)):
+        for e, w in zip(choices[row], weights[row], strict=True):
+            wanted[row] += w * (down[e] @ nn.functional.silu(up[e] @ x[row]))
+    torch.testing.assert_close(experts(x, choices, weights), wanted, rtol=1e-4, atol=1e-4)
+    assert experts.ran == 0
+
+
+def test_no_rows_at_all() -> None:
+    """As where a block's tokens all go another way."""
+    experts = Experts(stack("up", 2 * WIDTH, 0)[0], stack("down", WIDTH, 9)[0], True)
+    use_packed(experts)
+    found = experts(torch.empty(0, WIDTH), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
+    assert found.shape == (0, WIDTH) and experts.ran == 0
+
+
 def test_biases_and_a_norm() -> None:
     (first, up), (second, down) = stack("up", 2 * WIDTH, 0), stack("down", WIDTH, 9)
     experts = Experts(first, second, True)
@@ -95,7 +117,8 @@ def test_biases_and_a_norm() -> None:
 def test_what_one_operator_cannot_run_runs_the_models_own_code() -> None:
     ordered = stack("up", 2 * WIDTH, 0, order=True)[0]
     plain = stack("down", WIDTH, 9)[0]
-    for first, second, gated in ((ordered, plain, True), (plain, stack("other", WIDTH, 3)[0], False)):
+    square = stack("other", WIDTH, 3)[0]  # without gates nothing tells which of two squares is first
+    for first, second, gated in ((ordered, plain, True), (plain, square, False)):
         experts = Experts(first, second, gated)
         use_packed(experts)
         x, *rest = routed()
@@ -117,8 +140,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_compiled_whole(folder: Path) -> None:
-    model = llmq.load(folder, device_map="cpu", dtype="float32")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "nemotron_h"])
+def test_compiled_whole(model_type: str, tmp_path: Path) -> None:
+    """Experts with and without gates: a loop over those that are chosen would break the graph."""
+    mixture(tmp_path, model_type, Case("ct"))
+    model = llmq.load(tmp_path / "packed", device_map="cpu", dtype="float32")
     x = tiny.tokens()
     with torch.inference_mode():
         wanted = model(x).logits

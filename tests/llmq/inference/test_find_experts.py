@@ -17,7 +17,7 @@ import llmq
 from llmq.inference.stack import PackedStack
 from llmq.inference.transformers_hook import use_kernels
 from tests.architectures import tiny
-from tests.llmq.packed_mixtures import mixture
+from tests.llmq.packed_mixtures import mixture, standard
 from tests.llmq.refusal import refused
 from tests.llmq.written import Case, Tensors, compressed, config, save
 
@@ -34,13 +34,6 @@ CASES = [
 ]
 #: Names like those of the usual checkpoints, and others: with a shared expert, a renamed module, w1/w2/w3, no gate.
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "minimax", "qwen3_next", "flex_olmo", "lfm2_moe", "nemotron_h"]
-STANDARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
-def standard(name: str) -> str:
-    """The names that other tools give experts, whatever the model's own checkpoints have."""
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{STANDARD.get(last, last)}"
 
 
 def stacks(model: Any) -> list[PackedStack]:
@@ -163,6 +156,48 @@ def test_wrong_experts_are_refused(wrong: str, tmp_path: Path) -> None:
     mixture(tmp_path, "qwen3_moe", Case("ct"))
     change(tmp_path, edit)
     refused(lambda: load(tmp_path), told)
+
+
+@pytest.mark.parametrize(
+    ("part", "needed"),
+    [
+        ("layers.1.mlp.experts.", "model.layers.1.mlp.experts."),
+        ("down_proj", "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_a_stack_without_any_tensor_is_refused_where_only_from_pretrained_is_called(
+    part: str, needed: str, tmp_path: Path
+) -> None:
+    """transformers fills it with random numbers, and only logs it."""
+    mixture(tmp_path, "qwen3_moe", Case("ct"))
+    change(tmp_path, without(part))
+    use_kernels()
+    try:
+        refused(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), f"no tensor of {needed}")
+    finally:
+        use_kernels(False)
+
+
+def test_experts_of_a_layer_may_be_one_dense_tensor(tmp_path: Path) -> None:
+    """As llmq writes those that are kept: under the parameter's own name."""
+    dense = mixture(tmp_path, "qwen3_moe", Case("gptq", 4, 32, True), only="layers.1.")
+    values = (tmp_path / "packed" / "config.json").read_text()
+    rest = '"dynamic": {"-:.*layers\\\\.[023]\\\\..*": {}}, "bits": 4'
+    (tmp_path / "packed" / "config.json").write_text(values.replace('"bits": 4', rest))
+    fused = {f"{n}.mlp.experts": m.mlp.experts for n, m in dense.named_modules() if n == "model.layers.2"}
+
+    def edit(tensors: Tensors) -> None:
+        had = [name for name in tensors if "layers.2.mlp.experts." in name]
+        without("layers.2.mlp.experts.")(tensors)
+        if had and fused:
+            name, module = fused.popitem()
+            tensors |= {f"{name}.{n}": p.detach().clone() for n, p in module.named_parameters()}
+
+    change(tmp_path, edit)
+    assert not fused
+    model = load(tmp_path)
+    assert [s.name.split(".")[2] for s in stacks(model)] == ["1", "1"]
+    assert apart(model, dense) < 1e-5
 
 
 def test_one_expert_more_than_the_model_has(tmp_path: Path) -> None:

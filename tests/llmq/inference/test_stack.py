@@ -20,15 +20,17 @@ from tests.llmq.refusal import refused
 EXPERTS, OUT, WIDTH = 3, 32, 64
 
 
-def weight(seed: int, out: int = OUT, *, bits: int = 4, symmetric: bool = True, order: bool = False) -> IntWeight:
-    made = plain(out, WIDTH, bits, 32, symmetric=symmetric, seed=seed, dtype=torch.float32)
-    permuted = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(seed)).int() if order else None
-    return IntWeight(made.words, made.scale, made.zero, bits, WIDTH, 32, permuted)
+def weight(
+    seed: int, out: int = OUT, *, width: int = WIDTH, bits: int = 4, symmetric: bool = True, order: bool = False
+) -> IntWeight:
+    made = plain(out, width, bits, 32, symmetric=symmetric, seed=seed, dtype=torch.float32)
+    permuted = torch.randperm(width, generator=torch.Generator().manual_seed(seed)).int() if order else None
+    return IntWeight(made.words, made.scale, made.zero, bits, width, 32, permuted)
 
 
 def values(part: IntWeight) -> Tensor:
     """The dense matrix, by the layer of one weight alone."""
-    return quant_linear(part, None, torch.float32)(torch.eye(WIDTH)).t()
+    return quant_linear(part, None, torch.float32)(torch.eye(part.in_features)).t()
 
 
 def stack(transposed: bool = False, **options: Any) -> tuple[PackedStack, Tensor]:
