@@ -30,6 +30,8 @@ from llmq.recipe.recipe import Recipe
 
 GROUP_BYTES = 2**27
 GROUP_EXPERTS = 16
+STACKED = Reason(Kind.STACKED, "the checkpoint stores all experts of a block in one tensor")
+BESIDE = Reason(Kind.STACKED, "the checkpoint stores other matrices of the block's experts in one tensor")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _of_block(
         if not pieces or not all(place for _, place in pieces):
             tensor = links.source.get(parameter, parameter)
             by_user = any(matches(p, tensor.removesuffix(".weight")) for p in recipe.keep)
-            reason = BY_USER if by_user else Reason(Kind.STACKED, "the checkpoint stores all experts in one tensor")
+            reason = BY_USER if by_user else STACKED
             found.append(left(parameter, tensor, shape, dtype, reason, index))
             continue
         for tensor, place in pieces:
@@ -108,6 +110,11 @@ def _of_block(
                 expert,
             )
             found.append(schemed(item, recipe, dtype))
+    if any(item.expert is None for item in found):
+        # Packed experts beside a stack: stock transformers would not find them.
+        found = [item if item.scheme is None else replace(item, scheme=None, reason=BESIDE) for item in found]
+        if not all(item.by_user for item in found):
+            return iter(found)
     if all(item.scheme is None for item in found):
         return _joined(found, block, experts, links, dtype)
     return iter(found)
@@ -166,15 +173,14 @@ def group(index: int, info: ExpertsInfo, items: list[WeightPlan], found: Found |
     return ExpertsPlan(info, index, weights, groups, [] if found is None else found.experts[0])
 
 
-def check_experts(items: list[WeightPlan]) -> None:
+def check_experts(items: list[WeightPlan], recipe: Recipe) -> None:
     """Raises LlmqError if loaders could not read the experts as they would be written, or would read them wrong."""
     mine = [i for i in items if i.expert is not None]
     stacked = [i for i in items if i.reason is not None and i.reason.kind is Kind.STACKED]
     if stacked:
         raise LlmqError(
-            f"{stacked[0].name}: the checkpoint stores all experts of a block in one tensor; stock transformers cannot "
-            "load such experts packed, and would fill them with random numbers. Way out: "
-            f"--keep {_pattern(stacked)} quantizes everything else"
+            f"{stacked[0].name}: {stacked[0].reason}; stock transformers cannot load such experts packed, and would "
+            f"fill them with random numbers. Way out: --keep {_pattern(stacked, items)} quantizes everything else"
         )
     schemes: dict[Scheme | None, WeightPlan] = {}
     for item in mine:
@@ -183,17 +189,28 @@ def check_experts(items: list[WeightPlan]) -> None:
         told = ", ".join(f"{item.name} {scheme or 'not quantized'}" for scheme, item in schemes.items())
         raise LlmqError(
             f"experts with different schemes: {told}. transformers and vLLM take the scheme of one expert for all, and "
-            "load the others as noise or not at all. Ways out: patterns that match every expert, or --keep for all "
-            "experts of a block"
+            f"load the others as noise or not at all. Ways out: {_even(mine, recipe)}patterns that match every expert, "
+            "or --keep for all experts of a block"
         )
     for scheme, item in schemes.items():
         why = None if scheme is None else formats.experts_refusal(scheme)
         if why:
-            raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine)} to leave the experts alone")
+            raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine, items)} to leave the experts alone")
 
 
-def _pattern(items: list[WeightPlan]) -> str:
-    """A part of the names of all experts, as --keep takes it."""
-    parts = [set(item.name.split(".")) for item in items]
-    common = [p for p in items[0].name.split(".") if all(p in mine for mine in parts)]
-    return common[-1] if common else items[0].name
+def _even(experts: list[WeightPlan], recipe: Recipe) -> str:
+    """The way out where --ragged gives experts' matrices of different widths different schemes; empty elsewhere."""
+    size, widths = recipe.scheme.group_size, sorted({item.shape[1] for item in experts})
+    if not size or all(width % size == 0 for width in widths):
+        return ""
+    return f"a --group-size that divides {' and '.join(map(str, widths))}, "
+
+
+def _pattern(experts: list[WeightPlan], items: list[WeightPlan]) -> str:
+    """A part of the names of all experts, as --keep takes it, and of as few other weights' names as there is."""
+    parts = [set(item.name.split(".")) for item in experts]
+    # A number is that of a block or of an expert.
+    common = [p for p in experts[0].name.split(".") if all(p in mine for mine in parts) and not p.isdigit()]
+    mine = {item.name for item in experts}
+    others = [item.name for item in items if item.scheme is not None and item.name not in mine]
+    return min(reversed(common), key=lambda p: sum(matches(p, name) for name in others), default=experts[0].name)

@@ -155,7 +155,7 @@ def make_plan(
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     # Experts first: what servers allow of weights with one input is no way out for them.
-    check_experts(items)
+    check_experts(items, recipe)
     check_fused(items, recipe)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

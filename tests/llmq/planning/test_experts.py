@@ -178,6 +178,69 @@ def test_the_way_out_where_a_type_that_stores_experts_singly_has_them_in_one_ten
     assert len(report.quantized) == 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_some_matrices_of_experts_in_one_tensor_and_others_one_by_one(kind: str, tmp_path: Path) -> None:
+    """Stock loads either; with packed ones beside a stack it would not find the experts' parts."""
+    one = mixtures.write(kind, tmp_path / "one", num_hidden_layers=2)
+    shutil.copytree(one, model := tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors*"))
+    stacks = {n: t.contiguous().clone() for n, t in mixtures.load(one)[0].state_dict().items() if "gate_up" in n}
+    apart = {n: t for n, t in mixtures.stored(one).items() if not re.search(r"experts\.\d+\.(gate|up|w1|w3)", n)}
+    save_file(apart | stacks, model / "model.safetensors", {"format": "pt"})
+    told = "the checkpoint stores all experts of a block in one tensor", "--keep experts quantizes everything else"
+    assert "gate_up_proj: " in refused(lambda: plan(model), *told)
+    refused(lambda: plan(model, keep=("gate_up_proj",)), "stores other matrices of the block's experts in one tensor")
+    report = exact(model, tmp_path, keep=("experts",))
+    assert len(report.quantized) == 8
+
+
+@pytest.mark.slow
+def test_experts_of_one_block_in_one_tensor(source: Path, tmp_path: Path) -> None:
+    """Those of the other block are quantized."""
+    shutil.copytree(source, model := tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors*"))
+    state = {n: t.contiguous().clone() for n, t in mixtures.load(source)[0].state_dict().items()}
+    apart = {n: t for n, t in mixtures.stored(source).items() if "layers.0.mlp.experts" not in n}
+    save_file(apart | {n: t for n, t in state.items() if "layers.0.mlp.experts" in n}, model / "model.safetensors")
+    for kept in ((), ("re:layers\\.1\\..*experts",)):
+        refused(lambda kept=kept: plan(model, keep=kept), "layers.0.mlp.experts.gate_up_proj: ", "--keep experts ")  # type: ignore[misc]
+    report = exact(model, tmp_path, keep=("re:layers\\.0\\..*experts",))
+    assert experts_in(report) == 4 * 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [1, 2, 3]}, {"num_experts": 1, "num_experts_per_tok": 1}])
+def test_the_way_out_names_experts_and_no_number(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Where all experts are in block 0, a 0 is a part of all their names, and of its attention's."""
+    model = mixtures.write("qwen3_moe", tmp_path / "m", **{"num_hidden_layers": 1} | changes)
+    refused(lambda: plan(model, UNREADABLE["asymmetric"]), "--keep experts to leave the experts alone")
+    made = plan(model, UNREADABLE["asymmetric"], keep=("experts",))
+    assert not any(i.scheme for i in made.weights if ".experts." in i.name)
+    assert all(i.scheme for i in made.weights if "self_attn" in i.name and i.name.endswith("proj"))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of 48 × 64 and 64 × 48; do not change it."""
+    folder = tmp_path_factory.mktemp("models") / "uneven"
+    return mixtures.write("qwen3_moe", folder, num_hidden_layers=1, moe_intermediate_size=48)
+
+
+@pytest.mark.parametrize("way", ["smaller", "channel", "keep"])
+def test_a_group_size_that_divides_some_matrices_of_experts_only(way: str, uneven: Path) -> None:
+    """--ragged would give the others another scheme, so it is not proposed, and refused."""
+    said = refused(lambda: plan(uneven, Scheme(4, 32)), "does not divide", "experts.*.down_proj [64, 48]")
+    assert "--ragged" not in said and "--keep PATTERN for all experts of a block" in said
+    told = "experts with different schemes", "Ways out: a --group-size that divides 48 and 64, "
+    refused(lambda: plan(uneven, Scheme(4, 32), ragged=way), *told)
+    # The ways out; where no expert's width is divided, all have one scheme.
+    assert any(i.expert is not None for i in plan(uneven, W4).weights)
+    assert any(i.expert is not None for i in plan(uneven, Scheme(4, 32), overrides=(("experts", W4),)).weights)
+    plan(uneven, Scheme(4, 32), keep=("experts",))
+    if way == "channel":
+        assert "--ragged channel" in refused(lambda: plan(uneven, Scheme(4, 128)), "does not divide")
+        schemes = {i.scheme for i in plan(uneven, Scheme(4, 128), ragged=way).weights if i.expert is not None}
+        assert schemes == {Scheme(4, None)}
+
+
 # What loads exactly.
 
 
@@ -251,10 +314,10 @@ def test_every_expert_of_the_checkpoint_is_planned_once_with_its_place(source: P
 
 def test_schemes_of_experts() -> None:
     experts = [item(f"x.0.experts.{e}.w{i}", scheme=W4, expert=e) for e in range(3) for i in (1, 2)]
-    check_experts([*experts, item("x.0.attention", scheme=EIGHT)])
-    check_experts([replace(i, scheme=None, reason=BY_USER) for i in experts])
-    check_experts([])
+    check_experts([*experts, item("x.0.attention", scheme=EIGHT)], recipe())
+    check_experts([replace(i, scheme=None, reason=BY_USER) for i in experts], recipe())
+    check_experts([], recipe())
     other = [*experts[:-1], replace(experts[-1], scheme=EIGHT)]
-    refused(lambda: check_experts(other), "x.0.experts.0.w1 4-bit", "x.0.experts.2.w2 8-bit")
+    refused(lambda: check_experts(other, recipe()), "x.0.experts.0.w1 4-bit", "x.0.experts.2.w2 8-bit")
     kept = [*experts[:-1], replace(experts[-1], scheme=None, reason=BY_USER)]
-    refused(lambda: check_experts(kept), "x.0.experts.2.w2 not quantized")
+    refused(lambda: check_experts(kept, recipe()), "x.0.experts.2.w2 not quantized")
