@@ -139,7 +139,7 @@ class BlockIO:
             if name in quantized:
                 value = quantized[name].dequantize(dtype)
             elif name in block.joined:
-                value = self._written(full)
+                value = self._written(block.joined[name])
             else:
                 value = self.plan.links.fill(full, self._shape(full), self._written)
             assign(block.module, name, value.to(self.device))
@@ -172,9 +172,9 @@ class BlockIO:
         apart = (found for parameter, found in block.tensors.items() if parameter not in block.joined)
         names = dict.fromkeys(name for found in apart for name in found if name not in elsewhere)
         tensors = {name: read(name) for name in names}
-        for parameter in sorted(block.joined):
+        for parameter, name in block.joined.items():
             full = f"{block.name}.{parameter}"
-            tensors[full] = self.plan.links.fill(full, self._shape(full), read)
+            tensors[name] = self.plan.links.fill(full, self._shape(full), read)
         for parameter in changed:
             (tensor,) = block.tensors[parameter]
             tensors[tensor] = block.module.get_parameter(parameter).detach().to("cpu", tensors[tensor].dtype)
@@ -193,7 +193,7 @@ def pack_weights(
     for name, weight in (planned.weights if weights is None else weights).items():
         state = block.weights[name]
         assert weight.scheme is not None and state.quantized is not None
-        rows.append(asdict(weight_row(state, planned.index, weight.after)))
+        rows.append(asdict(weight_row(state, planned.index, weight.after, weight.expert)))
         packed = formats.of(weight.scheme).pack(state.quantized)
         tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
     return rows, tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from llmq.errors import LlmqError
 from llmq.machine import give_back
 from llmq.planning.plan import BlockPlan
 from llmq.watch import Watch
+
+STOOD_IN = "no calibration token chose this expert: other tokens stood in"
 
 
 class _Reached(Exception):
@@ -116,11 +119,11 @@ def run(expert: Expert, rows: Tensor, device: torch.device) -> Tensor:
 
 def quantize_rest(
     io: BlockIO, planned: BlockPlan, block: Block, before: list[Routed], aim: list[Tensor], watch: Watch
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], float]:
     """Quantize the experts of a block whose other weights are quantized, rounded in place and packed.
 
-    before: what entered its experts when it was unquantized, for the inputs `aim`. Returns its output, and the
-    unquantized block's for `aim`; the block is then as in the checkpoint.
+    before: what entered its experts when it was unquantized, for the inputs `aim`. Returns its output, the unquantized
+    block's for `aim`, and the agreement of the two blocks' routing; the block is then as in the checkpoint.
     """
     states = block.weights.values()
     with rounded_inputs(block.module, states):
@@ -129,7 +132,18 @@ def quantize_rest(
     with rounded_inputs(block.module, states):
         output = outputs(planned, block.inputs, block.calls, sums, io.device)
     io.fill(planned)
-    return output, outputs(planned, aim, block.calls, wanted, io.device)
+    return output, outputs(planned, aim, block.calls, wanted, io.device), agreement(before, given)
+
+
+def agreement(before: Sequence[Routed], given: Sequence[Routed]) -> float:
+    """The share of the choices in `before` that are also made in `given` for the same token, in any order: 0 to 1.
+
+    before: of the unquantized block, for the inputs of its target; given: of the block with all but its experts
+    quantized, for its own inputs. Both are the quantized model's hidden states, so that only this block's weights make
+    a difference; for methods with a float target, `before` is of the unquantized model's, and earlier blocks count too.
+    """
+    same = [(b.choices[:, :, None] == g.choices[:, None, :]).any(2) for b, g in zip(before, given, strict=True)]
+    return sum(int(found.sum()) for found in same) / max(1, sum(found.numel() for found in same))
 
 
 def unrounded(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor]:
@@ -170,6 +184,7 @@ def quantize_experts(
     for group in block.experts.groups:
         done = group.unit in io.sink.done
         rows: list[dict[str, Any]] = []
+        log: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for expert in range(group.begin, group.end):
             module = io.fill_expert(block, expert)
@@ -179,13 +194,21 @@ def quantize_experts(
                 continue
             mine = _quantize(io, block, expert, module, result, statistics)
             more, packed = pack_weights(block, mine, block.experts.weights[expert])
-            rows += [row | {"tokens": mine.tokens, "own": mine.alpha} for row in more]
+            rows += [row | _told(io, mine, row["notes"]) for row in more]
+            log += [asdict(replace(attempt, expert=expert)) for attempt in mine.log]
             tensors |= packed
         if not done:
-            io.sink.commit(group.unit, tensors, {"weights": rows})
+            io.sink.commit(group.unit, tensors, {"weights": rows, "log": log})
             give_back()
         watch.step(f"{group.unit}{' were already done' if done else ''}")
     return target.totals, result.totals
+
+
+def _told(io: BlockIO, mine: ExpertBlock, notes: tuple[str, ...]) -> dict[str, Any]:
+    """What the row of a weight says of its expert. notes: those of the weight."""
+    stood_in = (STOOD_IN,) if mine.tokens == 0 and io.plan.pipeline.calibrated else ()
+    blends = any(hasattr(need, "blend") for needs in io.plan.pipeline.passes for need in needs)
+    return {"tokens": mine.tokens, "alpha": mine.alpha if blends else None, "notes": (*notes, *stood_in)}
 
 
 def _quantize(

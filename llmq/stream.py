@@ -92,12 +92,14 @@ def quantize_block(
             output = block.outputs()
         target = block.target
     else:
-        output, target = mixture.quantize_rest(io, planned, block, before, aim, watch)
+        output, target, routing = mixture.quantize_rest(io, planned, block, before, aim, watch)
         check_output(planned.name, target, BEFORE)
     check_output(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )
     payload = {"weights": rows, "error": relative_error(output, target), "signature": output_signature(output[0])}
+    if planned.experts is not None:
+        payload |= {"routing": routing}
     if not any(bool(t.any()) for t in target):
         payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}

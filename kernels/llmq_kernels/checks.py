@@ -23,6 +23,20 @@ def check_input(x: Tensor, out_features: int, in_features: int, bias: Tensor | N
         check_device(x, bias, "bias")
 
 
+def check_grouped(
+    x: Tensor, packed: Tensor, bias: Tensor | None, offs: Tensor, out_features: int, in_features: int
+) -> None:
+    """Check the input of a grouped product as `check_input` does, biases [E, out] and offsets int32 [E]."""
+    check_input(x, out_features, in_features, None)
+    if x.dim() != 2:
+        raise ValueError(f"a grouped product takes rows [S, {in_features}], not {[*x.shape]}")
+    check("offs", offs, torch.int32, (packed.shape[0],))
+    check_device(x, offs, "offs")
+    if bias is not None:
+        check("bias", bias, FLOATS, (packed.shape[0], out_features))
+        check_device(x, bias, "bias")
+
+
 def check(name: str, tensor: Tensor, dtypes: torch.dtype | Sequence[torch.dtype], shape: Sequence[int]) -> None:
     """Raises TypeError or ValueError unless the tensor has one of the dtypes and the shape."""
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)

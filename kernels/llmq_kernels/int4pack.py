@@ -23,16 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import FLOATS
+from llmq_kernels.checks import FLOATS, check
+from llmq_kernels.dense_bits import unpack
 from llmq_kernels.products import product_dtype, row_slabs
-from llmq_kernels.reference import unpack_codes
 from llmq_kernels.weights import PackedInt
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
 # Up to this many rows the operator is faster than slabs. It costs 1.5 ms per four rows at 4096 x 4096; slabs cost a
 # fixed 10 ms and torch's matmul. Both take the same time at 48 rows for 4096 x 4096, 14336 x 4096 and 4096 x 14336:
-# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13.
+# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13. So do experts' weights, many of them one
+# after the other: 48 rows for 1536 x 2048, 48 to 64 for 2048 x 768.
 OPERATOR_ROWS = 48
 
 # Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
@@ -141,6 +142,7 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     how, group = packing(), _group(in_features, group_size)
     if reason is not None or how is None or group is None:
         raise ValueError(reason)
+    check("words", words, torch.int32, (out, -(-in_features * bits // 32)))
     groups = -(-in_features // group_size)
     for name, tensor in (("scale", scale), ("zero", zero)):
         if tensor is not None and tensor.shape != (out, groups):
@@ -148,9 +150,9 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     rows = -(-out // how.block) * how.block
     packed = words.new_empty(rows, in_features // 2, dtype=torch.uint8)
     for some in row_slabs(rows, in_features, PACKED_AT_ONCE, how.block):
-        part = unpack_codes(words[some], bits, in_features)
-        codes = words.new_full((some.stop - some.start, in_features), 8)
-        codes[: len(part)] += part
+        codes = unpack(words[some], bits, in_features).add_(8).to(torch.int32)
+        if len(codes) < some.stop - some.start:
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, some.stop - some.start - len(codes)), value=8)
         packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
     of_group = torch.arange(in_features // group, device=words.device) * group // group_size
     pairs = dtype == torch.bfloat16

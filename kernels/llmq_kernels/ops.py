@@ -7,7 +7,7 @@ low-bit base needs. `reference` defines each operator, and every backend is test
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
 from llmq_kernels import int8_cpu, layouts, nf4_cpu, reference
 from llmq_kernels.backend import on_triton
-from llmq_kernels.checks import FLOATS, check, check_device, check_input
+from llmq_kernels.checks import FLOATS, check, check_device, check_grouped, check_input
 from llmq_kernels.dense_bits import SLAB
 from llmq_kernels.products import matmul, product_dtype, row_slabs
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
@@ -59,6 +59,70 @@ def int_linear_grad(
     """The gradient with respect to x of `int_linear`: grad [..., out] · W → [..., in]."""
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
     return matmul(grad, layouts.layout(layout).dequantize(weight, product_dtype(grad)))
+
+
+def int_grouped(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    offs: Tensor,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """x · Wᵀ + bias for integer weights of E experts, each as in `int_linear`, stacked along a first axis.
+
+    x: float [S, in], sorted by expert; offs: int32 [E], where each expert's rows end; bias: [E, out]. Returns [S, out]
+    in x's dtype; rows beyond the last offset are zero. Raises TypeError or ValueError if an argument does not fit.
+    """
+    check_grouped(x, packed, bias, offs, out_features, in_features)
+    check_device(x, packed, "the weight")
+    check_device(x, scale, "scale")
+    linear, x = layouts.layout(layout).linear, x.contiguous()
+    y = x.new_zeros(x.shape[0], out_features)
+    for expert, rows in _rows_of(offs, len(x)):
+        weight = _expert(expert, packed, scale, zero, bits, out_features, in_features, group_size)
+        y[rows] = linear(x[rows], weight, None if bias is None else bias[expert])
+    return y
+
+
+def int_grouped_grad(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    offs: Tensor,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """The gradient with respect to x of `int_grouped`: each row of grad [S, out] by its expert's W → [S, in]."""
+    dequantize, x_grad = layouts.layout(layout).dequantize, grad.new_zeros(grad.shape[0], in_features)
+    for expert, rows in _rows_of(offs, len(grad)):
+        weight = _expert(expert, packed, scale, zero, bits, out_features, in_features, group_size)
+        x_grad[rows] = matmul(grad[rows], dequantize(weight, product_dtype(grad)))
+    return x_grad
+
+
+def _expert(index: int, packed: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> PackedInt:
+    return PackedInt(packed[index], scale[index], None if zero is None else zero[index], *sizes)
+
+
+def _rows_of(offs: Tensor, count: int) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which. Raises ValueError unless offsets ascend to at most `count`."""
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if not start <= end <= count:
+            raise ValueError(f"offs must ascend from 0 to at most {count} rows, but {end} follows {start}")
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
 
 
 def nf4_linear(
@@ -165,5 +229,14 @@ def _int8_anywhere(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor
     return reference.int8_linear(x, weight.packed, weight.scale, weight.input_scale, bias)
 
 
-for _function in (int_linear, int_linear_grad, nf4_linear, nf4_linear_grad, int8_linear, int8_linear_grad):
+for _function in (
+    int_linear,
+    int_linear_grad,
+    int_grouped,
+    int_grouped_grad,
+    nf4_linear,
+    nf4_linear_grad,
+    int8_linear,
+    int8_linear_grad,
+):
     torch.library.impl(f"llmq::{_function.__name__}", "default", _function)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import check_input
+from llmq_kernels.checks import check_grouped, check_input
 
 _INT = (
     "Tensor packed, Tensor scale, Tensor? zero{bias}, int bits, int out_features, int in_features, int group_size, "
@@ -25,6 +25,16 @@ _BIAS = ", Tensor? bias"
 
 torch.library.define("llmq::int_linear", f"(Tensor x, {_INT.format(bias=_BIAS)}) -> Tensor")
 torch.library.define("llmq::int_linear_grad", f"(Tensor grad, {_INT.format(bias='')}) -> Tensor")
+torch.library.define(
+    "llmq::int_grouped",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor offs, int bits, int out_features, "
+    "int in_features, int group_size, str layout) -> Tensor",
+)
+torch.library.define(
+    "llmq::int_grouped_grad",
+    "(Tensor grad, Tensor packed, Tensor scale, Tensor? zero, Tensor offs, int bits, int out_features, "
+    "int in_features, int group_size, str layout) -> Tensor",
+)
 torch.library.define("llmq::nf4_linear", f"(Tensor x, {_NF4.format(bias=_BIAS)}) -> Tensor")
 torch.library.define("llmq::nf4_linear_grad", f"(Tensor grad, {_NF4.format(bias='')}) -> Tensor")
 torch.library.define(
@@ -41,6 +51,17 @@ def _int_linear_fake(x: Tensor, *weight: Any) -> Tensor:
 def _int_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
     _, _, _, _, _, in_features, _, _ = weight
     return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _int_grouped_fake(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
+    bias, offs, _, out_features, in_features, _, _ = rest
+    check_grouped(x, packed, bias, offs, out_features, in_features)
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _int_grouped_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    *_, in_features, _, _ = weight
+    return grad.new_empty(grad.shape[0], in_features)
 
 
 def _nf4_linear_fake(x: Tensor, *weight: Any) -> Tensor:
@@ -80,6 +101,20 @@ def _int_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x_grad, None, None, None, _bias_grad(ctx, grad, 4), *(None for _ in ctx.rest))
 
 
+def _int_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, zero, bias, offs, *rest = inputs
+    _refuse_weight_gradient(scale=scale)
+    if bias is not None and bias.requires_grad:
+        raise NotImplementedError("the biases of packed experts are frozen: train an adapter on top of them instead")
+    ctx.save_for_backward(packed, scale, zero, offs)
+    ctx.rest = rest
+
+
+def _int_grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = torch.ops.llmq.int_grouped_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return (x_grad, *(None,) * (5 + len(ctx.rest)))
+
+
 def _nf4_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, *rest = inputs
     _refuse_weight_gradient(absmax=absmax, codebook=codebook)
@@ -117,10 +152,13 @@ def _refuse_weight_gradient(**tensors: Tensor) -> None:
 
 
 torch.library.register_autograd("llmq::int_linear", _int_linear_backward, setup_context=_int_linear_setup)
+torch.library.register_autograd("llmq::int_grouped", _int_grouped_backward, setup_context=_int_grouped_setup)
 torch.library.register_autograd("llmq::nf4_linear", _nf4_linear_backward, setup_context=_nf4_linear_setup)
 torch.library.register_autograd("llmq::int8_linear", _int8_linear_backward, setup_context=_int8_linear_setup)
 torch.library.register_fake("llmq::int_linear", _int_linear_fake)
 torch.library.register_fake("llmq::int_linear_grad", _int_linear_grad_fake)
+torch.library.register_fake("llmq::int_grouped", _int_grouped_fake)
+torch.library.register_fake("llmq::int_grouped_grad", _int_grouped_grad_fake)
 torch.library.register_fake("llmq::nf4_linear", _nf4_linear_fake)
 torch.library.register_fake("llmq::nf4_linear_grad", _nf4_linear_grad_fake)
 torch.library.register_fake("llmq::int8_linear", _int8_linear_fake)

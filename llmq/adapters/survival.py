@@ -12,7 +12,7 @@ from llmq import formats, methods
 from llmq.adapters.finetune import examples
 from llmq.adapters.merged import Merged
 from llmq.adapters.settings import Settings
-from llmq.checkpoint.source import FolderSource, Source
+from llmq.checkpoint.source import FolderSource
 from llmq.data import instructions
 from llmq.errors import LlmqError
 from llmq.grids.nearest import round_to_nearest
@@ -102,11 +102,12 @@ def retention(value: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float
     return 1 + float(error @ change) / size, size**0.5 / apart if apart else None, size**0.5 / max(whole, 1e-30)
 
 
-def stored(written: Source, row: WeightRow) -> Tensor:
+def stored(written: FolderSource, row: WeightRow) -> Tensor:
     """A quantized weight of the written folder, dequantized to float32."""
-    prefix = row.name + "."
-    tensors = {n.removeprefix(prefix): written.read(n) for n in written.names() if n.startswith(prefix)}
-    return formats.of(row.scheme).unpack(tensors, row.scheme).dequantize(torch.float32)
+    kind = formats.of(row.scheme)
+    names = {suffix: f"{row.name}.{suffix}" for suffix in kind.spec(row.shape, row.scheme, torch.float32)}
+    tensors = {suffix: written.read(name) for suffix, name in names.items() if name in written}
+    return kind.unpack(tensors, row.scheme).dequantize(torch.float32)
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:

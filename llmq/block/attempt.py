@@ -20,7 +20,8 @@ class Attempt:
 
     method: its name, several joined by '+'; where: the changed pair of weights, as text, or None for the whole block in
     its written form; before, after: the block's relative output error without and with the change, None if not
-    computed; choice: the method's best candidate; why: the reason for skipping it, or for not judging it by the error.
+    computed; choice: the method's best candidate; why: the reason for skipping it, or for not judging it by the error;
+    expert: the number of the routed expert that it was made on, as a block of its own.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Attempt:
     outcome: Outcome
     choice: str = ""
     why: str = ""
+    expert: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -38,6 +40,7 @@ class Attempt:
 
     def __str__(self) -> str:
         what = self.method if self.where is None else f"{self.method}: {self.where}"
+        what = what if self.expert is None else f"expert {self.expert}: {what}"
         if self.before is None:
             return f"{what}: {self.why or self.outcome}"
         after = "" if self.after is None else f" → {self.after:.4f}"

@@ -52,7 +52,8 @@ class ExpertBlock(Block):
         calls = [ALONE] * len(inputs)
         super().__init__(module, states, inputs, calls, pairs=pairs, scale_dtype=scale_dtype, device=device)
         self.tokens, self.entering, self.outer = len(own), entering, outer
-        self.alpha = self.tokens / (self.tokens + PRIOR_TOKENS)
+        # Without other rows nothing is drawn towards them.
+        self.alpha = self.tokens / (self.tokens + PRIOR_TOKENS) if len(others) else 1.0
         self._others = others
         scale = weights.float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         self._weights = list(torch.split(weights.float() / scale, CHUNK_ROWS)) if len(own) else None

@@ -128,11 +128,13 @@ class FolderSource:
     def _headers(self, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
         """All tensors in file order, unlisted ones too. If two shards hold the same tensor, the index decides."""
         infos: dict[str, TensorInfo] = {}
+        listed = set(weight_map.values())
         for shard in self.shards:
             if not shard.is_file():
                 raise LlmqError(f"shard {shard.name}, named by {self.index}, is missing: download it again")
+            here = {given for given in listed if self.folder / given == shard}
             for name, info in read_header(shard).items():
-                if name not in weight_map or self.folder / weight_map[name] == shard:
+                if name not in weight_map or weight_map[name] in here:
                     infos[name] = info
         for name, shard_name in weight_map.items():
             if name not in infos:
@@ -290,11 +292,15 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = _read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LlmqError(f"{path} has no weight_map: download it again")
+    known: set[str] = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in known:
+            continue
         if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise LlmqError(
                 f"{path} places tensor {name} in {shard!r}, which is no file of this folder: download it again"
             )
+        known.add(shard)
     return weight_map
 
 

@@ -88,7 +88,10 @@ def inspect(
     ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Every weight of a folder: bits, group size, error, bytes; the folder may be written by any tool."""
+    """Every weight of a folder: bits, group size, error, bytes; the folder may be written by any tool.
+
+    The experts of a block are one line.
+    """
     with explained():
         from llmq.checkpoint.hub import resolve
         from llmq.report import terminal

@@ -65,19 +65,22 @@ class Conversion:
         made = rule.convert(self.first, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def filled(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Slice, ...]] | None:
-        """For each parameter the parts that its tensors fill; None if they are not such parts. shapes: of tensors."""
+    def parts(self) -> dict[str, list[Part]] | None:
+        """For each pattern of the rule, the parts of the only parameter that its tensors fill, in their order.
+
+        None if they are not such parts. Neither the tensors' names nor their shapes are needed.
+        """
         if len(self.parameters) > 1:
             return None
-        (name, shape), slices = next(iter(self.parameters.items())), []
+        name, shape = next(iter(self.parameters.items()))
         whole = torch.empty(shape, device="meta")
         try:
             with _Views():
                 back = self.rule.reverse_transform()
-                parts: dict[str, Any] = {back.source_patterns[0]: [whole]}
+                views: dict[str, Any] = {back.source_patterns[0]: [whole]}
                 for operation in back.operations:
-                    parts = operation.convert(
-                        parts,
+                    views = operation.convert(
+                        views,
                         source_patterns=back.source_patterns,
                         target_patterns=back.target_patterns,
                         full_layer_name=name,
@@ -86,16 +89,29 @@ class Conversion:
                     )
         except Exception:  # a rule may not be reversible: then there are no such parts
             return None
+        if not all(_within(view, whole) for view in views.values()):
+            return None
+        parts: dict[str, list[Part]] = {}
         # The reversed rule's targets are this rule's sources, in order, without the escapes of a regular expression.
-        keys = dict(zip(self.rule.source_patterns, back.target_patterns, strict=True))
+        for pattern, key in zip(self.rule.source_patterns, back.target_patterns, strict=True):
+            many = "*" in key
+            keys = (key.replace("*", str(i)) for i in range(len(views) + 1 if many else 1))
+            parts[pattern] = [_part(views.pop(k)) for k in keys if k in views]
+        return None if views else parts
+
+    def filled(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Slice, ...]] | None:
+        """For each parameter the parts that its tensors fill; None if they are not such parts. shapes: of tensors."""
+        parts = self.parts()
+        if parts is None or any(len(found) != len(self.tensors.get(p, ())) for p, found in parts.items()):
+            return None
+        (name, shape), slices = next(iter(self.parameters.items())), []
         for pattern, names in self.tensors.items():
-            for i, tensor in enumerate(names):
-                found = parts.pop(keys[pattern].replace("*", str(i)), None)
-                if found is None or not _within(found, whole) or tuple(found.shape) != tuple(shapes[tensor]):
+            for tensor, part in zip(names, parts[pattern], strict=True):
+                if part.shape != tuple(shapes[tensor]):
                     return None
-                slices.append(Slice(tensor, _part(found)))
-        covers = sum(torch.Size(s.part.shape).numel() for s in slices) == whole.numel()
-        return {name: tuple(slices)} if covers and not parts else None
+                slices.append(Slice(tensor, part))
+        covers = sum(torch.Size(s.part.shape).numel() for s in slices) == torch.Size(shape).numel()
+        return {name: tuple(slices)} if covers else None
 
     def cut(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Slice] | None:
         """For each parameter the part of the only stored tensor that it is; None if it is no such part."""

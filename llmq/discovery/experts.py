@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,7 +225,9 @@ class Expert(nn.Module):
         try:
             for name in before:
                 experts._parameters[name] = getattr(self, name)[None]
-            return self._places.call(Routed(rows, choices, weights)).run(experts, rows)
+            # The class's own forward: that of the module may be replaced for the time (`instead`).
+            call = self._places.call(Routed(rows, choices, weights))
+            return call.run(partial(type(experts).forward, experts), rows)
         finally:
             experts._parameters.update(before)
 

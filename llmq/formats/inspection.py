@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ PACKED = {
 SCALING = ("scale", "zero", "absmax", "codebook", "scb", "quant")
 """Parts of the names of tensors that give codes their meaning."""
 ORDINARY = (".weight", ".bias")
+FEWEST = 3
+"""Modules of a numbered list that are told of as one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Inspection:
     method: str | None
     format: str | None
     rows: tuple[Row, ...]
+
+    @property
+    def lines(self) -> tuple[Row | Alike, ...]:
+        """The rows, with what belongs to the experts of a block as one."""
+        return tuple(_lines(self.rows))
 
     @property
     def size(self) -> int:
@@ -76,6 +83,48 @@ class Inspection:
         """The same over the quantized weights alone that are understood; None if there are none."""
         rows = self.quantized
         return 8 * sum(row.nbytes for row in rows) / max(1, sum(row.size for row in rows)) if rows else None
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The weights of modules in a numbered list inside a block, such as its experts. name: of the list."""
+
+    name: str
+    count: int
+    rows: tuple[Row, ...]
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[Row | Alike]:
+    """The rows, but in the place of the first of a list of modules, all of them as one.
+
+    Names say nothing. A list counts if it is within another numbered list (of the blocks), its modules are numbered
+    from 0, are FEWEST or more, have a weight of one name, and no modules inside modules, as a block has.
+    """
+    lists: dict[str, dict[int, list[tuple[str, Row]]]] = {}
+    deep: set[str] = set()
+    places: list[str] = []
+    for row in rows:
+        parts = row.name.split(".")
+        numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+        deep |= {".".join(parts[:at]) for at in numbers if at + 3 < len(parts)}
+        last = numbers[-1] if len(numbers) > 1 and numbers[-1] + 1 < len(parts) else 0
+        places.append(".".join(parts[:last]))
+        if last:
+            lists.setdefault(places[-1], {}).setdefault(int(parts[last]), []).append((".".join(parts[last + 1 :]), row))
+    whole = {
+        name
+        for name, modules in lists.items()
+        if len(modules) >= FEWEST and set(modules) == {*range(len(modules))} and name not in deep
+        if set.intersection(*({inside for inside, _ in found} for found in modules.values()))
+    }
+    told: set[str] = set()
+    for row, place in zip(rows, places, strict=True):
+        if place not in whole:
+            yield row
+        elif place not in told:
+            told.add(place)
+            mine = (row for found in lists[place].values() for _, row in found)
+            yield Alike(place, len(lists[place]), tuple(mine))
 
 
 def inspect_folder(path: Path) -> Inspection:

@@ -54,27 +54,21 @@ class QuantLinear(nn.Linear):
         """x [..., in] in the layer's dtype → [..., out]."""
         raise NotImplementedError
 
+    def dense(self) -> Tensor:
+        """The weight's values [out, in], in the layer's dtype."""
+        with torch.enable_grad():
+            x = self.weight.new_zeros(self.out_features, self.in_features).requires_grad_()
+            every = torch.eye(self.out_features, dtype=self.dtype, device=x.device)
+            (weight,) = torch.autograd.grad(self.product(x), x, every)
+        return weight
+
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the packed weight cannot be moved to another kind of device or used with another dtype, or None."""
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Implements .to() and similar: the weight's tensors are moved but never cast; the bias is cast too."""
-        device = self.qweight.device
-        to = fn(torch.empty(0, dtype=self.dtype, device=device))
-        changed = (to.device.type, to.dtype) != (device.type, self.dtype) and to.device.type != "meta"
-        reason = self.moved(to.device, to.dtype) if changed else None
-        if reason is not None:
-            raise LlmqError(
-                f"{self} cannot be moved to {to.device}, {to.dtype}: {reason}; the model is now only partly moved: "
-                "load the folder again, on that device"
-            )
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                new = fn(buffer)
-                kept = new.dtype == buffer.dtype or name == "bias"
-                self._buffers[name] = new if kept else buffer.to(new.device)
-        self.dtype = to.dtype
+        changed = apply(self, self._buffers, fn)
         if changed:
             self.settle()
         return self
@@ -98,6 +92,29 @@ class QuantLinear(nn.Linear):
         return f"in={self.in_features}, out={self.out_features}, {self.layout}, bias={self.bias is not None}"
 
 
+def apply(layer: QuantLinear, buffers: dict[str, Tensor | None], fn: Callable[[Tensor], Tensor]) -> bool:
+    """Move the buffers of a layer, or of many that are stacked, as nn.Module._apply does; whether anything changed.
+
+    Tensors of the weight are moved but never cast. Raises LlmqError if the layer cannot be moved there.
+    """
+    device = layer.qweight.device
+    to = fn(torch.empty(0, dtype=layer.dtype, device=device))
+    changed = (to.device.type, to.dtype) != (device.type, layer.dtype) and to.device.type != "meta"
+    reason = layer.moved(to.device, to.dtype) if changed else None
+    if reason is not None:
+        raise LlmqError(
+            f"{layer} cannot be moved to {to.device}, {to.dtype}: {reason}; the model is now only partly moved: "
+            "load the folder again, on that device"
+        )
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            new = fn(buffer)
+            kept = new.dtype == buffer.dtype or name == "bias"
+            buffers[name] = new if kept else buffer.to(new.device)
+    layer.dtype = to.dtype
+    return changed
+
+
 class IntLinear(QuantLinear):
     """Integer codes with a scale per group, in one of the layouts of llmq_kernels."""
 
@@ -113,7 +130,7 @@ class IntLinear(QuantLinear):
 
     def _pack(self, words: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """Pack the plain form of the weight in the best layout for its device."""
-        self.layout, reasons = layouts.choose(words.device, self.dtype, *self._sizes())
+        self.layout, reasons = layouts.choose(words.device, self.dtype, *self.sizes())
         self.notes = reasons if self.layout == layouts.DENSE_BITS else {}
         packed = layouts.pack(self.layout, words, scale, zero, self.bits, self.in_features, self.group_size, self.dtype)
         for name, part in zip(("qweight", "scale", "zero"), packed, strict=True):
@@ -123,7 +140,7 @@ class IntLinear(QuantLinear):
         """See QuantLinear."""
         x = x if self.order is None else x.index_select(-1, self.order)
         y: Tensor = torch.ops.llmq.int_linear(
-            x, self.qweight, self.scale, self.zero, self.bias, *self._sizes(), self.layout
+            x, self.qweight, self.scale, self.zero, self.bias, *self.sizes(), self.layout
         )
         return y
 
@@ -151,7 +168,8 @@ class IntLinear(QuantLinear):
         order = "" if self.order is None else ", inputs reordered"
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group_size}, {kind}{order}"
 
-    def _sizes(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Bits, outputs, inputs and group size, as the operators take them."""
         return self.bits, self.out_features, self.in_features, self.group_size
 
 

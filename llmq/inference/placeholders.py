@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo, read_header
-from llmq.discovery.rename import renamer
+from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
-from llmq.formats.plain import FLOATS, Entry, Layer, Reader
+from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
+from llmq.inference.find_experts import ORDINARY, Joining, Stack, unknown
 from llmq.inference.linear import QuantLinear, quant_linear
 
 BIAS = "bias"
@@ -27,16 +28,24 @@ Stored = dict[str, TensorInfo]
 class Placeholder(nn.Module):
     """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
 
-    name: of the module; stored: its tensors in the files, by suffix, including all that `layer` needs.
+    name: of the module; stored: its tensors in the files, by suffix, with all that `layer` needs; apart: those that
+    transformers would join to others, if their buffers were named like them.
     """
 
-    def __init__(self, name: str, layer: Layer, stored: Mapping[str, TensorInfo], bias: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: Layer,
+        stored: Mapping[str, TensorInfo],
+        bias: bool,
+        apart: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.name, self.layer = name, layer
+        self.name, self.layer, self.apart = name, layer, apart
         self.file = stored[next(iter(layer.entries))].file
         for suffix in (*layer.entries, *((BIAS,) if bias else ())):
             info = stored[suffix]
-            self.register_buffer(inner(suffix), torch.empty(info.shape, dtype=info.dtype, device="meta"))
+            self.register_buffer(self._buffer(suffix), torch.empty(info.shape, dtype=info.dtype, device="meta"))
         if "bias" not in self._buffers:
             self.bias = None
         if "weight" not in self._buffers:
@@ -45,22 +54,31 @@ class Placeholder(nn.Module):
 
     def replacement(self, dtype: torch.dtype) -> QuantLinear:
         """The layer for the loaded tensors. Raises LlmqError if one was not loaded, or they contradict each other."""
-        tensors: dict[str, Tensor] = {}
-        for suffix in self.layer.entries:
-            tensors[suffix] = self._loaded(suffix)
+        weight = self.weight_read()
         bias = self._loaded(BIAS) if "bias" in self._buffers else None
         try:
-            return quant_linear(self.layer.read(tensors), bias, dtype)
+            return quant_linear(weight, bias, dtype)
+        except (LlmqError, ValueError, TypeError) as error:
+            raise LlmqError(f"{self.file}: {self.name}: {error}") from error
+
+    def weight_read(self) -> Weight:
+        """The weight of the loaded tensors. Raises LlmqError if one was not loaded, or they contradict each other."""
+        tensors = {suffix: self._loaded(suffix) for suffix in self.layer.entries}
+        try:
+            return self.layer.read(tensors)
         except (LlmqError, ValueError, TypeError) as error:
             raise LlmqError(f"{self.file}: {self.name}: {error}") from error
 
     def _loaded(self, suffix: str) -> Tensor:
-        tensor = self._buffers[inner(suffix)]
+        tensor = self._buffers[self._buffer(suffix)]
         if tensor is None or tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
             raise LlmqError(
                 f"{self.file}: {self.name}.{suffix} was not loaded, although the file has it: please report this"
             )
         return tensor
+
+    def _buffer(self, suffix: str) -> str:
+        return apart(suffix) if suffix in self.apart else inner(suffix)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """Never called in a loaded model: the placeholder is replaced once its tensors are loaded."""
@@ -72,11 +90,21 @@ def inner(suffix: str) -> str:
     return suffix.replace(".", "__")
 
 
+def apart(suffix: str) -> str:
+    """The name of the buffer for a stored tensor that no rule of transformers matches."""
+    return f"stored_{inner(suffix)}"
+
+
 @dataclass
 class Found:
-    """quantized: module → placeholder; unserved: why the kernels cannot run this checkpoint, or None."""
+    """quantized: module → placeholder; dense: the same for modules that compute something else of their weight than
+    its product, and so need its values; stacks: the parameters whose experts are packed, their placeholders by place;
+    unserved: why the kernels cannot run this checkpoint, or None."""
 
     quantized: dict[str, Placeholder] = field(default_factory=dict)
+    dense: dict[str, Placeholder] = field(default_factory=dict)
+    stacks: list[Stack] = field(default_factory=list)
+    experts: dict[str, Placeholder] = field(default_factory=dict)
     unserved: str | None = None
 
 
@@ -87,23 +115,33 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     configuration, a linear module of the base model has no tensor at all, or a file is damaged.
     """
     stored = grouped((read_header(Path(file)) for file in files), reader.suffixes)
-    renamed = renamer(model)
+    rules = Rules(model)
     modules, state = dict(model.named_modules()), model.state_dict()
     linear = {name: module for name, module in modules.items() if sizes(module) is not None}
-    found = Found()
+    found, joining = Found(), Joining(model, rules)
     seen: set[str] = set()
     for stem, tensors in stored.items():
-        target, converted = renamed(f"{stem}.weight")
+        target, pattern = rules.rename(f"{stem}.weight")
         name = target.removesuffix(".weight")
         module = linear.get(name)
-        if converted or module is None:
-            known = converted or target in state or name in modules or _inside_parameters(name, modules)
-            if known and found.unserved is None and not set(tensors) <= {"weight", BIAS}:
+        other = modules.get(name) if module is None and pattern is None else None
+        if isinstance(other, nn.Linear) and isinstance(getattr(other, "weight", None), nn.Parameter):
+            module = other
+        if pattern is not None and target in state:
+            joining.add(stem, target, pattern)
+            continue
+        if pattern is not None or module is None:
+            owner = _inside_parameters(name, modules)
+            if set(tensors) <= ORDINARY or not (pattern or target in state or name in modules or owner):
+                continue
+            if owner is not None and any(p.dim() >= 3 for p in modules[owner].parameters(recurse=False)):
+                if not joining.foreign(stem):
+                    raise LlmqError(unknown(tensors, owner, model))
+            elif found.unserved is None:
                 first = next(iter(tensors.values())).name
                 found.unserved = f"{first} is part of {name}, which is no linear module"
             continue
-        shape = sizes(module)
-        assert shape is not None
+        shape = sizes(module) or (module.weight.shape[0], module.weight.shape[1])
         layer = reader.layer(name, module, shape, tensors)
         if layer is not None or "weight" in tensors:
             seen.add(name)
@@ -118,19 +156,27 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         bias = module.bias is not None
         entries = dict(layer.entries) | ({BIAS: Entry(FLOATS, (shape[0],))} if bias else {})
         check(stem, shape, entries, tensors)
-        found.quantized[name] = Placeholder(name, layer, tensors, bias)
+        where = found.quantized if name in linear else found.dense
+        where[name] = Placeholder(name, layer, tensors, bias)
+    if found.unserved is not None:
+        joining.refuse_foreign(stored)
+    else:
+        found.stacks, found.unserved = joining.stacks(stored, reader)
+    for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
+        check(part.stem, part.shape, part.layer.entries, stored[part.stem])
+        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, part.apart)
     if found.unserved is None:
         _check_complete(model, linear, seen, next(iter(next(iter(stored.values())).values())).file if stored else None)
     return found
 
 
-def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module that the model lacks would be inside a module with its own parameters, as with fused experts."""
+def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module with its own parameters, as fused experts have, in which a module that the model lacks would be."""
     while name:
         name = name.rpartition(".")[0]
         if name in modules:
-            return bool(name) and any(True for _ in modules[name].parameters(recurse=False))
-    return False
+            return name if name and any(True for _ in modules[name].parameters(recurse=False)) else None
+    return None
 
 
 def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import formats
 from llmq.errors import LlmqError
-from llmq.formats.plain import mapping
+from llmq.formats.plain import Weight, mapping
+from llmq.inference.experts import use_packed
+from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
-from llmq.inference.placeholders import Placeholder, find, inner
+from llmq.inference.placeholders import Found, Placeholder, apart, find, inner
+from llmq.inference.stack import packed_stack
 from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
@@ -150,6 +156,8 @@ class KernelQuantizer(HfQuantizer):
         super().__init__(config, pre_quantized=True)
         self.reader, self.stock = reader, stock
         self.placeholders: dict[str, Placeholder] = {}
+        self.found = Found()
+        self.originals: dict[str, Any] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises LlmqError if modules would be offloaded to the disk, or some of them to the CPU beside a GPU."""
@@ -173,7 +181,7 @@ class KernelQuantizer(HfQuantizer):
             # preprocess_model would also do this, but too late for us; a second call does nothing.
             self._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
             found = find(model, self.reader, files)
-            self.placeholders, reason = found.quantized, found.unserved
+            self.found, self.placeholders, reason = found, found.quantized, found.unserved
         if reason is None:
             super().preprocess_model(model, dtype=dtype, **kwargs)
             return
@@ -186,19 +194,43 @@ class KernelQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, placeholder in self.placeholders.items():
             model.set_submodule(name, placeholder)
+        for name, placeholder in self.found.dense.items():
+            self.originals[name] = model.get_submodule(name)
+            model.set_submodule(name, placeholder)
+        for stack in self.found.stacks:
+            path, _, name = stack.name.rpartition(".")
+            owner = model.get_submodule(path)
+            del owner._parameters[name]
+            # Some models' initialization accesses it unconditionally.
+            vars(owner)[name] = torch.empty(0, device="meta")
+        for name, placeholder in self.found.experts.items():
+            _put(model, name, placeholder)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Map stored names with a dot in their suffix to buffers without one. transformers < 5.21 passes no model."""
+        """Map stored names to those of buffers. transformers < 5.21 passes no model.
+
+        Those with a dot in their suffix, and tensors of experts that transformers' rules would join as if they were
+        dense weights.
+        """
         from transformers.core_model_loading import WeightRenaming
 
-        dotted = sorted({s for p in self.placeholders.values() for s in p.layer.entries if "." in s})
-        return weight_conversions + [
-            WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted
-        ]
+        every = [*self.placeholders.values(), *self.found.dense.values(), *self.found.experts.values()]
+        dotted = sorted({s for p in every for s in p.layer.entries if "." in s})
+        renamed = [WeightRenaming(source_patterns=s.replace(".", r"\."), target_patterns=inner(s)) for s in dotted]
+        # A search, as the base model's prefix may be missing in the files.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        for suffix in sorted({s for p in self.found.experts.values() for s in p.apart}):
+            names = {n.removeprefix(prefix) for n, p in self.found.experts.items() if suffix in p.apart}
+            places = "|".join(sorted({_any_expert(name) for name in names}))
+            rule = rf"((?:{places}))\.{re.escape(inner(suffix))}$"
+            renamed.append(WeightRenaming(source_patterns=rule, target_patterns=rf"\1.{apart(suffix)}"))
+        return weight_conversions + renamed
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from accelerate.hooks import add_hook_to_module
 
+        self._pack_stacks(model)
+        self._make_dense(model)
         plain: dict[str, list[str]] = {}
         for name in list(self.placeholders):
             placeholder = self.placeholders.pop(name)
@@ -213,6 +245,47 @@ class KernelQuantizer(HfQuantizer):
         _own(model)
         give_back()
         return model
+
+    def _pack_stacks(self, model: Any) -> None:
+        """Put packed stacks in the place of experts' parameters, and free the placeholders of their experts."""
+        owners = {}
+        for stack in self.found.stacks:
+
+            def weights(stack: Stack = stack) -> Iterator[list[Weight]]:
+                for parts in stack.experts:
+                    yield [self.found.experts[part.place].weight_read() for part in parts]
+                    for part in parts:
+                        del self.found.experts[part.place]
+                        _take_out(model, part.place)
+
+            first = self.found.experts[stack.experts[0][0].place]
+            packed = packed_stack(stack.name, stack.shape, stack.transposed, weights(), model.dtype, first.file)
+            path, _, name = stack.name.rpartition(".")
+            owners[path] = owner = model.get_submodule(path)
+            del vars(owner)[name]
+            owner.register_module(name, packed)
+        for owner in owners.values():
+            use_packed(owner)
+
+    def _make_dense(self, model: Any) -> None:
+        """Restore the modules that need their weights' values, with these."""
+        from accelerate.hooks import add_hook_to_module
+
+        for name, module in self.originals.items():
+            placeholder = self.found.dense.pop(name)
+            layer = placeholder.replacement(model.dtype)
+            module.weight, module.bias = nn.Parameter(layer.dense(), requires_grad=False), None
+            if layer.bias is not None:
+                module.bias = nn.Parameter(layer.bias, requires_grad=False)
+            model.set_submodule(name, module)
+            if hasattr(placeholder, "_hf_hook"):
+                add_hook_to_module(module, placeholder._hf_hook)
+        if self.originals:
+            log.warning(
+                "%d weights are dense, such as %s: its %s is no plain linear layer",
+                len(self.originals), *next((n, type(m).__name__) for n, m in self.originals.items()),
+            )  # fmt: skip
+        self.originals.clear()
 
     def is_serializable(self) -> bool:
         """No: the weights in memory are packed for one device."""
@@ -230,6 +303,32 @@ class KernelQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes: torch.compile sees one operator per layer."""
         return True
+
+
+def _any_expert(name: str) -> str:
+    """A regular expression for the names that differ from this one in their last number."""
+    return re.sub(r"(.*\\\.)\d+(\\\..*)", r"\1\\d+\2", re.escape(name))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Make a module a model's submodule, with the modules above it that the model lacks."""
+    above, at = name.split("."), model
+    for step in above[:-1]:
+        if step not in at._modules:
+            at.register_module(step, nn.Module())
+        at = at.get_submodule(step)
+    at.register_module(above[-1], module)
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    """Undo `_put`: remove a submodule, and those above it that have become empty."""
+    while name:
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        del owner._modules[last]
+        if type(owner) is not nn.Module or owner._modules:
+            return
+        name = path
 
 
 def _own(model: Any) -> None:

@@ -107,18 +107,11 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
             )
     ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
     if ragged:
-        ways = ["--group-size with a divisor"]
-        # Experts have one scheme: --ragged would give one to some of them only.
-        if {i.name for i in ragged if i.expert is not None} in (
-            set(),
-            {i.name for i in chosen if i.expert is not None},
-        ):
-            if any(i.scheme and not formats.of(i.scheme).ONE_SCHEME for i in ragged):
-                ways += ["--ragged smaller (a smaller group there)", "--ragged channel (one scale per row there)"]
-            ways.append("--ragged keep (do not quantize them)")
+        other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(
-            f"the group size does not divide the width of {_name_all(ragged)}. Ways out: {', '.join(ways)}"
-            + (", or --keep PATTERN" if len(ways) > 1 else ", or --keep PATTERN for all experts of a block")
+            f"the group size does not divide the width of {_name_all(ragged)}. Ways out: --group-size with a divisor, "
+            + (other if any(i.scheme and not formats.of(i.scheme).ONE_SCHEME for i in ragged) else "")
+            + "--ragged keep (do not quantize them), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]
     if torn:

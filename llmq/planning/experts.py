@@ -63,10 +63,21 @@ def plan_experts(
 ) -> list[WeightPlan]:
     """The weights of all experts, one by one where the checkpoint stores them so; else a stack with the reason."""
     items: list[WeightPlan] = []
+    widths = sorted(_widths(model, structure))
     for index, block in enumerate(structure.blocks):
         if block.experts is not None:
-            items += _of_block(source, recipe, model, block, block.experts, index, links, dtype)
+            items += _of_block(source, recipe, model, block, block.experts, index, links, dtype, widths)
     return items
+
+
+def _widths(model: nn.Module, structure: Structure) -> set[int]:
+    """The widths of all experts' weights: their one scheme must have a group size that divides all of them."""
+    return {
+        model.get_parameter(f"{block.name}.{block.experts.module}.{name}").shape[1 if stack.axis == 0 else 2]
+        for block in structure.blocks
+        if block.experts is not None
+        for name, stack in block.experts.stacks.items()
+    }
 
 
 def _of_block(
@@ -78,6 +89,7 @@ def _of_block(
     index: int,
     links: Links,
     dtype: torch.dtype,
+    widths: list[int],
 ) -> Iterator[WeightPlan]:
     base = 1 + max((w.input_id for w in block.weights), default=-1)
     found: list[WeightPlan] = []
@@ -109,7 +121,7 @@ def _of_block(
                 view,
                 expert,
             )
-            found.append(schemed(item, recipe, dtype))
+            found.append(schemed(item, recipe, dtype, widths))
     if any(item.expert is None for item in found):
         # Packed experts beside a stack: stock transformers would not find them.
         found = [item if item.scheme is None else replace(item, scheme=None, reason=BESIDE) for item in found]

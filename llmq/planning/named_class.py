@@ -74,10 +74,9 @@ def _planned(plan: Plan, source: Tensors) -> Tensors:
             del tensors[item.tensor]
             tensors |= _stored(plan, item)
     for block in plan.blocks:
-        for parameter in block.joined:
+        for parameter, joined in block.joined.items():
             parts = [tensors.pop(name) for name in block.tensors[parameter]]
-            full = f"{block.name}.{parameter}"
-            tensors[full] = parts[0][0], tuple(plan.model.get_parameter(full).shape)
+            tensors[joined] = parts[0][0], tuple(block.module.get_parameter(parameter).shape)
     return tensors
 
 

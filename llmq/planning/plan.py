@@ -19,6 +19,7 @@ from llmq.discovery.find_pairs import find_in
 from llmq.discovery.named import Named, named
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found, Pair
+from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.base import Loader, dtype_name
 from llmq.grids.scheme import Scheme
@@ -43,8 +44,7 @@ class BlockPlan:
     index: of the block; name, module: its path in the model, and its module; weights: those to quantize, by
     `View.name`, in order; tensors: parameter or buffer within the block → the tensors of the checkpoint that it is made
     of; pairs: the block's scale pairs, if a method uses them; experts: its routed experts, if they are quantized, whose
-    weights are not in `weights`; joined: parameters stored in parts that are written as one tensor, under the model's
-    name.
+    weights are not in `weights`; joined: parameters stored in parts that are written as one tensor → its name there.
     """
 
     index: int
@@ -54,7 +54,7 @@ class BlockPlan:
     tensors: dict[str, tuple[str, ...]]
     pairs: list[Pair]
     experts: ExpertsPlan | None = None
-    joined: frozenset[str] = frozenset()
+    joined: dict[str, str] = field(default_factory=dict)
 
     @property
     def units(self) -> list[str]:
@@ -221,9 +221,20 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
         pairs = plan.pairs[block.name].pairs if block.name in plan.pairs else []
         module = plan.model.get_submodule(block.name)
         full = {w.tensor.removeprefix(prefix) for w in plan.weights if w.tensor in plan.links.slices}
-        joined = frozenset(full & tensors.keys())
+        joined = {n: _joined_name(plan, prefix + n) for n in sorted(full & tensors.keys())}
         found.append(BlockPlan(index, block.name, module, weights, tensors, pairs, experts, joined))
     return found
+
+
+def _joined_name(plan: Plan, parameter: str) -> str:
+    """The name of the one tensor for a parameter that is stored in parts, which every class that loads it understands.
+
+    That of the class that config.json names, whose names the checkpoint's are likelier to be, if the model's own class
+    finds it by that name, too; else the model's.
+    """
+    (first, *_) = plan.links.tensors(parameter)
+    other = None if plan.named is None else plan.named.parameters.get(first)
+    return other if other is not None and Rules(plan.model).rename(other) == (parameter, None) else parameter
 
 
 def _check_pairs(plan: Plan) -> None:

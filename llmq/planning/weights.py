@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import nn
@@ -135,8 +136,11 @@ def left(
     return WeightPlan(parameter.removesuffix(".weight"), tensor, shape, size, size, None, reason, block)
 
 
-def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan:
-    """The weight with the scheme that the recipe gives it, or the reason why it has none."""
+def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequence[int] = ()) -> WeightPlan:
+    """The weight with the scheme that the recipe gives it, or the reason why it has none.
+
+    widths: of all weights that must have one scheme with it, its own among them; experts have.
+    """
     scheme = recipe.scheme
     for pattern, override in recipe.overrides:
         if matches(pattern, item.name):
@@ -144,15 +148,17 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype) -> WeightPlan:
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason=BY_USER)
     rows, width = item.shape
-    group = scheme.group_size
-    if group and width % group:
+    group, widths = scheme.group_size, widths or (width,)
+    ragged = [w for w in (width, *widths) if group and w % group]
+    if group and ragged:
         # If the format allows only one scheme per folder, a smaller group is impossible.
         if recipe.ragged == "error" or (formats.of(scheme).ONE_SCHEME and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
-            sentence = f"group size {group} does not divide its width {width}"
+            whose = f"its width {width}" if ragged[0] == width else f"the width {ragged[0]} of others of its expert"
+            sentence = f"group size {group} does not divide {whose}"
             return replace(item, reason=Reason(Kind.INDIVISIBLE, sentence))
-        scheme = replace(scheme, group_size=_smaller(width, group) if recipe.ragged == "smaller" else None)
+        scheme = replace(scheme, group_size=_smaller(gcd(*widths), group) if recipe.ragged == "smaller" else None)
     sizes = formats.of(scheme).spec((rows, width), scheme, dtype)
     after = sum(prod(shape) * kind.itemsize for kind, shape in sizes.values())
     return replace(item, scheme=scheme, after=after)

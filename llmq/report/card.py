@@ -11,6 +11,7 @@ from typing import Any
 from llmq.checkpoint.files import CARD, write
 from llmq.errors import LlmqError, first_line
 from llmq.machine import size
+from llmq.report.experts import experts_of
 from llmq.report.measured import NO_QUALITY, Measure, Row, rows
 from llmq.report.report import Report
 
@@ -55,6 +56,7 @@ weight; `report.json` has every number and the recipe.
 - methods: {methods}
 - format: {report.format}
 - calibration: {report.calibration}
+{_experts(report)}\
 - not quantized: {"; ".join(left) or "nothing"}
 - verified: every block was read back from disk and gave the same output as in memory
 """
@@ -169,6 +171,19 @@ def source_metadata(source: Path) -> dict[str, Any]:
 
 def _kinds(report: Report) -> str:
     return ", ".join(sorted({str(row.scheme) for row in report.quantized}))
+
+
+def _experts(report: Report) -> str:
+    """A line on the routed experts, if there are any, and how many tokens they were calibrated with."""
+    found = experts_of(report)
+    if not found:
+        return ""
+    counts = [tokens for experts in found for tokens, _ in experts.each if tokens is not None]
+    told = f"- experts: {sum(len(experts.each) for experts in found):,} in {len(found)} blocks"
+    if counts and any(row.alpha is not None for row in found[0].rows):
+        told += f", each chosen by {min(counts):,} to {max(counts):,} calibration tokens"
+        told += f" ({sum(count == 0 for count in counts):,} by none)"
+    return f"{told}\n"
 
 
 def _usage(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Report:
 
     def to_json(self) -> str:
         """The text of report.json."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(_plain(self), indent=1, sort_keys=True, default=_plain) + "\n"
 
     @staticmethod
     def there(folder: Path) -> bool:
@@ -107,6 +107,11 @@ class Report:
         return Report(**{**data, "weights": weights, "blocks": blocks})
 
 
+def _plain(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass: `asdict` copies every number of every row as well."""
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+
+
 def versions() -> dict[str, str]:
     """The versions of packages that can change the written bytes."""
     return {name: version(name) for name in VERSIONS} | {"python": sys.version.split()[0]}
@@ -118,9 +123,10 @@ def make_report(
     """A report from the rows of the blocks (in the sink's journal) and the weights that the plan does not quantize."""
     blocks, weights = [], []
     for index, block in enumerate(plan.structure.blocks):
-        units = plan.blocks[index].units
-        blocks.append(read_block({"name": block.name, **done[units[-1]]}))
-        weights += [read_weight({"block": index, **row}) for unit in units for row in done[unit]["weights"]]
+        *groups, last = plan.blocks[index].units
+        log = [attempt for unit in (last, *groups) for attempt in done[unit]["log"]]
+        blocks.append(read_block({"name": block.name, **done[last], "log": log}))
+        weights += [read_weight({"block": index, **row}) for unit in (last, *groups) for row in done[unit]["weights"]]
     silent = [block.name for block in blocks if block.zero]
     silent_note = (
         f"the output of {', '.join(silent[:3])}{f' and {len(silent) - 3} more' if len(silent) > 3 else ''} is zero for "

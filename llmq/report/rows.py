@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import WeightState, relative_error
 from llmq.discovery.reasons import Kind, Reason
+from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme, changed_scheme
 
 
@@ -17,7 +20,10 @@ class WeightRow:
     """A quantized weight.
 
     shape: [out, in]; block: its number; bytes: stored; error: relative, in the Frobenius norm, of the quantized weight
-    to the weight after all transforms; notes: fallbacks used; seconds: of its quantization.
+    to the weight after all transforms; notes: fallbacks used; seconds: of its quantization. Of a routed expert's weight
+    also expert: its number in the block; tokens: those of the calibration windows (if no method needs data, of the one
+    window that checks blocks) that chose it; alpha: the share of their own statistics in those that it was quantized
+    with, from 0 to 1, None if the methods use no such statistics. None for other weights.
     """
 
     name: str
@@ -28,6 +34,9 @@ class WeightRow:
     error: float
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    expert: int | None = None
+    tokens: int | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,9 @@ class BlockRow:
     error: relative, of its output on the calibration windows; zero: that output is all zeros before quantization, so
     that nothing can be relative to it, and the error is absolute; seconds: in all; log: the methods' attempts; memory,
     peak: the resident size of the process that quantized it, at the block's end, and the largest until then; device:
-    the peak of tensor memory on the GPU while the block was quantized. None if not recorded.
+    the peak of tensor memory on the GPU while the block was quantized; routing: of the choices of experts that the
+    unquantized block makes on the inputs of its target, the share, from 0 to 1, that the block also makes on its own
+    inputs with all its weights but the experts' quantized. None if not recorded.
     """
 
     name: str
@@ -59,6 +70,7 @@ class BlockRow:
     peak: int | None = None
     device: int | None = None
     zero: bool = False
+    routing: float | None = None
 
     @property
     def shown(self) -> str:
@@ -66,8 +78,8 @@ class BlockRow:
         return "output is zero" if self.zero else f"{self.error:.2e}"
 
 
-def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
-    """The row of a quantized weight. nbytes: its size on disk."""
+def weight_row(state: WeightState, block: int, nbytes: int, expert: int | None = None) -> WeightRow:
+    """The row of a quantized weight. nbytes: its size on disk; expert: its number, if it is a routed expert's."""
     assert state.quantized is not None
     return WeightRow(
         state.name,
@@ -78,6 +90,7 @@ def weight_row(state: WeightState, block: int, nbytes: int) -> WeightRow:
         relative_error([state.result()], [state.value]),
         tuple(state.quantized.notes),
         round(state.seconds, 3),
+        expert,
     )
 
 
@@ -85,13 +98,16 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
     """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
     shared = {"name": str(data["name"]), "shape": tuple(data["shape"]), "block": data["block"], "bytes": data["bytes"]}
     if data.get("scheme") is not None:
-        scheme = changed_scheme(_current(data["scheme"]), Scheme(), data["name"])
+        scheme = _scheme(json.dumps(data["scheme"]), shared["name"])
         return WeightRow(
             **shared,
             scheme=scheme,
             error=data["error"],
             notes=tuple(data.get("notes", ())),
             seconds=data.get("seconds", 0.0),
+            expert=data.get("expert"),
+            tokens=data.get("tokens"),
+            alpha=data.get("alpha"),
         )
     reason = data.get("reason")
     if reason is None:  # earlier reports have the sentence only
@@ -101,7 +117,7 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
 
 def read_block(data: Mapping[str, Any]) -> BlockRow:
     """A row from plain data, also of earlier versions. Raises KeyError, TypeError, ValueError or LlmqError."""
-    more = {key: data[key] for key in ("memory", "peak", "device", "zero") if key in data}
+    more = {key: data[key] for key in ("memory", "peak", "device", "zero", "routing") if key in data}
     log = tuple(read_attempt(line) for line in data.get("log", ()))
     return BlockRow(data["name"], data["error"], data["seconds"], log, **more)
 
@@ -112,10 +128,25 @@ def read_attempt(data: Mapping[str, Any]) -> Attempt:
         return Attempt(**{**data, "outcome": Outcome(data["outcome"])})
     method, _, where = data["what"].partition(": ")
     outcome = Outcome.KEPT if data["kept"] else Outcome.UNDONE
-    words = {key: data.get(key) or "" for key in ("choice", "why")}
-    return Attempt(method, where or None, data["before"], data["after"], outcome, **words)
+    choice, why = (str(data.get(key) or "") for key in ("choice", "why"))
+    return Attempt(method, where or None, data["before"], data["after"], outcome, choice, why)
 
 
-def _current(scheme: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheme in today's names: earlier versions called the grid fp8 'float'."""
-    return {**scheme, "grid": {"float": "fp8"}.get(scheme["grid"], scheme["grid"])}
+def _scheme(text: str, name: str) -> Scheme:
+    """The scheme of a weight, from JSON. Raises KeyError, TypeError or LlmqError."""
+    found = _known_scheme(text)
+    return found if isinstance(found, Scheme) else changed_scheme(found, Scheme(), name)
+
+
+@lru_cache(maxsize=256)
+def _known_scheme(text: str) -> Scheme | dict[str, Any]:
+    """A scheme from JSON, which is the same for very many weights; its data if it is none.
+
+    Earlier versions called the grid fp8 'float'.
+    """
+    scheme = json.loads(text)
+    current = {**scheme, "grid": {"float": "fp8"}.get(scheme["grid"], scheme["grid"])}
+    try:
+        return changed_scheme(current, Scheme(), "")
+    except LlmqError:
+        return current

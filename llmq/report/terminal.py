@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import prod
@@ -14,12 +14,14 @@ from rich.table import Table
 
 from llmq.block.attempt import Outcome
 from llmq.machine import size
+from llmq.report.experts import experts_of, grouped, place, shapes
+from llmq.report.measured import digits
 
 # For `llmq methods` and similar commands, which do not import torch.
 if TYPE_CHECKING:
     from llmq.discovery.pairs import Found
     from llmq.formats.base import Row
-    from llmq.formats.inspection import Inspection
+    from llmq.formats.inspection import Alike, Inspection
     from llmq.planning.plan import Plan
     from llmq.planning.weights import WeightPlan
     from llmq.recipe.catalog import Description
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
     from llmq.report.rows import KeptRow
 
 WORST = 5
+NOTES = 20
+"""Different fallbacks that are printed."""
 SHOWN = 300
 """Characters of the first window that are printed."""
 
 
 def plan(console: Console, made: Plan) -> None:
-    """Every weight's shape, scheme and bytes before and after, then the summary."""
+    """Every weight's shape, scheme and bytes before and after, a block's experts as one row, then the summary."""
     title = escape(str(made.source.folder))
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("weight", overflow="fold")
@@ -41,8 +45,9 @@ def plan(console: Console, made: Plan) -> None:
     table.add_column("scheme")
     for heading in ("before", "after", "bits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for item in made.weights:
-        table.add_row(*_row(item))
+    inside = sorted(made.weights, key=lambda i: len(made.structure.blocks) if i.block is None else i.block)
+    for item in grouped(inside):
+        table.add_row(*(_experts_row(item) if isinstance(item, list) else _row(item)))
     console.print(table)
     console.print()
     summary(console, made)
@@ -52,6 +57,17 @@ def _row(item: WeightPlan) -> list[str]:
     what = str(item.scheme) if item.scheme else f"[dim]kept: {escape(str(item.reason))}[/]"
     bits = f"{8 * item.after / max(1, prod(item.shape)):.2f}"
     return [escape(item.name), " × ".join(map(str, item.shape)), what, size(item.before), size(item.after), bits]
+
+
+def _experts_row(items: list[WeightPlan]) -> list[str]:
+    """The row of a block's routed experts."""
+    what = Counter(f"[dim]kept: {escape(str(i.reason))}[/]" if i.scheme is None else str(i.scheme) for i in items)
+    told = [f"{count} × {said}" if len(what) > 1 else said for said, count in what.items()]
+    name = f"{escape(place(items))} × {len({i.expert for i in items})}: {len(items)} weights"
+    before, after, numbers = (sum(of) for of in zip(*((i.before, i.after, prod(i.shape)) for i in items), strict=True))
+    bits = f"{8 * after / max(1, numbers):.2f}"
+    shape = shapes([i.shape for i in items], " × ").replace(", ", "\n")
+    return [name, shape, "\n".join(told), size(before), size(after), bits]
 
 
 def summary(console: Console, made: Plan) -> None:
@@ -87,31 +103,72 @@ def readable(text: str, encoding: str) -> str:
 
 
 def report(console: Console, done: Report) -> None:
-    """A finished run: a line per block, the weights with the largest error, all fallbacks, and the headline."""
+    """A finished run: a line per block, and for its experts; the largest errors, fallbacks, and the headline."""
     table = Table(title="blocks", title_justify="left")
     for heading in ("block", "output error", "mean weight error", "bits", "seconds"):
         table.add_column(heading, justify="left" if heading == "block" else "right")
+    quantized, inside = done.quantized, defaultdict(list)
+    for row in quantized:
+        inside[row.block].append(row)
     for index, block in enumerate(done.blocks):
-        rows = [row for row in done.quantized if row.block == index]
+        rows = inside[index]
         bits = 8 * sum(row.bytes for row in rows) / max(1, sum(prod(row.shape) for row in rows))
         mean = sum(row.error for row in rows) / max(1, len(rows))
         table.add_row(escape(block.name), block.shown, f"{mean:.2e}", f"{bits:.2f}", f"{block.seconds:.1f}")
     console.print(table)
-    worst = sorted(done.quantized, key=lambda row: -row.error)[:WORST]
+    _experts(console, done)
+    worst = sorted(quantized, key=lambda row: -row.error)[:WORST]
     losses = ", ".join(f"{escape(row.name)} {row.error:.2e}" for row in worst)
     console.print(f"largest errors: {losses}", highlight=False)
     _attempts(console, done)
-    for name, note in done.fallbacks:
-        console.print(f"[yellow]{escape(name)}[/]: {escape(note)}", highlight=False)
+    for names, note in _alike(done.fallbacks):
+        console.print(f"[yellow]{escape(names)}[/]: {escape(note)}", highlight=False)
     for reason, alike in groupby(sorted(done.kept, key=_reason), key=_reason):
-        names = [row.name for row in alike]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        console.print(escape(f"kept ({reason}): {', '.join(names[:3])}{more}"), highlight=False)
+        console.print(escape(f"kept ({reason}): {_names([row.name for row in alike])}"), highlight=False)
     for warning in done.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     for loader in done.loaders:
         console.print(f"loads: {escape(loader)}", highlight=False)
     headline(console, done)
+
+
+def _experts(console: Console, done: Report) -> None:
+    """A line for the routed experts of each block, if there are any."""
+    found = experts_of(done)
+    if not found:
+        return
+    table = Table(title="experts", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for heading in (
+        "block",
+        "weights",
+        "error: median, 90 %, worst",
+        "tokens: min, median, max",
+        "no token",
+        "routing",
+    ):
+        table.add_column(heading, justify="right")
+    for experts in found:
+        cells = [str(experts.block), str(len(experts.rows)), ", ".join(digits(error, 3) for error in experts.errors)]
+        known = experts.tokens is not None
+        cells += [", ".join(map(str, experts.tokens or ())), f"{experts.idle} of {len(experts.each)}" if known else ""]
+        table.add_row(*cells, "" if experts.routing is None else f"{100 * experts.routing:.2f} %")
+    console.print(table)
+    if any(experts.routing is not None for experts in found):
+        console.print("routing: the share of choices of experts that are those of the unquantized block", style="dim")
+
+
+def _alike(notes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(names, note) for every note, in the order in which they are first met; the last stands for what is too much."""
+    found: dict[str, list[str]] = {}
+    for name, note in notes:
+        found.setdefault(note, []).append(name)
+    told = [(_names(names), note) for note, names in found.items()]
+    rest = {name for names in list(found.values())[NOTES:] for name in names}
+    return told[:NOTES] + ([(f"{len(rest)} more weights", "other fallbacks: report.json has them")] if rest else [])
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _attempts(console: Console, done: Report) -> None:
@@ -141,12 +198,17 @@ def headline(console: Console, done: Report) -> None:
 
 
 def inspection(console: Console, found: Inspection) -> None:
-    """A line for each weight, then the totals."""
+    """A line for each weight, one for the experts of a block, then the totals."""
+    from llmq.formats.inspection import Alike
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("weight", overflow="fold")
     for name in ("shape", "stored as", "error", "size"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in found.lines:
+        if isinstance(row, Alike):
+            table.add_row(*_alike_row(row))
+            continue
         error = "" if row.error is None else f"{row.error:.4f}"
         shape = "×".join(map(str, row.shape)) or "1"
         name = escape(row.name.removesuffix(".weight"))
@@ -176,6 +238,19 @@ def inspection(console: Console, found: Inspection) -> None:
     numbers = "" if found.unknown else f", {found.size / 1e6:.2f} million numbers"
     totals.add_row("size", f"{size(found.nbytes)}{numbers}")
     console.print(totals, highlight=False)
+
+
+def _alike_row(found: Alike) -> list[str]:
+    """The row of the experts of a block: how many, their weights, the different shapes and schemes, all their bytes."""
+    known = [row for row in found.rows if row.understood]
+    what = Counter(scheme(row) if row.understood else "not understood" for row in found.rows)
+    told = ", ".join(f"{count} × {said}" if len(what) > 1 else said for said, count in what.most_common())
+    errors = sorted(row.error for row in known if row.error is not None)
+    error = f"{errors[0]:.4f}–{errors[-1]:.4f}" if errors else ""
+    name = f"{escape(found.name)} × {found.count}: {len(found.rows)} weights"
+    cells = [name, shapes(row.shape for row in known), told, error, size(sum(row.nbytes for row in found.rows))]
+    style = "yellow" if len(known) < len(found.rows) else "dim" if all(row.bits is None for row in known) else ""
+    return [f"[{style}]{cell}[/]" if style else cell for cell in cells]
 
 
 def scheme(row: Row) -> str:

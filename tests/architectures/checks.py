@@ -178,31 +178,39 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
     """
     import llmq
-    from llmq import job, stream
+    from llmq import job, mixture, stream
 
     kept: dict[str, Tensor] = {}
+    experts: dict[tuple[str, int], Tensor] = {}
     original = stream.pack_weights
 
-    def remember(plan: Any, block: Any) -> Any:
-        prefix = plan.name
-        for name in [*block.weights, *block.changed]:
-            kept[f"{prefix}.{name}"] = block.module.get_parameter(name).detach().clone()
-        return original(plan, block)
+    def remember(plan: Any, block: Any, weights: Any = None) -> Any:
+        if weights is None:
+            for name in [*block.weights, *block.changed]:
+                kept[f"{plan.name}.{name}"] = block.module.get_parameter(name).detach().clone()
+            return original(plan, block)
+        (number,) = {weight.expert for weight in weights.values()}
+        for name, parameter in block.module.named_parameters():
+            stack = f"{plan.name}.{plan.experts.info.module}.{name}"
+            experts[stack, number] = parameter.detach().clone()
+        return original(plan, block, weights)
 
     recipe = llmq.Recipe(methods=tuple(method.split("+")), scheme=llmq.Scheme(4, 32, True), ragged="channel")
     plan = job.plan(str(source), recipe, out=out, ids=windows)
-    stream.pack_weights = remember
+    stream.pack_weights = mixture.pack_weights = remember
     try:
         job.quantize(str(source), out, recipe, ids=windows, made=plan)
     except llmq.LlmqError as error:
         raise Stopped(str(error).replace(str(source), "the source")) from error
     finally:
-        stream.pack_weights = original
+        stream.pack_weights = mixture.pack_weights = original
     reference = stock(source)
     before = logits(reference, ids)
     with torch.no_grad():
         for name, weight in kept.items():
             reference.get_parameter(name).copy_(weight)
+        for (stack, number), weight in experts.items():
+            reference.get_parameter(stack)[number].copy_(weight)
     target = logits(reference, ids)
     inside = [i for i in plan.weights if i.block is not None and len(i.shape) == 2]
     chosen = [i for i in inside if i.scheme is not None]

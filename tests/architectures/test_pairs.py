@@ -173,3 +173,20 @@ def test_a_model_in_bfloat16(tmp_path: Path) -> None:
     found = pairs.find_in(model, discover.find(model))
     assert all({described(p) for p in own.pairs} == EXPECTED["gemma3_text"] for own in found.values())
     assert dtypes == {name: b.dtype for name, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("qwen3_moe", {"gate_up_proj[up_rows] -> down_proj"}),
+        ("mixtral", {"gate_up_proj[up_rows] -> down_proj"}),
+        ("gpt_oss", set()),  # the up half is clamped, and 1 is added to it
+    ],
+)
+def test_pairs_within_an_expert(kind: str, expected: set[str], tmp_path: Path) -> None:
+    for own in found_in(tiny.make(kind, tmp_path)).values():
+        inside, rejections = own.experts
+        assert {described(pair) for pair in inside} == expected
+        assert {r.source for r in rejections} == {"gate_up_proj", "down_proj"} - {pair.source for pair in inside}
+        # The others are those of a block whose experts return their input.
+        assert all("experts" not in name for pair in own.pairs for name in described(pair).split())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import checks
 import pytest
 import tiny
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import llmq
 from llmq import job
 from llmq.errors import LlmqError
+from llmq.planning.weights import matches
 
 TYPES = [
     "bart",  # weights of an attention that never runs stay as they are
@@ -26,6 +32,113 @@ TYPES = [
 ]
 
 
+MIXTURES = [
+    "deepseek_v3",  # latent attention, dense blocks first, groups of experts, a shared expert
+    "deepseek_v4",  # routes by token id at first; attention over compressed tokens
+    "flex_olmo",
+    "hunyuan_v1_moe",  # a router that is a linear module
+    "jamba",  # state-space models and attention in turn; experts in every other block
+    "minimax",  # linear attention
+    "mixtral",  # experts under other names than in memory
+    "nemotron_h",  # experts without a gate, in one of four kinds of block
+    "qwen3_moe",
+    "qwen3_next",  # a shared expert with a gate of one output
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_expert_is_quantized_and_loaded_by_stock_transformers(name: str, tmp_path: Path) -> None:
+    source = tiny.make(name, tmp_path / "source")
+    assert checks.is_mixture(checks.stock(source))
+    done = checks.quantized(source, tmp_path / "out", tiny.tokens(4, 32, seed=2), tiny.tokens())
+    assert done.error <= 1e-5
+    assert 1e-3 < done.moved < 1
+    assert "it decides which experts a token goes to" in done.left
+    stacked = {n for n, p in checks.stock(source).named_parameters() if p.dim() == 3 and "expert" in n}
+    plan = job.plan(str(source), llmq.Recipe(methods=("rtn",), scheme=llmq.Scheme(4, 32)))
+    experts = [item for item in plan.weights if item.expert is not None]
+    assert stacked and {item.scheme for item in experts} == {llmq.Scheme(4, 32)}
+    assert not [item for item in plan.weights if item.scheme is None and item.module in stacked]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_replayed_block_by_block_are_what_an_ordinary_forward_pass_computes(name: str, tmp_path: Path) -> None:
+    structure, faults = checks.faults(tiny.make(name, tmp_path), tiny.tokens())
+    assert not faults
+    assert any(block.experts is not None for block in structure.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("qwen3_moe", "awq+gptq"),
+        ("nemotron_h", "awq+rtn"),
+        ("mixtral", "hqq"),
+        ("deepseek_v3", "rtn"),
+        ("qwen3_moe", "signround"),
+    ],
+)
+def test_experts_by_other_methods(name: str, method: str, tmp_path: Path) -> None:
+    source = tiny.make(name, tmp_path / "source")
+    done = checks.quantized(source, tmp_path / "out", tiny.tokens(4, 32, seed=2), tiny.tokens(), method)
+    assert done.error <= 1e-5
+    assert 1e-3 < done.moved < 1
+
+
+def conditional(folder: Path) -> Any:
+    """A mixture that reads images: config.json names a class whose text half the causal class is."""
+    from transformers import Qwen3_5MoeForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = Qwen3_5MoeForConditionalGeneration(tiny.config("qwen3_5_moe"))
+    tiny.shake(model)
+    model.save_pretrained(folder)
+    return Qwen3_5MoeForConditionalGeneration
+
+
+def named_class(tmp_path: Path, **recipe: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], llmq.Report]:
+    """The parameters of a mixture and of what is quantized of it, as the class that config.json names loads both."""
+    kind = conditional(tmp_path / "source")
+    wanted = llmq.Recipe(methods=("rtn",), scheme=llmq.Scheme(4, 32), **recipe)
+    report = job.quantize(str(tmp_path / "source"), tmp_path / "out", wanted, ids=tiny.tokens(4, 32, seed=2))
+    model, told = kind.from_pretrained(tmp_path / "out", dtype="float32", output_loading_info=True)
+    assert not any(told.values())
+    assert all(warning.startswith("only ") for warning in report.warnings)  # of what --keep leaves
+    before = kind.from_pretrained(tmp_path / "source", dtype="float32")
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32", output_loading_info=True)
+    assert not any(told.values())
+    values = ({n: p.detach() for n, p in loaded.named_parameters()} for loaded in (before, model))
+    return next(values), next(values), report
+
+
+@pytest.mark.slow
+def test_a_mixture_within_a_larger_class_is_loaded_through_that_class(tmp_path: Path) -> None:
+    before, after, report = named_class(tmp_path)
+    names = {row.name for row in report.quantized}
+    stacks = {name for name in before if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    for name, value in before.items():
+        if name in stacks:
+            assert 1e-3 < checks.apart(after[name], value) < 0.3
+        elif name.removesuffix(".weight") not in names:
+            assert after[name].equal(value), name
+    assert len(stacks) == 8 and sum(".experts." in name for name in names) == 4 * 4 * 3
+    routers = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert len(routers) == 4 and not {name.removesuffix(".weight") for name in routers} & names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["experts", "re:layers\\.[02]\\..*\\.experts\\."])
+def test_experts_that_are_kept_are_the_sources_through_that_class(pattern: str, tmp_path: Path) -> None:
+    before, after, report = named_class(tmp_path, keep=(pattern,))
+    kept = {name for name in before if ".experts." in name and matches(pattern, name)}
+    assert len(kept) == (8 if pattern == "experts" else 4)
+    assert all(after[name].equal(before[name]) for name in kept)
+    assert sum(".experts." in row.name for row in report.quantized) == (0 if pattern == "experts" else 2 * 4 * 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_stock_transformers_gives_the_logits_of_the_weights_in_memory(name: str, tmp_path: Path) -> None:
@@ -40,7 +153,9 @@ def test_stock_transformers_gives_the_logits_of_the_weights_in_memory(name: str,
     [
         ("gpt2", "nothing to quantize: it is not the weight of a Linear module"),
         ("falcon", "nothing to quantize: stock transformers cannot load it packed"),
-        ("mixtral", "mixture-of-experts models are not supported yet"),
+        ("dbrx", "mixture-of-experts models are not supported yet: ffn.experts.mlp.w1 sees only the tokens routed to"),
+        ("longcat_flash", "the experts of mlp.experts cannot be quantized yet: its stacks have 4 and 6 experts"),
+        ("zaya", "block 1 gets a second value from the block before it"),
     ],
 )
 def test_refused_before_any_work(name: str, words: str, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, write_tiny_model
+from tests.conftest import Run, write_tiny_model, write_tokenizer
+from tests.llmq import mixtures
 
 DIFFER = {"report.json", "report.html", "README.md"}
 
@@ -33,9 +35,16 @@ def command(model: Path, text: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), "--calib", str(text), *options]
 
 
+def mixture(folder: Path) -> Path:
+    """Two blocks of 20 experts, which are written in two groups each."""
+    write_tokenizer(mixtures.write("qwen3_moe", folder, num_experts=20, num_hidden_layers=2))
+    return folder
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
-    model = write_tiny_model(tmp_path / "model", layers=6)
+@pytest.mark.parametrize("make", [lambda folder: write_tiny_model(folder, layers=6), mixture], ids=["dense", "mixture"])
+def test_killed_at_random_moments(make: Callable[[Path], Path], tmp_path: Path, text_file: Path) -> None:
+    model = make(tmp_path / "model")
     subprocess.run(command(model, text_file, tmp_path / "whole"), check=True, capture_output=True)
     rng = random.Random(1)
     kills = 0

@@ -21,6 +21,7 @@ from llmq.methods import Pipeline
 from llmq.planning import experts as planning
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
 from llmq.watch import Silent
 from tests.architectures import tiny
 from tests.llmq import mixtures
@@ -202,6 +203,28 @@ def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
         assert len({row.name for row in report.quantized}) == len(report.quantized) == 2 * (4 + 4 * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sources_of_half_precision(
+    dtype: torch.dtype, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums are kept in float32; what is read back is what was in memory, here as well."""
+    model, _ = mixtures.load(source)
+    model.to(dtype).save_pretrained(tmp_path / "m")
+    groups_of(monkeypatch, 1)
+    job.quantize(str(tmp_path / "m"), tmp_path / "whole", GPTQ, ids=IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sink, "commit", breaking(8))
+        with pytest.raises(Broken):
+            job.quantize(str(tmp_path / "m"), tmp_path / "out", GPTQ, ids=IDS)
+    report = job.quantize(str(tmp_path / "m"), tmp_path / "out", GPTQ, ids=IDS)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert all(block.error < 0.2 for block in report.blocks)
+    scales = {n: t.dtype for n, t in mixtures.stored(tmp_path / "out").items() if n.endswith("weight_scale")}
+    assert set(scales.values()) == {dtype} and len(scales) == 2 * (4 + 4 * 3)
+
+
+@pytest.mark.slow
 def test_groups_that_are_finished_are_read_and_not_quantized_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +261,7 @@ def test_groups_that_are_finished_are_read_and_not_quantized_again(
 # Damage.
 
 
+@pytest.mark.slow
 def test_a_changed_byte_in_an_experts_shard_is_noticed_by_the_run_that_resumes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +336,7 @@ def test_an_expert_that_cannot_be_quantized_is_named(
     refused(lambda: job.quantize(str(source), tmp_path / "out", RTN, ids=IDS), "layers.1.mlp.experts, expert 3: not")
 
 
+@pytest.mark.slow
 def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path) -> None:
     """0 tokens of its own, and yet nearer to what it computes of other tokens than rounding to nearest is."""
     folder = mixtures.write("qwen3_moe", tmp_path / "m", num_hidden_layers=1)
@@ -336,7 +361,7 @@ def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path
             row["name"]: row["tokens"]
             for e in lines
             for row in e.get("payload", {}).get("weights", [])
-            if "tokens" in row
+            if row.get("tokens") is not None
         }
         assert len(counted) == 12 and {n for name, n in counted.items() if ".experts.1." in name} == {0}
         loaded, told = mixtures.load(out)
@@ -347,3 +372,17 @@ def test_an_expert_that_no_token_chose_is_quantized_by_the_others(tmp_path: Path
         want = model.model.layers[0].mlp.experts(rows, one, full)
         error = {method: float((experts(rows, one, full) - want).norm()) for method, experts in outputs.items()}
     assert error["gptq"] < 0.8 * error["rtn"]
+
+
+@pytest.mark.slow
+def test_what_a_method_tried_on_every_expert_is_reported(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(methods=("awq", "gptq"), scheme=mixtures.W4)
+    report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
+    for block in report.blocks:
+        tried = [attempt for attempt in block.log if attempt.expert is not None]
+        assert {attempt.expert for attempt in tried} == {0, 1, 2, 3}
+        for expert in range(4):
+            where = [attempt.where for attempt in tried if attempt.expert == expert]
+            assert where == ["gate_up_proj → down_proj", None]
+        assert str(tried[0]).startswith("expert 0: awq: gate_up_proj → down_proj: error 0.")
+    assert Report.load(tmp_path / "out").blocks == report.blocks

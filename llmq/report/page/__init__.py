@@ -24,7 +24,8 @@ PAGE = "report.html"
 
 def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
     """report.html of a run. measures: of the quantized model; base: of the base model."""
-    from llmq.report.page import figures, story
+    from llmq.report.experts import experts_of
+    from llmq.report.page import experts, figures, story
 
     measured = rows(measures, base)
     return render(
@@ -34,6 +35,7 @@ def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable
         headline=story.headline(report, measured),
         measured=measured,
         heat=figures.heat(report),
+        experts=experts.clouds(experts_of(report)),
         depth=figures.depth(report),
         seconds=figures.seconds(report),
         memory=figures.memory(report),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -12,6 +12,8 @@ LEVELS = 9
 LOGARITHMIC = 3.0
 """From this ratio of the largest to the smallest value on, a scale is logarithmic."""
 TICKS = 4
+WIDTH, HEIGHT = 1000, 100
+"""Of a strip of points, in the units of its SVG."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,35 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Cloud:
+    """A strip of points in a box of WIDTH by HEIGHT. dots, marked: SVG paths of the plain and of the marked points."""
+
+    label: str
+    detail: str
+    text: str
+    dots: str
+    marked: str
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """Strips of points with common axes. ticks: (percent from the left, text); low, high: texts of the strips' edges.
+
+    headings, table: as in Plot.
+    """
+
+    id: str
+    title: str
+    description: str
+    strips: list[Cloud]
+    ticks: list[tuple[float, str]]
+    low: str
+    high: str
+    headings: list[str]
+    table: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Given:
     """The numbers of a series: style is 'line', 'before', 'bars' …, a class of the style sheet."""
 
@@ -138,6 +169,12 @@ def ticks(top: float) -> list[float]:
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * (1 - 1e-9))
     return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def dots(points: Iterable[tuple[float, float]]) -> str:
+    """An SVG path of the points (shares, from 0 to 1, of the width from the left and of the height from below)."""
+    places = ((round(WIDTH * x), round(HEIGHT * (1 - y))) for x, y in points)
+    return "".join(f"M{x} {y}h0" for x, y in dict.fromkeys(places))
 
 
 def plot(

@@ -13,14 +13,15 @@ from llmq.report.rows import BlockRow, KeptRow, WeightRow
 
 Row = WeightRow | KeptRow
 MANY = 24
-"""With more kinds of weights than this, those that differ only in a number (experts) are shown as one."""
+"""With more kinds of weights than this, those that differ only in a number are shown as one; experts always are."""
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def heat(report: Report) -> Heat | None:
     """Error per weight: a column for each block, a strip for each kind of weight; None if nothing is quantized.
 
-    If a block has very many weights, those whose names differ only in numbers share a strip: its colour is their mean
-    error, its tooltip also gives the largest.
+    The weights of a block's experts that differ only in numbers share a strip, and if a block has very many weights, so
+    do others: its colour is their mean error, its tooltip also gives the largest.
     """
     rows = [(row, row.block) for row in report.weights if row.block is not None]
     kinds = _kinds(report, rows)
@@ -60,11 +61,12 @@ def _quantized(rows: Iterable[Row]) -> list[WeightRow]:
 
 
 def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
-    """The name of each weight inside its block."""
+    """The name of each weight inside its block; all experts' weights of one kind have one name."""
     inside = [_inside(row.name, report.blocks[at].name) for row, at in rows]
-    if len(set(inside)) <= MANY:
-        return inside
-    return [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in inside]
+    numbered = [getattr(row, "expert", None) is not None for row, _ in rows]
+    if len({name for name, expert in zip(inside, numbered, strict=True) if not expert}) > MANY:
+        numbered = [True] * len(inside)
+    return [NUMBER.sub("*", name) if so else name for name, so in zip(inside, numbered, strict=True)]
 
 
 def _order(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Row
-from llmq.formats.inspection import inspect_folder
+from llmq.formats.inspection import Alike, inspect_folder
 from llmq.report import terminal
 
 SHARED = Path(__file__).parents[4] / "shared"
@@ -228,3 +228,37 @@ def test_real_model() -> None:
     found = inspect_folder(SHARED / "models" / "stories260K")
     # Tied: the embedding is stored once, so the count is that of the model's card.
     assert (found.size, found.bits_per_weight, found.quantized) == (260_032, 32, ())
+
+
+def listed(folder: Path, names: list[str]) -> list[str]:
+    """The lines of an unquantized folder of 4 × 8 weights: a name each, with the number of what is told as one."""
+    folder.mkdir()
+    save_file({f"{name}.weight": torch.zeros(4, 8) for name in names}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    found = inspect_folder(folder)
+    told = [f"{one.name} × {one.count}" if isinstance(one, Alike) else one.name for one in found.lines]
+    rows = [row for one in found.lines for row in (one.rows if isinstance(one, Alike) else [one])]
+    assert sorted(row.name for row in rows) == sorted(row.name for row in found.rows) and len(rows) == len(names)
+    return told
+
+
+def test_the_experts_of_a_block_are_a_line(tmp_path: Path) -> None:
+    names = [f"l.{b}.moe.{e}.{n}" for b in range(2) for e in range(12) for n in ("up", "down")]
+    assert listed(tmp_path / "x", [*names, "l.0.a", "l.1.z", "head"]) == [
+        *("head.weight", "l.0.a.weight", "l.0.moe × 12", "l.1.moe × 12", "l.1.z.weight"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"l.{i}.up" for i in range(8)],  # the blocks
+        [f"l.0.e.{i}.up" for i in range(2)],  # too few
+        [f"l.0.e.{i}.up" for i in (0, 2, 4)],  # the layers of a sequence, between activations
+        [f"l.0.e.{i}.up" for i in (1, 2, 3)],
+        [f"l.0.e.{i}.{n}" for i, n in enumerate(("up", "norm", "down"))],  # nothing alike
+        [f"s.0.b.{i}.{n}" for i in range(4) for n in ("norm", "attn.q", "attn.k")],  # blocks in stages
+    ],
+)
+def test_other_lists_are_told_one_by_one(names: list[str], tmp_path: Path) -> None:
+    assert sorted(listed(tmp_path / "x", names)) == sorted(f"{name}.weight" for name in names)

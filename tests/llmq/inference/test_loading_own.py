@@ -140,10 +140,10 @@ def test_what_is_not_served_goes_to_stock(tmp_path: Path, kernels: None, caplog:
         use_kernels()
 
 
-def test_experts_that_transformers_fuses_go_to_stock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_of_what_is_no_linear_module_go_to_stock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is left of llmq's quantizer then: what comes out is what stock makes of the folder, an error included."""
     write("qwen3_moe", tmp_path / "m")
-    name = "model.layers.0.mlp.experts.0.gate_proj"
+    name = "model.embed_tokens"
 
     def pack(state: dict[str, torch.Tensor]) -> None:
         rows, width = state.pop(f"{name}.weight").shape

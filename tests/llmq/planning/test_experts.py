@@ -120,6 +120,7 @@ UNREADABLE = {
     "asymmetric": Scheme(4, 16, symmetric=False),
     "int8 with rounded inputs": Scheme(8, None, activations=Activations()),
     "int8 with static inputs": Scheme(8, None, activations=Activations(dynamic=False)),
+    "fp8 with static inputs": Scheme(8, None, grid="fp8", activations=Activations(dynamic=False)),
     "nf4": Scheme(4, 64, grid="nf4"),
 }
 
@@ -217,31 +218,13 @@ def test_the_way_out_names_experts_and_no_number(changes: dict[str, Any], tmp_pa
     assert all(i.scheme for i in made.weights if "self_attn" in i.name and i.name.endswith("proj"))
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts of 48 × 64 and 64 × 48; do not change it."""
-    folder = tmp_path_factory.mktemp("models") / "uneven"
-    return mixtures.write("qwen3_moe", folder, num_hidden_layers=1, moe_intermediate_size=48)
-
-
-@pytest.mark.parametrize("way", ["smaller", "channel", "keep"])
-def test_a_group_size_that_divides_some_matrices_of_experts_only(way: str, uneven: Path) -> None:
-    """--ragged would give the others another scheme, so it is not proposed, and refused."""
-    said = refused(lambda: plan(uneven, Scheme(4, 32)), "does not divide", "experts.*.down_proj [64, 48]")
-    assert "--ragged" not in said and "--keep PATTERN for all experts of a block" in said
-    told = "experts with different schemes", "Ways out: a --group-size that divides 48 and 64, "
-    refused(lambda: plan(uneven, Scheme(4, 32), ragged=way), *told)
-    # The ways out; where no expert's width is divided, all have one scheme.
-    assert any(i.expert is not None for i in plan(uneven, W4).weights)
-    assert any(i.expert is not None for i in plan(uneven, Scheme(4, 32), overrides=(("experts", W4),)).weights)
-    plan(uneven, Scheme(4, 32), keep=("experts",))
-    if way == "channel":
-        assert "--ragged channel" in refused(lambda: plan(uneven, Scheme(4, 128)), "does not divide")
-        schemes = {i.scheme for i in plan(uneven, Scheme(4, 128), ragged=way).weights if i.expert is not None}
-        assert schemes == {Scheme(4, None)}
-
-
 # What loads exactly.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [*(Scheme(bits, 16) for bits in (2, 3, 4, 8)), Scheme(8, None, grid="fp8")], ids=str)
+def test_one_scheme_for_everything(scheme: Scheme, source: Path, tmp_path: Path) -> None:
+    assert experts_in(exact(source, tmp_path, scheme)) == 2 * 4 * 3
 
 
 @pytest.mark.slow
@@ -289,6 +272,33 @@ def test_routers_are_left_alone_by_name(kind: str, tmp_path: Path) -> None:
     # By the checkpoint's name, which a server knows, and by transformers' name.
     assert {i.name for i in routers} | {i.module.removesuffix(".weight") for i in routers} <= set(ignored)
     assert all(f"{i.name}.weight" in mixtures.stored(model) for i in routers)
+
+
+RAGGED = {
+    # --ragged: the group size of all experts, None if they are kept; of widths 64 and 48
+    "smaller": (16, False),
+    "channel": (None, False),
+    "keep": (None, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_widths_that_the_group_size_does_not_divide_leave_experts_one_scheme(ragged: str, tmp_path: Path) -> None:
+    """The ways out that the refusal gives: a smaller group, or none, for all experts and for no other weight."""
+    model = mixtures.write("qwen3_moe", tmp_path / "m", num_hidden_layers=2, moe_intermediate_size=48)
+    scheme, (size, kept) = Scheme(4, 32), RAGGED[ragged]
+    said = refused(lambda: plan(model, scheme), "does not divide the width of", "experts.*.down_proj [64, 48]")
+    assert f"--ragged {ragged}" in said and "(experts 0–3)" in said and said.count("down_proj") == 1
+    report = exact(model, tmp_path, scheme, ragged=ragged)
+    assert {row.scheme for row in report.quantized if ".self_attn." in row.name} == {scheme}
+    mine = {row.scheme for row in report.quantized if ".experts." in row.name}
+    assert mine == (set() if kept else {replace(scheme, group_size=size)})
+    left = [i for i in plan(model, scheme, ragged=ragged).weights if ".experts." in i.name and i.scheme is None]
+    assert bool(left) is kept
+    for item_left in left:
+        own = "its width 48" if "down" in item_left.name else "the width 48 of others of its expert"
+        assert str(item_left.reason) == f"group size 32 does not divide {own}"
 
 
 def test_every_expert_of_the_checkpoint_is_planned_once_with_its_place(source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from llmq.errors import LlmqError
 from llmq.report.card import hub_id, model_card, write_measured, write_place
+from llmq.report.rows import WeightRow
 from tests.llmq.report.page.reports import measure, report
 
 
@@ -47,6 +49,17 @@ def test_usage_says_what_was_tried(source: Path) -> None:
     assert "With vLLM, where this was not run:" in text and "from vllm import LLM" in text
     assert "not quantized: kept by --keep; outside the decoder blocks" in text
     assert "With vLLM:" in model_card(report(2, examples={"vllm": True}), source)
+
+
+def test_experts_are_told_with_their_tokens(source: Path) -> None:
+    text = model_card(report(2, experts=8, routed=True), source)
+    assert (
+        "\n- experts: 16 in 2 blocks, each chosen by 0 to 14 calibration tokens (2 by none)\n- not quantized: " in text
+    )
+    made = report(2, experts=8, routed=True)
+    made.weights = [replace(row, alpha=None) if isinstance(row, WeightRow) else row for row in made.weights]
+    assert "\n- experts: 16 in 2 blocks\n- not" in model_card(made, source)
+    assert "- experts" not in model_card(report(2), source) and "text\n- not quantized" in model_card(report(2), source)
 
 
 def test_it_shows_only_what_loads_the_folder(source: Path) -> None:

@@ -20,11 +20,13 @@ from llmq.recipe.recipe import Recipe
 from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_weight, weight_row
 from tests.llmq.block.attempts import LOG
 from tests.llmq.blocks import open_block
+from tests.llmq.refusal import refused
 
 STATIC = Scheme(8, None, activations=Activations(False, "kl"))
 WEIGHTS = [
     WeightRow("a.b", (8, 64), 3, 300, Scheme(4, 32), 0.1, ("damped",), 1.5),
     WeightRow("a.c", (8, 64), 3, 300, STATIC, 0.1),
+    WeightRow("a.9.b", (8, 64), 3, 300, Scheme(4, 32), 0.1, (), 1.5, 9, 32, 0.5),
     WeightRow("a.d", (8, 64), 3, 300, Scheme(4, 64, grid="nf4", double_quant=True), 0.1),
     KeptRow("a.e", (8, 64), None, 1024, Reason(Kind.OUTSIDE, "outside the decoder blocks")),
 ]
@@ -39,7 +41,7 @@ def test_a_weight_is_read_back(row: WeightRow | KeptRow) -> None:
     assert read_weight(through_json(row)) == row
 
 
-@pytest.mark.parametrize("row", [BlockRow("x.0", 0.1, 2.0, LOG, 5, 6, 7, True), BlockRow("x.0", 0.1, 2.0)])
+@pytest.mark.parametrize("row", [BlockRow("x.0", 0.1, 2.0, LOG, 5, 6, 7, True, 0.99), BlockRow("x.0", 0.1, 2.0)])
 def test_a_block_is_read_back(row: BlockRow) -> None:
     read = read_block(through_json(row))
     assert read == row and all(isinstance(attempt.outcome, Outcome) for attempt in read.log)
@@ -51,6 +53,7 @@ def test_rows_of_an_earlier_llmq() -> None:
     usual = {"name": "a", "shape": [8, 64], "block": 0, "bytes": 9}
     quantized = usual | {"error": 0.1, "notes": ["n"], "seconds": 0.5, "scheme": fp8 | {"symmetric": True}}
     assert read_weight(quantized) == WeightRow("a", (8, 64), 0, 9, Scheme(8, None, grid="fp8"), 0.1, ("n",), 0.5)
+    assert read_weight(quantized).expert is None is read_weight(quantized).tokens  # type: ignore[union-attr]
     kept = usual | {"scheme": None, "error": 0.0, "kept": "kept by --keep"}
     assert read_weight(kept) == KeptRow("a", (8, 64), 0, 9, Reason(Kind.UNTOLD, "kept by --keep"))
     lines = [
@@ -73,3 +76,11 @@ def test_the_row_of_a_weight(tiny_model: Path) -> None:
     assert row.error == pytest.approx(float((rounded - value).norm() / value.norm()), rel=1e-5)
     assert (row.name, row.shape) == (state.name, tuple(value.shape))
     assert (row.block, row.bytes, row.scheme, row.notes) == (2, 77, Scheme(4, 16), ())
+    assert row.expert is None and weight_row(state, 2, 77, 5).expert == 5
+
+
+def test_a_scheme_that_is_none_is_refused_by_the_weights_name_each_time() -> None:
+    data = through_json(WEIGHTS[0])
+    data["scheme"]["bits"] = 77
+    for name in ("first", "second"):
+        refused(lambda name=name: read_weight(data | {"name": name}), name, "77")

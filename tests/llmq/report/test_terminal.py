@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from llmq import job
 from llmq.block.attempt import Attempt, Outcome
+from llmq.formats.base import UNKNOWN
+from llmq.formats.inspection import inspect_folder
 from llmq.grids.scheme import Scheme
+from llmq.machine import size
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import terminal
-from tests.llmq.report.page.reports import report
+from llmq.report.measured import digits
+from tests.llmq.report.page.reports import noted, report
+from tests.llmq.report.test_experts import tiny
 
 
 def test_what_was_tried_and_left_is_counted() -> None:
@@ -30,6 +38,70 @@ def test_what_was_tried_and_left_is_counted() -> None:
     assert "model.layers.0.attn.out: damped 10 times more" in said
     assert "kept (kept by --keep): model.layers.0.attn.value" in said
     assert "kept (outside the decoder blocks): head" in said
+
+
+def printed(show: Callable[..., None], what: Any, width: int = 200) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    show(console, what)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_the_experts_of_a_block_are_one_line() -> None:
+    made = report(3, experts=128, routed=True)
+    lines = printed(terminal.report, made)
+    assert len(lines) < 40
+    at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["block", "weights"])
+    errors = sorted(row.error for row in made.quantized if row.block == 2 and row.expert is not None)
+    cells = lines[at + 3].split()
+    assert cells[:5] == ["2", "384", *(f"{digits(errors[i], 3)}{c}" for i, c in ((191, ","), (345, ","), (383, "")))]
+    assert cells[5:] == ["0,", "189,", "381", "1", "of", "128", f"{100 * (made.blocks[2].routing or 0):.2f}", "%"]
+    said = "\n".join(lines)
+    worst = max(made.quantized, key=lambda row: row.error)
+    assert f"largest errors: {worst.name} {worst.error:.2e}" in said
+    first = "model.layers.0.mlp.experts.0"
+    assert f"{first}.gate, {first}.up, {first}.down and 6 more: no token chose this expert" in said
+
+
+def test_a_report_without_experts_has_no_table_of_them() -> None:
+    assert not any("routing" in line for line in printed(terminal.report, report(2)))
+
+
+def test_many_different_fallbacks_are_counted() -> None:
+    made = report(6)
+    made.weights = [noted(row, f"note {i}") for i, row in enumerate(made.quantized)]
+    lines = printed(terminal.report, made)
+    told = [line for line in lines if ": note " in line]
+    more = len(made.weights) - terminal.NOTES
+    assert len(told) == terminal.NOTES and f"{more} more weights: other fallbacks: report.json has them" in lines
+
+
+def test_a_plan_has_a_row_for_the_experts_of_each_block(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "m", num_experts=4)
+    ids = torch.arange(16).view(1, 16)
+    made = job.plan(str(source), Recipe(methods=("rtn",), scheme=Scheme(4, 16)), ids=ids)
+    lines = printed(terminal.plan, made, 160)
+    at = next(i for i, line in enumerate(lines) if line.startswith("model.layers.0.mlp.experts × 4: 12 weights"))
+    assert "4-bit g16 symmetric" in lines[at] and not any("experts.0" in line for line in lines)
+    after = sum(item.after for item in made.weights if item.expert is not None and item.block == 0)
+    assert size(after) in lines[at]
+    # In their block, before what is outside of all blocks.
+    assert at < next(i for i, line in enumerate(lines) if line.startswith("model.layers.1.self_attn"))
+
+
+def test_an_inspection_has_a_line_for_the_experts_of_each_block(tmp_path: Path) -> None:
+    found = inspect_folder(tiny(tmp_path / "m", num_experts=4))
+    lines = printed(terminal.inspection, found, 160)
+    (line,) = [line for line in lines if line.startswith("model.layers.1.mlp.experts")]
+    weights = [row for row in found.rows if "layers.1.mlp.experts" in row.name]
+    assert line.startswith("model.layers.1.mlp.experts × 4: 12 weights") and size(12 * 64 * 32 * 4) in line
+    assert len(weights) == 12 and "64×32, 32×64" in line and "float32" in line
+    changed = [replace(row, kind="int", bits=4, group=16, symmetric=True, error=0.1) if "up" in row.name else row
+               for row in found.rows]  # fmt: skip
+    changed = [replace(row, kind=UNKNOWN, shape=()) if row.name.endswith("1.mlp.experts.3.down_proj.weight") else row
+               for row in changed]  # fmt: skip
+    mixed = printed(terminal.inspection, replace(found, rows=tuple(changed)), 160)
+    (line,) = [line for line in mixed if line.startswith("model.layers.1.mlp.experts")]
+    assert "7 × float32, 4 × int4 g16, 1 × not understood" in line and "0.1000–0.1000" in line
 
 
 @pytest.mark.parametrize(

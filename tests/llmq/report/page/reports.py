@@ -20,8 +20,13 @@ LOADS = ("src", "srcset", "data", "poster", "background", "action", "ping", "sty
 FOUR = {"activations": None, "bits": 4, "double_quant": False, "grid": "int", "group_size": 128, "symmetric": True}
 
 
-def report(layers: int = 80, experts: int = 0, prefix: str = "model.layers", **changes: Any) -> Report:
-    """A plausible run: seven weights a block, or attention and experts; one weight kept, one fallen back."""
+def report(
+    layers: int = 80, experts: int = 0, prefix: str = "model.layers", *, routed: bool = False, **changes: Any
+) -> Report:
+    """A plausible run: seven weights a block, or attention and experts; one weight kept, one fallen back.
+
+    routed: the experts are known as such, the first of each block without a token.
+    """
     draw = random.Random(layers + experts)
     names = {f"attn.{name}": (4096, 4096) for name in ("query", "key", "value", "out")}
     if experts:
@@ -34,12 +39,19 @@ def report(layers: int = 80, experts: int = 0, prefix: str = "model.layers", **c
         for name, shape in names.items():
             size = shape[0] * shape[1] * 33 // 64
             error = draw.uniform(0.03, 0.2)
-            weights.append(WeightRow(f"{prefix}.{at}.{name}", shape, at, size, Scheme(), error, seconds=1.0))
+            row = WeightRow(f"{prefix}.{at}.{name}", shape, at, size, Scheme(), error, seconds=1.0)
+            if routed and "experts" in name:
+                number = int(name.split(".")[2])
+                tokens = number * (at + 1)
+                notes = () if number else ("no token chose this expert",)
+                row = replace(row, expert=number, tokens=tokens, alpha=tokens / (tokens + 32), notes=notes)
+            weights.append(row)
         error = draw.uniform(0.01, 0.1)
         pair = Attempt("awq", "norm → query, key", error * 1.5, error * 1.6, Outcome.UNDONE)
         log = (pair, Attempt("AWQ", None, error * 1.2, error, Outcome.KEPT))
         seconds, memory = draw.uniform(50, 80), 3 * 2**30 + at
-        blocks.append(BlockRow(f"{prefix}.{at}", error, seconds, log, memory, 2**30 + memory))
+        share = draw.uniform(0.9, 1.0) if routed else None
+        blocks.append(BlockRow(f"{prefix}.{at}", error, seconds, log, memory, 2**30 + memory, routing=share))
     weights[2] = kept(weights[2], Reason(Kind.BY_USER, "kept by --keep"))
     weights[3] = noted(weights[3], "damped 10 times more")
     outside = Reason(Kind.OUTSIDE, "outside the decoder blocks")

@@ -39,7 +39,9 @@ def test_large_model(chromium: Any, large: Path, size: str, theme: str) -> None:
     assert shot.stat().st_size > 50_000
 
 
-@pytest.mark.parametrize("made", [report(1), report(40, experts=128), report(3, prefix=f"{HOSTILE}.h", model=HOSTILE)])
+@pytest.mark.parametrize(
+    "made", [report(1), report(40, experts=128, routed=True), report(3, prefix=f"{HOSTILE}.h", model=HOSTILE)]
+)
 def test_other_models(chromium: Any, tmp_path: Path, made: Any) -> None:
     file = tmp_path / "report.html"
     file.write_text(report_page(made, [measure(HOSTILE, "acc", 0.5)]))

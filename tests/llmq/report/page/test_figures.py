@@ -48,6 +48,15 @@ def test_many_kinds_that_differ_in_a_number_are_one_strip() -> None:
     assert strip.detail == "64 weights 1536×4096 4-bit" and "mean of 64, largest" in strip.cells[0].text
 
 
+def test_experts_that_are_known_as_such_are_one_strip_however_few() -> None:
+    heat = figures.heat(report(2, experts=4, routed=True))
+    assert heat is not None
+    names = [f"attn.{n}" for n in ("query", "key", "value", "out")] + [
+        f"mlp.experts.*.{n}" for n in ("gate", "up", "down")
+    ]
+    assert [strip.label for strip in heat.strips] == names
+
+
 def test_a_run_that_quantized_nothing_has_no_heat_map() -> None:
     made = report(2)
     made.weights = [kept(row, Reason(Kind.BY_USER, "kept")) for row in made.weights]
