@@ -54,7 +54,7 @@ class Links:
         return None if name in self.source or not found else f"transformers converts {found[0]} while loading it"
 
     def fill(self, name: str, shape: Sequence[int], read: Callable[[str], Tensor]) -> Tensor:
-        """The value of a parameter or buffer, of the stored tensors' dtype. read: returns a stored tensor.
+        """The value of a parameter or buffer, of a dtype that holds all stored ones. read: returns a stored tensor.
 
         Raises KeyError if nothing is stored for it.
         """
@@ -65,6 +65,7 @@ class Links:
             for piece in self.slices[name]:
                 stored = read(piece.tensor)
                 value = torch.empty(tuple(shape), dtype=stored.dtype) if value is None else value
+                value = value.to(torch.promote_types(value.dtype, stored.dtype))
                 piece.part.of(value).copy_(stored)
             assert value is not None
             return value

@@ -77,3 +77,16 @@ def test_a_parameter_without_a_tensor_has_none() -> None:
     links = link(Pair(), {"b.weight": (2, 2), "table": (2,), "d.weight": (2, 2)})
     assert links.source == {"a.weight": "b.weight", "b.weight": "b.weight", "table": "table"}
     assert (links.failed, links.unused) == ({}, ["d.weight"])
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float16])
+def test_a_stack_of_tensors_of_several_dtypes_has_every_value_of_them(first: torch.dtype, tmp_path: Path) -> None:
+    links, stored, model = linked(tiny.make("qwen3_moe", tmp_path))
+    name, pieces = next(iter(links.slices.items()))
+    others = {torch.bfloat16: torch.float16, torch.float16: torch.float32}
+    mixed = {p.tensor: stored[p.tensor].to(others[first] if i % 3 else first) for i, p in enumerate(pieces)}
+    filled = links.fill(name, model.get_parameter(name).shape, mixed.__getitem__)
+    assert filled.dtype is torch.float32
+    assert all(torch.equal(p.part.of(filled), mixed[p.tensor].float()) for p in pieces)
+    halves = {n: t.half() for n, t in mixed.items()}
+    assert links.fill(name, model.get_parameter(name).shape, halves.__getitem__).dtype is torch.float16
