@@ -12,11 +12,12 @@ from torch import nn
 class Rules:
     """transformers' rules for the checkpoints of a model: renamings, and conversions of several tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, quantizer: Any = None) -> None:
+        """quantizer: transformers', whose own rules for packed weights then count too."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        rules: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        rules: list[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)  # type: ignore[arg-type]
         self._renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         self._converters = [r for r in rules if isinstance(r, WeightConverter)]
         self._state = model.state_dict()

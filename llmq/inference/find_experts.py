@@ -223,6 +223,6 @@ def unknown(stored: Stored, parameter: str, model: nn.Module) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", "this model")
     return (
         f"{info.file}: {info.name} seems to be a part of {parameter}, but transformers has no rule for {kind} that "
-        "says which: it would fill that with random numbers; load the folder with the tool that wrote it, or quantize "
-        "the model with llmq"
+        "says which, or none for packed weights: it would fill that with random numbers; load the folder with the tool "
+        "that wrote it, or quantize the model with llmq"
     )

@@ -178,6 +178,23 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     return found
 
 
+def refuse_random(model: nn.Module, quantizer: Any, suffixes: tuple[str, ...], files: Iterable[str | Path]) -> None:
+    """Raises LlmqError, naming file and tensor, if transformers would fill experts with random numbers.
+
+    model: on the meta device, as the quantizer has prepared it; quantizer: of stock transformers, whose rules are asked
+    where each packed tensor goes; suffixes: of the tensors that store a weight.
+    """
+    rules, modules, state = Rules(model, quantizer), dict(model.named_modules()), model.state_dict()
+    for stem, tensors in grouped((read_header(Path(file)) for file in files), suffixes).items():
+        packed = set(tensors) - ORDINARY
+        if not packed or any(rules.rename(f"{stem}.{suffix}")[0] in state for suffix in packed):
+            continue
+        name = rules.only_renamed(stem)
+        owner = None if name in modules else _inside_parameters(rules.place(f"{stem}.weight"), modules)
+        if owner is not None and any(p.dim() >= 3 for p in modules[owner].parameters(recurse=False)):
+            raise LlmqError(unknown(tensors, owner, model))
+
+
 def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The module with its own parameters, as fused experts have, in which a module that the model lacks would be."""
     while name:

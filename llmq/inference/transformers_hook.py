@@ -27,7 +27,7 @@ from llmq.formats.plain import Weight, mapping
 from llmq.inference.experts import use_packed
 from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
-from llmq.inference.placeholders import Found, Placeholder, apart, find, inner
+from llmq.inference.placeholders import Found, Placeholder, apart, find, inner, refuse_random
 from llmq.inference.stack import packed_stack
 from llmq.machine import give_back
 
@@ -131,7 +131,27 @@ def _quantizer(stock: Any, readers: tuple[Any, ...], config: Any, pre_quantized:
         if reason is None:
             return KernelQuantizer(config, reader(config), stock)
         reasons.append(reason)
-    return _stock_quantizer(stock, config, reasons[0], pre_quantized, **kwargs)
+    quantizer = _stock_quantizer(stock, config, reasons[0], pre_quantized, **kwargs)
+    if pre_quantized and readers:
+        _guard(quantizer, tuple({suffix for reader in readers for suffix in reader.suffixes}))
+    return quantizer
+
+
+def _guard(quantizer: Any, suffixes: tuple[str, ...]) -> None:
+    """Make a stock quantizer refuse experts that transformers would fill with random numbers."""
+    preprocess = quantizer.preprocess_model
+
+    def checked(model: Any, *args: Any, **kwargs: Any) -> None:
+        preprocess(model, *args, **kwargs)
+        _refuse_random(quantizer, model, suffixes, kwargs.get("checkpoint_files"))
+
+    quantizer.preprocess_model = checked
+
+
+def _refuse_random(quantizer: Any, model: Any, suffixes: tuple[str, ...], files: Any) -> None:
+    """See `refuse_random`; files that are not in safetensors are not looked at."""
+    if files and all(str(file).endswith(".safetensors") for file in files):
+        refuse_random(model, quantizer, suffixes, files)
 
 
 def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
@@ -185,11 +205,13 @@ class KernelQuantizer(HfQuantizer):
         if reason is None:
             super().preprocess_model(model, dtype=dtype, **kwargs)
             return
+        suffixes = self.reader.suffixes
         stock = _stock_quantizer(self.stock, self.quantization_config, reason)
         stock.validate_environment(device_map=kwargs.get("device_map"), weights_only=True)
         # from_pretrained keeps using this object, so it must become the stock quantizer itself.
         self.__class__, self.__dict__ = type(stock), stock.__dict__
         self.preprocess_model(model, dtype=dtype, **kwargs)
+        _refuse_random(self, model, suffixes, files)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, placeholder in self.placeholders.items():

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmq
+from llmq.discovery import blocks as discover
+from llmq.formats.gptq import GPTQReader
+from llmq.inference.placeholders import refuse_random
 from llmq.inference.stack import PackedStack
-from llmq.inference.transformers_hook import use_kernels
+from llmq.inference.transformers_hook import reading, use_kernels
 from tests.architectures import tiny
 from tests.llmq.packed_mixtures import mixture, standard
 from tests.llmq.refusal import refused
@@ -274,3 +277,35 @@ def test_foreign_names_are_refused_where_stock_would_have_to_load_them(tmp_path:
 
     change(tmp_path, edit)
     refused(lambda: load(tmp_path), "transformers has no rule for mixtral", "quantize the model with llmq")
+
+
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize("foreign", [True, False], ids=["foreign names", "own names"])
+def test_what_the_configuration_sends_to_stock_is_never_random(foreign: bool, tmp_path: Path) -> None:
+    """`use_kernels` and plain from_pretrained: the reader refuses the configuration before it sees any file."""
+    dense = mixture(tmp_path, "mixtral", Case("ct"), standard if foreign else str)
+    path = tmp_path / "packed" / "config.json"
+    values = json.loads(path.read_text())
+    values["quantization_config"]["kv_cache_scheme"] = KV
+    path.write_text(json.dumps(values))
+    with reading():
+        if foreign:
+            told = "transformers has no rule for mixtral"
+            refused(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), told, ".experts.0.")
+            return
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    experts = {name: value for name, value in dense.state_dict().items() if "experts" in name}
+    assert len(experts) == 2 * tiny.LAYERS
+    for name, value in experts.items():
+        assert float((model.get_parameter(name) - value).norm() / value.norm()) < 1e-3, name
+
+
+def test_packed_experts_that_no_quantizer_joins_are_refused(tmp_path: Path) -> None:
+    """As those of GPTQ, whose quantizer in transformers has no rules."""
+    mixture(tmp_path, "qwen3_moe", Case("gptq"))
+    model = discover.build(tmp_path / "dense", torch.float32)
+    files = sorted((tmp_path / "packed").glob("*.safetensors"))
+    told = "or none for packed weights: it would fill that with random numbers", "model.layers.0.mlp.experts"
+    refused(lambda: refuse_random(model, None, GPTQReader.suffixes, files), *told)
