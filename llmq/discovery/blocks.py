@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmq.discovery.architecture import not_causal
 from llmq.discovery.calls import Call, Recording, record
-from llmq.discovery.experts import ExpertsInfo, Places, describe, watch_experts
+from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
 from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules, watch_uses
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
@@ -32,6 +32,9 @@ from llmq.errors import LlmqError, first_line
 
 PROBE_TOKENS = 8
 FEW_OUTPUTS = 16
+ROUTER = Reason(Kind.ROUTER, "it decides which experts a token goes to")
+BEHIND = Reason(Kind.BEHIND, "the output of the routed experts feeds it, which is not there when it is calibrated")
+SMALL = Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: servers do not read such weights packed")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def find(model: nn.Module) -> Structure:
                 hidden, calls = recording.hidden[0], recording.calls[0]
                 seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
                 _check_handed(recording, blocks, seen)
-            return Structure(path, tuple(_packable(model, seen)))
+            return Structure(path, tuple(_packable(model, _without_small(seen))))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
         except LlmqError as error:
@@ -174,6 +177,18 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
         yield recording
 
 
+def _without_small(blocks: list[BlockInfo]) -> list[BlockInfo]:
+    """The blocks; those of a mixture without the weights of few outputs, such as gates of shared experts."""
+    if all(block.experts is None for block in blocks):
+        return blocks
+    found = []
+    for block in blocks:
+        small = {f"{block.name}.{w.view.parameter}": SMALL for w in block.weights if w.rows < FEW_OUTPUTS}
+        weights = tuple(w for w in block.weights if w.rows >= FEW_OUTPUTS)
+        found.append(replace(block, weights=weights, left=block.left | small))
+    return found
+
+
 def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
     reason = Reason(
@@ -199,24 +214,30 @@ def _inspect(
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
             routers: set[str] = set()
-            with (
-                follow_products(block) as behind,
-                watch_experts(block, lambda routed: routers.update(behind(routed.choices))) as called,
-            ):
-                call.run(block, hidden)
+            with follow_products(block) as following:
+
+                def noticed(routed: Routed, output: Tensor) -> None:
+                    routers.update(following.before(routed.choices))
+                    following.mark(output)
+
+                with watch_experts(block, noticed) as called:
+                    call.run(block, hidden)
             experts = _experts(block, called)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, routers)
+        reasons = dict.fromkeys(following.behind, BEHIND) | dict.fromkeys(routers, ROUTER)
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, reasons)
     known = found[make]
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
     return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()}, known.experts)
 
 
-def _experts(block: nn.Module, called: dict[str, Places]) -> ExpertsInfo | None:
+def _experts(block: nn.Module, called: dict[str, list[Places]]) -> ExpertsInfo | None:
     """The block's routed experts, if modules were called as such. Raises _Experts if they cannot be run singly."""
     if len(called) > 1:
         raise _Experts(f"a block has several modules of experts ({', '.join(called)}), which llmq cannot stream yet")
-    for name, places in called.items():
-        found = describe(block, name, places)
+    for name, calls in called.items():
+        if len(calls) > 1:
+            raise _Experts(f"a block calls its experts ({name}) more than once, which llmq cannot stream yet")
+        found = describe(block, name, calls[0])
         if isinstance(found, str):
             raise _Experts(f"the experts of {name} cannot be quantized yet: {found}")
         return found
@@ -249,8 +270,9 @@ def _weights_of(
     hidden: Tensor,
     tied: set[str],
     experts: ExpertsInfo | None,
-    routers: set[str],
+    reasons: dict[str, Reason],
 ) -> BlockInfo:
+    """reasons: parameters that are left alone because of where they are beside the experts."""
     linears = {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
     tokens = hidden.numel() // hidden.shape[-1]
@@ -268,11 +290,10 @@ def _weights_of(
             raise _Experts(
                 f"mixture-of-experts models are not supported yet: {parameter} sees only the tokens routed to it"
             )
-        reason = _reason(value, uses, modules.linears.get(linears[parameter], 0) if parameter in linears else None)
+        count = modules.linears.get(linears[parameter], 0) if parameter in linears else None
+        reason = reasons.get(parameter) or _reason(value, uses, count)
         if parameter in tied:
             left[parameter] = Reason(Kind.SHARED, "it is shared with another block")
-        elif parameter in routers:
-            left[parameter] = Reason(Kind.ROUTER, "it decides which experts a token goes to")
         elif reason:
             left[parameter] = reason
         else:
@@ -308,8 +329,6 @@ def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | No
         return Reason(Kind.IN_PARTS, "it is used in slices, not as one matrix")
     if len(uses) > 1 or calls > 1:
         return Reason(Kind.REPEATED, "it is used more than once in a block")
-    if len(value) < FEW_OUTPUTS:
-        return Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: servers do not read such weights packed")
     return None
 
 

@@ -116,13 +116,13 @@ def places_of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Pla
 
 @contextmanager
 def watch_experts(
-    block: nn.Module, noticed: Callable[[Routed], object] = lambda routed: None
-) -> Iterator[dict[str, Places]]:
-    """Within the context, records which modules of a block are called like experts: path in the block → places.
+    block: nn.Module, noticed: Callable[[Routed, Tensor], object] = lambda routed, output: None
+) -> Iterator[dict[str, list[Places]]]:
+    """Within the context, records which modules of a block are called like experts: path in the block → every call.
 
-    noticed: is called with the tensors of every such call.
+    noticed: is called with the tensors and the output of every such call.
     """
-    seen: dict[str, Places] = {}
+    seen: dict[str, list[Places]] = {}
     hooks = []
     for name, module in block.named_modules():
         if name and any(p.dim() >= 3 for p in module.parameters(recurse=False)):
@@ -130,8 +130,8 @@ def watch_experts(
             def note(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 places = places_of(args, kwargs, output)
                 if places is not None:
-                    seen[name] = places
-                    noticed(places.of(args, kwargs))
+                    seen.setdefault(name, []).append(places)
+                    noticed(places.of(args, kwargs), output)
 
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
     try:

@@ -64,7 +64,9 @@ class _Search:
                 self.axes.setdefault(use.parameter, use.axis)
         # With routed experts, some consumers of a source may not have been called.
         whole = {use.parameter for use in bench.base.uses if use.whole}
-        self.unseen = any(len(shape) >= 2 and name not in whole for name, shape in self.shapes.items())
+        # Those without memory are not run with the block at all (`_alone`).
+        there = {name for name, p in self.block.named_parameters() if not p.is_meta}
+        self.unseen = any(len(shape) >= 2 and name in there - whole for name, shape in self.shapes.items())
 
     def all(self) -> Found:
         pairs: list[Pair] = []
@@ -323,7 +325,10 @@ def find_all(
 
 @contextmanager
 def _alone(block: nn.Module, experts: ExpertsInfo | None) -> Iterator[Expert | None]:
-    """Within the context, a block has random parameters, and its experts return their input; gives a random expert."""
+    """Within the context, a block has random parameters; gives a random expert, or None.
+
+    The experts return the sine of their input: no scale moves through them, nor past them to what follows.
+    """
     if experts is None:
         with randomize(block):
             yield None
@@ -332,7 +337,7 @@ def _alone(block: nn.Module, experts: ExpertsInfo | None) -> Iterator[Expert | N
     module = block.get_submodule(experts.module)
     entries = {n: torch.empty(module.get_parameter(n).shape[1:], device="meta") for n in experts.parameters}
     expert = Expert(module, experts.call, entries)
-    with randomize(block, but=stacked), randomize(expert), instead(block, experts, lambda routed: routed.rows.clone()):
+    with randomize(block, but=stacked), randomize(expert), instead(block, experts, lambda routed: routed.rows.sin()):
         yield expert
 
 

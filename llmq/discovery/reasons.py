@@ -19,6 +19,7 @@ class Kind(StrEnum):
     REPEATED = "repeated"
     ROUTER = "router"
     SMALL = "small"
+    BEHIND = "behind_experts"
     STACKED = "stacked"
     NOT_LOADABLE = "not_loadable"
     NOT_STORED = "not_stored"
@@ -33,7 +34,8 @@ class Reason:
     kind: BY_USER: --keep matches it; INDIVISIBLE: the group size does not divide its width; OUTSIDE: it is in no
     decoder block; SHARED: between blocks; UNUSED: in no matrix product; NOT_LINEAR: not of a Linear module, or that
     module is not called; IN_PARTS: used in slices; REPEATED: used several times in a block; ROUTER: it
-    chooses experts; SMALL: it has few outputs; STACKED: one tensor stores it for all experts; NOT_LOADABLE: stock
+    chooses experts; SMALL: it has few outputs, in a mixture; BEHIND: the output of the routed
+    experts feeds it; STACKED: one tensor stores it for all experts; NOT_LOADABLE: stock
     transformers fails to load it packed; NOT_STORED: the checkpoint has it in another form or not at all; NOT_LOADED: a
     tensor that is no parameter of the model; UNTOLD: an earlier llmq's report gives no kind. sentence: the reason for
     people, with the weight's details.

@@ -1,6 +1,8 @@
-"""Finds the weights whose products decide which experts a token goes to: rounding them would change the choice itself.
+"""Finds the weights before and behind a block's routed experts, by following tensors through a run of the block.
 
-The output of every product with a parameter is followed through all that is no product, up to the experts' choices.
+Before: those whose products decide which experts a token goes to; rounding them would change the choice itself. The
+output of every product with a parameter is followed through all that is no product, up to the experts' choices.
+Behind: those that the experts' output feeds; it is followed through everything.
 """
 
 from __future__ import annotations
@@ -16,33 +18,48 @@ from llmq.discovery.matmuls import PRODUCTS, flat
 
 
 @contextmanager
-def follow_products(block: nn.Module) -> Iterator[Callable[[Tensor], frozenset[str]]]:
-    """Within the context, follows the products of a block's parameters.
-
-    Yields a function: a tensor computed there → the parameters whose products it is made of without another product.
-    """
-    with _Follow(block) as follow:
-        yield lambda tensor: follow.known[id(tensor)][1] if id(tensor) in follow.known else frozenset()
+def follow_products(block: nn.Module) -> Iterator[Following]:
+    """Within the context, follows the products of a block's parameters."""
+    with Following(block) as following:
+        yield following
 
 
-class _Follow(TorchFunctionMode):
+class Following(TorchFunctionMode):
+    """What was computed of what. behind: the parameters in products with what was computed of a `marked` tensor."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.behind: set[str] = set()
+        self._marked: dict[int, Tensor] = {}
         self.owners = {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters() if p.numel()}
         # The tensors are kept, because an id is used again once its object is gone.
         self.known: dict[int, tuple[Tensor, frozenset[str]]] = {}
+
+    def before(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters whose products a tensor is made of without another product."""
+        return self.known[id(tensor)][1] if id(tensor) in self.known else frozenset()
+
+    def mark(self, tensor: Tensor) -> None:
+        """Follow a tensor, and all that is computed of it."""
+        self._marked[id(tensor)] = tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = [t for t in flat((args, kwargs or {})) if isinstance(t, Tensor)]
+        marked = any(id(t) in self._marked for t in tensors)
         if func in PRODUCTS:
             pointers = (t.untyped_storage().data_ptr() for t in tensors)
             names = frozenset(self.owners[p] for p in pointers if p in self.owners)
+            self.behind |= names if marked else set()
         else:
             names = frozenset[str]().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
         result = func(*args, **(kwargs or {}))
-        for made in flat(result):
-            if isinstance(made, Tensor) and (names or id(made) in self.known):
-                self.known[id(made)] = made, names
+        # What returns nothing writes to its first argument.
+        for made in flat(result if result is not None else args[:1]):
+            if isinstance(made, Tensor):
+                if names or id(made) in self.known:
+                    self.known[id(made)] = made, names
+                if marked:
+                    self.mark(made)
         return result

@@ -280,13 +280,12 @@ def test_only_modules_with_stacks_of_their_own_are_watched() -> None:
             return rows
 
     block = nn.ModuleDict({"experts": Gated(), "other": Without(), "idle": Gated()})
-    noticed: list[Routed] = []
-    with watch_experts(block, noticed.append) as seen:
-        for name in ("experts", "other"):
-            block[name](X, CHOICES, weights=WEIGHTS)
-    assert seen == {"experts": Places(0, 1, "weights", WIDTH, K)}
-    (routed,) = noticed
-    assert routed.rows is X and routed.choices is CHOICES and routed.weights is WEIGHTS
+    noticed: list[tuple[Routed, Tensor]] = []
+    with watch_experts(block, lambda *call: noticed.append(call)) as seen:
+        returned = [block[name](X, CHOICES, weights=WEIGHTS) for name in ("experts", "other")]
+    assert seen == {"experts": [Places(0, 1, "weights", WIDTH, K)]}
+    ((routed, output),) = noticed
+    assert routed.rows is X and routed.choices is CHOICES and routed.weights is WEIGHTS and output is returned[0]
     block["idle"](X, CHOICES, WEIGHTS)
     assert "idle" not in seen and not block["idle"]._forward_hooks
 
@@ -294,7 +293,9 @@ def test_only_modules_with_stacks_of_their_own_are_watched() -> None:
 def test_a_block_with_two_modules_of_experts_is_refused() -> None:
     block = nn.ModuleDict({"one": Gated(), "two": Gated()})
     with pytest.raises(LlmqError, match="several modules of experts \\(one, two\\)"):
-        discover._experts(block, {"one": PLACES, "two": PLACES})
+        discover._experts(block, {"one": [PLACES], "two": [PLACES]})
+    with pytest.raises(LlmqError, match="calls its experts \\(one\\) more than once"):
+        discover._experts(block, {"one": [PLACES, PLACES]})
 
 
 def test_a_function_in_place_of_experts() -> None:

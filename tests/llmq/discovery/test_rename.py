@@ -59,7 +59,7 @@ def test_a_rule_that_would_take_a_name_away_from_its_parameter_is_left_out(monke
     from transformers.core_model_loading import WeightRenaming
 
     rules = [WeightRenaming(r"old", "new")]
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: rules)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _, hf_quantizer: rules)
     renamed = renamer(nn.ModuleDict({"old": nn.Linear(2, 2), "other": nn.ModuleDict({"new": nn.Linear(2, 2)})}))
     assert renamed("other.old.weight") == ("other.new.weight", False)
     assert renamed("old.weight") == ("old.weight", False)

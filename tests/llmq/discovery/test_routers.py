@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
+from llmq.discovery.blocks import build, find
 from llmq.discovery.reasons import Kind
 from llmq.discovery.routers import follow_products
 from tests.llmq import mixtures
@@ -61,6 +64,52 @@ def test_a_dense_block_has_none(kind: str) -> None:
     assert dense and not [r for b in dense for r in b.left.values() if r.kind is Kind.ROUTER]
 
 
+def test_a_weight_that_the_experts_output_feeds_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nemotron_h with latent experts: their sum is projected back to the width of the hidden states."""
+    from tests.architectures import tiny
+
+    config = tiny.config("nemotron_h")
+    config.moe_latent_size = 32
+    monkeypatch.setattr(tiny, "config", lambda kind: config)
+    (block,) = (b for b in mixtures.structure("nemotron_h").blocks if b.experts is not None)
+    behind = {name for name, reason in block.left.items() if reason.kind is Kind.BEHIND}
+    assert behind == {f"{block.name}.mixer.fc2_latent_proj.weight"}
+    assert "mixer.fc1_latent_proj.weight" in {w.view.parameter for w in block.weights}
+
+
+def test_few_outputs_are_no_reason_in_a_dense_model(tmp_path: Path) -> None:
+    """Keys and values of 8 outputs: servers join them with the queries, and want one scheme."""
+    LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=1,
+        head_dim=8, vocab_size=64,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    (block,) = find(build(tmp_path, torch.float32)).blocks
+    assert not block.left and {w.rows for w in block.weights} == {8, 64}
+
+
+@pytest.mark.parametrize(
+    ("run", "want"),
+    [
+        (lambda m, x: m.a(x), {"a"}),
+        (lambda m, x: m.b(m.a(x) + 1), {"a", "b"}),
+        (lambda m, x: m.a(torch.ones(5, 8).add_(x)), {"a"}),
+        (lambda m, x: m.a(_written(torch.zeros(5, 8), x)), {"a"}),
+        (lambda m, x: (x + 1, m.a(torch.ones(5, 8))), set()),
+    ],
+)
+def test_what_a_tensor_feeds(run: Any, want: set[str]) -> None:
+    module, x = Parts(), torch.randn(5, 8)
+    with torch.no_grad(), follow_products(module) as following:
+        following.mark(x)
+        run(module, x)
+    assert following.behind == {f"{name}.weight" for name in want}
+
+
+def _written(into: Tensor, x: Tensor) -> Tensor:
+    into[:] = x
+    return into
+
+
 class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,8 +136,9 @@ class Parts(nn.Module):
 )
 def test_what_lies_behind_a_choice(choose: Any, want: set[str]) -> None:
     module, x = Parts(), torch.randn(5, 8)
-    with torch.no_grad(), follow_products(module) as behind:
+    with torch.no_grad(), follow_products(module) as following:
         unused = module.c(x).topk(2)[1]
         choices: Tensor = choose(module, x)
-        assert behind(choices) == {f"{name}.weight" for name in want}
-        assert behind(unused) == {"c.weight"} and behind(x) == behind(module.a.weight) == frozenset()
+        assert following.before(choices) == {f"{name}.weight" for name in want}
+        assert following.before(unused) == {"c.weight"} and not following.behind
+        assert following.before(x) == following.before(module.a.weight) == frozenset()
