@@ -145,15 +145,18 @@ class Inputs:
         self._thin()
 
     def blend(self, other: Self, alpha: float) -> None:
-        """See `Statistic`; extremes are those of both, and rows of both are kept."""
+        """See `Statistic`; extremes are those of both, and 1 − α of the rows are the other's."""
         _blend(self.total, self.count, other.total, other.count, alpha)
         _blend(self.squares, self.count, other.squares, other.count, alpha)
         device = self.total.device
         self.low = torch.minimum(self.low, other.low.to(device))
         self.high = torch.maximum(self.high, other.high.to(device))
-        self.rows = torch.cat([self.rows, other.rows.to(device)])
+        own = alpha if len(self.rows) else 0.0
+        shares = ((len(self.rows), own), (len(other.rows), 1 - own))
+        total = min([self.ROWS, *(count / share for count, share in shares if share > 0)])
+        mine = round(own * total)
+        self.rows = torch.cat([_spread(self.rows, mine), _spread(other.rows.to(device), round(total) - mine)])
         self.count = max(1, self.count)
-        self._thin()
 
     def _thin(self) -> None:
         while len(self.rows) > self.ROWS:
@@ -179,3 +182,8 @@ class Inputs:
 def _blend(own: Tensor, count: int, other: Tensor, others: int, alpha: float) -> None:
     """Change a sum over `count` samples in place: its mean becomes α · own + (1 − α) · other, for at least 1 sample."""
     own.mul_(alpha).add_(other.to(own.device), alpha=(1 - alpha) * max(1, count) / max(1, others))
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """Up to `count` rows, evenly spread over all."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows)), device=rows.device).long()]

@@ -8,7 +8,7 @@ parameter is taken out of the model, so that nothing fills it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -143,7 +143,7 @@ class Joining:
                     return "of which it is not a part of rows"
                 place = self.rules.place(f"{stem}.{next(iter(stored[stem]))}").rpartition(".")[0]
                 out, inputs = part.shape
-                layer = self._layer(stem, place, (out, inputs), stored[stem], reader)
+                layer = layer_of((stem, place), _linear(out, inputs), (out, inputs), stored[stem], reader)
                 if layer is None or (first is not None and layer != first):
                     one = next(iter(stored[stem].values()))
                     raise LlmqError(
@@ -198,16 +198,22 @@ class Joining:
         match = re.search(pattern.replace("*", r"(\d+)", 1), f"{self.rules.only_renamed(f'{stem}.weight')}")
         return int(match.group(1)) if match and match.groups() else 0
 
-    @staticmethod
-    def _layer(stem: str, place: str, shape: tuple[int, int], stored: Stored, reader: Reader) -> Layer | None:
-        """How the weight is stored. Configurations name it as it is stored, or as transformers renames it."""
-        linear = _linear(*shape)
+
+def layer_of(
+    names: Sequence[str], module: nn.Module, shape: tuple[int, int], stored: Stored, reader: Reader
+) -> Layer | None:
+    """How a weight is stored; None if as it is.
+
+    names: those by which the configuration may call it, as it is stored and as transformers renames it; the first that
+    agrees with the files is believed. Raises LlmqError of the first if none does.
+    """
+    problems = []
+    for name in dict.fromkeys(names):
         try:
-            return reader.layer(stem, linear, shape, stored)
-        except LlmqError:
-            if place == stem:
-                raise
-            return reader.layer(place, linear, shape, stored)
+            return reader.layer(name, module, shape, stored)
+        except LlmqError as problem:
+            problems.append(problem)
+    raise problems[0]
 
 
 @cache

@@ -18,7 +18,7 @@ from llmq.checkpoint.tensors import TensorInfo, read_header
 from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
-from llmq.inference.find_experts import ORDINARY, Joining, Stack, unknown
+from llmq.inference.find_experts import ORDINARY, Joining, Stack, layer_of, unknown
 from llmq.inference.linear import QuantLinear, quant_linear
 
 BIAS = "bias"
@@ -146,7 +146,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
                 found.unserved = f"{first} is part of {name}, which is no linear module"
             continue
         shape = sizes(module) or (module.weight.shape[0], module.weight.shape[1])
-        layer = reader.layer(name, module, shape, tensors)
+        layer = layer_of((name, stem), module, shape, tensors, reader)
         if layer is not None or "weight" in tensors:
             seen.add(name)
         elif set(tensors) != {BIAS}:

@@ -93,4 +93,7 @@ def test_a_blend_has_the_mean_of_both_means(kind: type, alpha: float, counts: tu
     if kind is Inputs:
         both = torch.cat([x, y])
         assert torch.equal(one.low, both.amin(0)) and torch.equal(one.high, both.amax(0))
-        assert len(one.rows) <= Inputs.ROWS
+        own = [bool((x.float() == row).all(1).any()) for row in one.rows]
+        assert 0 < len(own) <= Inputs.ROWS
+        assert all(mine or bool((y.float() == row).all(1).any()) for row, mine in zip(one.rows, own, strict=True))
+        assert not n or abs(sum(own) - alpha * len(own)) <= 1

@@ -36,7 +36,16 @@ CASES = [
     Case("awq", 4, 32, True),
 ]
 #: Names like those of the usual checkpoints, and others: with a shared expert, a renamed module, w1/w2/w3, no gate.
-TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "minimax", "qwen3_next", "flex_olmo", "lfm2_moe", "nemotron_h"]
+TYPES = [
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "minimax",
+    "qwen3_next",
+    "flex_olmo",
+    "lfm2_moe",
+    "nemotron_h",
+]
 
 
 def stacks(model: Any) -> list[PackedStack]:
@@ -309,3 +318,12 @@ def test_packed_experts_that_no_quantizer_joins_are_refused(tmp_path: Path) -> N
     files = sorted((tmp_path / "packed").glob("*.safetensors"))
     told = "or none for packed weights: it would fill that with random numbers", "model.layers.0.mlp.experts"
     refused(lambda: refuse_random(model, None, GPTQReader.suffixes, files), *told)
+
+
+def test_what_is_left_alone_is_found_by_the_name_that_it_is_stored_under(tmp_path: Path) -> None:
+    """phimoe's router, a Linear: `ignore` has the checkpoint's name, which transformers changes."""
+    dense = mixture(tmp_path, "phimoe", Case("ct"))
+    ignored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.block_sparse_moe.gate" in ignored and "model.layers.0.mlp.router" not in ignored
+    model = load(tmp_path)
+    assert len(stacks(model)) == 8 and apart(model, dense) < 1e-5
