@@ -135,20 +135,38 @@ def conversion(
 
     first: the first parameter's name, as the rule gives it; shapes: of the stored tensors.
     """
-    found = Conversion(first, rule, model, tensors, {})
+    found, state = Conversion(first, rule, model, tensors, {}), model.state_dict()
     try:
         made = found.convert(lambda name: torch.empty(tuple(shapes[name]), device="meta"))
     except Exception as error:  # a rule applied to another model's tensors may fail in any way
-        return f"transformers cannot make it of {_some(found.names)}: {first_line(error)}"
-    state = model.state_dict()
+        return _absent(tensors, state.get(first)) or (
+            f"transformers cannot make it of {_some(found.names)}: {first_line(error)}"
+        )
     for name, value in made.items():
         if name not in state:
             return f"transformers would make {name} of {_some(found.names)}, which the model does not have"
         if value.shape != state[name].shape:
+            if absent := _absent(tensors, state[name]):
+                return absent
             shape = [*state[name].shape]
             return f"transformers makes it of {_some(found.names)}, of shape {[*value.shape]}; the model has {shape}"
         found.parameters[name] = tuple(value.shape)
     return found
+
+
+def _absent(tensors: Mapping[str, Sequence[str]], parameter: Tensor | None) -> str | None:
+    """That a numbered tensor is missing, if one is: experts have as many numbers as the parameter has entries."""
+    for names in tensors.values():
+        parts = [name.split(".") for name in names]
+        places = [i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1]
+        if parameter is None or len(places) != 1 or not all(part[places[0]].isdigit() for part in parts):
+            continue
+        there = {int(part[places[0]]) for part in parts}
+        missing = next((i for i in range(len(parameter)) if i not in there), None)
+        if missing is not None:
+            name = ".".join(str(missing) if i == places[0] else part for i, part in enumerate(parts[0]))
+            return f"the checkpoint has no tensor {name}: it is incomplete: download all of its files again"
+    return None
 
 
 class _Views(TorchFunctionMode):

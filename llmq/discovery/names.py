@@ -1,6 +1,7 @@
 """Maps the model's parameters to the checkpoint's tensors, by transformers' own renaming and conversion rules.
 
-The output keeps the source's tensor names, so every server that can read the source can read the output.
+The output keeps the source's tensor names, so every server that can read the source can read the output; but for
+parameters that transformers joins of several tensors, which it cannot do with plain tensors in a quantized folder.
 """
 
 from __future__ import annotations

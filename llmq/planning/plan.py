@@ -175,7 +175,7 @@ def make_plan(
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
-    plan.warnings = [*warned, *found.notes, *checks.warnings(items)]
+    plan.warnings = [*warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
     plan.budget = _budget(plan, device)
     check_room(plan.budget, out, device)
     return plan
@@ -235,6 +235,21 @@ def _joined_name(plan: Plan, parameter: str) -> str:
     (first, *_) = plan.links.tensors(parameter)
     other = None if plan.named is None else plan.named.parameters.get(first)
     return other if other is not None and Rules(plan.model).rename(other) == (parameter, None) else parameter
+
+
+def _joined_warnings(plan: Plan) -> list[str]:
+    """A warning if other tensors than those of experts are joined."""
+    experts = {f"{b.name}.{b.experts.module}." for b in plan.structure.blocks if b.experts is not None}
+    found = {f"{b.name}.{n}": written for b in plan.blocks for n, written in b.joined.items()}
+    found = {n: written for n, written in found.items() if not n.startswith(tuple(experts))}
+    if not found:
+        return []
+    parameter, written = next(iter(found.items()))
+    more = f", and the like of {len(found) - 1} more" if len(found) > 1 else ""
+    return [
+        f"{', '.join(plan.links.tensors(parameter))} are written as one tensor, {written}{more}: stock transformers "
+        "cannot join them in a quantized folder; a server that reads them one by one, as vLLM does, will not find them"
+    ]
 
 
 def _check_pairs(plan: Plan) -> None:

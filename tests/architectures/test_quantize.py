@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq import job
 from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
 from llmq.planning.weights import matches
+from llmq.recipe.recipe import Recipe
 
 TYPES = [
     "bart",  # weights of an attention that never runs stay as they are
@@ -163,3 +165,14 @@ def test_refused_before_any_work(name: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(LlmqError, match=words):
         job.plan(str(source), out=tmp_path / "out", ids=tiny.tokens(4, 32))
     assert not (tmp_path / "out").exists()
+
+
+def test_joined_tensors_that_only_stock_transformers_will_find_are_warned_of(tmp_path: Path) -> None:
+    def told(kind: str, *keep: str) -> list[str]:
+        recipe = Recipe(methods=("rtn",), scheme=Scheme(4, 32), keep=keep)
+        plan = job.plan(str(tiny.make(kind, tmp_path / kind)), recipe, ids=tiny.tokens(2, 16))
+        return [words for words in plan.warnings if "written as one tensor" in words]
+
+    (warning,) = told("olmo_hybrid")
+    assert "0.linear_attn.q_conv1d.weight" in warning and "0.linear_attn.conv1d.weight" in warning
+    assert not told("qwen3_moe", "experts")
