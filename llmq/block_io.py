@@ -136,7 +136,9 @@ class BlockIO:
             if name in block.streamed:
                 continue
             full = f"{block.name}.{name}"
-            if name in quantized:
+            if block.parts is not None and name in block.parts.parameters:
+                value = torch.empty(self._shape(full), dtype=dtype)
+            elif name in quantized:
                 value = quantized[name].dequantize(dtype)
             elif name in block.joined:
                 value = self._written(block.joined[name])
@@ -148,6 +150,16 @@ class BlockIO:
         for state in states:
             state.quantized = quantized[state.view.name]
             state.input_scale = getattr(state.quantized, "input_scale", None)
+        return states if block.parts is None else states + self.put_parts(block)
+
+    def put_parts(self, block: BlockPlan) -> list[WeightState]:
+        """Set the experts that are parts of a filled block to those read back from the output folder; returns them."""
+        assert block.parts is not None
+        states = states_of(block.module, block.parts.weights)
+        for state, weight in zip(states, block.parts.weights.values(), strict=True):
+            written = self._read(weight)
+            state.view.set(block.module, written.dequantize(state.dtype).to(self.device))
+            state.input_scale = getattr(written, "input_scale", None)
         return states
 
     def _read(self, weight: WeightPlan) -> Quantized:
@@ -165,7 +177,8 @@ class BlockIO:
         Parameters in `changed` have the block's values, in the checkpoint's dtype.
         """
         experts = [] if block.experts is None else block.experts.weights
-        elsewhere = {weight.tensor for mine in (block.weights, *experts) for weight in mine.values()}
+        parts = {} if block.parts is None else block.parts.weights
+        elsewhere = {weight.tensor for mine in (block.weights, parts, *experts) for weight in mine.values()}
         for earlier in self.plan.blocks[: block.index]:
             elsewhere |= earlier.stored
         read = self.plan.source.read

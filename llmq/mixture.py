@@ -3,6 +3,8 @@
 The block runs up to its experts' call; what enters it (rows, choices, weights) is kept for all calibration windows.
 Every expert is then a block of its own: the rows that chose it are its inputs. Its outputs, times their weights, are
 summed into each batch's output of the experts' module, with which the block is run again. One expert is in memory.
+
+Experts that cannot be run one at a time are parts of a block that is in memory whole (`quantize_parts`).
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ import torch
 from torch import Tensor
 
 from llmq import steps
-from llmq.block.block import Block, rounded_inputs
+from llmq.block.block import Block, WeightState, rounded_inputs
 from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
+from llmq.block.group import GroupBlock
 from llmq.block.statistics import Statistic
 from llmq.block_io import BlockIO, pack_weights, states_of
 from llmq.discovery.calls import Call
 from llmq.discovery.experts import Expert, Routed, instead
 from llmq.errors import LlmqError
 from llmq.machine import give_back
+from llmq.methods import Pipeline
+from llmq.planning.experts import ExpertGroup
 from llmq.planning.plan import BlockPlan
 from llmq.watch import Watch
 
-STOOD_IN = "no calibration token chose this expert: other tokens stood in"
+IDLE = "no calibration token chose this expert"
+STOOD_IN = f"{IDLE}: other tokens stood in"
 
 
 class _Reached(Exception):
@@ -253,3 +259,42 @@ def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Stat
         for batch in routed:
             one.update(batch.rows.to(io.device))
     return made
+
+
+def quantize_parts(io: BlockIO, planned: BlockPlan, block: Block, watch: Watch) -> list[WeightState]:
+    """Quantize and commit the experts of a filled block, whose other weights are quantized and rounded in place.
+
+    Groups that are committed already are skipped. Afterwards the block has the experts as they were written; returns
+    them. No scale is moved inside such an expert.
+    """
+    assert planned.parts is not None
+    pipeline = replace(io.plan.pipeline, transforms=())
+    for group in planned.parts.groups:
+        done = group.unit in io.sink.done
+        if not done:
+            tensors, payload = _quantize_group(io, planned, block, group, pipeline)
+            io.sink.commit(group.unit, tensors, payload)
+            del tensors
+            give_back()
+        watch.step(f"{group.unit}{' were already done' if done else ''}")
+    return io.put_parts(planned)
+
+
+def _quantize_group(
+    io: BlockIO, planned: BlockPlan, block: Block, group: ExpertGroup, pipeline: Pipeline
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of some experts of a block, and what the journal says of them."""
+    assert planned.parts is not None
+    weights = planned.parts.of(group)
+    states = states_of(block.module, weights)
+    mine = GroupBlock(block.module, states, block.inputs, block.calls, scale_dtype=io.plan.dtype, device=io.device)
+    mine.target = block.target
+    mine.observe(pipeline.first)
+    steps.quantize(mine, pipeline)
+    assert mine.tokens is not None
+    rows, tensors = pack_weights(planned, mine, weights)
+    for row, name in zip(rows, weights, strict=True):
+        idle = (IDLE,) if not mine.tokens[name] and io.plan.pipeline.calibrated else ()
+        row |= {"tokens": mine.tokens[name], "notes": (*row["notes"], *idle)}
+    where = group.unit.partition(", ")[2]
+    return tensors, {"weights": rows, "log": [asdict(replace(attempt, where=where)) for attempt in mine.log]}

@@ -87,8 +87,11 @@ def quantize_block(
         steps.quantize(block, pipeline)
     rows, tensors = pack_weights(planned, block)
     tensors |= io.untouched(planned, block.changed)
+    states = list(block.weights.values())
+    if planned.parts is not None:
+        states += mixture.quantize_parts(io, planned, block, watch)
     if planned.experts is None:
-        with rounded_inputs(block.module, block.weights.values()):
+        with rounded_inputs(block.module, states):
             output = block.outputs()
         target = block.target
     else:

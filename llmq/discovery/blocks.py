@@ -24,6 +24,7 @@ from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
+from llmq.discovery.parts import PartsInfo, call_experts, find_parts
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.routers import follow_products
 from llmq.discovery.stock import unpackable
@@ -57,13 +58,20 @@ class WeightInfo:
 @dataclass(frozen=True)
 class BlockInfo:
     """One decoder block. left: parameters with two or more axes that are not quantized, each with the reason; experts:
-    its routed experts, whose stacks are neither in `weights` nor in `left`.
+    its routed experts, if they can be run one at a time; parts: those that cannot. The stacks of either are neither in
+    `weights` nor in `left`.
     """
 
     name: str
     weights: tuple[WeightInfo, ...]
     left: dict[str, Reason]
     experts: ExpertsInfo | None = None
+    parts: tuple[PartsInfo, ...] = ()
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it has routed experts."""
+        return self.experts is not None or bool(self.parts)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def find(model: nn.Module) -> Structure:
 def _check_handed(recording: Recording, blocks: list[nn.Module], infos: list[BlockInfo]) -> None:
     """Raises _Experts if a block with experts computes with more from the block before it than hidden states."""
     for i, values in recording.handed.items():
-        if infos[i].experts is None:
+        if not infos[i].mixture:
             continue
         with zeros(blocks[i]), watch_uses(values) as used, torch.inference_mode():
             recording.calls[0][i].run(blocks[i], recording.hidden[0])
@@ -179,7 +187,7 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
 
 def _without_small(blocks: list[BlockInfo]) -> list[BlockInfo]:
     """The blocks; those of a mixture without the weights of few outputs, such as gates of shared experts."""
-    if all(block.experts is None for block in blocks):
+    if not any(block.mixture for block in blocks):
         return blocks
     found = []
     for block in blocks:
@@ -222,26 +230,45 @@ def _inspect(
 
                 with watch_experts(block, noticed) as called:
                     call.run(block, hidden)
-            experts = _experts(block, called)
-        reasons = dict.fromkeys(following.behind, BEHIND) | dict.fromkeys(routers, ROUTER)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, reasons)
+            experts, parts = _experts(block, called, list(matmuls), hidden)
+        reasons = {} if parts else dict.fromkeys(following.behind, BEHIND)
+        reasons |= dict.fromkeys(routers | (following.choosing if parts else set()), ROUTER)
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, reasons, experts, parts)
     known = found[make]
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
-    return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()}, known.experts)
+    left = {f"{name}.{key}": reason for key, reason in known.left.items()}
+    return replace(known, name=name, weights=weights, left=left)
 
 
-def _experts(block: nn.Module, called: dict[str, list[Places]]) -> ExpertsInfo | None:
-    """The block's routed experts, if modules were called as such. Raises _Experts if they cannot be run singly."""
+def _experts(
+    block: nn.Module, called: dict[str, list[Places]], matmuls: list[Matmul], hidden: Tensor
+) -> tuple[ExpertsInfo | None, tuple[PartsInfo, ...]]:
+    """The block's routed experts: to be run one at a time if they can be, else parts of its parameters.
+
+    called: the modules that were called like experts; matmuls: of the block's run. Raises _Experts.
+    """
     if len(called) > 1:
         raise _Experts(f"a block has several modules of experts ({', '.join(called)}), which llmq cannot stream yet")
-    for name, calls in called.items():
-        if len(calls) > 1:
-            raise _Experts(f"a block calls its experts ({name}) more than once, which llmq cannot stream yet")
-        found = describe(block, name, calls[0])
-        if isinstance(found, str):
-            raise _Experts(f"the experts of {name} cannot be quantized yet: {found}")
-        return found
-    return None
+    name, calls = next(iter(called.items()), ("", []))
+    if len(calls) > 1:
+        raise _Experts(f"a block calls its experts ({name}) more than once, which llmq cannot stream yet")
+    alone = describe(block, name, calls[0]) if calls else None
+    if isinstance(alone, ExpertsInfo):
+        routed = _routed(block, matmuls, hidden, [f"{alone.module}.{stack}" for stack in alone.stacks], shared=True)
+        parts: list[PartsInfo] = []
+    else:
+        routed = _routed(block, matmuls, hidden, [])
+        within = block.get_submodule(name).named_parameters() if calls else ()
+        routed += [n for n in (f"{name}.{own}" for own, p in within if p.dim() > 2) if n not in routed]
+        more, inner = call_experts(block, name, calls[0], hidden) if calls else ([], set())
+        parts = find_parts(block, routed, matmuls, more, inner, hidden.shape[:-1].numel())
+    if routed and not parts:
+        raise _Experts(
+            f"the experts of {name} cannot be quantized yet: {alone}"
+            if isinstance(alone, str)
+            else f"mixture-of-experts models are not supported yet: {routed[0]} sees only the tokens routed to it"
+        )
+    return (None if isinstance(alone, str) else alone), tuple(parts)
 
 
 def structure_key(block: nn.Module, call: Call, tied: set[str]) -> tuple[Any, ...]:
@@ -269,27 +296,22 @@ def _weights_of(
     modules: Modules,
     hidden: Tensor,
     tied: set[str],
-    experts: ExpertsInfo | None,
     reasons: dict[str, Reason],
+    experts: ExpertsInfo | None,
+    parts: tuple[PartsInfo, ...],
 ) -> BlockInfo:
     """reasons: parameters that are left alone because of where they are beside the experts."""
-    linears = {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = _linears(block)
     known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
-    tokens = hidden.numel() // hidden.shape[-1]
-    chosen = any(m.chosen for m in matmuls)
     inputs: dict[int, int] = {}
     weights: list[WeightInfo] = []
     left: dict[str, Reason] = {}
-    stacks = () if experts is None else tuple(f"{experts.module}.{name}" for name in experts.stacks)
+    stacks = set() if experts is None else {f"{experts.module}.{name}" for name in experts.stacks}
+    stacks = stacks.union(*(found.names for found in parts))
     for parameter, value in block.named_parameters():
         if value.dim() < 2 or parameter in stacks:
             continue
         uses = [m for m in matmuls if m.parameter == parameter]
-        listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
-        if chosen and _is_routed(value, uses, tokens, listed and parameter in linears):
-            raise _Experts(
-                f"mixture-of-experts models are not supported yet: {parameter} sees only the tokens routed to it"
-            )
         count = modules.linears.get(linears[parameter], 0) if parameter in linears else None
         reason = reasons.get(parameter) or _reason(value, uses, count)
         if parameter in tied:
@@ -304,7 +326,30 @@ def _weights_of(
                     linears[parameter], View(parameter), value.shape[0], value.shape[1], input_id, pointer not in known
                 )
             )
-    return BlockInfo("", tuple(weights), left, experts)
+    return BlockInfo("", tuple(weights), left, experts, parts)
+
+
+def _linears(block: nn.Module) -> dict[str, str]:
+    """The weights of a block's Linear modules: parameter → module."""
+    return {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _routed(block: nn.Module, matmuls: list[Matmul], hidden: Tensor, but: list[str], shared: bool = False) -> list[str]:
+    """The parameters of a block that hold experts, or may do so, but for some.
+
+    shared: whether the routed experts are among those, so that a stack that all tokens go through holds none.
+    """
+    if not any(m.chosen for m in matmuls):
+        return []
+    tokens, linears, found = hidden.shape[:-1].numel(), _linears(block), []
+    for parameter, value in block.named_parameters():
+        uses = [m for m in matmuls if m.parameter == parameter]
+        listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
+        if value.dim() < 2 or parameter in but or not _is_routed(value, uses, tokens, listed and parameter in linears):
+            continue
+        if not (shared and value.dim() > 2 and all(u.tokens == tokens * len(value) for u in uses)):
+            found.append(parameter)
+    return found
 
 
 def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:

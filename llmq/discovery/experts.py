@@ -30,12 +30,14 @@ class Stack:
     """A parameter [experts, ...] of an experts' module: the matrices of all experts.
 
     axis: the axis of an entry that a product sums over: 1, or 0 if it is stored as [in, out]; input_id: the same for
-    stacks that are fed by the same tensor; row_parallel: whether that is not the module's own input.
+    stacks that are fed by the same tensor; row_parallel: whether that is not the module's own input; count: of matrices
+    in a parameter of two axes, one below the other; None if it has a third one.
     """
 
     axis: int
     input_id: int
     row_parallel: bool
+    count: int | None = None
 
 
 @dataclass(frozen=True)

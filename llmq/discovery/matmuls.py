@@ -53,7 +53,8 @@ class Matmul:
 
     part: the offset of the used part in the parameter's memory, and its number of elements; chosen: whether a selection
     by value (as a router selects experts) came before this product; axis: the axis of the parameter that the product
-    sums over (1 for nn.Linear), None if it cannot be determined.
+    sums over (1 for nn.Linear), None if it cannot be determined, or if the part has less than this whole axis; along:
+    the same, also for such a part; dense: whether the part has no gaps in the parameter's memory.
     """
 
     parameter: str
@@ -63,6 +64,8 @@ class Matmul:
     part: tuple[int, int]
     chosen: bool
     axis: int | None = None
+    along: int | None = None
+    dense: bool = False
 
 
 class Products(TorchFunctionMode):
@@ -111,18 +114,30 @@ class _Watch(Products):
             name, parameter = owner
             part = (int(operand.storage_offset()), operand.numel())
             x, whole = others[0], parameter.dim() == 2 and operand.numel() == parameter.numel()
-            axis = _summed(func, operand, operand is matrices[-1], parameter)
-            self.seen.append(Matmul(name, x, x.numel() // max(1, x.shape[-1]), whole, part, self.chosen, axis))
+            along, full = _summed(func, operand, operand is matrices[-1], parameter)
+            tokens, axis = x.numel() // max(1, x.shape[-1]), along if full else None
+            self.seen.append(Matmul(name, x, tokens, whole, part, self.chosen, axis, along, _is_dense(operand)))
         return args, kwargs
 
 
-def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Tensor) -> int | None:
+def _summed(func: Callable[..., Any], operand: Tensor, last: bool, parameter: Tensor) -> tuple[int | None, bool]:
+    """The axis of the parameter that a product sums over, if it can be determined, and whether all of it."""
     if func is torch.einsum:
-        return None
+        return None, False
     axis = -2 if last and func is not torch.nn.functional.linear else -1
     # The operand may be a transposed view: the axis is identified by its stride.
     own = [a for a in range(parameter.dim()) if parameter.stride(a) == operand.stride(axis)]
-    return own[0] if len(own) == 1 and parameter.shape[own[0]] == operand.shape[axis] else None
+    return (own[0], parameter.shape[own[0]] == operand.shape[axis]) if len(own) == 1 else (None, False)
+
+
+def _is_dense(part: Tensor) -> bool:
+    """Whether a view's elements are next to each other in memory, in any order."""
+    size = 1
+    for step, entries in sorted(zip(part.stride(), part.shape, strict=True)):
+        if entries > 1 and step != size:
+            return False
+        size *= entries
+    return True
 
 
 def flat(value: Any) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmq.discovery.matmuls import PRODUCTS, flat
+from llmq.discovery.matmuls import CHOICES, PRODUCTS, flat
 
 
 @contextmanager
@@ -25,11 +25,14 @@ def follow_products(block: nn.Module) -> Iterator[Following]:
 
 
 class Following(TorchFunctionMode):
-    """What was computed of what. behind: the parameters in products with what was computed of a `marked` tensor."""
+    """What was computed of what. behind: the parameters in products with what was computed of a `marked` tensor;
+    choosing: those whose products a selection by value is made of without another product between.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.behind: set[str] = set()
+        self.choosing: set[str] = set()
         self._marked: dict[int, Tensor] = {}
         self.owners = {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters() if p.numel()}
         # The tensors are kept, because an id is used again once its object is gone.
@@ -54,6 +57,7 @@ class Following(TorchFunctionMode):
             self.behind |= names if marked else set()
         else:
             names = frozenset[str]().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
+            self.choosing |= names if func in CHOICES else set()
         result = func(*args, **(kwargs or {}))
         # What returns nothing writes to its first argument.
         for made in flat(result if result is not None else args[:1]):

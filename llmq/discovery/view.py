@@ -20,13 +20,15 @@ class View:
 
     parameter: the parameter's name in the block; index: the weight's index on a leading axis (the expert), None if
     there is no such axis; transposed: whether it is stored as [in, out]; rows: the first row of the weight in the
-    matrix and the one after the last, None for all rows. Rows are outputs, also if the matrix is stored transposed.
+    matrix and the one after the last, None for all rows. Rows are outputs, also if the matrix is stored transposed;
+    count: how many matrices a parameter of two axes holds one below the other, if `index` is among them, else None.
     """
 
     parameter: str
     index: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    count: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -45,6 +47,8 @@ class View:
 
         Raises ValueError if the tensor has other axes or fewer rows than the view needs.
         """
+        if self.count is not None and stored.dim() == 2 and stored.shape[0] % self.count == 0:
+            stored = stored.view(self.count, -1, stored.shape[1])
         if stored.dim() != (2 if self.index is None else 3):
             raise ValueError(f"{self.name}: the parameter has the shape {[*stored.shape]}")
         matrix = stored if self.index is None else stored[self.index]

@@ -21,6 +21,7 @@ from llmq.discovery.conversion import Part
 from llmq.discovery.experts import ExpertsInfo, Stack
 from llmq.discovery.names import Links
 from llmq.discovery.pairs import Found, Pair
+from llmq.discovery.parts import PartsInfo
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.view import View
 from llmq.errors import LlmqError
@@ -66,7 +67,7 @@ def plan_experts(
     widths = sorted(_widths(model, structure))
     for index, block in enumerate(structure.blocks):
         if block.experts is not None:
-            items += _of_block(source, recipe, model, block, block.experts, index, links, dtype, widths)
+            items += of_block(source, recipe, model, block, block.experts, index, links, dtype, widths)
     return items
 
 
@@ -80,17 +81,21 @@ def _widths(model: nn.Module, structure: Structure) -> set[int]:
     }
 
 
-def _of_block(
+def of_block(
     source: Source,
     recipe: Recipe,
     model: nn.Module,
     block: BlockInfo,
-    experts: ExpertsInfo,
+    experts: ExpertsInfo | PartsInfo,
     index: int,
     links: Links,
     dtype: torch.dtype,
     widths: list[int],
 ) -> Iterator[WeightPlan]:
+    """The weights of a block's experts, their views those in one expert; a stack with the reason if it is left alone.
+
+    widths: of all experts' weights of the model.
+    """
     base = 1 + max((w.input_id for w in block.weights), default=-1)
     found: list[WeightPlan] = []
     for name, stack in experts.stacks.items():
@@ -148,7 +153,7 @@ def _place(name: str, shape: tuple[int, ...], part: Part, stack: Stack) -> tuple
 
 
 def _joined(
-    items: list[WeightPlan], block: BlockInfo, experts: ExpertsInfo, links: Links, dtype: torch.dtype
+    items: list[WeightPlan], block: BlockInfo, experts: ExpertsInfo | PartsInfo, links: Links, dtype: torch.dtype
 ) -> Iterator[WeightPlan]:
     """The stacks of a block whose experts are left alone: each is written as one tensor, under the model's name.
 
@@ -219,10 +224,19 @@ def _even(experts: list[WeightPlan], recipe: Recipe) -> str:
 
 
 def _pattern(experts: list[WeightPlan], items: list[WeightPlan]) -> str:
-    """A part of the names of all experts, as --keep takes it, and of as few other weights' names as there is."""
+    """Parts of the names of all experts, as --keep takes them, and of as few other weights' names as there are."""
     parts = [set(item.name.split(".")) for item in experts]
     # A number is that of a block or of an expert.
     common = [p for p in experts[0].name.split(".") if all(p in mine for mine in parts) and not p.isdigit()]
     mine = {item.name for item in experts}
     others = [item.name for item in items if item.scheme is not None and item.name not in mine]
-    return min(reversed(common), key=lambda p: sum(matches(p, name) for name in others), default=experts[0].name)
+
+    def wrong(part: str) -> int:
+        return sum(matches(part, name) for name in others)
+
+    best = min(reversed(common), key=wrong, default=experts[0].name)
+    if not wrong(best):
+        return best
+    # Experts in several places, whose names have nothing of their own in common.
+    each = (min((p for p in reversed(item.name.split(".")) if not p.isdigit()), key=wrong) for item in experts)
+    return " --keep ".join(dict.fromkeys(each))

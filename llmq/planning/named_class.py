@@ -20,7 +20,7 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
     in the plan if the check cannot be made, or if the source lacks parameters already.
     """
     named = plan.named
-    if named is None and any(info.experts is not None for info in plan.structure.blocks):
+    if named is None and any(info.mixture for info in plan.structure.blocks):
         named = Named(plan.model, plan.source.names())
     if named is None:
         return

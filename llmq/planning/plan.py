@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
+from llmq.planning.parts import PartsPlan, group_parts, plan_parts
 from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
@@ -44,7 +46,8 @@ class BlockPlan:
     index: of the block; name, module: its path in the model, and its module; weights: those to quantize, by
     `View.name`, in order; tensors: parameter or buffer within the block → the tensors of the checkpoint that it is made
     of; pairs: the block's scale pairs, if a method uses them; experts: its routed experts, if they are quantized, whose
-    weights are not in `weights`; joined: parameters stored in parts that are written as one tensor → its name there.
+    weights are not in `weights`; joined: parameters stored in parts that are written as one tensor → its name there;
+    parts: as `experts`, but of those that cannot be run one at a time.
     """
 
     index: int
@@ -55,11 +58,13 @@ class BlockPlan:
     pairs: list[Pair]
     experts: ExpertsPlan | None = None
     joined: dict[str, str] = field(default_factory=dict)
+    parts: PartsPlan | None = None
 
     @property
     def units(self) -> list[str]:
         """The units that it is written as: groups of experts, and last the rest of the block."""
-        return [*([] if self.experts is None else [group.unit for group in self.experts.groups]), self.unit]
+        groups = [group for plan in (self.experts, self.parts) if plan is not None for group in plan.groups]
+        return [*(group.unit for group in groups), self.unit]
 
     @property
     def streamed(self) -> set[str]:
@@ -152,6 +157,7 @@ def make_plan(
     checks.check_sources(source, model, links, other)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     items += plan_experts(source, recipe, model, structure, links, dtype)
+    items += plan_parts(source, recipe, model, structure, links, dtype)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     # Experts first: what servers allow of weights with one input is no way out for them.
@@ -215,6 +221,7 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
         chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
         weights = {w.view.name: w for w in chosen if w.view is not None and w.expert is None}
         experts = None if block.experts is None else group(index, block.experts, chosen, plan.pairs.get(block.name))
+        parts = group_parts(index, chosen, plan.dtype, partial(_statistics, plan)) if block.parts else None
         prefix = block.name + "."
         inside = (n for n in plan.links.names() if n.startswith(prefix))
         tensors = {n.removeprefix(prefix): plan.links.tensors(n) for n in inside}
@@ -222,7 +229,7 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
         module = plan.model.get_submodule(block.name)
         full = {w.tensor.removeprefix(prefix) for w in plan.weights if w.tensor in plan.links.slices}
         joined = {n: _joined_name(plan, prefix + n) for n in sorted(full & tensors.keys())}
-        found.append(BlockPlan(index, block.name, module, weights, tensors, pairs, experts, joined))
+        found.append(BlockPlan(index, block.name, module, weights, tensors, pairs, experts, joined, parts))
     return found
 
 
@@ -239,7 +246,9 @@ def _joined_name(plan: Plan, parameter: str) -> str:
 
 def _joined_warnings(plan: Plan) -> list[str]:
     """A warning if other tensors than those of experts are joined."""
-    experts = {f"{b.name}.{b.experts.module}." for b in plan.structure.blocks if b.experts is not None}
+    blocks = plan.structure.blocks
+    experts = {f"{b.name}.{b.experts.module}." for b in blocks if b.experts is not None}
+    experts |= {f"{b.name}.{name}" for b in blocks for parts in b.parts for name in parts.names}
     found = {f"{b.name}.{n}": written for b in plan.blocks for n, written in b.joined.items()}
     found = {n: written for n, written in found.items() if not n.startswith(tuple(experts))}
     if not found:
@@ -273,11 +282,6 @@ def _budget(plan: Plan, device: str) -> Budget:
     for block in plan.blocks:
         inside += [f"{block.name}.{n}" for n, _ in block.module.named_parameters()]
         mine = list(block.weights.values())
-        widths = {i.input_id: i.shape[1] for i in mine}
-        # The statistics of one pass are freed before the next pass.
-        statistics = (
-            sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes
-        )
         numbers = sum(prod(i.shape) for i in mine)
         # Transforms use float32 copies besides the block, and both results are kept until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
@@ -285,10 +289,11 @@ def _budget(plan: Plan, device: str) -> Budget:
         load = Load(
             dense * size + copies,
             sum(i.after for i in mine),
-            max(statistics, default=0),
+            _statistics(plan, mine),
             max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
         )
-        loads.append(load if block.experts is None else load.and_experts(_experts_load(plan, block.experts)))
+        load = load if block.experts is None else load.and_experts(_experts_load(plan, block.experts))
+        loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
     saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(
@@ -304,6 +309,29 @@ def _budget(plan: Plan, device: str) -> Budget:
     )
 
 
+def _statistics(plan: Plan, items: list[WeightPlan]) -> int:
+    """The bytes of the statistics of some weights: those of one pass are freed before the next pass."""
+    widths = {item.input_id: item.shape[1] for item in items}
+    passes = (sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes)
+    return max(passes, default=0)
+
+
+def _parts_load(plan: Plan, block: BlockPlan) -> Load:
+    """What the experts of a block that are in memory with it need beside it: the results and statistics of a group."""
+    assert block.parts is not None
+    groups = [list(block.parts.of(group).values()) for group in block.parts.groups]
+    mine = list(block.parts.weights.values())
+    # A refinement's trial has a rounded copy of every parameter that holds some of the group's weights.
+    copies = sum(prod(i.shape) for i in mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
+    copies += 2 * max(sum(prod(i.shape) for i in group) for group in groups) if plan.pipeline.refiners else 0
+    return Load(
+        copies,
+        max(sum(i.after for i in group) for group in groups),
+        max(_statistics(plan, group) for group in groups),
+        max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
+    )
+
+
 def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
     """What a block's experts need beside the rest of it: one of them, a group's result, and what enters all of them."""
     size, width = plan.dtype.itemsize, experts.info.call.width
@@ -314,10 +342,7 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
     # Rows, choices and weights, and the sums of outputs, of the unquantized and of the quantized block.
     routed = 2 * tokens * (width * (size + 4) + 16 * experts.info.call.chosen)
     kinds = dict.fromkeys(need for needs in plan.pipeline.passes for need in needs)
-    widths = {i.input_id: i.shape[1] for i in largest}
-    own = max(
-        (sum(need.nbytes(w) for need in needs for w in widths.values()) for needs in plan.pipeline.passes), default=0
-    )
+    own = _statistics(plan, list(largest))
     return Load(
         numbers * size + copies + routed,
         max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),

@@ -33,7 +33,8 @@ class WeightPlan:
 
     module: its path in the model; tensor: its name in the checkpoint; scheme: None if it is not quantized, for
     `reason`; before, after: stored bytes; view: its position in its block, None if no product of a block uses it;
-    expert: its number, if it is a routed expert's: the view is then its position in that expert's module.
+    expert: its number, if it is a routed expert's: the view is then its position in that expert's module, or, if the
+    expert cannot be run alone, in the block.
     """
 
     module: str
@@ -78,7 +79,7 @@ def plan_weights(
     dtype: torch.dtype,
     named: Named | None = None,
 ) -> list[WeightPlan]:
-    """All but the stacks of routed experts (`experts.plan_experts`).
+    """All but the stacks of routed experts (`experts.plan_experts`, `parts.plan_parts`).
 
     named: the class that config.json names, if it is another one: it may load tensors that the model does not.
     """
@@ -115,6 +116,7 @@ def plan_weights(
             items.append(left(parameter, links.source.get(parameter, parameter), shape, dtype, reason, index))
         if block.experts is not None:
             planned |= {f"{block.name}.{block.experts.module}.{stack}" for stack in block.experts.stacks}
+        planned |= {f"{block.name}.{name}" for parts in block.parts for name in parts.names}
     for parameter, value in model.named_parameters():
         if value.dim() >= 2 and parameter not in planned:
             tensor = links.source.get(parameter, parameter)

@@ -189,6 +189,13 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
             for name in [*block.weights, *block.changed]:
                 kept[f"{plan.name}.{name}"] = block.module.get_parameter(name).detach().clone()
             return original(plan, block)
+        if plan.experts is None:
+            # Parts of parameters, which keep their values until all of them are quantized.
+            for state in block.weights.values():
+                stack = f"{plan.name}.{state.view.parameter}"
+                kept.setdefault(stack, block.module.get_parameter(state.view.parameter).detach().clone())
+                state.view.of(kept[stack]).copy_(state.result())
+            return original(plan, block, weights)
         (number,) = {weight.expert for weight in weights.values()}
         for name, parameter in block.module.named_parameters():
             stack = f"{plan.name}.{plan.experts.info.module}.{name}"

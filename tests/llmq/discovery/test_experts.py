@@ -84,11 +84,8 @@ def test_dense_models_have_none(kind: str) -> None:
 
 
 REFUSED = {
-    "longcat_flash": "the experts of mlp.experts cannot be quantized yet: its stacks have 4 and 6 experts",
     "zaya": "gets a second value from the block before it",
     "hy_v4": "gets a second value from the block before it",
-    "llama4_text": "feed_forward.experts.gate_up_proj sees only the tokens routed to it",
-    "dbrx": "ffn.experts.mlp.w1 sees only the tokens routed to it",
 }
 
 
@@ -293,9 +290,9 @@ def test_only_modules_with_stacks_of_their_own_are_watched() -> None:
 def test_a_block_with_two_modules_of_experts_is_refused() -> None:
     block = nn.ModuleDict({"one": Gated(), "two": Gated()})
     with pytest.raises(LlmqError, match="several modules of experts \\(one, two\\)"):
-        discover._experts(block, {"one": [PLACES], "two": [PLACES]})
+        discover._experts(block, {"one": [PLACES], "two": [PLACES]}, [], X)
     with pytest.raises(LlmqError, match="calls its experts \\(one\\) more than once"):
-        discover._experts(block, {"one": [PLACES, PLACES]})
+        discover._experts(block, {"one": [PLACES, PLACES]}, [], X)
 
 
 def test_a_function_in_place_of_experts() -> None:

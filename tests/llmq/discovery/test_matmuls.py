@@ -55,6 +55,22 @@ def test_a_product_sums_over_the_last_axis_of_a_matrix_stored_out_in(use: str) -
     assert (found.parameter, found.axis, found.whole, found.part, found.chosen) == ("w", 1, True, (0, OUT * IN), False)
 
 
+@pytest.mark.parametrize(
+    ("use", "axis", "along", "dense"),
+    [
+        (lambda w, x: x @ w.t(), 1, 1, True),
+        (lambda w, x: x @ w[2:5].t(), 1, 1, True),
+        (lambda w, x: torch.randn(2, 3) @ w[2:5], None, 0, True),
+        (lambda w, x: x[:, :2] @ w[:, 1:3].t(), None, 1, False),
+        (lambda w, x: x @ w[::2].t(), 1, 1, False),
+        (lambda w, x: torch.einsum("ni,oi->no", x, w), None, None, True),
+    ],
+)
+def test_which_part_of_a_matrix_is_used(use: Use, axis: int | None, along: int | None, dense: bool) -> None:
+    (found,) = seen(Holder(OUT, IN), use)
+    assert (found.axis, found.along, found.dense) == (axis, along, dense)
+
+
 @pytest.mark.parametrize("use", STORED_IN_OUT)
 def test_a_product_sums_over_the_first_axis_of_a_matrix_stored_in_out(use: str) -> None:
     (found,) = seen(Holder(IN, OUT), STORED_IN_OUT[use])

@@ -28,9 +28,13 @@ ROUTERS: dict[str, list[str]] = {
     "jamba": ["", "feed_forward.router"] * 2,
     "nemotron_h": ["", "mixer.gate", "", ""],
     "qwen2_moe": ["mlp.gate"] * 4,  # beside a gate of the shared expert, which chooses nothing
+    "longcat_flash": ["mlp.router.classifier"] * 4,
+    "llama4_text": ["feed_forward.router"] * 4,  # no choice enters its experts: rows are multiplied by 0
+    "dbrx": ["ffn.router.layer"] * 4,
+    "inkling_text": ["mlp.gate"] * 4,
     "deepseek_v4": ["", "", "mlp.gate", "mlp.gate"],  # by token id at first; its attention chooses among tokens, too
 }
-LINEAR = ("phimoe", "hunyuan_v1_moe", "afmoe")
+LINEAR = ("phimoe", "hunyuan_v1_moe", "afmoe", "longcat_flash", "llama4_text", "dbrx")
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -50,6 +54,12 @@ def test_some_of_them_are_linear_modules(kind: str) -> None:
     model = tiny.model(kind)
     block = mixtures.structure(kind).blocks[-1]
     assert isinstance(model.get_submodule(f"{block.name}.{ROUTERS[kind][-1]}"), nn.Linear)
+
+
+def test_routers_of_a_type_with_two_kinds_of_experts_in_a_block() -> None:
+    for block in mixtures.structure("jetmoe").blocks:
+        found = {name for name, reason in block.left.items() if reason.kind is Kind.ROUTER}
+        assert found == {f"{block.name}.{n}.router.layer.weight" for n in ("mlp", "self_attention.experts")}
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_next"])

@@ -29,6 +29,9 @@ PARTS = [
     (View("stack", 2), "stack[2]", STACK[2]),
     (View("stack", 1, transposed=True), "stack[1].t()", STACK[1].t()),
     (View("stack", 0, (3, 6)), "stack[0][3:6]", STACK[0, 3:]),
+    (View("matrix", 1, count=3), "matrix[1]", MATRIX[2:4]),
+    (View("matrix", 1, (0, 3), transposed=True, count=2), "matrix[1].t()[0:3]", MATRIX[3:, :3].t()),
+    (View("stack", 2, count=3), "stack[2]", STACK[2]),
 ]
 
 

@@ -1,0 +1,298 @@
+"""Experts quantized with their block in memory: equal to a dense reference, in any groups, broken off anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmq import formats, job, steps
+from llmq.block.block import Block
+from llmq.block.expert import ExpertBlock
+from llmq.block.group import GroupBlock
+from llmq.block.statistics import Hessian
+from llmq.checkpoint.sink import Sink
+from llmq.discovery import blocks as discover
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.nearest import round_to_nearest
+from llmq.methods import Pipeline, make
+from llmq.mixture import IDLE
+from llmq.planning import parts as planning
+from llmq.planning.plan import Plan
+from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
+from tests.architectures import tiny
+from tests.llmq import mixtures
+from tests.llmq.planning.test_experts import exact, twin
+from tests.llmq.refusal import refused
+
+IDS = tiny.tokens(4, 32, seed=2)
+W4 = mixtures.W4
+GPTQ, RTN = Recipe(methods=("gptq",), scheme=W4), Recipe(methods=("rtn",), scheme=W4)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of four experts, stored one by one, and two that return their input; do not change it."""
+    return mixtures.write("longcat_flash", tmp_path_factory.mktemp("models") / "m", num_layers=2)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Everything in a finished folder that must not depend on how it came about."""
+    differ = {"report.json", "report.html", "README.md"}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in differ}
+
+
+def groups_of(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
+    real = planning.group_parts
+
+    def group(index: int, items: Any, dtype: torch.dtype, statistics: Any) -> Any:
+        # As if every expert needed just so much memory.
+        held = sum(i.shape[0] * i.shape[1] for i in items if i.expert is not None) * dtype.itemsize
+        return real(index, items, dtype, lambda one: held // 2 // experts - sum(i.after for i in one))
+
+    monkeypatch.setattr("llmq.planning.plan.group_parts", group)
+
+
+def unpacked(folder: Path, report: Report) -> dict[str, QuantizedWeight]:
+    """The experts' weights as written."""
+    stored, found = mixtures.stored(folder), {}
+    for row in report.quantized:
+        if row.expert is not None:
+            mine = {n.removeprefix(f"{row.name}."): t for n, t in stored.items() if n.startswith(f"{row.name}.")}
+            assert row.scheme is not None
+            value = formats.of(row.scheme).unpack(mine, row.scheme)
+            assert isinstance(value, QuantizedWeight)
+            found[row.name] = value
+    return found
+
+
+# What one expert is quantized to.
+
+
+def test_rtn_rounds_every_experts_matrix(source: Path, tmp_path: Path) -> None:
+    report = job.quantize(str(source), tmp_path / "out", RTN, ids=IDS)
+    stored, found = mixtures.stored(source), unpacked(tmp_path / "out", report)
+    assert len(found) == 2 * (4 * 3 + 2 * 2)
+    for name, quantized in found.items():
+        want = round_to_nearest(stored[f"{name}.weight"], W4, torch.float32)
+        assert torch.equal(quantized.codes, want.codes) and torch.equal(quantized.scale, want.scale)
+    assert not any(IDLE in row.notes for row in report.quantized)
+
+
+def routed(model: Any, block: int) -> tuple[Tensor, Tensor]:
+    """What enters the experts of a block in stock transformers: rows and choices."""
+    with mixtures.calls_of(model.model.layers[block].mlp.experts) as seen, torch.no_grad():
+        model(IDS, use_cache=False)
+    (((rows, choices, _), _),) = seen
+    return rows, choices
+
+
+def test_gptq_has_the_rows_that_chose_an_expert(source: Path, tmp_path: Path) -> None:
+    """All else is kept, so that the inputs of the first block's experts are stock transformers' own."""
+    keep = ("self_attn", "mlps")
+    report = job.quantize(str(source), tmp_path / "out", Recipe(methods=("gptq",), scheme=W4, keep=keep), ids=IDS)
+    stored, found = mixtures.stored(source), unpacked(tmp_path / "out", report)
+    model, _ = mixtures.load(source)
+    rows, choices = routed(model, 0)
+    assert {4, 5} & set(choices.flatten().tolist())  # some tokens go past the experts
+    quantizer = make(GPTQ).quantizer
+    tokens = {row.name: row.tokens for row in report.quantized}
+    notes = {row.name: row.notes for row in report.quantized}
+    for expert in range(6):
+        prefix = f"model.layers.0.mlp.experts.{expert}"
+        mine = rows[(choices == expert).any(1)] if expert < 4 else rows[:0]
+        inputs = {"gate_proj": mine, "up_proj": mine}
+        if expert < 4:
+            gate, up = (mine @ stored[f"{prefix}.{name}.weight"].t() for name in inputs)
+            inputs["down_proj"] = torch.nn.functional.silu(gate) * up
+        for name, x in inputs.items():
+            hessian = Hessian(x.shape[1], torch.device("cpu"))
+            hessian.update(x)
+            weight = stored[f"{prefix}.{name}.weight"]
+            want = quantizer.quantize(weight, W4, {Hessian: hessian}, torch.float32)
+            assert isinstance(want, QuantizedWeight)
+            got = found[f"{prefix}.{name}"]
+            assert float((got.codes != want.codes).float().mean()) < 5e-3
+            nearest = round_to_nearest(weight, W4, torch.float32)
+            assert expert > 3 or float((got.codes != nearest.codes).float().mean()) > 0.1
+            assert tokens[f"{prefix}.{name}"] == len(x)
+            assert (IDLE in notes[f"{prefix}.{name}"]) is (expert > 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq", "signround"])
+def test_stock_transformers_loads_what_is_written(method: str, source: Path, tmp_path: Path) -> None:
+    options = {"iterations": 2} if method == "signround" else {}
+    recipe = Recipe(methods=tuple(method.split("+")), scheme=W4, options=options)
+    report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
+    loaded, told = mixtures.load(tmp_path / "out")
+    assert not told
+    dense, told = mixtures.load(twin(source, tmp_path / "out", report, tmp_path / "twin"))
+    assert not told
+    before, _ = mixtures.load(source)
+    got, want, original = (mixtures.logits(m) for m in (loaded, dense, before))
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    assert 1e-3 < float((want - original).norm() / original.norm()) < 1
+
+
+@pytest.mark.slow
+def test_experts_at_other_bits_than_the_rest(source: Path, tmp_path: Path) -> None:
+    report = exact(source, tmp_path, overrides=(("experts", mixtures.Scheme(8, 16)),))
+    assert {row.scheme.bits for row in report.quantized if row.expert is not None} == {8}
+
+
+# Groups, and runs that end early.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq"])
+def test_groups_of_any_size_give_the_same_tensors(
+    method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(methods=tuple(method.split("+")), scheme=W4)
+    found = {}
+    for size in (1, 3, 6):
+        with monkeypatch.context() as patch:
+            groups_of(patch, size)
+            job.quantize(str(source), tmp_path / str(size), recipe, ids=IDS)
+        assert len(list((tmp_path / str(size)).glob("model-*"))) == 1 + 2 * (1 + -(-6 // size))
+        found[size] = mixtures.stored(tmp_path / str(size))
+    for size in (1, 3):
+        assert found[size].keys() == found[6].keys()
+        assert all(torch.equal(tensor, found[6][name]) for name, tensor in found[size].items())
+
+
+class Broken(Exception):
+    """The end of a run."""
+
+
+def breaking(at: int) -> Callable[..., None]:
+    """Sink.commit that ends the run at its at-th call, before anything is written."""
+    real, calls = Sink.commit, iter(range(10**6))
+
+    def commit(sink: Sink, *args: Any) -> None:
+        if next(calls) == at:
+            raise Broken
+        real(sink, *args)
+
+    return commit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
+    method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups_of(monkeypatch, 3)
+    monkeypatch.setattr(Plan, "batch", property(lambda plan: 1))
+    recipe = Recipe(methods=(method,), scheme=W4, options={"iterations": 2} if method == "signround" else {})
+    job.quantize(str(source), tmp_path / "whole", recipe, ids=IDS)
+    whole = written(tmp_path / "whole")
+    commits = 1 + 2 * (2 + 1)
+    assert sum(name.startswith("model-") for name in whole) == commits
+    for at in range(commits):
+        out = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(Sink, "commit", breaking(at))
+            with pytest.raises(Broken):
+                job.quantize(str(source), out, recipe, ids=IDS)
+        report = job.quantize(str(source), out, recipe, ids=IDS)
+        assert written(out) == whole, at
+        assert len({row.name for row in report.quantized}) == len(report.quantized) == 2 * (16 + 4 * 3 + 2 * 2)
+
+
+@pytest.mark.slow
+def test_finished_groups_are_not_quantized_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups_of(monkeypatch, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sink, "commit", breaking(1 + 3 + 1))
+        with pytest.raises(Broken):
+            job.quantize(str(source), tmp_path / "out", RTN, ids=IDS)
+    quantized: list[str] = []
+    real = steps.quantize
+
+    def note(block: Block, pipeline: Pipeline) -> None:
+        quantized.append("group" if isinstance(block, GroupBlock) else "block")
+        real(block, pipeline)
+
+    monkeypatch.setattr(steps, "quantize", note)
+    job.quantize(str(source), tmp_path / "out", RTN, ids=IDS)
+    assert quantized == ["block", "group"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sources_of_half_precision(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    model, _ = mixtures.load(source)
+    model.to(dtype).save_pretrained(tmp_path / "m")
+    report = job.quantize(str(tmp_path / "m"), tmp_path / "out", GPTQ, ids=IDS)
+    assert all(block.error < 0.3 for block in report.blocks)
+    assert {q.scale.dtype for q in unpacked(tmp_path / "out", report).values()} == {dtype}
+
+
+# Damage and doubt.
+
+
+@pytest.mark.parametrize("name", ["2.gate_proj", "1.down_proj", "5.up_proj"])
+def test_a_number_that_is_not_finite_in_one_expert_is_named(name: str, source: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "m").mkdir()
+    tensors = mixtures.stored(source)
+    name = f"model.layers.1.mlp.experts.{name}.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    refused(lambda: job.quantize(str(folder), tmp_path / "out", RTN, ids=IDS), name, "model.safetensors")
+
+
+def test_routers_are_ignored_by_name(source: Path) -> None:
+    ignored = job.config(job.plan(str(source), RTN, ids=IDS))["quantization_config"]["ignore"]
+    assert {f"model.layers.{i}.mlp.router.classifier" for i in range(2)} <= set(ignored)
+
+
+def test_the_log_says_of_which_experts_an_attempt_was(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(methods=("signround",), scheme=W4, options={"iterations": 1})
+    report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
+    for block in report.blocks:
+        assert [attempt.where for attempt in block.log] == [None, "experts 0–5"]
+    units = [json.loads(line).get("unit") for line in (tmp_path / "out" / ".llmq" / "journal.jsonl").open()]
+    assert units[1:5] == ["block 0, experts 0–5", "block 0", "block 1, experts 0–5", "block 1"]
+
+
+# The same experts, one at a time and with their block in memory.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_in_memory_as_one_at_a_time(chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without other tokens' statistics and with weights of 1: the same bytes where both add up rows in one order.
+
+    A row that chose two experts enters the second product later in transformers' own loop than in llmq's.
+    """
+    model = mixtures.write("qwen3_moe", tmp_path / "m", num_hidden_layers=1, num_experts_per_tok=chosen)
+    monkeypatch.setattr("llmq.block.expert.PRIOR_TOKENS", 0)
+    monkeypatch.setattr(ExpertBlock, "feeding", lambda self, statistic: statistic)
+    one = job.quantize(str(model), tmp_path / "one", GPTQ, ids=IDS)
+    assert all(block.experts is not None for block in mixtures.structure("qwen3_moe").blocks)
+    with monkeypatch.context() as patch:
+        patch.setattr(discover, "describe", lambda *args: "not this time")
+        made = job.plan(str(model), GPTQ, ids=IDS)
+        assert made.blocks[0].parts is not None and made.blocks[0].experts is None
+        many = job.quantize(str(model), tmp_path / "many", GPTQ, ids=IDS)
+    tokens = [{row.name: row.tokens for row in report.quantized} for report in (one, many)]
+    assert tokens[0] == tokens[1]
+    got, want = unpacked(tmp_path / "many", many), unpacked(tmp_path / "one", one)
+    assert got.keys() == want.keys() and len(got) == 12
+    for name, quantized in got.items():
+        wrong = float((quantized.codes != want[name].codes).float().mean())
+        assert wrong == 0 if chosen == 1 else wrong < 2e-3
+    if chosen == 1:
+        first, second = mixtures.stored(tmp_path / "one"), mixtures.stored(tmp_path / "many")
+        assert first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
