@@ -235,7 +235,8 @@ def _pattern(experts: list[WeightPlan], items: list[WeightPlan]) -> str:
         return sum(matches(part, name) for name in others)
 
     best = min(reversed(common), key=wrong, default=experts[0].name)
-    if not wrong(best):
+    dense = {item.name for item in items if item.expert is None}
+    if not any(matches(best, name) for name in others if name in dense):
         return best
     # Experts in several places, whose names have nothing of their own in common.
     each = (min((p for p in reversed(item.name.split(".")) if not p.isdigit()), key=wrong) for item in experts)
