@@ -151,9 +151,14 @@ class PackedStack(nn.Module):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def view(self) -> View:
-        """The whole stack as the operand of a product."""
-        return View(self, None, self.transposed)
+    def view(self, *shape: Any) -> View:
+        """The whole stack as the operand of a product. shape: [experts, …], by which matrices below each other are told
+        apart."""
+        whole = View(self, None, self.transposed)
+        wanted = tuple(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+        if len(wanted) not in (0, 3) or any(n not in (-1, own) for n, own in zip(wanted, self.shape, strict=False)):
+            raise whole._refusal(f"view({', '.join(map(str, wanted))})")
+        return whole
 
     def dim(self) -> int:
         """Of the parameter's axes."""

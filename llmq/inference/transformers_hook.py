@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmq import formats
 from llmq.errors import LlmqError
 from llmq.formats.plain import Weight, mapping
+from llmq.formats.stacks import unmarked
 from llmq.inference.experts import use_packed
 from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
@@ -89,7 +90,7 @@ class _Configuration:
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
         """Transformers' configuration; keys that it would reject or lose are removed first and set on the result."""
-        values = dict(values)
+        values, alone = unmarked(values)
         own = {key: values.pop(key) for key in ("dynamic", "modules_in_block_to_quantize") if key in values}
         values, ordered = _without_order(values)
         # Checkpoints set "dequantize" because stock readers cannot run them packed (docs/design.md).
@@ -99,7 +100,7 @@ class _Configuration:
                 "this checkpoint rotates activations while it runs (transform_config), which llmq does not support yet"
             )
         config = self.stock.from_dict(values, **kwargs)
-        for key, value in (own | {"ordered": ordered, "dense": dense}).items():
+        for key, value in (own | {"ordered": ordered, "dense": dense, "alone": alone}).items():
             if value:
                 setattr(config, key, value)
         return config
@@ -157,6 +158,8 @@ def _refuse_random(quantizer: Any, model: Any, suffixes: tuple[str, ...], files:
 def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
     """Stock transformers' own quantizer; the reason is logged in one line."""
     method = str(getattr(config.quant_method, "value", config.quant_method))
+    if getattr(config, "alone", False):
+        raise LlmqError(f"{reason}, and only llmq's kernels run experts that are packed one by one from a stack")
     if stock is _Nobody:
         raise LlmqError(f"{method}: {reason}, and stock transformers does not know {method}")
     if getattr(config, "ordered", False):
@@ -199,7 +202,7 @@ class KernelQuantizer(HfQuantizer):
             reason: str | None = "its weights are not in safetensors files"
         else:
             # preprocess_model would also do this, but too late for us; a second call does nothing.
-            self._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
+            self._convert_model_for_quantization(model)
             found = find(model, self.reader, files)
             self.found, self.placeholders, reason = found, found.quantized, found.unserved
         if reason is None:
@@ -212,6 +215,11 @@ class KernelQuantizer(HfQuantizer):
         self.__class__, self.__dict__ = type(stock), stock.__dict__
         self.preprocess_model(model, dtype=dtype, **kwargs)
         _refuse_random(self, model, suffixes, files)
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Where transformers would make linear layers of a type's experts: not if they are named as in the model."""
+        if not getattr(self.quantization_config, "alone", False):
+            super()._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, placeholder in self.placeholders.items():
