@@ -292,9 +292,14 @@ def _quantize_group(
     mine.observe(pipeline.first)
     steps.quantize(mine, pipeline)
     assert mine.tokens is not None
-    rows, tensors = pack_weights(planned, mine, weights)
-    for row, name in zip(rows, weights, strict=True):
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        (row,), packed = pack_weights(planned, mine, {name: weight})
+        # Unpacked codes take twice the memory of packed ones, or more.
+        mine.weights[name].quantized = mine.weights[name].rounded = None
         idle = (IDLE,) if not mine.tokens[name] and io.plan.pipeline.calibrated else ()
-        row |= {"tokens": mine.tokens[name], "notes": (*row["notes"], *idle)}
+        rows.append(row | {"tokens": mine.tokens[name], "notes": (*row["notes"], *idle)})
+        tensors |= packed
     where = group.unit.partition(", ")[2]
     return tensors, {"weights": rows, "log": [asdict(replace(attempt, where=where)) for attempt in mine.log]}

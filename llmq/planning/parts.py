@@ -6,7 +6,7 @@ collected for one group of experts at a time, each with its own pass of the bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from llmq.planning.experts import ExpertGroup, of_block
 from llmq.planning.weights import WeightPlan
 from llmq.recipe.recipe import Recipe
 
-SHARE = 2  # a group's statistics and results take at most 1/SHARE of the memory of all experts of the block
+SHARE = 2  # a group's statistics and codes take at most 1/SHARE of the memory of all experts of the block
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def _widths(model: nn.Module, structure: Structure) -> set[int]:
     return found
 
 
+def codes(items: Iterable[WeightPlan]) -> int:
+    """The bytes of some weights' codes before they are packed: one byte each."""
+    return sum(item.shape[0] * item.shape[1] for item in items)
+
+
 def group_parts(
     index: int, items: list[WeightPlan], dtype: torch.dtype, statistics: Callable[[list[WeightPlan]], int]
 ) -> PartsPlan | None:
@@ -89,8 +94,8 @@ def group_parts(
     for item in mine:
         assert item.expert is not None
         one.setdefault(item.expert, []).append(item)
-    need = max(statistics(expert) + sum(item.after for item in expert) for expert in one.values())
-    held = sum(item.shape[0] * item.shape[1] for item in mine) * dtype.itemsize
+    need = max(statistics(expert) + codes(expert) for expert in one.values())
+    held = codes(mine) * dtype.itemsize
     step, count, groups = max(1, held // SHARE // max(1, need)), max(one) + 1, []
     for begin in range(0, count, step):
         end = min(begin + step, count)

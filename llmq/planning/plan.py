@@ -32,7 +32,7 @@ from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
-from llmq.planning.parts import PartsPlan, group_parts, plan_parts
+from llmq.planning.parts import PartsPlan, codes, group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
@@ -335,7 +335,7 @@ def _parts_load(plan: Plan, block: BlockPlan) -> Load:
     copies += 2 * max(sum(prod(i.shape) for i in group) for group in groups) if plan.pipeline.refiners else 0
     return Load(
         copies,
-        max(sum(i.after for i in group) for group in groups),
+        max(codes(group) for group in groups),
         max(_statistics(plan, group) for group in groups),
         max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
     )

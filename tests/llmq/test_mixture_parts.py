@@ -21,6 +21,7 @@ from llmq.checkpoint.sink import Sink
 from llmq.discovery import blocks as discover
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline, make
 from llmq.mixture import IDLE
 from llmq.planning import parts as planning
@@ -55,7 +56,7 @@ def groups_of(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
     def group(index: int, items: Any, dtype: torch.dtype, statistics: Any) -> Any:
         # As if every expert needed just so much memory.
         held = sum(i.shape[0] * i.shape[1] for i in items if i.expert is not None) * dtype.itemsize
-        return real(index, items, dtype, lambda one: held // 2 // experts - sum(i.after for i in one))
+        return real(index, items, dtype, lambda one: held // 2 // experts - planning.codes(one))
 
     monkeypatch.setattr("llmq.planning.plan.group_parts", group)
 
@@ -82,6 +83,7 @@ def test_rtn_rounds_every_experts_matrix(source: Path, tmp_path: Path) -> None:
     assert len(found) == 2 * (4 * 3 + 2 * 2)
     for name, quantized in found.items():
         want = round_to_nearest(stored[f"{name}.weight"], W4, torch.float32)
+        assert isinstance(want, QuantizedWeight)
         assert torch.equal(quantized.codes, want.codes) and torch.equal(quantized.scale, want.scale)
     assert not any(IDLE in row.notes for row in report.quantized)
 
@@ -121,6 +123,7 @@ def test_gptq_has_the_rows_that_chose_an_expert(source: Path, tmp_path: Path) ->
             got = found[f"{prefix}.{name}"]
             assert float((got.codes != want.codes).float().mean()) < 5e-3
             nearest = round_to_nearest(weight, W4, torch.float32)
+            assert isinstance(nearest, QuantizedWeight)
             assert expert > 3 or float((got.codes != nearest.codes).float().mean()) > 0.1
             assert tokens[f"{prefix}.{name}"] == len(x)
             assert (IDLE in notes[f"{prefix}.{name}"]) is (expert > 3)
@@ -144,7 +147,7 @@ def test_stock_transformers_loads_what_is_written(method: str, source: Path, tmp
 
 @pytest.mark.slow
 def test_experts_at_other_bits_than_the_rest(source: Path, tmp_path: Path) -> None:
-    report = exact(source, tmp_path, overrides=(("experts", mixtures.Scheme(8, 16)),))
+    report = exact(source, tmp_path, overrides=(("experts", Scheme(8, 16)),))
     assert {row.scheme.bits for row in report.quantized if row.expert is not None} == {8}
 
 

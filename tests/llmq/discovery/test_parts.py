@@ -199,7 +199,7 @@ def test_how_many_rows_a_token_becomes() -> None:
 
 
 def test_a_parameter_of_the_block_itself_is_not_taken() -> None:
-    toy = Toy().inner
+    toy: Any = Toy().inner
     with torch.no_grad(), watch_matmuls(toy) as matmuls:
         linear(X, toy.stack[0])
     assert not find_parts(toy, ["stack"], matmuls, [], set(), TOKENS)

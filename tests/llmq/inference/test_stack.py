@@ -81,6 +81,21 @@ def test_a_parameter_itself_is_an_operand() -> None:
     same(torch.bmm(rows, packed), rows @ dense)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_below_each_other_are_told_apart_by_a_view(transposed: bool) -> None:
+    packed, dense = stack(transposed)
+    count, rows, columns = dense.shape
+    flat, x = dense.reshape(count * rows, columns), torch.randn(5, WIDTH)
+    for shape in ((-1, rows, columns), ((count, -1, columns),), (count, rows, -1)):
+        for e in range(count):
+            one, plain = packed.view(*shape)[e], flat.view(*shape)[e]
+            assert one.shape == plain.shape
+            wanted = x @ (plain if transposed else plain.T)
+            same(x.matmul(one if transposed else one.T), wanted)  # type: ignore[arg-type]
+    for wrong in ((count * rows, columns), (-1, columns, rows + 1), (2, -1, columns)):
+        refused(lambda wrong=wrong: packed.view(*wrong), "m.stack is packed", "view(")  # type: ignore[misc]
+
+
 def test_anything_else_is_refused_with_the_way_out() -> None:
     packed, _ = stack()
     x: Any = torch.randn(5, WIDTH)
