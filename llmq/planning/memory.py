@@ -15,6 +15,7 @@ from llmq.errors import LlmqError
 from llmq.machine import existing, size
 
 FORWARD_COPIES = 6
+ROUTED_COPIES = 2.5  # of the rows of all experts' products, at the widest of them
 TRANSIENT = 96 * 2**20
 
 
@@ -29,12 +30,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Load:
-    """The memory in bytes to quantize one block: its parameters, its result, statistics and workspace."""
+    """The memory in bytes to quantize one block: its parameters, its result, statistics and workspace.
+
+    forward: what a pass of the block takes, if it is known to take more than others of its width do.
+    """
 
     block: int
     packed: int
     statistics: int
     workspace: int
+    forward: int = 0
 
     def and_experts(self, experts: Load) -> Load:
         """The block's load with that of its experts, which are quantized after the rest, whose statistics are freed."""
@@ -43,6 +48,7 @@ class Load:
             self.packed + experts.packed,
             max(self.statistics, experts.statistics),
             max(self.workspace, experts.workspace),
+            max(self.forward, experts.forward),
         )
 
 
@@ -69,8 +75,10 @@ def predict(
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
     embedding = sum(p.numel() for p in before_blocks(model, inside).values()) * dtype.itemsize
-    work = max(load.block + load.packed + load.statistics + max(load.workspace, forward) for load in loads)
-    recording = embedding + loads[0].block + forward
+    work = max(
+        load.block + load.packed + load.statistics + max(load.workspace, load.forward, forward) for load in loads
+    )
+    recording = embedding + loads[0].block + max(forward, loads[0].forward)
     now = psutil.Process().memory_info().rss + TRANSIENT
     if device == "cpu":
         return Budget(now + activations + max(work, recording), 0, disk)

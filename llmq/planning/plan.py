@@ -30,7 +30,7 @@ from llmq.planning import checks
 from llmq.planning.experts import ExpertsPlan, check_experts, group, plan_experts
 from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
-from llmq.planning.memory import Budget, Load, check_room, predict
+from llmq.planning.memory import ROUTED_COPIES, Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
 from llmq.planning.parts import PartsPlan, codes, group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
@@ -330,14 +330,18 @@ def _parts_load(plan: Plan, block: BlockPlan) -> Load:
     assert block.parts is not None
     groups = [list(block.parts.of(group).values()) for group in block.parts.groups]
     mine = list(block.parts.weights.values())
+    windows = min(plan.batch, len(plan.ids))
+    rows = windows * plan.ids.shape[1] * max(info.copies for info in plan.structure.blocks[block.index].parts)
     # A refinement's trial has a rounded copy of every parameter that holds some of the group's weights.
-    copies = sum(prod(i.shape) for i in mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
-    copies += 2 * max(sum(prod(i.shape) for i in group) for group in groups) if plan.pipeline.refiners else 0
+    copies = codes(mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
     return Load(
         copies,
-        max(codes(group) for group in groups),
+        0,
         max(_statistics(plan, group) for group in groups),
-        max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
+        # Codes are there once the pass for the statistics is over.
+        max(codes(group) for group in groups)
+        + max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
+        int(ROUTED_COPIES * rows * max(max(i.shape) for i in mine) * max(2, plan.dtype.itemsize)),
     )
 
 

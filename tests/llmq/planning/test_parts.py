@@ -15,6 +15,7 @@ from llmq import job
 from llmq.discovery.reasons import Kind
 from llmq.discovery.view import View
 from llmq.grids.scheme import Scheme
+from llmq.methods import make
 from llmq.planning import parts
 from llmq.planning import plan as planning
 from llmq.planning.memory import Budget, Load, predict
@@ -130,13 +131,18 @@ def test_the_memory_of_a_block_and_one_group(
 
     monkeypatch.setattr(planning, "predict", note)
     monkeypatch.setattr(parts, "SHARE", share)
-    made = plan(source, method=method)
+    made, quantizer = plan(source, method=method), make(Recipe(methods=(method,))).quantizer
     for block, load in zip(made.blocks, loads, strict=True):
         assert load.block == sum(p.numel() for p in block.module.parameters()) * 4
         assert block.parts is not None
         groups = [block.parts.of(group).values() for group in block.parts.groups]
         rest = sum(w.after for w in block.weights.values())
-        assert load.packed == rest + max(sum(prod(w.shape) for w in group) for group in groups)
+        assert load.packed == rest
+        most = max(quantizer.workspace(w.shape) for w in block.parts.weights.values())
+        others = max(quantizer.workspace(w.shape) for w in block.weights.values())
+        assert load.workspace == max(others, most + max(sum(prod(w.shape) for w in group) for group in groups))
         widths = [{w.input_id: w.shape[1] for w in group}.values() for group in [block.weights.values(), *groups]]
         hessians = max(sum(4 * n * n for n in group) for group in widths)
         assert load.statistics == (hessians if method == "gptq" else 0)
+        # Each token chooses two experts, one of which may be none in the run that shows it.
+        assert load.forward == 2.5 * made.ids.numel() * 64 * 4
