@@ -37,10 +37,15 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
         return
     if refused:
         first, count = (*refused.missing, *refused.mismatched)[0], len(refused.missing) + len(refused.mismatched)
+        way = "exclude these weights with --keep, or use another format (--grid)"
+        if any(f"{block.name}.{info.module}." in first for block in plan.structure.blocks for info in block.parts):
+            way = (
+                "in a quantized folder it makes linear layers of these experts, which are stored in one tensor: "
+                "--loader llmq quantizes them, too, for llmq.load alone"
+            )
         raise LlmqError(
             f"{plan.source.folder}: {named.name}, which config.json names, would not load {count} parameters of what "
-            f"is written ({first} …), although it loads those of the source: exclude these "
-            "weights with --keep, or use another format (--grid)"
+            f"is written ({first} …), although it loads those of the source: {way}"
         )
     if lacking:
         first = (*lacking.missing, *lacking.mismatched)[0]

@@ -39,7 +39,8 @@ def depth(model: PreTrainedModel) -> int | None:
     """How many layers the configuration says the decoder has."""
     config = model.config.get_text_config(decoder=True)
     config = getattr(config, "global_config", config)
-    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+    # Where both are there, num_hidden_layers may count the attentions of a layer.
+    for name in ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
     return None
@@ -194,7 +195,7 @@ def quantized(
             return original(plan, block)
         if plan.experts is None:
             # Parts of parameters, which keep their values until all of them are quantized.
-            for state in block.weights.values():
+            for state in map(block.weights.__getitem__, weights):
                 stack = f"{plan.name}.{state.view.parameter}"
                 kept.setdefault(stack, block.module.get_parameter(state.view.parameter).detach().clone())
                 state.view.of(kept[stack]).copy_(state.result())

@@ -116,3 +116,10 @@ def test_other_weights_alone_are_for_everyone(kind: str, keep: tuple[str, ...], 
     refused(lambda: job.plan(str(source), Recipe(methods=("rtn",), scheme=W4), ids=IDS), "--loader llmq", "--keep")
     made = job.plan(str(source), recipe("rtn", keep), ids=IDS)
     assert not made.for_llmq_alone and not any(block.parts for block in made.blocks)
+
+
+def test_where_transformers_makes_linear_layers_of_experts_they_cannot_be_kept(tmp_path: Path) -> None:
+    source = mixtures.write("llama4_text", tmp_path / "m")
+    said = refused(lambda: job.plan(str(source), recipe("rtn", ("experts",)), ids=IDS), "--loader llmq")
+    assert "makes linear layers of these experts" in said and "feed_forward.experts." in said
+    assert job.plan(str(source), recipe("rtn"), ids=IDS).for_llmq_alone
