@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmq.discovery.architecture import not_causal
 from llmq.discovery.calls import Call, Recording, record
 from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
-from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules, watch_uses
+from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
@@ -134,9 +134,8 @@ def find(model: nn.Module) -> Structure:
         try:
             with recorded(model, blocks) as recording:
                 found: dict[Any, BlockInfo] = {}
-                hidden, calls = recording.hidden[0], recording.calls[0]
+                hidden, calls = recording.hidden[0], recording.sampled()
                 seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
-                _check_handed(recording, blocks, seen)
             return Structure(path, tuple(_packable(model, _without_small(seen))))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
@@ -148,17 +147,6 @@ def find(model: nn.Module) -> Structure:
         f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
         "models that are a list of blocks, which run one after the other"
     )
-
-
-def _check_handed(recording: Recording, blocks: list[nn.Module], infos: list[BlockInfo]) -> None:
-    """Raises _Experts if a block with experts computes with more from the block before it than hidden states."""
-    for i, values in recording.handed.items():
-        if infos[i].experts is None:
-            continue
-        with zeros(blocks[i]), watch_uses(values) as used, torch.inference_mode():
-            recording.calls[0][i].run(blocks[i], recording.hidden[0])
-        if used:
-            raise _Experts(f"block {i} gets a second value from the block before it, which llmq cannot stream yet")
 
 
 @contextmanager
@@ -214,14 +202,17 @@ def _inspect(
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
             routers: set[str] = set()
+            choosing: set[str] = set()
             with follow_products(block) as following:
 
                 def noticed(routed: Routed, output: Tensor) -> None:
                     routers.update(following.before(routed.choices))
+                    choosing.update(following.made_of(routed.choices))
+                    following.leave_out(output, routed.rows)
                     following.mark(output)
 
                 with watch_experts(block, noticed) as called:
-                    call.run(block, hidden)
+                    routers |= choosing - following.made_of(call.run(block, hidden))
             experts = _experts(block, called)
         reasons = dict.fromkeys(following.behind, BEHIND) | dict.fromkeys(routers, ROUTER)
         found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, reasons)

@@ -1,41 +1,90 @@
 """The recording pass: run a model whose blocks only record their arguments, so that each can be run alone later.
 
-Every block's call is kept, because in many models masks and position tables differ between blocks.
+Every block's call is kept, because in many models masks and position tables differ between blocks. Some blocks hand
+more to later ones than hidden states: in a recorded call such values have a place only (`Handed`), because those of the
+recording are not what an earlier block returns when it is really run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import key_get, tree_map_with_path
 
 from llmq.discovery.matmuls import flat
+from llmq.discovery.routers import Following, follow_products
 from llmq.errors import LlmqError, first_line
+
+
+@dataclass(frozen=True)
+class Handed:
+    """In a recorded call, the place of a value that an earlier block hands on: its index, and where in its result."""
+
+    block: int
+    path: tuple[Any, ...]
+
+
+@dataclass
+class States:
+    """What goes from a block to later ones for one batch: its output hidden states, and the other values handed on."""
+
+    hidden: Tensor
+    handed: Mapping[Handed, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Call:
     """A recorded call: its arguments without the hidden states; `slot` takes them, `element` is their index in the
-    result."""
+    result.
+
+    needed: the values that later blocks take of this block's result, or of earlier ones; handed: those of earlier
+    blocks, once they are known (`given`).
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     slot: int | str
     element: int | None
+    needed: tuple[Handed, ...] = ()
+    handed: Mapping[Handed, Any] = field(default_factory=dict)
+
+    def given(self, handed: Mapping[Handed, Any]) -> Call:
+        """The call with the values that earlier blocks handed on."""
+
+        def put(value: Any) -> Any:
+            return handed[value] if isinstance(value, Handed) else value
+
+        return replace(self, args=_changed(self.args, put), kwargs=_changed(self.kwargs, put), handed=handed)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for input `hidden` [batch, tokens, width]."""
+        return self._hidden(self._result(block, hidden))
+
+    def step(self, block: Callable[..., Any], hidden: Tensor, device: torch.device) -> States:
+        """What the block hands to later ones for input `hidden`, run on a device; where the input is, and in its
+        dtype."""
+        result = self._result(block, hidden.to(device))
+        handed = {
+            key: self.handed[key] if key in self.handed else _to(_found(result, key), hidden.device)
+            for key in self.needed
+        }
+        return States(self._hidden(result).to(hidden), handed)
+
+    def _result(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         device = hidden.device
         args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
         if isinstance(self.slot, int):
             args[self.slot] = hidden
         else:
             kwargs[self.slot] = hidden
-        result = block(*args, **kwargs)
+        return block(*args, **kwargs)
+
+    def _hidden(self, result: Any) -> Tensor:
         output: Tensor = result if self.element is None else result[self.element]
         return output
 
@@ -44,31 +93,48 @@ class Call:
 class Recording:
     """The result of the recording pass: for each batch, the first block's input and every block's call.
 
-    handed: what blocks' calls have of the first block's result beside the hidden states, by the block's index.
+    samples: a value for each of those that blocks hand on, of the right shape and dtype: the first block's, once.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
-    handed: dict[int, list[Tensor]] = field(default_factory=dict)
+    samples: dict[Handed, Tensor] = field(default_factory=dict)
 
-    def of_block(self, index: int) -> list[Call]:
-        """One block's calls, batch by batch."""
-        return [calls[index] for calls in self.calls]
+    def of_block(self, index: int, states: list[States]) -> list[Call]:
+        """One block's calls, batch by batch, with what the blocks before it handed on."""
+        return [calls[index].given(one.handed) for calls, one in zip(self.calls, states, strict=False)]
+
+    def sampled(self) -> list[Call]:
+        """Every block's call of the first batch, to be run alone: with samples of what blocks hand on."""
+        return [call.given(self.samples) for call in self.calls[0]]
+
+
+def _found(result: Any, key: Handed) -> Any:
+    try:
+        return key_get(result, key.path)
+    except (LookupError, TypeError) as error:
+        raise LlmqError(f"block {key.block} does not return what later blocks take from its result") from error
 
 
 def _to(value: Any, device: torch.device) -> Any:
     """The value with its tensors on the device; the same object if all of them are there already."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        moved = {key: _to(part, device) for key, part in value.items()}
-        return value if all(moved[key] is part for key, part in value.items()) else moved
-    if isinstance(value, (tuple, list)):
-        parts = [_to(part, device) for part in value]
-        if all(new is old for new, old in zip(parts, value, strict=True)):
+    return _changed(value, lambda part: part.to(device) if isinstance(part, Tensor) else part)
+
+
+def _changed(value: Any, change: Callable[[Any], Any], into: tuple[type, ...] = (Mapping, tuple, list)) -> Any:
+    """The value with `change` applied to all that is in it; the same object if that changes nothing.
+
+    into: the containers whose contents are changed.
+    """
+    if isinstance(value, Mapping) and isinstance(value, into):
+        parts = {key: _changed(part, change, into) for key, part in value.items()}
+        return value if all(parts[key] is part for key, part in value.items()) else parts
+    if isinstance(value, (tuple, list)) and isinstance(value, into):
+        items = [_changed(part, change, into) for part in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return change(value)
 
 
 class _EndOfPass(Exception):
@@ -135,33 +201,27 @@ def record(
     in order, each on the output of the one before.
     """
     recording = Recording()
-    element: int | None = None
-    rest: tuple[Any, ...] = ()
-    kind: type | None = None
+    results: _Results | None = None
     seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
     hidden: Tensor | None = None
 
     def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal element, rest, kind, hidden
+            nonlocal results, hidden
             if len(seen) >= len(blocks):
                 raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
             seen.append((i, args, kwargs))
-            if i == 0 and kind is None:
-                result = (first or original)(*args, **kwargs)
-                kind, element, rest = _shape_of_result(result)
-                template = result if element is None else result[element]
-                hidden = _hidden_of(args, kwargs, template.shape)
+            if i == 0 and results is None:
+                results = _Results((first or original)(*args, **kwargs), [*args, *kwargs.values()], following)
+                hidden = _hidden_of(args, kwargs, results.hidden.shape)
             elif i == 0:
                 assert recording.calls
                 slot = recording.calls[0][0].slot
                 hidden = args[slot] if isinstance(slot, int) else kwargs[slot]
             if i == len(blocks) - 1 and not whole:
                 raise _EndOfPass
-            if element is None:
-                return hidden
-            assert kind is not None
-            return kind((*rest[:element], hidden, *rest[element + 1 :]))
+            assert results is not None
+            return results.of(i, hidden)
 
         return forward
 
@@ -174,32 +234,102 @@ def record(
 
         return forward
 
-    with torch.no_grad(), _forwards(blocks, make), _forwards(stoppers, stop):
+    watched = follow_products(nn.Module()) if whole else nullcontext()
+    with torch.no_grad(), _forwards(blocks, make), _forwards(stoppers, stop), watched as following:
         for batch in batches:
             seen.clear()
             with suppress(_EndOfPass):
                 model(batch, use_cache=False)
             if [i for i, _, _ in seen] != list(range(len(blocks))):
                 raise LlmqError("the blocks are not called once each, in order")
-            assert hidden is not None
+            assert hidden is not None and results is not None
             recording.hidden.append(hidden)
-            beside = {id(t) for i, part in enumerate(rest) if i != element for t in flat(part) if isinstance(t, Tensor)}
-            for i, args, kwargs in seen:
-                if found := [v for v in flat((args, kwargs)) if id(v) in beside]:
-                    recording.handed[i] = found
-            calls = [_cut(args, kwargs, hidden, element) for _, args, kwargs in seen]
+            calls = [_cut(*results.marked(args, kwargs), hidden, results.element) for _, args, kwargs in seen]
+            recording.samples |= _set_needed(calls, results)
+            results.known.clear()
             _share(calls, recording.calls[0] if recording.calls else None)
             recording.calls.append(calls)
     return recording
 
 
-def _shape_of_result(result: Any) -> tuple[type, int | None, tuple[Any, ...]]:
+class _Results:
+    """What blocks return that only record: the first block's result, in which other hidden states are put.
+
+    element: the index of the hidden states, None if they are the result; known: every other tensor that was given out,
+    and whose it is, by its identity: each block gives out its own.
+    """
+
+    def __init__(self, result: Any, arguments: list[Any], following: Following | None) -> None:
+        self.result, self.element, self.following = result, _element_of(result), following
+        self.hidden: Tensor = result if self.element is None else result[self.element]
+        self.known: dict[int, tuple[Tensor, Handed]] = {}
+        # Blocks may leave things for later ones in a container, but only in one that they are called with.
+        parts = [] if self.element is None else [part for part in result if isinstance(part, (dict, list))]
+        strange = [part for part in parts if not any(part is argument for argument in arguments)]
+        self.stuck = {id(value) for value in flat(strange) if isinstance(value, Tensor)}
+
+    def of(self, block: int, hidden: Tensor | None) -> Any:
+        """The result of a block, with these hidden states."""
+        if self.element is None:
+            return hidden
+
+        def give(path: tuple[Any, ...], value: Any) -> Any:
+            if value is self.hidden:
+                return hidden
+            if not isinstance(value, Tensor):
+                return value
+            other = value.detach()
+            self.known[id(other)] = other, Handed(block, path)
+            if self.following is not None:
+                self.following.mark(other)
+            return other
+
+        return tree_map_with_path(give, self.result, is_leaf=self._is_leaf)
+
+    def _is_leaf(self, value: Any) -> bool:
+        return isinstance(value, (dict, list)) and value is not self.result
+
+    def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with the places of values that other blocks gave out. Raises LlmqError."""
+
+        def mark(value: Any) -> Any:
+            return self.known[id(value)][1] if id(value) in self.known else value
+
+        found = _changed(args, mark, (tuple,)), {k: _changed(v, mark, (tuple,)) for k, v in kwargs.items()}
+        reached = self.following.reached if self.following is not None else lambda value: False
+        if any(id(v) in self.known or id(v) in self.stuck or reached(v) for v in flat(found) if isinstance(v, Tensor)):
+            raise LlmqError(
+                "the model changes a second value between its blocks, or hands it on in a list or dict, which llmq "
+                "cannot stream yet"
+            )
+        return found
+
+    def sample(self, key: Handed) -> Tensor:
+        """The first block's value of those that blocks hand on."""
+        value: Tensor = key_get(self.result, key.path)
+        return value
+
+
+def _set_needed(calls: list[Call], results: _Results) -> dict[Handed, Tensor]:
+    """Note in every call what later ones take of its result or of earlier ones; returns a sample of each value."""
+    needed: dict[Handed, None] = {}
+    samples = {}
+    for i, call in reversed(list(enumerate(calls))):
+        call.needed = tuple(key for key in needed if key.block <= i)
+        taken = [value for value in flat((call.args, call.kwargs)) if isinstance(value, Handed)]
+        needed |= dict.fromkeys(taken)
+        samples |= {key: results.sample(key) for key in taken}
+    return samples
+
+
+def _element_of(result: Any) -> int | None:
+    """The index of the hidden states in a block's result; None if they are the result. Raises LlmqError."""
     if isinstance(result, Tensor):
-        return Tensor, None, ()
+        return None
     if type(result) in (tuple, list):
         for i, value in enumerate(result):
             if isinstance(value, Tensor) and value.is_floating_point():
-                return type(result), i, tuple(result)
+                return i
     raise LlmqError(f"a block returns a {type(result).__name__}, in which llmq cannot find the hidden states")
 
 

@@ -70,7 +70,7 @@ def _window(tokens: int) -> Tensor:
 def _run(model: nn.Module, blocks: list[nn.Module], window: Tensor) -> None:
     """Run what lies before the blocks, and one block of each kind without its arithmetic."""
     recording = record(model, blocks, [window], first=_dry(blocks[0]))
-    calls = recording.calls[0]
+    calls = recording.sampled()
     seen = {structure_key(blocks[0], calls[0], set())}
     for block, call in zip(blocks[1:], calls[1:], strict=True):
         key = structure_key(block, call, set())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.discovery import blocks as discover
-from llmq.discovery.calls import record
+from llmq.discovery.calls import States, record
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
@@ -135,12 +135,13 @@ def _replay_faults(
     recording = record(model, blocks, [ids])
     if len(seen.outputs) != len(blocks):
         return [f"an ordinary forward pass calls the blocks {len(seen.outputs)} times"]
-    hidden = recording.hidden[0]
+    states = States(recording.hidden[0])
     with torch.inference_mode():
-        for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True)):
-            hidden = call.run(block, hidden)
-            if not apart(hidden, seen.outputs[i]) <= tolerance:
-                return [f"block {i} replayed is {apart(hidden, seen.outputs[i]):.1e} off"]
+        for i, block in enumerate(blocks):
+            (call,) = recording.of_block(i, [states])
+            states = call.step(block, states.hidden, torch.device("cpu"))
+            if not apart(states.hidden, seen.outputs[i]) <= tolerance:
+                return [f"block {i} replayed is {apart(states.hidden, seen.outputs[i]):.1e} off"]
     return []
 
 
