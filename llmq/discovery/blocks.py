@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from llmq.discovery.architecture import not_causal
-from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.calls import Call, Recording, handed_in, record
 from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
 from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
@@ -133,9 +134,14 @@ def find(model: nn.Module) -> Structure:
         owners = Counter(id(p) for b in blocks for p in b.parameters())
         try:
             with recorded(model, blocks) as recording:
-                found: dict[Any, BlockInfo] = {}
+                found: dict[Any, tuple[BlockInfo, Any]] = {}
                 hidden, calls = recording.hidden[0], recording.sampled()
-                seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
+                returned: list[Any] = []
+                seen = [
+                    _inspect(f"{path}.{i}", block, calls[i], hidden, owners, found, returned)
+                    for i, block in enumerate(blocks)
+                ]
+                _check_handed(model, blocks, recording, returned)
             return Structure(path, tuple(_packable(model, _without_small(seen))))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
@@ -147,6 +153,29 @@ def find(model: nn.Module) -> Structure:
         f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
         "models that are a list of blocks, which run one after the other"
     )
+
+
+def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:
+    """Raises LlmqError if blocks hand on other values than a recording shows, in which they return what the first does.
+
+    returned: each block's own result.
+    """
+    kinds = [tree_map(type, result) for result in returned]
+    others = {i: result for i, result in enumerate(returned) if kinds[i] != kinds[0]}
+    if not others:
+        return
+    with torch.inference_mode():
+        own = record(model, blocks, [_probe()], whole=True, returned=others)
+    for i, (mine, call) in enumerate(zip(own.calls[0], recording.calls[0], strict=True)):
+        if handed_in(mine) != handed_in(call):
+            raise LlmqError(
+                f"block {i} gets other values from the blocks before it than the first block hands on, "
+                "which llmq cannot stream yet"
+            )
+
+
+def _probe() -> Tensor:
+    return torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
 
 
 @contextmanager
@@ -161,7 +190,7 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
     skip = set() if head is None else {id(p) for p in head.parameters()}
     with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
         with zeros(blocks[0]):
-            recording = record(model, blocks, [torch.zeros(1, PROBE_TOKENS, dtype=torch.long)], whole=True)
+            recording = record(model, blocks, [_probe()], whole=True)
         yield recording
 
 
@@ -195,8 +224,15 @@ def _is_input(model: nn.Module, name: str) -> bool:
 
 
 def _inspect(
-    name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, BlockInfo]
+    name: str,
+    block: nn.Module,
+    call: Call,
+    hidden: Tensor,
+    owners: Counter[int],
+    found: dict[Any, tuple[BlockInfo, Any]],
+    returned: list[Any],
 ) -> BlockInfo:
+    """found: the structure and the result of those blocks that have run; returned: the results, to be appended to."""
     tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
     make = structure_key(block, call, tied)
     if make not in found:
@@ -212,11 +248,13 @@ def _inspect(
                     following.mark(output)
 
                 with watch_experts(block, noticed) as called:
-                    routers |= choosing - following.made_of(call.run(block, hidden))
+                    result = call.result(block, hidden)
+                    routers |= choosing - following.made_of(call.hidden(result))
             experts = _experts(block, called)
         reasons = dict.fromkeys(following.behind, BEHIND) | dict.fromkeys(routers, ROUTER)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, reasons)
-    known = found[make]
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, experts, reasons), result
+    known, result = found[make]
+    returned.append(result)
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
     return BlockInfo(name, weights, {f"{name}.{key}": reason for key, reason in known.left.items()}, known.experts)
 

@@ -14,19 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import key_get, tree_map_with_path
 
+from llmq.discovery.handed import Handed, Results, changed, find_handed
 from llmq.discovery.matmuls import flat
-from llmq.discovery.routers import Following, follow_products
+from llmq.discovery.routers import follow_products
 from llmq.errors import LlmqError, first_line
-
-
-@dataclass(frozen=True)
-class Handed:
-    """In a recorded call, the place of a value that an earlier block hands on: its index, and where in its result."""
-
-    block: int
-    path: tuple[Any, ...]
 
 
 @dataclass
@@ -59,23 +51,24 @@ class Call:
         def put(value: Any) -> Any:
             return handed[value] if isinstance(value, Handed) else value
 
-        return replace(self, args=_changed(self.args, put), kwargs=_changed(self.kwargs, put), handed=handed)
+        return replace(self, args=changed(self.args, put), kwargs=changed(self.kwargs, put), handed=handed)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for input `hidden` [batch, tokens, width]."""
-        return self._hidden(self._result(block, hidden))
+        return self.hidden(self.result(block, hidden))
 
     def step(self, block: Callable[..., Any], hidden: Tensor, device: torch.device) -> States:
         """What the block hands to later ones for input `hidden`, run on a device; where the input is, and in its
         dtype."""
-        result = self._result(block, hidden.to(device))
+        result = self.result(block, hidden.to(device))
         handed = {
-            key: self.handed[key] if key in self.handed else _to(_found(result, key), hidden.device)
+            key: self.handed[key] if key in self.handed else _to(find_handed(result, key), hidden.device)
             for key in self.needed
         }
-        return States(self._hidden(result).to(hidden), handed)
+        return States(self.hidden(result).to(hidden), handed)
 
-    def _result(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+    def result(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """All that the block returns for input `hidden`."""
         device = hidden.device
         args, kwargs = [_to(a, device) for a in self.args], {k: _to(v, device) for k, v in self.kwargs.items()}
         if isinstance(self.slot, int):
@@ -84,7 +77,8 @@ class Call:
             kwargs[self.slot] = hidden
         return block(*args, **kwargs)
 
-    def _hidden(self, result: Any) -> Tensor:
+    def hidden(self, result: Any) -> Tensor:
+        """The hidden states in what a block returned."""
         output: Tensor = result if self.element is None else result[self.element]
         return output
 
@@ -104,37 +98,20 @@ class Recording:
         """One block's calls, batch by batch, with what the blocks before it handed on."""
         return [calls[index].given(one.handed) for calls, one in zip(self.calls, states, strict=False)]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what goes from a block to later ones for the first batch, at most."""
+        handed = (sum(self.samples[key].nbytes for key in call.needed) for call in self.calls[0])
+        return self.hidden[0].nbytes + max(handed)
+
     def sampled(self) -> list[Call]:
         """Every block's call of the first batch, to be run alone: with samples of what blocks hand on."""
         return [call.given(self.samples) for call in self.calls[0]]
 
 
-def _found(result: Any, key: Handed) -> Any:
-    try:
-        return key_get(result, key.path)
-    except (LookupError, TypeError) as error:
-        raise LlmqError(f"block {key.block} does not return what later blocks take from its result") from error
-
-
 def _to(value: Any, device: torch.device) -> Any:
     """The value with its tensors on the device; the same object if all of them are there already."""
-    return _changed(value, lambda part: part.to(device) if isinstance(part, Tensor) else part)
-
-
-def _changed(value: Any, change: Callable[[Any], Any], into: tuple[type, ...] = (Mapping, tuple, list)) -> Any:
-    """The value with `change` applied to all that is in it; the same object if that changes nothing.
-
-    into: the containers whose contents are changed.
-    """
-    if isinstance(value, Mapping) and isinstance(value, into):
-        parts = {key: _changed(part, change, into) for key, part in value.items()}
-        return value if all(parts[key] is part for key, part in value.items()) else parts
-    if isinstance(value, (tuple, list)) and isinstance(value, into):
-        items = [_changed(part, change, into) for part in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return change(value)
+    return changed(value, lambda part: part.to(device) if isinstance(part, Tensor) else part)
 
 
 class _EndOfPass(Exception):
@@ -192,16 +169,18 @@ def record(
     *,
     whole: bool = False,
     first: Callable[..., Any] | None = None,
+    returned: Mapping[int, Any] | None = None,
 ) -> Recording:
     """Run the model once per batch of token ids [batch, tokens] with blocks that only record their arguments.
 
     Only the first block really runs, once, to see what a block returns: its parameters and everything before the blocks
     must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
-    again; `first`: what runs instead of the first block. Raises LlmqError if the blocks are not called once each,
-    in order, each on the output of the one before.
+    again; `first`: what runs instead of the first block; `returned`: what blocks return that return something else
+    than the first, by their index. Raises LlmqError if the blocks are not called once each, in order, each on the
+    output of the one before.
     """
     recording = Recording()
-    results: _Results | None = None
+    results: Results | None = None
     seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
     hidden: Tensor | None = None
 
@@ -212,7 +191,8 @@ def record(
                 raise LlmqError("the blocks are called more than once per pass, which llmq cannot stream yet")
             seen.append((i, args, kwargs))
             if i == 0 and results is None:
-                results = _Results((first or original)(*args, **kwargs), [*args, *kwargs.values()], following)
+                result = (first or original)(*args, **kwargs)
+                results = Results(result, [*args, *kwargs.values()], following, returned or {})
                 hidden = _hidden_of(args, kwargs, results.hidden.shape)
             elif i == 0:
                 assert recording.calls
@@ -252,85 +232,21 @@ def record(
     return recording
 
 
-class _Results:
-    """What blocks return that only record: the first block's result, in which other hidden states are put.
-
-    element: the index of the hidden states, None if they are the result; known: every other tensor that was given out,
-    and whose it is, by its identity: each block gives out its own.
-    """
-
-    def __init__(self, result: Any, arguments: list[Any], following: Following | None) -> None:
-        self.result, self.element, self.following = result, _element_of(result), following
-        self.hidden: Tensor = result if self.element is None else result[self.element]
-        self.known: dict[int, tuple[Tensor, Handed]] = {}
-        # Blocks may leave things for later ones in a container, but only in one that they are called with.
-        parts = [] if self.element is None else [part for part in result if isinstance(part, (dict, list))]
-        strange = [part for part in parts if not any(part is argument for argument in arguments)]
-        self.stuck = {id(value) for value in flat(strange) if isinstance(value, Tensor)}
-
-    def of(self, block: int, hidden: Tensor | None) -> Any:
-        """The result of a block, with these hidden states."""
-        if self.element is None:
-            return hidden
-
-        def give(path: tuple[Any, ...], value: Any) -> Any:
-            if value is self.hidden:
-                return hidden
-            if not isinstance(value, Tensor):
-                return value
-            other = value.detach()
-            self.known[id(other)] = other, Handed(block, path)
-            if self.following is not None:
-                self.following.mark(other)
-            return other
-
-        return tree_map_with_path(give, self.result, is_leaf=self._is_leaf)
-
-    def _is_leaf(self, value: Any) -> bool:
-        return isinstance(value, (dict, list)) and value is not self.result
-
-    def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call, with the places of values that other blocks gave out. Raises LlmqError."""
-
-        def mark(value: Any) -> Any:
-            return self.known[id(value)][1] if id(value) in self.known else value
-
-        found = _changed(args, mark, (tuple,)), {k: _changed(v, mark, (tuple,)) for k, v in kwargs.items()}
-        reached = self.following.reached if self.following is not None else lambda value: False
-        if any(id(v) in self.known or id(v) in self.stuck or reached(v) for v in flat(found) if isinstance(v, Tensor)):
-            raise LlmqError(
-                "the model changes a second value between its blocks, or hands it on in a list or dict, which llmq "
-                "cannot stream yet"
-            )
-        return found
-
-    def sample(self, key: Handed) -> Tensor:
-        """The first block's value of those that blocks hand on."""
-        value: Tensor = key_get(self.result, key.path)
-        return value
+def handed_in(call: Call) -> list[Handed | None]:
+    """Everything in a call, in order: the place of what an earlier block hands on, or None for what it does not."""
+    return [value if isinstance(value, Handed) else None for value in flat((call.args, call.kwargs))]
 
 
-def _set_needed(calls: list[Call], results: _Results) -> dict[Handed, Tensor]:
+def _set_needed(calls: list[Call], results: Results) -> dict[Handed, Tensor]:
     """Note in every call what later ones take of its result or of earlier ones; returns a sample of each value."""
     needed: dict[Handed, None] = {}
-    samples = {}
+    samples: dict[Handed, Tensor] = {}
     for i, call in reversed(list(enumerate(calls))):
         call.needed = tuple(key for key in needed if key.block <= i)
-        taken = [value for value in flat((call.args, call.kwargs)) if isinstance(value, Handed)]
-        needed |= dict.fromkeys(taken)
+        taken = dict.fromkeys(key for key in handed_in(call) if key is not None)
+        needed |= taken
         samples |= {key: results.sample(key) for key in taken}
     return samples
-
-
-def _element_of(result: Any) -> int | None:
-    """The index of the hidden states in a block's result; None if they are the result. Raises LlmqError."""
-    if isinstance(result, Tensor):
-        return None
-    if type(result) in (tuple, list):
-        for i, value in enumerate(result):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return i
-    raise LlmqError(f"a block returns a {type(result).__name__}, in which llmq cannot find the hidden states")
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tensor:
