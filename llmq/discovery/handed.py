@@ -57,10 +57,11 @@ class Results:
         """The result of a block, with these hidden states."""
         if self.element is None:
             return hidden
-        result, own = self.others.get(block, self.result), (SequenceKey(self.element),)
+        result = self.others.get(block, self.result)
+        place: SequenceKey[Any] = SequenceKey(self.element)
 
         def give(path: tuple[Any, ...], value: Any) -> Any:
-            if path == own:
+            if path == (place,):
                 return hidden
             if not isinstance(value, Tensor):
                 return value

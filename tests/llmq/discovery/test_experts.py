@@ -85,8 +85,6 @@ def test_dense_models_have_none(kind: str) -> None:
 
 REFUSED = {
     "longcat_flash": "the experts of mlp.experts cannot be quantized yet: its stacks have 4 and 6 experts",
-    "zaya": "gets a second value from the block before it",
-    "hy_v4": "gets a second value from the block before it",
     "llama4_text": "feed_forward.experts.gate_up_proj sees only the tokens routed to it",
     "dbrx": "ffn.experts.mlp.w1 sees only the tokens routed to it",
 }

@@ -137,6 +137,37 @@ def test_each_kind_of_block_is_tried() -> None:
     assert [p.device.type for p in model.parameters()] == ["cpu"] * 7 and model.embed.weight.any()
 
 
+class Hands(Limited):
+    """A block that hands numbers on to the next."""
+
+    def forward(self, hidden: Tensor, got: Tensor | None = None) -> Any:
+        out = super().forward(hidden)
+        return out, torch.arange(hidden.shape[1] * 3, dtype=torch.int32) if got is None else got
+
+
+class Hand(Model):
+    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden, got = self.embed(ids), None
+        for block in self.blocks:
+            hidden, got = block(hidden, got)
+        return hidden
+
+
+def test_the_bytes_between_blocks_are_known_at_full_length() -> None:
+    model = Model([1000, 1000])
+    assert check_length(Path("m"), model, discover.find(model), 100) == 100 * 64 * 4
+    model = Hand([])
+    model.blocks = nn.ModuleList(Hands(1000) for _ in range(2))
+    assert check_length(Path("m"), model, discover.find(model), 100) == 100 * (64 + 3) * 4
+
+
+def test_the_tokens_that_attention_chose_count(tmp_path: Path) -> None:
+    """Of 24 tokens each block chooses 16, as int32."""
+    tiny.config("glm_moe_dsa").save_pretrained(tmp_path)
+    model = discover.build(tmp_path, torch.bfloat16)
+    assert check_length(tmp_path, model, discover.find(model), 24) == 24 * (64 * 2 + 16 * 4)
+
+
 class Asks(Limited):
     """A block whose way depends on its numbers, which a run without arithmetic does not have."""
 
