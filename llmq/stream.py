@@ -40,7 +40,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     io = BlockIO(plan, sink, device)
     copy_rest(io, watch)
     recording = record_calls(io, watch)
-    states, recording.hidden = [States(h) for h in recording.hidden], recording.hidden[:1]
+    states, recording.hidden = recording.states(), recording.hidden[:1]
     float_states = states if plan.pipeline.float_target else None
     todo = [block for block in plan.blocks if block.unit not in sink.done]
     watch.stage("Quantizing", sum(len(block.units) for block in plan.blocks))
@@ -221,7 +221,7 @@ def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> No
 
 def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
     """Read back every written block and compare its output on the first batch with the one it had in memory."""
-    states = [States(h) for h in recording.hidden[:1]]
+    states = recording.states()[:1]
     watch.stage("Verifying", len(io.plan.blocks))
     for block in io.plan.blocks:
         states = replay(io, block, states, recording)

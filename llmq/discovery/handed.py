@@ -1,16 +1,18 @@
-"""What blocks hand to later ones beside hidden states: the values in a block's result that the model's own loop passes
-into later calls, such as the states of a router or the tokens that attention chose.
+"""What blocks hand to later ones beside hidden states.
 
-They are found by identity: a block that only records gives out tensors of its own, and the arguments of later calls
-that are one of them come from there.
+Values in a block's result that the model's own loop passes into later calls, such as the states of a router or the
+tokens that attention chose: they are found by identity, as a block that only records gives out tensors of its own. And
+what blocks leave for later ones in a dict or list that all are called with, such as keys and values of attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import SequenceKey, key_get, tree_map_with_path
 
@@ -25,6 +27,46 @@ class Handed:
 
     block: int
     path: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Store:
+    """In recorded calls, the place of one dict or list that several of them have, where blocks leave things."""
+
+    number: int
+
+
+class Opened:
+    """A store while a block runs: a copy, which the block may change, with its tensors on the block's device."""
+
+    def __init__(self, before: Any, device: torch.device) -> None:
+        self.before, self.store = before, copy.copy(before)
+        for key, value in entries(before):
+            self.store[key] = to_device(value, device)
+        self.given = dict(entries(self.store))
+
+    def closed(self, device: torch.device) -> Any:
+        """A copy of it as the block left it, with new tensors moved to a device; the others are those of before."""
+        made, before = copy.copy(self.store), dict(entries(self.before))
+        for key, value in entries(self.store):
+            old = key in before and value is self.given[key]
+            made[key] = before[key] if old else to_device(value, device)
+        return made
+
+
+def containers(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The dicts and lists among the arguments of a call, which a block may change."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, (MutableMapping, list))]
+
+
+def entries(store: Any) -> list[tuple[Any, Any]]:
+    """The keys or indices of a dict or list, with what is there."""
+    return list(store.items() if isinstance(store, Mapping) else enumerate(store))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on the device; the same object if all of them are there already."""
+    return changed(value, lambda part: part.to(device) if isinstance(part, Tensor) else part)
 
 
 def find_handed(result: Any, key: Handed) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.discovery import blocks as discover
-from llmq.discovery.calls import States, record
+from llmq.discovery.calls import record
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
@@ -135,7 +135,7 @@ def _replay_faults(
     recording = record(model, blocks, [ids])
     if len(seen.outputs) != len(blocks):
         return [f"an ordinary forward pass calls the blocks {len(seen.outputs)} times"]
-    states = States(recording.hidden[0])
+    (states,) = recording.states()
     with torch.inference_mode():
         for i, block in enumerate(blocks):
             (call,) = recording.of_block(i, [states])

@@ -11,7 +11,6 @@ from llmq import job, stream
 from llmq.block.block import Block
 from llmq.block_io import BlockIO
 from llmq.checkpoint.sink import Sink
-from llmq.discovery.calls import States
 from llmq.recipe.recipe import Recipe
 from llmq.watch import Silent
 from tests.architectures import tiny
@@ -35,8 +34,7 @@ def open_block(folder: Path, recipe: Recipe, windows: Tensor | None = None, inde
     plan = job.plan(str(folder), recipe, ids=ids() if windows is None else windows)
     io = BlockIO(plan, Sink(folder, 0, -1), CPU)  # nothing is written
     recording = stream.record_calls(io, Silent())
-    states = [States(h) for h in recording.hidden]
-    block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index, states))
+    block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index, recording.states()))
     block.target = block.outputs()
     return block
 

@@ -16,7 +16,6 @@ from llmq.block.block import Block
 from llmq.block.expert import OTHERS, ExpertBlock
 from llmq.block_io import BlockIO
 from llmq.checkpoint.sink import Sink
-from llmq.discovery.calls import States
 from llmq.discovery.experts import Expert, Routed
 from llmq.methods import Pipeline
 from llmq.planning import experts as planning
@@ -66,7 +65,7 @@ def test_the_sums_are_what_stock_transformers_experts_return(source: Path, monke
     in_batches(monkeypatch)
     io = opened(source)
     recording = stream.record_calls(io, Silent())
-    states = [States(h) for h in recording.hidden]
+    states = recording.states()
     model, _ = mixtures.load(source)
     for block in io.plan.blocks:
         assert block.experts is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.discovery.blocks import find
-from llmq.discovery.calls import Call, Recording, States, record
-from llmq.discovery.handed import Handed, changed, find_handed
+from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.handed import Handed, Store, changed, find_handed
 from llmq.errors import LlmqError
 from tests.llmq.refusal import refused
 
@@ -82,7 +84,7 @@ def batches() -> list[Tensor]:
 
 def replayed(model: Model, recording: Recording) -> list[Tensor]:
     """The logits of all batches, block after block."""
-    states = [States(hidden) for hidden in recording.hidden]
+    states = recording.states()
     with torch.no_grad():
         for i, block in enumerate(model.layers):
             calls = recording.of_block(i, states)
@@ -104,7 +106,7 @@ def agrees(model: Model) -> Recording:
 @pytest.mark.parametrize("makes", [["own"] * 4, ["own", "got", "own", "got"], ["own", "got", "got", "got"]])
 def test_values_go_to_the_block_that_takes_them(makes: list[str], how: str) -> None:
     recording = agrees(Model(how, *makes))
-    takes = [sorted(key.block for key in call.needed) for call in recording.calls[0]]
+    takes = [sorted(key.block for key in call.needed if isinstance(key, Handed)) for call in recording.calls[0]]
     kept = {"of the first": [[0], [0], [0], []], "of the one before": [[0], [0, 1], [1], []], "unused": [[]] * 4}
     assert takes == kept.get(how, [[0], [1], [2], []])
 
@@ -137,7 +139,7 @@ def test_what_a_call_keeps_of_the_recording_is_a_place() -> None:
     assert isinstance(key, Handed) and key.block == 0 and key.path[0].idx == 1
     assert list(recording.samples) == [first.needed[0], second.needed[0]] or len(recording.samples) == 2
     with pytest.raises(KeyError):
-        second.given({})
+        second.given({}).run(model.layers[1], recording.hidden[0])
 
 
 def test_the_bytes_between_blocks_are_counted() -> None:
@@ -198,6 +200,7 @@ def test_structure_is_found_with_samples() -> None:
 def test_a_result_without_the_value_is_named() -> None:
     recording = record(model := Model("usual", "own", "own"), list(model.layers), batches())
     (key,) = recording.calls[0][0].needed
+    assert isinstance(key, Handed)
     assert find_handed((1, 2), key) == 2
     refused(lambda: find_handed((1,), key), "block 0 does not return what later blocks take")
 
@@ -221,6 +224,94 @@ def test_only_what_changes_is_made_anew() -> None:
     assert changed(store, lambda v: v) is store
     assert changed(store, lambda v: v + 1) == {"a": [2, (3, 4)]} and store == {"a": [1, (2, 3)]}
     assert changed((1, [1]), lambda v: v if isinstance(v, list) else v + 1, (tuple,)) == (2, [1])
+
+
+class Leaves(nn.Module):
+    """Leaves a value for later blocks in a store, and computes with what others left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor, store: Any) -> Tensor:
+        left = [*store] if isinstance(store, list) else [store[key] for key in store if key != "table"]
+        for i, value in enumerate(left):
+            hidden = hidden + (i + 1.0) * value
+        own = self.linear(hidden).tanh()
+        if isinstance(store, list):
+            store.append(own)
+        else:
+            store["last" if len(store) > 2 else str(len(store))] = own
+        out: Tensor = hidden + own * (1.0 if isinstance(store, list) else store["table"])
+        return out
+
+
+class Stores(Model):
+    def __init__(self, kind: Any) -> None:
+        super().__init__("usual", "own")
+        self.layers, self.kind = nn.ModuleList(Leaves() for _ in range(4)), kind
+
+    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden, table = self.embed(ids), torch.linspace(0.5, 1.5, WIDTH)
+        store: Any = [table] if self.kind is list else self.kind({"table": table})
+        for block in self.layers:
+            hidden = block(hidden, store)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, list])
+def test_each_chain_has_stores_of_its_own(kind: Any) -> None:
+    """Whatever runs between: other runs of the block, or another chain, as that of the unquantized model."""
+    model = Stores(kind)
+    recording = record(model, list(model.layers), batches())
+    other, states = [replace(s, hidden=s.hidden * 3) for s in recording.states()], recording.states()
+    with torch.no_grad():
+        for i, block in enumerate(model.layers):
+            calls = recording.of_block(i, states)
+            for call, one in zip(calls, states, strict=True):
+                call.run(block, one.hidden * 2)
+            states = [call.step(block, one.hidden, CPU) for call, one in zip(calls, states, strict=True)]
+            calls = recording.of_block(i, other)
+            other = [call.step(block, one.hidden, CPU) for call, one in zip(calls, other, strict=True)]
+        for one, ids in zip(states, batches(), strict=True):
+            assert torch.equal(model.head(one.hidden), model(ids, use_cache=False))
+
+
+def test_what_lies_in_a_store_already_stays_the_same_tensor() -> None:
+    """Tables are not copied from block to block, nor from batch to batch of one chain."""
+    model = Stores(dict)
+    recording = record(model, list(model.layers), batches())
+    table = recording.stores[0][Store(0)]["table"]
+    states = recording.states()
+    for i, block in enumerate(list(model.layers)[:-1]):
+        calls = recording.of_block(i, states)
+        states = [call.step(block, one.hidden, CPU) for call, one in zip(calls, states, strict=True)]
+        assert states[0].handed[Store(0)]["table"] is table
+    assert list(recording.stores[0][Store(0)]) == ["table"]
+    # The first block ran while its call was recorded, and left something in the store of the first batch.
+    assert recording.nbytes == 2 * 5 * WIDTH * 4
+
+
+def test_a_container_of_one_call_alone_is_none() -> None:
+    model = Model("usual", "own", "own")
+
+    class Own(Model):
+        def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+            hidden = self.embed(ids)
+            for block in self.layers:
+                hidden = block(hidden, {"value": torch.zeros(1)})[0]
+            out: Tensor = self.head(hidden)
+            return out
+
+    class Takes(Block):
+        def forward(self, hidden: Tensor, got: Any = None, scale: float = 1.0) -> tuple[Any, ...]:
+            return super().forward(hidden, got["value"], scale)
+
+    model = Own("usual", "own", "own")
+    model.layers = nn.ModuleList([Takes("own"), Takes("own")])
+    recording = agrees(model)
+    assert recording.stores == [{}, {}] and not recording.samples
 
 
 def test_errors_of_a_block_are_its_own() -> None:

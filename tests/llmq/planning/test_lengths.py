@@ -168,6 +168,14 @@ def test_the_tokens_that_attention_chose_count(tmp_path: Path) -> None:
     assert check_length(tmp_path, model, discover.find(model), 24) == 24 * (64 * 2 + 16 * 4)
 
 
+def test_keys_and_values_that_are_left_for_later_blocks_count(tmp_path: Path) -> None:
+    """Of two kinds of attention, two heads of 16 each; hidden states have four streams."""
+    tiny.config("gemma3n_text").save_pretrained(tmp_path)
+    model = discover.build(tmp_path, torch.bfloat16)
+    numbers = 4 * 64 + 2 * 2 * (2 * 16)
+    assert check_length(tmp_path, model, discover.find(model), 24) == 24 * 2 * numbers
+
+
 class Asks(Limited):
     """A block whose way depends on its numbers, which a run without arithmetic does not have."""
 
@@ -226,7 +234,7 @@ def test_the_verdict_is_that_of_the_model_itself(kind: str, tmp_path: Path) -> N
     for tokens in (40, 300):
         try:
             recording = record(model, blocks, [torch.zeros(1, tokens, dtype=torch.long)])
-            for block, call in zip(blocks, recording.calls[0], strict=True):
+            for block, call in zip(blocks, recording.sampled(), strict=True):
                 with torch.no_grad():
                     call.run(block, recording.hidden[0])
         except Exception as error:  # of the model's code
