@@ -51,6 +51,14 @@ class BlockIO:
             check_finite(value, tensor, self.plan.source.info(tensor).file)
         return value
 
+    def _checked_entry(self, tensor: str, index: int) -> Tensor:
+        """An entry along the first axis of a tensor of the checkpoint; as `_checked`."""
+        value = self.plan.source.read_rows(tensor, index, index + 1)[0]
+        if value.is_floating_point():
+            value = value.to(self.plan.dtype)
+            check_finite(value, f"{tensor}[{index}]", self.plan.source.info(tensor).file)
+        return value
+
     def _written(self, tensor: str) -> Tensor:
         """A tensor of the output folder, a float one in the model's dtype."""
         value = self.sink.read(tensor)
@@ -65,7 +73,8 @@ class BlockIO:
         """One of a block's experts, read from the checkpoint."""
         assert block.experts is not None
         names = block.experts.info.parameters
-        return self._expert(block, {name: self._entry(block, name, expert, self._checked) for name in names})
+        found = {name: self._entry(block, name, expert, self._checked, self._checked_entry) for name in names}
+        return self._expert(block, found)
 
     def restore_expert(self, block: BlockPlan, expert: int) -> tuple[Expert, list[WeightState]]:
         """One of a block's experts, read back from the output folder, and its weights."""
@@ -76,8 +85,11 @@ class BlockIO:
             if name in info.stacks:
                 shape = self._shape(f"{block.name}.{info.module}.{name}")[1:]
                 entries[name] = torch.empty(shape, dtype=self.plan.dtype)
-            else:
+            elif block.unit in self.sink.done:
                 entries[name] = self._entry(block, name, expert, self._written)
+            else:
+                # Not written before the block is finished, and then as it is here.
+                entries[name] = self._entry(block, name, expert, self._checked, self._checked_entry)
         module = self._expert(block, entries)
         states = states_of(module, planned)
         for state, weight in zip(states, planned.values(), strict=True):
@@ -86,11 +98,18 @@ class BlockIO:
             state.view.set(module, state.result().to(self.device))
         return module, states
 
-    def _entry(self, block: BlockPlan, name: str, expert: int, read: Callable[[str], Tensor]) -> Tensor:
+    def _entry(
+        self,
+        block: BlockPlan,
+        name: str,
+        expert: int,
+        read: Callable[[str], Tensor],
+        entry: Callable[[str, int], Tensor] | None = None,
+    ) -> Tensor:
         """One expert's entry of a parameter of the experts' module, by its name in that."""
         assert block.experts is not None
         full = f"{block.name}.{block.experts.info.module}.{name}"
-        return self.plan.links.fill_entry(full, self._shape(full), expert, read)
+        return self.plan.links.fill_entry(full, self._shape(full), expert, read, entry)
 
     def _expert(self, block: BlockPlan, entries: Mapping[str, Tensor]) -> Expert:
         assert block.experts is not None
@@ -166,6 +185,10 @@ class BlockIO:
         """
         experts = [] if block.experts is None else block.experts.weights
         elsewhere = {weight.tensor for mine in (block.weights, *experts) for weight in mine.values()}
+        if block.experts is not None:
+            # A stack of which each expert is written by its own name.
+            stacks = (f"{block.experts.info.module}.{name}" for name in block.experts.info.stacks)
+            elsewhere |= {name for stack in stacks for name in block.tensors.get(stack, ())}
         for earlier in self.plan.blocks[: block.index]:
             elsewhere |= earlier.stored
         read = self.plan.source.read

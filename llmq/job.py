@@ -22,6 +22,7 @@ from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
+from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
@@ -153,6 +154,8 @@ def config(made: Plan) -> dict[str, Any]:
     order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))
     groups = {scheme: groups[scheme] for scheme in order}
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
+    if made.for_llmq_alone:
+        section = marked(section)
     return made.source.config | {"quantization_config": section}
 
 

@@ -32,6 +32,8 @@ This page is written by `scripts/sweep_architectures.py`.
 width), stock transformers loaded the result, and its logits were those of llmq's weights in memory (relative error at
 most 1e-3, float32). Before that, discovery was compared with an ordinary forward pass: it found as many blocks
 as the configuration has layers, each block run alone gave the same output, and no Linear called in a block was missed.
+With `--loader llmq`, which types need whose checkpoints store all experts in one tensor, `llmq.load` loaded the result,
+and stock transformers refused it.
 **refused**: `llmq plan` refuses it before any work. **fails**: anything else.
 **not built**: transformers could not make a tiny model of the type.
 
@@ -67,7 +69,13 @@ def check(name: str) -> dict[str, Any]:
             row["blocks"] = len(structure.blocks)
             if faults:
                 return row | {"result": "fails", "words": "discovery: " + "; ".join(faults[:3])}
-            done = checks.quantized(source, out, tiny.tokens(8, 64, seed=2), tiny.tokens())
+            try:
+                done = checks.quantized(source, out, tiny.tokens(8, 64, seed=2), tiny.tokens())
+            except llmq.LlmqError as error:
+                if "--loader llmq" not in str(error):
+                    raise
+                done = checks.quantized(source, out, tiny.tokens(8, 64, seed=2), tiny.tokens(), loader="llmq")
+                row["loader"] = "llmq"
         except llmq.LlmqError as error:
             return row | {"result": "refused", "words": str(error)}
         except Exception as error:  # shown in the table; the other types continue
@@ -171,7 +179,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         words = " ".join(str(row["words"]).replace("|", "/").split())
         before = "; left alone: " if row["result"] == "works" else ": "
-        result = f"**{row['result']}**" + (before + words[:240] if words else "")
+        with_llmq = ", `--loader llmq`" if row.get("loader") else ""
+        result = f"**{row['result']}**{with_llmq}" + (before + words[:240] if words else "")
         text += f"| {row['type']} | {row['kind']} | {row['blocks']} | {row['share']} | {result} |\n"
     return text
 

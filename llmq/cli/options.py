@@ -89,7 +89,8 @@ Loader = Annotated[
     str | None,
     typer.Option(
         help="Who is to load the folder: any (default: refuse different schemes where servers such as vLLM make one "
-        "matrix of several weights) or transformers."
+        "matrix of several weights), transformers, or llmq (also packs experts that the checkpoint stores as one "
+        "tensor for all, which other loaders cannot read: they refuse such a folder)."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]

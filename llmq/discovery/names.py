@@ -74,11 +74,20 @@ class Links:
             return self.cuts[name].part.of(read(self.cuts[name].tensor).contiguous()).contiguous()
         return self.conversions[name].convert(read)[name]
 
-    def fill_entry(self, name: str, shape: Sequence[int], index: int, read: Callable[[str], Tensor]) -> Tensor:
+    def fill_entry(
+        self,
+        name: str,
+        shape: Sequence[int],
+        index: int,
+        read: Callable[[str], Tensor],
+        entry: Callable[[str, int], Tensor] | None = None,
+    ) -> Tensor:
         """One entry along the first axis of a parameter of this shape. Of slices, only its own are read.
 
-        Raises KeyError if nothing is stored for the parameter.
+        entry: reads an entry of a stored tensor alone. Raises KeyError if nothing is stored for the parameter.
         """
+        if name in self.source and entry is not None:
+            return entry(self.source[name], index)
         if name not in self.slices:
             return self.fill(name, shape, read)[index].clone()
         size = prod(shape[1:])

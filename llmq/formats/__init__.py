@@ -81,6 +81,13 @@ def experts_refusal(scheme: Scheme) -> str | None:
     return told
 
 
+def stacks_refusal(scheme: Scheme) -> str | None:
+    """Why llmq could not load experts of a scheme that the checkpoint stores as one tensor, in a clause, or None."""
+    refuse = getattr(of(scheme), "refuse_stacks", None)
+    told: str | None = f"llmq does not read experts as {scheme}: use --grid int" if refuse is None else refuse(scheme)
+    return told
+
+
 def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
     """See `Format.config`."""
     return of(next(iter(groups), Scheme())).config(groups, ignore, dtype)

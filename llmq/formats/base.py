@@ -46,7 +46,7 @@ class Loader:
 
     sentence: str
     tried: bool = True
-    code: Literal["transformers", "vllm"] | None = None
+    code: Literal["transformers", "vllm", "llmq"] | None = None
     warn: bool = False
 
 

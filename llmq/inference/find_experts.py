@@ -22,6 +22,7 @@ from llmq.discovery.conversion import Conversion, Part
 from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.plain import Layer, Reader
+from llmq.formats.stacks import parse
 
 Stored = Mapping[str, TensorInfo]
 ORDINARY = {"weight", "bias"}
@@ -72,6 +73,7 @@ class Joining:
         self.model, self.rules = model, rules
         self.state = model.state_dict()
         self.joined: dict[str, Joined] = {}
+        self.stacked: dict[str, dict[int, tuple[str, bool]]] = {}
 
     def add(self, stem: str, target: str, pattern: str, rule: Any = None) -> None:
         """A stored weight, the parameter, and the pattern that matched. rule: if it is not one of the model's own."""
@@ -93,6 +95,18 @@ class Joining:
         self.add(stem, target, pattern, rule)
         return True
 
+    def own(self, stem: str) -> bool:
+        """Adds a weight that llmq named as an expert's of a stack; False if it is none."""
+        found = parse(stem)
+        if found is None:
+            return False
+        parameter, expert, transposed = found
+        target = self.rules.rename(parameter)[0]
+        if target not in self.state or self.state[target].dim() != 3:
+            return False
+        self.stacked.setdefault(target, {})[expert] = (stem, transposed)
+        return True
+
     def refuse_foreign(self, stored: Mapping[str, Stored]) -> None:
         """Raises LlmqError if stock transformers would not know where a weight belongs."""
         for target, joined in self.joined.items():
@@ -104,7 +118,7 @@ class Joining:
 
         Raises LlmqError if an expert is missing, or not all experts of a stack are stored alike.
         """
-        stacks = []
+        stacks = [self._own_stack(target, stems, stored, reader) for target, stems in self.stacked.items()]
         for target, joined in self.joined.items():
             stems = [stem for found in joined.stems.values() for stem in found]
             packed = [stem for stem in stems if not set(stored[stem]) <= ORDINARY]
@@ -119,6 +133,32 @@ class Joining:
                 self.refuse_foreign(stored)
                 return [], f"{next(iter(stored[packed[0]].values())).name} is part of {target}, {found}"
         return stacks, None
+
+    def _own_stack(
+        self, target: str, stems: Mapping[int, tuple[str, bool]], stored: Mapping[str, Stored], reader: Reader
+    ) -> Stack:
+        """A stack of experts that llmq named. Raises LlmqError if one is missing, or not all are stored alike."""
+        shape = tuple(self.state[target].shape)
+        first, turned = next(iter(stems.values()))
+        file = next(iter(stored[first].values())).file
+        if set(stems) != set(range(shape[0])):
+            odd = min(set(stems) ^ set(range(shape[0])))
+            raise LlmqError(
+                f"{file}: {'no' if odd not in stems else 'a'} tensor of expert {odd} of {target}, which has {shape[0]} "
+                "experts: download or write the checkpoint again"
+            )
+        out, inputs = (shape[2], shape[1]) if turned else (shape[1], shape[2])
+        experts = []
+        like: Layer | None = None
+        for expert in range(shape[0]):
+            stem, transposed = stems[expert]
+            place = self.rules.place(f"{stem}.{next(iter(stored[stem]))}").rpartition(".")[0]
+            layer = layer_of((stem, place), _linear(out, inputs), (out, inputs), stored[stem], reader)
+            if layer is None or transposed != turned or (like is not None and layer != like):
+                raise LlmqError(_unlike(stored[stem], stem, first))
+            like = layer
+            experts.append((PackedPart(stem, place, 0, (out, inputs), layer, frozenset()),))
+        return Stack(target, shape, turned, tuple(experts))
 
     def _stack(self, target: str, joined: Joined, stored: Mapping[str, Stored], reader: Reader) -> Stack | str:
         shape = tuple(self.state[target].shape)
@@ -145,11 +185,7 @@ class Joining:
                 out, inputs = part.shape
                 layer = layer_of((stem, place), _linear(out, inputs), (out, inputs), stored[stem], reader)
                 if layer is None or (first is not None and layer != first):
-                    one = next(iter(stored[stem].values()))
-                    raise LlmqError(
-                        f"{one.file}: {stem} is not packed like {numbered[pattern][0]}, and all experts must be: "
-                        "write the checkpoint again with one scheme for them"
-                    )
+                    raise LlmqError(_unlike(stored[stem], stem, numbered[pattern][0]))
                 if first is None:
                     first = layer
                     apart = frozenset(s for s in layer.entries if self.rules.rename(f"{stem}.{s}")[1] is not None)
@@ -214,6 +250,13 @@ def layer_of(
         except LlmqError as problem:
             problems.append(problem)
     raise problems[0]
+
+
+def _unlike(stored: Stored, stem: str, first: str) -> str:
+    return (
+        f"{next(iter(stored.values())).file}: {stem} is not packed like {first}, and all experts must be: write the "
+        "checkpoint again with one scheme for them"
+    )
 
 
 @cache

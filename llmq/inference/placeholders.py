@@ -125,6 +125,8 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     there: set[str] = set()
     for stem, tensors in stored.items():
         target, pattern = rules.rename(f"{stem}.weight")
+        if pattern is None and joining.own(stem):
+            continue
         there.add(target)
         name = target.removesuffix(".weight")
         module = linear.get(name)
@@ -171,9 +173,10 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, part.apart)
     if found.unserved is None:
         file = next(iter(next(iter(stored.values())).values())).file if stored else None
-        _check_complete(model, linear, seen, file)
         rest = (n for header in headers for n in header if not n.endswith(tuple(f".{s}" for s in reader.suffixes)))
-        there |= joining.joined.keys() | {rules.rename(name)[0] for name in rest}
+        renamed = {rules.rename(name)[0] for name in rest}
+        _check_complete(model, linear, seen | {name.removesuffix(".weight") for name in renamed}, file)
+        there |= renamed | joining.joined.keys() | joining.stacked.keys()
         _check_experts(modules, {stack.name.rpartition(".")[0] for stack in found.stacks}, there, file)
     return found
 

@@ -25,6 +25,7 @@ from llmq import formats
 from llmq.checkpoint.strangers import of_folder, of_tokenizer
 from llmq.discovery.architecture import not_causal
 from llmq.errors import LlmqError, first_line
+from llmq.formats.stacks import unmarked
 
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
 """Formats that only stock transformers reads: method in config.json → the package that is needed."""
@@ -225,6 +226,8 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: {way}"
         )
+    if not kernels and unmarked(quantization)[1]:
+        raise LlmqError(f"{folder} has packed experts that only llmq reads: `llmq eval --kernels`, or llmq.load")
     package = (OTHERS | formats.packages()).get(method)
     if package and not kernels and not _installed(package):
         other = "; `llmq eval --kernels` needs no other package" if method in formats.readers() else ""

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmq import formats
 from llmq.errors import LlmqError
 from llmq.formats.plain import Weight, mapping
+from llmq.formats.stacks import unmarked
 from llmq.inference.experts import use_packed
 from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
@@ -89,7 +90,7 @@ class _Configuration:
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
         """Transformers' configuration; keys that it would reject or lose are removed first and set on the result."""
-        values = dict(values)
+        values, alone = unmarked(values)
         own = {key: values.pop(key) for key in ("dynamic", "modules_in_block_to_quantize") if key in values}
         values, ordered = _without_order(values)
         # Checkpoints set "dequantize" because stock readers cannot run them packed (docs/design.md).
@@ -99,7 +100,7 @@ class _Configuration:
                 "this checkpoint rotates activations while it runs (transform_config), which llmq does not support yet"
             )
         config = self.stock.from_dict(values, **kwargs)
-        for key, value in (own | {"ordered": ordered, "dense": dense}).items():
+        for key, value in (own | {"ordered": ordered, "dense": dense, "alone": alone}).items():
             if value:
                 setattr(config, key, value)
         return config
@@ -157,6 +158,8 @@ def _refuse_random(quantizer: Any, model: Any, suffixes: tuple[str, ...], files:
 def _stock_quantizer(stock: Any, config: Any, reason: str, pre_quantized: bool = True, **kwargs: Any) -> Any:
     """Stock transformers' own quantizer; the reason is logged in one line."""
     method = str(getattr(config.quant_method, "value", config.quant_method))
+    if getattr(config, "alone", False):
+        raise LlmqError(f"{reason}, and only llmq's kernels run experts that are packed one by one from a stack")
     if stock is _Nobody:
         raise LlmqError(f"{method}: {reason}, and stock transformers does not know {method}")
     if getattr(config, "ordered", False):

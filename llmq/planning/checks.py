@@ -71,10 +71,12 @@ def _is_whole(source: Source, named: Named) -> bool:
 def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
     """Raises LlmqError if --keep or --override matches no weight, or only weights that are not quantized."""
     names = [i.name for i in items]
+    # A stack that was kept by the names which its experts would have.
+    kept = [i.module for i in items if i.by_user]
     for option, patterns in (("--keep", recipe.keep), ("--override", [p for p, _ in recipe.overrides])):
         for pattern in patterns:
             try:
-                hit = [n for n in names if matches(pattern, n)]
+                hit = [n for n in (*names, *kept) if matches(pattern, n)]
             except re.error as error:
                 raise LlmqError(f"{option} {pattern!r} is not a regular expression: {error}") from error
             if not hit:

@@ -25,6 +25,7 @@ from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.view import View
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
+from llmq.planning.stacks import stacked_experts
 from llmq.planning.weights import BY_USER, WeightPlan, left, matches, schemed
 from llmq.recipe.recipe import Recipe
 
@@ -99,6 +100,10 @@ def _of_block(
         pieces = [(p.tensor, _place(name, shape, p.part, stack)) for p in links.slices.get(parameter, ())]
         if not pieces or not all(place for _, place in pieces):
             tensor = links.source.get(parameter, parameter)
+            if recipe.loader == "llmq" and len(links.tensors(parameter)) == 1:
+                stored, first = links.tensors(parameter)[0], base + stack.input_id
+                found += stacked_experts(recipe, block, experts, index, name, stored, shape, first, dtype, widths)
+                continue
             by_user = any(matches(p, tensor.removesuffix(".weight")) for p in recipe.keep)
             reason = BY_USER if by_user else STACKED
             found.append(left(parameter, tensor, shape, dtype, reason, index))
@@ -156,7 +161,7 @@ def _joined(
     """
     for name in experts.stacks:
         parameter = f"{block.name}.{experts.module}.{name}"
-        mine = [item for item in items if item.tensor in links.tensors(parameter) or item.tensor == parameter]
+        mine = [item for item in items if item.tensor in links.tensors(parameter) or item.module == parameter]
         first = mine[0]
         size = sum(prod(item.shape) for item in mine) * dtype.itemsize
         whole = len(mine) == 1 and first.expert is None
@@ -185,14 +190,18 @@ def group(index: int, info: ExpertsInfo, items: list[WeightPlan], found: Found |
     return ExpertsPlan(info, index, weights, groups, [] if found is None else found.experts[0])
 
 
-def check_experts(items: list[WeightPlan], recipe: Recipe) -> None:
-    """Raises LlmqError if loaders could not read the experts as they would be written, or would read them wrong."""
+def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) -> None:
+    """Raises LlmqError if loaders could not read the experts as they would be written, or would read them wrong.
+
+    alone: whether only llmq is to read them (`stacks`).
+    """
     mine = [i for i in items if i.expert is not None]
     stacked = [i for i in items if i.reason is not None and i.reason.kind is Kind.STACKED]
     if stacked:
         raise LlmqError(
             f"{stacked[0].name}: {stacked[0].reason}; stock transformers cannot load such experts packed, and would "
-            f"fill them with random numbers. Way out: --keep {_pattern(stacked, items)} quantizes everything else"
+            f"fill them with random numbers. Ways out: --loader llmq, for a folder that only llmq loads; --keep "
+            f"{_pattern(stacked, items)} quantizes everything else"
         )
     schemes: dict[Scheme | None, WeightPlan] = {}
     for item in mine:
@@ -205,7 +214,8 @@ def check_experts(items: list[WeightPlan], recipe: Recipe) -> None:
             "or --keep for all experts of a block"
         )
     for scheme, item in schemes.items():
-        why = None if scheme is None else formats.experts_refusal(scheme)
+        refusal = formats.stacks_refusal if alone else formats.experts_refusal
+        why = None if scheme is None else refusal(scheme)
         if why:
             raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine, items)} to leave the experts alone")
 
@@ -221,8 +231,9 @@ def _even(experts: list[WeightPlan], recipe: Recipe) -> str:
 def _pattern(experts: list[WeightPlan], items: list[WeightPlan]) -> str:
     """A part of the names of all experts, as --keep takes it, and of as few other weights' names as there is."""
     parts = [set(item.name.split(".")) for item in experts]
-    # A number is that of a block or of an expert.
-    common = [p for p in experts[0].name.split(".") if all(p in mine for mine in parts) and not p.isdigit()]
+    # A number is that of a block or of an expert, a single letter the mark of a transposed matrix.
+    words = [p for p in experts[0].name.split(".") if len(p) > 1 and not p.isdigit()]
+    common = [p for p in words if all(p in mine for mine in parts)]
     mine = {item.name for item in experts}
     others = [item.name for item in items if item.scheme is not None and item.name not in mine]
     return min(reversed(common), key=lambda p: sum(matches(p, name) for name in others), default=experts[0].name)

@@ -22,6 +22,7 @@ from llmq.discovery.pairs import Found, Pair
 from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.base import Loader, dtype_name
+from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
@@ -30,6 +31,7 @@ from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
+from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.trial import try_quantizer
 from llmq.planning.weights import WeightPlan, plan_weights
 from llmq.recipe.recipe import Recipe
@@ -110,7 +112,14 @@ class Plan:
     @property
     def loaders(self) -> list[Loader]:
         """What is known of the tools that can read the folder."""
+        if self.for_llmq_alone:
+            return [ALONE]
         return formats.loaders(self.schemes, bool(apart(self.weights)))
+
+    @property
+    def for_llmq_alone(self) -> bool:
+        """Whether only `llmq.load` can read the folder: stacks of experts are packed one by one."""
+        return for_llmq_alone(self.weights, self.source.names())
 
     @property
     def ids(self) -> Tensor:
@@ -155,7 +164,7 @@ def make_plan(
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     # Experts first: what servers allow of weights with one input is no way out for them.
-    check_experts(items, recipe)
+    check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -19,7 +19,7 @@ from llmq.recipe import catalog
 from llmq.validate import check_choice, check_keys, check_types, made
 
 RAGGED = ("error", "smaller", "channel", "keep")
-LOADERS = ("any", "transformers")
+LOADERS = ("any", "transformers", "llmq")
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class Calibration:
 class Recipe:
     """Everything that the written bytes depend on, apart from the model.
 
-    methods: in order, transforms first, then at most one quantizer (default rtn), then refinements. scheme: by default
-    the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match wins; keep:
-    patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in the checkpoint, a shell
-    glob, or 're:' and a regular expression. options: the methods' own options by name, each is passed to the methods
-    that have it; one that no method has is refused. loader: who is to load the folder: with 'any', weights that servers
-    fuse must have one scheme. The defaults are those that measured best for each method.
+    methods: in order, transforms first, then at most one quantizer (default rtn), then refinements. scheme: by
+    default the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match
+    wins; keep: patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in the
+    checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name, each is
+    passed to the methods that have it; one that no method has is refused. loader: who is to load the folder: with
+    'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
+    `llmq.load` could read. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)

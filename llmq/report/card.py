@@ -201,6 +201,19 @@ inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 """
+    if "llmq" in report.examples:
+        text += f"""
+```python
+import llmq
+from transformers import AutoTokenizer
+
+path = "{FOLDER}"
+model = llmq.load(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+"""
     if "vllm" in report.examples:
         text += f"""
 With vLLM{"" if report.examples["vllm"] else ", where this was not run"}:

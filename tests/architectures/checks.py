@@ -173,9 +173,12 @@ class Quantized:
     left: list[str]
 
 
-def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq") -> Quantized:
+def quantized(
+    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any"
+) -> Quantized:
     """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
 
+    loader: if it is llmq, `llmq.load` loads the result, and stock transformers has to refuse it if experts are in it.
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
     """
     import llmq
@@ -196,7 +199,8 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
             experts[stack, number] = parameter.detach().clone()
         return original(plan, block, weights)
 
-    recipe = llmq.Recipe(methods=tuple(method.split("+")), scheme=llmq.Scheme(4, 32, True), ragged="channel")
+    scheme, methods = llmq.Scheme(4, 32, True), tuple(method.split("+"))
+    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader)
     plan = job.plan(str(source), recipe, out=out, ids=windows)
     stream.pack_weights = mixture.pack_weights = remember
     try:
@@ -218,7 +222,16 @@ def quantized(source: Path, out: Path, windows: Tensor, ids: Tensor, method: str
     count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
     share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
     left = sorted({str(i.reason) for i in inside if i.scheme is None})
-    return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+    if loader != "llmq":
+        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+    try:
+        stock(out)
+    except ValueError as error:
+        assert "format" in str(error)
+    else:
+        raise Stopped("stock transformers loads it, which has no rule for its experts")
+    loaded = llmq.load(out, dtype="float32", device_map="cpu")
+    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left)
 
 
 def pairs_applied(real: PreTrainedModel, found: dict[str, Any], before: Tensor, ids: Tensor) -> dict[str, Any]:

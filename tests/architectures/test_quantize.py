@@ -91,6 +91,32 @@ def test_experts_by_other_methods(name: str, method: str, tmp_path: Path) -> Non
     assert 1e-3 < done.moved < 1
 
 
+STACKED = [
+    "aria_text",  # matrices stored as [in, out]
+    "gpt_oss",  # the same, square ones too; gate and up in turn; biases
+    "granitemoehybrid",
+    "inkling2_text",  # rows of gate and up in turn on disk
+    "minimax_m3_vl_text",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("method", ["gptq", "awq+rtn"])
+def test_experts_stored_in_one_tensor_are_loaded_by_llmq_and_refused_by_stock(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    source = tiny.make(name, tmp_path / "source")
+    with pytest.raises(LlmqError, match="--loader llmq"):
+        job.plan(str(source), llmq.Recipe(methods=("rtn",), scheme=llmq.Scheme(4, 32)))
+    done = checks.quantized(source, tmp_path / "out", tiny.tokens(4, 32, seed=2), tiny.tokens(), method, "llmq")
+    assert done.error <= 1e-5
+    assert 1e-3 < done.moved < 1
+    plan = job.plan(str(source), llmq.Recipe(methods=("rtn",), scheme=llmq.Scheme(4, 32), loader="llmq"))
+    experts = [item for item in plan.weights if item.expert is not None]
+    assert experts and {item.scheme for item in experts} == {llmq.Scheme(4, 32)}
+
+
 def conditional(folder: Path) -> Any:
     """A mixture that reads images: config.json names a class whose text half the causal class is."""
     from transformers import Qwen3_5MoeForConditionalGeneration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llmq import formats
 from llmq.discovery.blocks import Structure, build, find
 from llmq.grids.scheme import Scheme
+from llmq.report.report import Report
 from tests.architectures import tiny
 
 W4 = Scheme(4, 16)
@@ -55,6 +58,20 @@ def logits(model: nn.Module) -> Tensor:
 
 def stored(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def put_quantized(state: dict[str, Tensor], report: Report, written: dict[str, Tensor]) -> None:
+    """Put the values of quantized weights into a model's state, those of experts by the names that llmq gives them."""
+    for row in report.quantized:
+        assert row.scheme is not None
+        mine = {n.removeprefix(f"{row.name}."): t for n, t in written.items() if n.startswith(f"{row.name}.")}
+        value = formats.of(row.scheme).unpack(mine, row.scheme).dequantize(torch.float32)
+        if f"{row.name}.weight" in state:
+            state[f"{row.name}.weight"].copy_(value)
+            continue
+        owner, expert, name = re.fullmatch(r"(.*)\.(\d+)\.(\w+?)(?:\.T)?", row.name).groups()  # type: ignore[union-attr]
+        entry = state[f"{owner}.{name}"][int(expert)]
+        entry.copy_(value.T if row.name.endswith(".T") else value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from llmq.formats.compressed_tensors import eight_bit, packed
 from llmq.formats.compressed_tensors.config import INTEGERS, config_of, layout_of
 from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.scheme import Scheme
 
 __all__ = ["COMPANIONS", "SCALES", "inspect"]
@@ -59,6 +59,13 @@ def refuse_experts(scheme: Scheme) -> str | None:
         return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
     if scheme.activations is not None and not scheme.activations.dynamic:
         return "transformers does not read static scales of experts' inputs: use --activations dynamic"
+    return None
+
+
+def refuse_stacks(scheme: Scheme) -> str | None:
+    """Why `llmq.load` could not keep packed what was a stack of experts, of a scheme, or None."""
+    if rounding_of(scheme.rules).code_dtype.is_floating_point:
+        return f"llmq does not keep experts as {scheme} packed: use --grid int"
     return None
 
 

@@ -115,6 +115,13 @@ def test_a_package_is_looked_for_and_not_imported() -> None:
     assert not pretrained._installed("no_such_package_at_all.inner")
 
 
+def test_experts_that_only_llmq_reads_are_no_checkpoint_of_stock_transformers(tmp_path: Path) -> None:
+    section = {"quant_method": "compressed-tensors", "format": "llmq-pack-quantized", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "quantization_config": section}))
+    refused(lambda: check_readable(tmp_path), "only llmq reads: `llmq eval --kernels`, or llmq.load")
+    assert check_readable(tmp_path, kernels=True)["quantization_config"] == section
+
+
 def test_an_unquantized_folder_needs_no_package(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_installed", lambda _: False)
     assert check_readable(tiny_model)["model_type"] == "llama"
