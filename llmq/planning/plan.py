@@ -276,7 +276,7 @@ def _static(scheme: Scheme | None) -> bool:
     return scheme is not None and scheme.activations is not None and not scheme.activations.dynamic
 
 
-def _budget(plan: Plan, device: str, between: int | None) -> Budget:
+def _budget(plan: Plan, device: str, between: int | None = None) -> Budget:
     """between: the bytes of what goes from block to block for one window, if known."""
     size = plan.dtype.itemsize
     loads, inside = [], []

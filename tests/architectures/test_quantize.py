@@ -95,8 +95,10 @@ STACKED = [
     "aria_text",  # matrices stored as [in, out]
     "gpt_oss",  # the same, square ones too; gate and up in turn; biases
     "granitemoehybrid",
+    "hy_v4",  # the tokens that attention chose go from block to block
     "inkling2_text",  # rows of gate and up in turn on disk
     "minimax_m3_vl_text",
+    "zaya",  # states of routers, which have four layers, go from block to block
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmq.discovery.blocks import find
 from llmq.discovery.calls import Call, Recording, record
-from llmq.discovery.handed import Handed, Store, changed, find_handed
+from llmq.discovery.handed import Handed, Opened, Store, changed, find_handed
 from llmq.errors import LlmqError
 from tests.llmq.refusal import refused
 
@@ -291,6 +291,19 @@ def test_what_lies_in_a_store_already_stays_the_same_tensor() -> None:
     assert list(recording.stores[0][Store(0)]) == ["table"]
     # The first block ran while its call was recorded, and left something in the store of the first batch.
     assert recording.nbytes == 2 * 5 * WIDTH * 4
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, list])
+def test_a_store_is_opened_on_the_device_of_the_block(kind: Any) -> None:
+    """What is new is moved where it is kept; what was there is not moved back, but is the tensor that it was."""
+    table, pair = torch.ones(2), (torch.ones(3), "x")
+    before = [table, pair] if kind is list else kind({0: table, 1: pair})
+    opened = Opened(before, torch.device("meta"))
+    assert type(opened.store) is kind and opened.store[0].is_meta and opened.store[1][0].is_meta
+    opened.store[1] = torch.zeros(4)
+    after = opened.closed(torch.device("meta"))
+    assert type(after) is kind and after[0] is table and after[1].is_meta
+    assert before[0] is table and before[1] is pair
 
 
 def test_a_container_of_one_call_alone_is_none() -> None:
