@@ -23,7 +23,7 @@ from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
 from llmq.block.group import GroupBlock
 from llmq.block.statistics import Statistic
 from llmq.block_io import BlockIO, pack_weights, states_of
-from llmq.discovery.calls import Call
+from llmq.discovery.calls import Call, States
 from llmq.discovery.experts import Expert, Routed, instead
 from llmq.errors import LlmqError
 from llmq.machine import give_back
@@ -68,8 +68,9 @@ def entering(block: BlockPlan, hidden: list[Tensor], calls: list[Call], device: 
 
 def outputs(
     block: BlockPlan, hidden: list[Tensor], calls: list[Call], sums: Sequence[Tensor], device: torch.device
-) -> list[Tensor]:
-    """The block's output for each batch, on the CPU, with the experts' output given. sums: per batch, float32."""
+) -> list[States]:
+    """What the block hands to later ones for each batch, on the CPU, with the experts' output given: sums per batch,
+    float32."""
     assert block.experts is not None
     found = []
     for states, call, total in zip(hidden, calls, sums, strict=True):
@@ -78,7 +79,7 @@ def outputs(
             return total.to(routed.rows)
 
         with torch.no_grad(), instead(block.module, block.experts.info, give):
-            found.append(call.run(block.module, states.to(device)).to(states))
+            found.append(call.step(block.module, states, device))
     return found
 
 
@@ -124,12 +125,12 @@ def run(expert: Expert, rows: Tensor, device: torch.device) -> Tensor:
 
 
 def quantize_rest(
-    io: BlockIO, planned: BlockPlan, block: Block, before: list[Routed], aim: list[Tensor], watch: Watch
-) -> tuple[list[Tensor], list[Tensor], float]:
+    io: BlockIO, planned: BlockPlan, block: Block, before: list[Routed], watch: Watch
+) -> tuple[list[States], list[Tensor], float]:
     """Quantize the experts of a block whose other weights are quantized, rounded in place and packed.
 
-    before: what entered its experts when it was unquantized, for the inputs `aim`. Returns its output, the unquantized
-    block's for `aim`, and the agreement of the two blocks' routing; the block is then as in the checkpoint.
+    before: what entered its experts when it was unquantized, for the inputs of its target. Returns what it hands on,
+    the unquantized experts' output for `before`, and the agreement of the two blocks' routing.
     """
     states = block.weights.values()
     with rounded_inputs(block.module, states):
@@ -137,8 +138,7 @@ def quantize_rest(
     wanted, sums = quantize_experts(io, planned, before, given, watch)
     with rounded_inputs(block.module, states):
         output = outputs(planned, block.inputs, block.calls, sums, io.device)
-    io.fill(planned)
-    return output, outputs(planned, aim, block.calls, wanted, io.device), agreement(before, given)
+    return output, wanted, agreement(before, given)
 
 
 def agreement(before: Sequence[Routed], given: Sequence[Routed]) -> float:

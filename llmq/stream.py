@@ -19,7 +19,7 @@ from llmq.block.block import relative_error, rounded_inputs
 from llmq.block_io import BlockIO, discard, pack_weights, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
-from llmq.discovery.calls import Call, Recording, of_length, record
+from llmq.discovery.calls import Call, Recording, States, of_length, record
 from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
@@ -40,70 +40,72 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     io = BlockIO(plan, sink, device)
     copy_rest(io, watch)
     recording = record_calls(io, watch)
-    hidden, recording.hidden = recording.hidden, recording.hidden[:1]
-    float_hidden = hidden if plan.pipeline.float_target else None
+    states, recording.hidden = recording.states(), recording.hidden[:1]
+    float_states = states if plan.pipeline.float_target else None
     todo = [block for block in plan.blocks if block.unit not in sink.done]
     watch.stage("Quantizing", sum(len(block.units) for block in plan.blocks))
     for block in plan.blocks[: todo[0].index] if todo else []:
-        calls = recording.of_block(block.index)
-        if float_hidden is not None:
-            float_hidden = unquantized(io, block, float_hidden, calls)
-        hidden = replay(io, block, hidden, calls)
+        if float_states is not None:
+            float_states = unquantized(io, block, float_states, recording)
+        states = replay(io, block, states, recording)
         for unit in block.units:
             watch.step(f"{unit} was already done")
     for block in todo:
-        calls = recording.of_block(block.index)
-        hidden, float_hidden = quantize_block(io, block, hidden, float_hidden, calls, watch)
+        states, float_states = quantize_block(io, block, states, float_states, recording, watch)
         give_back()
         watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")
-    del hidden, float_hidden
+    del states, float_states
     verify(io, recording, watch)
 
 
 def quantize_block(
     io: BlockIO,
     planned: BlockPlan,
-    hidden: list[Tensor],
-    float_hidden: list[Tensor] | None,
-    calls: list[Call],
+    states: list[States],
+    float_states: list[States] | None,
+    recording: Recording,
     watch: Watch,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+) -> tuple[list[States], list[States] | None]:
     """Read, observe, quantize, run again and commit one block; returns its quantized output, the next one's input.
 
-    float_hidden: the unquantized model's hidden states, if a method's target is computed from them; the block's output
-    for them is then returned too.
+    float_states: those of the unquantized model, if a method's target is computed from them; the block's output for
+    them is then returned too.
     """
     began = time.perf_counter()
     pipeline = io.plan.pipeline
-    block = io.open(planned, hidden, calls)
-    aim = hidden if float_hidden is None else float_hidden
+    block = io.open(planned, hidden_of(states), recording.of_block(planned.index, states))
+    aim = block.inputs if float_states is None else hidden_of(float_states)
+    calls = block.calls if float_states is None else recording.of_block(planned.index, float_states)
     with mixture.without_experts(planned):
-        block.target = block.observe(pipeline.first)
-        check_output(planned.name, block.target, BEFORE)
-        if aim is not hidden:
-            block.target = forward(block.module, aim, calls, io.device)
+        target = [States(h) for h in block.observe(pipeline.first)]
+        check_output(planned.name, target, BEFORE)
+        if float_states is not None:
+            target = forward(block.module, aim, calls, io.device)
+        block.target = hidden_of(target)
     before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
     with mixture.without_experts(planned):
         steps.quantize(block, pipeline)
     rows, tensors = pack_weights(planned, block)
     tensors |= io.untouched(planned, block.changed)
-    states = list(block.weights.values())
+    weights = list(block.weights.values())
     if planned.parts is not None:
-        states += mixture.quantize_parts(io, planned, block, watch)
+        weights += mixture.quantize_parts(io, planned, block, watch)
     if planned.experts is None:
-        with rounded_inputs(block.module, states):
-            output = block.outputs()
-        target = block.target
+        with rounded_inputs(block.module, weights):
+            output = forward(block.module, block.inputs, block.calls, io.device)
     else:
-        output, target, routing = mixture.quantize_rest(io, planned, block, before, aim, watch)
+        output, sums, routing = mixture.quantize_rest(io, planned, block, before, watch)
+        io.fill(planned)
+        target = mixture.outputs(planned, aim, calls, sums, io.device)
         check_output(planned.name, target, BEFORE)
     check_output(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )
-    payload = {"weights": rows, "error": relative_error(output, target), "signature": output_signature(output[0])}
+    error = relative_error(hidden_of(output), hidden_of(target))
+    payload = {"weights": rows, "error": error, "signature": output_signature(output[0].hidden)}
     if planned.experts is not None:
         payload |= {"routing": routing}
-    if not any(bool(t.any()) for t in target):
+    if not any(bool(t.hidden.any()) for t in target):
         payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
@@ -111,31 +113,36 @@ def quantize_block(
         payload |= {"device": on_device}
     discard(block.module)
     io.sink.commit(planned.unit, tensors, payload)
-    return output, None if float_hidden is None else target
+    return output, None if float_states is None else target
 
 
-def unquantized(io: BlockIO, block: BlockPlan, float_hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
-    """The unquantized block's output for the unquantized model's hidden states."""
-    module = io.fill(block)
+def hidden_of(states: list[States]) -> list[Tensor]:
+    """The hidden states of every batch."""
+    return [one.hidden for one in states]
+
+
+def unquantized(io: BlockIO, block: BlockPlan, float_states: list[States], recording: Recording) -> list[States]:
+    """The unquantized block's output for the unquantized model's states."""
+    module, hidden, calls = io.fill(block), hidden_of(float_states), recording.of_block(block.index, float_states)
     if block.experts is None:
-        output = forward(module, float_hidden, calls, io.device)
+        output = forward(module, hidden, calls, io.device)
     else:
-        sums = mixture.unrounded(io, block, mixture.entering(block, float_hidden, calls, io.device))
-        output = mixture.outputs(block, float_hidden, calls, sums, io.device)
+        sums = mixture.unrounded(io, block, mixture.entering(block, hidden, calls, io.device))
+        output = mixture.outputs(block, hidden, calls, sums, io.device)
     discard(module)
     return output
 
 
-def replay(io: BlockIO, block: BlockPlan, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
+def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recording) -> list[States]:
     """The output of a written block, after comparing it with the output that the block had in memory."""
-    states = io.restore(block)
-    with rounded_inputs(block.module, states):
+    hidden, calls = hidden_of(states), recording.of_block(block.index, states)
+    with rounded_inputs(block.module, io.restore(block)):
         if block.experts is None:
             output = forward(block.module, hidden, calls, io.device)
         else:
             sums = mixture.restored(io, block, mixture.entering(block, hidden, calls, io.device))
             output = mixture.outputs(block, hidden, calls, sums, io.device)
-    check_signature(io.sink.done[block.unit], output[0], block.name)
+    check_signature(io.sink.done[block.unit], output[0].hidden, block.name)
     discard(block.module)
     give_back()
     return output
@@ -165,15 +172,15 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
         watch.step("")
 
 
-def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Tensor]:
-    """The block's output for each batch, on the CPU, in the model's dtype."""
+def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[States]:
+    """What the block hands to later ones for each batch, on the CPU, in the model's dtype."""
     with torch.no_grad(), of_length("a block", hidden[0].shape[-2]):
-        return [call.run(block, h.to(device)).to(h) for h, call in zip(hidden, calls, strict=True)]
+        return [call.step(block, h, device) for h, call in zip(hidden, calls, strict=True)]
 
 
-def check_output(name: str, output: list[Tensor], when: str) -> None:
+def check_output(name: str, output: list[States], when: str) -> None:
     """Raise LlmqError if a block's output is not finite."""
-    if not all(bool(torch.isfinite(t).all()) for t in output):
+    if not all(bool(torch.isfinite(one.hidden).all()) for one in output):
         raise LlmqError(f"{name}: its output is not finite {when}")
 
 
@@ -217,8 +224,8 @@ def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> No
 
 def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
     """Read back every written block and compare its output on the first batch with the one it had in memory."""
-    hidden = recording.hidden[:1]
+    states = recording.states()[:1]
     watch.stage("Verifying", len(io.plan.blocks))
     for block in io.plan.blocks:
-        hidden = replay(io, block, hidden, recording.of_block(block.index)[:1])
+        states = replay(io, block, states, recording)
         watch.step("")

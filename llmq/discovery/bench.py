@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.discovery.calls import Call
+from llmq.discovery.handed import containers
 from llmq.discovery.matmuls import watch_matmuls
 from llmq.discovery.parameters import swapped
 
@@ -121,7 +122,7 @@ class Bench:
             for m in seen
             if m.input is not None
         ]
-        return Run(uses, list(_floats((result, _containers(call.args), _containers(call.kwargs)))))
+        return Run(uses, list(_floats((result, containers(call.args, call.kwargs)))))
 
     def random(self, count: int) -> Tensor:
         """Uniform factors in [0.5, 1.5], float32 [count]."""
@@ -172,7 +173,7 @@ def _joined(runs: list[Run]) -> Run:
 @contextmanager
 def unchanged(calls: list[Call]) -> Iterator[None]:
     """Restore the calls' dicts and lists afterwards, removing what blocks wrote to them."""
-    held = {id(c): c for call in calls for c in [*_containers(call.args), *_containers(call.kwargs)]}
+    held = {id(c): c for call in calls for c in containers(call.args, call.kwargs)}
     before = {key: copy.copy(container) for key, container in held.items()}
     try:
         yield
@@ -184,7 +185,7 @@ def unchanged(calls: list[Call]) -> Iterator[None]:
 
 def run_to_fill(block: nn.Module, call: Call, hidden: Tensor, seed: int = 0) -> None:
     """Run a block once so that it writes what later blocks need to the call's dicts and lists, if there are any."""
-    if not [*_containers(call.args), *_containers(call.kwargs)]:
+    if not containers(call.args, call.kwargs):
         return
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -217,11 +218,6 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _fresh(value: Any) -> Any:
     return _mapped(value, Tensor.clone)
-
-
-def _containers(arguments: Any) -> list[Any]:
-    values = arguments.values() if isinstance(arguments, dict) else arguments
-    return [value for value in values if isinstance(value, (MutableMapping, list))]
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from llmq.discovery.architecture import not_causal
-from llmq.discovery.calls import Call, Recording, record
+from llmq.discovery.calls import Call, Recording, handed_in, record
 from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
-from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules, watch_uses
+from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
 from llmq.discovery.parameters import zeros as zeros
-from llmq.discovery.parts import PartsInfo, call_experts, find_parts
+from llmq.discovery.parts import PartsInfo, call_experts, find_parts, find_routed, linears_of
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.routers import follow_products
 from llmq.discovery.stock import unpackable
@@ -141,10 +142,14 @@ def find(model: nn.Module) -> Structure:
         owners = Counter(id(p) for b in blocks for p in b.parameters())
         try:
             with recorded(model, blocks) as recording:
-                found: dict[Any, BlockInfo] = {}
-                hidden, calls = recording.hidden[0], recording.calls[0]
-                seen = [_inspect(f"{path}.{i}", b, calls[i], hidden, owners, found) for i, b in enumerate(blocks)]
-                _check_handed(recording, blocks, seen)
+                found: dict[Any, tuple[BlockInfo, Any]] = {}
+                hidden, calls = recording.hidden[0], recording.sampled()
+                returned: list[Any] = []
+                seen = [
+                    _inspect(f"{path}.{i}", block, calls[i], hidden, owners, found, returned)
+                    for i, block in enumerate(blocks)
+                ]
+                _check_handed(model, blocks, recording, returned)
             return Structure(path, tuple(_packable(model, _without_small(seen))))
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
@@ -158,15 +163,26 @@ def find(model: nn.Module) -> Structure:
     )
 
 
-def _check_handed(recording: Recording, blocks: list[nn.Module], infos: list[BlockInfo]) -> None:
-    """Raises _Experts if a block with experts computes with more from the block before it than hidden states."""
-    for i, values in recording.handed.items():
-        if not infos[i].mixture:
-            continue
-        with zeros(blocks[i]), watch_uses(values) as used, torch.inference_mode():
-            recording.calls[0][i].run(blocks[i], recording.hidden[0])
-        if used:
-            raise _Experts(f"block {i} gets a second value from the block before it, which llmq cannot stream yet")
+def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:
+    """Raises LlmqError if blocks hand on other values than a recording shows, in which they return what the first does.
+
+    returned: each block's own result.
+    """
+    kinds = [tree_map(type, result) for result in returned]
+    others = {i: result for i, result in enumerate(returned) if kinds[i] != kinds[0]}
+    if not others:
+        return
+    own = record(model, blocks, [_probe()], whole=True, first=lambda *_, **__: returned[0], returned=others)
+    for i, (mine, call) in enumerate(zip(own.calls[0], recording.calls[0], strict=True)):
+        if handed_in(mine) != handed_in(call):
+            raise LlmqError(
+                f"block {i} gets other values from the blocks before it than the first block hands on, "
+                "which llmq cannot stream yet"
+            )
+
+
+def _probe() -> Tensor:
+    return torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
 
 
 @contextmanager
@@ -181,7 +197,7 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
     skip = set() if head is None else {id(p) for p in head.parameters()}
     with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
         with zeros(blocks[0]):
-            recording = record(model, blocks, [torch.zeros(1, PROBE_TOKENS, dtype=torch.long)], whole=True)
+            recording = record(model, blocks, [_probe()], whole=True)
         yield recording
 
 
@@ -215,26 +231,38 @@ def _is_input(model: nn.Module, name: str) -> bool:
 
 
 def _inspect(
-    name: str, block: nn.Module, call: Call, hidden: Tensor, owners: Counter[int], found: dict[Any, BlockInfo]
+    name: str,
+    block: nn.Module,
+    call: Call,
+    hidden: Tensor,
+    owners: Counter[int],
+    found: dict[Any, tuple[BlockInfo, Any]],
+    returned: list[Any],
 ) -> BlockInfo:
+    """found: the structure and the result of those blocks that have run; returned: the results, to be appended to."""
     tied = {n for n, p in block.named_parameters() if owners[id(p)] > 1}
     make = structure_key(block, call, tied)
     if make not in found:
         with zeros(block), watch_matmuls(block) as matmuls, watch_modules(block) as modules, torch.inference_mode():
             routers: set[str] = set()
+            choosing: set[str] = set()
             with follow_products(block) as following:
 
                 def noticed(routed: Routed, output: Tensor) -> None:
                     routers.update(following.before(routed.choices))
+                    choosing.update(following.made_of(routed.choices))
+                    following.leave_out(output, routed.rows)
                     following.mark(output)
 
                 with watch_experts(block, noticed) as called:
-                    call.run(block, hidden)
+                    result = call.result(block, hidden)
+                    routers |= choosing - following.made_of(call.hidden(result))
             experts, parts = _experts(block, called, list(matmuls), hidden)
         reasons = {} if parts else dict.fromkeys(following.behind, BEHIND)
         reasons |= dict.fromkeys(routers | (following.choosing if parts else set()), ROUTER)
-        found[make] = _weights_of(block, matmuls, modules, hidden, tied, reasons, experts, parts)
-    known = found[make]
+        found[make] = _weights_of(block, matmuls, modules, hidden, tied, reasons, experts, parts), result
+    known, result = found[make]
+    returned.append(result)
     weights = tuple(replace(w, name=f"{name}.{w.name}") for w in known.weights)
     left = {f"{name}.{key}": reason for key, reason in known.left.items()}
     return replace(known, name=name, weights=weights, left=left)
@@ -254,10 +282,10 @@ def _experts(
         raise _Experts(f"a block calls its experts ({name}) more than once, which llmq cannot stream yet")
     alone = describe(block, name, calls[0]) if calls else None
     if isinstance(alone, ExpertsInfo):
-        routed = _routed(block, matmuls, hidden, [f"{alone.module}.{stack}" for stack in alone.stacks], shared=True)
+        routed = find_routed(block, matmuls, hidden, [f"{alone.module}.{stack}" for stack in alone.stacks], shared=True)
         parts: list[PartsInfo] = []
     else:
-        routed = _routed(block, matmuls, hidden, [])
+        routed = find_routed(block, matmuls, hidden, [])
         within = block.get_submodule(name).named_parameters() if calls else ()
         routed += [n for n in (f"{name}.{own}" for own, p in within if p.dim() > 2) if n not in routed]
         more, inner = call_experts(block, name, calls[0], hidden) if calls else ([], set())
@@ -301,7 +329,7 @@ def _weights_of(
     parts: tuple[PartsInfo, ...],
 ) -> BlockInfo:
     """reasons: parameters that are left alone because of where they are beside the experts."""
-    linears = _linears(block)
+    linears = linears_of(block)
     known = {t.untyped_storage().data_ptr() for t in [hidden, *modules.norms]}
     inputs: dict[int, int] = {}
     weights: list[WeightInfo] = []
@@ -329,39 +357,6 @@ def _weights_of(
     return BlockInfo("", tuple(weights), left, experts, parts)
 
 
-def _linears(block: nn.Module) -> dict[str, str]:
-    """The weights of a block's Linear modules: parameter → module."""
-    return {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-
-
-def _routed(block: nn.Module, matmuls: list[Matmul], hidden: Tensor, but: list[str], shared: bool = False) -> list[str]:
-    """The parameters of a block that hold experts, or may do so, but for some.
-
-    shared: whether the routed experts are among those, so that a stack that all tokens go through holds none.
-    """
-    if not any(m.chosen for m in matmuls):
-        return []
-    tokens, linears, found = hidden.shape[:-1].numel(), _linears(block), []
-    for parameter, value in block.named_parameters():
-        uses = [m for m in matmuls if m.parameter == parameter]
-        listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
-        if value.dim() < 2 or parameter in but or not _is_routed(value, uses, tokens, listed and parameter in linears):
-            continue
-        if not (shared and value.dim() > 2 and all(u.tokens == tokens * len(value) for u in uses)):
-            found.append(parameter)
-    return found
-
-
-def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:
-    """Whether a parameter of a block that routes tokens holds experts: a stack of them, or one of a list of modules."""
-    if value.dim() > 2:
-        return any(u.chosen for u in uses)
-    if listed:
-        return not uses or any(u.chosen and u.tokens < tokens for u in uses)
-    used = sum(size for _, size in {u.part for u in uses})
-    return any(u.chosen for u in uses) and used < value.numel()
-
-
 def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | None:
     """Why a parameter is not quantized; None if it is the weight of a Linear module called once."""
     if not uses:
@@ -375,9 +370,3 @@ def _reason(value: Tensor, uses: list[Matmul], calls: int | None) -> Reason | No
     if len(uses) > 1 or calls > 1:
         return Reason(Kind.REPEATED, "it is used more than once in a block")
     return None
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    parts = name.split(".")[:-1]
-    for i in range(1, len(parts) + 1):
-        yield ".".join(parts[:i])

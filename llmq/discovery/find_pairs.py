@@ -346,7 +346,7 @@ def find_in(model: nn.Module, structure: Structure) -> dict[str, Found]:
     blocks = list(model.get_submodule(structure.path).children())
     experts = [block.experts for block in structure.blocks]
     with recorded(model, blocks) as recording:
-        return find_all(model, structure.path, recording.calls[0], recording.hidden[0], experts)
+        return find_all(model, structure.path, recording.sampled(), recording.hidden[0], experts)
 
 
 def _attributes(blocks: list[nn.Module]) -> list[tuple[Any, ...]]:

@@ -192,24 +192,3 @@ def watch_modules(module: nn.Module) -> Iterator[Modules]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _Uses(TorchFunctionMode):
-    def __init__(self, values: list[Tensor], used: set[int]) -> None:
-        super().__init__()
-        self.values = {id(value): i for i, value in enumerate(values)}
-        self.used = used
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.used |= {self.values[id(v)] for v in flat((args, kwargs or {})) if id(v) in self.values}
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def watch_uses(values: list[Tensor]) -> Iterator[set[int]]:
-    """Within the context, collects the indices of those tensors that anything is computed with."""
-    used: set[int] = set()
-    with _Uses(values, used):
-        yield used

@@ -7,7 +7,8 @@ rows. Entries that no product was observed with are taken to be used like the ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,47 @@ class PartsInfo:
         return [f"{self.module}.{name}" for name in self.stacks]
 
 
+def linears_of(block: nn.Module) -> dict[str, str]:
+    """The weights of a block's Linear modules: parameter → module."""
+    return {f"{n}.weight" if n else "weight": n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find_routed(
+    block: nn.Module, matmuls: list[Matmul], hidden: Tensor, but: list[str], shared: bool = False
+) -> list[str]:
+    """The parameters of a block that hold experts, or may do so, but for some.
+
+    shared: whether the routed experts are among those, so that a stack that all tokens go through holds none.
+    """
+    if not any(m.chosen for m in matmuls):
+        return []
+    tokens, linears, found = hidden.shape[:-1].numel(), linears_of(block), []
+    for parameter, value in block.named_parameters():
+        uses = [m for m in matmuls if m.parameter == parameter]
+        listed = any(isinstance(block.get_submodule(p), nn.ModuleList) for p in _ancestors(parameter))
+        if value.dim() < 2 or parameter in but or not _is_routed(value, uses, tokens, listed and parameter in linears):
+            continue
+        if not (shared and value.dim() > 2 and all(u.tokens == tokens * len(value) for u in uses)):
+            found.append(parameter)
+    return found
+
+
+def _is_routed(value: Tensor, uses: list[Matmul], tokens: int, listed: bool) -> bool:
+    """Whether a parameter of a block that routes tokens holds experts: a stack of them, or one of a list of modules."""
+    if value.dim() > 2:
+        return any(u.chosen for u in uses)
+    if listed:
+        return not uses or any(u.chosen and u.tokens < tokens for u in uses)
+    used = sum(size for _, size in {u.part for u in uses})
+    return any(u.chosen for u in uses) and used < value.numel()
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    parts = name.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        yield ".".join(parts[:i])
+
+
 def call_experts(block: nn.Module, name: str, places: Places, like: Tensor) -> tuple[list[Matmul], set[str]]:
     """The products when a module of a block is called like experts, on rows that choose the first two of them.
 
@@ -50,7 +92,9 @@ def call_experts(block: nn.Module, name: str, places: Places, like: Tensor) -> t
     choices = torch.arange(FIRST).expand(FIRST, -1).contiguous()
     routed = Routed(rows, choices, torch.ones(FIRST, FIRST, dtype=like.dtype))
     with watch_matmuls(block) as matmuls, follow_products(block) as following:
-        places.call(routed).run(block.get_submodule(name), rows)
+        # The module's code may fail in any way on such a call: then the block's own run has to do.
+        with suppress(Exception):
+            places.call(routed).run(block.get_submodule(name), rows)
     return matmuls, {m.parameter for m in matmuls if m.input is not None and following.before(m.input)}
 
 

@@ -40,8 +40,10 @@ def tokens_to_check(folder: Path, recipe: Recipe, model: nn.Module, structure: S
     return tokens
 
 
-def check_length(folder: Path, model: nn.Module, structure: Structure, tokens: int) -> None:
-    """Raises LlmqError if the model's code fails on windows of that length, whatever the config says.
+def check_length(folder: Path, model: nn.Module, structure: Structure, tokens: int) -> int | None:
+    """The bytes of what goes from block to block for a window of that length, None if its blocks cannot be run so.
+
+    Raises LlmqError if the model's code fails on windows of that length, whatever the config says.
 
     With zeros as parameters: what lies before the blocks as it is, and each kind of block without its arithmetic. So a
     table of positions or a mask that is too short is found, in the blocks too, in little time and memory.
@@ -51,7 +53,7 @@ def check_length(folder: Path, model: nn.Module, structure: Structure, tokens: i
     with shared_zeros(model, [name for name, _ in model.named_parameters() if not name.startswith(inside)]):
         try:
             with of_length(f"{folder}: the model", tokens):
-                _run(model, blocks, _window(tokens))
+                return _run(model, blocks, _window(tokens))
         except LlmqError:
             try:
                 _run(model, blocks, _window(PROBE_TOKENS))
@@ -59,7 +61,7 @@ def check_length(folder: Path, model: nn.Module, structure: Structure, tokens: i
                 # Blocks that cannot run without arithmetic are not checked: few tokens are no problem for them.
                 with of_length(f"{folder}: the model", tokens):
                     reach(model, blocks[0], _window(tokens))
-                return
+                return None
             raise
 
 
@@ -67,16 +69,20 @@ def _window(tokens: int) -> Tensor:
     return torch.zeros(1, tokens, dtype=torch.long)
 
 
-def _run(model: nn.Module, blocks: list[nn.Module], window: Tensor) -> None:
-    """Run what lies before the blocks, and one block of each kind without its arithmetic."""
+def _run(model: nn.Module, blocks: list[nn.Module], window: Tensor) -> int:
+    """Run what lies before the blocks, and one block of each kind without its arithmetic.
+
+    Returns the bytes of what goes from block to block.
+    """
     recording = record(model, blocks, [window], first=_dry(blocks[0]))
-    calls = recording.calls[0]
+    calls = recording.sampled()
     seen = {structure_key(blocks[0], calls[0], set())}
     for block, call in zip(blocks[1:], calls[1:], strict=True):
         key = structure_key(block, call, set())
         if key not in seen:
             seen.add(key)
             call.run(_dry(block), recording.hidden[0])
+    return recording.nbytes
 
 
 def _dry(block: nn.Module) -> Callable[..., Any]:

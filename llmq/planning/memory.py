@@ -63,14 +63,18 @@ def predict(
     device: str,
     *,
     chains: int = 3,
+    between: int | None = None,
 ) -> Budget:
     """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block; chains: the number of sets
-    of hidden states (2 with a float target).
+    of hidden states (input, output and target; one more with a float target); between: the bytes of what goes from
+    block to block for one window, hidden states and other values, if known.
 
     The activations (input, target and output of every window) are in host memory for any device.
     """
     hidden = hidden_width(model)
-    activations = chains * ids_shape[0] * ids_shape[1] * hidden * dtype.itemsize
+    if between is None:
+        between = ids_shape[1] * hidden * dtype.itemsize
+    activations = chains * ids_shape[0] * between
     names = set(inside)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)

@@ -184,14 +184,14 @@ def make_plan(
             f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
             "embeddings: they are of different models"
         )
-    check_length(source.folder, model, structure, found.ids.shape[1])
+    between = check_length(source.folder, model, structure, found.ids.shape[1])
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other, set(left_out))
     if pipeline.transforms:
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
     plan.warnings = [*warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
-    plan.budget = _budget(plan, device)
+    plan.budget = _budget(plan, device, between)
     check_room(plan.budget, out, device)
     return plan
 
@@ -285,7 +285,8 @@ def _static(scheme: Scheme | None) -> bool:
     return scheme is not None and scheme.activations is not None and not scheme.activations.dynamic
 
 
-def _budget(plan: Plan, device: str) -> Budget:
+def _budget(plan: Plan, device: str, between: int | None = None) -> Budget:
+    """between: the bytes of what goes from block to block for one window, if known."""
     size = plan.dtype.itemsize
     loads, inside = [], []
     for block in plan.blocks:
@@ -315,6 +316,7 @@ def _budget(plan: Plan, device: str) -> Budget:
         plan.source.total_bytes - saved,
         device,
         chains=4 if plan.pipeline.float_target else 3,
+        between=between,
     )
 
 

@@ -136,12 +136,13 @@ def _replay_faults(
     recording = record(model, blocks, [ids])
     if len(seen.outputs) != len(blocks):
         return [f"an ordinary forward pass calls the blocks {len(seen.outputs)} times"]
-    hidden = recording.hidden[0]
+    (states,) = recording.states()
     with torch.inference_mode():
-        for i, (block, call) in enumerate(zip(blocks, recording.calls[0], strict=True)):
-            hidden = call.run(block, hidden)
-            if not apart(hidden, seen.outputs[i]) <= tolerance:
-                return [f"block {i} replayed is {apart(hidden, seen.outputs[i]):.1e} off"]
+        for i, block in enumerate(blocks):
+            (call,) = recording.of_block(i, [states])
+            states = call.step(block, states.hidden, torch.device("cpu"))
+            if not apart(states.hidden, seen.outputs[i]) <= tolerance:
+                return [f"block {i} replayed is {apart(states.hidden, seen.outputs[i]):.1e} off"]
     return []
 
 

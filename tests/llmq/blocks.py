@@ -34,7 +34,7 @@ def open_block(folder: Path, recipe: Recipe, windows: Tensor | None = None, inde
     plan = job.plan(str(folder), recipe, ids=ids() if windows is None else windows)
     io = BlockIO(plan, Sink(folder, 0, -1), CPU)  # nothing is written
     recording = stream.record_calls(io, Silent())
-    block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index))
+    block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index, recording.states()))
     block.target = block.outputs()
     return block
 

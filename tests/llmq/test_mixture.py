@@ -65,7 +65,7 @@ def test_the_sums_are_what_stock_transformers_experts_return(source: Path, monke
     in_batches(monkeypatch)
     io = opened(source)
     recording = stream.record_calls(io, Silent())
-    hidden = recording.hidden
+    states = recording.states()
     model, _ = mixtures.load(source)
     for block in io.plan.blocks:
         assert block.experts is not None
@@ -73,7 +73,7 @@ def test_the_sums_are_what_stock_transformers_experts_return(source: Path, monke
         with mixtures.calls_of(experts) as seen, mixtures.calls_of(model.get_submodule(block.name)) as outer:
             for batch in torch.split(IDS, 1):
                 model(batch, use_cache=False)
-        calls = recording.of_block(block.index)
+        hidden, calls = stream.hidden_of(states), recording.of_block(block.index, states)
         io.fill(block)
         routed = mixture.entering(block, hidden, calls, CPU)
         assert len(routed) == len(seen) == len(IDS)
@@ -83,9 +83,9 @@ def test_the_sums_are_what_stock_transformers_experts_return(source: Path, monke
         sums = mixture.unrounded(io, block, routed)
         for total, (_, output) in zip(sums, seen, strict=True):
             assert torch.allclose(total, output, rtol=1e-4, atol=1e-5)
-        hidden = mixture.outputs(block, hidden, calls, sums, CPU)
-        for mine_out, (_, output) in zip(hidden, outer, strict=True):
-            assert torch.allclose(mine_out, output, rtol=1e-4, atol=1e-5)
+        states = mixture.outputs(block, hidden, calls, sums, CPU)
+        for mine_out, (_, output) in zip(states, outer, strict=True):
+            assert torch.allclose(mine_out.hidden, output, rtol=1e-4, atol=1e-5)
         assert all(p.is_meta for n, p in block.module.named_parameters() if n in block.streamed)
 
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import llmq
-from llmq import steps
+from llmq import job, steps, stream
 from llmq.block.block import Block, WeightState
 from llmq.block_io import BlockIO
+from llmq.checkpoint.sink import Sink
+from llmq.discovery.calls import States
+from llmq.discovery.matmuls import flat
 from llmq.grids.scheme import Scheme
 from llmq.machine import device_memory
 from llmq.methods import Pipeline
-from llmq.planning.plan import BlockPlan
+from llmq.planning.plan import BlockPlan, Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from llmq.stream import check_signature, output_signature
+from tests.architectures import tiny
 from tests.conftest import write_tiny_model
+from tests.llmq import mixtures
 from tests.llmq.refusal import refused
+from tests.llmq.test_mixture import Broken, breaking, written
 
 IDS = torch.randint(256, (3, 64), generator=torch.Generator().manual_seed(0))
 RECIPE = Recipe(scheme=Scheme(4, 32))
@@ -144,3 +153,123 @@ def test_a_signature_of_zeros() -> None:
         refused(
             lambda then=then, now=now: check_signature({"signature": output_signature(then)}, now, "x"), "read back"
         )
+
+
+# Blocks that hand router states or chosen tokens to the next: both chains carry what the block before returned.
+
+WINDOWS = tiny.tokens(4, 32, seed=2)
+DENSE_OR_NOT = {"mlp_layer_types": ["dense", "sparse", "sparse", "dense"]}
+CHANGES: dict[str, dict[str, Any]] = {
+    "zaya": {},
+    "hy_v4": {},
+    "glm_moe_dsa": DENSE_OR_NOT | {"indexer_types": ["full", "shared", "full", "shared"]},
+    "gemma3n_text": {},
+    "gemma4_text": {},
+}
+"""In hy_v4 and glm_moe_dsa the tokens that attention looks at are chosen by some blocks, for the others as well; in the
+last two some blocks leave keys and values in a dict, for the others."""
+
+KEEP = {"zaya": ("experts",), "hy_v4": ("experts",)}
+"""Experts that are stacks on disk stay as they are."""
+
+
+def recipe_of(kind: str, method: str) -> Recipe:
+    options = {"iterations": 3} if method == "signround" else {}
+    return Recipe(
+        methods=tuple(method.split("+")), scheme=mixtures.W4, keep=KEEP.get(kind, ()), options=options, ragged="channel"
+    )
+
+
+def outputs_of(folder: Path, path: str) -> list[list[Tensor]]:
+    """The hidden states after every block, per window, as the model that stock transformers loads computes them."""
+    model, told = mixtures.load(folder)
+    assert not told
+    found: list[list[Tensor]] = []
+    hooks = []
+    for block in model.get_submodule(path).children():
+        mine: list[Tensor] = []
+        found.append(mine)
+
+        def note(_: nn.Module, __: Any, output: Any, mine: list[Tensor] = mine) -> None:
+            mine.append((output if isinstance(output, Tensor) else output[0]).detach())
+
+        hooks.append(block.register_forward_hook(note))
+    for window in torch.split(WINDOWS, 1):
+        run(model, window)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def run(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(ids, use_cache=False).logits
+    return result
+
+
+def apart(states: list[States], wanted: list[Tensor]) -> float:
+    value, target = torch.cat([one.hidden for one in states]), torch.cat(wanted)
+    return float((value - target).norm() / target.norm())
+
+
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[States]]]:
+    """What blocks handed on, in the order in which they were quantized: of the quantized and of the float chain."""
+    monkeypatch.setattr(Plan, "batch", property(lambda plan: 1))
+    real = stream.quantize_block
+    seen: dict[str, list[list[States]]] = {"quantized": [], "float": []}
+
+    def note(*args: Any) -> Any:
+        quantized, unquantized = real(*args)
+        seen["quantized"].append(quantized)
+        seen["float"].append(unquantized or [])
+        return quantized, unquantized
+
+    monkeypatch.setattr(stream, "quantize_block", note)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_both_chains_are_what_stock_transformers_computes(
+    kind: str, method: str, tmp_path: Path, chains: dict[str, list[list[States]]]
+) -> None:
+    """Of the source, and of the folder that was written; each window has values of its own."""
+    source = mixtures.write(kind, tmp_path / "m", **CHANGES[kind])
+    report = job.quantize(str(source), tmp_path / "out", recipe_of(kind, method), ids=WINDOWS)
+    assert report.quantized
+    path = "model.layers"
+    before, after = outputs_of(source, path), outputs_of(tmp_path / "out", path)
+    assert len(chains["quantized"]) == len(after) == 4
+    for mine, wanted in zip(chains["quantized"], after, strict=True):
+        assert apart(mine, wanted) <= 1e-5
+    for mine, wanted in zip(chains["float"], before, strict=True):
+        assert not mine if method == "gptq" else apart(mine, wanted) <= 1e-5
+    assert all(apart(mine, wanted) > 1e-3 for mine, wanted in zip(chains["quantized"], before, strict=True))
+    for own in chains["quantized"][:-1]:
+        assert all(len(one.handed) == 1 for one in own)
+        first, second, *_ = (
+            list(flat([dict(v) if isinstance(v, Mapping) else v for v in one.handed.values()])) for one in own
+        )
+        assert len(first) >= 1 and all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(one.handed for one in chains["quantized"][-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_a_run_that_was_broken_off_writes_the_same_bytes(
+    kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = mixtures.write(kind, tmp_path / "m", **CHANGES[kind])
+    job.quantize(str(source), tmp_path / "whole", recipe_of(kind, method), ids=WINDOWS)
+    whole = written(tmp_path / "whole")
+    for at in (2, sum(name.startswith("model-") for name in whole) - 1):
+        out = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(Sink, "commit", breaking(at))
+            with pytest.raises(Broken):
+                job.quantize(str(source), out, recipe_of(kind, method), ids=WINDOWS)
+        job.quantize(str(source), out, recipe_of(kind, method), ids=WINDOWS)
+        assert written(out) == whole, at

@@ -232,3 +232,19 @@ def test_experts_that_the_blocks_own_run_does_not_choose_are_called() -> None:
     assert not own and {m.parameter for m in more} == {"inner.up", "inner.down"} and inner == {"inner.down"}
     (info,) = find_parts(block, ["inner.up", "inner.down"], own, more, inner, TOKENS)
     assert info == PartsInfo("inner", COUNT + 1, {"up": Stack(1, 0, False), "down": Stack(1, 1, True)}, 1)
+
+
+def test_experts_that_cannot_be_called_so_are_known_by_the_blocks_own_run() -> None:
+    class Strict(Chosen):
+        def forward(self, rows: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+            if len(rows) != TOKENS:
+                raise RuntimeError("as many rows as the window has")
+            return super().forward(rows, choices, weights)
+
+    block = nn.ModuleDict({"inner": Strict()})
+    with torch.no_grad(), watch_matmuls(block) as own:
+        block["inner"](X, torch.zeros(TOKENS, 1, dtype=torch.long), torch.ones(TOKENS, 1))
+        called = call_experts(block, "inner", Places(0, 1, 2, IN, 2), X)
+    assert called == ([], set())
+    (info,) = find_parts(block, ["inner.up", "inner.down"], own, *called, TOKENS)
+    assert info.stacks == {"up": Stack(1, 0, False), "down": Stack(1, 1, False)}

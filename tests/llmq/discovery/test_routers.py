@@ -46,6 +46,15 @@ def test_routers_of_real_types(kind: str) -> None:
         assert not {w.view.parameter for w in block.weights} & found
 
 
+def test_every_layer_of_a_router_is_left_alone() -> None:
+    """zaya's has four, whose values reach the block's output through the choices and weights of experts only."""
+    for block in mixtures.structure("zaya").blocks:
+        left = {name.removeprefix(f"{block.name}.") for name, r in block.left.items() if r.kind is Kind.ROUTER}
+        inner = {f"mlp.gate.router_mlp.{name}.weight" for name in ("fc1", "fc2", "out_proj")}
+        assert left == inner | {"mlp.gate.down_proj.weight"}
+        assert {w.name.rpartition(".")[2] for w in block.weights} == {"o_proj", "q_proj", "k_proj", "v_proj_current"}
+
+
 @pytest.mark.parametrize("kind", LINEAR)
 def test_some_of_them_are_linear_modules(kind: str) -> None:
     """Which would be quantized if nothing followed their values."""

@@ -88,6 +88,12 @@ def test_the_peaks_of_a_host(dtype: torch.dtype, size: int, resident: int) -> No
     assert peaks("cpu", dtype) == peaks("cpu", dtype, chains=3)
 
 
+def test_what_goes_between_blocks_counts_if_it_is_known(resident: int) -> None:
+    more = peaks("cpu", between=1_000_000).memory - peaks("cpu", between=1_000).memory
+    assert more == 3 * 5 * 999_000
+    assert peaks("cpu", between=7 * 8 * 4) == peaks("cpu")
+
+
 def test_a_forward_pass_counts_where_a_block_needs_less(resident: int) -> None:
     """Six copies of two windows at the widest matrix, 30; recording has the embedding and norm besides."""
     forward, embedding = 6 * 2 * 7 * 30 * 4, (100 * 8 + 8) * 4

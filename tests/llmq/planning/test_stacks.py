@@ -107,6 +107,19 @@ def test_schemes_that_stock_could_not_read_are_loaded(
 
 
 @pytest.mark.slow
+def test_transposed_stacks_with_biases_run_eager_and_compiled_whole(columns: Path, tmp_path: Path) -> None:
+    job.quantize(str(columns), tmp_path / "out", Recipe(methods=("rtn",), scheme=W4, loader="llmq"), ids=IDS)
+    loaded = llmq.load(tmp_path / "out", dtype="float32", device_map="cpu")
+    wanted = mixtures.logits(loaded)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")(tiny.tokens(), use_cache=False).logits
+    loaded.set_experts_implementation("eager")
+    for found in (compiled, mixtures.logits(loaded)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_a_checkpoint_of_stacks_of_a_type_that_stores_experts_singly(kind: str, tmp_path: Path) -> None:
     """transformers' rules for the type match some of the names, too."""
