@@ -91,10 +91,9 @@ def call_experts(block: nn.Module, name: str, places: Places, like: Tensor) -> t
     rows = torch.zeros(FIRST, places.width, dtype=like.dtype)
     choices = torch.arange(FIRST).expand(FIRST, -1).contiguous()
     routed = Routed(rows, choices, torch.ones(FIRST, FIRST, dtype=like.dtype))
-    with watch_matmuls(block) as matmuls, follow_products(block) as following:
-        # The module's code may fail in any way on such a call: then the block's own run has to do.
-        with suppress(Exception):
-            places.call(routed).run(block.get_submodule(name), rows)
+    # The module's code may fail in any way on such a call: then the block's own run has to do.
+    with suppress(Exception), watch_matmuls(block) as matmuls, follow_products(block) as following:
+        places.call(routed).run(block.get_submodule(name), rows)
     return matmuls, {m.parameter for m in matmuls if m.input is not None and following.before(m.input)}
 
 
