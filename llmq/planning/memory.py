@@ -16,6 +16,8 @@ from llmq.machine import existing, size
 
 FORWARD_COPIES = 6
 ROUTED_COPIES = 2.5  # of the rows of all experts' products, at the widest of them
+# Kept for products of many different numbers of rows: oneDNN compiles each, and the heap is split between them.
+ROUTED_EXTRA = 256 * 2**20
 TRANSIENT = 96 * 2**20
 
 

@@ -30,7 +30,7 @@ from llmq.planning import checks
 from llmq.planning.experts import ExpertsPlan, check_experts, group, plan_experts
 from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
-from llmq.planning.memory import ROUTED_COPIES, Budget, Load, check_room, predict
+from llmq.planning.memory import ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, check_room, predict
 from llmq.planning.numbers import READ, check_numbers
 from llmq.planning.parts import PartsPlan, codes, group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
@@ -343,7 +343,7 @@ def _parts_load(plan: Plan, block: BlockPlan) -> Load:
         # Codes are there once the pass for the statistics is over.
         max(codes(group) for group in groups)
         + max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
-        int(ROUTED_COPIES * rows * max(max(i.shape) for i in mine) * max(2, plan.dtype.itemsize)),
+        int(ROUTED_COPIES * rows * max(max(i.shape) for i in mine) * max(2, plan.dtype.itemsize)) + ROUTED_EXTRA,
     )
 
 
