@@ -65,7 +65,9 @@ def _cpu(cpu: dict[str, Any]) -> str:
         return f"{cpu['rms']:.4f}{floor}, {', '.join(cpu['kernels'])}"
     instead = cpu.get("stand_in", {})
     if "rms" in instead:
-        return f"no kernel; plain {instead['rms']:.4f}"
+        most = instead.get("rms_of_most", instead["rms"])
+        few = f" ({most:.4f} without the 2 % of the tokens that differ most)" if instead["rms"] > 3 * most > 0 else ""
+        return f"no kernel; plain {instead['rms']:.4f}{few}"
     return f"**refused**: {_cell(cpu['refused'])}"
 
 

@@ -254,19 +254,29 @@ def _joined_name(plan: Plan, parameter: str) -> str:
 
 
 def _joined_warnings(plan: Plan) -> list[str]:
-    """A warning if other tensors than those of experts are joined."""
+    """A warning if tensors are joined that servers ask for one by one: all but those of experts.
+
+    Servers take whole stacks of experts too, but by the checkpoint's names for what holds them.
+    """
     blocks = plan.structure.blocks
     experts = {f"{b.name}.{b.experts.module}." for b in blocks if b.experts is not None}
     experts |= {f"{b.name}.{name}" for b in blocks for parts in b.parts for name in parts.names}
     found = {f"{b.name}.{n}": written for b in plan.blocks for n, written in b.joined.items()}
-    found = {n: written for n, written in found.items() if not n.startswith(tuple(experts))}
+
+    def within(parameter: str, written: str) -> bool:
+        holder = written.rpartition(".")[0]
+        return parameter.startswith(tuple(experts)) and plan.links.tensors(parameter)[0].startswith(f"{holder}.")
+
+    found = {parameter: written for parameter, written in found.items() if not within(parameter, written)}
     if not found:
         return []
     parameter, written = next(iter(found.items()))
+    names = plan.links.tensors(parameter)
+    told = ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} more"
     more = f", and the like of {len(found) - 1} more" if len(found) > 1 else ""
     return [
-        f"{', '.join(plan.links.tensors(parameter))} are written as one tensor, {written}{more}: stock transformers "
-        "cannot join them in a quantized folder; a server that reads them one by one, as vLLM does, will not find them"
+        f"{told} are written as one tensor, {written}{more}: stock transformers cannot join them in a quantized "
+        "folder; a server that reads them one by one, as vLLM does, will not find them"
     ]
 
 

@@ -212,3 +212,6 @@ def test_joined_tensors_that_only_stock_transformers_will_find_are_warned_of(tmp
     (warning,) = told("olmo_hybrid")
     assert "0.linear_attn.q_conv1d.weight" in warning and "0.linear_attn.conv1d.weight" in warning
     assert not told("qwen3_moe", "experts")
+    # vLLM's Mixtral has experts by the checkpoint's names, and refused a folder with transformers' name for a stack.
+    (warning,) = told("mixtral", "experts")
+    assert "block_sparse_moe.experts.0.w2.weight" in warning and "layers.0.mlp.experts.down_proj, and" in warning
