@@ -189,6 +189,8 @@ def table(results: Sequence[Result], base: float, first: str) -> Iterable[str]:
             for name in dict.fromkeys(r.variant for r in mine):
                 have = [r for r in mine if r.variant == name]
                 seeds = [s for s in reference if have[0].samples == 0 or s in {r.seed for r in have}]
+                if not seeds:
+                    continue
                 chosen = of_seeds(have, seeds)
                 value, error = difference([r.kl for r in chosen], [reference[s].kl for s in seeds])
                 kl = sum(sum(r.kl) / len(r.kl) for r in chosen) / len(chosen)

@@ -96,8 +96,8 @@ Route = Annotated[
     str | None,
     typer.Option(
         help="The tokens that each expert of a mixture is calibrated with: own (default: those that chose it; a rare "
-        "one borrows statistics of others) or all. All helps experts that fewer than about 30 tokens chose, makes the "
-        "others worse, and runs every expert on every token."
+        "one borrows statistics of others) or all. All helps only where most experts have fewer than about 50 tokens; "
+        "experts with hundreds get worse by it, and every expert runs on every token."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]
