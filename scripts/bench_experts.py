@@ -266,6 +266,7 @@ def main() -> None:
             )
         with args.out.open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
+        done.add(run)
         print(run, f"KL {sum(result.kl) / len(result.kl):.5f}, {took:.1f} s", flush=True)
 
     for name in args.folders:
