@@ -96,7 +96,7 @@ Route = Annotated[
     str | None,
     typer.Option(
         help="The tokens that each expert of a mixture is calibrated with: own (default: those that chose it; a rare "
-        "one borrows statistics of others) or all. All helps only where most experts have fewer than about 50 tokens; "
+        "one borrows statistics of others) or all. All can help where most experts have fewer than about 50 tokens; "
         "experts with hundreds get worse by it, and every expert runs on every token."
     ),
 ]
