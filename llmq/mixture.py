@@ -94,6 +94,10 @@ class Sums:
         """The rows of all batches that chose an expert: [n, width]."""
         return torch.cat([r.rows[torch.where(r.choices == expert)[0]] for r in self.routed])
 
+    def everyone(self) -> list[Tensor]:
+        """The rows of all batches, whoever chose them, in chunks: [n, width]."""
+        return [part for r in self.routed for part in torch.split(r.rows, CHUNK_ROWS)]
+
     def weights(self, expert: int) -> Tensor:
         """The routing weights of these rows: [n]."""
         return torch.cat([r.weights[r.choices == expert] for r in self.routed])
@@ -226,15 +230,16 @@ def _quantize(
     statistics: dict[type[Statistic], Statistic],
 ) -> ExpertBlock:
     assert block.experts is not None
-    info, planned = block.experts.info, block.experts.weights[expert]
+    info, planned, rows = block.experts.info, block.experts.weights[expert], result.rows(expert)
     mine = ExpertBlock(
         module,
         states_of(module, planned),
-        result.rows(expert),
+        rows,
         result.weights(expert),
         result.others(expert),
         statistics,
         {weight.input_id for weight in planned.values() if not weight.row_parallel},
+        everyone=result.everyone() if io.plan.recipe.route == "all" else (),
         pairs=block.experts.pairs,
         scale_dtype=io.plan.dtype,
         device=io.device,
@@ -243,17 +248,16 @@ def _quantize(
         mine.target = mine.observe(io.plan.pipeline.first)
         steps.quantize(mine, io.plan.pipeline)
         with rounded_inputs(module, mine.weights.values()):
-            outputs = torch.cat(mine.outputs())
+            result.add(expert, run(module, rows, io.device))
     except LlmqError as problem:
         raise LlmqError(f"{block.name}.{info.module}, expert {expert}: {problem}") from problem
-    if mine.tokens:
-        result.add(expert, outputs)
     return mine
 
 
 def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Statistic]:
-    """The statistics of all rows that enter the experts, of every kind that a method needs."""
-    kinds = dict.fromkeys(need for needs in io.plan.pipeline.passes for need in needs if hasattr(need, "blend"))
+    """The statistics of all rows that enter the experts, of every kind that a method needs, if experts blend them."""
+    needed = io.plan.pipeline.passes if io.plan.recipe.route == "own" else ()
+    kinds = dict.fromkeys(need for needs in needed for need in needs if hasattr(need, "blend"))
     made = {kind: kind(routed[0].rows.shape[1], io.device) for kind in kinds}
     for one in made.values():
         for batch in routed:

@@ -166,3 +166,41 @@ def test_quality_is_measured_on_any_grid(script: Any) -> None:
     assert quality.parse_scheme("3g64a") == Scheme(3, 64, False)
     nf4 = quality.parse_scheme("nf4")
     assert quality.rounds("awq+gptq", nf4) and quality.rounds("nf4", nf4) and not quality.rounds("nf4", Scheme())
+
+
+def test_variants_of_experts_and_what_their_differences_are_worth(script: Any) -> None:
+    experts = script("bench_experts")
+    assert experts.parse_variant("awq+gptq:all") == (("awq", "gptq"), "all", 32)
+    assert experts.parse_variant("gptq:8") == (("gptq",), "own", 8)
+    names, route, prior = experts.parse_variant("gptq:own")
+    assert (names, route) == (("gptq",), "own") and 0 < prior < 1e-6
+    ids = torch.arange(10 * 4 + 3)
+    assert experts.spread(ids, 4, 5).tolist() == [[8 * i + j for j in range(4)] for i in range(5)]
+    moved = {tuple(experts.spread(ids, 4, 1, seed)[0].tolist()) for seed in range(4)}
+    assert len(moved) == 4 and all(first % 4 == 0 for first, *_ in moved)
+    # Windows that all differ by as much are no noise; seeds that differ are.
+    assert experts.difference([[1.0, 2.0, 3.0]], [[0.5, 1.5, 2.5]]) == (pytest.approx(0.5), pytest.approx(0))
+    mean, error = experts.difference([[1.0, 3.0]], [[0.0, 0.0]])
+    assert (mean, error) == (2, pytest.approx(1))
+    mean, error = experts.difference([[1.0, 1.0], [3.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]])
+    assert (mean, error) == (2, pytest.approx(1))
+
+
+def test_a_table_of_variants_has_each_difference_to_the_first(script: Any) -> None:
+    experts = script("bench_experts")
+
+    def result(variant: str, samples: int, seed: int, kl: float, errors: tuple[float, float]) -> Any:
+        each = [(0, e, 20 * samples * e, error) for e, error in enumerate(errors)]
+        return experts.Result(variant, "3g64", samples, seed, [kl, kl], [1.0, 1.0], each)
+
+    results = [result("gptq", 4, seed, 0.02, (0.1, 0.4)) for seed in range(2)]
+    results += [result("gptq:all", 4, seed, 0.03, (0.2, 0.2)) for seed in range(2)]
+    results += [result("rtn", 0, 0, 0.05, (0.8, 0.2))]
+    lines = list(experts.table(results, 1.0, "gptq"))
+    assert lines[2:] == [
+        "| 3g64 | 4 × 2 | gptq | 2.718 (+0.00%) | 0.02000 |  | 0.2000 |",
+        "| 3g64 | 4 × 2 | gptq:all | 2.718 (+0.00%) | 0.03000 | +0.01000 ± 0.00000 | 0.2000 |",
+        "| 3g64 | 4 × 2 | rtn | 2.718 (+0.00%) | 0.05000 | +0.03000 ± 0.00000 | 0.4000 |",
+    ]
+    lines = list(experts.by_tokens(results, "3g64", ["gptq", "gptq:all", "rtn"]))
+    assert lines[2:] == ["| 0–0 | 2 | 0.1000 | 0.2000 | 0.8000 |", "| 48–127 | 2 | 0.4000 | 0.2000 | 0.2000 |"]

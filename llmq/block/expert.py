@@ -5,6 +5,8 @@ towards those of other tokens: H = α · H_own + (1 − α) · H_other, each per
 its own (shrinkage: Ledoit and Wolf, 2004). Of what enters the experts' module, the others are all tokens; of what is
 inside, 128 tokens that did not choose this expert are run through it. Rows count by the square of their routing weight
 w, because the block's error is Σ w² ‖ΔW x‖²: sums of squares take w · x, with w scaled to a mean square of 1.
+
+With `--route all`, all rows that enter the module are an expert's inputs instead, each with the same weight.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class ExpertBlock(Block):
 
     own: the rows [n, width] that chose it, and weights: their routing weights [n]; others: rows [m, width] that did
     not, which are its inputs if no row did; entering: statistics of all rows that enter the module; outer: the
-    `input_id` of the weights that these feed.
+    `input_id` of the weights that these feed. everyone: all rows that enter the module, in chunks, if they are to be
+    its inputs, whoever chose it; its own then count as any others, so its alpha is 0.
     """
 
     def __init__(
@@ -44,19 +47,21 @@ class ExpertBlock(Block):
         entering: Mapping[type[Statistic], Statistic],
         outer: set[int],
         *,
+        everyone: Sequence[Tensor] = (),
         pairs: Sequence[Pair] = (),
         scale_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        inputs = list(torch.split(own if len(own) else others, CHUNK_ROWS))
+        inputs = list(everyone or torch.split(own if len(own) else others, CHUNK_ROWS))
         calls = [ALONE] * len(inputs)
         super().__init__(module, states, inputs, calls, pairs=pairs, scale_dtype=scale_dtype, device=device)
         self.tokens, self.entering, self.outer = len(own), entering, outer
         # Without other rows nothing is drawn towards them.
-        self.alpha = self.tokens / (self.tokens + PRIOR_TOKENS) if len(others) else 1.0
-        self._others = others
+        shared = self.tokens / (self.tokens + PRIOR_TOKENS) if len(others) else 1.0
+        self.alpha = 0.0 if everyone else shared
+        self._others = others[:0] if everyone else others
         scale = weights.float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        self._weights = list(torch.split(weights.float() / scale, CHUNK_ROWS)) if len(own) else None
+        self._weights = list(torch.split(weights.float() / scale, CHUNK_ROWS)) if len(own) and not everyone else None
 
     def feeding(self, statistic: Statistic) -> Takes:
         """See `Block.feeding`."""

@@ -93,6 +93,14 @@ Loader = Annotated[
         "tensor for all, which other loaders cannot read: they refuse such a folder)."
     ),
 ]
+Route = Annotated[
+    str | None,
+    typer.Option(
+        help="The tokens that each expert of a mixture is calibrated with: own (default: those that chose it; a rare "
+        "one borrows statistics of others) or all. All can help where most experts have fewer than about 50 tokens; "
+        "experts with hundreds get worse by it, and every expert runs on every token."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]
 
 
@@ -125,11 +133,12 @@ def recipe_options(
     keep: Keep = None,
     ragged: Ragged = None,
     loader: Loader = None,
+    route: Route = None,
     seed: Seed = None,
     **options: Any,
 ) -> Recipe:
     """The preset or file, or the defaults, changed by the options that were given. Raises LlmqError."""
-    given = {"methods": method, "keep": keep or None, "ragged": ragged, "loader": loader, "seed": seed}
+    given = {"methods": method, "keep": keep or None, "ragged": ragged, "loader": loader, "route": route, "seed": seed}
     scheme = {
         "bits": bits,
         "group_size": None if group_size is None else parse_group(group_size),

@@ -225,6 +225,24 @@ def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) 
             raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine, items)} to leave the experts alone")
 
 
+def check_route(items: list[WeightPlan], recipe: Recipe, calibrated: bool) -> list[str]:
+    """What to warn of if each expert is to be calibrated with all tokens (`Recipe.route`).
+
+    calibrated: whether calibration data is used at all. Raises LlmqError if it is not; experts that cannot be run on
+    tokens that did not choose them belong here, too, by their module's name.
+    """
+    if recipe.route == "own":
+        return []
+    if not calibrated:
+        raise LlmqError(
+            f"--route all: method {'+'.join(recipe.methods)!r} uses no calibration tokens: leave --route out, or "
+            "choose a method that does, such as gptq"
+        )
+    if any(item.expert is not None and item.scheme is not None for item in items):
+        return []
+    return ["--route all changes nothing here: no routed experts are quantized one by one"]
+
+
 def _even(experts: list[WeightPlan], recipe: Recipe) -> str:
     """The way out where --ragged gives experts' matrices of different widths different schemes; empty elsewhere."""
     size, widths = recipe.scheme.group_size, sorted({item.shape[1] for item in experts})

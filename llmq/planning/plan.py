@@ -27,7 +27,7 @@ from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.planning import checks
-from llmq.planning.experts import ExpertsPlan, check_experts, group, plan_experts
+from llmq.planning.experts import ExpertsPlan, check_experts, check_route, group, plan_experts
 from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, check_room, predict
@@ -172,9 +172,11 @@ def make_plan(
     # Experts first: what servers allow of weights with one input is no way out for them.
     check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)
+    calibrated = pipeline.calibrated or any(_static(i.scheme) for i in items)
+    warned += check_route(items, recipe, calibrated)
     try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if pipeline.calibrated or any(_static(i.scheme) for i in items):
+    if calibrated:
         found = windows(longest(model))
     else:
         ids = (torch.arange(tokens_to_check(source.folder, recipe, model, structure)) % vocabulary)[None]
@@ -366,6 +368,9 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
     tokens = plan.ids.numel()
     # Rows, choices and weights, and the sums of outputs, of the unquantized and of the quantized block.
     routed = 2 * tokens * (width * (size + 4) + 16 * experts.info.call.chosen)
+    if plan.recipe.route == "all":
+        # An expert's target and its output for all tokens.
+        routed += 2 * tokens * width * size
     kinds = dict.fromkeys(need for needs in plan.pipeline.passes for need in needs)
     own = _statistics(plan, list(largest))
     return Load(

@@ -20,6 +20,7 @@ from llmq.validate import check_choice, check_keys, check_types, made
 
 RAGGED = ("error", "smaller", "channel", "keep")
 LOADERS = ("any", "transformers", "llmq")
+ROUTES = ("own", "all")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Recipe:
     checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name, each is
     passed to the methods that have it; one that no method has is refused. loader: who is to load the folder: with
     'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
-    `llmq.load` could read. The defaults are those that measured best for each method.
+    `llmq.load` could read. route: the tokens that an expert of a mixture is calibrated with: its own, or all that enter
+    its block's experts. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -60,6 +62,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     ragged: str = "error"
     loader: str = "any"
+    route: str = "own"
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
@@ -72,6 +75,7 @@ class Recipe:
             raise LlmqError("a recipe needs at least one method: 'rtn' is the simplest")
         check_choice("ragged", self.ragged, RAGGED)
         check_choice("loader", self.loader, LOADERS)
+        check_choice("route", self.route, ROUTES)
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
 

@@ -163,6 +163,8 @@ def test_mended_weight_is_another_model(model: Path, tmp_path: Path, text_file: 
         (["--damping", "1.5"], "damping"),
         (["--override", "up_proj=bits:{"], "--override"),
         (["--ragged", "sometimes"], "ragged"),
+        (["--route", "some"], "route"),
+        (["--route", "all", "--method", "rtn"], "--route all"),
         (["--tp", "3"], "--tp 3"),
         (["--device", "warp"], "--device warp"),
         (["--samples", "0"], "--samples"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ def drawn(rows: int, seed: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def block(own: Tensor, weights: Tensor, others: Tensor, entering: Tensor) -> ExpertBlock:
+def block(
+    own: Tensor, weights: Tensor, others: Tensor, entering: Tensor, everyone: Sequence[Tensor] = ()
+) -> ExpertBlock:
     """An expert whose module is entered by the rows `entering`."""
     module = Toy()
     states = [
@@ -56,7 +59,9 @@ def block(own: Tensor, weights: Tensor, others: Tensor, entering: Tensor) -> Exp
     for kind in (Hessian, MeanSquare, Inputs):
         of_all[kind] = kind(WIDTH, CPU)
         of_all[kind].update(entering)
-    return ExpertBlock(module, states, own, weights, others, of_all, {7}, scale_dtype=torch.float32, device=CPU)
+    return ExpertBlock(
+        module, states, own, weights, others, of_all, {7}, everyone=everyone, scale_dtype=torch.float32, device=CPU
+    )
 
 
 def mean_product(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -109,6 +114,23 @@ def test_with_no_other_tokens_its_own_are_all_there_is() -> None:
     module: Any = expert.module
     for view, want in ((GATE, mean_product(own, weights)), (DOWN, mean_product(module.inner(own), weights))):
         assert close(expert.weights[view.name].statistics[Hessian].total / 60, want)
+
+
+@pytest.mark.parametrize("own", [0, 7, 500])
+def test_of_everyone_the_statistics_are_those_of_all_rows_whoever_chose_it(own: int) -> None:
+    entering = drawn(900, 2, 1.3)
+    others = entering[own : own + 128]
+    weights = torch.rand(own, generator=torch.Generator().manual_seed(4))
+    expert = block(entering[:own], weights, others, drawn(50, 9), entering.split(400))
+    outputs = expert.observe((Hessian, MeanSquare, Inputs))
+    module: Any = expert.module
+    assert (expert.tokens, expert.alpha) == (own, 0)
+    assert [len(part) for part in outputs] == [400, 400, 100] and torch.allclose(torch.cat(outputs), module(entering))
+    for view, rows in ((GATE, entering), (UP, entering), (DOWN, module.inner(entering))):
+        found = expert.weights[view.name].statistics
+        assert found[Hessian].count == 900 and close(found[Hessian].total / 900, mean_product(rows))
+        assert close(found[MeanSquare].mean, rows.double().square().mean(0))
+        assert torch.allclose(found[Inputs].low.double(), rows.double().amin(0), atol=1e-5)
 
 
 def test_weights_count_relative_to_each_other() -> None:

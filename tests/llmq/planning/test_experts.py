@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llmq import formats, job
 from llmq.discovery.reasons import Kind
 from llmq.grids.scheme import Activations, Scheme
-from llmq.planning.experts import check_experts
+from llmq.planning.experts import check_experts, check_route
 from llmq.planning.plan import Plan
 from llmq.planning.weights import BY_USER
 from llmq.recipe.recipe import Recipe
@@ -329,3 +329,13 @@ def test_schemes_of_experts() -> None:
     refused(lambda: check_experts(other, recipe()), "x.0.experts.0.w1 4-bit", "x.0.experts.2.w2 8-bit")
     kept = [*experts[:-1], replace(experts[-1], scheme=None, reason=BY_USER)]
     refused(lambda: check_experts(kept, recipe()), "x.0.experts.2.w2 not quantized")
+
+
+def test_experts_that_are_to_see_all_tokens() -> None:
+    expert, dense = item("x.0.experts.1.w", scheme=W4, expert=1), item("x.0.attention", scheme=W4)
+    assert not check_route([dense, expert], recipe(route="all"), True)
+    assert not check_route([dense], recipe(), False)
+    for items in ([dense], [dense, replace(expert, scheme=None, reason=BY_USER)]):
+        (warning,) = check_route(items, recipe(route="all"), True)
+        assert "--route all changes nothing" in warning
+    refused(lambda: check_route([expert], recipe(route="all"), False), "--route all", "'rtn'")

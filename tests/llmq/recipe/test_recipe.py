@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmq import methods
 from llmq.errors import LlmqError
 from llmq.grids.scheme import RANGES, Activations, Scheme
-from llmq.recipe.recipe import RAGGED, Calibration, Recipe, parse_override
+from llmq.recipe.recipe import RAGGED, ROUTES, Calibration, Recipe, parse_override
 from tests.llmq.refusal import refused
 
 eight_bit = st.builds(
@@ -34,6 +34,7 @@ recipes = st.builds(
     overrides=st.dictionaries(st.text(min_size=1, max_size=8), schemes, max_size=3).map(lambda d: tuple(d.items())),
     keep=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
     ragged=st.sampled_from(RAGGED),
+    route=st.sampled_from(ROUTES),
     options=st.fixed_dictionaries({}, optional={"range": st.sampled_from(RANGES), "sweeps": st.integers(0, 5)}),
     calibration=st.builds(Calibration, st.text(min_size=1), st.integers(1, 512), st.integers(2, 4096)),
     seed=st.integers(0, 9),
