@@ -228,8 +228,8 @@ def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) 
 def check_route(items: list[WeightPlan], recipe: Recipe, calibrated: bool) -> list[str]:
     """What to warn of if each expert is to be calibrated with all tokens (`Recipe.route`).
 
-    calibrated: whether calibration data is used at all. Raises LlmqError if it is not; experts that cannot be run on
-    tokens that did not choose them belong here, too, by their module's name.
+    calibrated: whether calibration data is used at all. Raises LlmqError if it is not, or if experts cannot be run one
+    at a time (`parts`).
     """
     if recipe.route == "own":
         return []
@@ -238,7 +238,14 @@ def check_route(items: list[WeightPlan], recipe: Recipe, calibrated: bool) -> li
             f"--route all: method {'+'.join(recipe.methods)!r} uses no calibration tokens: leave --route out, or "
             "choose a method that does, such as gptq"
         )
-    if any(item.expert is not None and item.scheme is not None for item in items):
+    mine = [item for item in items if item.expert is not None and item.scheme is not None]
+    within = next((item for item in mine if item.view is not None and item.view.index is not None), None)
+    if within is not None:
+        raise LlmqError(
+            f"--route all: {within.name}: the model's code cannot run such an expert on tokens that did not choose it: "
+            "leave --route out"
+        )
+    if mine:
         return []
     return ["--route all changes nothing here: no routed experts are quantized one by one"]
 

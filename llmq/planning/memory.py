@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -43,8 +43,12 @@ class Load:
     workspace: int
     forward: int = 0
 
+    def then(self, experts: Load) -> Load:
+        """The load of a block's streamed experts: the rest of the block and its result are still in memory."""
+        return replace(experts, block=self.block + experts.block, packed=self.packed + experts.packed)
+
     def and_experts(self, experts: Load) -> Load:
-        """The block's load with that of its experts, which are quantized after the rest, whose statistics are freed."""
+        """The block's load with that of its experts, which are in memory with the rest and quantized after it."""
         return Load(
             self.block + experts.block,
             self.packed + experts.packed,
@@ -67,9 +71,9 @@ def predict(
     chains: int = 3,
     between: int | None = None,
 ) -> Budget:
-    """The peaks of a run. inside: the names of the blocks' parameters; loads: one per block; chains: the number of sets
-    of hidden states (input, output and target; one more with a float target); between: the bytes of what goes from
-    block to block for one window, hidden states and other values, if known.
+    """The peaks of a run. inside: the names of the blocks' parameters; loads: of each block, one after the other;
+    chains: the number of sets of hidden states (input, output and target; one more with a float target); between: the
+    bytes of what goes from block to block for one window, hidden states and other values, if known.
 
     The activations (input, target and output of every window) are in host memory for any device.
     """

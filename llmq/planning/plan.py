@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -314,8 +314,12 @@ def _budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             _statistics(plan, mine),
             max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
         )
-        load = load if block.experts is None else load.and_experts(_experts_load(plan, block.experts))
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
+        if block.experts is not None:
+            # What enters the unquantized block's experts is kept from the start.
+            entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
+            loads[-1] = replace(load, block=load.block + entering)
+            loads.append(load.then(_experts_load(plan, block.experts)))
     saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(

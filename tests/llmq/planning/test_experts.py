@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from llmq import formats, job
 from llmq.discovery.reasons import Kind
+from llmq.discovery.view import View
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.experts import check_experts, check_route
 from llmq.planning.plan import Plan
@@ -335,6 +336,8 @@ def test_experts_that_are_to_see_all_tokens() -> None:
     expert, dense = item("x.0.experts.1.w", scheme=W4, expert=1), item("x.0.attention", scheme=W4)
     assert not check_route([dense, expert], recipe(route="all"), True)
     assert not check_route([dense], recipe(), False)
+    part = replace(expert, view=View("stack", 0))
+    refused(lambda: check_route([dense, part], recipe(route="all"), True), "--route all: ", "leave --route out")
     for items in ([dense], [dense, replace(expert, scheme=None, reason=BY_USER)]):
         (warning,) = check_route(items, recipe(route="all"), True)
         assert "--route all changes nothing" in warning
