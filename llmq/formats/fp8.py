@@ -25,6 +25,8 @@ SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The scales of a tensor `weight`; of a tensor of another name, these of which only the first word is another."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+PACKAGES = {"fp8": "accelerate"}
+STOCK_UNPACKS = not torch.cuda.is_available()
 LAYOUTS = ("float-quantized", "naive-quantized", None)
 
 
@@ -44,6 +46,17 @@ def dequantizes(method: str | None, section: Mapping[str, Any]) -> bool:
         and sparsity.get("format", "dense") == "dense"
         and all(isinstance(w, Mapping) and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
         and all(group.get("format", section.get("format")) in LAYOUTS for group in found)
+    )
+
+
+def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether stock transformers is to read a folder; if it is in FP8.
+
+    It does not know modelopt. Without a GPU it dequantizes FP8 as `coded` does, but fails on tiles that are cut short,
+    or takes them in another size.
+    """
+    return not dequantizes(method, section) or not (
+        method == "modelopt" or (method == "fp8" and not torch.cuda.is_available())
     )
 
 

@@ -23,6 +23,8 @@ GROUP = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of the 16 codes."""
 BIAS, NAN = 127, 255
+PACKAGES = {"mxfp4": "accelerate"}
+STOCK_UNPACKS = not torch.cuda.is_available()
 
 
 def inspect(
