@@ -58,7 +58,7 @@ class Dequantized(Wrapped):
         self.config = _unquantized(base.config)
         self.coded = {weight.name: weight for weight in coded}
         codes = {weight.parts[0]: weight.name for weight in coded}
-        dropped = [name for weight in coded for name in weight.dropped]
+        dropped = list(dict.fromkeys(name for weight in coded for name in weight.dropped))
         hidden = {name for weight in coded for name in weight.parts[1:]} | set(dropped)
         # A weight stands where its codes do.
         self._names = [codes.get(name, name) for name in base.names() if name not in hidden]

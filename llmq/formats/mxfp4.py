@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
@@ -74,7 +73,8 @@ def _coded(source: Source, dtype: torch.dtype, stem: str, names: set[str]) -> Co
     if len(shape) != 4 or shape != (*beside.shape, GROUP // 2):
         raise damaged(source, scales, f"is {[*beside.shape]} for codes {[*shape]}")
     experts, out, groups, _ = shape
-    pairs = torch.tensor([[VALUES[byte & 15], VALUES[byte >> 4]] for byte in range(256)])
+    # Both numbers of a byte as one word: looking up words is several times as fast as looking up rows.
+    pairs = torch.tensor([[VALUES[byte & 15], VALUES[byte >> 4]] for byte in range(256)]).view(torch.float64).flatten()
 
     def rows(start: int, stop: int) -> Tensor:
         value = torch.empty((stop - start, groups * GROUP, out), dtype=dtype)
@@ -83,7 +83,8 @@ def _coded(source: Source, dtype: torch.dtype, stem: str, names: set[str]) -> Co
             if bool((exponents == NAN).any()):
                 raise damaged(source, scales, f"has the exponent {NAN}, which is not a number, for expert {expert}")
             for begin, end in pieces((out, groups * GROUP), 0, out):
-                numbers = embedding(found[begin:end].int(), pairs).reshape(end - begin, groups, GROUP)
+                words = pairs.index_select(0, found[begin:end].reshape(-1).int())
+                numbers = words.view(torch.float32).view(end - begin, groups, GROUP)
                 numbers = torch.ldexp(numbers, exponents[begin:end].int()[..., None] - BIAS)
                 value[expert - start, :, begin:end] = numbers.reshape(end - begin, -1).T
         return value

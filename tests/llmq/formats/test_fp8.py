@@ -248,6 +248,24 @@ def test_what_is_not_in_float8_is_read_as_it_is(tmp_path: Path) -> None:
     assert "a.b.activation_scale" in source.warnings[1] and "a.c" not in source.warnings[1]
 
 
+def test_scales_of_a_cache_in_the_module_above_are_left_out(tmp_path: Path) -> None:
+    tensors = {W: CODES, f"{W}_scale_inv": SCALES, "a.c.weight": CODES.clone(), "a.c.weight_scale_inv": SCALES.clone()}
+    others = {"a.k_scale": torch.ones(1), "a.v_scale": torch.ones(1), "a.logit_scale": torch.ones(1)}
+    source = opened(tmp_path, BLOCKS, tensors | others | {"k_scale": torch.ones(1)})
+    assert sorted(source.names()) == [W, "a.c.weight", "a.logit_scale", "k_scale", "norm.weight"]
+    assert source.warnings[1].startswith("a.k_scale, a.v_scale say")
+
+
+def test_stacks_beside_each_other_keep_their_scales_apart(tmp_path: Path) -> None:
+    codes, scale = made(3, 24, 40).to(E4M3), torch.rand(3, 1, 1) + 0.5
+    stacks = {f"a.{name}": codes.clone() for name in ("up", "down")}
+    stacks |= {f"a.{name}_scale": scale.clone() for name in ("up", "down")}
+    section = {"quant_method": "fp8", "weight_block_size": None}
+    source = opened(tmp_path, section, stacks | {"a.up_input_scale": torch.ones(1)})
+    assert sorted(source.names()) == ["a.down", "a.up", "norm.weight"]
+    assert "a.up_input_scale say" in source.warnings[1]
+
+
 @pytest.mark.parametrize("name", ["a.b.scale", "a.b.qscale_weight", "a.b.weight_scale_inv", "a.b.weight_scale"])
 def test_names_of_scales(tmp_path: Path, name: str) -> None:
     """transformers renames the first two."""
