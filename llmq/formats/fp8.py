@@ -28,7 +28,7 @@ ACTIVATIONS = ("_scale", "qscale_act", "input_zero_point")
 CACHE = ("q_scale", "k_scale", "v_scale")
 """Names of scales of activations, beside a weight, and of what is cached, in the module that its module is in."""
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
-PACKAGES = {"fp8": "accelerate"}
+PACKAGES = {"fp8": "accelerate", "modelopt": "accelerate"}
 STOCK_UNPACKS = not torch.cuda.is_available()
 LAYOUTS = ("float-quantized", "naive-quantized", None)
 

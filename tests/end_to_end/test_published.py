@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq import Recipe
+from llmq import Recipe, Scheme
 from llmq.formats.dequantized import open_source
+from llmq.grids.scheme import Activations
 from llmq.report.report import Report
 from tests.architectures import tiny
 from tests.llmq import mixtures
@@ -78,6 +79,20 @@ def test_stacks_in_mxfp4_for_llmq_alone(tmp_path: Path) -> None:
     assert any(row.expert is not None for row in report.quantized)
     found = [llmq.load(tmp_path / name, device_map="cpu", dtype="float32") for name in ("out", "twin-out")]
     assert torch.equal(mixtures.logits(found[0]), mixtures.logits(found[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [None, Activations(dynamic=False)])
+def test_what_llmq_wrote_in_fp8(tmp_path: Path, static: Activations | None) -> None:
+    """Static scales of inputs are left out."""
+    fp8 = Recipe(methods=("rtn",), scheme=Scheme(8, None, grid="fp8", activations=static))
+    llmq.quantize(str(tiny.make("qwen3", tmp_path / "m")), tmp_path / "few", fp8, ids=IDS)
+    assert any("input_scale" in name for name in mixtures.stored(tmp_path / "few")) == (static is not None)
+    report = both(tmp_path / "few", tmp_path, Recipe(methods=("rtn",), scheme=mixtures.W4))
+    assert any("input_scale" in told for told in report.warnings) == (static is not None)
+    assert not any("input_scale" in name for name in mixtures.stored(tmp_path / "out"))
+    _, told = mixtures.load(tmp_path / "out")
+    assert not told
 
 
 def test_what_is_left_alone_is_written_dequantized(tmp_path: Path) -> None:
