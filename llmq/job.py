@@ -17,11 +17,12 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import CARD, REPORT
 from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import FolderSource, Source
+from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
+from llmq.formats.dequantized import open_source
 from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
@@ -56,7 +57,7 @@ def plan(
     if out is not None:
         check_writable(Path(out))
         refuse_foreign(Path(out))
-    source = FolderSource(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
+    source = open_source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def wanted(longest: int | None) -> Windows:
         if ids is not None:

@@ -95,7 +95,8 @@ class Models:
         """Raise LlmqError, with the remedies, if a model's weights alone take more memory than is free."""
         o = self.options
         count, nbytes, bits = subject.weights
-        packed = subject.quantized and (o.kernels or not formats.unpacked_by_stock(subject.quantized))
+        kernels = subject.quantized in formats.readers()
+        packed = subject.quantized and ((o.kernels and kernels) or not formats.unpacked_by_stock(subject.quantized))
         place = input_device(o.device)
         if o.device == "auto" and (packed or not subject.quantized or place != "cpu"):
             return  # spread over several devices, or partly on disk
@@ -106,7 +107,7 @@ class Models:
         free = free_memory(o.device)
         if needed > free:
             ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
-            ways += ["--kernels keeps its weights packed"] if subject.quantized and not packed else []
+            ways += ["--kernels keeps its weights packed"] if kernels and not packed else []
             ways += ["--device auto keeps on disk what does not fit"] if not subject.quantized else []
             raise LlmqError(
                 f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +26,14 @@ _CHUNKS = 64
 class Source(Protocol):
     """A checkpoint to read: a folder, or a folder whose tensors are changed when read (as `Wrapped` does).
 
-    config: the contents of config.json; folder: the folder of config.json, the tokenizer and the licence.
+    config: the contents of config.json; folder: the folder of config.json, the tokenizer and the licence; warnings:
+    what a plan tells of how it is read.
     """
 
     folder: Path
     trust_remote_code: bool
     config: dict[str, Any]
+    warnings: tuple[str, ...]
 
     def names(self) -> list[str]:
         """Every tensor, in the order in which it is cheapest to read them."""
@@ -66,11 +69,19 @@ class FolderSource:
     All checks that read no weights are made here, in well under a second per hundred shards. Raises LlmqError, in one
     line that names the file or tensor and the remedy, if: the folder or its config.json is missing or unreadable; the
     weights are pickles or missing; a shard is missing, truncated, too long or damaged; the index names a tensor that
-    its shard lacks; the model is already quantized (unless quantized_ok) or needs code of its own (unless
-    trust_remote_code).
+    its shard lacks; the model is already quantized (unless quantized_ok, or what that returns for its config.json)
+    or needs code of its own (unless trust_remote_code).
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False, *, quantized_ok: bool = False) -> None:
+    warnings: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        folder: Path,
+        trust_remote_code: bool = False,
+        *,
+        quantized_ok: bool | Callable[[dict[str, Any]], bool] = False,
+    ) -> None:
         self.folder = Path(folder)
         self.trust_remote_code = trust_remote_code
         self.index: Path | None = None
@@ -79,14 +90,14 @@ class FolderSource:
         except OSError as error:
             raise LlmqError(f"cannot read {error.filename or self.folder}: {error.strerror}") from error
 
-    def _open(self, quantized_ok: bool) -> None:
+    def _open(self, quantized_ok: bool | Callable[[dict[str, Any]], bool]) -> None:
         if not self.folder.is_dir():
             what = "is a file, not a model folder" if self.folder.exists() else "does not exist"
             told = strangers.of_file(self.folder) if self.folder.is_file() else None
             what += f" ({told})" if told else ""
             raise LlmqError(f"{self.folder} {what}: give the folder that holds config.json and the safetensors files")
         self.config: dict[str, Any] = _read_config(self.folder)
-        if not quantized_ok:
+        if not (quantized_ok(self.config) if callable(quantized_ok) else quantized_ok):
             _refuse_quantized(self.folder, self.config)
         if not self.trust_remote_code:
             _refuse_remote_code(self.folder, self.config)
@@ -224,6 +235,7 @@ class Wrapped:
     def __init__(self, base: Source) -> None:
         self.base = base
         self.folder, self.trust_remote_code, self.config = base.folder, base.trust_remote_code, base.config
+        self.warnings = base.warnings
 
     def names(self) -> list[str]:
         """See `Source.names`."""

@@ -11,7 +11,9 @@ parts are optional:
   there are none that it loads;
 - claims(section): whether a configuration without `quant_method` is of this format;
 - COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`). A key of COMPANIONS that
-  begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear.
+  begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear;
+- dequantizes(method, section), coded(source, section, dtype): whether a folder to quantize is of this format, and its
+  weights, which are dequantized when they are read (`dequantized`).
 """
 
 from __future__ import annotations

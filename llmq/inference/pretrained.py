@@ -25,7 +25,9 @@ from llmq import formats
 from llmq.checkpoint.strangers import of_folder, of_tokenizer
 from llmq.discovery.architecture import not_causal
 from llmq.errors import LlmqError, first_line
+from llmq.formats.fp8 import dequantizes
 from llmq.formats.stacks import unmarked
+from llmq.inference.dense import dense_source, load_dense
 
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
 """Formats that only stock transformers reads: method in config.json → the package that is needed."""
@@ -84,15 +86,20 @@ def load_model(
     spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=kind,
-                device_map=device,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                local_files_only=True,
-                **({} if quantization is None else {"quantization_config": quantization}),
-                **({} if spilled is None else {"offload_folder": spilled.name}),
+            few = dense_source(folder, trust_remote_code)
+            loaded: Any = (
+                load_dense(few, kind, device)
+                if few is not None
+                else AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=kind,
+                    device_map=device,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    **({} if quantization is None else {"quantization_config": quantization}),
+                    **({} if spilled is None else {"offload_folder": spilled.name}),
+                )
             )
             loaded[0].eval()
             if dtype == "float32" and quantization is None:
@@ -206,7 +213,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     """config.json, after checking that the folder's quantization can be read. Raises LlmqError.
 
-    kernels: with llmq's own readers, which need no other package, or with transformers' if those refuse.
+    kernels: with llmq's own readers, which need no other package, or with transformers' if those refuse. What llmq
+    dequantizes itself needs no package either.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -219,7 +227,8 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         return config
     method = formats.method_of(quantization) or ""
-    if not _known(method) and not (kernels and method in formats.readers()):
+    ours = (kernels and method in formats.readers()) or dequantizes(method, quantization)
+    if not _known(method) and not ours:
         way = (
             "--kernels or llmq.load reads it" if method in formats.readers() else "load it with the tool that wrote it"
         )

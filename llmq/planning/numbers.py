@@ -14,10 +14,14 @@ from llmq.checkpoint.source import Source
 from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
+from llmq.formats.fp8 import CODES as CODES_OF_FP8
 
 READ = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of weights that llmq quantizes."""
 
+FP8_WAY_OUT = (
+    "take the config.json that the model was published with, whose quantization_config says how to read them, or "
+)
 CODES, SAMPLE = 256, 1 << 16
 """The values that 8 bits can have; the numbers of a weight that are looked at."""
 
@@ -56,7 +60,8 @@ def check_numbers(
                 raise LlmqError(f"{source.folder}: {tensor} is stored as {kind}: convert it to float32")
             raise LlmqError(
                 f"{source.folder}: {tensor} is stored as {kind}, numbers that mean nothing without their scales; llmq "
-                f"reads float32, float16 and bfloat16 weights: {_way_out(source)}"
+                f"reads float32, float16 and bfloat16 weights: {FP8_WAY_OUT if dtype in CODES_OF_FP8 else ''}"
+                f"{_way_out(source)}"
             )
     extras = _extras(model, links, named)
     biases = [extra.tensor for extra in extras if _is_bias(extra)]

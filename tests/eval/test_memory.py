@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from llmq.errors import LlmqError
+from llmq.formats import fp8, mxfp4
 from llmq_eval import models
 from llmq_eval.evaluation import evaluate
 from llmq_eval.options import Options
@@ -109,3 +110,16 @@ def test_what_is_taken_to_fit(
     subject: Any = SimpleNamespace(given="m", label="m", weights=weights, quantized=quantized)
     with contextlib.nullcontext() if fits else pytest.raises(LlmqError, match="8.0 MiB are free"):
         models.Models(Options(**options)).check(subject)
+
+
+@pytest.mark.parametrize("method", ["fp8", "modelopt", "mxfp4"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_only_loads_dense_must_fit_as_such(method: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a GPU. No kernel of ours reads these, so none is offered."""
+    for module in (fp8, mxfp4):
+        monkeypatch.setattr(module, "STOCK_UNPACKS", True)
+    monkeypatch.setattr(models, "free_memory", lambda _: 8 * MB)
+    subject: Any = SimpleNamespace(given="m", label="m", weights=(9 * MB, 5 * MB, 4.2), quantized=method)
+    with pytest.raises(LlmqError, match="8.0 MiB are free") as caught:
+        models.Models(Options(kernels=kernels)).check(subject)
+    assert "--kernels" not in str(caught.value)

@@ -1,0 +1,68 @@
+"""A folder in few bits as a dense model in memory, where stock transformers does not read it, or not rightly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.source import Source
+from llmq.discovery.blocks import build
+from llmq.formats.dequantized import Dequantized, open_source
+from llmq.formats.fp8 import read_by_stock
+from llmq.formats.inspection import section_of
+
+
+class Unread:
+    """A tensor that transformers reads when it places it, as it does the slices of a file."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self.source, self.name = source, name
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.source.read(self.name)
+
+
+def dense_source(folder: Path, trust_remote_code: bool = False) -> Dequantized | None:
+    """The folder, dequantized when read, if stock transformers would not give the same values; else None.
+
+    Raises LlmqError if a weight's codes, scales and configuration contradict each other.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    method, section = section_of(folder, config if isinstance(config, dict) else {})
+    if read_by_stock(method, section):
+        return None
+    source = open_source(folder, trust_remote_code)
+    return source if isinstance(source, Dequantized) else None
+
+
+def load_dense(source: Dequantized, dtype: torch.dtype | str, device: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a source, and what transformers says of its tensors; each is dequantized when it is placed.
+
+    dtype: 'auto' is that of the source. Raises what from_pretrained raises.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    kind: Any = type(build(source.folder, source.dtype, source.trust_remote_code))
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    model, told = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: Unread(source, name) for name in source.names()},
+        dtype=source.dtype if dtype == "auto" else dtype,
+        device_map=device,
+        output_loading_info=True,
+    )
+    model.config.name_or_path = str(source.folder)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model, told
