@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +16,19 @@ from torch.nn.functional import pad
 
 Weights = dict[str, Tensor]
 E4M3 = torch.float8_e4m3fn
+
+
+def need_stock() -> None:
+    """Skips a test where transformers' own reader of FP8 fails on every folder, as that of 5.16 does on a CPU."""
+    from transformers import FineGrainedFP8Config, LlamaConfig
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    quantizer = FineGrainedFP8HfQuantizer(FineGrainedFP8Config())
+    plan = getattr(quantizer, "update_tp_plan", lambda _: None)  # newer versions have none
+    try:
+        plan(LlamaConfig())
+    except AttributeError as error:
+        pytest.skip(f"transformers' own reader of FP8 fails on every folder: {error}")
 
 
 def stock(section: Mapping[str, Any]) -> Any:

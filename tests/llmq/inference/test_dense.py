@@ -40,6 +40,7 @@ def test_modelopt_is_read_where_stock_transformers_knows_nothing_of_it(
 
 
 def test_tiles_that_are_cut_short_are_read_where_stock_transformers_fails(tmp_path: Path) -> None:
+    published.need_stock()
     folder = published.fp8(tiny.make("qwen3_moe", tmp_path / "m"), (24, 40))
     source = open_source(folder)
     with pytest.raises(Exception, match="not divisible|conversion|convert"):
@@ -52,6 +53,7 @@ def test_tiles_that_are_cut_short_are_read_where_stock_transformers_fails(tmp_pa
 
 
 def test_where_tiles_are_whole_the_model_is_that_of_stock_transformers(tmp_path: Path) -> None:
+    published.need_stock()
     folder = published.fp8(tiny.make("deepseek_v3", tmp_path / "m"))
     kind: Any = AutoModelForCausalLM
     stock = kind.from_pretrained(folder, dtype="auto").eval()
