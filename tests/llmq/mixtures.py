@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmq import formats
+from llmq.checkpoint.sink import Sink
 from llmq.discovery.blocks import Structure, build, find
 from llmq.grids.scheme import Scheme
 from llmq.report.report import Report
@@ -72,6 +73,28 @@ def put_quantized(state: dict[str, Tensor], report: Report, written: dict[str, T
         owner, expert, name = re.fullmatch(r"(.*)\.(\d+)\.(\w+?)(?:\.T)?", row.name).groups()  # type: ignore[union-attr]
         entry = state[f"{owner}.{name}"][int(expert)]
         entry.copy_(value.T if row.name.endswith(".T") else value)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Everything in a finished folder that must not depend on how it came about."""
+    differ = {"report.json", "report.html", "README.md"}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in differ}
+
+
+class Broken(Exception):
+    """The end of a run."""
+
+
+def breaking(at: int) -> Callable[..., None]:
+    """Sink.commit that ends the run at its at-th call, before anything is written."""
+    real, calls = Sink.commit, iter(range(10**6))
+
+    def commit(sink: Sink, *args: Any) -> None:
+        if next(calls) == at:
+            raise Broken
+        real(sink, *args)
+
+    return commit
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from tests.architectures import tiny
 from tests.llmq import mixtures
+from tests.llmq.mixtures import Broken, breaking, written
 from tests.llmq.planning.test_experts import exact, twin
 from tests.llmq.refusal import refused
 
@@ -42,12 +42,6 @@ GPTQ, RTN = Recipe(methods=("gptq",), scheme=W4), Recipe(methods=("rtn",), schem
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of four experts, stored one by one, and two that return their input; do not change it."""
     return mixtures.write("longcat_flash", tmp_path_factory.mktemp("models") / "m", num_layers=2)
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    """Everything in a finished folder that must not depend on how it came about."""
-    differ = {"report.json", "report.html", "README.md"}
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in differ}
 
 
 def groups_of(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
@@ -170,22 +164,6 @@ def test_groups_of_any_size_give_the_same_tensors(
     for size in (1, 3):
         assert found[size].keys() == found[6].keys()
         assert all(torch.equal(tensor, found[6][name]) for name, tensor in found[size].items())
-
-
-class Broken(Exception):
-    """The end of a run."""
-
-
-def breaking(at: int) -> Callable[..., None]:
-    """Sink.commit that ends the run at its at-th call, before anything is written."""
-    real, calls = Sink.commit, iter(range(10**6))
-
-    def commit(sink: Sink, *args: Any) -> None:
-        if next(calls) == at:
-            raise Broken
-        real(sink, *args)
-
-    return commit
 
 
 @pytest.mark.slow
