@@ -293,8 +293,11 @@ def _quantize_group(
     states = states_of(block.module, weights)
     mine = GroupBlock(block.module, states, block.inputs, block.calls, scale_dtype=io.plan.dtype, device=io.device)
     mine.target = block.target
-    mine.observe(pipeline.first)
-    steps.quantize(mine, pipeline)
+    try:
+        mine.observe(pipeline.first)
+        steps.quantize(mine, pipeline)
+    except LlmqError as problem:
+        raise LlmqError(f"{planned.name}, {group.unit.partition(', ')[2]}: {problem}") from problem
     assert mine.tokens is not None
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}

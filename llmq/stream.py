@@ -89,7 +89,8 @@ def quantize_block(
     tensors |= io.untouched(planned, block.changed)
     weights = list(block.weights.values())
     if planned.parts is not None:
-        weights += mixture.quantize_parts(io, planned, block, watch)
+        with rounded_inputs(block.module, block.weights.values()):
+            weights += mixture.quantize_parts(io, planned, block, watch)
     if planned.experts is None:
         with rounded_inputs(block.module, weights):
             output = forward(block.module, block.inputs, block.calls, io.device)

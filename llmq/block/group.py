@@ -2,7 +2,8 @@
 
 The whole block is in memory and runs, but only the inputs of the group's weights are collected. Every group has the
 inputs of the block with all its other weights quantized and all its experts unquantized, as they would be if the
-statistics of all experts were collected in one pass: so results do not depend on the groups.
+statistics of all experts were collected in one pass: so what a quantizer makes of them does not depend on the groups.
+A refinement learns the experts of a group together.
 """
 
 from __future__ import annotations

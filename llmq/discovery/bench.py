@@ -231,6 +231,8 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 def _alive(x: Tensor) -> Tensor:
     """Columns that more than one sample leaves nonzero (ReLU): with a single sample any factor would fit."""
+    if not len(x):  # an expert that no sample chose
+        return torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     return (x.abs() > 1e-3 * x.abs().amax(0)).sum(0) > 1
 
 

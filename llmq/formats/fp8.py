@@ -24,9 +24,10 @@ CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The scales of a tensor `weight`; of a tensor of another name, these of which only the first word is another."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
-ACTIVATIONS = ("_scale", "qscale_act", "input_zero_point")
-CACHE = ("q_scale", "k_scale", "v_scale")
-"""Names of scales of activations, beside a weight, and of what is cached, in the module that its module is in."""
+CACHE = ("q_scale", "k_scale", "v_scale", "kv_scale")
+ACTIVATIONS = (*CACHE, "input_scale", "output_scale", "activation_scale", "act_scale", "qscale_act", "input_zero_point")
+"""Names of scales of activations, beside a weight, and of what is cached, there or in the module that its module is in.
+Others may change what the weight means, as `pre_quant_scale` does."""
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 PACKAGES = {"fp8": "accelerate", "modelopt": "accelerate"}
 STOCK_UNPACKS = not torch.cuda.is_available()
@@ -43,6 +44,8 @@ def dequantizes(method: str | None, section: Mapping[str, Any]) -> bool:
     found = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
     weights = [group.get("weights") for group in found]
     sparsity = section.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping):
+        return False
     return (
         bool(weights)
         and not section.get("transform_config")
@@ -80,12 +83,8 @@ def _activations(name: str, modules: Mapping[str, list[str]]) -> list[str]:
     """The tensors that say how a weight's inputs and outputs are rounded, and those of a cache in the module above."""
     module, _, last = name.rpartition(".")
 
-    def beside(leaf: str) -> bool:
-        if last == "weight":
-            return leaf.endswith(ACTIVATIONS) and not leaf.startswith("weight")
-        return leaf.endswith(ACTIVATIONS) and leaf.startswith(f"{last}_")
-
-    found = [other for other in modules[module] if beside(other.rpartition(".")[2])]
+    mine = set(ACTIVATIONS if last == "weight" else (f"{last}_{leaf}" for leaf in ACTIVATIONS))
+    found = [other for other in modules[module] if other.rpartition(".")[2] in mine]
     above = modules.get(module.rpartition(".")[0], []) if module else []
     return found + [other for other in above if other.rpartition(".")[2] in CACHE]
 

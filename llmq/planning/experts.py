@@ -202,6 +202,11 @@ def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) 
     """
     mine = [i for i in items if i.expert is not None]
     stacked = [i for i in items if i.reason is not None and i.reason.kind is Kind.STACKED]
+    if stacked and recipe.loader == "llmq":
+        raise LlmqError(
+            f"{stacked[0].name}: {stacked[0].reason}, and they are packed all or not at all. Way out: --keep "
+            f"{_pattern(stacked, items)}"
+        )
     if stacked:
         raise LlmqError(
             f"{stacked[0].name}: {stacked[0].reason}; stock transformers cannot load such experts packed, and would "
@@ -219,6 +224,12 @@ def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) 
             "or --keep for all experts of a block"
         )
     for scheme, item in schemes.items():
+        static = scheme is not None and scheme.activations is not None and not scheme.activations.dynamic
+        if static and item.view is not None and item.view.index is not None:
+            raise LlmqError(
+                f"{item.name}: static scales need inputs of every expert, and the model's code runs such an expert on "
+                f"the tokens that chose it only: --activations dynamic, or --keep {_pattern(mine, items)}"
+            )
         refusal = formats.stacks_refusal if alone else formats.experts_refusal
         why = None if scheme is None else refusal(scheme)
         if why:

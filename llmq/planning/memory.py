@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,10 +71,12 @@ def predict(
     *,
     chains: int = 3,
     between: int | None = None,
+    stacks: Collection[str] = (),
 ) -> Budget:
     """The peaks of a run. inside: the names of the blocks' parameters; loads: of each block, one after the other;
     chains: the number of sets of hidden states (input, output and target; one more with a float target); between: the
-    bytes of what goes from block to block for one window, hidden states and other values, if known.
+    bytes of what goes from block to block for one window, hidden states and other values, if known; stacks: of the
+    parameters, those that hold experts one below the other, which tell no width.
 
     The activations (input, target and output of every window) are in host memory for any device.
     """
@@ -81,7 +84,7 @@ def predict(
     if between is None:
         between = ids_shape[1] * hidden * dtype.itemsize
     activations = chains * ids_shape[0] * between
-    names = set(inside)
+    names = set(inside) - set(stacks)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
     embedding = sum(p.numel() for p in before_blocks(model, inside).values()) * dtype.itemsize

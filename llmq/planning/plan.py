@@ -232,7 +232,7 @@ def _blocks(plan: Plan) -> list[BlockPlan]:
         chosen = [w for w in plan.weights if w.block == index and w.scheme is not None]
         weights = {w.view.name: w for w in chosen if w.view is not None and w.expert is None}
         experts = None if block.experts is None else group(index, block.experts, chosen, plan.pairs.get(block.name))
-        parts = group_parts(index, chosen, plan.dtype, partial(_statistics, plan)) if block.parts else None
+        parts = group_parts(index, chosen, plan.dtype, partial(_group_bytes, plan)) if block.parts else None
         prefix = block.name + "."
         inside = (n for n in plan.links.names() if n.startswith(prefix))
         tensors = {n.removeprefix(prefix): plan.links.tensors(n) for n in inside}
@@ -333,6 +333,7 @@ def _budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         device,
         chains=4 if plan.pipeline.float_target else 3,
         between=between,
+        stacks=[f"{b.name}.{name}" for b in plan.blocks if b.parts is not None for name in b.parts.parameters],
     )
 
 
@@ -343,6 +344,12 @@ def _statistics(plan: Plan, items: list[WeightPlan]) -> int:
     return max(passes, default=0)
 
 
+def _group_bytes(plan: Plan, items: list[WeightPlan]) -> int:
+    """What some weights need while they are quantized together: statistics, and what refinements learn at once."""
+    learned = sum(method.workspace(item.shape) for method in plan.pipeline.refiners for item in items)
+    return _statistics(plan, items) + learned
+
+
 def _parts_load(plan: Plan, block: BlockPlan) -> Load:
     """What the experts of a block that are in memory with it need beside it: the results and statistics of a group."""
     assert block.parts is not None
@@ -350,12 +357,12 @@ def _parts_load(plan: Plan, block: BlockPlan) -> Load:
     mine = list(block.parts.weights.values())
     windows = min(plan.batch, len(plan.ids))
     rows = windows * plan.ids.shape[1] * max(info.copies for info in plan.structure.blocks[block.index].parts)
-    # A refinement's trial has a rounded copy of every parameter that holds some of the group's weights.
-    copies = codes(mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
+    # A refinement's trial has a rounded copy of every parameter that holds some of the group's weights, and a gradient.
+    copies = 2 * codes(mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
     return Load(
         copies,
         0,
-        max(_statistics(plan, group) for group in groups),
+        max(_group_bytes(plan, group) for group in groups),
         # Codes are there once the pass for the statistics is over.
         max(codes(group) for group in groups)
         + max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),

@@ -15,6 +15,7 @@ import torch
 
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
+from llmq.errors import LlmqError
 from llmq.formats.base import SMALL, Row, Unclear, check_named, dtype_name, inputs_per_scale, outputs_beside, whole
 
 COMPANIONS = {
@@ -133,6 +134,13 @@ def _block(stated: Any) -> tuple[int | None, int | None]:
     return whole({"": sizes[0]}, ""), whole({"": sizes[1]}, "")
 
 
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise LlmqError(f"config.json: the target 're:{pattern}' is no regular expression: {error}") from error
+
+
 def scheme_of(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `weights` entry of the config group that a module belongs to: by name or pattern, else the class-wide one."""
     groups = config.get("config_groups")
@@ -140,9 +148,10 @@ def scheme_of(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     for group in groups.values() if isinstance(groups, Mapping) else ():
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             continue
-        for target in group.get("targets") or ():
-            pattern = target.removeprefix("re:")
-            if target == module or (pattern != target and re.match(pattern, module)):
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
+            pattern = str(target).removeprefix("re:")
+            if target == module or (pattern != target and _matches(pattern, module)):
                 return group["weights"]  # type: ignore[no-any-return]
             if pattern == target and "." not in target:
                 wide = wide or group["weights"]

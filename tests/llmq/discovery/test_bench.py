@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from llmq.discovery import parameters
-from llmq.discovery.bench import Bench, Run, Unsteady, Use, difference, followed, run_to_fill, unchanged
+from llmq.discovery.bench import Bench, Run, Unsteady, Use, _alive, difference, followed, run_to_fill, unchanged
 from llmq.discovery.calls import Call
 from tests.llmq.discovery.made import INNER, TOKENS, WIDTH, Made, fc, mlp
 
@@ -205,3 +205,9 @@ def test_a_block_leaves_what_later_ones_take() -> None:
 def test_a_use_tells_what_it_was() -> None:
     run = Run([Use("a", torch.ones(3, 2), True, False, 1), Use("b", torch.ones(4, 5), False, True, None)], [])
     assert run.path() == [("a", torch.Size([3, 2])), ("b", torch.Size([4, 5]))]
+
+
+def test_inputs_without_rows_have_no_column_that_is_alive() -> None:
+    """Of an expert that no sample chose."""
+    assert not _alive(torch.zeros(0, 5)).any() and _alive(torch.zeros(0, 5)).shape == (5,)
+    assert _alive(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).tolist() == [True, False]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmq import job
 from llmq.checkpoint.source import FolderSource
+from llmq.errors import LlmqError
+from llmq.formats.compressed_tensors.inspect import scheme_of
 from llmq.formats.dequantized import Dequantized, open_source
 from llmq.formats.fp8 import dequantizes
+from llmq.grids.scheme import Scheme
+from llmq.recipe.recipe import Recipe
 from tests.llmq.formats import published
 from tests.llmq.formats.published import E4M3
 from tests.llmq.refusal import refused
@@ -282,3 +288,25 @@ def test_a_folder_that_says_nothing_is_read_as_it_is(tmp_path: Path) -> None:
     path = folder(tmp_path, None, {W: CODES, f"{W}_scale_inv": SCALES})
     source = open_source(path)
     assert isinstance(source, FolderSource) and source.info(W).dtype == E4M3
+
+
+def test_scales_that_change_what_a_weight_means_stay_to_be_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """`pre_quant_scale` divides the inputs of a weight, which is wrong without it."""
+    folder = published.modelopt(shutil.copytree(tiny_model, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    stem = next(name for name in tensors if name.endswith("down_proj.weight")).removesuffix("weight")
+    width = tensors[f"{stem}weight"].shape[1]
+    save_file(tensors | {f"{stem}input_scale": torch.ones(())}, folder / "model.safetensors", {"format": "pt"})
+    assert f"{stem}input_scale" not in open_source(folder).names()
+    save_file(tensors | {f"{stem}pre_quant_scale": torch.full((width,), 2.0)}, folder / "model.safetensors")
+    with pytest.raises(LlmqError, match=f"{stem}pre_quant_scale beside it"):
+        job.plan(str(folder), Recipe(methods=("rtn",), scheme=Scheme(4, 16)))
+
+
+def test_a_damaged_section_is_no_traceback(tmp_path: Path) -> None:
+    group = {"weights": {"type": "float", "num_bits": 8}, "targets": ["re:(("]}
+    section = {"config_groups": {"g": group}, "sparsity_config": "x"}
+    assert not dequantizes("compressed-tensors", section)
+    with pytest.raises(LlmqError, match="re:\\(\\(.* is no regular expression"):
+        scheme_of("a.b", section)
+    assert scheme_of("a.b", {"config_groups": {"g": group | {"targets": 5}}}) == {}

@@ -14,7 +14,7 @@ import torch
 from llmq import job
 from llmq.discovery.reasons import Kind
 from llmq.discovery.view import View
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Activations, Scheme
 from llmq.methods import make
 from llmq.planning import parts
 from llmq.planning import plan as planning
@@ -146,3 +146,12 @@ def test_the_memory_of_a_block_and_one_group(
         assert load.statistics == (hessians if method == "gptq" else 0)
         # Each token chooses two experts, one of which may be none in the run that shows it.
         assert load.forward == 2.5 * made.ids.numel() * 64 * 4 + 2**28
+
+
+def test_static_scales_of_inputs_are_refused(tmp_path: Path) -> None:
+    """An expert that no token chose has no inputs to find one by."""
+    scheme = Scheme(8, None, activations=Activations(dynamic=False))
+    model = mixtures.write("jetmoe", tmp_path / "m")
+    refused(lambda: plan(model, scheme, "rtn", loader="llmq"), "static scales need inputs of every expert", "--keep ")
+    dynamic = plan(model, Scheme(8, None, activations=Activations()), "rtn", loader="llmq")
+    assert any(i.expert is not None and i.scheme is not None for i in dynamic.weights)
