@@ -14,6 +14,7 @@ from llmq.checkpoint.source import Source
 from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
+from llmq.formats.base import dtype_name
 from llmq.formats.fp8 import CODES as CODES_OF_FP8
 
 READ = (torch.float32, torch.float16, torch.bfloat16)
@@ -200,3 +201,17 @@ def _way_out(source: Source) -> str:
     """What to do with a source that is quantized, with the file that says how."""
     described = next((name for name in QUANTIZED if (source.folder / name).is_file()), None)
     return "start from the unquantized model" + (f" ({described} says how this one is quantized)" if described else "")
+
+
+def main_dtype(source: Source, names: list[str], default: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of most bytes of the named tensors, among those that llmq reads; the default if none has one."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in names:
+        info = source.info(name)
+        if info.dtype in READ:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    dtype = max(sizes, key=lambda d: sizes[d], default=default)
+    if dtype is None:
+        kinds = ", ".join(sorted({dtype_name(source.info(name).dtype) for name in names}))
+        raise LlmqError(f"{source.folder}: its weights are {kinds}; llmq reads float32, float16 and bfloat16 sources")
+    return dtype

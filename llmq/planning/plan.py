@@ -22,7 +22,7 @@ from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found, Pair
 from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
-from llmq.formats.base import Loader, dtype_name
+from llmq.formats.base import Loader
 from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
@@ -31,7 +31,7 @@ from llmq.planning.experts import ExpertsPlan, check_experts, check_route, group
 from llmq.planning.fused import apart, check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, check_room, predict
-from llmq.planning.numbers import READ, check_numbers
+from llmq.planning.numbers import check_numbers, main_dtype
 from llmq.planning.parts import PartsPlan, codes, group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.trial import try_quantizer
@@ -201,18 +201,18 @@ def make_plan(
 def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     """The scale pairs in the blocks of a folder's model. Raises LlmqError."""
     source = FolderSource(folder, trust_remote_code, quantized_ok=True)
-    model = discover.build(folder, _main_dtype(source, source.names()), trust_remote_code)
+    model = discover.build(folder, main_dtype(source, source.names()), trust_remote_code)
     return find_in(model, discover.find(model))
 
 
 def _discover(source: Source) -> tuple[nn.Module, torch.dtype, Structure, Links]:
     """The model in the dtype of its blocks' weights, its structure, and the checkpoint's names for its parameters."""
-    dtype = _main_dtype(source, source.names())
+    dtype = main_dtype(source, source.names())
     while True:
         model = discover.build(source.folder, dtype, source.trust_remote_code)
         structure, links = discover.find(model), link(model, shapes(source))
         inside = [f"{b.name}.{w.view.parameter}" for b in structure.blocks for w in b.weights]
-        found = _main_dtype(source, [links.source[name] for name in inside if name in links.source], dtype)
+        found = main_dtype(source, [links.source[name] for name in inside if name in links.source], dtype)
         if found == dtype:
             return model, dtype, structure, links
         dtype = found
@@ -390,17 +390,3 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
         sum(kind.nbytes(width) for kind in kinds) + 2 * own,
         max((method.workspace(i.shape) for method in plan.pipeline.all for i in largest), default=0),
     )
-
-
-def _main_dtype(source: Source, names: list[str], default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of most bytes of the named tensors, among those that llmq reads; the default if none has one."""
-    sizes: dict[torch.dtype, int] = {}
-    for name in names:
-        info = source.info(name)
-        if info.dtype in READ:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    dtype = max(sizes, key=lambda d: sizes[d], default=default)
-    if dtype is None:
-        kinds = ", ".join(sorted({dtype_name(source.info(name).dtype) for name in names}))
-        raise LlmqError(f"{source.folder}: its weights are {kinds}; llmq reads float32, float16 and bfloat16 sources")
-    return dtype
