@@ -325,6 +325,7 @@ def _budget(plan: Plan, device: str, between: int | None = None) -> Budget:
     return predict(
         plan.model,
         inside,
+        plan.structure.outside,
         plan.dtype,
         (samples, seqlen),
         plan.batch,
