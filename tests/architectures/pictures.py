@@ -16,6 +16,7 @@ FLAT = {"pixel_values": (1, 16, 192), "image_position_ids": [GRID]}
 PIECES = {"pixel_values": (1, 1, 3, 32, 32), "pixel_attention_mask": None}
 TILES = {"pixel_values": (1, 2, 3, 32, 32)}
 ROWS = {"pixel_values": (1, 3, 8, 128), "target_sizes": [[4, 4]]}
+QUESTION = {"qformer_input_ids": [[5, 6, 7]], "qformer_attention_mask": [[1, 1, 1]]}
 
 #: What a picture is for a type, by the argument's name: the shape of noise, or numbers, or nothing. Others are made as
 #: `picture` says.
@@ -32,13 +33,13 @@ PICTURES: dict[str, dict[str, Any]] = {
     "idefics": {"pixel_values": (1, 1, 3, 32, 32)},
     "idefics2": PIECES,
     "idefics3": PIECES,
-    "inkling2": {"pixel_values": (4, 16, 16, 3)},
+    "inkling2": {"pixel_values": (16, 16, 16, 3)},
     "inkling_mm_model": {"pixel_values": (4, 2, 8, 8, 3)},
-    "instructblip": {"qformer_input_ids": [[5, 6, 7]]},
-    "instructblipvideo": {"pixel_values": (1, 2, 3, 32, 32), "qformer_input_ids": [[5, 6, 7]]},
+    "instructblip": QUESTION,
+    "instructblipvideo": QUESTION | {"pixel_values": (1, 2, 3, 32, 32)},
     "internvl": {"image_sizes": None},
     "kimi_k25": {"pixel_values": (16, 3, 8, 8)},
-    "kosmos-2.5": {"flattened_patches": (1, 16, 770), "width": [[4]], "height": [[4]]},
+    "kosmos-2.5": {"width": [[4]], "height": [[4]]},
     "lfm2_vl": {"pixel_values": (1, 16, 192), "spatial_shapes": [[4, 4]], "pixel_attention_mask": [[1] * 16]},
     "llava": {"image_sizes": None},
     "llava_next": TILES,
@@ -66,6 +67,7 @@ FEATURES: dict[str, int] = {
     "evolla": 0,
     "fuyu": 16,
     "git": 0,
+    "granite4_vision": 10,
     "idefics": 0,
     "instructblip": 8,
     "instructblipvideo": 8,
@@ -97,10 +99,13 @@ def picture(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
         "pixel_values": flat if "image_grid_thw" in asked else (1, channels, side, side),
         "image_grid_thw": [[1, 4, 4]],
         "image_sizes": [[side, side]],
+        "flattened_patches": (1, 16, 2 + channels * patch * patch),  # each with its row and column before it
     }
     made: dict[str, Tensor] = {}
     for name, what in {n: v for n, v in (usual | special).items() if n in asked and v is not None}.items():
         made[name] = torch.randn(what, generator=generator) if isinstance(what, tuple) else torch.tensor(what)
+        if name == "flattened_patches":
+            made[name][..., :2] = torch.tensor(GRID)
     return made
 
 
@@ -114,10 +119,12 @@ def count_features(model: PreTrainedModel, image: dict[str, Tensor]) -> int:
     known = FEATURES.get(model.config.model_type)
     if known is not None:
         return known
-    ask = getattr(model, "get_image_features", None) or model.model.get_image_features
+    inner = getattr(model, "model", None)
+    ask = getattr(inner if hasattr(inner, "get_image_features") else model, "get_image_features")
     with torch.no_grad():
         features = ask(**{n: v for n, v in image.items() if n in inspect.signature(ask).parameters})
-    features = getattr(features, "pooler_output", features)
+    pooled = getattr(features, "pooler_output", None)
+    features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
     parts = features if isinstance(features, (list, tuple)) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
 

@@ -32,7 +32,7 @@ SYNONYMS: dict[int, str] = {
         out_hidden_size embed_dim cross_attention_hidden_size hc_lowrank output_dim projection_dim
         text_hidden_size projector_input_dim projector_output_dim projector_hidden_size projection_hidden_size
         image_text_hidden_size image_token_embed_dim vision_hidden_size vision_output_dim decoder_hidden_size
-        merged_hidden_size patch_embed_hidden_size encoder_hidden_size output_channels""",
+        merged_hidden_size encoder_hidden_size output_channels""",
     2: """num_encoder_layers encoder_layers num_key_value_heads num_kv_heads kv_n_heads num_experts_per_tok
         moe_topk moe_k num_experts_per_token topk_group n_group num_expert_group swa_num_key_value_heads
         type_vocab_size mamba_n_groups n_groups mamba_ngroups num_mem_blocks depth top_k_experts index_kv_heads

@@ -41,9 +41,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
                       "vision_config.sam_config.downsample_channels": [64, 64]},
     "diffusion_gemma": {"text_config.moe_intermediate_size": 32, "text_config.num_experts": 4,
                         "text_config.top_k_experts": 2},
-    "dots3_note": {"text_config.per_layer_config": {
-        str(i): {"num_attention_heads": 2, "num_key_value_heads": 2, "qk_nope_head_dim": 8, "kv_lora_rank": 16}
-        for i in (2, 3)}},
+    "dots3_note": {"text_config.head_dim": 24, "text_config.per_layer_config": {
+        str(i): {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16} for i in (2, 3)}},
     "emu3": VQ | {"vq_config.codebook_size": 8, "vocabulary_map": {"<image>": 255, "<|extra_200|>": 254}
                   | {f"<|visual token {i:06d}|>": 104 + i for i in range(8)}},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
@@ -51,6 +50,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "exaone4_5": {"text_config.model_type": "exaone4"},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {f"vision_config.{k}": v for k, v in FLAT_VISION.items()} | {"vision_config.model_type": "gemma4_vision"},
+    "gemma4_unified": {"vision_config.patch_size": 8, "vision_config.pooling_kernel_size": 1,
+                       "vision_config.mm_embed_dim": 64, "vision_config.mm_posemb_size": 16,
+                       "vision_config.output_proj_dims": 64},
     "glm46v": SMALL_MROPE,
     "glm4v": SMALL_MROPE,
     "glm4v_moe": SMALL_MROPE,
@@ -60,7 +62,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granite4_vision": ONE_TILE | {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 1], [1, 2]],
                                    "spatial_target_layers": [2, 3]},
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "instructblip": {"image_token_index": 255, "image_token_id": 255},
+    "instructblipvideo": {"video_token_index": 255, "video_token_id": 255, "image_token_id": 255},
     "janus": VQ,
+    "kosmos-2.5": {"vision_config.patch_embed_hidden_size": 192},
     "llama4": {"vision_config.intermediate_size": 256},
     "llava_next": ONE_TILE,
     "llava_next_video": ONE_TILE,
@@ -68,7 +73,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": 255, "video_token_id": 254, "vision_config.insert_layer_id": 1},
     "minicpmv4_6": {"image_token_id": 255, "video_token_id": 254, "vision_config.insert_layer_id": 1},
     "minicpmv4_7": {"image_token_id": 255, "video_token_id": 254, "vision_config.insert_layer_id": 1},
-    "mllama": {"text_config.cross_attention_layers": [1, 3]},
+    "mllama": {"vision_config.vision_output_dim": 320, "text_config.cross_attention_layers": [1, 3]},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2], "vision_config.num_position_embeddings": 16},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256, "audio_config.hidden_sizes": [64] * 4, "audio_config.depths": [1] * 4},
