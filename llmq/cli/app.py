@@ -17,7 +17,7 @@ from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="llmq",
-    help="Quantize the weights of any causal language model, with less memory than the model needs.",
+    help="Quantize the weights of any language or vision-language model, with less memory than the model needs.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
