@@ -81,7 +81,8 @@ class Structure:
     """The blocks of a model in order, and the path of the list that holds them.
 
     unreached: the names of those in the list that text alone does not run (they attend to an image); not in `blocks`.
-    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding.
+    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding, and those that
+    tell its device.
     """
 
     path: str
@@ -186,7 +187,18 @@ def _structure(model: nn.Module, path: str, named: dict[str, nn.Module]) -> Stru
             for (name, block), call in zip(named.items(), calls, strict=True)
         ]
         _check_handed(model, blocks, recording, returned)
-    return Structure(path, tuple(_packable(model, _without_small(seen))), outside=frozenset(used))
+    return Structure(
+        path, tuple(_packable(model, _without_small(seen))), outside=frozenset(used | _telling_device(model, path))
+    )
+
+
+def _telling_device(model: nn.Module, path: str) -> set[str]:
+    """The first parameters of the modules around the list at a path: transformers takes the device from those."""
+    around = [path.rpartition(".")[0]]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    first = {next(iter(model.get_submodule(owner).parameters())) for owner in around}
+    return {name for name, p in model.named_parameters() if p in first and not name.startswith(f"{path}.")}
 
 
 def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:
