@@ -65,9 +65,12 @@ def check_vision(name: str) -> dict[str, Any]:
         windows, ids = tiny.tokens(8, 64, seed=2), tiny.tokens()
         try:
             tiny_vision.make(name, source)
-            real, _ = checks_vision.stock(kind, source)
+            real, told = checks_vision.stock(kind, source)
         except Exception as error:  # a model's code may raise anything
             return row | {"words": first_line(error)}
+        if lost := sorted(told["missing_keys"]):
+            words = f"transformers does not find {len(lost)} weights in what it saved itself, {lost[0]} among them"
+            return row | {"words": words}
         row["kind"] = "experts" if checks.is_mixture(real) else "dense"
         loader = "any"
         try:

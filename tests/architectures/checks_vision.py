@@ -57,16 +57,17 @@ def quantized(name: str, source: Path, out: Path, windows: Tensor, ids: Tensor, 
         faults += [f"{what}: {', '.join(sorted(told[what] - lacking[what])[:3])}" for what in told]
         faults = [fault for fault in faults if not fault.endswith(": ")]
     if not isinstance(loaded, kind):
-        faults.append(f"it is loaded as {type(loaded).__name__}")
-    copied, changed = _compared(stock(kind, source)[0], loaded, names)
+        faults.append(f"llmq.load opens it as {type(loaded).__name__}, which reads no images")
+        image = None
+    copied, changed = _compared(stock(kind, source)[0], loaded, names) if isinstance(loaded, kind) else (0, [])
     if changed:
         faults.append(f"{len(changed)} tensors are not the source's, {changed[0]} among them")
     share, left = checks.shares(run)
     return Whole(
         text=checks.apart(checks.logits(loaded, ids), text),
-        image=_apart(see(loaded, 0), image),
+        image=None if image is None else checks.apart(_sure(see(loaded, 0)), image),
         moved=checks.apart(text, before),
-        seeing=_apart(other, pictured),
+        seeing=None if pictured is None else checks.apart(_sure(other), pictured),
         blocks=len(run.plan.structure.blocks),
         share=share,
         left=left,
@@ -84,14 +85,15 @@ def stock(kind: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, d
 
 def see(model: PreTrainedModel, seed: int) -> Tensor | None:
     """The logits of an image and a text; None if the model reads no image."""
-    inputs = pictures.seen(model, seed)
-    if not any("pixel" in name or "patches" in name for name in inputs):
+    if not pictures.reads_images(model):
         return None
+    inputs = pictures.seen(model, seed)
     return checks.logits(model, inputs.pop("input_ids"), **inputs)
 
 
-def _apart(value: Tensor | None, target: Tensor | None) -> float | None:
-    return None if value is None or target is None else checks.apart(value, target)
+def _sure(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 def _compared(source: PreTrainedModel, loaded: PreTrainedModel, names: set[str]) -> tuple[int, list[str]]:

@@ -85,6 +85,12 @@ def first(config: Any, *names: str, default: Any = None) -> Any:
     return value[0] if isinstance(value, (list, tuple)) else value
 
 
+def reads_images(model: PreTrainedModel) -> bool:
+    """Whether its forward wants an image."""
+    asked = inspect.signature(model.forward).parameters
+    return any(name in asked for name in ("pixel_values", "flattened_patches"))
+
+
 def picture(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
     """One random image as the model's forward wants it: its arguments by name."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +126,7 @@ def count_features(model: PreTrainedModel, image: dict[str, Tensor]) -> int:
     if known is not None:
         return known
     inner = getattr(model, "model", None)
-    ask = getattr(inner if hasattr(inner, "get_image_features") else model, "get_image_features")
+    ask: Any = (inner if hasattr(inner, "get_image_features") else model).get_image_features
     with torch.no_grad():
         features = ask(**{n: v for n, v in image.items() if n in inspect.signature(ask).parameters})
     pooled = getattr(features, "pooler_output", None)
