@@ -34,6 +34,12 @@ def beside_decoder(model: nn.Module) -> list[str]:
     return [] if decoder is None else [name for name, module in linears.items() if id(module) not in within]
 
 
+def text_part(model: nn.Module) -> str | None:
+    """The path of the largest part of a model that generates text by itself, if there is one beside the model."""
+    parts = {name: part for name, part in model.named_modules() if name and _generates(type(part))}
+    return max(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()), default=None)
+
+
 def _generates(kind: Any) -> bool:
     from transformers import PreTrainedModel
 
