@@ -28,6 +28,7 @@ from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
 from llmq.planning.named_class import check_named_class
+from llmq.planning.outside import loads_dense
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
@@ -157,6 +158,8 @@ def config(made: Plan) -> dict[str, Any]:
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     if made.for_llmq_alone:
         section = marked(section)
+    if loads_dense(made.model, made.weights, made.dtype):
+        section = formats.dense(section, made.schemes)
     return made.source.config | {"quantization_config": section}
 
 

@@ -42,3 +42,25 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     if kind not in CAUSAL:
         return f"a model of type {kind!r} is no causal language model, {ONLY}"
     return None
+
+
+def suggested(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that opens the model of a config.json: an auto class, if one opens the class that the
+    config names, else that class; None if transformers has none."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    found = []
+    for name in sorted(vars(modeling_auto)):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if not name.startswith("Auto") or mapping is None:
+            continue
+        classes = mapping._model_mapping.get(config.get("model_type"), ())
+        if first in ((classes,) if isinstance(classes, str) else classes):
+            found.append(name)
+    # A class with all of a model's heads for training opens most models, and says the least.
+    of_two = bool(config.get("is_encoder_decoder"))
+    found.sort(key=lambda name: (name.endswith("PreTraining"), of_two and "Seq2Seq" not in name))
+    return next(iter(found), first if hasattr(transformers, first) else None)

@@ -93,6 +93,23 @@ def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[st
     return of(next(iter(groups), Scheme())).config(groups, ignore, dtype)
 
 
+def loads_dense(schemes: Collection[Scheme]) -> bool:
+    """Whether `dense` can make stock transformers unpack a folder of these schemes while loading."""
+    kind = of(next(iter(schemes), Scheme()))
+    return hasattr(kind, "loads_dense") and bool(kind.loads_dense(schemes))
+
+
+def keeps_weight(schemes: Collection[Scheme]) -> bool:
+    """Whether stock transformers' packed modules of these schemes have a `weight` while the model is initialized."""
+    return bool(getattr(of(next(iter(schemes), Scheme())), "KEEPS_WEIGHT", False))
+
+
+def dense(section: Mapping[str, Any], schemes: Collection[Scheme]) -> dict[str, Any]:
+    """A folder's `quantization_config`, with which stock transformers unpacks its weights while loading."""
+    made: dict[str, Any] = cast(Any, of(next(iter(schemes)))).dense(section)
+    return made
+
+
 def name(schemes: Collection[Scheme]) -> str:
     """The format's name for people."""
     return of(next(iter(schemes), Scheme())).title(schemes)

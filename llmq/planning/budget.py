@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 
 from llmq.planning.experts import ExpertsPlan
-from llmq.planning.memory import ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, predict
+from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, predict
 from llmq.planning.parts import codes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
@@ -35,6 +35,9 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
             loads[-1] = replace(load, block=load.block + entering)
             loads.append(load.then(_experts_load(plan, block.experts)))
+    outside = [*plan.outside.values()]
+    if outside:
+        loads.append(_outside_load(plan, outside))
     saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
     return predict(
@@ -49,6 +52,18 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         chains=4 if plan.pipeline.float_target else 3,
         between=between,
         stacks=[f"{b.name}.{name}" for b in plan.blocks if b.parts is not None for name in b.parts.parameters],
+    )
+
+
+def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
+    """What the largest weight outside the blocks needs, beside what is written as one unit with it."""
+    quantizer = plan.pipeline.data_free
+    largest = 0 if plan.blocks else max(plan.source.info(name).nbytes for name in plan.source.names())
+    return Load(
+        max(prod(i.shape) for i in items) * (plan.dtype.itemsize + 4),
+        min(max(REST_BYTES, largest), plan.source.total_bytes),
+        0,
+        max(quantizer.workspace(i.shape) for i in items),
     )
 
 

@@ -15,7 +15,7 @@ from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
 from llmq.discovery.blocks import Structure
 from llmq.discovery.find_pairs import find_in
-from llmq.discovery.named import Named, named
+from llmq.discovery.named import Named, build_as, named
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found
 from llmq.discovery.rename import Rules
@@ -28,6 +28,7 @@ from llmq.planning.fused import check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
 from llmq.planning.memory import check_room
 from llmq.planning.numbers import check_numbers, main_dtype
+from llmq.planning.outside import check_class, check_outside, include_outside
 from llmq.planning.parts import group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.trial import try_quantizer
@@ -51,16 +52,18 @@ def make_plan(
 
     Raises LlmqError with all weights that fail a check and the remedies.
     """
-    model, dtype, structure, links = _discover(source)
-    other, warned = _named(source, model)
     pipeline = methods.make(recipe)
+    check_class(recipe, pipeline)
+    model, dtype, structure, links = _discover(source, recipe.model_class)
+    other, warned = _named(source, model)
     noted, left_out = check_numbers(source, model, links, other)
     warned += noted
     links.unused = [tensor for tensor in links.unused if tensor not in left_out]
-    checks.check_sources(source, model, links, other)
+    checks.check_sources(source, model, links, other, recipe.model_class)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     items += plan_experts(source, recipe, model, structure, links, dtype)
     items += plan_parts(source, recipe, model, structure, links, dtype)
+    items = include_outside(source, recipe, model, links, other, items, dtype)
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     # Experts first: what servers allow of weights with one input is no way out for them.
@@ -68,19 +71,12 @@ def make_plan(
     check_fused(items, recipe)
     calibrated = pipeline.calibrated or any(_static(i.scheme) for i in items)
     warned += check_route(items, recipe, calibrated)
-    try_quantizer(items, pipeline.quantizer, "+".join(recipe.methods), dtype, torch.device(device))
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if calibrated:
-        found = windows(longest(model))
-    else:
-        ids = (torch.arange(tokens_to_check(source.folder, recipe, model, structure)) % vocabulary)[None]
-        found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
-    if int(found.ids.max()) >= vocabulary:
-        raise LlmqError(
-            f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
-            "embeddings: they are of different models"
-        )
-    between = check_length(source.folder, model, structure, found.ids.shape[1])
+    check_outside(items)
+    name, where = "+".join(recipe.methods), torch.device(device)
+    try_quantizer([i for i in items if i.block is not None], pipeline.quantizer, name, dtype, where)
+    try_quantizer([i for i in items if i.block is None], pipeline.data_free, name, dtype, where)
+    found = _windows(source, recipe, model, structure, windows if calibrated else None)
+    between = check_length(source.folder, model, structure, found.ids.shape[1]) if structure.blocks else None
     plan = Plan(source, recipe, model, structure, links, dtype, items, found, pipeline, other, set(left_out))
     if pipeline.transforms:
         plan.pairs = find_in(model, structure)
@@ -99,9 +95,39 @@ def pairs_of(folder: Path, trust_remote_code: bool = False) -> dict[str, Found]:
     return find_in(model, discover.find(model))
 
 
-def _discover(source: Source) -> tuple[nn.Module, torch.dtype, Structure, Links]:
-    """The model in the dtype of its blocks' weights, its structure, and the checkpoint's names for its parameters."""
+def _windows(
+    source: Source,
+    recipe: Recipe,
+    model: nn.Module,
+    structure: Structure,
+    windows: Callable[[int | None], Windows] | None,
+) -> Windows:
+    """The calibration windows, or what takes their place where nothing is calibrated (windows is None)."""
+    if not structure.blocks:
+        return Windows(torch.zeros(1, 1, dtype=torch.long), (), "none needed")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if windows is not None:
+        found = windows(longest(model))
+    else:
+        ids = (torch.arange(tokens_to_check(source.folder, recipe, model, structure)) % vocabulary)[None]
+        found = Windows(ids, (), "none needed; one window of consecutive token ids checks each block")
+    if int(found.ids.max()) >= vocabulary:
+        raise LlmqError(
+            f"{source.folder}: the tokenizer gives id {int(found.ids.max())}, but the model has {vocabulary} "
+            "embeddings: they are of different models"
+        )
+    return found
+
+
+def _discover(source: Source, model_class: str | None = None) -> tuple[nn.Module, torch.dtype, Structure, Links]:
+    """The model in the dtype of its blocks' weights, its structure, and the checkpoint's names for its parameters.
+
+    model_class: the class that opens it; no blocks are looked for then.
+    """
     dtype = main_dtype(source, source.names())
+    if model_class is not None:
+        model = build_as(source.folder, model_class, dtype, source.trust_remote_code)
+        return model, dtype, Structure("", ()), link(model, shapes(source))
     while True:
         model = discover.build(source.folder, dtype, source.trust_remote_code)
         structure, links = discover.find(model), link(model, shapes(source))

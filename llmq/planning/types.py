@@ -99,6 +99,11 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def outside(self) -> dict[str, WeightPlan]:
+        """Tensor → the weight, for those outside the blocks that are quantized, without calibration."""
+        return {i.tensor: i for i in self.weights if i.block is None and i.scheme is not None}
+
+    @property
     def schemes(self) -> set[Scheme]:
         """The schemes of all quantized weights."""
         return {i.scheme for i in self.weights if i.scheme is not None}
@@ -108,6 +113,8 @@ class Plan:
         """What is known of the tools that can read the folder."""
         if self.for_llmq_alone:
             return [ALONE]
+        if not self.blocks:
+            return formats.of(next(iter(self.schemes))).loaders(self.schemes)
         return formats.loaders(self.schemes, bool(apart(self.weights)))
 
     @property
