@@ -23,7 +23,6 @@ from llmq.discovery.calls import Call, Recording, States, of_length, record
 from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
-from llmq.planning.memory import before_blocks
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.watch import Watch
 
@@ -156,10 +155,9 @@ def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recor
 def record_calls(io: BlockIO, watch: Watch) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU."""
     plan, model = io.plan, io.plan.model
-    inside = [f"{block.name}.{n}" for block in plan.blocks for n, _ in block.module.named_parameters()]
     first = plan.blocks[0]
     mine = [f"{first.name}.{n}" for n, _ in first.module.named_parameters() if n not in first.streamed]
-    needed = [*before_blocks(model, inside), *mine]
+    needed = [*sorted(plan.structure.outside), *mine]
     for name in needed:
         io.load(name, torch.device("cpu"))
     batches = list(torch.split(plan.ids, plan.batch))

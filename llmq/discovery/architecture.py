@@ -1,11 +1,32 @@
-"""Why a model folder is not a causal language model that transformers can build, told by its config.json."""
+"""Which class of transformers opens a checkpoint as a model that generates text, or why none does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-ONLY = "and llmq quantizes causal language models only (those that AutoModelForCausalLM opens)"
+ONLY = "and llmq quantizes models that generate text only (those that AutoModelForCausalLM opens, or with images)"
+
+
+def generator(config: Any) -> Any:
+    """The class whose `from_pretrained` opens a checkpoint with this config (of transformers) to generate text.
+
+    AutoModelForCausalLM, which may open the text half of a checkpoint; or, if it knows no class for this type, the one
+    that the config names, a vision-language model for example.
+    """
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    if type(config) in auto._model_mapping or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return auto
+    named = [getattr(transformers, str(name), None) for name in config.architectures or []]
+    return next((kind for kind in named if _generates(kind) and not config.is_encoder_decoder), auto)
+
+
+def _generates(kind: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate()
 
 
 def not_causal(config: Mapping[str, Any]) -> str | None:
@@ -17,6 +38,7 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as OTHERS
 
     if config.get("_class_name") or config.get("_diffusers_version"):
         return f"it is a part of a diffusion pipeline ({config.get('_class_name', 'diffusers')}), {ONLY}"
@@ -34,13 +56,15 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
         )
     named = [str(name) for name in classes] if isinstance(classes, list) else []
     causal = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
-    if named and not causal & {*named} and not {*IMAGES.values()} & {*named}:
+    if named and not causal & {*named} and not {*IMAGES.values(), *OTHERS.values()} & {*named}:
         return (
             f"config.json says that it is {named[0]}, which is no causal language model, {ONLY}: give the causal model "
             "that it was made from, if there is one"
         )
-    if kind not in CAUSAL:
+    if kind not in CAUSAL and not (named and (kind in IMAGES or kind in OTHERS)):
         return f"a model of type {kind!r} is no causal language model, {ONLY}"
+    if config.get("is_encoder_decoder"):
+        return f"config.json says that {named[0]} has an encoder before its decoder, {ONLY}"
     return None
 
 

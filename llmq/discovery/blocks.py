@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from llmq.discovery.architecture import not_causal
-from llmq.discovery.calls import Call, Recording, handed_in, record
+from llmq.discovery.architecture import generator, not_causal
+from llmq.discovery.calls import Call, Recording, Unreached, handed_in, record
 from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
 from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
 from llmq.discovery.parameters import assign as assign
 from llmq.discovery.parameters import empty as empty
+from llmq.discovery.parameters import watch_used
 from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.parts import PartsInfo, call_experts, find_parts, find_routed, linears_of
 from llmq.discovery.reasons import Kind, Reason
@@ -77,16 +78,22 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class Structure:
-    """The blocks of a model in order, and the path of the list that holds them."""
+    """The blocks of a model in order, and the path of the list that holds them.
+
+    unreached: the names of those in the list that text alone does not run (they attend to an image); not in `blocks`.
+    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding.
+    """
 
     path: str
     blocks: tuple[BlockInfo, ...]
+    unreached: tuple[str, ...] = ()
+    outside: frozenset[str] = frozenset()
 
 
 def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model of `folder` in eval mode: parameters on the meta device, buffers computed. Raises LlmqError."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, PreTrainedModel
     from transformers.initialization import no_init_weights
 
     try:
@@ -94,8 +101,12 @@ def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> 
         for part in _nested(config):
             part._experts_implementation = "eager"
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+            kind = generator(config)
+            own = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+            model: nn.Module = (
+                kind._from_config(config, dtype=dtype)
+                if own
+                else kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             )
         getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
     except Exception as error:  # with a wrong config, model code may fail in any way
@@ -125,9 +136,12 @@ def _nested(config: Any) -> Iterator[Any]:
 
 
 def candidates(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists of a model, by number of parameters, largest first; of two equal ones the outer one first."""
+    """The module lists of a model, those of its decoder first if it says which part that is; by number of parameters,
+    largest first; of two equal ones the outer one first."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
-    return sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = set() if decoder is None else {id(module) for module in decoder.modules()}
+    return sorted(lists, key=lambda item: (id(item[1]) not in inside, -sum(p.numel() for p in item[1].parameters())))
 
 
 class _Experts(LlmqError):
@@ -138,19 +152,15 @@ def find(model: nn.Module) -> Structure:
     """The model's blocks and their weights, by a run on a few tokens with zero parameters. Raises LlmqError."""
     reasons = []
     for path, modules in candidates(model)[:4]:
-        blocks = list(modules)
-        owners = Counter(id(p) for b in blocks for p in b.parameters())
+        named = {f"{path}.{i}": block for i, block in enumerate(modules)}
         try:
-            with recorded(model, blocks) as recording:
-                found: dict[Any, tuple[BlockInfo, Any]] = {}
-                hidden, calls = recording.hidden[0], recording.sampled()
-                returned: list[Any] = []
-                seen = [
-                    _inspect(f"{path}.{i}", block, calls[i], hidden, owners, found, returned)
-                    for i, block in enumerate(blocks)
-                ]
-                _check_handed(model, blocks, recording, returned)
-            return Structure(path, tuple(_packable(model, _without_small(seen))))
+            try:
+                return _structure(model, path, named)
+            except Unreached as fault:
+                reached = {name: block for i, (name, block) in enumerate(named.items()) if i in fault.called}
+                return replace(
+                    _structure(model, path, reached), unreached=tuple(name for name in named if name not in reached)
+                )
         except _Experts as error:
             raise LlmqError(f"{path}: {error}") from error
         except LlmqError as error:
@@ -161,6 +171,22 @@ def find(model: nn.Module) -> Structure:
         f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
         "models that are a list of blocks, which run one after the other"
     )
+
+
+def _structure(model: nn.Module, path: str, named: dict[str, nn.Module]) -> Structure:
+    """The structure of some blocks of the list at a path, by their names."""
+    blocks = [*named.values()]
+    owners = Counter(id(p) for b in blocks for p in b.parameters())
+    with recorded(model, blocks) as (recording, used):
+        found: dict[Any, tuple[BlockInfo, Any]] = {}
+        hidden, calls = recording.hidden[0], recording.sampled()
+        returned: list[Any] = []
+        seen = [
+            _inspect(name, block, call, hidden, owners, found, returned)
+            for (name, block), call in zip(named.items(), calls, strict=True)
+        ]
+        _check_handed(model, blocks, recording, returned)
+    return Structure(path, tuple(_packable(model, _without_small(seen))), outside=frozenset(used))
 
 
 def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:
@@ -186,8 +212,9 @@ def _probe() -> Tensor:
 
 
 @contextmanager
-def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
-    """Each block's call on a few tokens, recorded with all parameters zero except the output embedding's.
+def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[Recording, set[str]]]:
+    """Each block's call on a few tokens, recorded with all parameters zero except the output embedding's; and the
+    parameters outside the blocks that were read.
 
     Inside the context the parameters outside the blocks stay zero. Raises as `record`.
     """
@@ -196,9 +223,9 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> Iterator[Recording]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     skip = set() if head is None else {id(p) for p in head.parameters()}
     with zeros(model, [n for n in outside if id(model.get_parameter(n)) not in skip or _is_input(model, n)]):
-        with zeros(blocks[0]):
+        with watch_used(model) as used, zeros(blocks[0]):
             recording = record(model, blocks, [_probe()], whole=True)
-        yield recording
+        yield recording, used
 
 
 def _without_small(blocks: list[BlockInfo]) -> list[BlockInfo]:

@@ -156,6 +156,14 @@ class Recording:
         return [call.sampled(self.samples) for call in self.calls[0]]
 
 
+class Unreached(LlmqError):
+    """Not all blocks are called, but the others once each, in order. called: their indices."""
+
+    def __init__(self, called: list[int], count: int) -> None:
+        super().__init__(f"only {len(called)} of {count} blocks are called on text alone")
+        self.called = called
+
+
 class _EndOfPass(Exception):
     """Ends a forward pass once the last block has been called."""
 
@@ -187,7 +195,7 @@ def reach(model: nn.Module, block: nn.Module, batch: Tensor) -> None:
         return forward
 
     with torch.no_grad(), _forwards([block], make), suppress(_EndOfPass):
-        model(batch, use_cache=False)
+        model(input_ids=batch, use_cache=False)
 
 
 Forward = Callable[..., Any]
@@ -219,7 +227,7 @@ def record(
     must be in memory. `whole`: continue past the last block to the output embedding, to detect blocks that are called
     again; `first`: what runs instead of the first block; `returned`: what blocks return that return something else
     than the first, by their index. Raises LlmqError if the blocks are not called once each, in order, each on the
-    output of the one before.
+    output of the one before; Unreached if only some are called.
     """
     recording = Recording()
     results: Results | None = None
@@ -265,8 +273,10 @@ def record(
             seen.clear()
             stores.clear()
             with suppress(_EndOfPass):
-                model(batch, use_cache=False)
-            if [i for i, _, _ in seen] != list(range(len(blocks))):
+                model(input_ids=batch, use_cache=False)
+            if (called := [i for i, _, _ in seen]) != list(range(len(blocks))):
+                if whole and called and called[0] == 0 and sorted(set(called)) == called:
+                    raise Unreached(called, len(blocks))
                 raise LlmqError("the blocks are not called once each, in order")
             assert hidden is not None and results is not None
             recording.hidden.append(hidden)

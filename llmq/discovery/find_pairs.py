@@ -291,15 +291,15 @@ def _channels(consumers: Iterable[Consumer]) -> Tensor:
 
 
 def find_all(
-    model: nn.Module, path: str, calls: list[Call], hidden: Tensor, experts: Sequence[ExpertsInfo | None] = ()
+    model: nn.Module, names: list[str], calls: list[Call], hidden: Tensor, experts: Sequence[ExpertsInfo | None] = ()
 ) -> dict[str, Found]:
-    """The pairs of every block in the module list at `path`, by the block's name; identical blocks are run once.
+    """The pairs of every block of these names, by its name; identical blocks are run once.
 
     experts: of each block, if any; they are not run with it, and none is in memory but one, for pairs within an expert.
     calls: one per block, as recorded; hidden: the first block's input. Blocks get random parameters one at a time;
     their own parameters and the calls' contents are restored. Raises LlmqError if a block cannot be run.
     """
-    blocks = list(model.get_submodule(path).children())
+    blocks = [model.get_submodule(name) for name in names]
     owners = Counter(id(p) for block in blocks for p in block.parameters())
     attributes = _attributes(blocks)
     known: dict[Any, Found] = {}
@@ -317,9 +317,9 @@ def find_all(
                             known[make] = known[make]._replace(experts=(found.pairs, found.rejections))
                         run_to_fill(block, call, hidden)
                     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-                        words = f"{path}.{i} cannot be run alone to find pairs: {first_line(error)}"
+                        words = f"{names[i]} cannot be run alone to find pairs: {first_line(error)}"
                         raise LlmqError(words) from error
-            result[f"{path}.{i}"] = known[make]
+            result[names[i]] = known[make]
     return result
 
 
@@ -343,10 +343,10 @@ def _alone(block: nn.Module, experts: ExpertsInfo | None) -> Iterator[Expert | N
 
 def find_in(model: nn.Module, structure: Structure) -> dict[str, Found]:
     """The pairs of every block of a model on the meta device (discover.build)."""
-    blocks = list(model.get_submodule(structure.path).children())
+    names = [block.name for block in structure.blocks]
     experts = [block.experts for block in structure.blocks]
-    with recorded(model, blocks) as recording:
-        return find_all(model, structure.path, recording.sampled(), recording.hidden[0], experts)
+    with recorded(model, [model.get_submodule(name) for name in names]) as (recording, _):
+        return find_all(model, names, recording.sampled(), recording.hidden[0], experts)
 
 
 def _attributes(blocks: list[nn.Module]) -> list[tuple[Any, ...]]:

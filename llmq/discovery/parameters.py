@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -35,6 +38,23 @@ def shared_zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[
     chosen = [n for n, _ in module.named_parameters()] if names is None else names
     with _instead(module, chosen, lambda _, p: torch.zeros((), dtype=p.dtype).expand(p.shape)):
         yield
+
+
+@contextmanager
+def watch_used(module: nn.Module) -> Iterator[set[str]]:
+    """Within the context, the set becomes that of the parameters which operators read; each has memory of its own."""
+    owners = {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters() if p.device.type != "meta"}
+    used: set[str] = set()
+
+    class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.device.type != "meta":
+                    used.update({owners[p] for p in [value.untyped_storage().data_ptr()] if p in owners})
+            return func(*args, **(kwargs or {}))
+
+    with Watched():  # type: ignore[no-untyped-call]
+        yield used
 
 
 @contextmanager

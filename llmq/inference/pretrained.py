@@ -23,7 +23,7 @@ import torch
 
 from llmq import formats
 from llmq.checkpoint.strangers import of_folder, of_tokenizer
-from llmq.discovery.architecture import not_causal
+from llmq.discovery.architecture import generator, not_causal
 from llmq.errors import LlmqError, first_line
 from llmq.formats.fp8 import dequantizes
 from llmq.formats.stacks import unmarked
@@ -76,7 +76,7 @@ def load_model(
     unknown to transformers, or tensors are missing or have wrong shapes.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_readable(folder, kernels)
     if dtype != "auto" and dtype not in DTYPES:
@@ -90,7 +90,7 @@ def load_model(
             loaded: Any = (
                 load_dense(few, kind, device)
                 if few is not None
-                else AutoModelForCausalLM.from_pretrained(
+                else generator(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).from_pretrained(
                     folder,
                     dtype=kind,
                     device_map=device,

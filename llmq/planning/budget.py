@@ -43,6 +43,7 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
     return predict(
         plan.model,
         inside,
+        plan.structure.outside,
         plan.dtype,
         (samples, seqlen),
         plan.batch,

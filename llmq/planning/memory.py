@@ -64,6 +64,7 @@ class Load:
 def predict(
     model: nn.Module,
     inside: list[str],
+    outside: Collection[str],
     dtype: torch.dtype,
     ids_shape: tuple[int, int],
     batch: int,
@@ -75,10 +76,11 @@ def predict(
     between: int | None = None,
     stacks: Collection[str] = (),
 ) -> Budget:
-    """The peaks of a run. inside: the names of the blocks' parameters; loads: of each block, one after the other;
-    chains: the number of sets of hidden states (input, output and target; one more with a float target); between: the
-    bytes of what goes from block to block for one window, hidden states and other values, if known; stacks: of the
-    parameters, those that hold experts one below the other, which tell no width.
+    """The peaks of a run. inside: the names of the blocks' parameters; outside: of others, those that a pass up to the
+    last block reads; loads: of each block, one after the other; chains: the number of sets of hidden states (input,
+    output and target; one more with a float target); between: the bytes of what goes from block to block for one
+    window, hidden states and other values, if known; stacks: of the parameters, those that hold experts one below the
+    other, which tell no width.
 
     Without blocks, nothing runs. The activations (input, target and output of every window) are in host memory for any
     device.
@@ -94,7 +96,7 @@ def predict(
     names = set(inside) - set(stacks)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
-    embedding = sum(p.numel() for p in before_blocks(model, inside).values()) * dtype.itemsize
+    embedding = sum(model.get_parameter(name).numel() for name in outside) * dtype.itemsize
     work = max(
         load.block + load.packed + load.statistics + max(load.workspace, load.forward, forward) for load in loads
     )
@@ -102,15 +104,6 @@ def predict(
     if device == "cpu":
         return Budget(now + activations + max(work, recording), 0, disk)
     return Budget(now + activations + max(load.block + load.packed for load in loads) + recording, work, disk)
-
-
-def before_blocks(model: nn.Module, inside: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters that a pass up to the last block needs besides the blocks': all but an untied output embedding."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    entry = model.get_input_embeddings()  # type: ignore[operator]
-    unused = set() if head is None else {id(p) for p in head.parameters()} - {id(p) for p in entry.parameters()}
-    blocks = set(inside)
-    return {n: p for n, p in model.named_parameters() if n not in blocks and id(p) not in unused}
 
 
 def hidden_width(model: nn.Module) -> int:

@@ -24,6 +24,7 @@ from llmq.recipe.recipe import Recipe
 SMALLEST_GROUP = 16
 BY_USER = Reason(Kind.BY_USER, "kept by --keep")
 OUTSIDE = Reason(Kind.OUTSIDE, "outside the decoder blocks")
+UNREACHED = Reason(Kind.OUTSIDE, "text alone does not run its block, which attends to an image")
 NOT_LOADED = "transformers does not load it: it is copied unchanged"
 
 
@@ -85,6 +86,7 @@ def plan_weights(
     """
     items = []
     planned: set[str] = set()
+    unreached = tuple(f"{name}." for name in structure.unreached)
     for index, block in enumerate(structure.blocks):
         for weight in block.weights:
             parameter = f"{block.name}.{weight.view.parameter}"
@@ -120,7 +122,8 @@ def plan_weights(
     for parameter, value in model.named_parameters():
         if value.dim() >= 2 and parameter not in planned:
             tensor = links.source.get(parameter, parameter)
-            items.append(left(parameter, tensor, tuple(value.shape), dtype, OUTSIDE, None))
+            reason = UNREACHED if parameter.startswith(unreached) else OUTSIDE
+            items.append(left(parameter, tensor, tuple(value.shape), dtype, reason, None))
     for tensor in links.unused:
         shape = source.info(tensor).shape
         if len(shape) >= 2:

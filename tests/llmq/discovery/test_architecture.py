@@ -1,4 +1,4 @@
-"""What a config.json says that is no causal language model: transformers knows which are."""
+"""Which class opens a checkpoint, and what a config.json says that is no model that generates text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import save_file
 
 from llmq import job
-from llmq.discovery.architecture import not_causal
+from llmq.discovery.architecture import generator, not_causal
 from llmq.errors import LlmqError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -28,6 +28,16 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
         ({"model_type": "clip"}, "type 'clip' is no causal language model"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "give the causal model"),
         ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "part of a diffusion pipeline"),
+        ({"model_type": "llava", "architectures": ["LlavaModel"]}, "it is LlavaModel"),
+        ({"model_type": "llava"}, "type 'llava' is no causal language model"),  # nothing says which class
+        (
+            {
+                "model_type": "florence2",
+                "architectures": ["Florence2ForConditionalGeneration"],
+                "is_encoder_decoder": True,
+            },
+            "has an encoder before its decoder",
+        ),
         ({"architectures": ["LlamaForCausalLM"]}, "no model_type"),
         ({}, "no model_type"),
         ({"model_type": "of-tomorrow", "architectures": ["OfTomorrowForCausalLM"]}, "pip install -U transformers"),
@@ -43,11 +53,36 @@ def test_what_it_is_instead(config: dict[str, Any], words: str) -> None:
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
         {"model_type": "llama"},  # who made it did not say
         {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+        {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
+        {"model_type": "voxtral", "architectures": ["VoxtralForConditionalGeneration"]},
         {"model_type": "own", "architectures": ["OwnModel"], "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}},
     ],
 )
-def test_causal_ones(config: dict[str, Any]) -> None:
+def test_those_that_generate_text(config: dict[str, Any]) -> None:
     assert not_causal(config) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (transformers.LlamaConfig(), "AutoModelForCausalLM"),
+        (transformers.Qwen3_5Config(architectures=["Qwen3_5ForConditionalGeneration"]), "AutoModelForCausalLM"),
+        (transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), "LlavaForConditionalGeneration"),
+        (
+            transformers.VoxtralConfig(architectures=["Of", "VoxtralForConditionalGeneration"]),
+            "VoxtralForConditionalGeneration",
+        ),
+        # Neither generates text: the causal class says so.
+        (transformers.LlavaConfig(architectures=["LlavaModel"]), "AutoModelForCausalLM"),
+        (transformers.LlavaConfig(), "AutoModelForCausalLM"),
+        (transformers.BertConfig(architectures=["BertForMaskedLM"]), "AutoModelForCausalLM"),
+        # An encoder stands before its decoder.
+        (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "AutoModelForCausalLM"),
+        (transformers.PreTrainedConfig(auto_map={"AutoModelForCausalLM": "own.Own"}), "AutoModelForCausalLM"),
+    ],
+)
+def test_the_class_that_opens_a_checkpoint(config: Any, kind: str) -> None:
+    assert generator(config).__name__ == kind
 
 
 @pytest.mark.slow

@@ -94,10 +94,14 @@ Extra = Callable[[Block, Tensor], Tensor]
 
 
 class Model(nn.Module):
-    """An embedding, blocks, a head, and a list of modules that are no blocks."""
+    """An embedding, blocks, a head, a list of modules that are no blocks, and what only an image needs.
 
-    def __init__(self, extra: Extra | None = None, blocks: int = 2) -> None:
+    images: the indices of the blocks that are run with an image only.
+    """
+
+    def __init__(self, extra: Extra | None = None, blocks: int = 2, images: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.images, self.tower = images, nn.ModuleList(Block() for _ in range(9))
         self.embed, self.head = nn.Embedding(16, WIDTH), nn.Linear(WIDTH, 16, bias=False)
         self.small = nn.ModuleList([nn.LayerNorm(WIDTH)])
         self.layers = nn.ModuleList(Block(extra) for _ in range(blocks))
@@ -105,15 +109,23 @@ class Model(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, ids: Tensor, use_cache: bool = False) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_decoder(self) -> nn.Module:
+        return self.layers
+
+    def forward(self, input_ids: Tensor, image: Tensor | None = None, use_cache: bool = False) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.tower if image is not None else ():
             x = layer(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x) if i not in self.images else x
         logits: Tensor = self.head(x)
         return logits
 
 
-def found(extra: Extra | None = None, **options: int) -> discover.Structure:
+def found(extra: Extra | None = None, **options: Any) -> discover.Structure:
     with torch.device("meta"):
         model = Model(extra, **options)
     return discover.find(model.eval())
@@ -166,11 +178,26 @@ def test_a_weight_of_two_blocks_is_left() -> None:
     assert [w.name for w in structure.blocks[0].weights] == ["layers.0.query", "layers.0.key"]
 
 
-def test_the_heaviest_list_is_tried_first_and_the_outer_of_two_alike() -> None:
+def test_the_decoder_s_lists_are_tried_first_then_the_heaviest_and_the_outer_of_two_alike() -> None:
     model = Model()
-    assert [name for name, _ in discover.candidates(model)] == ["layers", "small"]
+    assert [name for name, _ in discover.candidates(model)] == ["layers", "tower", "small"]
     outer = nn.ModuleDict({"stack": nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)])]), "none": nn.ModuleList()})
     assert [name for name, _ in discover.candidates(outer)] == ["stack", "stack.0"]
+
+
+def test_blocks_that_only_an_image_reaches_are_no_blocks() -> None:
+    structure = found(blocks=4, images=(1, 3))
+    assert [block.name for block in structure.blocks] == ["layers.0", "layers.2"]
+    assert structure.unreached == ("layers.1", "layers.3")
+    assert structure.blocks[1].weights[0].name == "layers.2.query"
+
+
+def test_what_only_an_image_needs_is_not_read_before_the_blocks() -> None:
+    with torch.device("meta"):
+        model = Model().eval()
+    assert discover.find(model).outside == {"embed.weight"}
+    model.head.weight = model.embed.weight
+    assert discover.find(model).outside == {"embed.weight"}
 
 
 def test_every_list_that_was_tried_is_told() -> None:
@@ -203,10 +230,11 @@ def test_a_structural_run_leaves_the_model_on_meta() -> None:
         model = Model().eval()
     before = dict(model.named_parameters())
     discover.find(model)
-    with discover.recorded(model, list(model.layers)) as recording:
+    with discover.recorded(model, list(model.layers)) as (recording, used):
         assert model.embed.weight.device.type == "cpu" and not model.embed.weight.any()
         assert model.head.weight.device.type == "meta" and model.layers[0].out.weight.device.type == "meta"
         assert recording.hidden[0].shape == (1, discover.PROBE_TOKENS, WIDTH)
+    assert used == {"embed.weight"}
     assert all(now is before[name] for name, now in model.named_parameters())
 
 

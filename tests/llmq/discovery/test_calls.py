@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.calls import Call, Recording, of_length, record
+from llmq.discovery.calls import Call, Recording, Unreached, of_length, record
 from llmq.errors import LlmqError
 from tests.llmq.refusal import refused
 
@@ -41,12 +41,12 @@ class Model(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+    def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
         assert not use_cache
-        hidden = self.embed(ids)
+        hidden = self.embed(input_ids)
         order = {"backwards": [0, 2, 1], "twice": [0, 1, 2, 0, 1, 2], "fewer": [0, 1]}.get(self.how, [0, 1, 2])
         for i in order:
-            mask = torch.full((ids.shape[-1], 1), float(i % 2 + 1))
+            mask = torch.full((input_ids.shape[-1], 1), float(i % 2 + 1))
             given = {"mask": mask, "tables": (torch.ones(WIDTH) * 0.5,), "times": i + 1.0}
             if self.how == "by name":
                 given["hidden"] = hidden
@@ -141,6 +141,15 @@ def test_a_mask_of_its_own_stays() -> None:
 def test_models_that_cannot_be_streamed(returns: str, how: str, words: str) -> None:
     model = Model(returns, how)
     refused(lambda: record(model, list(model.layers), batches()), words)
+
+
+def test_blocks_that_are_not_called_are_told_where_the_whole_pass_is_run() -> None:
+    model = Model(how="fewer")
+    with pytest.raises(Unreached, match="only 2 of 3 blocks are called on text alone") as caught:
+        record(model, list(model.layers), batches(), whole=True)
+    assert caught.value.called == [0, 1]
+    model = Model(how="backwards")  # no order to stream them in
+    refused(lambda: record(model, list(model.layers), batches(), whole=True), "not called once each, in order")
 
 
 def test_blocks_called_again_are_seen_where_the_whole_pass_is_run() -> None:

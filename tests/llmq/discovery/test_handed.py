@@ -55,8 +55,8 @@ class Model(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
-        hidden, value, all_values = self.embed(ids), None, []
+    def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden, value, all_values = self.embed(input_ids), None, []
         for block in self.layers:
             if self.how == "by name":
                 hidden, found = block(hidden, **({} if value is None else {"got": value}))
@@ -251,8 +251,8 @@ class Stores(Model):
         super().__init__("usual", "own")
         self.layers, self.kind = nn.ModuleList(Leaves() for _ in range(4)), kind
 
-    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
-        hidden, table = self.embed(ids), torch.linspace(0.5, 1.5, WIDTH)
+    def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden, table = self.embed(input_ids), torch.linspace(0.5, 1.5, WIDTH)
         store: Any = [table] if self.kind is list else self.kind({"table": table})
         for block in self.layers:
             hidden = block(hidden, store)
@@ -310,8 +310,8 @@ def test_a_container_of_one_call_alone_is_none() -> None:
     model = Model("usual", "own", "own")
 
     class Own(Model):
-        def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
-            hidden = self.embed(ids)
+        def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
+            hidden = self.embed(input_ids)
             for block in self.layers:
                 hidden = block(hidden, {"value": torch.zeros(1)})[0]
             out: Tensor = self.head(hidden)

@@ -41,7 +41,7 @@ def test_the_statistics_of_every_part_are_budgeted(
     made.pipeline.transforms[0].transform_needs = ()
     made.pipeline.quantizer.quantize_needs = ()
     loads: list[list[Load]] = []
-    monkeypatch.setattr(budget, "predict", lambda *args, **more: loads.append(args[5]) or made.budget)
+    monkeypatch.setattr(budget, "predict", lambda *args, **more: loads.append(args[6]) or made.budget)
     budget.budget(made, "cpu")
     methods = {
         "transform": made.pipeline.transforms[0],

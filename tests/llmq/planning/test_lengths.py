@@ -116,8 +116,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Limited(limit) for limit in limits)
         self.config = type("Config", (), {"get_text_config": lambda self: self, "to_dict": dict, "attribute_map": {}})()
 
-    def forward(self, ids: Tensor, use_cache: bool = False) -> Tensor:
-        hidden: Tensor = self.embed(ids)
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        hidden: Tensor = self.embed(input_ids)
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
@@ -146,8 +146,8 @@ class Hands(Limited):
 
 
 class Hand(Model):
-    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
-        hidden, got = self.embed(ids), None
+    def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden, got = self.embed(input_ids), None
         for block in self.blocks:
             hidden, got = block(hidden, got)
         return hidden
@@ -192,10 +192,10 @@ def test_what_cannot_run_without_arithmetic_is_not_refused_but_what_lies_before_
     check_length(Path("m"), model, structure, 200)
 
     class Short(nn.Embedding):
-        def forward(self, ids: Tensor) -> Tensor:
-            if ids.shape[1] > 150:
+        def forward(self, input_ids: Tensor) -> Tensor:
+            if input_ids.shape[1] > 150:
                 raise IndexError("too long")
-            return super().forward(ids)
+            return super().forward(input_ids)
 
     model.embed = Short(300, 64)
     check_length(Path("m"), model, structure, 150)

@@ -18,7 +18,6 @@ from llmq.planning.memory import (
     TRANSIENT,
     Budget,
     Load,
-    before_blocks,
     check_room,
     check_writable,
     hidden_width,
@@ -45,14 +44,12 @@ def test_too_little_disk(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 class Model(nn.Module):
-    """An input embedding of 100 rows, a block of one matrix with a bias, a norm, an output embedding, tied or not."""
+    """An input embedding of 100 rows, a block of one matrix with a bias, a norm, an output embedding."""
 
-    def __init__(self, tied: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.entry, self.block, self.norm = nn.Embedding(100, 8), nn.Linear(8, 30), nn.LayerNorm(8, bias=False)
         self.head = nn.Linear(8, 100, bias=False)
-        if tied:
-            self.head.weight = self.entry.weight
 
     def get_input_embeddings(self) -> nn.Module:
         return self.entry
@@ -61,12 +58,12 @@ class Model(nn.Module):
         return self.head
 
 
-INSIDE = ["block.weight", "block.bias"]
+INSIDE, OUTSIDE = ["block.weight", "block.bias"], ["entry.weight", "norm.weight"]
 LOADS = [Load(1000, 100, 10, 1), Load(2000, 300, 20, 50_000)]
 
 
 def peaks(device: str, dtype: torch.dtype = torch.float32, **more: int) -> Budget:
-    return predict(Model(), INSIDE, dtype, (5, 7), 2, LOADS, 77, device, **more)
+    return predict(Model(), INSIDE, OUTSIDE, dtype, (5, 7), 2, LOADS, 77, device, **more)
 
 
 @pytest.fixture
@@ -97,7 +94,7 @@ def test_what_goes_between_blocks_counts_if_it_is_known(resident: int) -> None:
 def test_a_forward_pass_counts_where_a_block_needs_less(resident: int) -> None:
     """Six copies of two windows at the widest matrix, 30; recording has the embedding and norm besides."""
     forward, embedding = 6 * 2 * 7 * 30 * 4, (100 * 8 + 8) * 4
-    made = predict(Model(), INSIDE, torch.float32, (5, 7), 2, [Load(1000, 100, 10, 1)], 0, "cpu")
+    made = predict(Model(), INSIDE, OUTSIDE, torch.float32, (5, 7), 2, [Load(1000, 100, 10, 1)], 0, "cpu")
     more = max(1000 + 100 + 10 + forward, embedding + 1000 + forward)
     assert made.memory == resident + TRANSIENT + 3 * 5 * 7 * 8 * 4 + more
 
@@ -109,12 +106,7 @@ def test_the_peaks_of_a_device(resident: int) -> None:
     assert peaks("cuda") == Budget(host, 2000 + 300 + 20 + 50_000, 77)
 
 
-def test_an_output_embedding_is_needed_only_where_it_is_the_input_embedding_too() -> None:
-    assert set(before_blocks(Model(), INSIDE)) == {"entry.weight", "norm.weight"}
-    assert set(before_blocks(Model(tied=True), INSIDE)) == {"entry.weight", "norm.weight"}
-    bare = Model()
-    bare.get_output_embeddings = lambda: None  # type: ignore[assignment,method-assign,return-value]
-    assert set(before_blocks(bare, INSIDE)) == {"entry.weight", "norm.weight", "head.weight"}
+def test_the_width_of_hidden_states() -> None:
     assert hidden_width(Model()) == 8
 
 
