@@ -134,7 +134,7 @@ def build_as(folder: Path, name: str, dtype: torch.dtype, trust_remote_code: boo
     """
     import transformers
 
-    kind: Any = opener(name)
+    kind: Any = class_of(name)
     try:
         of: Any = getattr(kind, "config_class", None) or transformers.AutoConfig
         config = of.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -150,7 +150,7 @@ def build_as(folder: Path, name: str, dtype: torch.dtype, trust_remote_code: boo
         raise LlmqError(f"{folder}: --class {name} cannot build this model: {first_line(error)}") from error
 
 
-def opener(name: str) -> type:
+def class_of(name: str) -> type:
     """A class of transformers that opens models, by its name. Raises LlmqError if there is none."""
     import transformers
 

@@ -59,7 +59,9 @@ def accepts(model: nn.Module, section: Mapping[str, Any]) -> bool:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
-        Rules(model, AutoHfQuantizer.from_config(deepcopy(dict(section)), pre_quantized=True))
+        quantizer = AutoHfQuantizer.from_config(deepcopy(dict(section)), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+        Rules(model, quantizer)
     except Exception:  # of a type's rules and a package's together anything may fail
         return False
     return True

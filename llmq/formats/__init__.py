@@ -99,9 +99,9 @@ def loads_dense(schemes: Collection[Scheme]) -> bool:
     return hasattr(kind, "loads_dense") and bool(kind.loads_dense(schemes))
 
 
-def keeps_weight(schemes: Collection[Scheme]) -> bool:
-    """Whether stock transformers' packed modules of these schemes have a `weight` while the model is initialized."""
-    return bool(getattr(of(next(iter(schemes), Scheme())), "KEEPS_WEIGHT", False))
+def replaces_modules(schemes: Collection[Scheme]) -> bool:
+    """Whether stock transformers replaces the modules of weights with these schemes, before they are loaded."""
+    return bool(getattr(of(next(iter(schemes), Scheme())), "REPLACES_MODULES", False))
 
 
 def dense(section: Mapping[str, Any], schemes: Collection[Scheme]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from llmq import formats
 from llmq.checkpoint.source import Source, shapes
-from llmq.discovery.blocks import FEW_OUTPUTS
+from llmq.discovery.blocks import FEW_OUTPUTS, Structure
 from llmq.discovery.named import Named
 from llmq.discovery.names import Links, link
 from llmq.discovery.reasons import Kind, Reason
@@ -44,6 +44,7 @@ def include_outside(
     source: Source,
     recipe: Recipe,
     model: nn.Module,
+    structure: Structure,
     links: Links,
     named: Named | None,
     items: list[WeightPlan],
@@ -60,7 +61,7 @@ def include_outside(
     loads = [_Loads(model, links)]
     if named is not None:
         loads.append(_Loads(named.model, link(named.model, shapes(source))))
-    alike = _of_blocks(items)
+    alike = _of_blocks(items, structure)
     head = _head(model) if whole else set()
     found = []
     for item in items:
@@ -100,9 +101,9 @@ def _loadable(items: list[WeightPlan], loads: list[_Loads], dtype: torch.dtype) 
     schemes = {item.scheme for item in items if item.scheme is not None}
     if not schemes or formats.refusal(schemes):
         return items  # refused later, with the reason
-    dense = loads_dense(loads[0].model, items, dtype)
-    section = formats.config({scheme: ["any"] for scheme in schemes}, [], dtype)
-    reasons = [one.unloadable(section, dense or formats.keeps_weight(schemes)) for one in loads]
+    dense, replaces = loads_dense(loads[0].model, items, dtype), formats.replaces_modules(schemes)
+    section = formats.config({scheme: ["any"] for scheme in schemes}, [], dtype) if replaces else None
+    reasons = [one.unloadable(section, dense) for one in loads]
     found = []
     for item in items:
         mine = [at for at, one in enumerate(loads) if item.block is None and item.scheme and one.parameter(item)]
@@ -155,12 +156,13 @@ def _check(recipe: Recipe, items: list[WeightPlan], loads: list[_Loads]) -> None
             raise LlmqError(f"{told} no weight that can be quantized: {left[0].name}: {left[0].reason}")
 
 
-def _of_blocks(items: Iterable[WeightPlan]) -> dict[str, set[tuple[int, ...]]]:
+def _of_blocks(items: Iterable[WeightPlan], structure: Structure) -> dict[str, set[tuple[int, ...]]]:
     """The names of quantized weights within their blocks, each with its shapes; names as in the checkpoint."""
     found: dict[str, set[tuple[int, ...]]] = {}
     for item in items:
-        _, numbered, inside = item.tensor.partition(f".{item.block}.")
-        if item.scheme is not None and numbered:
+        number = "" if item.block is None else structure.blocks[item.block].name.rpartition(".")[2]
+        _, numbered, inside = item.tensor.partition(f".{number}.")
+        if item.scheme is not None and number and numbered:
             found.setdefault(inside, set()).add(item.shape)
     return found
 
@@ -197,19 +199,19 @@ class _Loads:
             names.setdefault(id(parameter), []).append(name)
         return {key: found for key, found in names.items() if len(found) > 1}
 
-    def unloadable(self, section: dict[str, Any], initialized: bool) -> Callable[[str], Reason | None]:
+    def unloadable(self, section: dict[str, Any] | None, dense: bool) -> Callable[[str], Reason | None]:
         """A function: one of its parameters → why stock transformers could not load it packed, or None.
 
-        section: the `quantization_config`; initialized: whether the model's initialization may read any weight.
+        section: the `quantization_config`, if the format's loader replaces modules, and so can be asked which; dense:
+        whether weights are unpacked while they are loaded.
         """
         linear = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
-        read = set() if initialized else unpackable(self.model, linear)
-        # Empty for a loader that keeps the modules as they are.
-        taken = Named(self.model, []).converted(section)
+        read = set() if dense or section else unpackable(self.model, linear)
+        taken = None if section is None else Named(self.model, []).converted(section)
 
         def why(parameter: str) -> Reason | None:
             module = parameter.removesuffix(".weight")
-            if taken and module not in taken:
+            if taken is not None and module not in taken:
                 return KEPT_BY_STOCK
             return UNPACKABLE if module in read else None
 
