@@ -25,6 +25,8 @@ _CALL = "function_call"
 _CALLS = ("tool_calls", _CALL)
 _TURNS = {"human": "user", ANSWER: ANSWER}
 """Keys of two turns in one object, as ms-swift has them."""
+_MEDIA = re.compile(r"(image|video|audio)s?")
+"""Columns beside a text that hold what it speaks of, as data sets for vision-language models have them."""
 _LIST = re.compile(r"\s*\[\s*\{")
 _AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 Messages = list[dict[str, Any]]
@@ -138,6 +140,18 @@ def check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise LlmqError(f"{where} holds half of a character (\\u{ord(text[error.start]):x}): mend the row") from error
+
+
+def check_media(fields: Mapping[str, Any], where: str, way: str) -> None:
+    """Raise LlmqError for a row with an image, a video or a sound, which only its text would be read of.
+
+    way: what to do besides taking out the row.
+    """
+    if found := next((name for name, held in fields.items() if _MEDIA.fullmatch(name) and held), None):
+        raise LlmqError(
+            f"{where} has a column {found!r}, and only text is read, in which a placeholder would stand for it: give "
+            f"rows of text{way}"
+        )
 
 
 def with_system(messages: Messages, fields: Mapping[str, Any]) -> Messages:

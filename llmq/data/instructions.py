@@ -267,6 +267,7 @@ def content(row: Row) -> str | tuple[Messages, bool]:
     Raises LlmqError, with file and line, for a row that is neither.
     """
     fields = row.fields
+    chats.check_media(fields, row.where, "")
     both = answers.joined(fields)
     if both is not None:
         return _joined(row, both)

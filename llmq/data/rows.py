@@ -64,6 +64,8 @@ class RowReader:
 
     def text(self, row: Row) -> str:
         """The row's text, through the chat template if it is a chat; empty if it holds none. Raises LlmqError."""
+        if not self.named:
+            chats.check_media(row.fields, row.where, ", or name the column of text with --column")
         if self.column is None:
             self.column = self._choose([row])
         fields = row.fields if self.named and self.column in row.fields else _joined(row.fields)

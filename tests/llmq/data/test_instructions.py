@@ -131,6 +131,7 @@ def test_long_rows(tmp_path: Path, plain: Any) -> None:
         ),
         ('{"history": [["a", "b"]], "instruction": "a", "chosen": "b"}', "turns in 'history'"),
         ('{"text": "\\ud83d"}', "half of a character"),
+        ('{"image": "a.png", "prompt": "<image>", "completion": "a cat"}', "a column 'image', and only text is read"),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', "two values for 'prompt'"),
     ],
 )

@@ -39,6 +39,12 @@ def test_the_column_that_is_read(fields: dict[str, Any], column: str | None, fou
     assert text(fields, column) == found
 
 
+def test_columns_of_media_are_no_fault_where_they_are_empty_or_the_text_is_named() -> None:
+    assert text({"text": "no image here", "images": []}) == "no image here"
+    assert text({"text": "no image here", "image": None, "image_of": 1}) == "no image here"
+    assert text({"text": "<image> a cat", "image": "a.png"}, "text") == "<image> a cat"
+
+
 def test_chats_go_before_text_and_any_string(bpe: Any) -> None:
     for name in ("messages", "dialogue"):
         assert text({"text": "noon", name: CHAT}, tokenizer=bpe).startswith("[user] see")
@@ -62,6 +68,8 @@ def test_the_column_is_chosen_by_the_first_row() -> None:
         ({}, "y", ("only none",)),
         ({"y": 5}, "y", ("a.jsonl:3: column 'y' holds neither a text nor a list of chat messages",)),
         ({"y": [{"role": "user"}]}, "y", ("holds neither",)),
+        ({"text": "<image> a cat", "image": "a.png"}, None, ("a.jsonl:3 has a column 'image'", "--column")),
+        ({"text": "<video> a cat", "videos": [{"bytes": ""}]}, None, ("a.jsonl:3 has a column 'videos'",)),
     ],
 )
 def test_rows_without_text(fields: dict[str, Any], column: str | None, words: tuple[str, ...]) -> None:
