@@ -88,8 +88,6 @@ def load_model(
 
     config = check_readable(folder, kernels)
     other = not_causal(config) if generates else None
-    if other and config.get("is_encoder_decoder"):
-        raise LlmqError(f"{folder}: {other}")
     if dtype != "auto" and dtype not in DTYPES:
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]

@@ -13,7 +13,6 @@ from llmq import methods
 from llmq.checkpoint.source import FolderSource, Source, shapes
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
-from llmq.discovery.architecture import not_causal
 from llmq.discovery.blocks import Structure
 from llmq.discovery.find_pairs import find_in
 from llmq.discovery.named import Named, build_as, named
@@ -129,8 +128,6 @@ def _discover(source: Source, model_class: str | None = None) -> tuple[nn.Module
     if model_class is not None:
         model = build_as(source.folder, model_class, dtype, source.trust_remote_code)
         return model, dtype, Structure("", ()), link(model, shapes(source))
-    if source.config.get("is_encoder_decoder") and (told := not_causal(source.config)):
-        raise LlmqError(f"{source.folder}: {told}")
     while True:
         model = discover.build(source.folder, dtype, source.trust_remote_code)
         structure, links = discover.find(model), link(model, shapes(source))
