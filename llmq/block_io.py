@@ -25,8 +25,6 @@ from llmq.planning.plan import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
 from llmq.report.rows import weight_row
 
-NO_DATA = "no calibration: rounded to nearest"
-
 
 @dataclass(frozen=True)
 class BlockIO:
@@ -197,7 +195,7 @@ class BlockIO:
         state.quantized, state.seconds = quantized, time.perf_counter() - began
         row = weight_row(state, None, weight.after)
         if plan.pipeline.quantizer.quantize_needs:
-            row = replace(row, notes=(*row.notes, NO_DATA))
+            row = replace(row, notes=(*row.notes, f"no calibration: {plan.pipeline.how_without}"))
         return asdict(row), _packed(weight, quantized), state.result().cpu()
 
     def read_back(self, weight: WeightPlan) -> Tensor:

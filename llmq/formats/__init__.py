@@ -99,6 +99,12 @@ def loads_dense(schemes: Collection[Scheme]) -> bool:
     return hasattr(kind, "loads_dense") and bool(kind.loads_dense(schemes))
 
 
+def with_targets(section: Mapping[str, Any], schemes: Collection[Scheme], names: Iterable[str]) -> dict[str, Any]:
+    """A folder's `quantization_config` that names these quantized modules, where its format has targets."""
+    kind = cast(Any, of(next(iter(schemes))))
+    return kind.with_targets(section, names) if hasattr(kind, "with_targets") else dict(section)
+
+
 def replaces_modules(schemes: Collection[Scheme]) -> bool:
     """Whether stock transformers replaces the modules of weights with these schemes, before they are loaded."""
     return bool(getattr(of(next(iter(schemes), Scheme())), "REPLACES_MODULES", False))

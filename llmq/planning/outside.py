@@ -49,20 +49,21 @@ def include_outside(
     named: Named | None,
     items: list[WeightPlan],
     dtype: torch.dtype,
-) -> list[WeightPlan]:
-    """The items; those outside the blocks that the recipe includes have a scheme, or the reason why they have none.
+) -> tuple[list[WeightPlan], list[str]]:
+    """The items; those outside the blocks that the recipe includes have a scheme, or the reason why they have none. And
+    what to warn of.
 
     A recipe that names a class includes all linear weights of that class but its output embedding. Raises LlmqError if
     a pattern matches nothing, or nothing that can be quantized so.
     """
     if not recipe.include and recipe.model_class is None:
-        return items
+        return items, []
     whole = recipe.model_class is not None
     loads = [_Loads(model, links)]
     if named is not None:
         loads.append(_Loads(named.model, link(named.model, shapes(source))))
     alike = _of_blocks(items, structure)
-    head = _head(model) if whole else set()
+    head = head_of(model) if whole else set()
     found = []
     for item in items:
         mine = item.block is None and item.scheme is None and item.reason is not None and item.reason.kind in LEFT
@@ -80,7 +81,15 @@ def include_outside(
         found.append(schemed(replace(item, reason=None, before=nbytes, after=nbytes), recipe, dtype))
     found = _loadable(found, loads, dtype)
     _check(recipe, found, loads)
-    return found
+    unread = [i for i in found if i.block is None and i.scheme and not any(one.parameter(i) for one in loads)]
+    return found, [_unread(unread)] if unread else []
+
+
+def _unread(items: list[WeightPlan]) -> str:
+    return (
+        f"{items[0].name} and {len(items) - 1} more are quantized, and no class of transformers loads them: only a "
+        "server that has such layers does (transformers' use_mtp reads them unquantized)"
+    )
 
 
 def loads_dense(model: nn.Module, items: Iterable[WeightPlan], dtype: torch.dtype) -> bool:
@@ -167,7 +176,7 @@ def _of_blocks(items: Iterable[WeightPlan], structure: Structure) -> dict[str, s
     return found
 
 
-def _head(model: nn.Module) -> set[str]:
+def head_of(model: nn.Module) -> set[str]:
     """The parameters of the output embedding."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     own = set() if head is None else {id(parameter) for parameter in head.parameters()}

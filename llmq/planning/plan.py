@@ -63,7 +63,8 @@ def make_plan(
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     items += plan_experts(source, recipe, model, structure, links, dtype)
     items += plan_parts(source, recipe, model, structure, links, dtype)
-    items = include_outside(source, recipe, model, structure, links, other, items, dtype)
+    items, noted = include_outside(source, recipe, model, structure, links, other, items, dtype)
+    warned += noted
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
     # Experts first: what servers allow of weights with one input is no way out for them.

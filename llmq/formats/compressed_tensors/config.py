@@ -82,6 +82,18 @@ def dense(section: Mapping[str, Any]) -> dict[str, Any]:
     return dict(section) | {"dequantize": True}
 
 
+def with_targets(section: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A `quantization_config` in which modules are targets by name too, where one group has the class as its target.
+
+    vLLM counts an output embedding as no `Linear`.
+    """
+    groups = section["config_groups"]
+    if len(groups) > 1:
+        return dict(section)
+    (name, group), *_ = groups.items()
+    return dict(section) | {"config_groups": {name: group | {"targets": [*group["targets"], *sorted(set(names))]}}}
+
+
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """The weights' scheme, as compressed-tensors' QuantizationArgs."""
     return {
