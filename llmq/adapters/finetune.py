@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from llmq.adapters.base import nf4_config
 from llmq.adapters.lora import CONFIG, RECORD, WEIGHTS
 from llmq.adapters.settings import Outcome, Settings, card
 from llmq.checkpoint import hub
@@ -30,6 +31,7 @@ from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, t
 from llmq.checkpoint.files import write
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.data.instructions import Example, Examples, read
+from llmq.discovery.architecture import beside_decoder
 from llmq.errors import LlmqError, first_line
 from llmq.formats.bitsandbytes.source import is_nf4
 from llmq.inference.pretrained import load_model, load_tokenizer
@@ -172,11 +174,7 @@ class _Run:
         """The base model; with base_bits 4 it is quantized to NF4 while loading, unless the checkpoint is NF4."""
         settings, quantization = self.settings, None
         if settings.base_bits == 4 and not is_nf4(self.source.config):
-            from transformers import BitsAndBytesConfig
-
-            quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-            )
+            quantization = nf4_config(self.source)
         own = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
         model = load_model(
             self.source.folder,
@@ -214,6 +212,8 @@ class _Run:
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             target_modules="all-linear",
+            # Rows are text alone, which never reaches a tower.
+            exclude_modules=beside_decoder(model) or None,
             task_type="CAUSAL_LM",
         )
         try:
@@ -321,7 +321,8 @@ class _Run:
         )
         made = self.out / STATE / "adapter"
         settled = self.model.peft_config["default"]
-        settled.target_modules = sorted(settled.target_modules)  # a set: its order differs between processes
+        for name in ("target_modules", "exclude_modules"):  # sets: their order differs between processes
+            setattr(settled, name, sorted(getattr(settled, name) or ()) or None)
         self.model.save_pretrained(made, save_embedding_layers=False)
         for name in (WEIGHTS, CONFIG):
             write(self.out / name, (made / name).read_bytes())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 ONLY = "and llmq quantizes models that generate text only (those that AutoModelForCausalLM opens, or with images)"
 
 CALIBRATED = "and llmq calibrates and measures models that generate text only"
@@ -23,6 +25,15 @@ def generator(config: Any) -> Any:
         return auto
     named = [getattr(transformers, str(name), None) for name in config.architectures or []]
     return next((kind for kind in named if _generates(kind) and not config.is_encoder_decoder), auto)
+
+
+def beside_decoder(model: nn.Module) -> list[str]:
+    """The linear layers of a model that are neither in its decoder nor its output embedding: those of its towers."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    within = {id(module) for part in (decoder, head) if part is not None for module in part.modules()}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [] if decoder is None else [name for name, module in linears.items() if id(module) not in within]
 
 
 def _generates(kind: Any) -> bool:

@@ -81,6 +81,28 @@ def _is_whole(source: Source, named: Named) -> bool:
         return False
 
 
+def missing_processor(source: Source) -> list[str]:
+    """A warning if the model takes images or sounds, and nothing in the folder says how they are prepared."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
+    from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+    classes = {
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+        *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
+    }
+    named = source.config.get("architectures") or []
+    files = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
+    if not classes & {*named} or source.config.get("model_type") not in PROCESSOR_MAPPING_NAMES:
+        return []
+    if any((source.folder / file).is_file() for file in files):
+        return []
+    return [
+        f"{source.folder} has no processor ({' or '.join(files)}): the quantized model answers text, but no server can "
+        "prepare images or sounds for it; copy that file from the model that it was made from into both folders"
+    ]
+
+
 def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
     """Raises LlmqError if --keep or --override matches no weight, or only weights that are not quantized."""
     names = [i.name for i in items]

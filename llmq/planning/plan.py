@@ -83,6 +83,7 @@ def make_plan(
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
+    warned += checks.missing_processor(source)
     plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
     plan.budget = budget(plan, device, between)
     check_room(plan.budget, out, device)

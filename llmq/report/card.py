@@ -221,10 +221,10 @@ model = {name}.from_pretrained("{FOLDER}", device_map="auto")
     if "transformers" in report.examples:
         text += f"""
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {", ".join(sorted([report.opener, "AutoTokenizer"]))}
 
 path = "{FOLDER}"
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+model = {report.opener}.from_pretrained(path, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(path)
 inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

@@ -13,6 +13,7 @@ from typing import Any
 from llmq import formats
 from llmq.block.attempt import Attempt, Outcome
 from llmq.checkpoint.files import REPORT
+from llmq.discovery.architecture import generator
 from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
@@ -27,8 +28,8 @@ class Report:
 
     Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
     command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
-    example code the card shows, and whether they were tried. `llmq.report.rows` defines the rows; report.json has the
-    same fields under the same names.
+    example code the card shows, and whether they were tried; opener: the class of transformers that opens the folder.
+    `llmq.report.rows` defines the rows; report.json has the same fields under the same names.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Report:
     predicted_device_memory: int = 0
     loaders: list[str] = field(default_factory=list)
     examples: dict[str, bool] = field(default_factory=dict)
+    opener: str = "AutoModelForCausalLM"
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -157,6 +159,7 @@ def make_report(
         format=formats.name(plan.schemes),
         loaders=[loader.sentence for loader in plan.loaders],
         examples={loader.code: loader.tried for loader in plan.loaders if loader.code},
+        opener=generator(plan.model.config).__name__,
         command=command,
         versions=versions(),
     )
