@@ -37,6 +37,10 @@ NOT_ALIKE = Reason(
 )
 KEPT_BY_STOCK = Reason(Kind.NOT_LOADABLE, "stock transformers never packs it in this format")
 FEW = Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: not all loaders read such weights packed")
+AT_FIRST_CALL = (
+    "stock transformers unpacks these weights when the whole model is called first: a part that is called before (an "
+    "encoder, by `generate`) fails. With one scheme for all, and without --activations, it unpacks them while loading"
+)
 HEAD = Reason(Kind.OUTSIDE, "it is the output embedding: --include quantizes it, too, if it names it")
 
 
@@ -79,10 +83,15 @@ def include_outside(
             continue
         nbytes = source.info(item.tensor).nbytes
         found.append(schemed(replace(item, reason=None, before=nbytes, after=nbytes), recipe, dtype))
-    found = _loadable(found, loads, dtype)
+    dense = loads_dense(model, found, dtype)
+    found = _loadable(found, loads, dense, dtype)
     _check(recipe, found, loads)
-    unread = [i for i in found if i.block is None and i.scheme and not any(one.parameter(i) for one in loads)]
-    return found, [_unread(unread)] if unread else []
+    chosen = [item for item in found if item.block is None and item.scheme is not None]
+    unread = [item for item in chosen if not any(one.parameter(item) for one in loads)]
+    warned = [_unread(unread)] if unread else []
+    if whole and not dense and any(hasattr(formats.of(item.scheme), "STOCK_UNPACKS") for item in chosen if item.scheme):
+        warned.append(AT_FIRST_CALL)
+    return found, warned
 
 
 def _unread(items: list[WeightPlan]) -> str:
@@ -105,12 +114,12 @@ def loads_dense(model: nn.Module, items: Iterable[WeightPlan], dtype: torch.dtyp
     return accepts(model, section)
 
 
-def _loadable(items: list[WeightPlan], loads: list[_Loads], dtype: torch.dtype) -> list[WeightPlan]:
+def _loadable(items: list[WeightPlan], loads: list[_Loads], dense: bool, dtype: torch.dtype) -> list[WeightPlan]:
     """The items; those outside the blocks that stock transformers could not load packed without their scheme."""
     schemes = {item.scheme for item in items if item.scheme is not None}
     if not schemes or formats.refusal(schemes):
         return items  # refused later, with the reason
-    dense, replaces = loads_dense(loads[0].model, items, dtype), formats.replaces_modules(schemes)
+    replaces = formats.replaces_modules(schemes)
     section = formats.config({scheme: ["any"] for scheme in schemes}, [], dtype) if replaces else None
     reasons = [one.unloadable(section, dense) for one in loads]
     found = []
@@ -239,7 +248,7 @@ class _Loads:
         # Derived classes compute something else, or are read by the module that holds them.
         if leaf != "weight" or kind is not nn.Linear:
             return Reason(
-                Kind.NOT_LINEAR, f"its module is {kind.__name__}, and only plain linear layers are loaded packed"
+                Kind.NOT_LINEAR, f"it is the weight of {kind.__name__}, and only plain linear layers are loaded packed"
             )
         if self.parameters[parameter].shape[0] < FEW_OUTPUTS:
             return FEW

@@ -22,12 +22,18 @@ from llmq.methods import Pipeline
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.fused import apart
 from llmq.planning.memory import Budget
+from llmq.planning.outside import loads_dense
 from llmq.planning.parts import PartsPlan
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.weights import WeightPlan
 from llmq.recipe.recipe import Recipe
 
 BATCH_TOKENS = 2048
+DENSE = Loader(
+    "stock transformers with compressed-tensors reads it, and unpacks its weights while loading, so that parts of the "
+    "model can be called alone: it takes the memory of an unquantized model (llmq.load keeps weights packed)",
+    code="transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ class Plan:
         if self.for_llmq_alone:
             return [ALONE]
         if not self.blocks:
-            return formats.of(next(iter(self.schemes))).loaders(self.schemes)
+            dense = loads_dense(self.model, self.weights, self.dtype)
+            return [DENSE] if dense else formats.of(next(iter(self.schemes))).loaders(self.schemes)
         return formats.loaders(self.schemes, bool(apart(self.weights)))
 
     @property

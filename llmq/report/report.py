@@ -159,7 +159,7 @@ def make_report(
         format=formats.name(plan.schemes),
         loaders=[loader.sentence for loader in plan.loaders],
         examples={loader.code: loader.tried for loader in plan.loaders if loader.code},
-        opener=generator(plan.model.config).__name__,
+        opener=plan.recipe.model_class or generator(plan.model.config).__name__,
         command=command,
         versions=versions(),
     )
