@@ -29,7 +29,7 @@ from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.parts import PartsInfo, call_experts, find_parts, find_routed, linears_of
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.routers import follow_products
-from llmq.discovery.stock import unpackable
+from llmq.discovery.stock import UNPACKABLE, unpackable
 from llmq.discovery.structure import BlockInfo as BlockInfo
 from llmq.discovery.structure import Structure as Structure
 from llmq.discovery.structure import WeightInfo as WeightInfo
@@ -201,12 +201,8 @@ def _without_small(blocks: list[BlockInfo]) -> list[BlockInfo]:
 
 def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
-    reason = Reason(
-        Kind.NOT_LOADABLE,
-        "stock transformers cannot load it packed: the model's own code accesses it while loading",
-    )
     for block in blocks:
-        left = block.left | {f"{block.name}.{w.view.parameter}": reason for w in block.weights if w.name in bad}
+        left = block.left | {f"{block.name}.{w.view.parameter}": UNPACKABLE for w in block.weights if w.name in bad}
         yield replace(block, weights=tuple(w for w in block.weights if w.name not in bad), left=left)
 
 
