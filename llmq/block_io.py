@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
 from llmq.discovery.experts import Expert
 from llmq.discovery.parameters import assign, empty
+from llmq.discovery.view import View
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
+from llmq.planning.memory import REST_BYTES
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
 from llmq.report.rows import weight_row
-
-REST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,26 @@ class BlockIO:
             state.input_scale = getattr(written, "input_scale", None)
         return states
 
+    def round_outside(self, weight: WeightPlan) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+        """A weight outside the blocks, read and quantized without calibration: its row, its tensors, and its values."""
+        assert weight.scheme is not None
+        plan, value = self.plan, self._checked(weight.tensor).to(self.device)
+        state = WeightState(weight.name, View("weight"), weight.scheme, value, value.dtype, 0)
+        began = time.perf_counter()
+        try:
+            quantized = plan.pipeline.data_free.quantize(value, weight.scheme, {}, plan.dtype)
+        except LlmqError as problem:
+            raise LlmqError(f"{weight.tensor}: {problem}") from problem
+        state.quantized, state.seconds = quantized, time.perf_counter() - began
+        row = weight_row(state, None, weight.after)
+        if plan.pipeline.quantizer.quantize_needs:
+            row = replace(row, notes=(*row.notes, f"no calibration: {plan.pipeline.how_without}"))
+        return asdict(row), _packed(weight, quantized), state.result().cpu()
+
+    def read_back(self, weight: WeightPlan) -> Tensor:
+        """The values of a written quantized weight, in the model's dtype."""
+        return self._read(weight).dequantize(self.plan.dtype)
+
     def _read(self, weight: WeightPlan) -> Quantized:
         """A written quantized weight."""
         assert weight.scheme is not None
@@ -231,9 +252,15 @@ def pack_weights(
         state = block.weights[name]
         assert weight.scheme is not None and state.quantized is not None
         rows.append(asdict(weight_row(state, planned.index, weight.after, weight.expert)))
-        packed = formats.of(weight.scheme).pack(state.quantized)
-        tensors |= {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+        tensors |= _packed(weight, state.quantized)
     return rows, tensors
+
+
+def _packed(weight: WeightPlan, quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors that store a weight, by their names."""
+    assert weight.scheme is not None
+    packed = formats.of(weight.scheme).pack(quantized)
+    return {f"{weight.name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
 
 
 def discard(block: nn.Module) -> None:

@@ -28,7 +28,9 @@ from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
 from llmq.planning.named_class import check_named_class
+from llmq.planning.outside import head_of, loads_dense
 from llmq.planning.plan import Plan, make_plan
+from llmq.planning.weights import WeightPlan
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import card
@@ -138,8 +140,12 @@ def config(made: Plan) -> dict[str, Any]:
     linears = {n for n, m in made.model.named_modules() if isinstance(m, torch.nn.Linear)}
     unused = set(made.links.unused)
     other = {} if made.named is None else made.named.parameters
+
+    def names_of(item: WeightPlan) -> list[str]:
+        return [item.module, item.name, other.get(item.tensor, item.tensor).removesuffix(".weight")]
+
     for item in made.weights:
-        names = [item.module, item.name, other.get(item.tensor, item.tensor).removesuffix(".weight")]
+        names = names_of(item)
         if item.scheme is not None:
             groups.setdefault(item.scheme, []).extend(dict.fromkeys(names))
         elif item.module in linears or (item.tensor in unused and item.tensor.endswith(".weight")):
@@ -154,9 +160,15 @@ def config(made: Plan) -> dict[str, Any]:
     experts = {item.scheme for item in made.weights if item.expert is not None}
     order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))
     groups = {scheme: groups[scheme] for scheme in order}
+    heads = {name.removesuffix(".weight") for name in head_of(made.model)}
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
+    head = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
+    if head:
+        section = formats.with_targets(section, made.schemes, head)
     if made.for_llmq_alone:
         section = marked(section)
+    if loads_dense(made.model, made.weights, made.dtype):
+        section = formats.dense(section, made.schemes)
     return made.source.config | {"quantization_config": section}
 
 

@@ -38,6 +38,9 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     """
     io = BlockIO(plan, sink, device)
     copy_rest(io, watch)
+    if not plan.blocks:
+        verify_rest(io, watch)
+        return
     recording = record_calls(io, watch)
     states, recording.hidden = recording.states(), recording.hidden[:1]
     float_states = states if plan.pipeline.float_target else None
@@ -55,6 +58,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
         watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")
     del states, float_states
     verify(io, recording, watch)
+    verify_rest(io, watch)
 
 
 def quantize_block(
@@ -184,15 +188,23 @@ def check_output(name: str, output: list[States], when: str) -> None:
 
 
 def copy_rest(io: BlockIO, watch: Watch) -> None:
-    """Copy all tensors outside the blocks unchanged, in shards of up to 256 MiB."""
-    source, units = io.plan.source, rest(io.plan)
+    """Copy all tensors outside the blocks, in shards of up to 256 MiB; quantize those that are included."""
+    source, units, outside = io.plan.source, rest(io.plan), io.plan.outside
     watch.stage("Copying", len(units))
     for unit, names in units.items():
         if unit not in io.sink.done:
-            tensors = {name: source.read(name) for name in names}
-            for name, tensor in tensors.items():
-                check_finite(tensor, name, source.info(name).file)
-            io.sink.commit(unit, tensors, {})
+            tensors: dict[str, Tensor] = {}
+            rows, signatures = [], {}
+            for name in names:
+                if name in outside:
+                    row, packed, values = io.round_outside(outside[name])
+                    tensors |= packed
+                    rows.append(row)
+                    signatures[name] = output_signature(values)
+                else:
+                    tensors[name] = source.read(name)
+                    check_finite(tensors[name], name, source.info(name).file)
+            io.sink.commit(unit, tensors, {"weights": rows, "signatures": signatures} if rows else {})
         watch.step(unit)
 
 
@@ -228,3 +240,15 @@ def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
     for block in io.plan.blocks:
         states = replay(io, block, states, recording)
         watch.step("")
+
+
+def verify_rest(io: BlockIO, watch: Watch) -> None:
+    """Read back every quantized weight outside the blocks and compare it with the one in memory."""
+    outside = io.plan.outside
+    if not outside:
+        return
+    watch.stage("Verifying what is outside the blocks", len(outside))
+    for unit in rest(io.plan):
+        for tensor, signature in io.sink.done[unit].get("signatures", {}).items():
+            check_signature({"signature": signature}, io.read_back(outside[tensor]), tensor)
+            watch.step("")

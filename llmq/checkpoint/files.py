@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json"
 """Where other tools say how a folder's weights are quantized, besides or instead of config.json."""
 TEMPLATES = "additional_chat_templates"
 """The folder beside a tokenizer that holds its named chat templates, as transformers reads and writes it."""
+MODULES = "modules.json"
+"""Where sentence-transformers lists a model's parts, some of them folders in its own."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
 _CARRIED_NAMES = ("license", "licence", "notice", "copying", "use_policy")
@@ -37,6 +40,26 @@ def goes_along(name: str, *, code: bool) -> bool:
 def named_templates(folder: Path) -> dict[str, Path]:
     """The named chat templates of a model's or tokenizer's folder: name in that folder → file."""
     return {f"{TEMPLATES}/{path.name}": path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+
+
+def modules_beside(folder: Path) -> dict[str, Path]:
+    """The files of the folders that a modules.json names: name in the model's folder → file.
+
+    sentence-transformers has pooling and dense layers there, which run after the model that is quantized. Pickles are
+    left out.
+    """
+    try:
+        listed = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        paths = [str(module.get("path", "")) for module in listed]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+    inside = [path for path in paths if path and Path(path).name == path]
+    return {
+        f"{path}/{file.name}": file
+        for path in inside
+        for file in sorted((folder / path).glob("*"))
+        if goes_along(file.name, code=False) or file.suffix == ".safetensors"
+    }
 
 
 def write(path: Path, data: str | bytes) -> None:

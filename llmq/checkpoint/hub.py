@@ -11,12 +11,12 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.checkpoint import strangers
-from llmq.checkpoint.files import CARD, INDEX, PICKLES, SINGLE, goes_along
+from llmq.checkpoint.files import CARD, INDEX, MODULES, PICKLES, SINGLE, goes_along
 from llmq.errors import LlmqError, first_line
 from llmq.machine import existing
 
@@ -153,7 +153,7 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
     if weights is None:
         index = _retried(lambda: hf_hub_download(name, INDEX, revision=info.sha, token=token), name)
         weights = _indexed(name, Path(index), sizes)
-    wanted = [*weights, *(file for file in sizes if _carried(file, trust_remote_code))]
+    wanted = [*weights, *(file for file in sizes if _carried(file, trust_remote_code) or _beside(file, sizes))]
     _check_disk(name, info.sha, {file: sizes[file] for file in wanted})
     # The pattern language has no escape but brackets; names with brackets do not occur among these files.
     return Path(
@@ -199,6 +199,12 @@ def _indexed(name: str, index: Path, files: dict[str, int]) -> list[str]:
     if missing:
         raise LlmqError(f"{name}: {INDEX} names {missing[0]}, which the repository does not hold; try another revision")
     return [INDEX, *shards]
+
+
+def _beside(file: str, files: Container[str]) -> bool:
+    """Whether a file is of a part that a modules.json may name (`files.modules_beside`)."""
+    folder, _, name = file.partition("/")
+    return MODULES in files and bool(folder) and name in ("config.json", SINGLE)
 
 
 def _carried(file: str, trust_remote_code: bool) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import strangers
-from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along, named_templates
+from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along, modules_beside, named_templates
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
@@ -183,11 +183,11 @@ class FolderSource:
         """The files that are copied unchanged: tokenizer, generation, processor, chat templates, licence.
 
         Weights, indexes, config.json, model cards, pickles and subfolders are not copied, but for the folder of named
-        chat templates; Python files only if the config names them.
+        chat templates and those that a modules.json names; Python files only if the config names them.
         """
         code = "auto_map" in self.config
         found = {path.name: path for path in self.folder.iterdir() if goes_along(path.name, code=code)}
-        found |= named_templates(self.folder)
+        found |= named_templates(self.folder) | modules_beside(self.folder)
         return {
             name: path
             for name, path in sorted(found.items())

@@ -118,6 +118,12 @@ def evaluate(
         if not names:
             raise LlmqError("--tasks is empty: choose from perplexity, divergence, speed, memory, or tasks of lm-eval")
         reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
+        for name, report in reports.items():
+            if report.recipe.get("model_class"):
+                raise LlmqError(
+                    f"{name} was quantized as {report.recipe['model_class']} (--class), and llmq eval measures models "
+                    "that generate text only: llmq.load opens it, to measure its outputs with your own data"
+                )
         base = base or _base(reports, trust_remote_code)
         options = Options(
             tasks=names,

@@ -81,6 +81,22 @@ Override = Annotated[
     list[str] | None, typer.Option(help="'PATTERN=bits:8,group_size:64' for matching weights. Repeatable.")
 ]
 Keep = Annotated[list[str] | None, typer.Option(help="Leave the weights that match this pattern alone. Repeatable.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Quantize linear weights outside the decoder's blocks that match this pattern, too ('visual.*', 'mtp.*', "
+        "lm_head): without calibration, by rtn if the method needs it. Repeatable."
+    ),
+]
+ModelClass = Annotated[
+    str | None,
+    typer.Option(
+        "--class",
+        help="For models that do not generate text, or have an encoder (BERT, T5, Whisper, CLIP …): the class of "
+        "transformers that opens the model, such as AutoModel or AutoModelForSeq2SeqLM. All its linear weights are "
+        "quantized without calibration: --method rtn or hqq.",
+    ),
+]
 Ragged = Annotated[
     str | None,
     typer.Option(help="If the group size does not divide a width: error (default), smaller, channel or keep."),
@@ -131,14 +147,23 @@ def recipe_options(
     recipe: RecipeName = None,
     override: Override = None,
     keep: Keep = None,
+    include: Include = None,
     ragged: Ragged = None,
     loader: Loader = None,
     route: Route = None,
+    model_class: ModelClass = None,
     seed: Seed = None,
     **options: Any,
 ) -> Recipe:
     """The preset or file, or the defaults, changed by the options that were given. Raises LlmqError."""
-    given = {"methods": method, "keep": keep or None, "ragged": ragged, "loader": loader, "route": route, "seed": seed}
+    given: dict[str, Any] = {
+        "methods": method,
+        "keep": keep or None,
+        "include": include or None,
+        "ragged": ragged,
+        "loader": loader,
+    }
+    given |= {"route": route, "model_class": model_class, "seed": seed}
     scheme = {
         "bits": bits,
         "group_size": None if group_size is None else parse_group(group_size),

@@ -9,6 +9,8 @@ from torch import nn
 
 ONLY = "and llmq quantizes models that generate text only (those that AutoModelForCausalLM opens, or with images)"
 
+CALIBRATED = "and llmq calibrates and measures models that generate text only"
+
 
 def generator(config: Any) -> Any:
     """The class whose `from_pretrained` opens a checkpoint with this config (of transformers) to generate text.
@@ -32,6 +34,12 @@ def beside_decoder(model: nn.Module) -> list[str]:
     within = {id(module) for part in (decoder, head) if part is not None for module in part.modules()}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [] if decoder is None else [name for name, module in linears.items() if id(module) not in within]
+
+
+def text_part(model: nn.Module) -> str | None:
+    """The path of the largest part of a model that generates text by itself, if there is one beside the model."""
+    parts = {name: part for name, part in model.named_modules() if name and _generates(type(part))}
+    return max(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()), default=None)
 
 
 def _generates(kind: Any) -> bool:
@@ -68,12 +76,48 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     named = [str(name) for name in classes] if isinstance(classes, list) else []
     causal = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
     if named and not causal & {*named} and not {*IMAGES.values(), *OTHERS.values()} & {*named}:
-        return (
-            f"config.json says that it is {named[0]}, which is no causal language model, {ONLY}: give the causal model "
-            "that it was made from, if there is one"
-        )
-    if kind not in CAUSAL and not (named and (kind in IMAGES or kind in OTHERS)):
-        return f"a model of type {kind!r} is no causal language model, {ONLY}"
-    if config.get("is_encoder_decoder"):
-        return f"config.json says that {named[0]} has an encoder before its decoder, {ONLY}"
-    return None
+        told = f"config.json says that it is {named[0]}, which is no causal language model"
+    elif kind not in CAUSAL and not (named and (kind in IMAGES or kind in OTHERS)):
+        told = f"a model of type {kind!r} is no causal language model"
+    elif config.get("is_encoder_decoder"):
+        told = f"config.json says that {named[0] if named else kind} has an encoder before its decoder"
+    else:
+        return None
+    if name := suggested(config):
+        return f"{told}, {CALIBRATED}: --class {name} --method rtn (or hqq) quantizes it without calibration"
+    return f"{told}, {ONLY}: give the causal model that it was made from, if there is one"
+
+
+def opener(config: Any) -> Any:
+    """The class whose `from_pretrained` opens a checkpoint with this config (of transformers), whatever it does.
+
+    `generator`, or the class that the config names if that is no model that generates text from text alone.
+    """
+    import transformers
+
+    named = [getattr(transformers, str(name), None) for name in config.architectures or []]
+    kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))
+    return generator(config) if not_causal(config.to_dict()) is None else next(kinds, generator(config))
+
+
+def suggested(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that opens the model of a config.json: an auto class, if one opens the class that the
+    config names, else that class; None if transformers has none."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named, kind = config.get("architectures"), str(config.get("model_type"))
+    usual = modeling_auto.MODEL_MAPPING_NAMES.get(kind, "")
+    first = str(named[0]) if isinstance(named, list) and named else usual if isinstance(usual, str) else usual[0]
+    found = []
+    for name in sorted(vars(modeling_auto)):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if not name.startswith("Auto") or mapping is None:
+            continue
+        classes = mapping._model_mapping.get(kind, ())
+        if first in ((classes,) if isinstance(classes, str) else classes):
+            found.append(name)
+    # A class with all of a model's heads for training opens most models, and says the least.
+    of_two = bool(config.get("is_encoder_decoder"))
+    found.sort(key=lambda name: (name.endswith("PreTraining"), of_two and "Seq2Seq" not in name))
+    return next(iter(found), first if hasattr(transformers, first) else None)

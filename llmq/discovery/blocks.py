@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from llmq.discovery.architecture import generator, not_causal
+from llmq.discovery.architecture import generator, not_causal, text_part
 from llmq.discovery.calls import Call, Recording, Unreached, handed_in, record
 from llmq.discovery.experts import ExpertsInfo, Places, Routed, describe, watch_experts
 from llmq.discovery.matmuls import Matmul, Modules, watch_matmuls, watch_modules
@@ -29,7 +29,10 @@ from llmq.discovery.parameters import zeros as zeros
 from llmq.discovery.parts import PartsInfo, call_experts, find_parts, find_routed, linears_of
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.routers import follow_products
-from llmq.discovery.stock import unpackable
+from llmq.discovery.stock import UNPACKABLE, unpackable
+from llmq.discovery.structure import BlockInfo as BlockInfo
+from llmq.discovery.structure import Structure as Structure
+from llmq.discovery.structure import WeightInfo as WeightInfo
 from llmq.discovery.view import View
 from llmq.errors import LlmqError, first_line
 
@@ -38,57 +41,6 @@ FEW_OUTPUTS = 16
 ROUTER = Reason(Kind.ROUTER, "it decides which experts a token goes to")
 BEHIND = Reason(Kind.BEHIND, "the output of the routed experts feeds it, which is not there when it is calibrated")
 SMALL = Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: servers do not read such weights packed")
-
-
-@dataclass(frozen=True)
-class WeightInfo:
-    """One weight of a block. name: its module's path in the model; view: its position in a parameter of the block; rows
-    × width: [out, in].
-
-    input_id: the same for all weights fed by the same tensor (servers fuse those); row_parallel: whether a
-    tensor-parallel server splits it along its input (a weight fed by neither the block's input nor a norm).
-    """
-
-    name: str
-    view: View
-    rows: int
-    width: int
-    input_id: int
-    row_parallel: bool
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """One decoder block. left: parameters with two or more axes that are not quantized, each with the reason; experts:
-    its routed experts, if they can be run one at a time; parts: those that cannot. The stacks of either are neither in
-    `weights` nor in `left`.
-    """
-
-    name: str
-    weights: tuple[WeightInfo, ...]
-    left: dict[str, Reason]
-    experts: ExpertsInfo | None = None
-    parts: tuple[PartsInfo, ...] = ()
-
-    @property
-    def mixture(self) -> bool:
-        """Whether it has routed experts."""
-        return self.experts is not None or bool(self.parts)
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The blocks of a model in order, and the path of the list that holds them.
-
-    unreached: the names of those in the list that text alone does not run (they attend to an image); not in `blocks`.
-    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding, and those that
-    tell its device.
-    """
-
-    path: str
-    blocks: tuple[BlockInfo, ...]
-    unreached: tuple[str, ...] = ()
-    outside: frozenset[str] = frozenset()
 
 
 def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -168,6 +120,12 @@ def find(model: nn.Module) -> Structure:
             reasons.append(f"{path}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {first_line(error)}")
+    if part := text_part(model):
+        why = reasons[0] if reasons else "it has no module list"
+        raise LlmqError(
+            f"{type(model).__name__} does not run on text alone ({why}); its part {part} may: save that by itself "
+            f"(model.{part}.save_pretrained) and quantize it"
+        )
     raise LlmqError(
         f"no list of decoder blocks was found: {'; '.join(reasons) or 'the model has no module list'}; llmq quantizes "
         "models that are a list of blocks, which run one after the other"
@@ -254,12 +212,8 @@ def _without_small(blocks: list[BlockInfo]) -> list[BlockInfo]:
 
 def _packable(model: nn.Module, blocks: list[BlockInfo]) -> Iterator[BlockInfo]:
     bad = unpackable(model, [w.name for b in blocks for w in b.weights])
-    reason = Reason(
-        Kind.NOT_LOADABLE,
-        "stock transformers cannot load it packed: the model's own code accesses it while loading",
-    )
     for block in blocks:
-        left = block.left | {f"{block.name}.{w.view.parameter}": reason for w in block.weights if w.name in bad}
+        left = block.left | {f"{block.name}.{w.view.parameter}": UNPACKABLE for w in block.weights if w.name in bad}
         yield replace(block, weights=tuple(w for w in block.weights if w.name not in bad), left=left)
 
 

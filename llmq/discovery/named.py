@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging as levels
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.discovery.architecture import suggested
 from llmq.discovery.rename import renamer
 from llmq.errors import LlmqError, first_line
 
@@ -126,6 +127,54 @@ def build_named(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
     return None if kind is None else _built(config, kind, dtype)
 
 
+def build_as(folder: Path, name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder, opened by a class of transformers (an auto class too), parameters on the meta device.
+
+    Raises LlmqError if transformers has no such class, or it does not build this model.
+    """
+    import transformers
+
+    kind: Any = class_of(name)
+    try:
+        of: Any = getattr(kind, "config_class", None) or transformers.AutoConfig
+        config = of.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not issubclass(kind, transformers.PreTrainedModel):
+            found = kind._model_mapping.get(type(config), None)
+            if found is None and not getattr(config, "auto_map", None):
+                raise LlmqError(f"{folder}: {name} has no model of type {config.model_type!r}{_way(config)}")
+            return _empty(lambda: kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code))
+        return _empty(lambda: kind._from_config(config, dtype=dtype))
+    except LlmqError:
+        raise
+    except Exception as error:  # as in `_built`
+        raise LlmqError(f"{folder}: --class {name} cannot build this model: {first_line(error)}") from error
+
+
+def class_of(name: str) -> type:
+    """A class of transformers that opens models, by its name. Raises LlmqError if there is none."""
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained") or not _opens_models(kind):
+        raise LlmqError(
+            f"--class {name!r} is no class of transformers {transformers.__version__} that opens models: write it as "
+            "AutoModel, AutoModelForSeq2SeqLM, or as config.json names it under architectures"
+        )
+    return kind
+
+
+def _opens_models(kind: type) -> bool:
+    from transformers import PreTrainedModel
+
+    return issubclass(kind, PreTrainedModel) or hasattr(kind, "_model_mapping")
+
+
+def _way(config: Any) -> str:
+    """The class that would open a model instead, as the end of a sentence."""
+    name = suggested(config.to_dict())
+    return f": --class {name}" if name else ""
+
+
 def _kind(folder: Path, trust_remote_code: bool) -> tuple[Any, type | None]:
     """A folder's config, and the first class of transformers that it names."""
     import transformers
@@ -139,15 +188,20 @@ def _kind(folder: Path, trust_remote_code: bool) -> tuple[Any, type | None]:
 
 
 def _built(config: Any, kind: Any, dtype: torch.dtype) -> nn.Module:
+    try:
+        return _empty(lambda: kind._from_config(config, dtype=dtype))
+    except Exception as error:  # with a wrong config, model code may fail in any way
+        raise LlmqError(f"config.json names {kind.__name__}, which cannot be built: {first_line(error)}") from error
+
+
+def _empty(make: Callable[[], Any]) -> nn.Module:
+    """The model that is made, without memory for its parameters."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model: nn.Module = kind._from_config(config, dtype=dtype)
-        getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
-    except Exception as error:  # with a wrong config, model code may fail in any way
-        raise LlmqError(f"config.json names {kind.__name__}, which cannot be built: {first_line(error)}") from error
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: nn.Module = make()
+    getattr(model, "tie_weights", lambda: None)()  # construction on the meta device unties parameters
     return model.eval()
 
 

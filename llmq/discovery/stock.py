@@ -6,10 +6,19 @@ initialization on every module, and some of these routines access `weight` uncon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
+
+from llmq.discovery.reasons import Kind, Reason
+from llmq.discovery.rename import Rules
+
+UNPACKABLE = Reason(
+    Kind.NOT_LOADABLE, "stock transformers cannot load it packed: the model's own code accesses it while loading"
+)
 
 
 def unpackable(model: nn.Module, names: list[str]) -> set[str]:
@@ -43,6 +52,19 @@ def unpackable(model: nn.Module, names: list[str]) -> set[str]:
         for _, module, parameters in held.values():
             _restore(module, parameters)
     return found
+
+
+def accepts(model: nn.Module, section: Mapping[str, Any]) -> bool:
+    """Whether transformers' rules for the model's checkpoints can be joined with those of a `quantization_config`."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config(deepcopy(dict(section)), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+        Rules(model, quantizer)
+    except Exception:  # of a type's rules and a package's together anything may fail
+        return False
+    return True
 
 
 def _restore(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:

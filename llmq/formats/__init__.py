@@ -93,6 +93,29 @@ def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[st
     return of(next(iter(groups), Scheme())).config(groups, ignore, dtype)
 
 
+def loads_dense(schemes: Collection[Scheme]) -> bool:
+    """Whether `dense` can make stock transformers unpack a folder of these schemes while loading."""
+    kind = of(next(iter(schemes), Scheme()))
+    return hasattr(kind, "loads_dense") and bool(kind.loads_dense(schemes))
+
+
+def with_targets(section: Mapping[str, Any], schemes: Collection[Scheme], names: Iterable[str]) -> dict[str, Any]:
+    """A folder's `quantization_config` that names these quantized modules, where its format has targets."""
+    kind = cast(Any, of(next(iter(schemes))))
+    return kind.with_targets(section, names) if hasattr(kind, "with_targets") else dict(section)
+
+
+def replaces_modules(schemes: Collection[Scheme]) -> bool:
+    """Whether stock transformers replaces the modules of weights with these schemes, before they are loaded."""
+    return bool(getattr(of(next(iter(schemes), Scheme())), "REPLACES_MODULES", False))
+
+
+def dense(section: Mapping[str, Any], schemes: Collection[Scheme]) -> dict[str, Any]:
+    """A folder's `quantization_config`, with which stock transformers unpacks its weights while loading."""
+    made: dict[str, Any] = cast(Any, of(next(iter(schemes)))).dense(section)
+    return made
+
+
 def name(schemes: Collection[Scheme]) -> str:
     """The format's name for people."""
     return of(next(iter(schemes), Scheme())).title(schemes)

@@ -6,7 +6,7 @@ numbers. Here the files decide, the configuration must agree, and everything is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ Stored = dict[str, TensorInfo]
 class Placeholder(nn.Module):
     """A module that receives a weight's stored tensors, each in a buffer of its own, and can only be replaced.
 
-    name: of the module; stored: its tensors in the files, by suffix, with all that `layer` needs; apart: those that
-    transformers would join to others, if their buffers were named like them.
+    name: of the module; shape: of its weight, [out, in]; stored: its tensors in the files, by suffix, with all that
+    `layer` needs; apart: those that transformers would join to others, if their buffers were named like them.
     """
 
     def __init__(
         self,
         name: str,
+        shape: Sequence[int],
         layer: Layer,
         stored: Mapping[str, TensorInfo],
         bias: bool,
@@ -42,6 +43,8 @@ class Placeholder(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.layer, self.apart = name, layer, apart
+        # Some models' initialization reads them.
+        self.out_features, self.in_features = shape
         self.file = stored[next(iter(layer.entries))].file
         for suffix in (*layer.entries, *((BIAS,) if bias else ())):
             info = stored[suffix]
@@ -138,7 +141,8 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
             continue
         if pattern is not None or module is None:
             owner = _inside_parameters(name, modules)
-            if set(tensors) <= ORDINARY or not (pattern or target in state or name in modules or owner):
+            there_too = target in state or name in modules or owner is not None
+            if set(tensors) <= ORDINARY or not (there_too or (pattern and not _beside(name, modules))):
                 continue
             if owner is not None and any(p.dim() >= 3 for p in modules[owner].parameters(recurse=False)):
                 if not joining.foreign(stem):
@@ -163,14 +167,16 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         entries = dict(layer.entries) | ({BIAS: Entry(FLOATS, (shape[0],))} if bias else {})
         check(stem, shape, entries, tensors)
         where = found.quantized if name in linear else found.dense
-        where[name] = Placeholder(name, layer, tensors, bias)
+        where[name] = Placeholder(name, shape, layer, tensors, bias)
     if found.unserved is not None:
         joining.refuse_foreign(stored)
     else:
         found.stacks, found.unserved = joining.stacks(stored, reader)
     for part in (part for stack in found.stacks for expert in stack.experts for part in expert):
         check(part.stem, part.shape, part.layer.entries, stored[part.stem])
-        found.experts[part.place] = Placeholder(part.place, part.layer, stored[part.stem], False, part.apart)
+        found.experts[part.place] = Placeholder(
+            part.place, part.shape, part.layer, stored[part.stem], False, part.apart
+        )
     if found.unserved is None:
         file = next(iter(next(iter(stored.values())).values())).file if stored else None
         rest = (n for header in headers for n in header if not n.endswith(tuple(f".{s}" for s in reader.suffixes)))
@@ -205,6 +211,13 @@ def _inside_parameters(name: str, modules: Mapping[str, nn.Module]) -> str | Non
         if name in modules:
             return name if name and any(True for _ in modules[name].parameters(recurse=False)) else None
     return None
+
+
+def _beside(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module would be in a part that the model does not have: of its own, or one more entry of a list."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return not name or isinstance(modules[name], nn.ModuleList)
 
 
 def grouped(headers: Iterable[Mapping[str, TensorInfo]], suffixes: tuple[str, ...]) -> dict[str, Stored]:

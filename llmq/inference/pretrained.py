@@ -23,7 +23,7 @@ import torch
 
 from llmq import formats
 from llmq.checkpoint.strangers import of_folder, of_tokenizer
-from llmq.discovery.architecture import generator, not_causal
+from llmq.discovery.architecture import generator, not_causal, opener
 from llmq.errors import LlmqError, first_line
 from llmq.formats.fp8 import dequantizes
 from llmq.formats.stacks import unmarked
@@ -48,7 +48,13 @@ def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", tr
 
     folder = resolve(str(model), trust_remote_code=trust_remote_code)
     return load_model(
-        folder, dtype=dtype, device=device_map, trust_remote_code=trust_remote_code, probe=False, kernels=True
+        folder,
+        dtype=dtype,
+        device=device_map,
+        trust_remote_code=trust_remote_code,
+        probe=False,
+        kernels=True,
+        generates=False,
     )
 
 
@@ -62,6 +68,7 @@ def load_model(
     quantization: Any = None,
     probe: bool = True,
     kernels: bool = False,
+    generates: bool = True,
 ) -> Any:
     """The model in evaluation mode on `device`, ready to run: weights that a format unpacks at the first forward are
     unpacked.
@@ -70,7 +77,8 @@ def load_model(
     quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
     otherwise, errors that only occur in a forward pass are not found, and nothing is unpacked (or repacked) for
     inference. kernels: run formats that llmq reads packed, on its own operators. device may be a device map too; with
-    'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass.
+    'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass. generates:
+    the model generates text; otherwise any is opened, by the class that config.json names.
 
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
@@ -78,10 +86,12 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    check_readable(folder, kernels)
+    config = check_readable(folder, kernels)
+    other = not_causal(config) if generates else None
     if dtype != "auto" and dtype not in DTYPES:
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
+    opens = generator if generates else opener
     # Offload folder for tensors that transformers computes while loading and that do not fit in memory.
     spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
     try:
@@ -90,7 +100,7 @@ def load_model(
             loaded: Any = (
                 load_dense(few, kind, device)
                 if few is not None
-                else generator(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).from_pretrained(
+                else opens(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).from_pretrained(
                     folder,
                     dtype=kind,
                     device_map=device,
@@ -114,12 +124,13 @@ def load_model(
     ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
-        told = not_causal(check_readable(folder, kernels)) or first_line(error)
-        raise LlmqError(f"{folder} cannot be loaded: {told}") from error
+        raise LlmqError(f"{folder} cannot be loaded: {other or first_line(error)}") from error
     model, info = loaded
     if spilled is not None:
         weakref.finalize(model, spilled.cleanup)
     missing = sorted(info["missing_keys"])
+    if missing and other:
+        raise LlmqError(f"{folder} lacks {missing[0]}: {other}")
     if missing:
         raise LlmqError(
             f"{folder} lacks {len(missing)} tensors that its architecture needs, such as {missing[0]}: "

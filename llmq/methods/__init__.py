@@ -58,6 +58,17 @@ class Pipeline:
         return (*self.transforms, self.quantizer, *self.refiners)
 
     @property
+    def data_free(self) -> Method:
+        """What quantizes a weight that there is no calibration data for: the quantizer, or rtn if that needs some."""
+        return find(DEFAULT_QUANTIZER)() if self.quantizer.quantize_needs else self.quantizer
+
+    @property
+    def how_without(self) -> str:
+        """What `data_free` does, in words."""
+        name = type(self.data_free).__name__.lower()
+        return "rounded to nearest" if name == DEFAULT_QUANTIZER else f"quantized by {name}"
+
+    @property
     def calibrated(self) -> bool:
         """Whether any method needs calibration data."""
         return bool(self.transforms or self.refiners or self.quantizer.quantize_needs)

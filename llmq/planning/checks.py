@@ -9,7 +9,7 @@ from torch import nn
 
 from llmq import formats
 from llmq.checkpoint.source import Source
-from llmq.discovery.architecture import not_causal
+from llmq.discovery.architecture import not_causal, suggested
 from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
@@ -19,15 +19,22 @@ from llmq.planning.fused import apart
 from llmq.planning.weights import WeightPlan, matches
 from llmq.recipe.recipe import Recipe
 
+SHOWN = 5
+"""Weights outside the blocks that a message names."""
 
-def check_sources(source: Source, model: nn.Module, links: Links, named: Named | None = None) -> None:
+
+def check_sources(
+    source: Source, model: nn.Module, links: Links, named: Named | None = None, model_class: str | None = None
+) -> None:
     """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape.
 
-    named: the class that config.json names, if it is another than the model's.
+    named: the class that config.json names, if it is another than the model's; model_class: that which the user named.
     """
     for name, parameter in model.named_parameters():
         if not links.tensors(name):
-            reason = links.failed.get(name) or _missing(source, model, links, named)
+            if model_class is not None and _is_whole(source, Named(model, source.names())):
+                continue
+            reason = links.failed.get(name) or _missing(source, model, links, named, model_class)
             raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         tensor = links.source.get(name)
         if tensor is None:
@@ -40,8 +47,14 @@ def check_sources(source: Source, model: nn.Module, links: Links, named: Named |
             )
 
 
-def _missing(source: Source, model: nn.Module, links: Links, named: Named | None) -> str:
+def _missing(source: Source, model: nn.Module, links: Links, named: Named | None, model_class: str | None) -> str:
     """Why a parameter may have no tensor, with the way out."""
+    better = suggested(source.config)
+    if model_class is not None and better not in (None, model_class):
+        return (
+            f"the checkpoint has no tensor for it, and {model_class} ({type(model).__name__}) would fill it with "
+            f"random numbers: --class {better} opens what config.json names"
+        )
     if told := not_causal(source.config):
         return f"the checkpoint has no tensor for it; {told}"
     if named is not None and _is_whole(source, named):
@@ -115,13 +128,14 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
     """Raises LlmqError if nothing is quantized, or a scheme does not suit its format, weight, method or server."""
     chosen = [i for i in items if i.scheme is not None]
     if not chosen:
-        reasons = sorted({i.reason.sentence for i in items if i.block is not None and i.reason})
+        inside = [i for i in items if i.block is not None] or items
+        reasons = sorted({i.reason.sentence for i in inside if i.reason})
         raise LlmqError("there is nothing to quantize: " + "; ".join(reasons))
     schemes = {i.scheme for i in chosen if i.scheme is not None}
     refusal = formats.refusal(schemes)
     if refusal:
         raise LlmqError(refusal)
-    for scheme in sorted(schemes, key=str):
+    for scheme in sorted({i.scheme for i in chosen if i.scheme and i.block is not None}, key=str):
         reason = quantizer.refusal(scheme)
         if reason:
             raise LlmqError(
@@ -153,22 +167,26 @@ def _splits(item: WeightPlan, tp: int) -> bool:
 
 def _name_all(items: list[WeightPlan]) -> str:
     """All weights by name; names that differ only in the block's or expert's number are merged, with lists of both."""
+    outside = [f"{i.name} [{i.shape[0]}, {i.shape[1]}] ({i.scheme})" for i in items if i.block is None]
     experts: dict[tuple[str, tuple[int, ...], Scheme | None], dict[int, list[int]]] = {}
     for item in items:
+        if item.block is None:
+            continue
         name = item.name.replace(f".{item.block}.", ".*.", 1)
         if item.expert is not None:
             name = ".*.".join(name.rsplit(f".{item.expert}.", 1))
-        found = experts.setdefault((name, item.shape, item.scheme), {}).setdefault(item.block or 0, [])
+        found = experts.setdefault((name, item.shape, item.scheme), {}).setdefault(item.block, [])
         found += [] if item.expert is None else [item.expert]
     alike: dict[tuple[str, tuple[int, ...], Scheme | None, str], list[int]] = {}
     for (name, shape, scheme), blocks in experts.items():
         for block, mine in blocks.items():
             alike.setdefault((name, shape, scheme, _ranges(mine)), []).append(block)
-    return ", ".join(
+    inside = [
         f"{name} [{shape[0]}, {shape[1]}] ({scheme}) in blocks {_ranges(blocks)}"
         + (f" (experts {mine})" if mine else "")
         for (name, shape, scheme, mine), blocks in alike.items()
-    )
+    ]
+    return ", ".join([*inside, *outside[:SHOWN], *([f"{len(outside) - SHOWN} more"] if len(outside) > SHOWN else [])])
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -187,7 +205,7 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     warnings = []
     inside = [i for i in items if i.block is not None]
     share = sum(prod(i.shape) for i in inside if i.scheme) / max(1, sum(prod(i.shape) for i in inside))
-    if share < 0.9:
+    if inside and share < 0.9:
         warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
     schemes = {i.scheme for i in items if i.scheme is not None}
     warnings += [loader.sentence for loader in formats.loaders(schemes, bool(apart(items))) if loader.warn]

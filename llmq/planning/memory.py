@@ -20,6 +20,8 @@ ROUTED_COPIES = 2.5  # of the rows of all experts' products, at the widest of th
 # Kept for products of many different numbers of rows: oneDNN compiles each, and the heap is split between them.
 ROUTED_EXTRA = 256 * 2**20
 TRANSIENT = 96 * 2**20
+REST_BYTES = 2**28
+"""The most that is written as one unit of what is outside the blocks, unless one tensor is larger."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ def predict(
     window, hidden states and other values, if known; stacks: of the parameters, those that hold experts one below the
     other, which tell no width.
 
-    The activations (input, target and output of every window) are in host memory for any device.
+    Without blocks, nothing runs. The activations (input, target and output of every window) are in host memory for any
+    device.
     """
+    now = psutil.Process().memory_info().rss + TRANSIENT
+    if not inside:
+        most = max((load.block + load.packed + load.workspace for load in loads), default=0)
+        return Budget(now + most, most if device != "cpu" else 0, disk)
     hidden = hidden_width(model)
     if between is None:
         between = ids_shape[1] * hidden * dtype.itemsize
@@ -94,7 +101,6 @@ def predict(
         load.block + load.packed + load.statistics + max(load.workspace, load.forward, forward) for load in loads
     )
     recording = embedding + loads[0].block + max(forward, loads[0].forward)
-    now = psutil.Process().memory_info().rss + TRANSIENT
     if device == "cpu":
         return Budget(now + activations + max(work, recording), 0, disk)
     return Budget(now + activations + max(load.block + load.packed for load in loads) + recording, work, disk)

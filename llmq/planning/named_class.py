@@ -14,7 +14,8 @@ from llmq.planning.weights import WeightPlan
 
 def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None = None) -> None:
     """Raises LlmqError, naming a parameter, if a class other than the causal one would lack or refuse a parameter of
-    the output that it loads from the source; of a mixture, the causal class is asked too if no other is named. Folders
+    the output that it loads from the source; of a mixture, and where
+    weights outside the blocks are quantized, the model's own class is asked if no other is named. Folders
     that these classes are to refuse are not checked.
 
     section: the output's `quantization_config`. sink: the written tensors; without it, those that the plan says. Warns
@@ -23,7 +24,7 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
     named = plan.named
     if plan.for_llmq_alone:
         return
-    if named is None and any(info.mixture for info in plan.structure.blocks):
+    if named is None and (plan.outside or any(info.mixture for info in plan.structure.blocks)):
         named = Named(plan.model, plan.source.names())
     if named is None:
         return

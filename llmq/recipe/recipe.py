@@ -21,6 +21,7 @@ from llmq.validate import check_choice, check_keys, check_types, made
 RAGGED = ("error", "smaller", "channel", "keep")
 LOADERS = ("any", "transformers", "llmq")
 ROUTES = ("own", "all")
+LISTS = ("methods", "keep", "include")
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,26 @@ class Recipe:
 
     methods: in order, transforms first, then at most one quantizer (default rtn), then refinements. scheme: by
     default the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match
-    wins; keep: patterns of weights left in their own dtype. A pattern is dotted parts of a weight's name in the
+    wins; keep: patterns of weights left in their own dtype; include: patterns of linear weights outside the decoder's
+    blocks that are quantized too, without calibration. A pattern is dotted parts of a weight's name in the
     checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name, each is
     passed to the methods that have it; one that no method has is refused. loader: who is to load the folder: with
     'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
     `llmq.load` could read. route: the tokens that an expert of a mixture is calibrated with: its own, or all that enter
-    its block's experts. The defaults are those that measured best for each method.
+    its block's experts. model_class: the class of transformers that opens the model, for one that does not generate
+    text: all its linear weights are quantized without calibration. The defaults are those that measured best for each
+    method.
     """
 
     methods: tuple[str, ...] = ("gptq",)
     scheme: Scheme = cast(Scheme, None)
     overrides: tuple[tuple[str, Scheme], ...] = ()
     keep: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     ragged: str = "error"
     loader: str = "any"
     route: str = "own"
+    model_class: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
@@ -83,7 +89,7 @@ class Recipe:
         """Plain data, as YAML and JSON hold it; Recipe.from_dict reads it back."""
         data = dataclasses.asdict(self)
         data["overrides"] = {pattern: dataclasses.asdict(scheme) for pattern, scheme in self.overrides}
-        return data | {"methods": list(self.methods), "keep": list(self.keep)}
+        return data | {name: list(getattr(self, name)) for name in LISTS}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -104,9 +110,10 @@ class Recipe:
         at = f"{where}: calibration"
         calibration = check_keys(values.pop("calibration", {}), Calibration, at)
         values["calibration"] = made(lambda: Calibration(**calibration), at)
-        if isinstance(values.get("keep"), str):
-            values["keep"] = [values["keep"]]
-        values |= {name: tuple(values[name]) for name in ("methods", "keep") if isinstance(values.get(name), list)}
+        for name in LISTS:
+            given = values.get(name)
+            values |= {name: (given,)} if isinstance(given, str) else {}
+            values |= {name: tuple(given)} if isinstance(given, list) else {}
         return made(lambda: Recipe(scheme=scheme, **values), where)
 
     @staticmethod

@@ -56,9 +56,9 @@ weight; `report.json` has every number and the recipe.
 - methods: {methods}
 - format: {report.format}
 - calibration: {report.calibration}
-{_experts(report)}\
+{_outside(report)}{_experts(report)}\
 - not quantized: {"; ".join(left) or "nothing"}
-- verified: every block was read back from disk and gave the same output as in memory
+- verified: {_verified(report)}
 """
 
 
@@ -155,7 +155,9 @@ def _metadata(report: Report, base: str | None, source: Path) -> str:
     tags = ["llmq", report.format.partition(" ")[0], *(f"{count}-bit" for count in bits)]
     known = source_metadata(source)
     given |= {key: known[key] for key in COPIED if known.get(key)}
-    return str(ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **given).to_yaml())
+    task = known.get("pipeline_tag") if report.recipe.get("model_class") else "text-generation"
+    given |= {"pipeline_tag": task} if task else {}
+    return str(ModelCardData(library_name="transformers", tags=tags, **given).to_yaml())
 
 
 def source_metadata(source: Path) -> dict[str, Any]:
@@ -186,9 +188,36 @@ def _experts(report: Report) -> str:
     return f"{told}\n"
 
 
+def _outside(report: Report) -> str:
+    """A line on the weights outside the blocks, if some are quantized beside those in blocks."""
+    mine = [row for row in report.quantized if row.block is None]
+    if not mine or not report.blocks:
+        return ""
+    notes = {note for row in mine for note in row.notes if note.startswith("no calibration")}
+    return f"- outside the decoder's blocks: {len(mine):,} weights, {next(iter(notes), 'no calibration')}\n"
+
+
+def _verified(report: Report) -> str:
+    said = ["every block was read back from disk and gave the same output as in memory"] * bool(report.blocks)
+    if any(row.block is None for row in report.quantized):
+        what = "every weight outside the blocks" if report.blocks else "every quantized weight"
+        said.append(f"{what} was read back from disk and has the same values as in memory")
+    return "; ".join(said)
+
+
 def _usage(report: Report) -> str:
     said = "".join(f"- {loader}\n" for loader in report.loaders)
     text = said
+    if name := report.recipe.get("model_class"):
+        return f"""{text}
+```python
+from transformers import {name}
+
+model = {name}.from_pretrained("{FOLDER}", device_map="auto")
+```
+
+`llmq.load("{FOLDER}")` opens it with its weights packed.
+"""
     if "transformers" in report.examples:
         text += f"""
 ```python

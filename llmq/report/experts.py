@@ -75,6 +75,7 @@ def experts_of(report: Report) -> list[Experts]:
             errors = [row.error for row in rows]
             quantiles = quantile(errors, 0.5), quantile(errors, 0.9), quantile(errors, 1.0)
             block = rows[0].block
+            assert block is not None  # experts outside the blocks are quantized as any matrix
             found.append(Experts(block, place(rows), rows, quantiles, each, report.blocks[block].routing))
     return found
 

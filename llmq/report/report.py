@@ -129,6 +129,9 @@ def make_report(
         log = [attempt for unit in (last, *groups) for attempt in done[unit].get("log", ())]
         blocks.append(read_block({"name": block.name, **done[last], "log": log}))
         weights += [read_weight({"block": index, **row}) for unit in (last, *groups) for row in done[unit]["weights"]]
+    inside = {unit for block in plan.blocks for unit in block.units}
+    rest = [payload for unit, payload in done.items() if unit not in inside]
+    weights += [read_weight(row) for payload in rest for row in payload.get("weights", ())]
     silent = [block.name for block in blocks if block.zero]
     silent_note = (
         f"the output of {', '.join(silent[:3])}{f' and {len(silent) - 3} more' if len(silent) > 3 else ''} is zero for "
@@ -156,7 +159,7 @@ def make_report(
         format=formats.name(plan.schemes),
         loaders=[loader.sentence for loader in plan.loaders],
         examples={loader.code: loader.tried for loader in plan.loaders if loader.code},
-        opener=generator(plan.model.config).__name__,
+        opener=plan.recipe.model_class or generator(plan.model.config).__name__,
         command=command,
         versions=versions(),
     )

@@ -19,16 +19,17 @@ from llmq.grids.scheme import Scheme, changed_scheme
 class WeightRow:
     """A quantized weight.
 
-    shape: [out, in]; block: its number; bytes: stored; error: relative, in the Frobenius norm, of the quantized weight
-    to the weight after all transforms; notes: fallbacks used; seconds: of its quantization. Of a routed expert's weight
-    also expert: its number in the block; tokens: those of the calibration windows (if no method needs data, of the one
-    window that checks blocks) that chose it; alpha: the share of their own statistics in those that it was quantized
-    with, from 0 to 1, None if the methods use no such statistics. None for other weights.
+    shape: [out, in]; block: its number, None outside the blocks, where nothing is calibrated; bytes: stored; error:
+    relative, in the Frobenius norm, of the quantized weight to the weight after all transforms; notes: fallbacks
+    used; seconds: of its quantization. Of a routed expert's weight also expert: its number in the block; tokens:
+    those of the calibration windows (if no method needs data, of the one window that checks blocks) that chose it;
+    alpha: the share of their own statistics in those that it was quantized with, from 0 to 1, None if the methods use
+    no such statistics. None for other weights.
     """
 
     name: str
     shape: tuple[int, ...]
-    block: int
+    block: int | None
     bytes: int
     scheme: Scheme
     error: float
@@ -78,7 +79,7 @@ class BlockRow:
         return "output is zero" if self.zero else f"{self.error:.2e}"
 
 
-def weight_row(state: WeightState, block: int, nbytes: int, expert: int | None = None) -> WeightRow:
+def weight_row(state: WeightState, block: int | None, nbytes: int, expert: int | None = None) -> WeightRow:
     """The row of a quantized weight. nbytes: its size on disk; expert: its number, if it is a routed expert's."""
     assert state.quantized is not None
     return WeightRow(

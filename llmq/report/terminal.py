@@ -75,7 +75,12 @@ def summary(console: Console, made: Plan) -> None:
     chosen = [i for i in made.weights if i.scheme is not None]
     schemes = sorted({str(i.scheme) for i in chosen})
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("quantize", f"{len(chosen)} weights in {len(made.structure.blocks)} blocks to {', '.join(schemes)}")
+    blocks, outside = len(made.structure.blocks), len(made.outside)
+    where = [f"{len(chosen) - outside} weights in {blocks} blocks"] if blocks else []
+    where += [f"{outside} weights {'outside the blocks' if blocks else f'of {type(made.model).__name__}'}"] * bool(
+        outside
+    )
+    grid.add_row("quantize", f"{' and '.join(where)} to {', '.join(schemes)}")
     used = getattr(made.pipeline.quantizer, "range", None)
     grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
     grid.add_row(
@@ -85,6 +90,8 @@ def summary(console: Console, made: Plan) -> None:
     if places:
         grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")
     grid.add_row("calibration", escape(made.calibration.description))
+    if blocks and outside:
+        grid.add_row("", f"outside the blocks none: {made.pipeline.how_without}")
     device = f", {size(made.budget.device_memory)} on the device" if made.budget.device_memory else ""
     if made.calibration.first:
         grid.add_row("first window", escape(readable(made.calibration.first, console.encoding)))
@@ -115,6 +122,12 @@ def report(console: Console, done: Report) -> None:
         bits = 8 * sum(row.bytes for row in rows) / max(1, sum(prod(row.shape) for row in rows))
         mean = sum(row.error for row in rows) / max(1, len(rows))
         table.add_row(escape(block.name), block.shown, f"{mean:.2e}", f"{bits:.2f}", f"{block.seconds:.1f}")
+    if outside := inside[None]:
+        bits = 8 * sum(row.bytes for row in outside) / max(1, sum(prod(row.shape) for row in outside))
+        mean = sum(row.error for row in outside) / len(outside)
+        seconds = sum(row.seconds for row in outside)
+        name = "outside the blocks" if done.blocks else f"{len(outside)} weights"
+        table.add_row(name, "", f"{mean:.2e}", f"{bits:.2f}", f"{seconds:.1f}")
     console.print(table)
     _experts(console, done)
     worst = sorted(quantized, key=lambda row: -row.error)[:WORST]

@@ -17,6 +17,7 @@ from llmq.grids.scheme import Scheme
 __all__ = ["COMPANIONS", "SCALES", "inspect", "pack", "spec", "unpack"]
 
 ONE_SCHEME = True
+REPLACES_MODULES = True
 READERS = {"bitsandbytes_4bit": BitsandbytesReader, "bitsandbytes_8bit": BitsandbytesReader}
 PACKAGES = {"bitsandbytes": "bitsandbytes"}
 

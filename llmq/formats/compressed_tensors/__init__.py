@@ -12,13 +12,13 @@ from torch import Tensor
 
 from llmq.formats.base import Groups, Loader, Spec
 from llmq.formats.compressed_tensors import eight_bit, packed
-from llmq.formats.compressed_tensors.config import INTEGERS, config_of, layout_of
+from llmq.formats.compressed_tensors.config import INTEGERS, config_of, dense, layout_of, loads_dense, with_targets
 from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.scheme import Scheme
 
-__all__ = ["COMPANIONS", "SCALES", "inspect"]
+__all__ = ["COMPANIONS", "SCALES", "dense", "inspect", "loads_dense", "with_targets"]
 
 ONE_SCHEME = False
 READERS = {"compressed-tensors": CompressedTensorsReader}

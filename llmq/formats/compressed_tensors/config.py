@@ -12,7 +12,7 @@ Hence a single scheme is written as the target "Linear", and several schemes are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llmq.errors import LlmqError
@@ -69,6 +69,29 @@ def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def loads_dense(schemes: Collection[Scheme]) -> bool:
+    """Whether stock transformers can unpack the weights while it loads them: with one scheme for all, which rounds no
+    inputs."""
+    return len(schemes) == 1 and all(scheme.activations is None for scheme in schemes)
+
+
+def dense(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A `quantization_config` with which stock transformers unpacks the weights while it loads them."""
+    return dict(section) | {"dequantize": True}
+
+
+def with_targets(section: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A `quantization_config` in which modules are targets by name too, where one group has the class as its target.
+
+    vLLM counts an output embedding as no `Linear`.
+    """
+    groups = section["config_groups"]
+    if len(groups) > 1:
+        return dict(section)
+    (name, group), *_ = groups.items()
+    return dict(section) | {"config_groups": {name: group | {"targets": [*group["targets"], *sorted(set(names))]}}}
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

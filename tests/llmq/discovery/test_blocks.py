@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from llmq.discovery import blocks as discover
@@ -208,6 +209,22 @@ def test_every_list_that_was_tried_is_told() -> None:
     )
     assert "small: " in words
     refused(lambda: discover.find(nn.Linear(2, 2)), "the model has no module list")
+
+
+def test_a_part_that_runs_on_text_is_named(tmp_path: Path) -> None:
+    """Stock transformers unpacks a folder's weights where the whole model is called, which these parts' own calls pass
+    by: so they are not quantized in place."""
+    config = transformers.Blip2Config(
+        text_config={"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        architectures=["Blip2ForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path)
+    model = discover.build(tmp_path, torch.float32)
+    refused(
+        lambda: discover.find(model),
+        "Blip2ForConditionalGeneration does not run on text alone",
+        "model.language_model.save_pretrained",
+    )
 
 
 def test_blocks_that_differ_in_their_call_are_run_each() -> None:

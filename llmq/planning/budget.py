@@ -1,0 +1,123 @@
+"""The memory and disk that a plan needs: what each block loads, and what is predicted from that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from llmq.planning.experts import ExpertsPlan
+from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, predict
+from llmq.planning.parts import codes
+from llmq.planning.types import BlockPlan, Plan
+from llmq.planning.weights import WeightPlan
+
+
+def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
+    """The peaks of a plan's run. between: the bytes of what goes from block to block for one window, if known."""
+    size = plan.dtype.itemsize
+    loads, inside = [], []
+    for block in plan.blocks:
+        inside += [f"{block.name}.{n}" for n, _ in block.module.named_parameters()]
+        mine = list(block.weights.values())
+        numbers = sum(prod(i.shape) for i in mine)
+        # Transforms use float32 copies besides the block, and both results are kept until the better one is known.
+        copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
+        dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
+        load = Load(
+            dense * size + copies,
+            sum(i.after for i in mine),
+            _statistics(plan, mine),
+            max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
+        )
+        loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
+        if block.experts is not None:
+            # What enters the unquantized block's experts is kept from the start.
+            entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
+            loads[-1] = replace(load, block=load.block + entering)
+            loads.append(load.then(_experts_load(plan, block.experts)))
+    outside = [*plan.outside.values()]
+    if outside:
+        loads.append(_outside_load(plan, outside))
+    saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
+    samples, seqlen = plan.ids.shape
+    return predict(
+        plan.model,
+        inside,
+        plan.structure.outside,
+        plan.dtype,
+        (samples, seqlen),
+        plan.batch,
+        loads,
+        plan.source.total_bytes - saved,
+        device,
+        chains=4 if plan.pipeline.float_target else 3,
+        between=between,
+        stacks=[f"{b.name}.{name}" for b in plan.blocks if b.parts is not None for name in b.parts.parameters],
+    )
+
+
+def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
+    """What the largest weight outside the blocks needs, beside what is written as one unit with it."""
+    quantizer = plan.pipeline.data_free
+    largest = 0 if plan.blocks else max(plan.source.info(name).nbytes for name in plan.source.names())
+    return Load(
+        max(prod(i.shape) for i in items) * (plan.dtype.itemsize + 4),
+        min(max(REST_BYTES, largest), plan.source.total_bytes),
+        0,
+        max(quantizer.workspace(i.shape) for i in items),
+    )
+
+
+def _statistics(plan: Plan, items: list[WeightPlan]) -> int:
+    """The bytes of the statistics of some weights: those of one pass are freed before the next pass."""
+    widths = {item.input_id: item.shape[1] for item in items}
+    passes = (sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes)
+    return max(passes, default=0)
+
+
+def group_bytes(plan: Plan, items: list[WeightPlan]) -> int:
+    """What some weights need while they are quantized together: statistics, and what refinements learn at once."""
+    learned = sum(method.workspace(item.shape) for method in plan.pipeline.refiners for item in items)
+    return _statistics(plan, items) + learned
+
+
+def _parts_load(plan: Plan, block: BlockPlan) -> Load:
+    """What the experts of a block that are in memory with it need beside it: the results and statistics of a group."""
+    assert block.parts is not None
+    groups = [list(block.parts.of(group).values()) for group in block.parts.groups]
+    mine = list(block.parts.weights.values())
+    windows = min(plan.batch, len(plan.ids))
+    rows = windows * plan.ids.shape[1] * max(info.copies for info in plan.structure.blocks[block.index].parts)
+    # A refinement's trial has a rounded copy of every parameter that holds some of the group's weights, and a gradient.
+    copies = 2 * codes(mine) * plan.dtype.itemsize if plan.pipeline.refiners else 0
+    return Load(
+        copies,
+        0,
+        max(group_bytes(plan, group) for group in groups),
+        # Codes are there once the pass for the statistics is over.
+        max(codes(group) for group in groups)
+        + max(method.workspace(i.shape) for method in plan.pipeline.all for i in mine),
+        int(ROUTED_COPIES * rows * max(max(i.shape) for i in mine) * max(2, plan.dtype.itemsize)) + ROUTED_EXTRA,
+    )
+
+
+def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
+    """What a block's experts need beside the rest of it: one of them, a group's result, and what enters all of them."""
+    size, width = plan.dtype.itemsize, experts.info.call.width
+    largest = max(experts.weights, key=lambda mine: sum(prod(i.shape) for i in mine.values())).values()
+    numbers = sum(prod(i.shape) for i in largest)
+    copies = 4 * numbers * (2 if plan.pipeline.transforms else 1)
+    tokens = plan.ids.numel()
+    # Rows, choices and weights, and the sums of outputs, of the unquantized and of the quantized block.
+    routed = 2 * tokens * (width * (size + 4) + 16 * experts.info.call.chosen)
+    if plan.recipe.route == "all":
+        # An expert's target and its output for all tokens.
+        routed += 2 * tokens * width * size
+    kinds = dict.fromkeys(need for needs in plan.pipeline.passes for need in needs)
+    own = _statistics(plan, list(largest))
+    return Load(
+        numbers * size + copies + routed,
+        max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),
+        sum(kind.nbytes(width) for kind in kinds) + 2 * own,
+        max((method.workspace(i.shape) for method in plan.pipeline.all for i in largest), default=0),
+    )
