@@ -52,7 +52,6 @@ def check_vision(name: str) -> dict[str, Any]:
     import checks_vision
     import tiny
     import tiny_vision
-    import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     import llmq

@@ -155,8 +155,8 @@ def _telling_device(model: nn.Module, path: str) -> set[str]:
     around = [path.rpartition(".")[0]]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
-    first = {next(iter(model.get_submodule(owner).parameters())) for owner in around}
-    return {name for name, p in model.named_parameters() if p in first and not name.startswith(f"{path}.")}
+    first = {id(next(iter(model.get_submodule(owner).parameters()))) for owner in around}
+    return {name for name, p in model.named_parameters() if id(p) in first and not name.startswith(f"{path}.")}
 
 
 def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:

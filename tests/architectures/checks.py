@@ -188,7 +188,7 @@ class Run:
     def give(self, reference: PreTrainedModel) -> set[str]:
         """Give a loaded source model these weights; returns the names of its parameters that have some.
 
-        Its class may be a larger one than that which llmq built: the module that has the blocks is of one class in both.
+        Its class may be a larger one than llmq's; the module that has the blocks is of one class in both.
         """
         inner = self.plan.structure.path.rpartition(".")[0]
         decoder = type(self.plan.model.get_submodule(inner))

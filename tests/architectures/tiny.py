@@ -58,8 +58,8 @@ SYNONYMS: dict[int, str] = {
         resampler_head_dim resampler_dim_head d_kv base_image_seq_length""",
     32: """q_lora_rank kv_lora_rank o_lora_rank moe_intermediate_size expert_ffn_hidden_size
         attention_head_dim_ shared_intermediate_size shared_expert_intermediate_size
-        shared_experts_intermediate_size moe_shared_expert_intermediate_size image_size num_mel_bins resolution share_expert_dim
-        max_image_size max_img_size""",
+        shared_experts_intermediate_size moe_shared_expert_intermediate_size image_size num_mel_bins resolution
+        share_expert_dim max_image_size max_img_size""",
     128: """intermediate_size ffn_dim ffn_hidden_size n_inner d_inner decoder_ffn_dim encoder_ffn_dim dff
         dim_ff feed_forward_size intermediate_size_mlp dense_intermediate_size mamba_d_ssm
         max_position_embeddings n_positions max_seq_len context_length n_ctx max_source_positions
