@@ -93,23 +93,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def kind(model_type: str) -> type[PreTrainedModel]:
+def kind(model_type: str) -> Any:
     """The class that a type's config.json names."""
-    named: type[PreTrainedModel] = getattr(transformers, (TYPES | OTHERS)[model_type])
-    return named
+    return getattr(transformers, (TYPES | OTHERS)[model_type])
 
 
 def model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model of a type."""
     torch.manual_seed(seed)
     with tiny.quiet():
-        made = kind(model_type)._from_config(
+        made: Any = kind(model_type)._from_config(
             tiny.config(model_type, tiny.SPECIAL.get(model_type, {}) | SPECIAL.get(model_type, {})),
             dtype=torch.float32,
             attn_implementation="eager",
         )
     tiny.shake(made)
-    return made.eval()
+    whole: PreTrainedModel = made.eval()
+    return whole
 
 
 def make(model_type: str, folder: Path, seed: int = 0) -> Path:
