@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.discovery import blocks as discover
 from llmq.discovery.calls import record
+from llmq.planning.plan import Plan
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
@@ -165,20 +166,22 @@ class Quantized:
     """A checkpoint quantized, loaded again by stock transformers and compared.
 
     error: how far its logits are from those of llmq's weights in memory; moved: how far those are from the source's;
-    share: quantized of all 2-D weights in the blocks; left: why the others were left.
+    share: quantized of all 2-D weights in the blocks; left: why the others were left; plan: what was to be done.
     """
 
     error: float
     moved: float
     share: str
     left: list[str]
+    plan: Plan
 
 
 def quantized(
-    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any"
+    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any", **options: object
 ) -> Quantized:
     """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
 
+    options: the method's, as a recipe has them.
     loader: if it is llmq, `llmq.load` loads the result, and stock transformers has to refuse it if experts are in it.
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
     """
@@ -208,7 +211,7 @@ def quantized(
         return original(plan, block, weights)
 
     scheme, methods = llmq.Scheme(4, 32, True), tuple(method.split("+"))
-    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader)
+    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader, options=options)
     plan = job.plan(str(source), recipe, out=out, ids=windows)
     stream.pack_weights = mixture.pack_weights = remember
     try:
@@ -231,7 +234,7 @@ def quantized(
     share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
     left = sorted({str(i.reason) for i in inside if i.scheme is None})
     if loader != "llmq":
-        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left, plan)
     try:
         stock(out)
     except ValueError as error:
@@ -239,7 +242,7 @@ def quantized(
     else:
         raise Stopped("stock transformers loads it, which has no rule for its experts")
     loaded = llmq.load(out, dtype="float32", device_map="cpu")
-    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left)
+    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left, plan)
 
 
 def pairs_applied(real: PreTrainedModel, found: dict[str, Any], before: Tensor, ids: Tensor) -> dict[str, Any]:
