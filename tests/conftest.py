@@ -13,6 +13,8 @@ import torch
 from hypothesis import settings
 from typer.testing import CliRunner
 
+from tests.forked import Server
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU, Triton's kernels run in its interpreter; triton looks for this once, and whatever is collected first
 # may import it.
@@ -126,3 +128,11 @@ def llmq() -> Run:
         return Done(result.exit_code, result.stdout, result.stderr + trace)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Runs the command line in processes of their own, which can be killed: forked.run('quantize', 'demo', …)."""
+    server = Server(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
