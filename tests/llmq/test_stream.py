@@ -96,7 +96,7 @@ def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def zeroed(folder: Path, *endings: str) -> Path:
     """A tiny model in which the tensors whose names end so are all zeros."""
-    model = write_tiny_model(folder)
+    model = write_tiny_model(folder, layers=2)
     for file in model.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({n: t * 0 if n.endswith(endings) else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
@@ -111,14 +111,28 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq", "awq+gptq", "signround"])
-def test_an_output_of_zeros_is_no_damage(tmp_path: Path, method: str, scheme: str) -> None:
-    """All weights, or only the embedding, are zero: so is every block's output, and nothing is relative to it."""
-    model = zeroed(tmp_path / "model", "")
+@pytest.fixture(scope="module")
+def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in which all is zero; do not change it."""
+    return zeroed(tmp_path_factory.mktemp("models") / "zeros", "")
+
+
+METHODS = ("rtn", "gptq", "hqq", "awq+gptq", "signround")
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [
+        pytest.param(method, scheme, marks=[] if method == "rtn" or scheme == "int4" else [pytest.mark.slow])
+        for method in METHODS
+        for scheme in SCHEMES
+    ],
+)
+def test_an_output_of_zeros_is_no_damage(tmp_path: Path, zeros: Path, method: str, scheme: str) -> None:
+    """All weights are zero: so is every block's output, and nothing is relative to it."""
     options = {"iterations": 2} if method == "signround" else {}
     recipe = Recipe(methods=tuple(method.split("+")), scheme=SCHEMES[scheme], options=options)
-    report = llmq.quantize(str(model), tmp_path / "out", recipe, ids=IDS)
+    report = llmq.quantize(str(zeros), tmp_path / "out", recipe, ids=IDS)
     assert all(block.zero and block.error == 0 and block.shown == "output is zero" for block in report.blocks)
     assert all(row.error == 0 for row in report.quantized)
     assert any("layers.0" in w and "is zero for every calibration window" in w for w in report.warnings)
