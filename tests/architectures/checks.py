@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.discovery import blocks as discover
 from llmq.discovery.calls import record
+from llmq.planning.plan import Plan
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
@@ -168,13 +169,14 @@ class Quantized:
     """A checkpoint quantized, loaded again by stock transformers and compared.
 
     error: how far its logits are from those of llmq's weights in memory; moved: how far those are from the source's;
-    share: quantized of all 2-D weights in the blocks; left: why the others were left.
+    share: quantized of all 2-D weights in the blocks; left: why the others were left; plan: what was to be done.
     """
 
     error: float
     moved: float
     share: str
     left: list[str]
+    plan: Plan
 
 
 @dataclass
@@ -208,7 +210,9 @@ class Run:
         return names
 
 
-def quantize(source: Path, out: Path, windows: Tensor, method: str = "gptq", loader: str = "any") -> Run:
+def quantize(
+    source: Path, out: Path, windows: Tensor, method: str = "gptq", loader: str = "any", **options: object
+) -> Run:
     """Quantize to 4 bits, and keep llmq's weights.
 
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
@@ -237,7 +241,7 @@ def quantize(source: Path, out: Path, windows: Tensor, method: str = "gptq", loa
         return original(plan, block, weights)
 
     scheme, methods = llmq.Scheme(4, 32, True), tuple(method.split("+"))
-    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader)
+    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader, options=options)
     run = Run(job.plan(str(source), recipe, out=out, ids=windows))
     stream.pack_weights = mixture.pack_weights = remember
     try:
@@ -250,26 +254,27 @@ def quantize(source: Path, out: Path, windows: Tensor, method: str = "gptq", loa
 
 
 def quantized(
-    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any"
+    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any", **options: object
 ) -> Quantized:
     """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
 
+    options: the method's, as a recipe has them.
     loader: if it is llmq, `llmq.load` loads the result, and stock transformers has to refuse it if experts are in it.
     Raises as `quantize`.
     """
     import llmq
 
-    run = quantize(source, out, windows, method, loader)
+    run = quantize(source, out, windows, method, loader, **options)
     reference = stock(source)
     before = logits(reference, ids)
     run.give(reference)
     target = logits(reference, ids)
     share, left = shares(run)
     if loader != "llmq":
-        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left, run.plan)
     refuse(out)
     loaded = llmq.load(out, dtype="float32", device_map="cpu")
-    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left)
+    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left, run.plan)
 
 
 def refuse(out: Path, kind: Any = AutoModelForCausalLM) -> None:
