@@ -1,8 +1,10 @@
-"""Try every causal-LM type of transformers on a tiny random checkpoint, and write docs/architectures.md.
+"""Try every causal-LM type of transformers, and every type that reads images or sounds beside text, on a tiny random
+checkpoint, and write docs/architectures.md.
 
 For each type: create it, compare discovery with an ordinary forward pass, quantize it to 4 bits with GPTQ, load the
-result with stock transformers, and compare its logits with those of the source model with llmq's weights from memory.
-Results are kept in a JSON file, so that `--failed` or `--only TYPE` runs only those types.
+result with stock transformers, and compare its logits with those of the source model with llmq's weights from memory;
+of a type that reads images also those of an image and text, and what is copied. Results are kept in a JSON file, so
+that `--failed` or `--only TYPE` runs only those types. A type that reads images is named image:TYPE here.
 """
 
 from __future__ import annotations
@@ -44,8 +46,65 @@ and stock transformers refused it.
 """
 
 
+def check_vision(name: str) -> dict[str, Any]:
+    """Check one type that reads images or sounds; returns its row of the second table."""
+    import checks
+    import checks_vision
+    import tiny
+    import tiny_vision
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    import llmq
+
+    kind = tiny_vision.kind(name)
+    row: dict[str, Any] = {"type": f"image:{name}", "class": kind.__name__, "kind": "", "blocks": "", "share": ""}
+    row |= {"copied": "", "result": "not built", "words": ""}
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch, "source"), Path(scratch, "out")
+        windows, ids = tiny.tokens(8, 64, seed=2), tiny.tokens()
+        try:
+            tiny_vision.make(name, source)
+            real, told = checks_vision.stock(kind, source)
+        except Exception as error:  # a model's code may raise anything
+            return row | {"words": first_line(error)}
+        if lost := sorted(told["missing_keys"]):
+            words = f"transformers does not find {len(lost)} weights in what it saved itself, {lost[0]} among them"
+            return row | {"words": words}
+        row["kind"] = "experts" if checks.is_mixture(real) else "dense"
+        loader = "any"
+        try:
+            if name not in CAUSAL:  # of those the first table tells
+                structure, faults = checks.faults(source, ids, kind=kind)
+                row["blocks"] = len(structure.blocks)
+                if faults:
+                    return row | {"result": "fails", "words": "discovery: " + "; ".join(faults[:3])}
+            try:
+                done = checks_vision.quantized(name, source, out, windows, ids)
+            except llmq.LlmqError as error:
+                if "--loader llmq" not in str(error):
+                    raise
+                loader = row["loader"] = "llmq"
+                done = checks_vision.quantized(name, source, out, windows, ids, loader)
+        except llmq.LlmqError as error:
+            return row | {"result": "refused", "words": str(error)}
+        except Exception as error:  # shown in the table; the other types continue
+            return row | {"result": "fails", "words": first_line(error)}
+    row |= {"share": done.share, "text": done.text, "image": done.image, "moved": done.moved, "seeing": done.seeing}
+    row |= {"copied": done.copied, "blocks": done.blocks}
+    faults = done.faults
+    if not done.text <= 1e-3:
+        faults.append(f"logits of text {done.text:.1e} apart after loading")
+    if done.image is not None and not done.image <= 1e-3:
+        faults.append(f"logits of an image and text {done.image:.1e} apart after loading")
+    if faults:
+        return row | {"result": "fails", "words": "; ".join(faults)}
+    return row | {"result": "works", "words": "; ".join(done.left)}
+
+
 def check(name: str) -> dict[str, Any]:
     """Check one type; returns its row of the table."""
+    if name.startswith("image:"):
+        return check_vision(name.removeprefix("image:"))
     import checks
     import tiny
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 from typer.testing import CliRunner
+
+from tests.forked import IMPORTED, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU, Triton's kernels run in its interpreter; triton looks for this once, and whatever is collected first
@@ -101,6 +104,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Coverage follows every line, which doubles the time of an import: what is large is imported before it begins."""
+    if hasattr(config, "workerinput") and config.getoption("cov_source", None):
+        for name in (*IMPORTED, "peft", "bitsandbytes"):
+            importlib.import_module(name)
+
+
 Run = Callable[..., "Done"]
 
 
@@ -126,3 +136,11 @@ def llmq() -> Run:
         return Done(result.exit_code, result.stdout, result.stderr + trace)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Runs the command line in processes of their own, which can be killed: forked.run('quantize', 'demo', …)."""
+    server = Server(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()

@@ -24,7 +24,7 @@ def generator(config: Any) -> Any:
     if type(config) in auto._model_mapping or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return auto
     named = [getattr(transformers, str(name), None) for name in config.architectures or []]
-    return next((kind for kind in named if _generates(kind) and not config.is_encoder_decoder), auto)
+    return next((kind for kind in named if generates(kind) and not config.is_encoder_decoder), auto)
 
 
 def beside_decoder(model: nn.Module) -> list[str]:
@@ -38,11 +38,12 @@ def beside_decoder(model: nn.Module) -> list[str]:
 
 def text_part(model: nn.Module) -> str | None:
     """The path of the largest part of a model that generates text by itself, if there is one beside the model."""
-    parts = {name: part for name, part in model.named_modules() if name and _generates(type(part))}
+    parts = {name: part for name, part in model.named_modules() if name and generates(type(part))}
     return max(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()), default=None)
 
 
-def _generates(kind: Any) -> bool:
+def generates(kind: Any) -> bool:
+    """Whether something is a class of models that generate."""
     from transformers import PreTrainedModel
 
     return isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate()
@@ -89,15 +90,15 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
 
 
 def opener(config: Any) -> Any:
-    """The class whose `from_pretrained` opens a checkpoint with this config (of transformers), whatever it does.
-
-    `generator`, or the class that the config names if that is no model that generates text from text alone.
-    """
+    """The class whose `from_pretrained` opens all of a checkpoint with this config (of transformers), whatever it does:
+    the one that the config names, if transformers has it, else `generator`."""
     import transformers
 
+    if getattr(config, "auto_map", None):
+        return generator(config)
     named = [getattr(transformers, str(name), None) for name in config.architectures or []]
     kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))
-    return generator(config) if not_causal(config.to_dict()) is None else next(kinds, generator(config))
+    return next(kinds, generator(config))
 
 
 def suggested(config: Mapping[str, Any]) -> str | None:

@@ -145,7 +145,18 @@ def _structure(model: nn.Module, path: str, named: dict[str, nn.Module]) -> Stru
             for (name, block), call in zip(named.items(), calls, strict=True)
         ]
         _check_handed(model, blocks, recording, returned)
-    return Structure(path, tuple(_packable(model, _without_small(seen))), outside=frozenset(used))
+    return Structure(
+        path, tuple(_packable(model, _without_small(seen))), outside=frozenset(used | _telling_device(model, path))
+    )
+
+
+def _telling_device(model: nn.Module, path: str) -> set[str]:
+    """The first parameters of the modules around the list at a path: transformers takes the device from those."""
+    around = [path.rpartition(".")[0]]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    first = {id(next(iter(model.get_submodule(owner).parameters()))) for owner in around}
+    return {name for name, p in model.named_parameters() if id(p) in first and not name.startswith(f"{path}.")}
 
 
 def _check_handed(model: nn.Module, blocks: list[nn.Module], recording: Recording, returned: list[Any]) -> None:

@@ -91,10 +91,15 @@ class Links:
         if name not in self.slices:
             return self.fill(name, shape, read)[index].clone()
         size = prod(shape[1:])
-        mine = [piece for piece in self.slices[name] if piece.part.offset // size == index]
-        parts = (Part(p.part.offset - index * size, p.part.shape, p.part.stride) for p in mine)
-        alone = Links(slices={name: tuple(Slice(p.tensor, part) for p, part in zip(mine, parts, strict=True))})
-        return alone.fill(name, shape[1:], read)
+        pieces = [(piece.tensor, piece.part) for piece in self.slices[name]]
+        if all(part.stride[:1] == (size,) and part.shape[0] == shape[0] for _, part in pieces):
+            # Each stored tensor has all entries, in another layout.
+            mine = [Slice(tensor, Part(part.offset, part.shape[1:], part.stride[1:])) for tensor, part in pieces]
+            alone = Links(slices={name: tuple(mine)})
+            return alone.fill(name, shape[1:], lambda n: entry(n, index) if entry is not None else read(n)[index])
+        inside = [(tensor, part) for tensor, part in pieces if part.offset // size == index]
+        mine = [Slice(tensor, Part(part.offset - index * size, part.shape, part.stride)) for tensor, part in inside]
+        return Links(slices={name: tuple(mine)}).fill(name, shape[1:], read)
 
 
 def link(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Links:

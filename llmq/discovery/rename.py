@@ -38,6 +38,15 @@ class Rules:
             target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
         return target, pattern
 
+    def filled(self, name: str) -> set[str]:
+        """The names in the model of all that transformers makes of a stored tensor: several if it cuts the tensor."""
+        target, pattern = self.rename(name)
+        patterns = [] if pattern is None else self.converter(pattern).target_patterns
+        if not patterns or patterns[0] not in target:
+            return {target}
+        before, _, behind = target.partition(patterns[0])
+        return {before + other + behind for other in patterns}
+
     def only_renamed(self, name: str) -> str:
         """The name that transformers gives a stored tensor before it joins it with others."""
         from transformers.core_model_loading import rename_source_key

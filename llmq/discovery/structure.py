@@ -51,7 +51,8 @@ class Structure:
     """The blocks of a model in order, and the path of the list that holds them.
 
     unreached: the names of those in the list that text alone does not run (they attend to an image); not in `blocks`.
-    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding.
+    outside: the parameters outside the blocks that a pass on text reads, but for the output embedding, and those that
+    tell its device.
     """
 
     path: str

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import build
+from llmq.discovery.named import build_named
 from llmq.formats.dequantized import Dequantized, open_source
 from llmq.formats.fp8 import read_by_stock
 from llmq.formats.inspection import section_of
@@ -42,15 +43,19 @@ def dense_source(folder: Path, trust_remote_code: bool = False) -> Dequantized |
     return source if isinstance(source, Dequantized) else None
 
 
-def load_dense(source: Dequantized, dtype: torch.dtype | str, device: Any) -> tuple[Any, dict[str, Any]]:
+def load_dense(
+    source: Dequantized, dtype: torch.dtype | str, device: Any, generates: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """The model of a source, and what transformers says of its tensors; each is dequantized when it is placed.
 
-    dtype: 'auto' is that of the source. Raises what from_pretrained raises.
+    dtype: 'auto' is that of the source; generates: open the part that generates text, else the class that config.json
+    names. Raises what from_pretrained raises.
     """
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    kind: Any = type(build(source.folder, source.dtype, source.trust_remote_code))
+    whole = None if generates else build_named(source.folder, source.dtype, source.trust_remote_code)
+    kind: Any = type(whole or build(source.folder, source.dtype, source.trust_remote_code))
     for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

@@ -137,6 +137,11 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
         if isinstance(other, nn.Linear) and isinstance(getattr(other, "weight", None), nn.Parameter):
             module = other
         if pattern is not None and target in state:
+            filled = rules.filled(f"{stem}.weight")
+            if filled != {target} and set(tensors) <= ORDINARY:
+                seen |= {one.removesuffix(".weight") for one in filled}
+                there |= filled
+                continue
             joining.add(stem, target, pattern)
             continue
         if pattern is not None or module is None:
@@ -180,7 +185,7 @@ def find(model: nn.Module, reader: Reader, files: Iterable[str | Path]) -> Found
     if found.unserved is None:
         file = next(iter(next(iter(stored.values())).values())).file if stored else None
         rest = (n for header in headers for n in header if not n.endswith(tuple(f".{s}" for s in reader.suffixes)))
-        renamed = {rules.rename(name)[0] for name in rest}
+        renamed = {target for name in rest for target in rules.filled(name)}
         _check_complete(model, linear, seen | {name.removesuffix(".weight") for name in renamed}, file)
         there |= renamed | joining.joined.keys() | joining.stacked.keys()
         _check_experts(modules, {stack.name.rpartition(".")[0] for stack in found.stacks}, there, file)

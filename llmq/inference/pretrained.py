@@ -78,7 +78,7 @@ def load_model(
     otherwise, errors that only occur in a forward pass are not found, and nothing is unpacked (or repacked) for
     inference. kernels: run formats that llmq reads packed, on its own operators. device may be a device map too; with
     'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass. generates:
-    the model generates text; otherwise any is opened, by the class that config.json names.
+    open the part that generates text; otherwise all of the model is opened, by the class that config.json names.
 
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
@@ -98,7 +98,7 @@ def load_model(
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
             few = dense_source(folder, trust_remote_code)
             loaded: Any = (
-                load_dense(few, kind, device)
+                load_dense(few, kind, device, generates)
                 if few is not None
                 else opens(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).from_pretrained(
                     folder,
@@ -129,6 +129,19 @@ def load_model(
     if spilled is not None:
         weakref.finalize(model, spilled.cleanup)
     missing = sorted(info["missing_keys"])
+    if missing and generates and not other and type(model).__name__ not in (config.get("architectures") or []):
+        # The causal class may be the text half of a model whose checkpoint only the whole finds its weights in.
+        return load_model(
+            folder,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            quantization=quantization,
+            probe=probe,
+            kernels=kernels,
+            generates=False,
+        )
     if missing and other:
         raise LlmqError(f"{folder} lacks {missing[0]}: {other}")
     if missing:

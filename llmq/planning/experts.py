@@ -105,8 +105,9 @@ def of_block(
         pieces = [(p.tensor, _place(name, shape, p.part, stack)) for p in links.slices.get(parameter, ())]
         if not pieces or not all(place for _, place in pieces):
             tensor = links.source.get(parameter, parameter)
-            if recipe.loader == "llmq" and len(links.tensors(parameter)) == 1:
-                stored, first = links.tensors(parameter)[0], base + stack.input_id
+            whole = [p for p in links.slices.get(parameter, ()) if len(p.part.shape) == len(shape)]
+            if recipe.loader == "llmq" and len(links.tensors(parameter)) in (1, len(whole)):
+                stored, first = parameter if whole[1:] else links.tensors(parameter)[0], base + stack.input_id
                 found += stacked_experts(recipe, block, experts, index, name, stored, shape, first, dtype, widths)
                 continue
             by_user = any(matches(p, tensor.removesuffix(".weight")) for p in recipe.keep)

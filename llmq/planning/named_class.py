@@ -7,6 +7,7 @@ import torch
 from llmq import formats
 from llmq.checkpoint.sink import Sink
 from llmq.discovery.named import Named, Refused, Tensors
+from llmq.discovery.stock import accepts
 from llmq.errors import LlmqError
 from llmq.planning.plan import Plan
 from llmq.planning.weights import WeightPlan
@@ -14,9 +15,9 @@ from llmq.planning.weights import WeightPlan
 
 def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None = None) -> None:
     """Raises LlmqError, naming a parameter, if a class other than the causal one would lack or refuse a parameter of
-    the output that it loads from the source; of a mixture, and where
-    weights outside the blocks are quantized, the model's own class is asked if no other is named. Folders
-    that these classes are to refuse are not checked.
+    the output that it loads from the source; of a mixture, and where weights outside the blocks are quantized, the
+    model's own class is asked if no other is named. Folders that these classes are to refuse are not checked. Also if
+    transformers' rules for the model do not go with the format.
 
     section: the output's `quantization_config`. sink: the written tensors; without it, those that the plan says. Warns
     in the plan if the check cannot be made, or if the source lacks parameters already.
@@ -24,6 +25,13 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
     named = plan.named
     if plan.for_llmq_alone:
         return
+    for model in (plan.model, *([] if named is None else [named.model])):
+        if plan.recipe.loader != "llmq" and not accepts(model, section):
+            raise LlmqError(
+                f"{plan.source.folder}: stock transformers loads no {type(model).__name__} in this format: its rules "
+                "for the model's tensors, which cut one in several, cannot be joined with those of the format. Way "
+                "out: --loader llmq, for a folder that llmq.load reads"
+            )
     if named is None and (plan.outside or any(info.mixture for info in plan.structure.blocks)):
         named = Named(plan.model, plan.source.names())
     if named is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from llmq import methods
 from llmq.checkpoint.source import FolderSource, Source, shapes
 from llmq.data.calibration import Windows
 from llmq.discovery import blocks as discover
+from llmq.discovery.architecture import generates
 from llmq.discovery.blocks import Structure
 from llmq.discovery.find_pairs import find_in
-from llmq.discovery.named import Named, build_as, named
+from llmq.discovery.named import Named, build_as, build_named, named
 from llmq.discovery.names import Links, link
 from llmq.discovery.pairs import Found
 from llmq.discovery.rename import Rules
@@ -131,13 +133,30 @@ def _discover(source: Source, model_class: str | None = None) -> tuple[nn.Module
         model = build_as(source.folder, model_class, dtype, source.trust_remote_code)
         return model, dtype, Structure("", ()), link(model, shapes(source))
     while True:
-        model = discover.build(source.folder, dtype, source.trust_remote_code)
-        structure, links = discover.find(model), link(model, shapes(source))
+        model, links = _linked(source, dtype)
+        structure = discover.find(model)
         inside = [f"{b.name}.{w.view.parameter}" for b in structure.blocks for w in b.weights]
         found = main_dtype(source, [links.source[name] for name in inside if name in links.source], dtype)
         if found == dtype:
             return model, dtype, structure, links
         dtype = found
+
+
+def _linked(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Links]:
+    """The model, and the checkpoint's names for its parameters; of the class that config.json names, if that finds all
+    of its parameters and the causal class does not."""
+    model = discover.build(source.folder, dtype, source.trust_remote_code)
+    links = link(model, shapes(source))
+    if not _whole(model, links):
+        with suppress(LlmqError):
+            other = build_named(source.folder, dtype, source.trust_remote_code)
+            if other is not None and generates(type(other)) and _whole(other, found := link(other, shapes(source))):
+                return other, found
+    return model, links
+
+
+def _whole(model: nn.Module, links: Links) -> bool:
+    return all(links.tensors(name) for name, _ in model.named_parameters())
 
 
 def _named(source: Source, model: nn.Module) -> tuple[Named | None, list[str]]:

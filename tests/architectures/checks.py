@@ -13,21 +13,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.discovery import blocks as discover
 from llmq.discovery.calls import record
+from llmq.planning.plan import Plan
 
 MIXTURE = re.compile(r"experts|sparsemoe", re.IGNORECASE)
 
 
-def stock(folder: Path) -> PreTrainedModel:
-    """The checkpoint as stock transformers loads it, in float32."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def stock(folder: Path, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The checkpoint as a class of stock transformers loads it, in float32."""
+    loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
     return loaded.eval()
 
 
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """The model's logits [batch, tokens, vocab]."""
+def logits(model: nn.Module, ids: Tensor, **beside: Tensor) -> Tensor:
+    """The model's logits [batch, tokens, vocab]; 0 for tokens that it never gives. beside: what its forward wants with
+    the token ids."""
     with torch.no_grad():
-        result: Tensor = model(ids, use_cache=False).logits
-    return result
+        result: Tensor = model(input_ids=ids, use_cache=False, **beside).logits
+    return result.masked_fill(result == torch.finfo(result.dtype).min, 0)
 
 
 def apart(value: Tensor, target: Tensor) -> float:
@@ -104,9 +106,11 @@ def buffer_faults(built: nn.Module, real: nn.Module) -> list[str]:
     return sorted(faults)
 
 
-def faults(folder: Path, ids: Tensor, tolerance: float = 1e-5) -> tuple[discover.Structure, list[str]]:
+def faults(
+    folder: Path, ids: Tensor, tolerance: float = 1e-5, kind: Any = AutoModelForCausalLM
+) -> tuple[discover.Structure, list[str]]:
     """Everything in which discovery disagrees with an ordinary forward pass. Raises LlmqError where `find` refuses."""
-    real = stock(folder)
+    real = stock(folder, kind)
     model = discover.build(folder, torch.float32)
     structure = discover.find(model)
     found: list[str] = []
@@ -165,81 +169,131 @@ class Quantized:
     """A checkpoint quantized, loaded again by stock transformers and compared.
 
     error: how far its logits are from those of llmq's weights in memory; moved: how far those are from the source's;
-    share: quantized of all 2-D weights in the blocks; left: why the others were left.
+    share: quantized of all 2-D weights in the blocks; left: why the others were left; plan: what was to be done.
     """
 
     error: float
     moved: float
     share: str
     left: list[str]
+    plan: Plan
 
 
-def quantized(
-    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any"
-) -> Quantized:
-    """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
+@dataclass
+class Run:
+    """A checkpoint quantized to 4 bits. kept: llmq's weights in memory, by parameter; experts: those of one expert."""
 
-    loader: if it is llmq, `llmq.load` loads the result, and stock transformers has to refuse it if experts are in it.
+    plan: Any
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def give(self, reference: PreTrainedModel) -> set[str]:
+        """Give a loaded source model these weights; returns the names of its parameters that have some.
+
+        Its class may be a larger one than llmq's; the module that has the blocks is of one class in both.
+        """
+        inner = self.plan.structure.path.rpartition(".")[0]
+        decoder = type(self.plan.model.get_submodule(inner))
+        (outer,) = (name for name, module in reference.named_modules() if type(module) is decoder)
+        names: set[str] = set()
+
+        def of(name: str) -> str:
+            full = ".".join(part for part in (outer, name.removeprefix(inner).strip(".")) if part)
+            names.add(full)
+            return full
+
+        with torch.no_grad():
+            for name, weight in self.kept.items():
+                reference.get_parameter(of(name)).copy_(weight)
+            for (stack, number), weight in self.experts.items():
+                reference.get_parameter(of(stack))[number].copy_(weight)
+        return names
+
+
+def quantize(
+    source: Path, out: Path, windows: Tensor, method: str = "gptq", loader: str = "any", **options: object
+) -> Run:
+    """Quantize to 4 bits, and keep llmq's weights.
+
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
     """
     import llmq
     from llmq import job, mixture, stream
 
-    kept: dict[str, Tensor] = {}
-    experts: dict[tuple[str, int], Tensor] = {}
     original = stream.pack_weights
 
     def remember(plan: Any, block: Any, weights: Any = None) -> Any:
         if weights is None:
             for name in [*block.weights, *block.changed]:
-                kept[f"{plan.name}.{name}"] = block.module.get_parameter(name).detach().clone()
+                run.kept[f"{plan.name}.{name}"] = block.module.get_parameter(name).detach().clone()
             return original(plan, block)
         if plan.experts is None:
             # Parts of parameters, which keep their values until all of them are quantized.
             for state in map(block.weights.__getitem__, weights):
                 stack = f"{plan.name}.{state.view.parameter}"
-                kept.setdefault(stack, block.module.get_parameter(state.view.parameter).detach().clone())
-                state.view.of(kept[stack]).copy_(state.result())
+                run.kept.setdefault(stack, block.module.get_parameter(state.view.parameter).detach().clone())
+                state.view.of(run.kept[stack]).copy_(state.result())
             return original(plan, block, weights)
         (number,) = {weight.expert for weight in weights.values()}
         for name, parameter in block.module.named_parameters():
             stack = f"{plan.name}.{plan.experts.info.module}.{name}"
-            experts[stack, number] = parameter.detach().clone()
+            run.experts[stack, number] = parameter.detach().clone()
         return original(plan, block, weights)
 
     scheme, methods = llmq.Scheme(4, 32, True), tuple(method.split("+"))
-    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader)
-    plan = job.plan(str(source), recipe, out=out, ids=windows)
+    recipe = llmq.Recipe(methods=methods, scheme=scheme, ragged="channel", loader=loader, options=options)
+    run = Run(job.plan(str(source), recipe, out=out, ids=windows))
     stream.pack_weights = mixture.pack_weights = remember
     try:
-        job.quantize(str(source), out, recipe, ids=windows, made=plan)
+        job.quantize(str(source), out, recipe, ids=windows, made=run.plan)
     except llmq.LlmqError as error:
         raise Stopped(str(error).replace(str(source), "the source")) from error
     finally:
         stream.pack_weights = mixture.pack_weights = original
+    return run
+
+
+def quantized(
+    source: Path, out: Path, windows: Tensor, ids: Tensor, method: str = "gptq", loader: str = "any", **options: object
+) -> Quantized:
+    """Quantize to 4 bits, load the result with stock transformers, compare with llmq's weights in memory.
+
+    options: the method's, as a recipe has them.
+    loader: if it is llmq, `llmq.load` loads the result, and stock transformers has to refuse it if experts are in it.
+    Raises as `quantize`.
+    """
+    import llmq
+
+    run = quantize(source, out, windows, method, loader, **options)
     reference = stock(source)
     before = logits(reference, ids)
-    with torch.no_grad():
-        for name, weight in kept.items():
-            reference.get_parameter(name).copy_(weight)
-        for (stack, number), weight in experts.items():
-            reference.get_parameter(stack)[number].copy_(weight)
+    run.give(reference)
     target = logits(reference, ids)
-    inside = [i for i in plan.weights if i.block is not None and len(i.shape) == 2]
-    chosen = [i for i in inside if i.scheme is not None]
-    count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
-    share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
-    left = sorted({str(i.reason) for i in inside if i.scheme is None})
+    share, left = shares(run)
     if loader != "llmq":
-        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left)
+        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left, run.plan)
+    refuse(out)
+    loaded = llmq.load(out, dtype="float32", device_map="cpu")
+    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left, run.plan)
+
+
+def refuse(out: Path, kind: Any = AutoModelForCausalLM) -> None:
+    """Raises Stopped unless stock transformers refuses a folder for llmq alone."""
     try:
-        stock(out)
+        stock(out, kind)
     except ValueError as error:
         assert "format" in str(error)
     else:
         raise Stopped("stock transformers loads it, which has no rule for its experts")
-    loaded = llmq.load(out, dtype="float32", device_map="cpu")
-    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left)
+
+
+def shares(run: Run) -> tuple[str, list[str]]:
+    """How many of the 2-D weights in the blocks are quantized, and why the others are not."""
+    inside = [i for i in run.plan.weights if i.block is not None and len(i.shape) == 2]
+    chosen = [i for i in inside if i.scheme is not None]
+    count = {True: sum(i.shape[0] * i.shape[1] for i in chosen), False: sum(i.shape[0] * i.shape[1] for i in inside)}
+    share = f"{len(chosen)} of {len(inside)}, {count[True] / count[False]:.0%}"
+    return share, sorted({str(i.reason) for i in inside if i.scheme is None})
 
 
 def pairs_applied(real: PreTrainedModel, found: dict[str, Any], before: Tensor, ids: Tensor) -> dict[str, Any]:

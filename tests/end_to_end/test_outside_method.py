@@ -19,6 +19,7 @@ from llmq.cli import options
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
 from tests.conftest import ROOT
+from tests.forked import Command, Server
 from tests.llmq.refusal import refused
 
 METHOD = '''
@@ -60,16 +61,10 @@ def install(folder: Path, entry_point: str, **files: str) -> Path:
     return folder
 
 
-def run(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process that sees the distribution."""
-    path = os.pathsep.join(map(str, (site, ROOT, ROOT / "kernels", ROOT / "eval")))
-    return subprocess.run(
-        [sys.executable, "-m", "llmq.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "TERM": "dumb"},
-        check=False,
-    )
+@pytest.fixture
+def run(forked: Server) -> Callable[..., Command]:
+    """The command line in a process that sees the distribution: run(site, 'methods')."""
+    return lambda site, *words: forked.run(*words, path=[site], COLUMNS="200", TERM="dumb")
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +78,28 @@ def words(text: str) -> str:
 
 
 def test_it_is_listed_with_its_options(site: Path) -> None:
-    done = run(site, "methods")
-    assert done.returncode == 0, done.stderr
-    row = words(done.stdout.partition("coarse")[2])
+    path = os.pathsep.join(map(str, (site, ROOT, ROOT / "kernels", ROOT / "eval")))
+    env = os.environ | {"PYTHONPATH": path, "COLUMNS": "200", "TERM": "dumb"}
+
+    def shown(*given: str) -> str:
+        command = [sys.executable, "-m", "llmq.cli", *given]
+        return words(subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout)
+
+    row = shown("methods").partition("coarse")[2]
     for said in (
         "(quantize, from another package) Rounds to nearest and lets the smallest codes go",
         "--its-option: codes up to this magnitude become 0. Default 1.",
         "--loud: ",
     ):
-        assert said in row, done.stdout
-    help_of = words(run(site, "quantize", "--help").stdout)
+        assert said in row
+    help_of = shown("quantize", "--help")
     assert "--its-option" in help_of and "codes up to this magnitude become 0" in help_of and "--no-loud" in help_of
 
 
 @pytest.mark.slow
-def test_it_runs_with_its_option(site: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_it_runs_with_its_option(
+    site: Path, tiny_model: Path, text_file: Path, tmp_path: Path, run: Callable[..., Command]
+) -> None:
     smallest = {}
     for option in (None, 3):
         out = tmp_path / f"out {option}"
@@ -124,7 +126,9 @@ def first_packed(out: Path) -> Tensor:
 
 
 @pytest.mark.slow
-def test_it_joins_a_recipe(site: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_it_joins_a_recipe(
+    site: Path, tiny_model: Path, text_file: Path, tmp_path: Path, run: Callable[..., Command]
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("methods: awq+coarse\nscheme: {group_size: 32}\noptions: {its_option: 0, alphas: 2}\n")
     done = run(site, "quantize", tiny_model, "-o", tmp_path / "out", "--recipe", file, "--calib", text_file, *SHORT)
@@ -176,7 +180,9 @@ KMEANS = (
 
 
 @pytest.mark.slow
-def test_what_no_format_stores_is_refused_by_the_plan(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
+def test_what_no_format_stores_is_refused_by_the_plan(
+    tmp_path: Path, tiny_model: Path, text_file: Path, run: Callable[..., Command]
+) -> None:
     """Before any work, with the method's and the weight's name."""
     site = install(tmp_path / "site", "coarse = mymethod:Coarse", mymethod=KMEANS)
     done = run(site, "plan", tiny_model, "--method", "coarse", "--calib", text_file, *SHORT)
@@ -296,7 +302,9 @@ def test_a_broken_one_is_named_when_it_is_used(kind: str, tmp_path: Path, inside
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["import error", "a package that fails"])
-def test_a_broken_one_takes_nothing_down(kind: str, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_broken_one_takes_nothing_down(
+    kind: str, tiny_model: Path, text_file: Path, tmp_path: Path, run: Callable[..., Command]
+) -> None:
     entry_point, text, named = BROKEN[kind]
     site = install(tmp_path / "site", entry_point, mymethod=text)
     done = run(site, "plan", tiny_model, "--method", "coarse", "--calib", text_file, *SHORT)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run, write_tiny_model, write_tokenizer
+from tests.forked import Server
 from tests.llmq import mixtures
 
 DIFFER = {"report.json", "report.html", "README.md"}
@@ -29,10 +27,10 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def command(model: Path, text: Path, out: Path) -> list[str]:
+def command(model: Path, text: Path, out: Path) -> list[object]:
     """A short GPTQ run."""
     options = ["--group-size", "32", "--samples", "8", "--seqlen", "64"]
-    return [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), "--calib", str(text), *options]
+    return ["quantize", model, "-o", out, "--calib", text, *options]
 
 
 def mixture(folder: Path) -> Path:
@@ -43,16 +41,17 @@ def mixture(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda folder: write_tiny_model(folder, layers=6), mixture], ids=["dense", "mixture"])
-def test_killed_at_random_moments(make: Callable[[Path], Path], tmp_path: Path, text_file: Path) -> None:
+def test_killed_at_random_moments(
+    make: Callable[[Path], Path], tmp_path: Path, text_file: Path, forked: Server
+) -> None:
     model = make(tmp_path / "model")
-    subprocess.run(command(model, text_file, tmp_path / "whole"), check=True, capture_output=True)
+    done = forked.run(*command(model, text_file, tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
     rng = random.Random(1)
     kills = 0
     # By how far it has come, not by the clock: a machine is never equally fast twice.
     for shards in sorted(rng.sample(range(6), 4)):
-        process = subprocess.Popen(
-            command(model, text_file, tmp_path / "broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = forked.start(*command(model, text_file, tmp_path / "broken"))
         while process.poll() is None and len(list((tmp_path / "broken").glob("model-*"))) < shards:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
@@ -60,7 +59,8 @@ def test_killed_at_random_moments(make: Callable[[Path], Path], tmp_path: Path, 
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    subprocess.run(command(model, text_file, tmp_path / "broken"), check=True, capture_output=True)
+    done = forked.run(*command(model, text_file, tmp_path / "broken"))
+    assert done.returncode == 0, done.stderr
     assert kills
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
@@ -100,25 +100,16 @@ def test_interrupted_between_blocks(tmp_path: Path, tiny_model: Path, text_file:
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path) -> None:
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text_file: Path, forked: Server) -> None:
     model = write_tiny_model(tmp_path / "model", layers=12, hidden_size=256, intermediate_size=512)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(model, text_file, out),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ.copy(),
-        # Where the tests run in the background of a shell, Ctrl-C is ignored, which a child would inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = forked.start(*command(model, text_file, out))
     while process.poll() is None and not list(out.glob("model-00003*")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "same command resumes" in " ".join(err.split())
-    assert "Traceback" not in err
+    assert process.wait() == 130, process.stderr
+    assert "same command resumes" in " ".join(process.stderr.split())
+    assert "Traceback" not in process.stderr
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path, tiny_model: Path, text_file: Path, llmq: Run) -> None:

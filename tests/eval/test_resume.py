@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,17 +14,11 @@ from llmq.errors import LlmqError
 from llmq_eval.journal import Journal
 from llmq_eval.results import write
 from llmq_eval.subject import Subject
-from tests.conftest import ROOT, Done, Run
+from tests.conftest import Done, Run
+from tests.forked import Command, Server
 
 
-def start(*args: object) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval", *filter(None, sys.path))))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "llmq.cli", "eval", *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_after(lines: int, process: subprocess.Popen[bytes], out: Path, kind: str) -> int:
+def kill_after(lines: int, process: Command, out: Path, kind: str) -> int:
     """Kill the process once a task's journal has so many lines; how many it had in the end."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
@@ -36,7 +28,7 @@ def kill_after(lines: int, process: subprocess.Popen[bytes], out: Path, kind: st
                 process.wait()
                 return file.read_bytes().count(b"\n")
         time.sleep(0.002)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     raise AssertionError("the evaluation was over, or never began")
 
 
@@ -50,13 +42,13 @@ def resumed(done: Done) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run) -> None:
+def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run, forked: Server) -> None:
     options = ("--text", text_file, "--window", 32, "--max-windows", 400, "--batch", 3)
     command = (tiny_model, "--base", tiny_model, "--tasks", "perplexity,divergence", *options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert llmq("eval", *command, "--out", whole).returncode == 0
     for kind in ("perplexity", "divergence"):
-        kept = kill_after(3, start(*command, "--out", broken), broken, kind)
+        kept = kill_after(3, forked.start("eval", *command, "--out", broken), broken, kind)
         assert kept < 134
     done = llmq("eval", *command, "--out", broken)
     assert resumed(done), done.stderr
@@ -68,7 +60,7 @@ def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_killed_between_requests(tmp_path: Path, llmq: Run) -> None:
+def test_killed_between_requests(tmp_path: Path, llmq: Run, forked: Server) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     rows = [
         {"goal": f"count to {i}", "sol1": "one two " * (1 + i % 7), "sol2": "three", "label": i % 2} for i in range(150)
@@ -79,7 +71,7 @@ def test_killed_between_requests(tmp_path: Path, llmq: Run) -> None:
     command = ("demo", "--tasks", "piqa", "--data-dir", data, "--batch-size", 4)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert llmq("eval", *command, "--out", whole).returncode == 0
-    assert kill_after(2, start(*command, "--out", broken), broken, "piqa") < 74
+    assert kill_after(2, forked.start("eval", *command, "--out", broken), broken, "piqa") < 74
     done = llmq("eval", *command, "--out", broken)
     assert resumed(done), done.stderr
     assert numbers(broken) == numbers(whole)

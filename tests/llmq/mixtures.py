@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -95,6 +97,45 @@ def breaking(at: int) -> Callable[..., None]:
         real(sink, *args)
 
     return commit
+
+
+def before_each_commit(quantize: Callable[[Path], object], folder: Path) -> tuple[dict[str, bytes], list[Path]]:
+    """What a run writes, and copies of its folder from before each of its commits: what a kill there leaves."""
+    real, copies = Sink.commit, list[Path]()
+
+    def commit(sink: Sink, *args: Any) -> None:
+        copies.append(shutil.copytree(sink.out, folder / str(len(copies))))
+        real(sink, *args)
+
+    with mock.patch.object(Sink, "commit", commit):
+        quantize(folder / "whole")
+    return written(folder / "whole"), copies
+
+
+def check_resumes(quantize: Callable[[Path], Report], folder: Path, commits: int, weights: int) -> None:
+    """Ended before any of its commits, a run resumes and ends with the same bytes, and reports every weight once."""
+    whole, copies = before_each_commit(quantize, folder)
+    assert sum(name.startswith("model-") for name in whole) == len(copies) == commits
+    for at, copy in enumerate(copies):
+        assert len(list(copy.glob("model-*"))) == at
+        report = quantize(copy)
+        assert written(copy) == whole, at
+        assert len({row.name for row in report.quantized}) == len(report.quantized) == weights
+
+
+def check_groups(
+    quantize: Callable[[int, Path], object], folder: Path, sizes: Sequence[int], shards: Callable[[int], int]
+) -> None:
+    """In groups of any of these sizes, which take so many shards, the tensors are the same."""
+    found = {}
+    for size in sizes:
+        quantize(size, folder / str(size))
+        assert len(list((folder / str(size)).glob("model-*"))) == shards(size)
+        found[size] = stored(folder / str(size))
+    *others, last = found.values()
+    for other in others:
+        assert other.keys() == last.keys()
+        assert all(torch.equal(tensor, last[name]) for name, tensor in other.items())
 
 
 @contextmanager

@@ -140,20 +140,17 @@ def test_others_are_at_most_128_spread_over_all_batches() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq+gptq"])
 def test_groups_of_any_size_give_the_same_tensors(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(methods=tuple(method.split("+")), scheme=mixtures.W4)
-    found = {}
-    for size in (1, 3, 4):
+
+    def quantize(size: int, out: Path) -> None:
         groups_of(monkeypatch, size)
-        job.quantize(str(source), tmp_path / str(size), recipe, ids=IDS)
-        assert len(list((tmp_path / str(size)).glob("model-*"))) == 3 + 2 * -(-4 // size)
-        found[size] = mixtures.stored(tmp_path / str(size))
-    for size in (1, 3):
-        assert found[size].keys() == found[4].keys()
-        assert all(torch.equal(tensor, found[4][name]) for name, tensor in found[size].items())
+        job.quantize(str(source), out, recipe, ids=IDS)
+
+    mixtures.check_groups(quantize, tmp_path, (1, 3, 4), lambda size: 3 + 2 * -(-4 // size))
 
 
 @pytest.mark.slow
@@ -165,20 +162,12 @@ def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
     in_batches(monkeypatch)
     options = {"iterations": 2} if method == "signround" else {}
     recipe = Recipe(methods=tuple(method.split("+")), scheme=mixtures.W4, options=options)
-    job.quantize(str(source), tmp_path / "whole", recipe, ids=IDS)
-    whole = written(tmp_path / "whole")
-    commits = 1 + 2 * (4 + 1)
-    assert sum(name.startswith("model-") for name in whole) == commits
-    for at in range(commits):
-        out = tmp_path / str(at)
-        with monkeypatch.context() as patch:
-            patch.setattr(Sink, "commit", breaking(at))
-            with pytest.raises(Broken):
-                job.quantize(str(source), out, recipe, ids=IDS)
-        assert len(list(out.glob("model-*"))) == at
-        report = job.quantize(str(source), out, recipe, ids=IDS)
-        assert written(out) == whole, at
-        assert len({row.name for row in report.quantized}) == len(report.quantized) == 2 * (4 + 4 * 3)
+    mixtures.check_resumes(
+        lambda out: job.quantize(str(source), out, recipe, ids=IDS),
+        tmp_path,
+        commits=1 + 2 * (4 + 1),
+        weights=2 * (4 + 4 * 3),
+    )
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from tests.architectures import tiny
 from tests.llmq import mixtures
-from tests.llmq.mixtures import Broken, breaking, written
+from tests.llmq.mixtures import Broken, breaking
 from tests.llmq.planning.test_experts import exact, twin
 from tests.llmq.refusal import refused
 
@@ -149,21 +149,18 @@ def test_experts_at_other_bits_than_the_rest(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq+gptq"])
 def test_groups_of_any_size_give_the_same_tensors(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(methods=tuple(method.split("+")), scheme=W4)
-    found = {}
-    for size in (1, 3, 6):
+
+    def quantize(size: int, out: Path) -> None:
         with monkeypatch.context() as patch:
             groups_of(patch, size)
-            job.quantize(str(source), tmp_path / str(size), recipe, ids=IDS)
-        assert len(list((tmp_path / str(size)).glob("model-*"))) == 1 + 2 * (1 + -(-6 // size))
-        found[size] = mixtures.stored(tmp_path / str(size))
-    for size in (1, 3):
-        assert found[size].keys() == found[6].keys()
-        assert all(torch.equal(tensor, found[6][name]) for name, tensor in found[size].items())
+            job.quantize(str(source), out, recipe, ids=IDS)
+
+    mixtures.check_groups(quantize, tmp_path, (1, 3, 6), lambda size: 1 + 2 * (1 + -(-6 // size)))
 
 
 @pytest.mark.slow
@@ -174,19 +171,12 @@ def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
     groups_of(monkeypatch, 3)
     monkeypatch.setattr(Plan, "batch", property(lambda plan: 1))
     recipe = Recipe(methods=(method,), scheme=W4, options={"iterations": 2} if method == "signround" else {})
-    job.quantize(str(source), tmp_path / "whole", recipe, ids=IDS)
-    whole = written(tmp_path / "whole")
-    commits = 1 + 2 * (2 + 1)
-    assert sum(name.startswith("model-") for name in whole) == commits
-    for at in range(commits):
-        out = tmp_path / str(at)
-        with monkeypatch.context() as patch:
-            patch.setattr(Sink, "commit", breaking(at))
-            with pytest.raises(Broken):
-                job.quantize(str(source), out, recipe, ids=IDS)
-        report = job.quantize(str(source), out, recipe, ids=IDS)
-        assert written(out) == whole, at
-        assert len({row.name for row in report.quantized}) == len(report.quantized) == 2 * (16 + 4 * 3 + 2 * 2)
+    mixtures.check_resumes(
+        lambda out: job.quantize(str(source), out, recipe, ids=IDS),
+        tmp_path,
+        commits=1 + 2 * (2 + 1),
+        weights=2 * (16 + 4 * 3 + 2 * 2),
+    )
 
 
 @pytest.mark.slow

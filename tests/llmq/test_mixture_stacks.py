@@ -26,13 +26,15 @@ from tests.llmq.test_mixture_parts import unpacked
 
 IDS = tiny.tokens(4, 32, seed=2)
 COUNT = 4
-KINDS = ("llama4_text", "jetmoe", "dbrx")
+TWO = {"num_hidden_layers": 2}
+KINDS = {"llama4_text": {}, "jetmoe": TWO, "dbrx": TWO}  # llama4_text has lists with one entry per block
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Blocks of four experts; do not change it."""
-    return mixtures.write(request.param, tmp_path_factory.mktemp("models") / request.param)
+    kind: str = request.param
+    return mixtures.write(kind, tmp_path_factory.mktemp("models") / kind, **KINDS[kind])
 
 
 def recipe(method: str, keep: tuple[str, ...] = ()) -> Recipe:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,23 +17,56 @@ from llmq.cli import surroundings
 
 ROOT = Path(__file__).parents[3]
 NOBODY = 54321
-UNNAMED = """
-# Only the real user changes: the files of this interpreter may be root's own.
-import os, sys
-os.setreuid({0}, -1)
-sys.argv = ["llmq", *sys.argv[1:]]
+# Commands one after the other, each with its output in a file; whatever one imports, it imports in these surroundings.
+SEVERAL = """
+import json, os, sys, traceback
+folder, user, *commands = json.load(sys.stdin)
+if user is not None:
+    os.setreuid(user, -1)  # Only the real user changes: the files of this interpreter may be root's own.
 from llmq.cli import main
-main()
+told, codes = os.dup(1), []
+for i, words in enumerate(commands):
+    file = os.open(os.path.join(folder, f"printed-{i}"), os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.argv = ["llmq", *words]
+    try:
+        main()
+    except SystemExit as end:
+        codes.append(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        codes.append(-1)
+    sys.stdout.flush(), sys.stderr.flush()
+os.write(told, json.dumps(codes).encode())
 """
 
 
-def llmq(*words: str, code: str | None = None, drop: str = "", **more: str) -> subprocess.CompletedProcess[bytes]:
-    """`llmq` with these arguments, and these changes of its environment."""
-    environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LANG", drop)}
+def around(drop: str = "", **more: str) -> dict[str, str]:
+    """The environment with these changes, in which a process finds this tree."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval")))
-    start = ["-m", "llmq.cli"] if code is None else ["-c", code]
-    given = {**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-    return subprocess.run([sys.executable, *start, *words], env=given, capture_output=True, timeout=120)
+    kept = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LANG", drop)}
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def llmq(*words: str, **more: str) -> subprocess.CompletedProcess[bytes]:
+    """`llmq` with these arguments, and these changes of its environment."""
+    command = [sys.executable, "-m", "llmq.cli", *words]
+    return subprocess.run(command, env=around(**more), capture_output=True, timeout=120)
+
+
+def several(
+    folder: Path, *commands: Sequence[str], codes: Sequence[int] = (), user: int | None = None, **more: str
+) -> list[bytes]:
+    """What commands print that run in one process, which end with these codes (all with 0 if none is given)."""
+    given = json.dumps([str(folder), user, *commands])
+    command = [sys.executable, "-c", SEVERAL]
+    done = subprocess.run(command, env=around(**more), input=given.encode(), capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    printed = [(folder / f"printed-{i}").read_bytes() for i in range(len(commands))]
+    ended = json.loads(done.stdout)
+    for words, wanted, code, text in zip(commands, codes or [0] * len(commands), ended, printed, strict=True):
+        assert code == wanted and b"Traceback" not in text, (words, code, text.decode(errors="replace"))
+    return printed
 
 
 def finished(done: subprocess.CompletedProcess[bytes], code: int = 0) -> bytes:
@@ -69,35 +103,52 @@ def test_what_is_no_fault_of_the_terminal() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("encoding", "words"),
+    ("encoding", "commands"),
     [
-        *(
-            ("ascii", words)
-            for words in ("plan demo --method rtn", "inspect demo", "recipes", "methods", "plan --help")
+        (
+            "ascii",
+            (
+                "plan demo --method rtn",
+                "inspect demo",
+                "recipes",
+                "methods",
+                "plan --help",
+                "generate demo \u03b1 --tokens 2",
+                "eval demo --max-windows 2 --window 64 --out OUT",
+                "compare OUT",
+            ),
         ),
-        ("ascii", "generate demo \u03b1 --tokens 2"),
-        ("latin-1", "plan demo --method rtn"),
-        ("cp1252", "plan demo --method rtn"),
+        ("cp1252", ("plan demo --method rtn",)),
     ],
 )
-def test_commands(encoding: str, words: str) -> None:
-    shown = finished(llmq(*words.split(), PYTHONIOENCODING=encoding, COLUMNS="150"))
-    shown.decode(encoding)
-    if words.startswith("plan demo"):
-        assert b"->" in shown and (encoding != "ascii" or re.search(rb"\d+ x \d+", shown))
+def test_commands(encoding: str, commands: tuple[str, ...], tmp_path: Path) -> None:
+    words = [line.replace("OUT", str(tmp_path / "out")).split() for line in commands]
+    printed = dict(zip(commands, several(tmp_path, *words, PYTHONIOENCODING=encoding, COLUMNS="150"), strict=True))
+    for shown in printed.values():
+        shown.decode(encoding)
+    shown = printed["plan demo --method rtn"]
+    assert b"->" in shown and (encoding != "ascii" or re.search(rb"\d+ x \d+", shown))
+    assert b"perplexity" in printed.get("compare OUT", b"perplexity")
 
 
 @pytest.mark.slow
 def test_a_run_in_the_c_locale(tmp_path: Path) -> None:
-    words = ("quantize", "demo", "--method", "rtn", "-o", str(tmp_path / "out"))
-    c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    assert b"verified" in finished(llmq(*words, **c))
-    assert b"int4 g128" in finished(llmq("inspect", str(tmp_path / "out"), **c))
-    assert b"?" in finished(llmq("plan", "./nowhere-\u65e5", **c), code=2)
+    out = str(tmp_path / "out")
+    run, inspected, refused = several(
+        tmp_path,
+        ("quantize", "demo", "--method", "rtn", "-o", out),
+        ("inspect", out),
+        ("plan", "./nowhere-\u65e5"),
+        codes=(0, 0, 2),
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+    )
+    assert b"verified" in run and b"int4 g128" in inspected and b"?" in refused
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["plan demo --method rtn", "methods", "inspect demo"])
+@pytest.mark.parametrize("words", ["methods", "inspect demo"])
 def test_a_pipe_that_is_closed(words: str) -> None:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval")))
     line = f"{sys.executable} -m llmq.cli {words} | true"
@@ -106,7 +157,7 @@ def test_a_pipe_that_is_closed(words: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"COLUMNS": "1"}, {"COLUMNS": "5", "TERM": "dumb"}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("more", [{"COLUMNS": "1"}, {"COLUMNS": "5", "TERM": "dumb"}])
 def test_terminals_that_can_do_little(more: dict[str, str]) -> None:
     finished(llmq("inspect", "demo", **more))
 
@@ -145,32 +196,26 @@ def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize(
-    "words",
-    [
-        "plan demo --method rtn",
-        "quantize demo --method rtn -o OUT",
-        "eval demo --max-windows 1 --window 64",
-        "generate demo the --tokens 2",
-        "inspect demo",
-    ],
-)
-def test_commands_of_a_user_without_a_name_and_a_home(words: str) -> None:
+def test_commands_of_a_user_without_a_name_and_a_home() -> None:
     import tempfile
 
     # pytest's own folders can be read by their owner only.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        given = [word.replace("OUT", f"{folder}/out") for word in words.split()]
-        finished(llmq(*given, code=UNNAMED.format(NOBODY), drop="HOME", TMPDIR=folder))
+        commands = (
+            f"quantize demo --method rtn -o {folder}/out",
+            "plan demo --method rtn",
+            "eval demo --max-windows 1 --window 64",
+            "generate demo the --tokens 2",
+            "inspect demo",
+        )
+        several(Path(folder), *(words.split() for words in commands), user=NOBODY, drop="HOME", TMPDIR=folder)
 
 
 @pytest.mark.slow
 def test_results_and_a_home_that_cannot_be_written(tmp_path: Path) -> None:
-    """An evaluation and its comparison in ASCII; then without a place for the results, which is named."""
-    words = ("eval", "demo", "--max-windows", "2", "--window", "64", "--out", str(tmp_path))
-    finished(llmq(*words, PYTHONIOENCODING="ascii"))
-    assert b"perplexity" in finished(llmq("compare", str(tmp_path), PYTHONIOENCODING="ascii"))
+    """Without a place for the results, which is named."""
     nowhere = {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none"}
-    assert b"/proc/none" in finished(llmq(*words[:-2], **nowhere), code=2)
-    finished(llmq("plan", "demo", "--method", "rtn", **nowhere))
+    commands = "eval demo --max-windows 2 --window 64", "plan demo --method rtn"
+    evaluated, _ = several(tmp_path, *(words.split() for words in commands), codes=(2, 0), **nowhere)
+    assert b"/proc/none" in evaluated
