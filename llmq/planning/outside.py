@@ -275,5 +275,5 @@ def check_outside(items: list[WeightPlan]) -> None:
         if inputs is not None and not inputs.dynamic:
             raise LlmqError(
                 f"{item.name}: static scales of inputs are calibrated, and outside the decoder's blocks nothing is: "
-                f"--activations dynamic, or for this weight --override '{item.name}=activations:dynamic'"
+                "--activations dynamic, or --override 'PATTERN=activations:dynamic' with the pattern of --include"
             )

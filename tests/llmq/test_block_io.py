@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import job
 from llmq.block_io import BlockIO, discard, rest
 from llmq.checkpoint.sink import Sink
+from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
@@ -99,3 +100,36 @@ def test_a_missing_tensor_is_named(plan: Plan, tmp_path: Path) -> None:
     name = f"{plan.blocks[0].name}.mlp.up_proj.weight"
     del plan.links.source[name]
     refused(lambda: BlockIO(plan, Sink(tmp_path, 0, -1), CPU).fill(plan.blocks[0]), name, "no tensor")
+
+
+def test_a_weight_outside_the_blocks_is_rounded_written_and_read_back(tiny_model: Path, tmp_path: Path) -> None:
+    made = job.plan(str(tiny_model), Recipe(scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
+    item = made.outside["lm_head.weight"]
+    with Sink.open(tmp_path / "o", {}, 1) as sink:
+        io = BlockIO(made, sink, CPU)
+        row, tensors, values = io.round_outside(item)
+        sink.commit("one", tensors, {})
+        assert torch.equal(io.read_back(item), values)
+    dense = stored(tiny_model)["lm_head.weight"]
+    wanted = round_to_nearest(dense, Scheme(4, 32), made.dtype).dequantize(made.dtype)
+    assert torch.equal(values, wanted) and tensors.keys() == {
+        f"lm_head.weight_{n}" for n in ("packed", "scale", "shape")
+    }
+    assert (row["name"], row["block"], row["bytes"]) == ("lm_head", None, item.after)
+    assert row["error"] == pytest.approx(float((wanted - dense).norm() / dense.norm()), rel=1e-5)
+    assert row["notes"] == ("no calibration: rounded to nearest",)
+    # What needs no data anyway has nothing to say.
+    plain = job.plan(str(tiny_model), Recipe(methods=("hqq",), scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
+    row, _, hqq = BlockIO(plain, sink, CPU).round_outside(plain.outside["lm_head.weight"])
+    assert row["notes"] == () and not torch.equal(hqq, values)
+
+
+def test_a_damaged_weight_outside_the_blocks_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["lm_head.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "m" / "config.json").write_text((tiny_model / "config.json").read_text())
+    made = job.plan(str(tmp_path / "m"), Recipe(scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
+    io = BlockIO(made, Sink(tmp_path, 0, -1), CPU)
+    refused(lambda: io.round_outside(made.outside["lm_head.weight"]), "lm_head.weight")

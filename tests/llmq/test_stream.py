@@ -49,6 +49,18 @@ def test_a_weight_read_back_wrong_is_noticed(tiny_model: Path, tmp_path: Path, m
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_weight_outside_the_blocks_read_back_wrong_is_noticed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockIO, "read_back", lambda io, weight: torch.zeros(weight.shape))
+    recipe = Recipe(methods=("rtn",), scheme=Scheme(4, 32), include=("lm_head",))
+    refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", recipe, ids=IDS), "lm_head.weight", "read back")
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.undo()
+    # The written weight is as it should be: only reading it back was not.
+    assert len(llmq.quantize(str(tiny_model), tmp_path / "out", recipe, ids=IDS).quantized) == 22
+
+
 def test_an_output_that_overflows_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = steps.quantize
     seen = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from llmq.checkpoint import files
-from llmq.checkpoint.files import TEMPLATES, goes_along, named_templates, put, sync_folder, write, write_all
+from llmq.checkpoint.files import (
+    MODULES,
+    TEMPLATES,
+    goes_along,
+    modules_beside,
+    named_templates,
+    put,
+    sync_folder,
+    write,
+    write_all,
+)
 from tests.llmq.refusal import refused
 
 
@@ -140,3 +151,19 @@ def test_named_templates_are_those_that_transformers_reads(tmp_path: Path) -> No
     found = named_templates(tmp_path)
     assert list(found) == [f"{TEMPLATES}/rag.jinja", f"{TEMPLATES}/tool_use.jinja"]
     assert all(path == tmp_path / name for name, path in found.items())
+
+
+def test_parts_that_a_modules_file_names_go_along_but_for_pickles(tmp_path: Path) -> None:
+    assert modules_beside(tmp_path) == {}
+    listed = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../other"}, {"path": "a/b"}, {}]
+    (tmp_path / MODULES).write_text(json.dumps(listed))
+    dense = "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"
+    for name in ("1_Pooling/config.json", *dense, "3_Not/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = modules_beside(tmp_path)
+    assert list(found) == ["1_Pooling/config.json", "2_Dense/model.safetensors"]
+    assert all(path == tmp_path / name for name, path in found.items())
+    for broken in ("{", "[1]", '{"path": 1}'):
+        (tmp_path / MODULES).write_text(broken)
+        assert modules_beside(tmp_path) == {}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmq.checkpoint import hub as hub_module
-from llmq.checkpoint.hub import is_path, resolve
+from llmq.checkpoint.hub import _beside, is_path, resolve
 from llmq.errors import LlmqError
 from tests.conftest import write_tokenizer
 from tests.llmq.hub_client import HubClient
@@ -302,3 +302,11 @@ def test_paths(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LlmqError, match="is a file"):
         resolve(str(tmp_path / "file"))
+
+
+def test_parts_beside_a_model_are_fetched_where_a_file_lists_them() -> None:
+    files = {"modules.json": 1, "1_Pooling/config.json": 1, "onnx/model.onnx": 1, "model.safetensors": 1}
+    assert _beside("1_Pooling/config.json", files) and _beside("2_Dense/model.safetensors", files)
+    for other in ("onnx/model.onnx", "model.safetensors", "a/b/config.json", "1_Pooling/pytorch_model.bin"):
+        assert not _beside(other, files)
+    assert not _beside("1_Pooling/config.json", {"model.safetensors": 1})

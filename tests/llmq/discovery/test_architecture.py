@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import save_file
 
 from llmq import job
-from llmq.discovery.architecture import generator, not_causal
+from llmq.discovery.architecture import generator, not_causal, opener, suggested
 from llmq.errors import LlmqError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -26,7 +26,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
             "T5ForConditionalGeneration, which is no",
         ),
         ({"model_type": "clip"}, "type 'clip' is no causal language model"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "give the causal model"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "--class AutoModelForSequenceC"),
         ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "part of a diffusion pipeline"),
         ({"model_type": "llava", "architectures": ["LlavaModel"]}, "it is LlavaModel"),
         ({"model_type": "llava"}, "type 'llava' is no causal language model"),  # nothing says which class
@@ -112,3 +112,41 @@ def test_a_checkpoint_of_another_model_is_told_by_its_names(tmp_path: Path) -> N
     save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(LlmqError, match=r"it has layers\.0\.attention\.wq\.weight, for example.*download"):
         job.plan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "name"),
+    [
+        ("bert", ["BertModel"], "AutoModel"),
+        ("bert", ["BertForMaskedLM"], "AutoModelForMaskedLM"),
+        ("bert", None, "AutoModel"),
+        ("t5", ["T5ForConditionalGeneration"], "AutoModelForSeq2SeqLM"),
+        ("whisper", ["WhisperForConditionalGeneration"], "AutoModelForSpeechSeq2Seq"),
+        ("clip", ["CLIPTextModel"], "CLIPTextModel"),
+        ("bert", ["OfTomorrow"], None),
+        ("of-tomorrow", None, None),
+    ],
+)
+def test_the_class_to_open_it_with(kind: str, named: list[str] | None, name: str | None) -> None:
+    config = {"model_type": kind, "architectures": named}
+    assert suggested(config) == name
+    if name is not None and named is not None:
+        assert f"--class {name} --method rtn" in (not_causal(config) or "")
+
+
+def test_of_an_encoder_and_a_decoder_one_that_is_for_both() -> None:
+    named = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True}
+    assert suggested(named) == "AutoModelForSeq2SeqLM"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (transformers.BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
+        (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration"),
+        (transformers.LlamaConfig(architectures=["LlamaForCausalLM"]), "AutoModelForCausalLM"),
+        (transformers.BertConfig(architectures=["OfTomorrow"]), "AutoModelForCausalLM"),
+    ],
+)
+def test_what_opens_any_checkpoint(config: Any, kind: str) -> None:
+    assert opener(config).__name__ == kind

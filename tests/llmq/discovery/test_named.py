@@ -10,7 +10,8 @@ import torch
 
 from llmq.checkpoint.source import FolderSource
 from llmq.discovery import blocks as discover
-from llmq.discovery.named import Named, Refused, named
+from llmq.discovery.named import Named, Refused, build_as, class_of, named
+from tests.llmq import classes
 from tests.llmq.refusal import refused
 
 
@@ -60,3 +61,30 @@ def test_beyond_compares_weights_and_not_their_parts() -> None:
     told = Refused(("a.weight_packed", "a.weight_scale", "b.weight", "c.bias"), ("d.weight",))
     assert told.beyond(Refused(("a.weight",), ("c.bias",))) == Refused(("b.weight",), ("d.weight",))
     assert not told.beyond(told)
+
+
+def test_a_class_that_is_named(tmp_path: Path) -> None:
+    folder = classes.write("clip", tmp_path / "clip")
+    whole = build_as(folder, "AutoModel", torch.bfloat16)
+    assert type(whole).__name__ == "CLIPModel" and {p.dtype for p in whole.parameters()} == {torch.bfloat16}
+    assert all(p.is_meta for p in whole.parameters()) and not whole.training
+    # A class of a part reads its own part of the configuration.
+    assert type(build_as(folder, "CLIPTextModel", torch.float32)).__name__ == "CLIPTextModel"
+    refused(
+        lambda: build_as(folder, "AutoModelForCausalLM", torch.float32), "no model of type 'clip'", "--class AutoModel"
+    )
+
+
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoTokenizer", "BertConfig", "logging", "Nobody", "BertTokenizer"])
+def test_a_name_that_opens_no_model(name: str) -> None:
+    assert class_of("AutoModel") and class_of("T5EncoderModel")
+    refused(lambda: class_of(name), f"--class {name!r} is no class of transformers", "AutoModelForSeq2SeqLM")
+
+
+def test_a_config_that_the_class_cannot_be_built_with(tmp_path: Path) -> None:
+    folder = classes.write("bert", tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(
+        lambda: build_as(folder, "AutoModel", torch.float32), str(folder), "--class AutoModel cannot build this model"
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from llmq.discovery.stock import unpackable
+from llmq.discovery.stock import accepts, unpackable
+from llmq.formats.compressed_tensors.config import config_of, dense
+from llmq.grids.scheme import Scheme
+from tests.llmq.classes import KINDS
 
 
 class Special(nn.Linear):
@@ -96,3 +101,15 @@ def test_a_model_in_memory_is_not_tried() -> None:
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     assert unpackable(model, NAMES) == set() and model.calls == 0
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_rules_that_a_formats_rules_do_not_join(tmp_path: Path) -> None:
+    """transformers cannot unpack weights while loading where one tensor of a type is cut into several parameters."""
+    section = config_of({Scheme(4, 32): ["a"]}, [])
+    for name, joined in (("bert", True), ("dinov2", False)):
+        kind = KINDS[name]
+        config = getattr(transformers, kind.config)(**kind.sizes)
+        with torch.device("meta"):
+            model = getattr(transformers, kind.model)(config)
+        assert accepts(model, dense(section)) is joined
+    assert not accepts(model, {"quant_method": "of-tomorrow"})

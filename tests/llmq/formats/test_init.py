@@ -65,3 +65,15 @@ def test_what_is_asked_of_a_folder_goes_to_its_format() -> None:
     assert formats.config({INT[0]: ["a"]}, ["b"], torch.float16)["ignore"] == ["b"]
     assert formats.loaders([NF4]) == [*bitsandbytes.loaders([NF4]), formats.vllm.loader([NF4])]
     assert formats.loaders([NF4], apart=True)[-1] == formats.vllm.APART
+
+
+def test_what_not_every_format_has_is_asked_of_those_that_have_it() -> None:
+    section = formats.config({INT[0]: ["a", "head"]}, [], torch.float16)
+    assert formats.with_targets(section, [INT[0]], ["head"])["config_groups"]["group_0"]["targets"] == [
+        "Linear",
+        "head",
+    ]
+    assert formats.loads_dense({INT[0]}) and formats.dense(section, {INT[0]})["dequantize"]
+    skipping = formats.config({NF4: ["a", "head"]}, ["b"], torch.float16)
+    assert formats.with_targets(skipping, [NF4], ["head"]) == skipping
+    assert not formats.loads_dense({NF4}) and formats.replaces_modules({NF4}) and not formats.replaces_modules(INT)

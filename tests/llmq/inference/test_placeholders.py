@@ -14,10 +14,11 @@ from transformers import GPTQConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmq.checkpoint.tensors import TensorInfo, read_header
+from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.gptq import GPTQReader
 from llmq.formats.plain import Entry
-from llmq.inference.placeholders import Placeholder, check, find, grouped, inner, sizes
+from llmq.inference.placeholders import Placeholder, _beside, check, find, grouped, inner, sizes
 from tests.llmq.formats.made import FILE, stored
 from tests.llmq.refusal import refused
 from tests.llmq.written import Case, gptq
@@ -168,3 +169,34 @@ def test_what_was_not_loaded_or_contradicts_itself_is_named(tmp_path: Path) -> N
     given = {name.removeprefix("model.up."): t for name, t in tensors().items() if name.startswith("model.up.")}
     loaded(place, given | {"g_idx": torch.zeros(64, dtype=torch.int32)})
     refused(lambda: place.replacement(torch.float32), file, "model.up: g_idx must give every group 32")
+
+
+def test_layers_beside_a_models_own_are_left(tmp_path: Path) -> None:
+    """Of a layer that the model does not have, experts too, which a rule for the model's own experts would join."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, vocab_size=64))
+    place = Rules(model).rename("mtp.layers.0.mlp.experts.0.down_proj.weight")
+    assert place[1] is not None and place[0] not in model.state_dict()
+    import numpy as np
+
+    packed, _ = gptq(np.random.default_rng(0), 64, 32, Case("gptq"))
+    modules = dict(model.named_modules())
+    assert _beside("mtp.layers.0.mlp.experts.down_proj", modules) and _beside("model.layers.1.mlp.x", modules)
+    assert not _beside("model.layers.0.mlp.x", modules)
+    file = tmp_path / "model.safetensors"
+    dense = {n: torch.zeros(p.shape) for n, p in model.named_parameters() if "experts" not in n}
+    for expert in range(4):
+        for name, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):
+            dense[f"model.layers.0.mlp.experts.{expert}.{name}.weight"] = torch.zeros(shape)
+    for prefix in ("mtp.layers.0", "model.layers.1"):
+        beside = {f"{prefix}.mlp.experts.0.down_proj.{suffix}": tensor for suffix, tensor in packed.items()}
+        save_file(dense | beside, file)
+        assert find(model, READER, [file]).unserved is None
+
+
+def test_a_place_has_the_sizes_that_an_initialization_reads(tmp_path: Path) -> None:
+    place = found(tmp_path, tensors()).quantized["model.up"]
+    assert (place.out_features, place.in_features) == (32, 64)

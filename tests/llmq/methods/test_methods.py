@@ -125,3 +125,21 @@ def test_the_catalog_says_what_the_class_is(name: str) -> None:
     assert set(said.roles) == methods._roles(kind) and said.roles
     assert said.scheme == kind.scheme and not said.outside
     assert said.summary and "\n" not in said.summary and (kind.__doc__ or "").split()[0] == said.summary.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "kind", "words"),
+    [
+        (("gptq",), {}, "RTN", "rounded to nearest"),
+        (("rtn",), {"range": "weighted"}, "RTN", "rounded to nearest"),
+        (("awq", "rtn"), {"range": "minmax"}, "RTN", "rounded to nearest"),
+        (("rtn", "signround"), {}, "RTN", "rounded to nearest"),
+        (("hqq",), {"p": 2.0}, "HQQ", "quantized by hqq"),
+        (("nf4",), {}, "NF4", "quantized by nf4"),
+    ],
+)
+def test_what_quantizes_without_data(names: tuple[str, ...], options: dict[str, Any], kind: str, words: str) -> None:
+    pipeline = made(*names, **options)
+    found = pipeline.data_free
+    assert type(found).__name__ == kind and not found.quantize_needs and pipeline.how_without == words
+    assert getattr(found, "p", 2.0) == 2.0 and getattr(found, "range", None) in (None, "minmax")

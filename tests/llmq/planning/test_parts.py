@@ -16,8 +16,8 @@ from llmq.discovery.reasons import Kind
 from llmq.discovery.view import View
 from llmq.grids.scheme import Activations, Scheme
 from llmq.methods import make
+from llmq.planning import budget as planning
 from llmq.planning import parts
-from llmq.planning import plan as planning
 from llmq.planning.memory import Budget, Load, predict
 from llmq.planning.parts import group_parts
 from llmq.planning.plan import Plan

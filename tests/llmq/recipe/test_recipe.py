@@ -33,6 +33,8 @@ recipes = st.builds(
     scheme=schemes,
     overrides=st.dictionaries(st.text(min_size=1, max_size=8), schemes, max_size=3).map(lambda d: tuple(d.items())),
     keep=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
+    include=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
+    model_class=st.none() | st.sampled_from(["AutoModel", "T5EncoderModel"]),
     ragged=st.sampled_from(RAGGED),
     route=st.sampled_from(ROUTES),
     options=st.fixed_dictionaries({}, optional={"range": st.sampled_from(RANGES), "sweeps": st.integers(0, 5)}),
@@ -50,12 +52,13 @@ def test_from_yaml(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
         "methods: rtn\nscheme: {bits: 3, group_size: channel}\noverrides: {down: {bits: 8}}\nkeep: [head]\n"
+        "include: visual.*\nmodel_class: AutoModel\n"
     )
     recipe = Recipe.load(file)
     assert recipe.methods == ("rtn",)
     assert recipe.scheme == Scheme(3, None)
     assert recipe.overrides == (("down", Scheme(8, None)),)
-    assert recipe.keep == ("head",)
+    assert recipe.keep == ("head",) and recipe.include == ("visual.*",) and recipe.model_class == "AutoModel"
 
 
 @pytest.mark.parametrize(

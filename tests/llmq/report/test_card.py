@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme
 from llmq.report.card import hub_id, model_card, write_measured, write_place
 from llmq.report.rows import WeightRow
 from tests.llmq.report.page.reports import measure, report
@@ -139,3 +140,26 @@ def test_a_card_of_another(tmp_path: Path) -> None:
         write_measured(tmp_path, [])
     write_place(tmp_path, "me/x")
     assert (tmp_path / "README.md").read_text() == "# mine"
+
+
+def test_what_had_no_calibration_is_told(source: Path) -> None:
+    made = report(2)
+    notes = ("damped", "no calibration: rounded to nearest")
+    made.weights = [*made.weights, WeightRow("tower", (64, 64), None, 9, Scheme(), 0.1, notes)]
+    text = model_card(made, source)
+    assert "\n- outside the decoder's blocks: 1 weights, no calibration: rounded to nearest\n" in text
+    assert "same output as in memory; every weight outside the blocks was read back" in text
+    assert "outside the decoder's blocks" not in model_card(report(2), source)
+
+
+def test_a_model_of_another_class(source: Path) -> None:
+    rows = [WeightRow("layer", (64, 64), None, 9, Scheme(), 0.1)]
+    recipe = report(2).recipe | {"model_class": "AutoModelForSeq2SeqLM", "methods": ["rtn"]}
+    made = replace(report(2), weights=rows, blocks=[], recipe=recipe)
+    text = model_card(made, source)
+    assert "AutoModelForSeq2SeqLM.from_pretrained(" in text and "AutoTokenizer" not in text
+    assert "- verified: every quantized weight was read back" in text and "- outside" not in text
+    assert ModelCard(text).data.pipeline_tag is None
+    (source / "README.md").write_text("---\npipeline_tag: translation\n---\n")
+    assert ModelCard(model_card(made, source)).data.pipeline_tag == "translation"
+    assert ModelCard(model_card(report(2), source)).data.pipeline_tag == "text-generation"

@@ -120,3 +120,14 @@ def test_a_block_that_the_journal_lacks_is_no_report(tiny_model: Path, tmp_path:
     plan = job.plan(str(tiny_model), Recipe(scheme=Scheme(4, 32)), ids=torch.arange(64).view(2, 32))
     with pytest.raises(KeyError, match="block 2"):
         make_report(plan, "m", tmp_path, journal(["x", "y"]), 1.0, 1)
+
+
+def test_weights_outside_the_blocks_come_after_those_inside(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = Recipe(scheme=Scheme(4, 32), include=("lm_head",))
+    plan = job.plan(str(tiny_model), recipe, ids=torch.arange(64).view(2, 32))
+    scheme = {"bits": 4, "group_size": 32, "symmetric": True, "grid": "int"}
+    row = {"name": "lm_head", "shape": [256, 64], "block": None, "bytes": 9, "scheme": scheme, "error": 0.1}
+    blocks = {f"block {i}": {"error": 0.5, "seconds": 2.0, "weights": []} for i in range(3)}
+    made = make_report(plan, "m", tmp_path / "o", {"rest 0": {"weights": [row]}, "rest 1": {}} | blocks, 1.0, 1000)
+    assert [(row.name, row.block) for row in made.quantized] == [("lm_head", None)]
+    assert made.opener == "AutoModelForCausalLM" and len(made.blocks) == 3

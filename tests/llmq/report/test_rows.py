@@ -77,6 +77,8 @@ def test_the_row_of_a_weight(tiny_model: Path) -> None:
     assert (row.name, row.shape) == (state.name, tuple(value.shape))
     assert (row.block, row.bytes, row.scheme, row.notes) == (2, 77, Scheme(4, 16), ())
     assert row.expert is None and weight_row(state, 2, 77, 5).expert == 5
+    outside = weight_row(state, None, 77)
+    assert outside.block is None and read_weight(through_json(outside)) == outside
 
 
 def test_a_scheme_that_is_none_is_refused_by_the_weights_name_each_time() -> None:

@@ -21,6 +21,8 @@ from llmq.machine import size
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import terminal
 from llmq.report.measured import digits
+from llmq.report.rows import WeightRow
+from tests.llmq import classes
 from tests.llmq.report.page.reports import noted, report
 from tests.llmq.report.test_experts import tiny
 
@@ -127,3 +129,35 @@ def test_a_plan_shows_the_first_window(tiny_model: Path, tmp_path: Path) -> None
     terminal.plan(console, job.plan(str(tiny_model), recipe))
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "first window  '[bold]see[/] noon\\n[bold]see[/] n'" in said
+
+
+def outside(made: Any, note: str = "") -> Any:
+    """The report with two weights outside the blocks."""
+    rows = [
+        WeightRow(f"tower.{i}", (64, 64), None, 2048, Scheme(), 0.1 + 0.1 * i, (note,) * bool(note), 2.0)
+        for i in (0, 1)
+    ]
+    made.weights = [*made.weights, *rows]
+    return made
+
+
+def test_weights_outside_the_blocks_are_a_line() -> None:
+    lines = printed(terminal.report, outside(report(2), "no calibration: rounded to nearest"))
+    (line,) = [line for line in lines if "outside the blocks" in line]
+    assert line.replace("│", " ").split() == ["outside", "the", "blocks", "1.50e-01", "4.00", "4.0"]
+    assert "tower.0, tower.1: no calibration: rounded to nearest" in lines
+    assert not any("outside the blocks" in line for line in printed(terminal.report, report(2)))
+
+
+def test_a_plan_says_what_has_no_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    ids = torch.arange(64).view(2, 32)
+    made = job.plan(str(tiny_model), Recipe(scheme=Scheme(4, 32), include=("lm_head",)), ids=ids)
+    said = "\n".join(printed(terminal.summary, made))
+    assert "21 weights in 3 blocks and 1 weights outside the blocks to 4-bit g32" in said
+    assert "outside the blocks none: rounded to nearest" in said
+    plain = "\n".join(printed(terminal.summary, job.plan(str(tiny_model), Recipe(scheme=Scheme(4, 32)), ids=ids)))
+    assert "21 weights in 3 blocks to 4-bit g32" in plain and "outside" not in plain
+    folder = classes.write("bert", tmp_path)
+    whole = job.plan(str(folder), Recipe(methods=("rtn",), scheme=Scheme(4, 32), model_class="AutoModel"))
+    said = "\n".join(printed(terminal.plan, whole))
+    assert "13 weights of BertModel to 4-bit g32" in said and "outside" not in said

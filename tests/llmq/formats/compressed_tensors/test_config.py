@@ -6,7 +6,7 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors.config import config_of, layout_of
+from llmq.formats.compressed_tensors.config import config_of, dense, layout_of, loads_dense, with_targets
 from llmq.grids.scheme import Activations, Scheme
 
 W8A8 = Scheme(8, None, activations=Activations())
@@ -68,3 +68,19 @@ def test_nothing_quantized_has_no_configuration() -> None:
     for groups in ({}, {Scheme(): []}):
         with pytest.raises(LlmqError, match="nothing is quantized"):
             config_of(groups, ["head"])
+
+
+def test_modules_that_a_loader_does_not_count_as_linear_are_targets_by_name() -> None:
+    one = config_of({Scheme(4, 128): ["a.x", "head"]}, ["b"])
+    told = with_targets(one, ["head", "head"])
+    assert told["config_groups"]["group_0"]["targets"] == ["Linear", "head"] and told["ignore"] == ["b"]
+    assert one["config_groups"]["group_0"]["targets"] == ["Linear"]
+    two = config_of({Scheme(8, None): ["a.z"], Scheme(4, 128): ["head"]}, [])
+    assert with_targets(two, ["head"]) == two
+
+
+def test_one_scheme_that_rounds_no_inputs_is_loaded_dense() -> None:
+    assert loads_dense({Scheme(4, 128)}) and loads_dense({Scheme(8, None, grid="fp8")})
+    assert not loads_dense({W8A8}) and not loads_dense({Scheme(4, 128), Scheme(8, 128)}) and not loads_dense(set())
+    section = config_of({Scheme(4, 128): ["a"]}, ["b"])
+    assert dense(section) == section | {"dequantize": True}
