@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -63,6 +64,13 @@ column *errors* has both, 0 where they are equal, one number for types that no i
 | type | class | kind | blocks | quantized of 2-D block weights | tensors copied | errors | result |
 |---|---|---|---|---|---|---|---|
 """
+
+#: Where what is raised does not say why.
+WHY = {
+    "dots3_note": "its vision tower has experts that are stored one by one, which transformers does not join in a "
+    "quantized folder",
+    "ernie4_5_vl_moe": "transformers makes the experts for text and those for images of the same stored tensors",
+}
 
 
 def check_vision(name: str) -> dict[str, Any]:
@@ -253,9 +261,16 @@ def counted(rows: list[dict[str, Any]], label: str) -> str:
 def result(row: dict[str, Any]) -> str:
     """The last cell of a row."""
     words = " ".join(str(row["words"]).replace("|", "/").split())
+    if row["result"] == "works":
+        words = re.sub(r"\S+ while loading it", "the stored tensor while loading it", words)
+        words = "; ".join(dict.fromkeys(words.split("; ")))
+    elif "requires the timm library" in words:
+        words = "transformers needs the timm library for its vision tower, which is not installed here"
+    elif row["type"].removeprefix(VISION) in WHY and row["type"].startswith(VISION):
+        words = f"{WHY[row['type'].removeprefix(VISION)]} ({words})"
     before = "; left alone: " if row["result"] == "works" else ": "
     with_llmq = ", `--loader llmq`" if row.get("loader") else ""
-    return f"**{row['result']}**{with_llmq}" + (before + words[:240] if words else "")
+    return f"**{row['result']}**{with_llmq}" + (before + words[:300] if words else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

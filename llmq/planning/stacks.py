@@ -48,9 +48,6 @@ def stacked_experts(
     out, inside = matrix if stack.axis == 1 else reversed(matrix)
     size = out * inside * dtype.itemsize
     items = []
-    # By the checkpoint's name for the module, if it has one: a larger class may have another than the causal one.
-    holder, _, last = tensor.rpartition(".")
-    holder = holder if last == name else f"{block.name}.{experts.module}"
     for expert in range(count):
         stored = stem(holder, name, expert, stack.axis == 0)
         view = View(name, transposed=stack.axis == 0)
