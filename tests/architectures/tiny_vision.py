@@ -48,6 +48,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
                         "text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
     "exaone4_5": {"text_config.model_type": "exaone4"},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {f"vision_config.{k}": v for k, v in FLAT_VISION.items()} | {"vision_config.model_type": "gemma4_vision"},
     "gemma4_unified": {"vision_config.patch_size": 8, "vision_config.pooling_kernel_size": 1,
