@@ -42,8 +42,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
                       "vision_config.sam_config.downsample_channels": [64, 64]},
     "diffusion_gemma": {"text_config.moe_intermediate_size": 32, "text_config.num_experts": 4,
                         "text_config.top_k_experts": 2},
-    "dots3_note": {"text_config.head_dim": 24, "text_config.per_layer_config": {
-        str(i): {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16} for i in (2, 3)}},
     "emu3": VQ | {"vq_config.codebook_size": 8, "vocabulary_map": {"<image>": 255, "<|extra_200|>": 254}
                   | {f"<|visual token {i:06d}|>": 104 + i for i in range(8)}},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
