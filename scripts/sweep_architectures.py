@@ -295,7 +295,9 @@ def table_vision(rows: list[dict[str, Any]]) -> str:
     images, sounds = kinds[True], kinds[False]
     built = [row for row in images if row["result"] != "not built"]
     share = sum(row["result"] == "works" for row in built) / max(1, len(built))
-    counts = counted(images, "types that read images") + f" Of those that can be built, {share:.0%} work."
+    alone = sum(row["result"] == "works" and bool(row.get("loader")) for row in images)
+    counts = counted(images, "types that read images") + f" Of those that can be built, {share:.0%} work"
+    counts += f" ({alone} of them in `llmq.load` alone)."
     text = VISION_HEAD.format(counts=counts + ("\n" + counted(sounds, "others") if sounds else ""))
     for row in rows:
         name, image = row["type"].removeprefix(VISION), row.get("image")
