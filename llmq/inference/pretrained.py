@@ -23,6 +23,7 @@ import torch
 
 from llmq import formats
 from llmq.checkpoint.strangers import of_folder, of_tokenizer
+from llmq.discovery.architecture import generates as can_generate
 from llmq.discovery.architecture import generator, not_causal, opener
 from llmq.errors import LlmqError, first_line
 from llmq.formats.fp8 import dequantizes
@@ -83,6 +84,41 @@ def load_model(
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
     """
+    options = (dtype, device, trust_remote_code, progress, quantization, probe, kernels)
+    try:
+        return _load(folder, generates, *options)
+    except LlmqError:
+        # The causal class may be the half of a model whose checkpoint only the whole finds its weights in.
+        if not (generates and _has_whole(folder, trust_remote_code)):
+            raise
+        with contextlib.suppress(LlmqError):
+            return _load(folder, False, *options)
+        raise
+
+
+def _has_whole(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether config.json names a class that generates text, beside the causal one."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # a config.json can be wrong in any way
+        return False
+    named, causal = opener(config), generator(config)
+    return named is not causal and can_generate(named) and named not in causal._model_mapping.values()
+
+
+def _load(
+    folder: Path,
+    generates: bool,
+    dtype: str,
+    device: Any,
+    trust_remote_code: bool,
+    progress: bool,
+    quantization: Any,
+    probe: bool,
+    kernels: bool,
+) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -129,19 +165,6 @@ def load_model(
     if spilled is not None:
         weakref.finalize(model, spilled.cleanup)
     missing = sorted(info["missing_keys"])
-    if missing and generates and not other and type(model).__name__ not in (config.get("architectures") or []):
-        # The causal class may be the text half of a model whose checkpoint only the whole finds its weights in.
-        return load_model(
-            folder,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            quantization=quantization,
-            probe=probe,
-            kernels=kernels,
-            generates=False,
-        )
     if missing and other:
         raise LlmqError(f"{folder} lacks {missing[0]}: {other}")
     if missing:

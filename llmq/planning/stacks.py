@@ -41,12 +41,15 @@ def stacked_experts(
         yield left(parameter, tensor, shape, dtype, BY_USER, index)
         return
     stack = experts.stacks[name]
+    # The checkpoint's name, where it is the parameter's, is one that every class which loads it understands.
+    holder, _, leaf = tensor.rpartition(".")
+    holder = holder if leaf == name else f"{block.name}.{experts.module}"
     count, *matrix = shape if stack.count is None else (stack.count, shape[0] // stack.count, shape[1])
     out, inside = matrix if stack.axis == 1 else reversed(matrix)
     size = out * inside * dtype.itemsize
     items = []
     for expert in range(count):
-        stored = stem(f"{block.name}.{experts.module}", name, expert, stack.axis == 0)
+        stored = stem(holder, name, expert, stack.axis == 0)
         view = View(name, transposed=stack.axis == 0)
         fed = inputs + expert * len(experts.stacks)
         item = WeightPlan(

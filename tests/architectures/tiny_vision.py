@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+from tests.architectures import tiny
 
 TYPES: dict[str, str] = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 #: Those that read sounds and no images.

@@ -15,8 +15,10 @@ from transformers import LlavaForConditionalGeneration
 import llmq as package
 from llmq import job
 from llmq.grids.scheme import Scheme
+from llmq.inference.pretrained import load_model
 from llmq.recipe.recipe import Recipe
 from llmq.watch import Silent
+from tests.architectures import tiny_vision
 from tests.conftest import Run
 from tests.llmq.blocks import apart
 from tests.llmq.vision import an_image, write_llava
@@ -140,3 +142,22 @@ def test_an_adapter_is_trained_on_the_decoder_alone(source: Path, tmp_path: Path
     before = load_file(source)
     after = load_file(tmp_path / "merged")
     assert all(torch.equal(before[name], after[name]) for name in before if "vision_tower" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "part", "whole"),
+    [
+        # The causal class is the text half, and finds its weights.
+        ("qwen3_5", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+        # It does not find them: the whole is quantized, measured and loaded.
+        ("emu3", "Emu3ForConditionalGeneration", "Emu3ForConditionalGeneration"),
+    ],
+)
+def test_where_the_causal_class_is_the_text_half_of_another(name: str, part: str, whole: str, tmp_path: Path) -> None:
+    folder = tiny_vision.make(name, tmp_path / "source")
+    job.quantize(str(folder), tmp_path / "out", Recipe(scheme=Scheme(4, 32), ragged="channel"), ids=IDS)
+    measured = load_model(tmp_path / "out", kernels=True)
+    loaded = package.load(tmp_path / "out", device_map="cpu", dtype="float32")
+    assert (type(measured).__name__, type(loaded).__name__) == (part, whole)
+    assert apart(logits(measured, {"input_ids": IDS}), logits(loaded, {"input_ids": IDS})) < 1e-5
