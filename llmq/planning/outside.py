@@ -78,7 +78,7 @@ def include_outside(
             found.append(item)
             continue
         reason = _reason(item, loads, alike)
-        if reason is None and item.tensor in head and not asked:
+        if reason is None and loads[0].parameter(item) in head and not asked:
             reason = HEAD
         if reason is not None:
             found.append(replace(item, reason=reason))
