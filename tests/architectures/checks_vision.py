@@ -19,8 +19,8 @@ class Whole:
     """A quantized checkpoint beside its source with llmq's weights from memory.
 
     text, image: how far its logits are from those, of text and of one image and text, None if it reads no image; moved:
-    how far those of text are from the source's; seeing: how far those of another image are; copied: how many tensors
-    are the source's, bit for bit; faults: what is not as it should be.
+    how far those of text are from the source's; seeing: how far those of another image are; copied: the names of
+    tensors that are the source's, bit for bit; faults: what is not as it should be.
     """
 
     text: float
@@ -30,7 +30,7 @@ class Whole:
     blocks: int
     share: str
     left: list[str]
-    copied: int
+    copied: list[str]
     faults: list[str]
 
 
@@ -59,7 +59,7 @@ def quantized(name: str, source: Path, out: Path, windows: Tensor, ids: Tensor, 
     if not isinstance(loaded, kind):
         faults.append(f"llmq.load opens it as {type(loaded).__name__}, which reads no images")
         image = None
-    copied, changed = compared(stock(kind, source)[0], loaded, names) if isinstance(loaded, kind) else (0, [])
+    copied, changed = compared(stock(kind, source)[0], loaded, names) if isinstance(loaded, kind) else ([], [])
     if changed:
         faults.append(f"{len(changed)} tensors are not the source's, {changed[0]} among them")
     share, left = checks.shares(run)
@@ -78,8 +78,8 @@ def quantized(name: str, source: Path, out: Path, windows: Tensor, ids: Tensor, 
 
 def stock(kind: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """A checkpoint as a class of stock transformers loads it, in float32; what that says of it."""
-    model: Any
-    model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = loaded
     return model.eval(), {what: {str(one) for one in told[what]} for what in told}
 
 
@@ -96,9 +96,9 @@ def _sure(value: Tensor | None) -> Tensor:
     return value
 
 
-def compared(source: PreTrainedModel, loaded: PreTrainedModel, names: set[str]) -> tuple[int, list[str]]:
-    """How many tensors of the source are in a quantized model, bit for bit, and the others but for `names`."""
+def compared(source: PreTrainedModel, loaded: PreTrainedModel, names: set[str]) -> tuple[list[str], list[str]]:
+    """The tensors of the source that are in a quantized model, bit for bit, and the others but for `names`."""
     theirs = loaded.state_dict()
     rest = {name: value for name, value in source.state_dict().items() if name not in names}
     changed = [name for name, value in rest.items() if name not in theirs or not torch.equal(theirs[name], value)]
-    return len(rest) - len(changed), changed
+    return [name for name in rest if name not in changed], changed

@@ -125,7 +125,7 @@ def count_features(model: PreTrainedModel, image: dict[str, Tensor]) -> int:
     known = FEATURES.get(model.config.model_type)
     if known is not None:
         return known
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     ask: Any = (inner if hasattr(inner, "get_image_features") else model).get_image_features
     with torch.no_grad():
         features = ask(**{n: v for n, v in image.items() if n in inspect.signature(ask).parameters})

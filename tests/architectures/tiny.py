@@ -74,6 +74,9 @@ VALUES = {name: value for value, names in SYNONYMS.items() for name in names.spl
 
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
            "indexer_compress_ratio": 4}  # fmt: skip
+#: Layers with a sliding window have heads of their own, which are large by default.
+WINDOWED = {"head_dim": 24, "per_layer_config": {
+    str(i): {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16} for i in (2, 3)}}  # fmt: skip
 
 #: What a type needs on top; a dotted key goes into a nested configuration; None takes an attribute away.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -81,6 +84,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "dots3_note": {f"text_config.{k}": v for k, v in WINDOWED.items()},
+    "dots3_note_text": WINDOWED,
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},

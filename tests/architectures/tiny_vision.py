@@ -42,13 +42,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
                       "vision_config.sam_config.downsample_channels": [64, 64]},
     "diffusion_gemma": {"text_config.moe_intermediate_size": 32, "text_config.num_experts": 4,
                         "text_config.top_k_experts": 2},
-    "dots3_note": {"text_config.head_dim": 24, "text_config.per_layer_config": {
-        str(i): {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16} for i in (2, 3)}},
     "emu3": VQ | {"vq_config.codebook_size": 8, "vocabulary_map": {"<image>": 255, "<|extra_200|>": 254}
                   | {f"<|visual token {i:06d}|>": 104 + i for i in range(8)}},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
                         "text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
     "exaone4_5": {"text_config.model_type": "exaone4"},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {f"vision_config.{k}": v for k, v in FLAT_VISION.items()} | {"vision_config.model_type": "gemma4_vision"},
     "gemma4_unified": {"vision_config.patch_size": 8, "vision_config.pooling_kernel_size": 1,
@@ -94,23 +93,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def kind(model_type: str) -> type[PreTrainedModel]:
+def kind(model_type: str) -> Any:
     """The class that a type's config.json names."""
-    named: type[PreTrainedModel] = getattr(transformers, (TYPES | OTHERS)[model_type])
-    return named
+    return getattr(transformers, (TYPES | OTHERS)[model_type])
 
 
 def model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model of a type."""
     torch.manual_seed(seed)
     with tiny.quiet():
-        made = kind(model_type)._from_config(
+        made: Any = kind(model_type)._from_config(
             tiny.config(model_type, tiny.SPECIAL.get(model_type, {}) | SPECIAL.get(model_type, {})),
             dtype=torch.float32,
             attn_implementation="eager",
         )
     tiny.shake(made)
-    return made.eval()
+    whole: PreTrainedModel = made.eval()
+    return whole
 
 
 def make(model_type: str, folder: Path, seed: int = 0) -> Path:

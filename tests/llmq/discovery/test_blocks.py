@@ -194,10 +194,15 @@ def test_blocks_that_only_an_image_reaches_are_no_blocks() -> None:
 
 
 def test_what_only_an_image_needs_is_not_read_before_the_blocks() -> None:
+    """But the very first parameter is: transformers asks it for the device."""
     with torch.device("meta"):
         model = Model().eval()
-    assert discover.find(model).outside == {"embed.weight"}
+    first = next(name for name, _ in model.named_parameters())
+    assert first.startswith("tower.0.")
+    assert discover.find(model).outside == {"embed.weight", first}
     model.head.weight = model.embed.weight
+    assert discover.find(model).outside == {"embed.weight", first}
+    model._modules = {"embed": model.embed, **model._modules}
     assert discover.find(model).outside == {"embed.weight"}
 
 

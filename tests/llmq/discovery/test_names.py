@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmq.discovery import blocks as discover
+from llmq.discovery.conversion import Part, Slice
 from llmq.discovery.names import Links, link
 from tests.architectures import tiny
 
@@ -90,3 +91,29 @@ def test_a_stack_of_tensors_of_several_dtypes_has_every_value_of_them(first: tor
     assert all(torch.equal(p.part.of(filled), mixed[p.tensor].float()) for p in pieces)
     halves = {n: t.half() for n, t in mixed.items()}
     assert links.fill(name, model.get_parameter(name).shape, halves.__getitem__).dtype is torch.float16
+
+
+def test_an_entry_of_a_stack_is_that_of_the_whole() -> None:
+    """Of matrices one by one; of a stack with its axes swapped; of two stacks, one above the other in every entry."""
+    stored = {n: torch.randn(shape) for n, shape in {"a": (2, 3), "b": (2, 3), "s": (2, 3, 2), "t": (2, 1, 3)}.items()}
+    links = Links(
+        slices={
+            "apart": (Slice("a", Part(0, (2, 3), (3, 1))), Slice("b", Part(6, (2, 3), (3, 1)))),
+            "swapped": (Slice("s", Part(0, (2, 3, 2), (6, 1, 3))),),
+            "joined": (Slice("t", Part(0, (2, 1, 3), (6, 3, 1))), Slice("u", Part(3, (2, 1, 3), (6, 3, 1)))),
+        }
+    )
+    stored["u"] = torch.randn(2, 1, 3)
+    read: list[str] = []
+
+    def entry(name: str, index: int) -> torch.Tensor:
+        read.append(name)
+        return stored[name][index]
+
+    for name in links.slices:
+        whole = links.fill(name, (2, 2, 3), stored.__getitem__)
+        for index in range(2):
+            assert torch.equal(links.fill_entry(name, (2, 2, 3), index, stored.__getitem__), whole[index])
+            assert torch.equal(links.fill_entry(name, (2, 2, 3), index, stored.__getitem__, entry), whole[index])
+    assert torch.equal(links.fill("swapped", (2, 2, 3), stored.__getitem__), stored["s"].transpose(1, 2))
+    assert read == ["s", "s", "t", "u", "t", "u"]  # never a whole stack for one entry

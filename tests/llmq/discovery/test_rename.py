@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import nn
 
 from llmq.discovery import blocks as discover
-from llmq.discovery.rename import renamer, renamer_only
+from llmq.discovery.names import link
+from llmq.discovery.rename import Rules, renamer, renamer_only
 from tests.architectures import tiny
 
 
@@ -71,3 +72,21 @@ def test_names_before_tensors_are_joined(tmp_path: Path) -> None:
     old = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     assert "experts.1." in only(old) and whole(old)[1] and "experts.1." not in whole(old)[0]
     assert only("lm_head.weight") == "lm_head.weight"
+
+
+@pytest.mark.parametrize("kind", ["hrm_text", "mixtral", "llama"])
+def test_all_that_is_made_of_a_stored_tensor(kind: str, tmp_path: Path) -> None:
+    """hrm_text cuts tensors, mixtral joins them, llama takes them as they are."""
+    model = built(kind, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    links, filled = link(model, shapes), Rules(model).filled
+    assert bool(links.cuts) is (kind == "hrm_text")
+    for stored in shapes:
+        assert filled(stored) == {name for name in {*links.names()} - tied(model) if stored in links.tensors(name)}
+
+
+def tied(model: nn.Module) -> set[str]:
+    """The names of parameters that are others, too."""
+    once = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
