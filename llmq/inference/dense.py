@@ -42,10 +42,13 @@ def dense_source(folder: Path, trust_remote_code: bool = False) -> Dequantized |
     return source if isinstance(source, Dequantized) else None
 
 
-def load_dense(source: Dequantized, dtype: torch.dtype | str, device: Any) -> tuple[Any, dict[str, Any]]:
+def load_dense(
+    source: Dequantized, dtype: torch.dtype | str, device: Any, spilled: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The model of a source, and what transformers says of its tensors; each is dequantized when it is placed.
 
-    dtype: 'auto' is that of the source. Raises what from_pretrained raises.
+    dtype: 'auto' is that of the source; spilled: the folder for the parts that stay on disk. Raises what
+    from_pretrained raises.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -61,6 +64,7 @@ def load_dense(source: Dequantized, dtype: torch.dtype | str, device: Any) -> tu
         dtype=source.dtype if dtype == "auto" else dtype,
         device_map=device,
         output_loading_info=True,
+        offload_folder=spilled,
     )
     model.config.name_or_path = str(source.folder)
     if (source.folder / "generation_config.json").is_file():

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import sys
 import tempfile
 import threading
@@ -32,6 +33,8 @@ from llmq.inference.dense import dense_source, load_dense
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
 """Formats that only stock transformers reads: method in config.json → the package that is needed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SCALES = (".weight_scale", ".weight_scale_inv")
 
 # Loading changes state of the whole process: standard error, llmq's log and transformers' tables of readers.
 _one_at_a_time = threading.RLock()
@@ -83,12 +86,13 @@ def load_model(
         raise LlmqError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     kind = dtype if dtype == "auto" else DTYPES[dtype]
     # Offload folder for tensors that transformers computes while loading and that do not fit in memory.
-    spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
+    disk = device == "auto" or (isinstance(device, dict) and "disk" in device.values())
+    spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if disk else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
             few = dense_source(folder, trust_remote_code)
             loaded: Any = (
-                load_dense(few, kind, device)
+                load_dense(few, kind, device, None if spilled is None else spilled.name)
                 if few is not None
                 else AutoModelForCausalLM.from_pretrained(
                     folder,
@@ -109,11 +113,24 @@ def load_model(
                     where = loaded[0].device
                     where = input_device("auto") if where.type == "meta" else where
                     loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
+    except LlmqError as error:
+        if spilled is not None:
+            spilled.cleanup()
+        # Readers that transformers calls know a configuration, and not its folder.
+        if str(folder) in str(error):
+            raise
+        raise LlmqError(f"{folder}: {error}") from error
     except (
-        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError,
+        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, AssertionError,
+        SafetensorError, re.error,
     ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
+        if isinstance(error, re.error) or hasattr(error, "errors"):
+            raise LlmqError(
+                f"{folder / 'config.json'}: the quantization section cannot be read: {first_line(error)}: download "
+                "config.json again, or start from the unquantized model"
+            ) from error
         told = not_causal(check_readable(folder, kernels)) or first_line(error)
         raise LlmqError(f"{folder} cannot be loaded: {told}") from error
     model, info = loaded
@@ -124,6 +141,15 @@ def load_model(
         raise LlmqError(
             f"{folder} lacks {len(missing)} tensors that its architecture needs, such as {missing[0]}: "
             "transformers would fill them with random numbers; download or write the checkpoint again"
+        )
+    # A module that is not loaded at all, such as a head for more tokens, has its weight left over too.
+    left = {str(key) for key in info["unexpected_keys"]}
+    used = {name for name, _ in model.named_parameters()} - left
+    scales = [name for name in sorted(left) if name.endswith(SCALES) and f"{name.rpartition('.')[0]}.weight" in used]
+    if scales:
+        raise LlmqError(
+            f"{folder}: {scales[0]} is stored, and transformers would take its weight without it, because config.json "
+            "does not say that it is quantized: download config.json again, or start from the unquantized model"
         )
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     if misshapen:
