@@ -1,7 +1,5 @@
 """The exception that the command line turns into a message and exit code 2."""
 
-import re
-
 
 class LlmqError(Exception):
     """An error that the user can fix: the message names the file or weight and the remedy, in a few lines at most."""
@@ -11,11 +9,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message; with the name of its class if it is one word, which alone says nothing.
 
     For the middle of a message that says what failed and the way out, never for the whole of one. Of a configuration
-    that is not what its reader takes (pydantic), the first place and what is wrong there, as the first line says
-    neither; of a regular expression, that it is one.
+    that is not what its reader takes (pydantic), the first place and what is wrong there: the first line says neither.
     """
-    if isinstance(error, re.error):
-        return f"{error.pattern!r} is no regular expression: {error.msg}"
     if callable(details := getattr(error, "errors", None)):
         first = details()[0]
         # Names of pydantic's own validators have brackets.

@@ -65,15 +65,17 @@ def load_model(
     quantization: Any = None,
     probe: bool = True,
     kernels: bool = False,
+    dense: bool = False,
 ) -> Any:
     """The model in evaluation mode on `device`, ready to run: weights that a format unpacks at the first forward are
     unpacked.
 
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: show the current stage on stderr.
-    quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
-    otherwise, errors that only occur in a forward pass are not found, and nothing is unpacked (or repacked) for
-    inference. kernels: run formats that llmq reads packed, on its own operators. device may be a device map too; with
-    'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass.
+    quantization: transformers' own config, to quantize an unquantized folder, or one that llmq dequantizes, while it is
+    loaded. probe: run one token; otherwise, errors that only occur in a forward pass are not found, and nothing is
+    unpacked (or repacked) for inference. kernels: run formats that llmq reads packed, on its own operators. dense: FP8
+    and FP4 are dequantized, also where stock transformers would run them. device may be a device map too; with 'auto',
+    parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass.
 
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
@@ -90,9 +92,9 @@ def load_model(
     spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if disk else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
-            few = dense_source(folder, trust_remote_code)
+            few = dense_source(folder, trust_remote_code, always=dense)
             loaded: Any = (
-                load_dense(few, kind, device, None if spilled is None else spilled.name)
+                load_dense(few, kind, device, None if spilled is None else spilled.name, quantization)
                 if few is not None
                 else AutoModelForCausalLM.from_pretrained(
                     folder,
@@ -127,9 +129,12 @@ def load_model(
         if spilled is not None:
             spilled.cleanup()
         if isinstance(error, re.error) or hasattr(error, "errors"):
+            told = first_line(error)
+            if isinstance(error, re.error):
+                told = f"{error.pattern!r} is no regular expression: {error.msg}"
             raise LlmqError(
-                f"{folder / 'config.json'}: the quantization section cannot be read: {first_line(error)}: download "
-                "config.json again, or start from the unquantized model"
+                f"{folder / 'config.json'}: the quantization section cannot be read: {told}: download config.json "
+                "again, or start from the unquantized model"
             ) from error
         told = not_causal(check_readable(folder, kernels)) or first_line(error)
         raise LlmqError(f"{folder} cannot be loaded: {told}") from error
