@@ -36,7 +36,8 @@ PAGE = ROOT / "docs" / "published.md"
 HEAD = f"""# Models as they are published
 
 Tiny random models of types published in 2025 and 2026, each from the type's own configuration in transformers
-{transformers.__version__}, stored in a form in which such models are published. This page is written by `scripts/check_published.py`.
+{transformers.__version__}, stored in a form in which such models are published. This page is written
+by `scripts/check_published.py`.
 
 Each went through `llmq plan`, `llmq quantize` (GPTQ, 4 bits, group size 32, one scale per row where 32 does not divide
 the width) and the loader. **logits**: relative error to those of the unquantized model with llmq's weights from memory,

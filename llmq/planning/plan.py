@@ -150,7 +150,7 @@ def _linked(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Links]:
     if not _whole(model, links):
         with suppress(LlmqError):
             other = build_named(source.folder, dtype, source.trust_remote_code)
-            if other is None or not generates(type(other)) or other.config.is_encoder_decoder:
+            if other is None or not generates(type(other)) or other.config.is_encoder_decoder:  # type: ignore[union-attr]
                 return model, links
             if _whole(other, found := link(other, shapes(source))):
                 return other, found
