@@ -8,8 +8,14 @@ class LlmqError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; with the name of its class if it is one word, which alone says nothing.
 
-    For the middle of a message that says what failed and the way out, never for the whole of one.
+    For the middle of a message that says what failed and the way out, never for the whole of one. Of a configuration
+    that is not what its reader takes (pydantic), the first place and what is wrong there: the first line says neither.
     """
+    if callable(details := getattr(error, "errors", None)):
+        first = details()[0]
+        # Names of pydantic's own validators have brackets.
+        place = ".".join(str(at) for at in first["loc"] if "[" not in str(at))
+        return f"{place}: {first['msg']}" if place else str(first["msg"])
     line = (str(error).strip().splitlines() or [""])[0].rstrip(" :")
     if " " in line or isinstance(error, LlmqError):
         return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
+from llmq.discovery.architecture import beside_decoder
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.formats.dequantized import open_source
@@ -133,7 +135,8 @@ def config(made: Plan) -> dict[str, Any]:
     class that config.json names do.
 
     Every matrix that is not quantized is listed as left alone, also those that transformers does not load: a server
-    may, and would take it for a quantized one.
+    may, and would take it for a quantized one. Beside a tower that is left alone, each quantized module is named: a
+    server may have names for the tower's layers that nobody else has, so that no list has them.
     """
     groups: dict[Scheme, list[str]] = {}
     ignore: list[str] = []
@@ -163,7 +166,10 @@ def config(made: Plan) -> dict[str, Any]:
     heads = {name.removesuffix(".weight") for name in head_of(made.model)}
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     head = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
-    if head:
+    quantized = set(chain(*groups.values()))
+    if {*beside_decoder(made.model if made.named is None else made.named.model)} - quantized:
+        section = formats.with_targets(section, made.schemes, quantized, classes=False)
+    elif head:
         section = formats.with_targets(section, made.schemes, head)
     if made.for_llmq_alone:
         section = marked(section)

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from vllm_cases import MIXTURES, Case, cases, fused_cases, model_folder
-from vllm_environment import Worker, environment
+from vllm_environment import Worker, environment, pictures
 from vllm_reference import TWIN, write_reference
+from vllm_vision import VISION
 
 from llmq import formats, job
 from llmq.errors import LlmqError
@@ -55,7 +56,8 @@ def check(case: Case, worker: Worker, work: Path) -> dict[str, Any]:
             "static": static,
             "dtype": case.dtype,
             "stand_in": False,
-            "twin": str(Path(scratch, TWIN)) if case.model in MIXTURES else None,
+            "twin": str(Path(scratch, TWIN)) if case.twin else None,
+            "picture": case.picture,
         }
         row: dict[str, Any] = {"cpu": worker.ask(request), "warned": warned(out)}
         if "refused" in row["cpu"] and any(word in row["cpu"]["refused"] for word in ("kernel", "backend")):
@@ -76,7 +78,10 @@ def right_of(case: Case, cpu: dict[str, Any]) -> bool:
     rounding of a product in attention sends a few tokens to other experts.
     """
     found = cpu["rms_of_most"] if case.model in MIXTURES else cpu["rms"]
-    return bool(found <= max(LIMIT, 1.5 * cpu["floor"]))
+    limit = max(LIMIT, 1.5 * cpu["floor"])
+    # Of a picture, that it changes anything at all is looked at, too.
+    seen = cpu.get("picture", 0.0) <= limit and cpu.get("pictures_apart", 1.0) > 10 * LIMIT
+    return bool(found <= limit and seen)
 
 
 def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
@@ -87,13 +92,14 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
     if "rms" in cpu:
         floor = f" (its dtype alone {cpu['floor']:.4f})" if cpu["floor"] else ""
         words = (
-            f"rms {cpu['rms']:.4f}{floor}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
+            f"rms {cpu['rms']:.4f}{floor}{of_picture(cpu)}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
         )
         return words, right_of(case, cpu)
     instead = cpu.get("stand_in")
     if instead and "rms" in instead:
         most = f", of 98 % of the tokens {instead['rms_of_most']:.4f}" if case.model in MIXTURES else ""
-        return f"no CPU kernel; with a plain product rms {instead['rms']:.4f}{most}", right_of(case, instead)
+        words = f"no CPU kernel; with a plain product rms {instead['rms']:.4f}{most}{of_picture(instead)}"
+        return words, right_of(case, instead)
     # What vLLM refuses and refused before is no fault of a folder; what it loaded before is.
     if row.get("warned"):
         return f"refused, as llmq warned: {cpu['refused']}", "process died" not in cpu["refused"]
@@ -101,9 +107,18 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
     return f"refused: {cpu['refused']}", case.table and "refused" in before and "process died" not in cpu["refused"]
 
 
-def run(chosen: list[Case], python: Path, work: Path) -> Iterator[tuple[Case, dict[str, Any]]]:
+def of_picture(cpu: dict[str, Any]) -> str:
+    """What was found with pictures, in words."""
+    if "picture" not in cpu:
+        return ""
+    return f", with a picture {cpu['picture']:.4f} (another picture: {cpu['pictures_apart']:.2f})"
+
+
+def run(
+    chosen: list[Case], python: Path, work: Path, beside: Path | None = None
+) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Every case with its row, printed as it comes."""
-    with Worker(python, work / "vllm.log") as worker:
+    with Worker(python, work / "vllm.log", beside) as worker:
         for case in chosen:
             began = time.perf_counter()
             row = check(case, worker, work)
@@ -187,7 +202,10 @@ def main() -> None:
         known: dict[str, Any] = json.loads(args.cache.read_text()) if args.cache.exists() else {}
         wrong = []
         args.cache.parent.mkdir(exist_ok=True)
-        for case, row in run(chosen, python, Path(scratch)):
+        beside = None
+        if any(case.model.startswith(tuple(VISION)) for case in chosen):
+            beside = pictures(python, args.environment.with_name(f"{args.environment.name}-pictures"), args.limit)
+        for case, row in run(chosen, python, Path(scratch), beside):
             known[str(case)] = row
             args.cache.write_text(json.dumps(known, indent=1))
             wrong += [] if row["right"] else [str(case)]

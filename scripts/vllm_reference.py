@@ -14,11 +14,13 @@ import transformers
 from check_stock import kept_in_memory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm_cases import MIXTURES, Case
 
 import llmq
 from llmq import formats
+from llmq.discovery.architecture import generator
+from llmq.discovery.rename import renamer
 from llmq.grids.scheme import Scheme
 from llmq.report.report import Report
 
@@ -33,22 +35,30 @@ def write_reference(base: Path, case: Case, out: Path, file: Path) -> bool:
 
     Returns whether inputs have static scales. Raises LlmqError where llmq refuses the case.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    kind = generator(AutoConfig.from_pretrained(base))
+    model = kind.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     ids = tokens(base, model.config.get_text_config().vocab_size)
     with kept_in_memory() as kept:
         report = llmq.quantize(str(base), out, case.recipe, ids=ids)
-    if case.model in MIXTURES:
+    if case.twin:
         write_twin(base, out, report)
+    if case.model in MIXTURES:
         np.savez(file, tokens=ids.numpy(), logprob=np.zeros(1), floor=np.zeros(1))
         return False
     missing, unexpected = model.load_state_dict(kept, strict=False)
     assert not unexpected and kept, unexpected
-    scales = input_scales(out)
-    schemes = {row.name: row.scheme for row in report.quantized}
-    for name, module in model.named_modules():
+    renamed = renamer(model)
+
+    def module(name: str) -> str:
+        """What the model calls a module of the checkpoint."""
+        return renamed(f"{name}.weight")[0].removesuffix(".weight")
+
+    scales = {module(name): scale for name, scale in input_scales(out).items()}
+    schemes = {module(row.name): row.scheme for row in report.quantized}
+    for name, layer in model.named_modules():
         scheme = schemes.get(name)
         if scheme is not None and scheme.activations is not None:
-            module.register_forward_pre_hook(rounding(scheme, scales.get(name)))
+            layer.register_forward_pre_hook(rounding(scheme, scales.get(name)))
     found = log_probabilities(model, ids)
     # Where inputs are rounded, the dtype alone changes some codes by one; bfloat16 alone is above the limit.
     coarse = case.dtype == "bfloat16" or any(scheme.activations for scheme in schemes.values())
@@ -67,7 +77,8 @@ def write_twin(base: Path, out: Path, report: Report) -> None:
         stored[f"{row.name}.weight"] = formats.of(row.scheme).unpack(tensors, row.scheme).dequantize(torch.float32)
     twin = out.parent / TWIN
     twin.mkdir()
-    shutil.copy(base / "config.json", twin)
+    for file in base.glob("*.json"):  # its configuration, tokenizer and processor
+        shutil.copy(file, twin)
     save_file({n: t.to(torch.float16).contiguous() for n, t in stored.items()}, twin / "model.safetensors")
 
 

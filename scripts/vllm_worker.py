@@ -2,10 +2,10 @@
 
 Reads a request per line of standard input, a JSON object, and answers each with a line that begins with "RESULT ":
 
-- {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool, "twin":
-  FOLDER or null}: load the folder on the CPU,
-  and compare log-probabilities; stand_in: where vLLM has no CPU kernel, a product with the dequantized weight takes its
-  place, which shows whether vLLM's loader reads the folder right;
+- {"run": FOLDER, "reference": FILE.npz, "static": bool, "dtype": NAME, "stand_in": bool, "twin": FOLDER or null,
+  "picture": TEXT or null}: load the folder on the CPU, and compare log-probabilities; stand_in: where vLLM has no CPU
+  kernel, a product with the dequantized weight takes its place, which shows whether vLLM's loader reads the folder
+  right; picture: a text with a place for a picture, whose log-probabilities are compared with those of the twin;
 - {"rules": SECTION}: the kernel that vLLM's own rules choose on NVIDIA GPUs for the first group of a
   quantization_config, for a weight of 4096 × 4096.
 """
@@ -13,12 +13,13 @@ Reads a request per line of standard input, a JSON object, and answers each with
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import sys
 import traceback
 from contextlib import ExitStack
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,8 @@ import torch
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()  # vLLM 0.32 uses AMX tiles without asking the kernel for them: SIGILL in small models
 
+SIDE = 56
+"""The side of a picture, in pixels."""
 GPUS = {"7.5": (7, 5), "8.0": (8, 0), "8.9": (8, 9), "9.0": (9, 0), "10.0": (10, 0)}
 SIZE = 4096
 
@@ -124,23 +127,41 @@ def stand_ins() -> ExitStack:
     return stack
 
 
-def run(folder: str, reference: str, static: bool, dtype: str, twin: str | None = None) -> dict[str, Any]:
+def pictures_without_operators() -> None:
+    """Makes torchvision's import work beside a CPU build of torch, for which there may be no build of its operators.
+
+    vLLM looks at model classes in a process of its own, where this would be needed, too: it looks in this one.
+    """
+    name = "torchvision._meta_registrations"
+    sys.modules[name] = ModuleType(name)  # before vLLM imports torchvision
+    import vllm.model_executor.models.registry as registry
+
+    registry._run_in_subprocess = lambda work: work()
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities of the reference's tokens in vLLM against those of the file, and the kernels that were used.
 
     twin: a folder with the dequantized weights, whose log-probabilities in vLLM take the place of the file's: in a
-    mixture of experts, a rounding error may send a token to another expert.
+    mixture of experts, a rounding error may send a token to another expert. With a picture, only those of the text with
+    the picture: in vLLM, some towers compute something else than in transformers.
     """
+    folder, static, twin, picture = (request[name] for name in ("run", "static", "twin", "picture"))
     if static:
         # The AMX kernel for int8 ignores static input scales; oneDNN's, which other processors use, does not.
         import vllm.model_executor.kernels.linear.scaled_mm.cpu as cpu_kernels
 
         cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
-    want = np.load(reference)
-    found, used = log_probabilities(folder, want["tokens"], dtype)
-    expected = want["logprob"] if twin is None else log_probabilities(twin, want["tokens"], dtype)[0]
+    want = np.load(request["reference"])
+    found, used, seen = log_probabilities(folder, want["tokens"], request["dtype"], picture)
+    expected, other = want["logprob"], seen
+    if twin is not None:
+        expected_there, _, other = log_probabilities(twin, want["tokens"], request["dtype"], picture)
+        expected = expected if picture else expected_there
     apart = np.abs(found - expected).ravel()
-    return {
-        "rms": float(np.sqrt(((found - expected) ** 2).mean())),
+    told = {} if picture is None else {"picture": rms(seen[0], other[0]), "pictures_apart": rms(seen[0], seen[1])}
+    return told | {
+        "rms": rms(found, expected),
         # Without the 2 % of the tokens that differ most: a few that go to another expert are most of the difference.
         "rms_of_most": float(np.sqrt((np.sort(apart)[: len(apart) - len(apart) // 50] ** 2).mean())),
         "nll": float(-found.mean()),
@@ -150,12 +171,21 @@ def run(folder: str, reference: str, static: bool, dtype: str, twin: str | None 
     }
 
 
-def log_probabilities(folder: str, rows: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str]]:
-    """Of each token but the first, in vLLM, and the kernels that were used."""
+def rms(found: np.ndarray, expected: np.ndarray) -> float:
+    """The root of the mean square of the difference."""
+    return float(np.sqrt(((found - expected) ** 2).mean()))
+
+
+def log_probabilities(
+    folder: str, rows: np.ndarray, dtype: str, picture: str | None = None
+) -> tuple[np.ndarray, list[str], list[np.ndarray]]:
+    """Of each token but the first, in vLLM; the kernels that were used; and, with a picture's text, its tokens' with
+    each of two pictures."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    length = rows.shape[1] + 16
+    length = rows.shape[1] + (16 if picture is None else 160)
+    seeing = {"limit_mm_per_prompt": {"image": int(picture is not None), "video": 0}} if reads_pictures(folder) else {}
     model = None
     try:
         model = LLM(
@@ -165,23 +195,38 @@ def log_probabilities(folder: str, rows: np.ndarray, dtype: str) -> tuple[np.nda
             enforce_eager=True,
             max_num_seqs=8,
             max_num_batched_tokens=length,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=picture is None,
             enable_prefix_caching=False,
+            **seeing,
         )
+        prompts: list[Any] = [{"prompt_token_ids": row.tolist()} for row in rows]
+        if picture is not None:
+            prompts += [{"prompt": picture, "multi_modal_data": {"image": noise(seed)}} for seed in range(2)]
         done = model.generate(
-            [{"prompt_token_ids": row.tolist()} for row in rows],
-            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
+            prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False
         )
         found = [
-            [one.prompt_logprobs[at + 1][token].logprob for at, token in enumerate(row[1:].tolist())]
-            for row, one in zip(rows, done, strict=True)
+            np.array([one.prompt_logprobs[at][token].logprob for at, token in enumerate(one.prompt_token_ids) if at])
+            for one in done
         ]
-        return np.array(found), model.apply_model(kernels)[0]
+        return np.array(found[: len(rows)]), model.apply_model(kernels)[0], found[len(rows) :]
     finally:
         del model
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def reads_pictures(folder: str) -> bool:
+    """Whether a folder's model has a part for pictures, which vLLM does not build where their number is limited to 0."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        return "vision_config" in json.load(file)
+
+
+def noise(seed: int) -> Any:
+    """A picture of random pixels."""
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def kernels(model: torch.nn.Module) -> list[str]:
@@ -316,6 +361,8 @@ def main() -> None:
     """Answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints must not come between
+    if importlib.util.find_spec("torchvision") is not None:
+        pictures_without_operators()
     print("RESULT " + json.dumps(versions()), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -324,9 +371,7 @@ def main() -> None:
                 answer = rules(request["rules"])
             else:
                 with stand_ins() if request["stand_in"] else ExitStack():
-                    answer = run(
-                        request["run"], request["reference"], request["static"], request["dtype"], request.get("twin")
-                    )
+                    answer = run(request)
         except BaseException as error:  # the answer is what vLLM says
             traceback.print_exc()
             answer = {"refused": first_line(error)}

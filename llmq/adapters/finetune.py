@@ -34,6 +34,7 @@ from llmq.data.instructions import Example, Examples, read
 from llmq.discovery.architecture import beside_decoder
 from llmq.errors import LlmqError, first_line
 from llmq.formats.bitsandbytes.source import is_nf4
+from llmq.formats.dequantized import open_source, reads
 from llmq.inference.pretrained import load_model, load_tokenizer
 from llmq.machine import check_device, peak_memory, require
 from llmq.planning.memory import check_writable
@@ -78,10 +79,12 @@ def finetune(
     check_writable(out)
     refuse_foreign(out)
     folder = hub.resolve(model, trust_remote_code=trust_remote_code)
-    source = FolderSource(folder, trust_remote_code, quantized_ok=True)
+    source: Source = FolderSource(folder, trust_remote_code, quantized_ok=True)
     if settings.base_bits == 4:
         require("bitsandbytes", "an NF4 base")
     _refuse_base(folder, source.config, settings)
+    if not is_nf4(source.config):
+        source = open_source(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     longest = _longest(folder, trust_remote_code)
     if longest is not None and longest < settings.seqlen:
@@ -183,6 +186,7 @@ class _Run:
             trust_remote_code=self.source.trust_remote_code,
             quantization=quantization,
             probe=False,
+            dense=True,
         )
         self.base["dtype"] = str(model.dtype).removeprefix("torch.")
         if settings.base_bits == 4:
@@ -357,13 +361,13 @@ def _longest(folder: Path, trust_remote_code: bool) -> int | None:
 def _refuse_base(folder: Path, config: dict[str, Any], settings: Settings) -> None:
     """Raise LlmqError if the base's quantization does not match `settings.base_bits`."""
     section = config.get("quantization_config")
-    if not section:
+    if not section or reads(folder, config):
         return
     if not is_nf4(config):
         method = section.get("quant_method") if isinstance(section, dict) else section
         raise LlmqError(
-            f"{folder} is quantized with {method}: adapters are trained on an unquantized model or one that "
-            "bitsandbytes quantized to NF4"
+            f"{folder} is quantized with {method}: adapters are trained on an unquantized model, one published in FP8 "
+            "or FP4, or one that bitsandbytes quantized to NF4"
         )
     if settings.base_bits == 16:
         raise LlmqError(f"{folder} is in NF4: --base-bits 4 trains on it, --base-bits 16 needs the unquantized model")

@@ -114,6 +114,8 @@ def merge(
     for note in notes:
         watch.note(note)
     if plain:
+        for note in source.warnings:
+            watch.note(note)
         report = None
         write_plain(source, out, watch)
     else:

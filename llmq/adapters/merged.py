@@ -20,6 +20,7 @@ from llmq.checkpoint.source import FolderSource, Source, Wrapped
 from llmq.checkpoint.tensors import TensorInfo, read_tensor
 from llmq.errors import LlmqError
 from llmq.formats.bitsandbytes.source import NF4Source, through_nf4
+from llmq.formats.dequantized import open_source, reads
 
 TRAINED_ON = ("auto", "base", "nf4")
 UNTIE = (
@@ -214,9 +215,14 @@ class Merged(Wrapped):
 
 
 def open_base(folder: Path, trust_remote_code: bool = False) -> Source:
-    """A base model: unquantized, or a bitsandbytes NF4 folder, dequantized when read. Raises LlmqError."""
-    quantized = FolderSource(folder, trust_remote_code, quantized_ok=True).config.get("quantization_config")
-    return NF4Source(folder, trust_remote_code) if quantized else FolderSource(folder, trust_remote_code)
+    """A base model: unquantized, or dequantized when read: published in FP8 or FP4, or in bitsandbytes' NF4.
+
+    Raises LlmqError.
+    """
+    config = FolderSource(folder, trust_remote_code, quantized_ok=True).config
+    if config.get("quantization_config") and not reads(folder, config):
+        return NF4Source(folder, trust_remote_code)
+    return open_source(folder, trust_remote_code)
 
 
 def quantizable(model: nn.Module) -> list[str]:

@@ -99,10 +99,15 @@ def loads_dense(schemes: Collection[Scheme]) -> bool:
     return hasattr(kind, "loads_dense") and bool(kind.loads_dense(schemes))
 
 
-def with_targets(section: Mapping[str, Any], schemes: Collection[Scheme], names: Iterable[str]) -> dict[str, Any]:
-    """A folder's `quantization_config` that names these quantized modules, where its format has targets."""
+def with_targets(
+    section: Mapping[str, Any], schemes: Collection[Scheme], names: Iterable[str], classes: bool = True
+) -> dict[str, Any]:
+    """A folder's `quantization_config` that names these quantized modules, where its format has targets.
+
+    classes: whether a class that is a target stays one; otherwise the names are those of all quantized modules.
+    """
     kind = cast(Any, of(next(iter(schemes))))
-    return kind.with_targets(section, names) if hasattr(kind, "with_targets") else dict(section)
+    return kind.with_targets(section, names, classes) if hasattr(kind, "with_targets") else dict(section)
 
 
 def replaces_modules(schemes: Collection[Scheme]) -> bool:

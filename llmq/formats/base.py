@@ -9,8 +9,8 @@ parts are optional:
 - STOCK_UNPACKS: whether stock transformers makes the weights of PACKAGES dense to run them;
 - loads_dense(schemes), dense(section): whether a folder can say that stock transformers is to unpack all weights while
   it loads them, not at the first forward of the whole model; and the configuration that says so;
-- with_targets(section, names): the configuration with modules as targets by name, which not every loader counts as
-  linear;
+- with_targets(section, names, classes): the configuration with modules as targets by name, which not every loader
+  counts as linear; without classes, those modules alone;
 - REPLACES_MODULES: whether stock transformers puts modules of another class, with a `weight` that a model's
   initialization may read, in the place of those with packed weights;
 - refuse_experts(scheme): why stock transformers could not load a mixture's experts of a scheme, or None; without it

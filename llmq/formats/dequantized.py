@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -119,17 +120,18 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     Raises LlmqError as FolderSource does, also for a model that is quantized in any other way; and if a weight's codes,
     scales and configuration contradict each other.
     """
-
-    def readable(config: dict[str, Any]) -> bool:
-        return _format(*section_of(folder, config)) is not None
-
-    base = FolderSource(folder, trust_remote_code, quantized_ok=readable)
+    base = FolderSource(folder, trust_remote_code, quantized_ok=partial(reads, folder))
     method, section = section_of(folder, base.config)
     known = _format(method, section)
     if known is None:
         return base
     dtype = _dtype(base.config)
     return Dequantized(base, str(method), known.coded(base, section, dtype), dtype)
+
+
+def reads(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether `open_source` dequantizes a folder with this config.json."""
+    return _format(*section_of(folder, config)) is not None
 
 
 def _format(method: str | None, section: Mapping[str, Any]) -> Any:

@@ -16,11 +16,10 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.formats.base import Row, Unclear, dtype_name
 from llmq.formats.dequantized import Coded, damaged, pieces
+from llmq.formats.scaled import pairs_of_numbers
 
 CODES, SCALES_NAME = "_blocks", "_scales"
 GROUP = 32
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The numbers of the 16 codes."""
 BIAS, NAN = 127, 255
 PACKAGES = {"mxfp4": "accelerate"}
 STOCK_UNPACKS = not torch.cuda.is_available()
@@ -73,8 +72,7 @@ def _coded(source: Source, dtype: torch.dtype, stem: str, names: set[str]) -> Co
     if len(shape) != 4 or shape != (*beside.shape, GROUP // 2):
         raise damaged(source, scales, f"is {[*beside.shape]} for codes {[*shape]}")
     experts, out, groups, _ = shape
-    # Both numbers of a byte as one word: looking up words is several times as fast as looking up rows.
-    pairs = torch.tensor([[VALUES[byte & 15], VALUES[byte >> 4]] for byte in range(256)]).view(torch.float64).flatten()
+    pairs = pairs_of_numbers()
 
     def rows(start: int, stop: int) -> Tensor:
         value = torch.empty((stop - start, groups * GROUP, out), dtype=dtype)

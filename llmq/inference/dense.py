@@ -12,7 +12,7 @@ from torch import Tensor
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import build
 from llmq.discovery.named import build_named
-from llmq.formats.dequantized import Dequantized, open_source
+from llmq.formats.dequantized import Dequantized, open_source, reads
 from llmq.formats.fp8 import read_by_stock
 from llmq.formats.inspection import section_of
 
@@ -27,9 +27,10 @@ class Unread:
         return self.source.read(self.name)
 
 
-def dense_source(folder: Path, trust_remote_code: bool = False) -> Dequantized | None:
+def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool = False) -> Dequantized | None:
     """The folder, dequantized when read, if stock transformers would not give the same values; else None.
 
+    always: also if stock transformers would, or runs the codes as they are; None if the folder has none.
     Raises LlmqError if a weight's codes, scales and configuration contradict each other.
     """
     try:
@@ -37,19 +38,27 @@ def dense_source(folder: Path, trust_remote_code: bool = False) -> Dequantized |
     except (OSError, ValueError):
         return None
     method, section = section_of(folder, config if isinstance(config, dict) else {})
-    if read_by_stock(method, section):
+    if not always and read_by_stock(method, section):
+        return None
+    if not reads(folder, config):
         return None
     source = open_source(folder, trust_remote_code)
     return source if isinstance(source, Dequantized) else None
 
 
 def load_dense(
-    source: Dequantized, dtype: torch.dtype | str, device: Any, generates: bool = True
+    source: Dequantized,
+    dtype: torch.dtype | str,
+    device: Any,
+    generates: bool = True,
+    spilled: str | None = None,
+    quantization: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model of a source, and what transformers says of its tensors; each is dequantized when it is placed.
 
     dtype: 'auto' is that of the source; generates: open the part that generates text, else the class that config.json
-    names. Raises what from_pretrained raises.
+    names; spilled: the folder for the parts that stay on disk; quantization: transformers' own config, to quantize what
+    was dequantized. Raises what from_pretrained raises.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -66,6 +75,8 @@ def load_dense(
         dtype=source.dtype if dtype == "auto" else dtype,
         device_map=device,
         output_loading_info=True,
+        offload_folder=spilled,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
     model.config.name_or_path = str(source.folder)
     if (source.folder / "generation_config.json").is_file():

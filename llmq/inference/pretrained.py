@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import sys
 import tempfile
 import threading
@@ -33,6 +34,8 @@ from llmq.inference.dense import dense_source, load_dense
 OTHERS = {"hqq": "hqq", "torchao": "torchao", "quanto": "optimum.quanto"}
 """Formats that only stock transformers reads: method in config.json → the package that is needed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SCALES = (".weight_scale", ".weight_scale_inv")
 
 # Loading changes state of the whole process: standard error, llmq's log and transformers' tables of readers.
 _one_at_a_time = threading.RLock()
@@ -70,21 +73,23 @@ def load_model(
     probe: bool = True,
     kernels: bool = False,
     generates: bool = True,
+    dense: bool = False,
 ) -> Any:
     """The model in evaluation mode on `device`, ready to run: weights that a format unpacks at the first forward are
     unpacked.
 
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own). progress: show the current stage on stderr.
-    quantization: transformers' own config, to quantize an unquantized folder while it is loaded. probe: run one token;
-    otherwise, errors that only occur in a forward pass are not found, and nothing is unpacked (or repacked) for
-    inference. kernels: run formats that llmq reads packed, on its own operators. device may be a device map too; with
-    'auto', parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass. generates:
-    open the part that generates text; otherwise all of the model is opened, by the class that config.json names.
+    quantization: transformers' own config, to quantize an unquantized folder, or one that llmq dequantizes, while it is
+    loaded. probe: run one token; otherwise, errors that only occur in a forward pass are not found, and nothing is
+    unpacked (or repacked) for inference. kernels: run formats that llmq reads packed, on its own operators. dense: FP8
+    and FP4 are dequantized, also where stock transformers would run them. device may be a device map too; with 'auto',
+    parts that fit neither the GPUs nor the memory stay on disk and are read in every forward pass. generates: open the
+    part that generates text; otherwise all of the model is opened, by the class that config.json names.
 
     Raises LlmqError if the folder is not a model, a package that its format needs is not installed, its quantization is
     unknown to transformers, or tensors are missing or have wrong shapes.
     """
-    options = (dtype, device, trust_remote_code, progress, quantization, probe, kernels)
+    options = (dtype, device, trust_remote_code, progress, quantization, probe, kernels, dense)
     try:
         return _load(folder, generates, *options)
     except LlmqError:
@@ -118,6 +123,7 @@ def _load(
     quantization: Any,
     probe: bool,
     kernels: bool,
+    dense: bool,
 ) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig
@@ -129,12 +135,13 @@ def _load(
     kind = dtype if dtype == "auto" else DTYPES[dtype]
     opens = generator if generates else opener
     # Offload folder for tensors that transformers computes while loading and that do not fit in memory.
-    spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if device == "auto" else None
+    disk = device == "auto" or (isinstance(device, dict) and "disk" in device.values())
+    spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if disk else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
-            few = dense_source(folder, trust_remote_code)
+            few = dense_source(folder, trust_remote_code, always=dense)
             loaded: Any = (
-                load_dense(few, kind, device, generates)
+                load_dense(few, kind, device, generates, None if spilled is None else spilled.name, quantization)
                 if few is not None
                 else opens(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).from_pretrained(
                     folder,
@@ -155,11 +162,27 @@ def _load(
                     where = loaded[0].device
                     where = input_device("auto") if where.type == "meta" else where
                     loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.int64, device=where), use_cache=False)
+    except LlmqError as error:
+        if spilled is not None:
+            spilled.cleanup()
+        # Readers that transformers calls know a configuration, and not its folder.
+        if str(folder) in str(error):
+            raise
+        raise LlmqError(f"{folder}: {error}") from error
     except (
-        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError,
+        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, AssertionError,
+        SafetensorError, re.error,
     ) as error:  # fmt: skip
         if spilled is not None:
             spilled.cleanup()
+        if isinstance(error, re.error) or hasattr(error, "errors"):
+            told = first_line(error)
+            if isinstance(error, re.error):
+                told = f"{error.pattern!r} is no regular expression: {error.msg}"
+            raise LlmqError(
+                f"{folder / 'config.json'}: the quantization section cannot be read: {told}: download config.json "
+                "again, or start from the unquantized model"
+            ) from error
         raise LlmqError(f"{folder} cannot be loaded: {other or first_line(error)}") from error
     model, info = loaded
     if spilled is not None:
@@ -171,6 +194,15 @@ def _load(
         raise LlmqError(
             f"{folder} lacks {len(missing)} tensors that its architecture needs, such as {missing[0]}: "
             "transformers would fill them with random numbers; download or write the checkpoint again"
+        )
+    # A module that is not loaded at all, such as a head for more tokens, has its weight left over too.
+    left = {str(key) for key in info["unexpected_keys"]}
+    used = {name for name, _ in model.named_parameters()} - left
+    scales = [name for name in sorted(left) if name.endswith(SCALES) and f"{name.rpartition('.')[0]}.weight" in used]
+    if scales:
+        raise LlmqError(
+            f"{folder}: {scales[0]} is stored, and transformers would take its weight without it, because config.json "
+            "does not say that it is quantized: download config.json again, or start from the unquantized model"
         )
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     if misshapen:

@@ -23,18 +23,16 @@ SHOWN = 5
 """Weights outside the blocks that a message names."""
 
 
-def check_sources(
-    source: Source, model: nn.Module, links: Links, named: Named | None = None, model_class: str | None = None
-) -> None:
+def check_sources(source: Source, model: nn.Module, links: Links, model_class: str | None = None) -> None:
     """Raises LlmqError if a parameter has no tensor in the checkpoint, or one of another shape.
 
-    named: the class that config.json names, if it is another than the model's; model_class: that which the user named.
+    model_class: the class that the user named, if any.
     """
     for name, parameter in model.named_parameters():
         if not links.tensors(name):
             if model_class is not None and _is_whole(source, Named(model, source.names())):
                 continue
-            reason = links.failed.get(name) or _missing(source, model, links, named, model_class)
+            reason = links.failed.get(name) or _missing(source, model, links, model_class)
             raise LlmqError(f"{source.folder}: {name} cannot be read: {reason}")
         tensor = links.source.get(name)
         if tensor is None:
@@ -47,7 +45,7 @@ def check_sources(
             )
 
 
-def _missing(source: Source, model: nn.Module, links: Links, named: Named | None, model_class: str | None) -> str:
+def _missing(source: Source, model: nn.Module, links: Links, model_class: str | None) -> str:
     """Why a parameter may have no tensor, with the way out."""
     better = suggested(source.config)
     if model_class is not None and better not in (None, model_class):
@@ -57,14 +55,6 @@ def _missing(source: Source, model: nn.Module, links: Links, named: Named | None
         )
     if told := not_causal(source.config):
         return f"the checkpoint has no tensor for it; {told}"
-    if named is not None and _is_whole(source, named):
-        lacking = sum(name not in links.source for name, _ in model.named_parameters())
-        causal = type(model).__name__
-        return (
-            f"the checkpoint is whole for {named.name}, which config.json names, but transformers' causal class "
-            f"{causal} does not find {lacking} of its weights in it, and llmq quantizes a model through its causal "
-            f"class: give a checkpoint that {causal}.from_pretrained loads in full, if there is one"
-        )
     left = f"; it has {links.unused[0]}, for example, which this model does not" if links.unused else ""
     return (
         f"the checkpoint has no tensor for it: it is incomplete, or of another model{left}: download all of its files "

@@ -23,6 +23,7 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links, link
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.stock import UNPACKABLE, accepts, unpackable
+from llmq.discovery.uncalled import uncalled
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.planning.weights import WeightPlan, matches, schemed
@@ -35,6 +36,7 @@ NOT_ALIKE = Reason(
     "no class of transformers loads it, and no quantized weight of a block has its name and shape: it is copied "
     "unchanged",
 )
+UNCALLED = Reason(Kind.NOT_LINEAR, "its module is not called where a run of the model calls what holds it")
 KEPT_BY_STOCK = Reason(Kind.NOT_LOADABLE, "stock transformers never packs it in this format")
 FEW = Reason(Kind.SMALL, f"it has fewer than {FEW_OUTPUTS} outputs: not all loaders read such weights packed")
 AT_FIRST_CALL = (
@@ -76,7 +78,7 @@ def include_outside(
             found.append(item)
             continue
         reason = _reason(item, loads, alike)
-        if reason is None and item.tensor in head and not asked:
+        if reason is None and loads[0].parameter(item) in head and not asked:
             reason = HEAD
         if reason is not None:
             found.append(replace(item, reason=reason))
@@ -217,6 +219,11 @@ class _Loads:
             names.setdefault(id(parameter), []).append(name)
         return {key: found for key, found in names.items() if len(found) > 1}
 
+    @cached_property
+    def uncalled(self) -> set[str]:
+        """Linear modules whose weight is read instead."""
+        return uncalled(self.model)
+
     def unloadable(self, section: dict[str, Any] | None, dense: bool) -> Callable[[str], Reason | None]:
         """A function: one of its parameters → why stock transformers could not load it packed, or None.
 
@@ -252,6 +259,8 @@ class _Loads:
             )
         if self.parameters[parameter].shape[0] < FEW_OUTPUTS:
             return FEW
+        if owner in self.uncalled:
+            return UNCALLED
         others = [name for name in self.shared.get(id(self.parameters[parameter]), ()) if name != parameter]
         if others:
             return Reason(Kind.SHARED, f"it is shared with {others[0]}")

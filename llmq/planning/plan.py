@@ -61,7 +61,7 @@ def make_plan(
     noted, left_out = check_numbers(source, model, links, other)
     warned += noted
     links.unused = [tensor for tensor in links.unused if tensor not in left_out]
-    checks.check_sources(source, model, links, other, recipe.model_class)
+    checks.check_sources(source, model, links, recipe.model_class)
     items = plan_weights(source, recipe, model, structure, links, dtype, other)
     items += plan_experts(source, recipe, model, structure, links, dtype)
     items += plan_parts(source, recipe, model, structure, links, dtype)
@@ -150,7 +150,9 @@ def _linked(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Links]:
     if not _whole(model, links):
         with suppress(LlmqError):
             other = build_named(source.folder, dtype, source.trust_remote_code)
-            if other is not None and generates(type(other)) and _whole(other, found := link(other, shapes(source))):
+            if other is None or not generates(type(other)) or other.config.is_encoder_decoder:  # type: ignore[union-attr]
+                return model, links
+            if _whole(other, found := link(other, shapes(source))):
                 return other, found
     return model, links
 

@@ -59,7 +59,7 @@ def quantized(name: str, source: Path, out: Path, windows: Tensor, ids: Tensor, 
     if not isinstance(loaded, kind):
         faults.append(f"llmq.load opens it as {type(loaded).__name__}, which reads no images")
         image = None
-    copied, changed = _compared(stock(kind, source)[0], loaded, names) if isinstance(loaded, kind) else ([], [])
+    copied, changed = compared(stock(kind, source)[0], loaded, names) if isinstance(loaded, kind) else ([], [])
     if changed:
         faults.append(f"{len(changed)} tensors are not the source's, {changed[0]} among them")
     share, left = checks.shares(run)
@@ -96,7 +96,7 @@ def _sure(value: Tensor | None) -> Tensor:
     return value
 
 
-def _compared(source: PreTrainedModel, loaded: PreTrainedModel, names: set[str]) -> tuple[list[str], list[str]]:
+def compared(source: PreTrainedModel, loaded: PreTrainedModel, names: set[str]) -> tuple[list[str], list[str]]:
     """The tensors of the source that are in a quantized model, bit for bit, and the others but for `names`."""
     theirs = loaded.state_dict()
     rest = {name: value for name, value in source.state_dict().items() if name not in names}

@@ -15,12 +15,15 @@ from torch import Tensor
 import llmq as package
 from llmq import formats, job
 from llmq.discovery.names import link
+from llmq.formats.dequantized import open_source
+from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from tests.architectures import tiny
 from tests.conftest import Run
 from tests.llmq.blocks import apart
+from tests.llmq.formats import published
 from tests.llmq.planning.test_named_class import vision
 from tests.llmq.vision import an_image, write_llava
 
@@ -159,6 +162,24 @@ def test_layers_for_multi_token_prediction(kind: str, tmp_path: Path) -> None:
         ours = package.load(tmp_path / folder, device_map="cpu", dtype="float32")
         found += [logits(model.eval(), {"input_ids": IDS}), logits(ours, {"input_ids": IDS})]
     assert all(apart(other, found[0]) < 1e-5 for other in found[1:])
+
+
+@pytest.mark.slow
+def test_a_layer_for_prediction_that_is_published_in_fp8(tmp_path: Path) -> None:
+    """Read dequantized, as the blocks are: rounded from there, or written so."""
+    source, prefix = with_mtp("deepseek_v3", tmp_path / "m")
+    published.fp8(source)
+    name = f"{prefix}self_attn.o_proj"
+    dense = open_source(source, False).read(f"{name}.weight")
+    made = {"methods": ("rtn",), "scheme": Scheme(4, 16)}
+    job.quantize(str(source), tmp_path / "kept", Recipe(**made), ids=IDS)
+    kept = stored(tmp_path / "kept")
+    assert torch.equal(kept[f"{name}.weight"], dense) and f"{name}.weight_scale_inv" not in kept
+    job.quantize(str(source), tmp_path / "in", Recipe(**made, include=(prefix.rstrip("."),)), ids=IDS)
+    scheme, written = Scheme(4, 16), stored(tmp_path / "in")
+    suffixes = formats.of(scheme).spec(tuple(dense.shape), scheme, dense.dtype)
+    value = formats.of(scheme).unpack({s: written[f"{name}.{s}"] for s in suffixes}, scheme).dequantize(dense.dtype)
+    assert torch.equal(value, round_to_nearest(dense, scheme, dense.dtype).dequantize(dense.dtype))
 
 
 @pytest.mark.slow

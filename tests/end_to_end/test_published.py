@@ -58,6 +58,11 @@ def both(folder: Path, tmp_path: Path, recipe: Recipe) -> Report:
         # Tiles cut short: nothing of 64 or 128 is divisible by 24 or 40.
         ("qwen3", lambda folder: published.fp8(folder, (24, 40))),
         ("llama", published.modelopt),
+        ("llama", published.modelopt_nvfp4),
+        ("qwen3_moe", published.in_layout("nvfp4-pack-quantized")),
+        ("qwen3", published.in_layout("mxfp4-pack-quantized")),
+        ("qwen3_moe", published.in_layout("mxfp8-quantized")),
+        ("deepseek_v4", published.experts_in_fp4),
     ],
 )
 def test_stock_transformers_loads_the_result(tmp_path: Path, kind: str, write: Callable[[Path], Path]) -> None:

@@ -23,6 +23,7 @@ WHISPER |= {"max_target_positions": 32, "suppress_tokens": None, "begin_suppress
 MODERN = (
     TEXT | {name: n for name, n in SPECIAL.items() if "decoder" not in name} | {"cls_token_id": 1, "sep_token_id": 2}
 )
+MOBILE = TEXT | {"embedding_size": 32, "intra_bottleneck_size": 32}
 SPEECH = SMALL | {"vocab_size": 32, "conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
 SPEECH |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 
@@ -66,6 +67,7 @@ KINDS = {
     "bert": Kind("BertModel", "BertConfig", TEXT, "AutoModel", ids),
     "bert-masked": Kind("BertForMaskedLM", "BertConfig", TEXT, "AutoModelForMaskedLM", ids),
     "bert-labels": Kind("BertForSequenceClassification", "BertConfig", TEXT, "AutoModelForSequenceClassification", ids),
+    "mobilebert": Kind("MobileBertForMaskedLM", "MobileBertConfig", MOBILE, "AutoModelForMaskedLM", ids),
     "modernbert": Kind("ModernBertModel", "ModernBertConfig", MODERN, "AutoModel", ids),
     "t5": Kind("T5ForConditionalGeneration", "T5Config", T5, "AutoModelForSeq2SeqLM", pair),
     "t5-gated": Kind(

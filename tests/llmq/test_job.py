@@ -21,6 +21,7 @@ from llmq.report.page import PAGE
 from llmq.watch import Silent
 from tests.conftest import write_tiny_model
 from tests.llmq.refusal import refused
+from tests.llmq.vision import write_llava
 
 IDS = torch.arange(64).view(2, 32)
 RECIPE = Recipe(scheme=Scheme(4, 32))
@@ -121,6 +122,23 @@ def test_the_configuration_names_each_scheme_and_all_linears_left_alone(tiny_mod
     assert all("down_proj" in target for target in groups[8]) and not any("down_proj" in target for target in groups[4])
     assert set(section["ignore"]) == {"model.layers.0.self_attn.o_proj", "lm_head"}
     assert len(section["ignore"]) == 2  # a name that the model and the checkpoint share stands once
+
+
+def test_beside_a_tower_that_is_left_alone_quantized_modules_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    """So that a server may call the tower's layers what it likes, vLLM "qkv_proj" what is "qkv", for example."""
+    folder = write_llava(tmp_path / "vision", tiny_model)
+
+    def targets(model: Path, **more: Any) -> list[str]:
+        section = job.config(planned(model, replace(PLAIN, **more)))["quantization_config"]
+        (group,) = section["config_groups"].values()
+        return list(group["targets"])
+
+    parts = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{name}_proj" for name in "kqvo"))
+    names = {f"layers.{block}.{part}" for block in range(3) for part in parts}
+    assert set(targets(folder)) == {f"{p}.{n}" for p in ("language_model.model", "model.language_model") for n in names}
+    assert not set(targets(folder, keep=("layers.1",))) & {f"language_model.model.{n}" for n in names if ".1." in n}
+    assert targets(tiny_model) == targets(folder, include=("vision_tower", "multi_modal_projector")) == ["Linear"]
+    assert any("vision_tower" in name for name in targets(folder, include=("re:fc1$",)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ How readers match modules to schemes (found in the code of both and tried):
 - vLLM (compressed_tensors/utils.py, find_matched_target): exact name, then the parts of a fused layer, then class; in
   earlier versions class came before parts, so that a target "Linear" matched every fused layer, whatever its parts had.
 
-Hence a single scheme is written as the target "Linear", and several schemes are all written by module name.
+Hence a single scheme is written as the target "Linear", and several schemes are all written by module name. So is a
+single one beside towers (`with_targets`): vLLM's own names for a tower's layers are often none that `ignore` could have.
 """
 
 from __future__ import annotations
@@ -82,16 +83,18 @@ def dense(section: Mapping[str, Any]) -> dict[str, Any]:
     return dict(section) | {"dequantize": True}
 
 
-def with_targets(section: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A `quantization_config` in which modules are targets by name too, where one group has the class as its target.
+def with_targets(section: Mapping[str, Any], names: Iterable[str], classes: bool = True) -> dict[str, Any]:
+    """A `quantization_config` in which modules are targets by name, where one group has the class as its target.
 
-    vLLM counts an output embedding as no `Linear`.
+    classes: whether the class stays a target beside them: vLLM counts an output embedding as no `Linear`. Without it,
+    the names must be those of all quantized modules.
     """
     groups = section["config_groups"]
     if len(groups) > 1:
         return dict(section)
     (name, group), *_ = groups.items()
-    return dict(section) | {"config_groups": {name: group | {"targets": [*group["targets"], *sorted(set(names))]}}}
+    targets = [*(group["targets"] if classes else ()), *sorted(set(names))]
+    return dict(section) | {"config_groups": {name: group | {"targets": targets}}}
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

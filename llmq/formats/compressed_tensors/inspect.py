@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def inspect(
     packed = "weight_packed" in parts
     codes = parts["weight_packed" if packed else "weight"]
     scale = parts.get("weight_scale") or parts["weight_scale_inv"]
-    name, dtype, scheme = f"{module}.weight", dtype_name(codes.dtype), scheme_of(module, config)
+    name, dtype, scheme = f"{module}.weight", dtype_name(codes.dtype), scheme_of(source.folder, module, config)
     if not packed and codes.dtype in PLAIN:
         return Row(name, codes.shape, "plain", None, None, None, None, nbytes, dtype)
     if len(codes.shape) < 2:
@@ -134,15 +135,21 @@ def _block(stated: Any) -> tuple[int | None, int | None]:
     return whole({"": sizes[0]}, ""), whole({"": sizes[1]}, "")
 
 
-def _matches(pattern: str, module: str) -> bool:
+def _matches(folder: Path, pattern: str, module: str) -> bool:
     try:
         return re.match(pattern, module) is not None
     except re.error as error:
-        raise LlmqError(f"config.json: the target 're:{pattern}' is no regular expression: {error}") from error
+        raise LlmqError(
+            f"{folder / 'config.json'}: the target 're:{pattern}' is no regular expression: {error}: download "
+            "config.json again, or start from the unquantized model"
+        ) from error
 
 
-def scheme_of(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `weights` entry of the config group that a module belongs to: by name or pattern, else the class-wide one."""
+def scheme_of(folder: Path, module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `weights` entry of the config group that a module belongs to: by name or pattern, else the class-wide one.
+
+    folder: for the error. Raises LlmqError if a pattern is no regular expression.
+    """
     groups = config.get("config_groups")
     wide: Mapping[str, Any] = {}
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -151,7 +158,7 @@ def scheme_of(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         targets = group.get("targets")
         for target in targets if isinstance(targets, list) else ():
             pattern = str(target).removeprefix("re:")
-            if target == module or (pattern != target and _matches(pattern, module)):
+            if target == module or (pattern != target and _matches(folder, pattern, module)):
                 return group["weights"]  # type: ignore[no-any-return]
             if pattern == target and "." not in target:
                 wide = wide or group["weights"]

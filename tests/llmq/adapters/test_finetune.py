@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_tiny_model, write_tokenizer
+from tests.llmq.formats import published
 from tests.llmq.refusal import refused
 
 pytest.importorskip("peft")
@@ -18,7 +22,9 @@ pytest.importorskip("bitsandbytes")
 
 from llmq.adapters.finetune import CURVE, LOSSES, finetune
 from llmq.adapters.lora import CONFIG, WEIGHTS
+from llmq.adapters.merge import merge
 from llmq.adapters.settings import Settings
+from llmq.formats.dequantized import open_source
 from llmq.watch import Silent
 
 # A rank at which the adapters are large enough for bitsandbytes to keep their state in 8 bits.
@@ -190,6 +196,27 @@ def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, rows: Path) -
     refused(
         lambda: finetune(str(tmp_path / "nf4"), rows, tmp_path / "no", replace(settings, base_bits=16)), "--base-bits 4"
     )
+
+
+@pytest.mark.parametrize("write", [published.fp8, published.modelopt_nvfp4])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_base_published_in_few_bits(
+    tmp_path: Path, tiny_model: Path, rows: Path, write: Callable[[Path], Path], bits: int
+) -> None:
+    """It trains as its dense twin does, also where the twin is quantized to NF4 while it is loaded."""
+    folder = write(shutil.copytree(tiny_model, tmp_path / "few"))
+    source, twin = open_source(folder), shutil.copytree(tiny_model, tmp_path / "twin")
+    (twin / "config.json").write_text(json.dumps(source.config))
+    save_file({name: source.read(name) for name in source.names()}, twin / "model.safetensors", {"format": "pt"})
+    settings = replace(SETTINGS, steps=2, base_bits=bits, optimizer="torch")
+    there, then = (finetune(str(base), rows, tmp_path / f"{base.name}-out", settings) for base in (folder, twin))
+    assert (there.loss, there.before, there.after) == (then.loss, then.before, then.after)
+    one, other = (load_file(tmp_path / f"{name}-out" / WEIGHTS) for name in ("few", "twin"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert there.base["fingerprint"] == source.fingerprint() and there.base.get("nf4") == then.base.get("nf4")
+    report = merge(str(folder), tmp_path / "few-out", tmp_path / "merged", plain=True)
+    assert report.trained_on == ("nf4" if bits == 4 else "base")
+    assert not any("different checkpoint" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(("package", "bits"), [("peft", 16), ("bitsandbytes", 4)])

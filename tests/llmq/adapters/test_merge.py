@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer import Typer
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from llmq.adapters.merged import Merged, open_base
 from llmq.cli import adapters as cli_adapters
 from llmq.cli import app as cli
 from llmq.formats.bitsandbytes.source import NF4Source
+from llmq.formats.dequantized import Dequantized, open_source
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.adapters.made import (
@@ -40,8 +42,15 @@ from tests.llmq.adapters.made import (
     widened,
     write_adapter,
 )
+from tests.llmq.formats import published
 from tests.llmq.refusal import refused
 
+PUBLISHED = {
+    "fp8": published.fp8,
+    "modelopt": lambda folder: published.modelopt(folder, beside=True),
+    "modelopt NVFP4": published.modelopt_nvfp4,
+    "mxfp4": published.in_layout("mxfp4-pack-quantized"),
+}
 RTN = Recipe(methods=("rtn",), scheme=Scheme(4, 32))
 
 
@@ -58,6 +67,30 @@ def test_an_nf4_folder_is_a_base(tmp_path: Path, tiny_model: Path, adapter: Path
     merge(str(tmp_path / "nf4"), adapter, tmp_path / "out", plain=True)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert torch.isfinite(load(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", PUBLISHED)
+def test_a_base_published_in_few_bits(tmp_path: Path, tiny_model: Path, adapter: Path, write: str) -> None:
+    """The adapter's change is added to the dequantized values, as PEFT adds it to the dense twin."""
+    folder = PUBLISHED[write](shutil.copytree(tiny_model, tmp_path / "few"))
+    source = open_source(folder)
+    assert isinstance(source, Dequantized) and len(source.coded) == 21
+    twin = shutil.copytree(tiny_model, tmp_path / "twin")
+    (twin / "config.json").write_text(json.dumps(source.config))
+    save_file({name: source.read(name) for name in source.names()}, twin / "model.safetensors", {"format": "pt"})
+    report = merge(str(folder), adapter, tmp_path / "plain", plain=True)
+    assert len(report.left) == 21 and min(one.survived for one in report.left) > 0.95
+    written = dict(opened(tmp_path / "plain").state_dict())
+    expected = peft_merged(twin, adapter)
+    # Both round the same sums to bfloat16, PEFT after another rounding of the change.
+    assert apart(written, expected) <= 2**-7 < apart(written, dict(opened(twin).state_dict()))
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in config and not (tmp_path / "plain" / "hf_quant_config.json").exists()
+    for name, base in (("few", folder), ("twin", twin)):
+        merge(str(base), adapter, tmp_path / f"{name}-w4", RTN)
+    few, dense = (load_file(next((tmp_path / f"{name}-w4").glob("*.safetensors"))) for name in ("few", "twin"))
+    assert few.keys() == dense.keys() and all(torch.equal(few[name], dense[name]) for name in few)
 
 
 def test_what_finetune_recorded_decides(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:

@@ -144,7 +144,11 @@ def test_of_an_encoder_and_a_decoder_one_that_is_for_both() -> None:
     [
         (transformers.BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
         (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration"),
-        (transformers.LlamaConfig(architectures=["LlamaForCausalLM"]), "AutoModelForCausalLM"),
+        (transformers.LlamaConfig(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+        (
+            transformers.Qwen3_5Config(architectures=["Qwen3_5ForConditionalGeneration"]),
+            "Qwen3_5ForConditionalGeneration",
+        ),
         (transformers.BertConfig(architectures=["OfTomorrow"]), "AutoModelForCausalLM"),
     ],
 )

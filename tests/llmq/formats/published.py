@@ -126,3 +126,126 @@ def experts_in_mxfp4(folder: Path) -> Path:
         return tensors
 
     return rewrite(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, change)
+
+
+def e2m1(scaled: Tensor) -> Tensor:
+    """Bytes of the nearest two E2M1 codes along the last axis, the first in the low four bits."""
+    from transformers.integrations.mxfp4 import FP4_VALUES
+
+    codes = (scaled.float()[..., None] - torch.tensor(FP4_VALUES)).abs().argmin(-1).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def powers(weight: Tensor, group: int, largest: float) -> Tensor:
+    """The exponents, in a byte, of the least powers of two for groups along the last axis of a weight."""
+    most = weight.float().unflatten(-1, (-1, group)).abs().amax(-1)
+    return ((most / largest).log2().ceil().clamp(-127, 127) + 127).to(torch.uint8)
+
+
+def mx(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of MXFP4 or MXFP8, as OCP's document has them: groups of 32 inputs."""
+    exponents = powers(weight, 32, 6 if bits == 4 else 448)
+    scaled = weight.float() / (exponents.float() - 127).exp2().repeat_interleave(32, -1)
+    return e2m1(scaled) if bits == 4 else scaled.to(E4M3), exponents
+
+
+def nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and the second scale of NVFP4, as modelopt has them: codes · scale · second."""
+    second = weight.float().abs().max() / (6 * 448)
+    most = weight.float().unflatten(-1, (-1, 16)).abs().amax(-1)
+    scale = (most / (6 * second)).to(E4M3)
+    return e2m1(weight.float() / (scale.float() * second).repeat_interleave(16, -1)), scale, second
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "nvfp4-pack-quantized": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": E4M3},
+    "mxfp4-pack-quantized": {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    "mxfp8-quantized": {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+}
+"""The layouts of compressed-tensors with groups of inputs → the arguments of their weights."""
+
+
+def group_of(layout: str) -> tuple[Any, dict[str, Any]]:
+    """compressed-tensors' scheme of a layout, and the section of a folder whose weights are stored in it."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(type="float", symmetric=True, **LAYOUTS[layout])
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json"), "format": layout}
+    section = {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed"}
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=layout)
+    return scheme, section | {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+def compressed(weight: Tensor, layout: str) -> tuple[Weights, Tensor]:
+    """The tensors in which compressed-tensors stores a weight, by suffix, and the weight as it dequantizes them."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    scheme, _ = group_of(layout)
+    size, bits = LAYOUTS[layout]["group_size"], LAYOUTS[layout]["num_bits"]
+    if layout.startswith("nv"):
+        second = (448 * 6 / weight.float().abs().max()).reshape(1)
+        most = weight.float().unflatten(-1, (-1, size)).abs().amax(-1)
+        given = {"weight_scale": (most / 6 * second).to(E4M3).float(), "weight_global_scale": second}
+    else:
+        given = {"weight_scale": (powers(weight, size, 6 if bits == 4 else 448).float() - 127).exp2().bfloat16()}
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    stored = compressor.compress({"weight": weight, **given}, scheme)
+    return stored, compressor.decompress(dict(stored), scheme)["weight"]
+
+
+def in_layout(layout: str) -> Callable[[Path], Path]:
+    """Writes a folder as llm-compressor does."""
+
+    def write(folder: Path) -> Path:
+        def change(tensors: Weights) -> Weights:
+            for name in [name for name in tensors if linear(name)]:
+                stored, _ = compressed(tensors.pop(name), layout)
+                tensors |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in stored.items()}
+            return tensors
+
+        return rewrite(folder, group_of(layout)[1], change)
+
+    return write
+
+
+def modelopt_nvfp4(folder: Path) -> Path:
+    """A folder as ModelOpt writes it in NVFP4."""
+
+    def change(tensors: Weights) -> Weights:
+        for name in [name for name in tensors if linear(name)]:
+            codes, scale, second = nvfp4(tensors[name])
+            inputs = name.replace("weight", "input_scale")
+            tensors |= {name: codes, f"{name}_scale": scale, f"{name}_scale_2": second, inputs: torch.tensor(0.01)}
+        return tensors
+
+    section = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]}
+    group = {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}
+    return rewrite(folder, section | {"config_groups": {"group_0": group}}, change)
+
+
+def experts_in_fp4(folder: Path) -> Path:
+    """A folder as DeepSeek-V4 is: FP8 tiles with exponents as scales, and experts in FP4."""
+
+    def change(tensors: Weights) -> Weights:
+        for name in [
+            name
+            for name, t in tensors.items()
+            if t.dim() == 2 and name.endswith(("w1.weight", "w2.weight", "w3.weight", "wkv.weight", "wo_b.weight"))
+        ]:
+            scale = name.replace("weight", "scale")
+            if ".experts." in name:
+                codes, exponents = mx(tensors[name], 4)
+                tensors |= {name: codes.view(torch.int8), scale: exponents.view(torch.float8_e8m0fnu)}
+            elif "compressor" not in name:
+                codes, factors = tiled(tensors[name], (16, 16), scale_fmt="ue8m0")
+                tensors |= {name: codes, scale: factors.to(torch.float8_e8m0fnu)}
+        return tensors
+
+    section = {
+        "quant_method": "fp8",
+        "weight_block_size": [16, 16],
+        "scale_fmt": "ue8m0",
+        "expert_dtype": "fp4",
+        "activation_scheme": "dynamic",
+    }
+    return rewrite(folder, section, change)

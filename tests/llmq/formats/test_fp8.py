@@ -163,7 +163,15 @@ CT: dict[str, Any] = {
     [
         ("fp8", {}, True),
         ("modelopt", {"quant_algo": "FP8"}, True),
-        ("modelopt", {"quant_algo": "NVFP4"}, False),
+        ("modelopt", {"quant_algo": "nvfp4"}, True),
+        ("modelopt_fp4", {"quant_algo": "NVFP4"}, True),
+        ("modelopt", {"quant_algo": "NVFP4_AWQ"}, False),
+        ("modelopt", {"quant_algo": "INT4_AWQ"}, False),
+        ("modelopt", {}, False),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION"}, False),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": None}}, False),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}}, True),
+        ("fbgemm_fp8", {}, True),
         ("compressed-tensors", CT, True),
         ("compressed-tensors", CT | {"transform_config": {"config_groups": {"R1": {}}}}, False),
         ("compressed-tensors", CT | {"sparsity_config": {"format": "sparse-24-bitmask"}}, False),
@@ -175,6 +183,17 @@ CT: dict[str, Any] = {
             False,
         ),
         ("compressed-tensors", {"config_groups": {"g": {"weights": None}}}, False),
+        (
+            "compressed-tensors",
+            {"config_groups": {"g": {"weights": {"type": "float", "num_bits": 8, "strategy": "x"}}}},
+            False,
+        ),
+        ("compressed-tensors", {"config_groups": {"g": {"weights": {"type": "float", "num_bits": [8]}}}}, False),
+        (
+            "compressed-tensors",
+            {"config_groups": {"g": {"weights": {"type": "float", "num_bits": 8, "symmetric": False}}}},
+            False,
+        ),
         ("compressed-tensors", {}, False),
         ("gptq", {}, False),
         (None, {}, False),
@@ -307,6 +326,7 @@ def test_a_damaged_section_is_no_traceback(tmp_path: Path) -> None:
     group = {"weights": {"type": "float", "num_bits": 8}, "targets": ["re:(("]}
     section = {"config_groups": {"g": group}, "sparsity_config": "x"}
     assert not dequantizes("compressed-tensors", section)
-    with pytest.raises(LlmqError, match="re:\\(\\(.* is no regular expression"):
-        scheme_of("a.b", section)
-    assert scheme_of("a.b", {"config_groups": {"g": group | {"targets": 5}}}) == {}
+    refused(
+        lambda: scheme_of(tmp_path, "a.b", section), str(tmp_path / "config.json"), "re:((", "no regular", "download"
+    )
+    assert scheme_of(tmp_path, "a.b", {"config_groups": {"g": group | {"targets": 5}}}) == {}

@@ -92,7 +92,7 @@ def test_other_algorithms_of_modelopt_are_refused(tmp_path: Path, tiny_model: Pa
     assert check_readable(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["quant_algo"] = "NVFP4"
+    config["quantization_config"]["quant_algo"] = "NVFP4_AWQ"
     path.write_text(json.dumps(config))
     refused(lambda: check_readable(folder), "'modelopt'", "random weights")
 
@@ -101,3 +101,57 @@ def test_a_tensor_is_read_when_it_is_placed(tmp_path: Path, tiny_model: Path) ->
     source = open_source(published.modelopt(shutil.copytree(tiny_model, tmp_path / "m")))
     name = next(iter(source.names()))
     assert torch.equal(dense.Unread(source, name)[...], source.read(name))
+
+
+def test_parts_that_stay_on_disk(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With device_map='auto' and too little memory, or as the map says."""
+    from transformers.integrations import accelerate
+
+    folder = published.modelopt(shutil.copytree(tiny_model, tmp_path / "m"))
+    expected = mixtures.logits(load_model(folder, dtype="auto"))
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    model = load_model(folder, dtype="auto", device=places | {"lm_head": "cpu"})
+    assert torch.equal(mixtures.logits(model), expected)
+    for name in ("get_max_memory", "get_balanced_memory"):
+        monkeypatch.setattr(accelerate, name, lambda *_, **__: {"cpu": 100_000})
+    model = load_model(folder, dtype="auto", device="auto")
+    assert "disk" in model.hf_device_map.values() and torch.equal(mixtures.logits(model), expected)
+
+
+@pytest.mark.parametrize("device", ["nonsense", {"model": "nonsense"}])
+def test_a_device_that_there_is_not(tmp_path: Path, tiny_model: Path, device: Any) -> None:
+    folder = published.modelopt(shutil.copytree(tiny_model, tmp_path / "m"))
+    refused(lambda: load_model(folder, device=device), str(folder), "cannot be loaded")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("layout", [*published.LAYOUTS, "modelopt NVFP4"])
+def test_fp4_and_groups_are_read_where_stock_transformers_fails_on_experts(
+    tmp_path: Path, kind: str, layout: str
+) -> None:
+    """Or loses the second scale."""
+    write = published.modelopt_nvfp4 if layout == "modelopt NVFP4" else published.in_layout(layout)
+    folder = write(tiny.make(kind, tmp_path / "m"))
+    source = open_source(folder)
+    assert isinstance(source, Dequantized) and len(source.coded) == (28 if kind == "qwen3" else 64)
+    model = load_model(folder, dtype="auto")
+    dense = mixtures.load(tiny.make(kind, tmp_path / "dense"))[0]
+    error = (mixtures.logits(model).float() - mixtures.logits(dense)).norm() / mixtures.logits(dense).norm()
+    assert 0 < float(error) < 0.5
+    values = dict(model.named_parameters())
+    assert all(torch.equal(values[name], source.read(name)) for name in source.coded if name in values)
+
+
+def test_experts_in_fp4_are_those_of_stock_transformers(tmp_path: Path) -> None:
+    published.need_stock()
+    folder = published.experts_in_fp4(tiny.make("deepseek_v4", tmp_path / "m"))
+    source = open_source(folder)
+    assert isinstance(source, Dequantized)
+    assert {source.base.info(weight.parts[0]).dtype for weight in source.coded.values()} == {torch.int8, published.E4M3}
+    kind: Any = AutoModelForCausalLM
+    stock, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(told.values())
+    ours = load_model(folder, dtype="auto")
+    for (name, one), (other, two) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == other and torch.equal(one, two), name
+    assert torch.equal(mixtures.logits(ours), mixtures.logits(stock.eval()))

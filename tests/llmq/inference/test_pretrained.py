@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq.inference import pretrained
 from llmq.inference.pretrained import check_readable, input_device, load_model, load_tokenizer, widen
+from tests.llmq.formats import published
 from tests.llmq.refusal import refused
 
 Change = Callable[[dict[str, Any]], object]
@@ -170,3 +171,67 @@ def test_what_is_said_while_loading_is_said_afterwards(capsys: pytest.CaptureFix
         log.removeHandler(handler)
     assert heard == [("first", True), ("second", True)] and log.propagate
     assert "a bar" not in capsys.readouterr().err
+
+
+def in_fp8(folder: Path, section: dict[str, Any] | None = None, **group: Any) -> Path:
+    """A folder as llm-compressor writes it, with changes to its section, or to the only config group."""
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in tensors if published.linear(name)]:
+            codes, scale = published.by_row(tensors[name])
+            tensors |= {name: codes, f"{name}_scale": scale}
+        return tensors
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights} | group}
+    stated = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+    return published.rewrite(
+        folder, stated | {"config_groups": groups, "ignore": ["lm_head"]} | (section or {}), change
+    )
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    ("section", "group", "words"),
+    [
+        ({}, {"targets": ["re:(("]}, ("'(('", "no regular expression")),
+        ({"ignore": ["re:*"]}, {}, ("'*'", "no regular expression")),
+        ({}, {"targets": 5}, ("config_groups.group_0.targets", "list")),
+        ({}, {"weights": {"num_bits": "x", "type": "float"}}, ("config_groups.group_0.weights.num_bits", "integer")),
+        ({}, {"weights": {"num_bits": 8, "type": "float", "strategy": "x"}}, ("weights.strategy", "'x'")),
+        ({}, {"weights": "fp8"}, ("config_groups.group_0.weights",)),
+        ({"config_groups": [1]}, {}, ("config_groups",)),
+        ({"config_groups": {"group_0": None}}, {}, ("config_groups.group_0",)),
+        ({"ignore": 5}, {}, ("ignore", "list")),
+        ({"quantization_status": "x"}, {}, ("quantization_status", "'frozen'")),
+        ({"kv_cache_scheme": "x"}, {}, ("kv_cache_scheme",)),
+        # Without groups, transformers would take the codes for the weights.
+        ({"config_groups": None}, {}, ("weight_scale is stored", "config.json does not say")),
+        ({"config_groups": {}}, {}, ("weight_scale is stored", "config.json does not say")),
+    ],
+)
+def test_a_section_that_is_broken(
+    folder: Path, section: dict[str, Any], group: dict[str, Any], words: tuple[str, ...], kernels: bool
+) -> None:
+    in_fp8(folder, section, **group)
+    told = refused(lambda: load_model(folder, dtype="auto", kernels=kernels), str(folder), "config.json", *words)
+    assert "QuantizationConfig" not in told and "[" not in told.partition(":")[2].partition(":")[0]
+
+
+def test_a_section_that_is_whole(folder: Path, tiny_model: Path) -> None:
+    model, dense = load_model(in_fp8(folder), dtype="float32"), load_model(tiny_model)
+    ids = torch.arange(16)[None]
+    with torch.inference_mode():
+        error = (model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()
+    assert 0 < float(error) < 0.3
+
+
+def test_scales_of_modules_that_the_model_has_not_are_let_be(folder: Path) -> None:
+    """As those of a head for more tokens."""
+    extra = {"model.layers.9.up.weight": torch.ones(4, 4), "model.layers.9.up.weight_scale": torch.ones(4)}
+    load_model(with_tensors(folder, lambda state: state.update(extra)))
+
+
+def test_an_error_of_a_reader_names_the_folder(folder: Path) -> None:
+    in_fp8(folder, {"transform_config": {"config_groups": {"R1": {}}}})
+    refused(lambda: load_model(folder, kernels=True), str(folder), "rotates activations")

@@ -216,6 +216,7 @@ def test_one_scheme_is_unpacked_while_loading(tmp_path: Path) -> None:
     refused(lambda: opened(folder, "AutoModelForSeq2SeqLM", **rounded), "nothing to quantize", "while loading")
 
 
+@pytest.mark.slow
 def test_what_a_loader_never_packs_is_left_alone(tmp_path: Path) -> None:
     """bitsandbytes' loader keeps in float32 what the model's class says."""
     folder = classes.write("t5", tmp_path)
