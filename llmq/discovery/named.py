@@ -76,7 +76,7 @@ class Named:
             name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in tensors.items()
         }
         try:
-            with _quiet():
+            with quiet():
                 _, told = type(self.model).from_pretrained(  # type: ignore[attr-defined]
                     None,
                     config=config,
@@ -100,7 +100,7 @@ class Named:
         model: Any = deepcopy(self.model)
         before = {name: type(module) for name, module in model.named_modules()}
         try:
-            with _quiet():
+            with quiet():
                 asked = AutoHfQuantizer.from_config(deepcopy(dict(quantization)), pre_quantized=True)
                 asked.preprocess_model(model=model, device_map=None, checkpoint_files=None)
         except Exception as error:  # as in `refused`
@@ -206,7 +206,7 @@ def _empty(make: Callable[[], Any]) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' warnings and progress bars: what it would say is what is asked."""
     from transformers.utils import logging
 

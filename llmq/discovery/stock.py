@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmq.discovery.named import quiet
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.rename import Rules
 
@@ -61,7 +62,14 @@ def accepts(model: nn.Module, section: Mapping[str, Any]) -> bool:
     try:
         quantizer = AutoHfQuantizer.from_config(deepcopy(dict(section)), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
-        Rules(model, quantizer)
+        try:
+            Rules(model, quantizer)
+        except ValueError:
+            # It also looks at the names of what is packed, which the model has once it is prepared.
+            prepared: Any = deepcopy(model)
+            with quiet():
+                quantizer.preprocess_model(model=prepared, device_map=None, checkpoint_files=None)
+            Rules(prepared, quantizer)
     except Exception:  # of a type's rules and a package's together anything may fail
         return False
     return True

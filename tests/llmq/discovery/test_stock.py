@@ -113,3 +113,20 @@ def test_rules_that_a_formats_rules_do_not_join(tmp_path: Path) -> None:
             model = getattr(transformers, kind.model)(config)
         assert accepts(model, dense(section)) is joined
     assert not accepts(model, {"quant_method": "of-tomorrow"})
+
+
+@pytest.mark.parametrize("packed", ["q_proj", "o_proj"])
+def test_rules_that_a_formats_rules_join_where_a_name_is_packed(
+    packed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This type's vision tower has one tensor for what its decoder has three projections for, the first a q_proj."""
+    pytest.importorskip("transformers.models.unlimited_ocr")
+    with torch.device("meta"):
+        model = transformers.UnlimitedOcrForConditionalGeneration(transformers.UnlimitedOcrConfig())
+    name = f"model.language_model.layers.0.self_attn.{packed}"
+    assert isinstance(model.get_submodule(name), nn.Linear)
+    before = dict(model.named_modules())
+    others = [other for other, module in before.items() if isinstance(module, nn.Linear) and other != name]
+    assert accepts(model, config_of({Scheme(4, 32): [name]}, others)) is (packed == "q_proj")
+    assert not capsys.readouterr().err
+    assert dict(model.named_modules()) == before
