@@ -80,6 +80,8 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
         told = f"config.json says that it is {named[0]}, which is no causal language model"
     elif kind not in CAUSAL and not (named and (kind in IMAGES or kind in OTHERS)):
         told = f"a model of type {kind!r} is no causal language model"
+    elif kind not in CAUSAL and not any(generates(getattr(transformers, name, None)) for name in named):
+        told = f"config.json says that it is {named[0]}, which generates no text"
     elif config.get("is_encoder_decoder"):
         told = f"config.json says that {named[0] if named else kind} has an encoder before its decoder"
     else:

@@ -30,6 +30,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
         ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "part of a diffusion pipeline"),
         ({"model_type": "llava", "architectures": ["LlavaModel"]}, "it is LlavaModel"),
         ({"model_type": "llava"}, "type 'llava' is no causal language model"),  # nothing says which class
+        ({"model_type": "pi0", "architectures": ["PI0ForConditionalGeneration"]}, "which generates no text"),
         (
             {
                 "model_type": "florence2",

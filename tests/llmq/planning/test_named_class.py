@@ -52,8 +52,10 @@ def test_a_section_that_the_class_would_misread_is_refused(tmp_path: Path) -> No
     made = planned(classifier(tmp_path / "m"))
     section = job.config(made)["quantization_config"]
     check_named_class(made, section)
+    (group,) = section["config_groups"].values()
+    every = {"config_groups": {"group_0": group | {"targets": ["Linear"]}}, "ignore": ["lm_head"]}
     refused(
-        lambda: check_named_class(made, section | {"ignore": ["lm_head"]}),
+        lambda: check_named_class(made, section | every),
         "LlamaForSequenceClassification, which config.json names, would not load",
         "score.weight",
     )
