@@ -93,7 +93,7 @@ def check_vision(name: str) -> dict[str, Any]:
             tiny_vision.make(name, source)
             real, told = checks_vision.stock(kind, source)
         except Exception as error:  # a model's code may raise anything
-            return row | {"words": first_line(error)}
+            return row | {"words": first_line(error).replace(str(source), "the source")}
         if lost := sorted(told["missing_keys"]):
             words = f"transformers does not find {len(lost)} weights in what it saved itself, {lost[0]} among them"
             return row | {"words": words}
