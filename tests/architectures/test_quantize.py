@@ -133,6 +133,7 @@ def conditional(folder: Path) -> Any:
     model = Qwen3_5MoeForConditionalGeneration(tiny.config("qwen3_5_moe"))
     tiny.shake(model)
     model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")  # without it, the plan warns that images need one
     return Qwen3_5MoeForConditionalGeneration
 
 
