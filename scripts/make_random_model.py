@@ -2,6 +2,7 @@
 
     python scripts/make_random_model.py OUT --shape llama-2-7b      13.5 GB of bf16
     python scripts/make_random_model.py OUT --shape deepseek-v3 --layers 4 --set vocab_size=4096
+    python scripts/make_random_model.py OUT --shape deepseek-v3 --layers 4 --stored fp8      as DeepSeek publishes it
 
 The weights are normal with the usual standard deviation of 0.02, norms are 1: for tests of memory, speed and errors,
 not of accuracy. The tokenizer is the demo model's (its ids are valid in any larger vocabulary).
@@ -40,6 +41,24 @@ SHAPES = {
     "deepseek-v3": {"model_type": "deepseek_v3", "num_hidden_layers": 61},
 }  # fmt: skip
 SHARD_BYTES = 2**30
+TILE, GROUP, SMALL = 128, 16, 512
+STORED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [TILE, TILE], "activation_scheme": "dynamic", "fmt": "e4m3"},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": GROUP},
+}
+"""How published weights are stored → the section of config.json. Those of fewer than SMALL rows or columns (routers)
+and of the vocabulary are not."""
+
+
+def stored(form: str, name: str, rows: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A random weight of a published form: its codes and scales."""
+    if form == "fp8":
+        codes = torch.empty(rows, width).normal_(0, 100, generator=generator).clamp_(-448, 448).to(torch.float8_e4m3fn)
+        scales = torch.full((-(-rows // TILE), -(-width // TILE)), 2e-4)
+        return {name: codes, f"{name}_scale_inv": scales}
+    pairs = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.ones(rows, width // GROUP).to(torch.float8_e4m3fn)
+    return {name: pairs, f"{name}_scale": scales, f"{name}_scale_2": torch.tensor(8e-3)}
 
 
 def main() -> None:
@@ -49,6 +68,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="another number of decoder blocks")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of config.json")
+    parser.add_argument("--stored", choices=sorted(STORED), help="codes and scales, as models are published")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shape = dict(SHAPES[args.shape]) | {
@@ -62,6 +82,9 @@ def main() -> None:
     config.architectures = [type(model).__name__]
     args.out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(args.out)
+    if args.stored:
+        path = args.out / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": STORED[args.stored]}))
     demo = Path(__file__).parent.parent / "llmq" / "demo"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (demo / name).exists():
@@ -81,6 +104,12 @@ def main() -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name, wanted in shapes.items():
+            if args.stored and len(wanted) == 2 and min(wanted) >= SMALL and config.vocab_size not in wanted:
+                parts = stored(args.stored, name, *wanted, generator)
+                tensors |= parts
+                weight_map |= dict.fromkeys(parts, file)
+                total += sum(part.nbytes for part in parts.values())
+                continue
             if len(wanted) > 1:
                 tensors[name] = torch.empty(wanted, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
             else:

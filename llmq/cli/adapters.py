@@ -72,7 +72,8 @@ def finetune(
     ],
     out: Out,
     base_bits: Annotated[
-        int, typer.Option(help="4: the base is frozen in NF4 (QLoRA). 16: as it is (LoRA).")
+        int,
+        typer.Option(help="4: the base is frozen in NF4 (QLoRA). 16: as it is, or dequantized from FP8 or FP4 (LoRA)."),
     ] = DEFAULT.base_bits,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapters.")] = DEFAULT.rank,
     alpha: Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")] = DEFAULT.alpha,

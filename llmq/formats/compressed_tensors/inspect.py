@@ -54,7 +54,7 @@ def inspect(
         return Row(name, codes.shape, "plain", None, None, None, None, nbytes, dtype)
     if len(codes.shape) < 2:
         raise Unclear(f"{dtype} {[*codes.shape]}")
-    if codes.dtype == torch.uint8:
+    if codes.dtype == torch.uint8 or (codes.dtype == torch.int8 and method == "fp8"):
         shape, kind, bits = _pairs_of_codes(codes, scale, scheme), "float", 4
     elif packed:
         kind = str(scheme.get("type") or "int")
@@ -66,6 +66,8 @@ def inspect(
             raise Unclear(f"config.json says {scheme.get('type', kind)} of {bits} bits, it is {dtype}")
     else:
         raise Unclear(f"weight is {dtype}")
+    if bits == 4 and method == "fp8":
+        config = {}  # the tiles that it has are those of FP8
     group = _group(shape, scale.shape, scheme, config)
     # Floating point grids have no zero point; if the scheme does not say, look for a stored zero point.
     symmetric = bool(scheme.get("symmetric", "weight_zero_point" not in parts)) if kind == "int" else True
@@ -77,7 +79,7 @@ def _pairs_of_codes(codes: TensorInfo, scale: TensorInfo, scheme: Mapping[str, A
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     shared = NV if scale.dtype == torch.float8_e4m3fn else MX if scale.dtype in EXPONENTS else 0
     if not shared or scale.shape != (*shape[:-1], -(-shape[-1] // shared)):
-        raise Unclear(f"uint8 codes with {dtype_name(scale.dtype)} scales {[*scale.shape]} are neither MXFP4 nor NVFP4")
+        raise Unclear(f"FP4 codes with {dtype_name(scale.dtype)} scales {[*scale.shape]} are neither MXFP4 nor NVFP4")
     if whole(scheme, "num_bits") not in (None, 4) or scheme.get("type") not in (None, "float"):
         raise Unclear(f"config.json says {scheme.get('type')} of {scheme.get('num_bits')} bits, its tensors are FP4")
     return shape
@@ -117,6 +119,8 @@ def _group(
     stated = whole(scheme, "group_size") or along
     stated = -1 if scheme.get("strategy") in ("channel", "tensor") else stated
     lead = shape[:-2]
+    if len(scales) == len(shape) + 2 and scales[-1] == scales[-3] == 1:  # modelopt's tiles
+        scales = (*lead, scales[-4], scales[-2])
     wide = {shape[:-1], (*shape[:-1], 1), *([lead, (*lead, 1), (*lead, 1, 1)] if lead else [])}
     if math.prod(scales) == 1 or scales in wide:
         return inputs_per_scale(shape[-1], 1, stated)

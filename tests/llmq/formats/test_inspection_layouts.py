@@ -226,6 +226,22 @@ UNDERSTOOD: dict[str, tuple[Tensors, dict[str, Any], dict[str, Any], dict[str, S
             "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}}},
         {"a.up": ("float", 4, 16, True), "a.down": ("float", 8, 0, True)},
     ),
+    "modelopt's tiles, with ones between the axes of their scales": (
+        {"a.up.weight": ones(OUT, IN, dtype=F8), "a.up.weight_scale": ones(OUT // 16, 1, IN // 16, 1, dtype=f32)},
+        quantization("modelopt", quant_algo="FP8_PB_WO"),
+        {},
+        {"a.up": ("float", 8, 16, True)},
+    ),
+    "fp4 in int8 beside fp8 in tiles": (
+        {
+            "a.up.weight": i8(OUT, IN // 2),
+            "a.up.weight_scale_inv": torch.zeros(OUT, IN // 32, dtype=torch.uint8).view(E8),
+            **{"a.down.weight": ones(OUT, IN, dtype=F8), "a.down.weight_scale_inv": ones(OUT // 16, IN // 16)},
+        },
+        quantization("fp8", weight_block_size=[16, 16], expert_dtype="fp4"),
+        {},
+        {"a.up": ("float", 4, 32, True), "a.down": ("float", 8, 16, True)},
+    ),
     "quark's mxfp4": (
         {"a.up.weight": u8(OUT, IN // 2), "a.up.weight_scale": torch.zeros(OUT, IN // 32, dtype=torch.uint8).view(E8)},
         quantization("quark", global_quant_config={"weight": {"dtype": "fp4", "group_size": 32}}),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmq.errors import LlmqError
 from llmq.formats import dequantized
 from llmq.formats.dequantized import Dequantized, open_source
 from llmq.formats.scaled import VALUES
@@ -347,6 +348,28 @@ def test_a_group_size_that_does_not_fit(tmp_path: Path) -> None:
     refused(lambda: open_source(path), str(path), f"{W}_scale is [40, 6] for a weight [40, 96]", "tiles of 1x32")
     section["config_groups"]["group_0"]["weights"]["group_size"] = "x"
     assert open_source(write(tmp_path, section, form.tensors)).read(W).shape == (40, 96)
+
+
+BROKEN: list[Any] = ["x", 5, -1, True, None, [], [1, "a"], ["re:(("], {}, {"a": 5}, {"a": None}]
+
+
+def test_a_section_with_broken_values_is_read_or_refused_in_one_line(tmp_path: Path, form: Form) -> None:
+    """Never a traceback; and what is read has the values that it has."""
+    path = write(tmp_path, form.section, form.tensors)
+    more = ("weight_block_size", "scale_fmt", "quant_algo", "quantized_layers", "config_groups", "sparsity_config")
+    refusals = 0
+    for key in dict.fromkeys([*form.section, *more, "group_size"]):
+        for value in BROKEN:
+            (path / "config.json").write_text(json.dumps({"quantization_config": form.section | {key: value}}))
+            try:
+                source = open_source(path)
+            except LlmqError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                refusals += 1
+                continue
+            if isinstance(source, Dequantized) and source.coded:
+                assert torch.equal(source.read(form.codes.removesuffix("_packed")), form.values.bfloat16())
+    assert refusals >= len(BROKEN)
 
 
 def test_codes_beside_the_weight_itself(tmp_path: Path) -> None:

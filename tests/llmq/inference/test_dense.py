@@ -155,3 +155,21 @@ def test_experts_in_fp4_are_those_of_stock_transformers(tmp_path: Path) -> None:
     for (name, one), (other, two) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
         assert name == other and torch.equal(one, two), name
     assert torch.equal(mixtures.logits(ours), mixtures.logits(stock.eval()))
+
+
+def test_fbgemm_is_read_where_stock_transformers_wants_a_gpu(tmp_path: Path, tiny_model: Path) -> None:
+    def change(tensors: published.Weights) -> published.Weights:
+        for name in [name for name in tensors if published.linear(name)]:
+            codes, scale = published.by_row(tensors[name], torch.float32)
+            tensors |= {name: codes, f"{name}_scale": scale}
+        return tensors
+
+    section = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    folder = published.rewrite(shutil.copytree(tiny_model, tmp_path / "m"), section, change)
+    with pytest.raises(ImportError, match="(?i)gpu"):
+        mixtures.load(folder)
+    source = open_source(folder)
+    assert isinstance(source, Dequantized) and len(source.coded) == 21
+    assert all(
+        torch.equal(value, source.read(name)) for name, value in load_model(folder, dtype="auto").named_parameters()
+    )
