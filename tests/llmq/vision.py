@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -35,7 +35,9 @@ def write_llava(folder: Path, decoder: Path, *, processor: bool = True) -> Path:
     model.save_pretrained(folder)
     write_tokenizer(folder)
     if processor:
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+        # As CLIPImageProcessor writes it, which needs torchvision.
+        kind = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(kind))
     return folder
 
 
