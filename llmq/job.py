@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
-from llmq.discovery.architecture import beside_decoder
+from llmq.discovery.architecture import in_towers
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.formats.dequantized import open_source
@@ -32,6 +31,7 @@ from llmq.planning.memory import check_writable
 from llmq.planning.named_class import check_named_class
 from llmq.planning.outside import head_of, loads_dense
 from llmq.planning.plan import Plan, make_plan
+from llmq.planning.targets import targets
 from llmq.planning.weights import WeightPlan
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Calibration, Recipe
@@ -135,8 +135,8 @@ def config(made: Plan) -> dict[str, Any]:
     class that config.json names do.
 
     Every matrix that is not quantized is listed as left alone, also those that transformers does not load: a server
-    may, and would take it for a quantized one. Beside a tower that is left alone, each quantized module is named: a
-    server may have names for the tower's layers that nobody else has, so that no list has them.
+    may, and would take it for a quantized one. Beside a tower that is left alone, quantized modules are targets by
+    name: a server may have names for the tower's layers that nobody else has, so that no list has them.
     """
     groups: dict[Scheme, list[str]] = {}
     ignore: list[str] = []
@@ -166,9 +166,15 @@ def config(made: Plan) -> dict[str, Any]:
     heads = {name.removesuffix(".weight") for name in head_of(made.model)}
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     head = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
-    quantized = set(chain(*groups.values()))
-    if {*beside_decoder(made.model if made.named is None else made.named.model)} - quantized:
-        section = formats.with_targets(section, made.schemes, quantized, classes=False)
+    towers = {*in_towers(made.model if made.named is None else made.named.model)}.difference(*groups.values())
+    if towers:
+        chosen = [(item, names_of(item)) for item in made.weights if item.scheme is not None]
+        inside = {name for item, names in chosen if item.block is not None for name in names}
+        beside = {name for item in made.weights if towers & {*names_of(item)} for name in names_of(item)}
+        loaded = {item.module for item, _ in chosen} if made.named is None else set()
+        named = inside if inside <= loaded else targets(inside, towers | beside)
+        rest = {name for item, names in chosen if item.block is None for name in names}
+        section = formats.with_targets(section, made.schemes, {*named, *rest}, classes=False)
     elif head:
         section = formats.with_targets(section, made.schemes, head)
     if made.for_llmq_alone:

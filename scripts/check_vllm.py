@@ -29,7 +29,6 @@ import torch
 from vllm_cases import MIXTURES, Case, cases, fused_cases, model_folder
 from vllm_environment import Worker, environment, pictures
 from vllm_reference import TWIN, write_reference
-from vllm_vision import VISION
 
 from llmq import formats, job
 from llmq.errors import LlmqError
@@ -91,10 +90,8 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
     cpu = row["cpu"]
     if "rms" in cpu:
         floor = f" (its dtype alone {cpu['floor']:.4f})" if cpu["floor"] else ""
-        words = (
-            f"rms {cpu['rms']:.4f}{floor}{of_picture(cpu)}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
-        )
-        return words, right_of(case, cpu)
+        words = f"rms {cpu['rms']:.4f}{floor}{of_picture(cpu)}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}"
+        return f"{words}, {', '.join(cpu['kernels'])}", right_of(case, cpu)
     instead = cpu.get("stand_in")
     if instead and "rms" in instead:
         most = f", of 98 % of the tokens {instead['rms_of_most']:.4f}" if case.model in MIXTURES else ""
@@ -203,7 +200,7 @@ def main() -> None:
         wrong = []
         args.cache.parent.mkdir(exist_ok=True)
         beside = None
-        if any(case.model.startswith(tuple(VISION)) for case in chosen):
+        if any(case.reads_pictures for case in chosen):
             beside = pictures(python, args.environment.with_name(f"{args.environment.name}-pictures"), args.limit)
         for case, row in run(chosen, python, Path(scratch), beside):
             known[str(case)] = row
@@ -211,6 +208,12 @@ def main() -> None:
             wrong += [] if row["right"] else [str(case)]
     if all(str(case) in known for case in every):
         write([(case, known[str(case)]) for case in every])
+    elif all(str(case) in known for case in every if case.reads_pictures):
+        from vllm_page import with_pictures
+
+        seeing = [(case, known[str(case)]) for case in every if case.reads_pictures]
+        PAGE.write_text(with_pictures(PAGE.read_text(), seeing))
+        print(f"{PAGE}: the vision-language models alone")
     print(f"{len(chosen)} cases, {len(wrong)} wrong {wrong or ''}")
     sys.exit(bool(wrong))
 

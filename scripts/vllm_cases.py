@@ -58,6 +58,11 @@ class Case:
         return self.model in MIXTURES or self.picture is not None
 
     @property
+    def reads_pictures(self) -> bool:
+        """Whether it is a vision-language model."""
+        return self.model.removesuffix(NEW_NAMES) in VISION
+
+    @property
     def picture(self) -> str | None:
         """A text with a place for a picture, for a model that vLLM reads pictures with."""
         told = VISION.get(self.model)
@@ -86,9 +91,8 @@ def model_folder(name: str, work: Path) -> Path:
                         parameter.add_(0.1 * torch.randn_like(parameter))
             model.to(torch.bfloat16).save_pretrained(folder)
         return folder
-    if name.removesuffix(NEW_NAMES) in VISION:
+    if (kind := name.removesuffix(NEW_NAMES)) in VISION:
         folder = work / name
-        kind = name.removesuffix(NEW_NAMES)
         return folder if folder.exists() else write_vision(kind, folder, old_names=kind == name)
     return BOOKS if name == "books8m" else resolve(name)
 

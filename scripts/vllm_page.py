@@ -35,6 +35,24 @@ OTHERS = """
 | model | recipe | CPU |
 |---|---|---|
 """
+PICTURES = """
+## Vision-language models
+
+Small random models, with a processor; quantized on text, towers and projectors left alone. "Text" is the same as above.
+"Picture" is the rms difference of the log-probabilities of a text with a picture to those of the dequantized weights,
+in vLLM both: some towers compute something else there than in transformers, quantized or not. Another picture changed
+them by 0.09 at least. "Names of transformers 5": vLLM does not know its names for a CLIP or SigLIP tower, and refuses
+the unquantized folder as well; text alone (`limit_mm_per_prompt={"image": 0, "video": 0}`) runs.
+Where inputs are rounded, the picture's number is that of the rounding: the dequantized weights are run without.
+
+Loaded by hand, but not run (2026-11-28, 4-bit g32, tiny checkpoints): 30 types that vLLM loads unquantized, among them
+all of the above, gemma4, glm4v, paligemma, qwen3_5, qwen3_5_moe, and qwen2_audio, granite_speech,
+moss_transcribe_diarize for sounds. All load, every layer of a decoder quantized, none of a tower, and no parameter is
+left unfilled. 13 more types are in vLLM, but it loads their tiny checkpoints in no form.
+
+| model | recipe | text | picture |
+|---|---|---|---|
+"""
 FUSED = """
 ## Weights that vLLM fuses
 
@@ -54,9 +72,31 @@ def page(rows: list[tuple[Case, dict[str, Any]]], data: dict[str, Any]) -> str:
             text += f"| {case.name} | {_cpu(row['cpu'])} | {_cuda(row['cuda'])} |\n"
     text += OTHERS
     for case, row in rows:
-        if not case.table:
+        if not case.table and not case.reads_pictures:
             text += f"| {case.model} | {case.name} | {_cpu(row['cpu'])} |\n"
-    return text + FUSED
+    return text + pictures(rows) + FUSED
+
+
+def pictures(rows: list[tuple[Case, dict[str, Any]]]) -> str:
+    """The section of the models that read pictures."""
+    text = PICTURES
+    for case, row in rows:
+        if case.reads_pictures:
+            cpu = row["cpu"]
+            found = cpu if "rms" in cpu else cpu.get("stand_in", {})
+            seen = f"{found['picture']:.4f}" if "picture" in found else ""
+            text += f"| {case.model} | {case.name} | {_cpu(cpu)} | {seen} |\n"
+    return text
+
+
+def with_pictures(page: str, rows: list[tuple[Case, dict[str, Any]]]) -> str:
+    """A page with only that section written anew, where the rows of the others are not known."""
+    title = PICTURES.strip().partition("\n")[0]
+    before, found, after = page.partition(f"\n{title}\n")
+    if not found:
+        before, _, after = page.partition(FUSED)
+        return before + pictures(rows) + FUSED + after
+    return before + pictures(rows) + FUSED + after.partition(FUSED)[2]
 
 
 def _cpu(cpu: dict[str, Any]) -> str:

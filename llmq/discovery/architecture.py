@@ -36,6 +36,15 @@ def beside_decoder(model: nn.Module) -> list[str]:
     return [] if decoder is None else [name for name, module in linears.items() if id(module) not in within]
 
 
+def in_towers(model: nn.Module) -> list[str]:
+    """Those of `beside_decoder` if the configuration has that of a text model beside others, else none.
+
+    Models of text alone may have a layer beside their decoder, too, between it and the output embedding.
+    """
+    config: Any = model.config
+    return [] if config.get_text_config() is config else beside_decoder(model)
+
+
 def text_part(model: nn.Module) -> str | None:
     """The path of the largest part of a model that generates text by itself, if there is one beside the model."""
     parts = {name: part for name, part in model.named_modules() if name and generates(type(part))}

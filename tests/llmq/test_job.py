@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from llmq import job
 from llmq.checkpoint.source import FolderSource
@@ -124,7 +126,9 @@ def test_the_configuration_names_each_scheme_and_all_linears_left_alone(tiny_mod
     assert len(section["ignore"]) == 2  # a name that the model and the checkpoint share stands once
 
 
-def test_beside_a_tower_that_is_left_alone_quantized_modules_are_named(tiny_model: Path, tmp_path: Path) -> None:
+def test_beside_a_tower_that_is_left_alone_quantized_modules_are_targets_by_name(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """So that a server may call the tower's layers what it likes, vLLM "qkv_proj" what is "qkv", for example."""
     folder = write_llava(tmp_path / "vision", tiny_model)
 
@@ -133,12 +137,18 @@ def test_beside_a_tower_that_is_left_alone_quantized_modules_are_named(tiny_mode
         (group,) = section["config_groups"].values()
         return list(group["targets"])
 
-    parts = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{name}_proj" for name in "kqvo"))
-    names = {f"layers.{block}.{part}" for block in range(3) for part in parts}
-    assert set(targets(folder)) == {f"{p}.{n}" for p in ("language_model.model", "model.language_model") for n in names}
-    assert not set(targets(folder, keep=("layers.1",))) & {f"language_model.model.{n}" for n in names if ".1." in n}
+    parts = {"mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{name}_proj" for name in "kqvo")}
+    places = {rf"re:(.*\.)?(language_model\.layers|model\.layers)\.\d+\.{re.escape(part)}$" for part in parts}
+    assert set(targets(folder)) == set(targets(folder, keep=("layers.1",))) == places
     assert targets(tiny_model) == targets(folder, include=("vision_tower", "multi_modal_projector")) == ["Linear"]
-    assert any("vision_tower" in name for name in targets(folder, include=("re:fc1$",)))
+    assert set(targets(folder, include=("re:layers.0.mlp.fc1$",))) == places | {
+        f"{prefix}vision_tower.encoder.layers.0.mlp.fc1" for prefix in ("", "model.")
+    }
+    # Names that all who load it have: they stand as they are.
+    loaded = {f"model.language_model.layers.{block}.{part}" for block in range(3) for part in parts}
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    assert set(targets(tmp_path / "new")) == loaded
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import save_file
 
 from llmq import job
-from llmq.discovery.architecture import generator, not_causal, opener, suggested
+from llmq.discovery.architecture import beside_decoder, generator, in_towers, not_causal, opener, suggested
 from llmq.errors import LlmqError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -113,6 +113,21 @@ def test_a_checkpoint_of_another_model_is_told_by_its_names(tmp_path: Path) -> N
     save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(LlmqError, match=r"it has layers\.0\.attention\.wq\.weight, for example.*download"):
         job.plan(str(tmp_path))
+
+
+def test_a_tower_is_beside_a_text_model_and_a_head_is_none() -> None:
+    """A BERT has a layer between its decoder and its output embedding, and is of text alone."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llava = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model"} | vision, text_config={"model_type": "llama"} | SMALL
+    )
+    bert = transformers.BertConfig(**SMALL, is_decoder=True)
+    with torch.device("meta"):
+        seeing, reading = transformers.LlavaForConditionalGeneration(llava), transformers.BertLMHeadModel(bert)
+    assert beside_decoder(reading) and not in_towers(reading)
+    found = in_towers(seeing)
+    assert found == beside_decoder(seeing) and all("vision_tower" in n or "projector" in n for n in found)
+    assert len(found) == 8
 
 
 @pytest.mark.parametrize(
