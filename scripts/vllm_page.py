@@ -43,6 +43,12 @@ Small random models, with a processor; quantized on text, towers and projectors 
 in vLLM both: some towers compute something else there than in transformers, quantized or not. Another picture changed
 them by 0.09 at least. "Names of transformers 5": vLLM does not know its names for a CLIP or SigLIP tower, and refuses
 the unquantized folder as well; text alone (`limit_mm_per_prompt={"image": 0, "video": 0}`) runs.
+Where inputs are rounded, the picture's number is that of the rounding: the dequantized weights are run without.
+
+Loaded by hand, but not run (2026-11-28, 4-bit g32, tiny checkpoints): 30 types that vLLM loads unquantized, among them
+all of the above, gemma4, glm4v, paligemma, qwen3_5, qwen3_5_moe, and qwen2_audio, granite_speech,
+moss_transcribe_diarize for sounds. All load, every layer of a decoder quantized, none of a tower, and no parameter is
+left unfilled. 13 more types are in vLLM, but it loads their tiny checkpoints in no form.
 
 | model | recipe | text | picture |
 |---|---|---|---|

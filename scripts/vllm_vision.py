@@ -142,6 +142,26 @@ VISION = {
         {},
         {"image_token_id": "$<image>"},
     ),
+    "llava_onevision": Vision(
+        "<image>",
+        ("<image>", "<video>"),
+        {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 16,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": [[SIDE, SIDE]]} | SIZED,
+        {"model_type": "qwen2"},
+        {"model_type": "siglip_vision_model", "vision_use_head": False},
+        {
+            "image_token_index": "$<image>",
+            "video_token_index": "$<video>",
+            "image_grid_pinpoints": [[SIDE, SIDE]],
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+        renamed=INNER,
+    ),
     "internvl": Vision(
         "<IMG_CONTEXT>",
         ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
@@ -172,7 +192,7 @@ def write_vision(kind: str, folder: Path, *, old_names: bool = True) -> Path:
     the type's checkpoints on the hub, not by those that transformers 5 has in memory.
     """
     told, ids = VISION[kind], tokens(kind)
-    more = {key: ids[value[1:]] if isinstance(value, str) else value for key, value in told.config.items()}
+    more = {key: ids[value[1:]] if str(value).startswith("$") else value for key, value in told.config.items()}
     depth = DEPTH if "num_hidden_layers" in CONFIG_MAPPING[kind]().vision_config.to_dict() else BLOCKS
     config: Any = CONFIG_MAPPING[kind](
         text_config=TEXT | told.text, vision_config=COMMON | depth | told.tower, tie_word_embeddings=False, **more

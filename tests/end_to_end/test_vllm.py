@@ -1,4 +1,4 @@
-"""Two folders in real vLLM, on the CPU: `scripts/check_vllm.py` has every scheme, and docs/vllm.md its results."""
+"""Folders in real vLLM, on the CPU: `scripts/check_vllm.py` has every scheme, and docs/vllm.md its results."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def test_vllm_reads_what_llmq_writes(vllm_python: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, "--only", *CASES], capture_output=True, text=True, cwd=SCRIPTS)
     assert done.returncode == 0 and "2 cases, 0 wrong" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("rms 0.00") == 2, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 300)
+def test_vllm_reads_pictures_with_a_tower_that_it_names_otherwise(vllm_python: Path, tmp_path: Path) -> None:
+    """Of this type vLLM asks for names of the tower that no list of ours has."""
+    command = [sys.executable, "check_vllm.py", "--vllm", str(vllm_python), "--cache", str(tmp_path / "rows.json")]
+    done = subprocess.run([*command, "--only", "llava_onevision 4*"], capture_output=True, text=True, cwd=SCRIPTS)
+    if "CalledProcessError" in done.stderr and "torchvision" in done.stderr:
+        pytest.skip("torchvision, which vLLM needs for pictures, cannot be installed here")
+    assert done.returncode == 0 and "1 cases, 0 wrong" in done.stdout, done.stdout + done.stderr
+    assert "with a picture 0.00" in done.stdout, done.stdout
