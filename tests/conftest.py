@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import traceback
@@ -109,6 +110,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") and config.getoption("cov_source", None):
         for name in (*IMPORTED, "peft", "bitsandbytes"):
             importlib.import_module(name)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: to look through it takes each collection of garbage up to a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """At its end, Python takes everything down, as ever."""
+    gc.unfreeze()
 
 
 Run = Callable[..., "Done"]
