@@ -70,6 +70,8 @@ class Named:
         Raises LlmqError if it cannot be asked: the format's package is missing, or reads values while loading.
         """
         config: Any = deepcopy(self.model.config)
+        # That of a source which is dequantized when read does not describe these tensors.
+        vars(config).pop("quantization_config", None)
         if quantization is not None:
             config.quantization_config = deepcopy(dict(quantization))
         state: dict[str, Tensor] = {
