@@ -164,13 +164,18 @@ def config(made: Plan) -> dict[str, Any]:
     order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))
     groups = {scheme: groups[scheme] for scheme in order}
     heads = {name.removesuffix(".weight") for name in head_of(made.model)}
+    if made.named is not None:
+        # Of the class in config.json, a tied output embedding is no tensor of the checkpoint.
+        known = {*chain(*groups.values()), *ignore}
+        head = getattr(made.named.model, "get_output_embeddings", lambda: None)()
+        linears |= {name for name, module in made.named.model.named_modules() if module is head} - known
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
-    head = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
+    chosen = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
     quantized = set(chain(*groups.values()))
     if {*beside_decoder(made.model if made.named is None else made.named.model)} - quantized:
         section = formats.with_targets(section, made.schemes, quantized, classes=False)
-    elif head:
-        section = formats.with_targets(section, made.schemes, head)
+    elif chosen:
+        section = formats.with_targets(section, made.schemes, chosen)
     if made.for_llmq_alone:
         section = marked(section)
     if loads_dense(made.model, made.weights, made.dtype):
