@@ -8,7 +8,8 @@ How readers match modules to schemes (found in the code of both and tried):
   earlier versions class came before parts, so that a target "Linear" matched every fused layer, whatever its parts had.
 
 Hence a single scheme is written as the target "Linear", and several schemes are all written by module name. So is a
-single one beside towers (`with_targets`): vLLM's own names for a tower's layers are often none that `ignore` could have.
+single one beside towers (`with_targets`): vLLM's own names for a tower's layers are often none that `ignore` could
+have.
 """
 
 from __future__ import annotations
