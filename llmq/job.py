@@ -164,6 +164,11 @@ def config(made: Plan) -> dict[str, Any]:
     order = sorted(groups, key=lambda s: (s not in experts, -len(groups[s]), str(s)))
     groups = {scheme: groups[scheme] for scheme in order}
     heads = {name.removesuffix(".weight") for name in head_of(made.model)}
+    if made.named is not None:
+        # Of the class in config.json, a tied output embedding is no tensor of the checkpoint.
+        known = {*ignore}.union(*groups.values())
+        last = getattr(made.named.model, "get_output_embeddings", lambda: None)()
+        linears |= {name for name, module in made.named.model.named_modules() if module is last} - known
     section = formats.config(groups, [*ignore, *sorted(linears)], made.dtype)
     head = [name for item in made.outside.values() if item.module in heads for name in names_of(item)]
     towers = {*in_towers(made.model if made.named is None else made.named.model)}.difference(*groups.values())

@@ -70,6 +70,8 @@ class Named:
         Raises LlmqError if it cannot be asked: the format's package is missing, or reads values while loading.
         """
         config: Any = deepcopy(self.model.config)
+        # That of a source which is dequantized when read does not describe these tensors.
+        vars(config).pop("quantization_config", None)
         if quantization is not None:
             config.quantization_config = deepcopy(dict(quantization))
         state: dict[str, Tensor] = {
@@ -143,7 +145,10 @@ def build_as(folder: Path, name: str, dtype: torch.dtype, trust_remote_code: boo
             if found is None and not getattr(config, "auto_map", None):
                 raise LlmqError(f"{folder}: {name} has no model of type {config.model_type!r}{_way(config)}")
             return _empty(lambda: kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code))
-        return _empty(lambda: kind._from_config(config, dtype=dtype))
+        built = _empty(lambda: kind._from_config(config, dtype=dtype))
+        if next(built.parameters(), None) is None:  # what other classes are made from
+            raise LlmqError(f"{folder}: --class {name} has no weights{_way(config)}")
+        return built
     except LlmqError:
         raise
     except Exception as error:  # as in `_built`

@@ -8,6 +8,7 @@ linear weight if a quantized weight of some block has the same name within its b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -173,7 +174,10 @@ def _check(recipe: Recipe, items: list[WeightPlan], loads: list[_Loads]) -> None
                 f"{told} only weights of the decoder's blocks ({hit[0].name}), which are quantized without it"
             )
         if not any(item.scheme or (item.reason and item.reason.kind in CHOSEN) for item in left):
-            raise LlmqError(f"{told} no weight that can be quantized: {left[0].name}: {left[0].reason}")
+            # One convolution beside a hundred linear layers says nothing of these.
+            usual = Counter(item.reason for item in left).most_common(1)[0][0]
+            first = next(item.name for item in left if item.reason == usual)
+            raise LlmqError(f"{told} no weight that can be quantized: {first}: {usual}")
 
 
 def _of_blocks(items: Iterable[WeightPlan], structure: Structure) -> dict[str, set[tuple[int, ...]]]:

@@ -155,7 +155,8 @@ def _metadata(report: Report, base: str | None, source: Path) -> str:
     tags = ["llmq", report.format.partition(" ")[0], *(f"{count}-bit" for count in bits)]
     known = source_metadata(source)
     given |= {key: known[key] for key in COPIED if known.get(key)}
-    task = known.get("pipeline_tag") if report.recipe.get("model_class") else "text-generation"
+    # What a model does that another class opens, images and text for example, only its own card says.
+    task = "text-generation" if report.opener == "AutoModelForCausalLM" else known.get("pipeline_tag")
     given |= {"pipeline_tag": task} if task else {}
     return str(ModelCardData(library_name="transformers", tags=tags, **given).to_yaml())
 

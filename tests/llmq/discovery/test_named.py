@@ -81,6 +81,12 @@ def test_a_name_that_opens_no_model(name: str) -> None:
     refused(lambda: class_of(name), f"--class {name!r} is no class of transformers", "AutoModelForSeq2SeqLM")
 
 
+@pytest.mark.parametrize("name", ["PreTrainedModel", "BertPreTrainedModel"])
+def test_a_class_that_others_are_made_from_has_no_weights(name: str, tmp_path: Path) -> None:
+    folder = classes.write("bert", tmp_path / "bert")
+    refused(lambda: build_as(folder, name, torch.float32), str(folder), f"--class {name} has no weights: --class Auto")
+
+
 def test_a_config_that_the_class_cannot_be_built_with(tmp_path: Path) -> None:
     folder = classes.write("bert", tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 7}

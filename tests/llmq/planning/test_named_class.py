@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from llmq import job
 from llmq.checkpoint.source import FolderSource
 from llmq.checkpoint.tensors import TensorInfo
+from llmq.discovery.named import Named
 from llmq.grids.scheme import Scheme
 from llmq.planning.named_class import check_named_class
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
+from tests.llmq import classes
+from tests.llmq.formats import published
 from tests.llmq.refusal import refused
 
 IDS = torch.arange(64).view(2, 32)
@@ -127,6 +131,27 @@ def test_a_source_that_lacks_the_classs_weights_itself_is_warned_of(tiny_model: 
     (tmp_path / "m" / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
     made = planned(tmp_path / "m")
     assert [w for w in made.warnings if "score.weight" in w and "already" in w]
+
+
+def test_the_section_of_a_dequantized_source_says_nothing_of_its_tensors(tiny_model: Path, tmp_path: Path) -> None:
+    """With it, the class would look for scales, and what it misses in the source is not looked for in the output."""
+    copytree(tiny_model, tmp_path / "m")
+    made = planned(published.in_layout("mxfp8-quantized")(tmp_path / "m"), include=("lm_head",))
+    assert len(made.outside) == 1 and not [warning for warning in made.warnings if "config.json names" in warning]
+    named = Named(made.model, made.source.names())
+    infos = [made.source.info(name) for name in made.source.names()]
+    assert not named.refused({info.name: (info.dtype, info.shape) for info in infos})
+
+
+def test_a_tied_head_of_the_class_in_config_json_is_left_alone(tmp_path: Path) -> None:
+    """The class that --class names has no head; bitsandbytes' loader would take the other's for a quantized one."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    BartForConditionalGeneration(BartConfig(**classes.BART)).save_pretrained(tmp_path / "m")
+    made = planned(tmp_path / "m", scheme=Scheme(4, 64, True, "nf4"), model_class="AutoModel")
+    section = job.config(made)["quantization_config"]
+    assert section["llm_int8_skip_modules"] == ["lm_head"]
+    check_named_class(made, section)
 
 
 def test_a_named_class_that_cannot_be_built_is_warned_of(tiny_model: Path, tmp_path: Path) -> None:

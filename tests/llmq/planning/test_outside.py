@@ -124,6 +124,19 @@ def test_patterns_that_include_nothing(tiny_model: Path, pattern: str, words: tu
     refused(lambda: make(tiny_model, include=(pattern,)), f"--include {pattern!r}", *words)
 
 
+def test_the_reason_is_that_of_most_weights(tmp_path: Path, tiny_model: Path) -> None:
+    """A tower whose initialization reads every linear weight also has one convolution, which comes first."""
+    from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    text = AutoModelForCausalLM.from_pretrained(tiny_model).config
+    vision = SiglipVisionConfig(**classes.VISION)
+    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).save_pretrained(tmp_path)
+    refused(
+        lambda: make(tmp_path, include=("vision_tower",)),
+        "self_attn.k_proj: stock transformers cannot load it packed: the model's own code accesses it while loading",
+    )
+
+
 def test_a_tied_output_embedding_is_not_included(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -155,7 +155,7 @@ def test_what_had_no_calibration_is_told(source: Path) -> None:
 def test_a_model_of_another_class(source: Path) -> None:
     rows = [WeightRow("layer", (64, 64), None, 9, Scheme(), 0.1)]
     recipe = report(2).recipe | {"model_class": "AutoModelForSeq2SeqLM", "methods": ["rtn"]}
-    made = replace(report(2), weights=rows, blocks=[], recipe=recipe)
+    made = replace(report(2), weights=rows, blocks=[], recipe=recipe, opener="AutoModelForSeq2SeqLM")
     text = model_card(made, source)
     assert "AutoModelForSeq2SeqLM.from_pretrained(" in text and "AutoTokenizer" not in text
     assert "- verified: every quantized weight was read back" in text and "- outside" not in text
@@ -163,3 +163,10 @@ def test_a_model_of_another_class(source: Path) -> None:
     (source / "README.md").write_text("---\npipeline_tag: translation\n---\n")
     assert ModelCard(model_card(made, source)).data.pipeline_tag == "translation"
     assert ModelCard(model_card(report(2), source)).data.pipeline_tag == "text-generation"
+
+
+def test_what_a_model_does_that_reads_images_is_said_by_its_own_card(source: Path) -> None:
+    made = replace(report(2), opener="LlavaForConditionalGeneration")
+    assert ModelCard(model_card(made, source)).data.pipeline_tag is None
+    (source / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n")
+    assert ModelCard(model_card(made, source)).data.pipeline_tag == "image-text-to-text"
