@@ -92,7 +92,8 @@ def told(case: Case, row: dict[str, Any]) -> tuple[str, bool]:
     if "rms" in cpu:
         floor = f" (its dtype alone {cpu['floor']:.4f})" if cpu["floor"] else ""
         words = (
-            f"rms {cpu['rms']:.4f}{floor}{of_picture(cpu)}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, {', '.join(cpu['kernels'])}"
+            f"rms {cpu['rms']:.4f}{floor}{of_picture(cpu)}, nll {cpu['expected']:.3f} → {cpu['nll']:.3f}, "
+            f"{', '.join(cpu['kernels'])}"
         )
         return words, right_of(case, cpu)
     instead = cpu.get("stand_in")

@@ -217,7 +217,7 @@ def log_probabilities(
 
 
 def reads_pictures(folder: str) -> bool:
-    """Whether a folder's model has a part for pictures, which vLLM does not build where their number is limited to 0."""
+    """Whether a folder's model has a part for pictures, which vLLM does not build where at most 0 are allowed."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         return "vision_config" in json.load(file)
 
