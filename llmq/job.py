@@ -186,7 +186,11 @@ def config(made: Plan) -> dict[str, Any]:
         section = marked(section)
     if loads_dense(made.model, made.weights, made.dtype):
         section = formats.dense(section, made.schemes)
-    return made.source.config | {"quantization_config": section}
+    told: dict[str, Any] = {"quantization_config": section}
+    if made.recipe.model_class is not None and not made.source.config.get("architectures"):
+        # Else nothing in the folder says which class opens it.
+        told |= {"architectures": [type(made.model).__name__]}
+    return made.source.config | told
 
 
 def fingerprint(made: Plan, device: str) -> dict[str, Any]:

@@ -73,7 +73,10 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
         return f"it is a part of a diffusion pipeline ({config.get('_class_name', 'diffusers')}), {ONLY}"
     kind, classes = config.get("model_type"), config.get("architectures")
     if config.get("auto_map"):
-        return None
+        own = _own_class(config)
+        if own is None or kind in CAUSAL:
+            return None
+        return f"its own code opens it by {own} only, {CALIBRATED}: --class {own} --method rtn (or hqq) quantizes it"
     if not kind:
         return (
             "config.json has no model_type, so that nothing says what model it is: download the model's own config.json"
@@ -106,10 +109,21 @@ def opener(config: Any) -> Any:
     import transformers
 
     if getattr(config, "auto_map", None):
-        return generator(config)
+        own, causal = _own_class(vars(config)), generator(config)
+        return causal if own is None or type(config) in causal._model_mapping else getattr(transformers, own)
     named = [getattr(transformers, str(name), None) for name in config.architectures or []]
     kinds = (kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))
     return next(kinds, generator(config))
+
+
+def _own_class(config: Mapping[str, Any]) -> str | None:
+    """The first auto class that opens a model by its folder's own code, unless AutoModelForCausalLM does."""
+    import transformers
+
+    told = config.get("auto_map")
+    names = list(told) if isinstance(told, dict) else []
+    opens = [name for name in names if hasattr(getattr(transformers, name, None), "_model_mapping")]
+    return None if "AutoModelForCausalLM" in opens else next(iter(opens), None)
 
 
 def suggested(config: Mapping[str, Any]) -> str | None:

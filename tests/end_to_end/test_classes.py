@@ -116,6 +116,15 @@ def test_the_command_line(tmp_path: Path, llmq: Run) -> None:
     assert llmq("inspect", out).returncode == 0
 
 
+def test_a_folder_that_does_not_say_its_class_is_written_with_it(tmp_path: Path) -> None:
+    source, out = write("bert", tmp_path / "m"), tmp_path / "q"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
+    job.quantize(str(source), out, recipe("bert", methods=("rtn",), model_class="BertModel"))
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert type(package.load(out, device_map="cpu")) is transformers.BertModel
+
+
 @pytest.mark.slow
 def test_a_broken_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmq import block_io

@@ -39,6 +39,10 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
             },
             "has an encoder before its decoder",
         ),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}},
+            "by AutoModel only, and llmq calibrates and measures models that generate text only: --class AutoModel ",
+        ),
         ({"architectures": ["LlamaForCausalLM"]}, "no model_type"),
         ({}, "no model_type"),
         ({"model_type": "of-tomorrow", "architectures": ["OfTomorrowForCausalLM"]}, "pip install -U transformers"),
@@ -84,6 +88,20 @@ def test_those_that_generate_text(config: dict[str, Any]) -> None:
 )
 def test_the_class_that_opens_a_checkpoint(config: Any, kind: str) -> None:
     assert generator(config).__name__ == kind
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind"),
+    [
+        (("AutoConfig", "AutoModel", "AutoModelForMaskedLM"), "AutoModel"),
+        (("AutoTokenizer", "AutoModelForMaskedLM"), "AutoModelForMaskedLM"),
+        (("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "AutoModelForCausalLM"),
+        (("AutoConfig",), "AutoModelForCausalLM"),
+    ],
+)
+def test_the_class_that_opens_all_of_a_folder_with_code_of_its_own(classes: tuple[str, ...], kind: str) -> None:
+    config = transformers.PreTrainedConfig(auto_map=dict.fromkeys(classes, "own.Own"))
+    assert opener(config).__name__ == kind
 
 
 @pytest.mark.slow
