@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ settings.load_profile("llmq")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+newer_transformers = pytest.mark.skipif(
+    version("transformers").startswith("5.16."),
+    reason="transformers 5.16 and compressed-tensors of its time do otherwise with such a folder, or fail on it",
+)
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "wizards", "brew", "potions")
 
 

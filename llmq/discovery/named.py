@@ -145,10 +145,9 @@ def build_as(folder: Path, name: str, dtype: torch.dtype, trust_remote_code: boo
             if found is None and not getattr(config, "auto_map", None):
                 raise LlmqError(f"{folder}: {name} has no model of type {config.model_type!r}{_way(config)}")
             return _empty(lambda: kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code))
-        built = _empty(lambda: kind._from_config(config, dtype=dtype))
-        if next(built.parameters(), None) is None:  # what other classes are made from
+        if kind.__init__ is transformers.PreTrainedModel.__init__:  # what other classes are made from
             raise LlmqError(f"{folder}: --class {name} has no weights{_way(config)}")
-        return built
+        return _empty(lambda: kind._from_config(config, dtype=dtype))
     except LlmqError:
         raise
     except Exception as error:  # as in `_built`

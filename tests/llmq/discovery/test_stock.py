@@ -13,6 +13,7 @@ from torch import nn
 from llmq.discovery.stock import accepts, unpackable
 from llmq.formats.compressed_tensors.config import config_of, dense
 from llmq.grids.scheme import Scheme
+from tests.conftest import newer_transformers
 from tests.llmq.classes import KINDS
 
 
@@ -103,6 +104,7 @@ def test_a_model_in_memory_is_not_tried() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
+@newer_transformers
 def test_rules_that_a_formats_rules_do_not_join(tmp_path: Path) -> None:
     """transformers cannot unpack weights while loading where one tensor of a type is cut into several parameters."""
     section = config_of({Scheme(4, 32): ["a"]}, [])

@@ -16,7 +16,7 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.plan import Plan
 from llmq.planning.weights import WeightPlan
 from llmq.recipe.recipe import Recipe
-from tests.conftest import write_tiny_model
+from tests.conftest import newer_transformers, write_tiny_model
 from tests.llmq import classes
 from tests.llmq.planning.made import IDS, make
 from tests.llmq.refusal import refused
@@ -216,6 +216,7 @@ def test_parameters_that_are_made_while_loading_need_no_tensor(tmp_path: Path) -
     assert "no tensor" in str(items["model.encoder.embed_positions"].reason)
 
 
+@newer_transformers
 def test_one_scheme_is_unpacked_while_loading(tmp_path: Path) -> None:
     """T5's initialization reads weights, which packed modules do not have; and `generate` calls the encoder alone."""
     folder = classes.write("t5", tmp_path)
