@@ -41,7 +41,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --no-compile -c constraints-oldest.txt -e '.[eval,gpu]' $(TEST_TOOLS)
 	touch $@
 
-# The fast lane, under two minutes on two cores: all but what is marked slow.
+# The fast lane, under three minutes on two cores: all but what is marked slow.
 quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
