@@ -57,11 +57,11 @@ class Command:
 
 
 class Server:
-    """The process that is forked, one command at a time."""
+    """The process that is forked, one command at a time; `env` is there already when it imports what others wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **env: str) -> None:
         path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval")))
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-P", __file__], env=env, bufsize=0, **pipes)
         assert self.process.stdin and self.process.stdout
