@@ -109,6 +109,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, which say how long they take, so that none is left over when all others are done."""
+    items.sort(key=lambda item: -max((sum(mark.args) for mark in item.iter_markers("slow")), default=0))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: to look through it takes each collection of garbage up to a second."""
     gc.collect()

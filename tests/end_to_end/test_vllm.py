@@ -27,7 +27,7 @@ def vllm_python() -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 @pytest.mark.timeout(SECONDS + 300)
 def test_vllm_reads_what_llmq_writes(vllm_python: Path, tmp_path: Path) -> None:
     """One scheme by class, and two by name, fused parts included; log-probabilities within 0.003 (rms)."""
@@ -37,7 +37,7 @@ def test_vllm_reads_what_llmq_writes(vllm_python: Path, tmp_path: Path) -> None:
     assert done.stdout.count("rms 0.00") == 2, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 @pytest.mark.timeout(SECONDS + 300)
 def test_vllm_reads_pictures_with_a_tower_that_it_names_otherwise(vllm_python: Path, tmp_path: Path) -> None:
     """Of this type vLLM asks for names of the tower that no list of ours has."""
