@@ -16,13 +16,14 @@ FILES = 40
 
 
 def texts(rows: int) -> dict[str, bytes]:
-    """A data set of many .jsonl files."""
+    """A data set of many .jsonl files, which differ in their first rows."""
     rng = random.Random(0)
 
-    def lines() -> bytes:
-        return "".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) + "\n" for _ in range(rows)).encode()
+    def lines(count: int) -> bytes:
+        return "".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) + "\n" for _ in range(count)).encode()
 
-    return {f"train-{i:03d}.jsonl": lines() for i in range(FILES)}
+    rest = lines(rows - 20)
+    return {f"train-{i:03d}.jsonl": lines(20) + rest for i in range(FILES)}
 
 
 def started(hub: HubServer, folder: Path) -> Server:
