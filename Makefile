@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 DEMO := build/demo-w4
 
 OLDEST := .venv-oldest
+# Some machines set it for everything. Every process would then compile torch and transformers anew: seven seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 # Two halves of the tests, of which who is done first takes over some: a module's tests, and what it makes for them, stay
 # together, and nobody waits at the end.
