@@ -99,8 +99,10 @@ class Tasks:
         try:
             # lm-eval asks git for the commit of the current directory, and git's error would appear on the terminal;
             # and it asks pip, for a second of each task, for what is installed.
-            asked = {"get_git_commit_hash": str, "add_env_info": lambda *_: None}
-            with patch.multiple("lm_eval.evaluator", create=True, **asked):
+            with (
+                patch("lm_eval.evaluator.get_git_commit_hash", str, create=True),
+                patch("lm_eval.evaluator.add_env_info", lambda *_: None, create=True),
+            ):
                 found = simple_evaluate(
                     model=adapter,
                     tasks=[name],
