@@ -28,11 +28,12 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         # The weights that are rounded already are there beside the unrounded ones.
         copies += numbers * size if plan.pipeline.corrects else 0
         dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
+        corrected, before = _correction(plan, mine)
         load = Load(
             dense * size + copies,
             sum(i.after for i in mine),
-            max(_statistics(plan, mine, corrected=plan.pipeline.corrects), _correction(plan, mine)),
-            max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
+            max(_statistics(plan, mine, corrected=plan.pipeline.corrects), corrected),
+            max([method.workspace(i.shape) for method in plan.pipeline.all for i in mine] + [before], default=0),
         )
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
         if block.experts is not None:
@@ -85,28 +86,29 @@ def _statistics(plan: Plan, items: list[WeightPlan], *, corrected: bool = False)
     return max((sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in passes), default=0)
 
 
-def _correction(plan: Plan, items: list[WeightPlan]) -> int:
-    """The bytes of the largest stage of weights with one input that are corrected together."""
+def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
+    """The bytes of the largest stage of weights with one input that are corrected together.
+
+    Of what stays while its weights are quantized, and of what is there before.
+    """
     if not plan.pipeline.corrects:
-        return 0
+        return 0, 0
     stages: dict[int, list[WeightPlan]] = {}
     for item in items:
         stages.setdefault(item.input_id, []).append(item)
     needs: list[type[Statistic]] = [Hessian, *plan.pipeline.quantizer.quantize_needs]
     needs = list(dict.fromkeys(needs))
-    hidden, size = hidden_width(plan.model), plan.dtype.itemsize
-    most = 0
+    stays = before = 0
     for stage in stages.values():
         width, outs = stage[0].shape[1], sum(item.shape[0] for item in stage)
-        statistics = sum(need.nbytes(width) for need in needs)
-        # The drift and a factor; a stream and the corrected value of each, and what one of them is computed with.
-        more = 8 * width**2 + 8 * outs * width + 8 * max(prod(i.shape) for i in stage)
+        stays = max(stays, sum(need.nbytes(width) for need in needs) + 4 * outs * width)
+        # The drift and a factor; a stream of each weight, and what one of them is computed with.
         held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1) * 4 * (2 * width + outs)
-        most = max(most, statistics + more + held)
+        before = max(before, 8 * width**2 + 4 * outs * width + 8 * max(prod(i.shape) for i in stage) + held)
     widths = sum(stage[0].shape[1] for stage in stages.values())
-    streams = sum(item.shape[0] for item in items if item.shape[0] == hidden)
-    shown = plan.ids.numel() * size * (widths + streams)
-    return most + (shown if shown <= ROOM else 0)
+    streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
+    shown = plan.ids.numel() * plan.dtype.itemsize * (widths + streams)
+    return stays + (shown if shown <= ROOM else 0), before
 
 
 def group_bytes(plan: Plan, items: list[WeightPlan]) -> int:
