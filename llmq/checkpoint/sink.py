@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -205,6 +206,14 @@ class Sink:
     def read(self, name: str) -> Tensor:
         """One tensor of any committed unit, read back from disk. Raises as infos."""
         return read_tensor(self.infos(self._unit_of[name])[name])
+
+    def unit_of(self, name: str) -> str | None:
+        """The unit that a tensor was committed with; None if it was not."""
+        return self._unit_of.get(name)
+
+    def digest(self) -> str:
+        """A digest of all committed shards."""
+        return hashlib.sha256("".join(entry["sha256"] for entry in self._entries.values()).encode()).hexdigest()
 
     @property
     def total_bytes(self) -> int:

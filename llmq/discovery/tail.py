@@ -30,7 +30,8 @@ class Tail:
     """What runs after the blocks of a model.
 
     parameters: those that it reads, by their names in the model; gains: of these, what values are multiplied by; apart:
-    whether each token's logits depend on its own states only, so that tokens can be computed some at a time.
+    whether each token's logits depend on its own states only, so that tokens can be computed some at a time;
+    vocabulary: the number of logits of a token.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Tail:
     parameters: tuple[str, ...] = ()
     gains: frozenset[str] = frozenset()
     apart: bool = False
+    vocabulary: int = 0
     _first: nn.Module | None = None
     _results: dict[torch.Size, Results] = field(default_factory=dict)
 
@@ -49,6 +51,8 @@ class Tail:
         Raises LlmqError if the model returns no logits.
         """
         last, seen = len(self.blocks) - 1, False
+        if self._first is None:
+            self._first = deepcopy(self.blocks[0])
         with ExitStack() as stack:
 
             def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,10 +76,10 @@ class Tail:
             raise LlmqError("the model returns no logits for every token, which distill compares")
         return logits
 
-    def pieces(self, vocabulary: int, shape: torch.Size) -> Iterator[slice]:
+    def pieces(self, shape: torch.Size) -> Iterator[slice]:
         """The tokens, for states of this shape, of which logits are computed at once."""
         batch, tokens = shape[:2]
-        step = max(1, PIECE // max(1, vocabulary * batch)) if self.apart else tokens
+        step = max(1, PIECE // max(1, self.vocabulary * batch)) if self.apart else tokens
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
@@ -84,8 +88,7 @@ class Tail:
     ) -> Results:
         """What a block returns for states of this shape: the first block's result with zeros as parameters."""
         if shape not in self._results:
-            if self._first is None:
-                self._first = deepcopy(self.blocks[0])
+            assert self._first is not None
             for name, buffer in self._first.named_buffers():
                 if not buffer.is_meta:
                     assign(self._first, name, buffer.to(device))
@@ -112,7 +115,7 @@ def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, width:
             yield
 
     with torch.no_grad(), zeros_outside(model, blocks):
-        tail.logits(ids, hidden, around)
+        tail.vocabulary = tail.logits(ids, hidden, around).shape[-1]
     tail.parameters, tail.gains = tuple(sorted(used)), frozenset(multiplied)
     return tail
 

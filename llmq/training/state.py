@@ -29,6 +29,21 @@ def save(
     write(folder / FILE, to_bytes(tensors, {_KEY: json.dumps({"about": dict(about), "optimizer": plain})}))
 
 
+def about(folder: Path) -> dict[str, Any] | None:
+    """What the checkpoint says `about` itself; None if there is none. Raises LlmqError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            told: dict[str, Any] = json.loads(file.metadata()[_KEY])["about"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return told
+
+
 def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Put the checkpoint's values into the parameters and the optimizer; returns `about`, or None without a checkpoint.
 
@@ -49,10 +64,14 @@ def load(folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Opt
             for name, parameter in trained.items():
                 parameter.copy_(tensors[f"trained.{name}"])
         optimizer.load_state_dict(state)
-        about: dict[str, Any] = written["about"]
+        told: dict[str, Any] = written["about"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise LlmqError(f"{path} is damaged ({first_line(error)}): delete {folder.parent} to start again") from error
-    return about
+        raise _damaged(path, error) from error
+    return told
+
+
+def _damaged(path: Path, error: Exception) -> LlmqError:
+    return LlmqError(f"{path} is damaged ({first_line(error)}): delete {path.parent.parent} to start again")
 
 
 def _taken_out(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
