@@ -31,7 +31,7 @@ class Tail:
 
     parameters: those that it reads, by their names in the model; gains: of these, what values are multiplied by; apart:
     whether each token's logits depend on its own states only, so that tokens can be computed some at a time;
-    vocabulary: the number of logits of a token.
+    vocabulary, width: the numbers of a token's logits and hidden states.
     """
 
     model: nn.Module
@@ -40,15 +40,16 @@ class Tail:
     gains: frozenset[str] = frozenset()
     apart: bool = False
     vocabulary: int = 0
+    width: int = 0
     _first: nn.Module | None = None
     _results: dict[torch.Size, Results] = field(default_factory=dict)
 
-    def logits(self, ids: Tensor, hidden: Tensor, around: Callable[[], Any] | None = None) -> Tensor:
-        """The logits [batch, tokens, vocabulary] for the last block's output [batch, tokens, width].
+    def logits(self, ids: Tensor, hidden: Tensor | None, around: Callable[[], Any] | None = None) -> Tensor:
+        """The logits [batch, tokens, vocabulary] for the last block's output [batch, tokens, width], None for zeros.
 
         ids: the token ids, int64 [batch, tokens]; around: a context for the tail alone. The tail's parameters must be
-        in memory, and all others outside the blocks, or zeros (`zeros`). Gradients reach `hidden` and parameters.
-        Raises LlmqError if the model returns no logits.
+        in memory, and all others outside the blocks, or zeros (`zeros_outside`). Gradients reach `hidden` and
+        parameters. Raises LlmqError if the model returns no logits.
         """
         last, seen = len(self.blocks) - 1, False
         if self._first is None:
@@ -58,19 +59,21 @@ class Tail:
             def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
                 def forward(*args: Any, **kwargs: Any) -> Any:
                     nonlocal seen
-                    results = self._results_of(hidden.shape, hidden.device, args, kwargs)
+                    results = self._results_of(ids, args, kwargs)
+                    given = results.hidden if hidden is None else hidden
                     if i < last:
-                        return results.of(i, hidden.detach())
+                        return results.of(i, given.detach())
                     if around is not None:
                         stack.enter_context(around())
                     seen = True
-                    return results.of(i, hidden)
+                    return results.of(i, given)
 
                 return forward
 
             with forwards([*self.blocks], make):
                 output = self.model(input_ids=ids, use_cache=False)
-            self._results[hidden.shape].known.clear()
+            for results in self._results.values():
+                results.known.clear()
         logits = getattr(output, "logits", None)
         if not seen or not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
             raise LlmqError("the model returns no logits for every token, which distill compares")
@@ -83,28 +86,25 @@ class Tail:
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
-    def _results_of(
-        self, shape: torch.Size, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Results:
-        """What a block returns for states of this shape: the first block's result with zeros as parameters."""
-        if shape not in self._results:
+    def _results_of(self, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Results:
+        """What a block returns for ids of this shape: the first block's result with zeros as parameters."""
+        if ids.shape not in self._results:
             assert self._first is not None
             for name, buffer in self._first.named_buffers():
                 if not buffer.is_meta:
-                    assign(self._first, name, buffer.to(device))
-            with torch.no_grad(), shared_zeros(self._first, device=device):
+                    assign(self._first, name, buffer.to(ids.device))
+            with torch.no_grad(), shared_zeros(self._first, device=ids.device):
                 result = self._first(*args, **kwargs)
-            self._results[shape] = Results(result, [*args, *kwargs.values()], None, {})
-        return self._results[shape]
+            self._results[ids.shape] = Results(result, [*args, *kwargs.values()], None, {})
+        return self._results[ids.shape]
 
 
-def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, width: int, dtype: torch.dtype) -> Tail:
-    """The tail of a model whose parameters are on the meta device. ids: some windows; width: of its hidden states.
+def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tail:
+    """The tail of a model whose parameters are on the meta device. ids: of a short window, int64 [batch, tokens].
 
     Raises LlmqError if the model returns no logits.
     """
     tail = Tail(model, blocks)
-    hidden = torch.zeros(*ids.shape, width, dtype=dtype)
     used: set[str] = set()
     multiplied: set[str] = set()
 
@@ -115,7 +115,8 @@ def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, width:
             yield
 
     with torch.no_grad(), zeros_outside(model, blocks):
-        tail.vocabulary = tail.logits(ids, hidden, around).shape[-1]
+        tail.vocabulary = tail.logits(ids, None, around).shape[-1]
+    tail.width = next(iter(tail._results.values())).hidden.shape[-1]
     tail.parameters, tail.gains = tuple(sorted(used)), frozenset(multiplied)
     return tail
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ BETAS, EPSILON = (0.9, 0.99), 1e-15
 # The held-out loss is looked at every LOOK steps; training ends when it has not fallen for PATIENCE looks.
 LOOK, PATIENCE = 10, 3
 BEST = "best."
+# Blocks stay in memory while they are trained, if all of them take no more bytes than this as they are read.
+KEPT = 1 << 30
 
 
 class Distill(Method):
@@ -109,3 +113,12 @@ class Distill(Method):
     def workspace(self, shape: tuple[int, ...]) -> int:
         """None: while a block is quantized, nothing is trained."""
         return 0
+
+
+def read_bytes(blocks: Iterable[Any], dtype: torch.dtype) -> int:
+    """The bytes of blocks of a plan as they are read: a byte for each code, and all other parameters in the dtype."""
+    return sum(
+        parameter.numel() * (1 if name in block.weights else dtype.itemsize)
+        for block in blocks
+        for name, parameter in block.module.named_parameters()
+    )

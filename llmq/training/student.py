@@ -25,14 +25,12 @@ from llmq.block.block import WeightState, rounded_inputs
 from llmq.discovery.calls import Call, Recording, States, of_length
 from llmq.discovery.parameters import assign, empty
 from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.methods.distill import KEPT, read_bytes
 from llmq.numerics.scale_factors import factor_gradient, scaled_by
 from llmq.training import state
 from llmq.training.tail import TrainedTail
 from llmq.training.trained import IO, Norm, Planned, block_gains, norm_of
 from llmq.watch import Watch
-
-KEPT = 1 << 30
-"""Blocks stay in memory if all of them take no more bytes than this."""
 
 
 @dataclass
@@ -223,7 +221,7 @@ class StreamedStudent:
         names = {weight.parameter for weight, _ in weights}
         rest = {name: p.detach().cpu() for name, p in block.module.named_parameters() if name not in names}
         opened = Opened(weights, rest)
-        if kept_bytes(self.io.plan.blocks, self.io.plan.dtype) <= KEPT:
+        if read_bytes(self.io.plan.blocks, self.io.plan.dtype) <= KEPT:
             self._kept[block.index] = opened
         return opened
 
@@ -235,15 +233,6 @@ class StreamedStudent:
 
     def _named(self) -> Any:
         return of_length("a block", self.tail.ids[0].shape[1])
-
-
-def kept_bytes(blocks: Sequence[Planned], dtype: torch.dtype) -> int:
-    """The bytes that all blocks take as they are read: a byte for each code, and all other parameters."""
-    total = 0
-    for block in blocks:
-        for name, parameter in block.module.named_parameters():
-            total += parameter.numel() * (1 if name in block.weights else dtype.itemsize)
-    return total
 
 
 def empty_all(module: nn.Module) -> None:
@@ -262,7 +251,7 @@ def open_student(
     Raises LlmqError if the model returns no logits.
     """
     plan = io.plan
-    with TrainedTail.opened(io, recording, first[0], teacher) as tail:
+    with TrainedTail.opened(io, teacher) as tail:
         made = StreamedStudent(io, recording, first, tail, folder, of, watch)
         for index, names in enumerate(block_gains(io, recording)):
             block = plan.blocks[index]

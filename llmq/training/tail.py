@@ -10,7 +10,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.calls import Recording, States
 from llmq.discovery.parameters import assign, empty
 from llmq.discovery.tail import Tail, find_tail, tokens_apart, zeros_outside
 from llmq.training.trained import IO, Norm
@@ -37,12 +36,12 @@ class TrainedTail:
 
     @classmethod
     @contextmanager
-    def opened(cls, io: IO, recording: Recording, first: States, teacher: list[Tensor] | None) -> Iterator[Self]:
+    def opened(cls, io: IO, teacher: list[Tensor] | None) -> Iterator[Self]:
         """The tail, with its parameters in memory within the context, if there are states of the unquantized model."""
         plan = io.plan
         model, blocks = plan.model, [block.module for block in plan.blocks]
         ids = list(torch.split(plan.ids, plan.batch))
-        found = find_tail(model, blocks, ids[0][:1, :SEEN], first.hidden.shape[-1], first.hidden.dtype)
+        found = find_tail(model, blocks, ids[0][:1, :SEEN])
         made = cls(io, found, ids, teacher or [])
         if teacher is None:
             yield made
