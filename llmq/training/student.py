@@ -24,6 +24,7 @@ from llmq import formats
 from llmq.block.block import WeightState, rounded_inputs
 from llmq.discovery.calls import Call, Recording, States, of_length
 from llmq.discovery.parameters import assign, empty
+from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.methods.distill import KEPT, read_bytes
 from llmq.numerics.scale_factors import factor_gradient, scaled_by
@@ -81,8 +82,11 @@ class StreamedStudent:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a state of training, of these weights."""
-        return (state.about(self.folder) or {}).get("of") == self.of
+        """Whether there is a state of training that can be read, of these weights."""
+        try:
+            return (state.about(self.folder) or {}).get("of") == self.of
+        except LlmqError:
+            return False
 
     def save(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> None:
         """See `Student.save`."""
@@ -93,7 +97,13 @@ class StreamedStudent:
         """See `Student.load`: None also for the state of other weights."""
         if not self.saved:
             return None
-        about = state.load(self.folder, values, optimizer) or {}
+        try:
+            about = state.load(self.folder, values, optimizer) or {}
+        except LlmqError as problem:
+            told = (
+                f"the state of training in {self.folder} is damaged: delete that folder and run the same command again"
+            )
+            raise LlmqError(told) from problem
         return {key: value for key, value in about.items() if key != "of"}
 
     def loss(self, batches: Sequence[int]) -> float:
