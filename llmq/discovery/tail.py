@@ -23,6 +23,8 @@ from llmq.errors import LlmqError
 
 PIECE = 1 << 24
 """The most logits that are computed at once."""
+TRIED = 16
+"""The tokens on which it is tried whether logits of tokens can be computed apart."""
 
 
 @dataclass
@@ -81,8 +83,11 @@ class Tail:
 
     def pieces(self, shape: torch.Size) -> Iterator[slice]:
         """The tokens, for states of this shape, of which logits are computed at once."""
+        if not self.apart:
+            yield slice(None)
+            return
         batch, tokens = shape[:2]
-        step = max(1, PIECE // max(1, self.vocabulary * batch)) if self.apart else tokens
+        step = max(1, PIECE // max(1, self.vocabulary * batch))
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
@@ -141,12 +146,14 @@ def zeros_outside(model: nn.Module, blocks: Sequence[nn.Module], device: torch.d
 def tokens_apart(tail: Tail, ids: Tensor, hidden: Tensor) -> bool:
     """Whether the logits of some tokens, computed alone, are those that they have among all others.
 
-    ids [batch, tokens] and hidden [batch, tokens, width]: of a window with real states and parameters in memory.
+    ids [batch, tokens] and hidden [batch, tokens, width]: real states, with the parameters in memory; only the first
+    tokens of a window are tried. It is not so where states have other axes.
     """
+    if hidden.shape[:2] != ids.shape or ids.shape[1] < 2:
+        return False
+    ids, hidden = ids[:1, :TRIED], hidden[:1, :TRIED]
     tokens = ids.shape[1]
     parts = [slice(0, tokens // 2), slice(tokens // 2, tokens)]
-    if tokens < 2:
-        return False
     with torch.no_grad():
         whole = tail.logits(ids, hidden).float()
         alone = torch.cat([tail.logits(ids[:, part], hidden[:, part]).float() for part in parts], 1)

@@ -7,13 +7,13 @@ from math import ceil, prod
 
 import psutil
 
+from llmq.discovery.blocks import PROBE_TOKENS
 from llmq.discovery.tail import PIECE, Tail, find_tail
 from llmq.errors import LlmqError
 from llmq.methods.distill import HELD_OUT, KEPT, read_bytes
 from llmq.planning.memory import TRANSIENT, Budget
 from llmq.planning.types import Plan
 
-PROBE_TOKENS = 8
 FACTOR_BYTES = 32
 """Of a factor: itself, its gradient, two moments and the best value; and all of these once more when a run resumes."""
 BACKWARD_COPIES = 16

@@ -10,14 +10,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from llmq.discovery.blocks import PROBE_TOKENS
 from llmq.discovery.parameters import assign, empty
 from llmq.discovery.tail import Tail, find_tail, tokens_apart, zeros_outside
 from llmq.training.trained import IO, Norm
 
 FLOOR = -1e30
 """Stands for the logarithm of 0 in a divergence."""
-SEEN = 16
-"""The tokens of a window on which it is tried whether logits of tokens are computed apart."""
 
 
 @dataclass
@@ -41,7 +40,7 @@ class TrainedTail:
         plan = io.plan
         model, blocks = plan.model, [block.module for block in plan.blocks]
         ids = list(torch.split(plan.ids, plan.batch))
-        found = find_tail(model, blocks, ids[0][:1, :SEEN])
+        found = find_tail(model, blocks, ids[0][:1, :PROBE_TOKENS])
         made = cls(io, found, ids, teacher or [])
         if teacher is None:
             yield made
@@ -58,8 +57,7 @@ class TrainedTail:
                     if weight is not None:
                         stored = io.read_back(weight).to(io.device)
                         made.values[name] = model.get_parameter(name).detach(), stored
-                window, states = made.ids[0][:1, :SEEN].to(io.device), teacher[0][:1, :SEEN].to(io.device)
-                found.apart = tokens_apart(found, window, states)
+                found.apart = tokens_apart(found, ids[0].to(io.device), teacher[0].to(io.device))
                 yield made
         finally:
             for name in found.parameters:
