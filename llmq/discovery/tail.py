@@ -1,7 +1,7 @@
-"""The tail of a model, all that runs after its last block, found and run by running the model around given states.
+"""What a model does after its last block (the final norm, the head), found and run by running the model.
 
-The model runs as ever, but its blocks only return what they are told: the last one the states that the tail is to start
-from. So a final norm, an output embedding, a soft limit on logits and whatever else there is are the model's own.
+The model's own forward runs with blocks that compute nothing, the last of which returns given hidden states. So what
+the model does between its last block and its logits is done by its own code, and no part of it is named here.
 """
 
 from __future__ import annotations
@@ -15,81 +15,140 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.calls import forwards
+from llmq.discovery.calls import replaced_forwards
 from llmq.discovery.gains import watch_gains
 from llmq.discovery.handed import Results
 from llmq.discovery.parameters import assign, shared_zeros, watch_used
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 
 PIECE = 1 << 24
 """The most logits that are computed at once."""
+PROBE = (1, 8)
 TRIED = 16
-"""The tokens on which it is tried whether logits of tokens can be computed apart."""
+"""The tokens on which it is tried what logits depend on."""
+TOLERANCE = 1e-3
+META = torch.device("meta")
 
 
 @dataclass
 class Tail:
-    """What runs after the blocks of a model.
+    """The part of a model after its last block.
 
-    parameters: those that it reads, by their names in the model; gains: of these, what values are multiplied by; apart:
-    whether each token's logits depend on its own states only, so that tokens can be computed some at a time;
-    vocabulary, width: the numbers of a token's logits and hidden states.
+    model: whose parameters may be on the meta device; blocks: its blocks, in order; parameters: the names of those that
+    the tail reads: they must be in memory, on the device of the hidden states, whenever it runs; gains: of these, what
+    values are multiplied by; rows, width: the sizes of the vocabulary and of the hidden states; apart: whether each
+    token's logits depend on its own hidden states only, once that was tried (`settle`).
     """
 
     model: nn.Module
     blocks: Sequence[nn.Module]
     parameters: tuple[str, ...] = ()
     gains: frozenset[str] = frozenset()
-    apart: bool = False
-    vocabulary: int = 0
+    rows: int = 0
     width: int = 0
+    apart: bool = False
     _first: nn.Module | None = None
     _results: dict[torch.Size, Results] = field(default_factory=dict)
 
-    def logits(self, ids: Tensor, hidden: Tensor | None, around: Callable[[], Any] | None = None) -> Tensor:
-        """The logits [batch, tokens, vocabulary] for the last block's output [batch, tokens, width], None for zeros.
+    def logits(self, hidden: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The model's logits [batch, tokens, vocabulary] for the last block's output `hidden`.
 
-        ids: the token ids, int64 [batch, tokens]; around: a context for the tail alone. The tail's parameters must be
-        in memory, and all others outside the blocks, or zeros (`zeros_outside`). Gradients reach `hidden` and
-        parameters. Raises LlmqError if the model returns no logits.
+        shape: batch and tokens, where they are not the first two axes of `hidden`. Gradients reach `hidden`, and those
+        of `parameters` that require one. Raises LlmqError.
         """
-        last, seen = len(self.blocks) - 1, False
+        return self._run(hidden, shape or hidden.shape[:2], 0.0)
+
+    def check(self, hidden: Tensor) -> None:
+        """Raise LlmqError unless each token's logits depend on nothing but that token's hidden states [1, tokens,
+        width], so that they can be computed a few tokens at a time. `parameters` must be in memory."""
+        half = max(1, hidden.shape[1] // 2)
+        with torch.no_grad():
+            whole = self._run(hidden, hidden.shape[:2], 0.0)
+            parts = [self._run(part, part.shape[:2], 1.0) for part in torch.split(hidden, half, 1)]
+        if not _same(torch.cat(parts, 1), whole):
+            raise LlmqError("the model's logits depend on more than the output of its last block for the same token")
+
+    def settle(self, hidden: Tensor, shape: Sequence[int]) -> None:
+        """Find out whether logits are `apart`, on the first of some real hidden states; shape: as for `logits`.
+
+        `parameters` must be in memory. Raises LlmqError if logits depend on more than the output of the last block.
+        """
+        usual = hidden.shape[:2] == tuple(shape)
+        if usual:
+            hidden = hidden[:1, :TRIED]
+            shape = hidden.shape[:2]
+        with torch.no_grad():
+            if not _same(self._run(hidden, shape, 1.0), self._run(hidden, shape, 0.0)):
+                raise LlmqError("the model's logits depend on more than the output of its last block")
+        try:
+            if usual and shape[1] > 1:
+                self.check(hidden)
+                self.apart = True
+        except LlmqError:
+            self.apart = False
+
+    def pieces(self, shape: Sequence[int]) -> Iterator[slice]:
+        """The tokens, for states [batch, tokens, …] of this shape, of which logits are computed at once."""
+        if not self.apart:
+            yield slice(None)
+            return
+        batch, tokens = shape[:2]
+        step = max(1, PIECE // max(1, self.rows * batch))
+        for start in range(0, tokens, step):
+            yield slice(start, min(start + step, tokens))
+
+    def _run(
+        self, hidden: Tensor | None, shape: Sequence[int], fill: float, around: Callable[[], Any] | None = None
+    ) -> Tensor:
+        """hidden: None for zeros; fill: what stands for the input embeddings; around: a context for the tail alone."""
+        ids = torch.zeros(*shape, dtype=torch.long, device=None if hidden is None else hidden.device)
+        last, reached = len(self.blocks) - 1, False
+        entry = getattr(self.model, "get_input_embeddings", lambda: None)()
         if self._first is None:
             self._first = deepcopy(self.blocks[0])
         with ExitStack() as stack:
 
             def make(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
                 def forward(*args: Any, **kwargs: Any) -> Any:
-                    nonlocal seen
+                    nonlocal reached
                     results = self._results_of(ids, args, kwargs)
                     given = results.hidden if hidden is None else hidden
                     if i < last:
                         return results.of(i, given.detach())
+                    reached = True
                     if around is not None:
                         stack.enter_context(around())
-                    seen = True
                     return results.of(i, given)
 
                 return forward
 
-            with forwards([*self.blocks], make):
-                output = self.model(input_ids=ids, use_cache=False)
-            for results in self._results.values():
-                results.known.clear()
-        logits = getattr(output, "logits", None)
-        if not seen or not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
-            raise LlmqError("the model returns no logits for every token, which distill compares")
-        return logits
+            def embed(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
+                def forward(*args: Any, **kwargs: Any) -> Any:
+                    return original(*args, **kwargs).detach().mul(0).add(fill)
 
-    def pieces(self, shape: torch.Size) -> Iterator[slice]:
-        """The tokens, for states of this shape, of which logits are computed at once."""
-        if not self.apart:
-            yield slice(None)
-            return
-        batch, tokens = shape[:2]
-        step = max(1, PIECE // max(1, self.vocabulary * batch))
-        for start in range(0, tokens, step):
-            yield slice(start, min(start + step, tokens))
+                return forward
+
+            entries = [entry] if isinstance(entry, nn.Module) else []
+            try:
+                with (
+                    zeros_outside(self.model, self.blocks, ids.device),
+                    replaced_forwards([*self.blocks], make),
+                    replaced_forwards(entries, embed),
+                ):
+                    output = self.model(input_ids=ids, use_cache=False)
+            except LlmqError:
+                raise
+            except Exception as error:  # model code may fail in any way
+                raise LlmqError(f"what follows the last block cannot be run ({first_line(error)})") from error
+            finally:
+                for results in self._results.values():
+                    results.known.clear()
+        logits = getattr(output, "logits", None)
+        if not reached:
+            raise LlmqError("the last block is not called on text alone")
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
+            raise LlmqError("the model returns no logits of each token")
+        return logits
 
     def _results_of(self, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Results:
         """What a block returns for ids of this shape: the first block's result with zeros as parameters."""
@@ -104,12 +163,12 @@ class Tail:
         return self._results[ids.shape]
 
 
-def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tail:
-    """The tail of a model whose parameters are on the meta device. ids: of a short window, int64 [batch, tokens].
+def find_tail(model: nn.Module, blocks: Sequence[nn.Module]) -> Tail:
+    """The tail of a model whose parameters may be on the meta device, by one run on zeros.
 
-    Raises LlmqError if the model returns no logits.
+    blocks: those of its structure, in order. Raises LlmqError if the model returns no logits, or cannot be run so.
     """
-    tail = Tail(model, blocks)
+    tail = Tail(model, tuple(blocks))
     used: set[str] = set()
     multiplied: set[str] = set()
 
@@ -119,42 +178,30 @@ def find_tail(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> Tai
         with watch_used(model) as used, watch_gains(model) as multiplied:
             yield
 
-    with torch.no_grad(), zeros_outside(model, blocks):
-        tail.vocabulary = tail.logits(ids, None, around).shape[-1]
+    with torch.no_grad():
+        tail.rows = tail._run(None, PROBE, 0.0, around).shape[-1]
     tail.width = next(iter(tail._results.values())).hidden.shape[-1]
     tail.parameters, tail.gains = tuple(sorted(used)), frozenset(multiplied)
     return tail
 
 
 @contextmanager
-def zeros_outside(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device | None = None) -> Iterator[None]:
+def zeros_outside(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Within the context, parameters outside the blocks that are on the meta device are zeros in the memory of one
-    number; and all buffers there are on the device."""
+    number, and all buffers there are on the device."""
     inside = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
     empty = [n for n, p in model.named_parameters() if id(p) not in inside and p.device.type == "meta"]
-    buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside and b.device.type != "meta"}
+    buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside and b.device not in (device, META)}
     with shared_zeros(model, empty, device):
         try:
             for name, buffer in buffers.items():
-                assign(model, name, buffer.to(device or buffer.device))
+                assign(model, name, buffer.to(device))
             yield
         finally:
             for name, buffer in buffers.items():
                 assign(model, name, buffer)
 
 
-def tokens_apart(tail: Tail, ids: Tensor, hidden: Tensor) -> bool:
-    """Whether the logits of some tokens, computed alone, are those that they have among all others.
-
-    ids [batch, tokens] and hidden [batch, tokens, width]: real states, with the parameters in memory; only the first
-    tokens of a window are tried. It is not so where states have other axes.
-    """
-    if hidden.shape[:2] != ids.shape or ids.shape[1] < 2:
-        return False
-    ids, hidden = ids[:1, :TRIED], hidden[:1, :TRIED]
-    tokens = ids.shape[1]
-    parts = [slice(0, tokens // 2), slice(tokens // 2, tokens)]
-    with torch.no_grad():
-        whole = tail.logits(ids, hidden).float()
-        alone = torch.cat([tail.logits(ids[:, part], hidden[:, part]).float() for part in parts], 1)
-    return bool((whole - alone).norm() <= 1e-3 * whole.norm())
+def _same(logits: Tensor, others: Tensor) -> bool:
+    apart = torch.linalg.vector_norm(logits.float() - others.float())
+    return bool(apart <= TOLERANCE * torch.linalg.vector_norm(others.float()))

@@ -7,7 +7,6 @@ from math import ceil, prod
 
 import psutil
 
-from llmq.discovery.blocks import PROBE_TOKENS
 from llmq.discovery.tail import PIECE, Tail, find_tail
 from llmq.errors import LlmqError
 from llmq.methods.distill import HELD_OUT, KEPT, read_bytes
@@ -47,7 +46,7 @@ def check_tuning(plan: Plan) -> Tail | None:
             f"batch: give at least {plan.batch + 1} --samples; 128 or more measure well"
         )
     try:
-        return find_tail(plan.model, [block.module for block in plan.blocks], plan.ids[:1, :PROBE_TOKENS])
+        return find_tail(plan.model, [block.module for block in plan.blocks])
     except LlmqError as problem:
         raise LlmqError(f"{plan.source.folder}: {problem}; leave {name} out") from problem
 
@@ -78,7 +77,7 @@ def with_tuning(plan: Plan, tail: Tail, found: Budget, between: int | None, devi
         (all_ + mine) * size + (0 if read <= KEPT else mine) for all_, mine in zip(blocks, quantized, strict=True)
     )
     outside = sum(plan.model.get_parameter(name).numel() for name in tail.parameters) * size
-    logits = LOGIT_COPIES * 4 * min(max(PIECE, tail.vocabulary * plan.batch), plan.batch * tokens * tail.vocabulary)
+    logits = LOGIT_COPIES * 4 * min(max(PIECE, tail.rows * plan.batch), plan.batch * tokens * tail.rows)
     host = states + FACTOR_BYTES * factors + (read if read <= KEPT else 0)
     work = outside + max(block + backward, logits)
     now = psutil.Process().memory_info().rss + TRANSIENT

@@ -10,9 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.blocks import PROBE_TOKENS
 from llmq.discovery.parameters import assign, empty
-from llmq.discovery.tail import Tail, find_tail, tokens_apart, zeros_outside
+from llmq.discovery.tail import Tail, find_tail, zeros_outside
 from llmq.training.trained import IO, Norm
 
 FLOOR = -1e30
@@ -40,7 +39,7 @@ class TrainedTail:
         plan = io.plan
         model, blocks = plan.model, [block.module for block in plan.blocks]
         ids = list(torch.split(plan.ids, plan.batch))
-        found = find_tail(model, blocks, ids[0][:1, :PROBE_TOKENS])
+        found = find_tail(model, blocks)
         made = cls(io, found, ids, teacher or [])
         if teacher is None:
             yield made
@@ -57,7 +56,7 @@ class TrainedTail:
                     if weight is not None:
                         stored = io.read_back(weight).to(io.device)
                         made.values[name] = model.get_parameter(name).detach(), stored
-                found.apart = tokens_apart(found, ids[0].to(io.device), teacher[0].to(io.device))
+                found.settle(teacher[0].to(io.device), ids[0].shape)
                 yield made
         finally:
             for name in found.parameters:
@@ -91,15 +90,16 @@ class TrainedTail:
         self, batch: int, hidden: Tensor, trained: list[str] | tuple[str, ...]
     ) -> Iterator[tuple[slice, Tensor]]:
         """The tokens' divergences, summed over some tokens at a time. trained: get a gradient."""
-        ids, teacher = self.ids[batch].to(self.io.device), self.teacher[batch]
+        teacher, shape = self.teacher[batch], self.ids[batch].shape
         for part in self.found.pieces(hidden.shape):
+            size = None if self.found.apart else shape
             with torch.no_grad():
                 self._put(0)
-                want = _logarithms(self.found.logits(ids[:, part], teacher[:, part].to(hidden)))
+                want = _logarithms(self.found.logits(teacher[:, part].to(hidden), size))
             self._put(1)
             for name in trained:
                 self.io.plan.model.get_parameter(name).requires_grad_(True)
-            have = _logarithms(self.found.logits(ids[:, part], hidden[:, part]))
+            have = _logarithms(self.found.logits(hidden[:, part], size))
             yield part, nn.functional.kl_div(have, want, log_target=True, reduction="sum")
 
     def _put(self, which: int) -> None:
