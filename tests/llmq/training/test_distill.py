@@ -58,6 +58,7 @@ SCHEMES = {
     "int3 asymmetric": Scheme(3, 32, False),
     "fp8": Scheme(8, None, grid="fp8"),
     "w8a8": Scheme(8, None, activations=Activations()),
+    "w8a8 static": Scheme(8, None, activations=Activations(dynamic=False)),
     "nf4": Scheme(4, 64, grid="nf4"),
 }
 
@@ -205,5 +206,7 @@ def test_what_cannot_be_trained_is_refused_by_the_plan(tmp_path: Path) -> None:
     refused(
         lambda: job.plan(model, recipe(SCHEMES["int2"], "distill+gptq"), ids=IDS), "last what tunes", "'gptq+distill'"
     )
+    named = Recipe(methods=("rtn", "distill"), model_class="AutoModelForCausalLM")
+    refused(lambda: job.plan(model, named, ids=IDS), "calibrat", "rtn")
     refused(lambda: job.plan(model, recipe(SCHEMES["int2"], steps=0), ids=IDS), "steps")
     refused(lambda: job.plan(model, recipe(SCHEMES["int2"], learning_rate=1.0), ids=IDS), "learning-rate")
