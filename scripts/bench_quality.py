@@ -3,8 +3,8 @@
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
 Calibrates on 32 windows of 512 tokens (or --samples), measures on the first 200 windows of 512 (the protocol of
-docs/evaluation.md), every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
-KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
+docs/evaluation.md), every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over
+positions of KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
 """
 
 from __future__ import annotations
