@@ -48,12 +48,14 @@ class Tail:
     width: int = 0
     apart: bool = False
     _first: nn.Module | None = None
+    _dtype: torch.dtype | None = None
     _results: dict[torch.Size, Results] = field(default_factory=dict)
 
     def logits(self, hidden: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The model's logits [batch, tokens, vocabulary] for the last block's output `hidden`.
 
-        shape: batch and tokens, where they are not the first two axes of `hidden`. Gradients reach `hidden`, and those
+        hidden: in the dtype of `parameters`, which may be wider than the model's; shape: batch and tokens, where they
+        are not the first two axes of `hidden`. Gradients reach `hidden`, and those
         of `parameters` that require one. Raises LlmqError.
         """
         return self._run(hidden, shape or hidden.shape[:2], 0.0)
@@ -124,7 +126,8 @@ class Tail:
 
             def embed(i: int, original: Callable[..., Any]) -> Callable[..., Any]:
                 def forward(*args: Any, **kwargs: Any) -> Any:
-                    return original(*args, **kwargs).detach().mul(0).add(fill)
+                    found = original(*args, **kwargs).detach()
+                    return torch.full_like(found, fill, dtype=self._dtype or found.dtype)
 
                 return forward
 
@@ -180,7 +183,8 @@ def find_tail(model: nn.Module, blocks: Sequence[nn.Module]) -> Tail:
 
     with torch.no_grad():
         tail.rows = tail._run(None, PROBE, 0.0, around).shape[-1]
-    tail.width = next(iter(tail._results.values())).hidden.shape[-1]
+    hidden = next(iter(tail._results.values())).hidden
+    tail.width, tail._dtype = hidden.shape[-1], hidden.dtype
     tail.parameters, tail.gains = tuple(sorted(used)), frozenset(multiplied)
     return tail
 

@@ -32,7 +32,7 @@ class Distill(Method):
     fraction of a scale per step; minibatch: calibration windows per step, in whole batches.
     """
 
-    def __init__(self, *, steps: int = 60, learning_rate: float = 3e-3, minibatch: int = 4, seed: int = 0) -> None:
+    def __init__(self, *, steps: int = 60, learning_rate: float = 6e-3, minibatch: int = 4, seed: int = 0) -> None:
         if steps < 1 or minibatch < 1:
             raise LlmqError(f"steps and minibatch must be 1 or more, not {steps!r} and {minibatch!r}")
         if not 0 < learning_rate < 1:

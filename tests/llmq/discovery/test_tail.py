@@ -88,6 +88,18 @@ def test_states_with_other_axes_are_taken_whole(name: str, tmp_path: Path) -> No
         assert torch.allclose(tail.logits(seen[0], ids.shape), want, atol=1e-5)
 
 
+def test_it_may_run_in_a_wider_dtype_than_the_model(tmp_path: Path) -> None:
+    """With a tied embedding, which the blocks, in their own dtype, would get their input from."""
+    model = discover.build(tiny.make("gemma2", tmp_path), torch.bfloat16)
+    tail = find_tail(model, [model.get_submodule(block.name) for block in discover.find(model).blocks])
+    real = dict(checks.stock(tmp_path).named_parameters())
+    for name in tail.parameters:
+        assign(model, name, real[name].detach().float())
+    hidden = torch.randn(2, 5, 64)
+    tail.check(hidden[:1])
+    assert tail.logits(hidden).dtype == torch.float32
+
+
 def test_tokens_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 16 * 2 * 5)
     for how, apart in (("usual", True), ("mean", False)):
