@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmq.checkpoint.claim import STATE
 from llmq.checkpoint.files import CARD, REPORT
-from llmq.checkpoint.sink import check_finished
+from llmq.checkpoint.journal import check_finished
 from llmq.checkpoint.source import FolderSource
 from llmq.errors import LlmqError, first_line
 from llmq.report.card import write_place

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from llmq.discovery.parameters import empty
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.plan import BlockPlan, Plan
+from llmq.training import distill
 from llmq.watch import Watch
 
 SIGNATURE_VALUES = 256
@@ -44,6 +46,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
         return
     recording = record_calls(io, watch)
     states, recording.hidden = recording.states(), recording.hidden[:1]
+    first = states if plan.pipeline.tuner is not None else []
     float_states = states if plan.pipeline.float_target else None
     todo = [block for block in plan.blocks if block.unit not in sink.done]
     watch.stage("Quantizing", sum(len(block.units) for block in plan.blocks))
@@ -57,7 +60,11 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
         states, float_states = quantize_block(io, block, states, float_states, recording, watch)
         give_back()
         watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")
-    del states, float_states
+    if plan.pipeline.tuner is not None:
+        teacher = partial(teach, io, first, float_states if todo else None, recording, watch)
+        distill.run(io, recording, first, teacher, output_signature, watch)
+        del teacher
+    del states, float_states, first
     verify(io, recording, watch)
     verify_rest(io, watch)
 
@@ -140,6 +147,20 @@ def unquantized(io: BlockIO, block: BlockPlan, float_states: list[States], recor
         output = mixture.outputs(block, hidden, calls, sums, io.device)
     discard(module)
     return output
+
+
+def teach(
+    io: BlockIO, first: list[States], known: list[States] | None, recording: Recording, watch: Watch
+) -> list[Tensor]:
+    """The unquantized model's last hidden states, batch by batch. known: its states, if they are there already."""
+    states = known
+    if states is None:
+        states = first
+        watch.stage("Running the unquantized model", len(io.plan.blocks))
+        for block in io.plan.blocks:
+            states = unquantized(io, block, states, recording)
+            watch.step(block.unit)
+    return hidden_of(states)
 
 
 def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recording) -> list[States]:

@@ -2,9 +2,9 @@
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
-Calibrates on 32 windows of 512 tokens, measures on the first 200 windows of 512 (the protocol of docs/evaluation.md),
-every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over positions of
-KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
+Calibrates on 32 windows of 512 tokens (or --samples), measures on the first 200 windows of 512 (the protocol of
+docs/evaluation.md), every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over
+positions of KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--range")
     parser.add_argument("--schemes", nargs="+", default=["4g128", "3g128", "2g64"])
     parser.add_argument("--kernels", action="store_true", help="for formats that stock from_pretrained does not know")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows; distill needs 128 or more")
     parser.add_argument("--windows", type=int, default=200)
     args = parser.parse_args()
     ids = tokenize(args.heldout.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(args.model))
@@ -97,7 +98,7 @@ def main() -> None:
                     methods=tuple(method.split("+")),
                     scheme=scheme,
                     options={"range": args.range} if args.range else {},
-                    calibration=Calibration(args.calibration, samples=32, seqlen=512),
+                    calibration=Calibration(args.calibration, samples=args.samples, seqlen=512),
                 )
                 out = Path(folder) / str(len(rows))
                 began = time.perf_counter()

@@ -3,6 +3,10 @@
 A file is written under `.llmq/`, synced, and renamed to its final name, so that a file with its final name is complete;
 a journal line marks a complete unit. A killed run resumes after the last journal line. Files outside `.llmq/` do not
 depend on when, or in how many runs, they were written; the index is written last.
+
+A unit may be replaced once all are there. Its new shard waits, complete, in `.llmq/`; then a second journal line for
+the unit is written; then the shard is renamed over the old one. So whenever a run is killed, each shard is whole: the
+one of the unit's last line, or that of the line before while the new one still waits.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,11 +25,11 @@ from torch import Tensor
 
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.checkpoint.files import INDEX, PARTIAL, put, sync_folder, write_all
-from llmq.checkpoint.tensors import DTYPE_NAMES, TensorInfo, encode, read_header, read_tensor
+from llmq.checkpoint.journal import JOURNAL, WAITING, install, listed, parse, pieces_of, sound
+from llmq.checkpoint.tensors import TensorInfo, encode, read_header, read_tensor
 from llmq.errors import LlmqError
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_PIECE = 1 << 24
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -119,14 +123,46 @@ class Sink:
         if tensors:
             size, pieces = encode(tensors)
             entry |= {"shard": shard.name, "size": size, "sha256": self._put(shard, pieces, size)}
-            for name in sorted(tensors):
-                tensor = tensors[name]
-                entry["tensors"][name] = [DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes]
+            entry |= {"tensors": listed(tensors)}
         try:
             self._append({**entry, "payload": kept})
         except LlmqError:
             shard.unlink(missing_ok=True)
             raise
+
+    def replace(self, unit: str, tensors: Mapping[str, Tensor], payload: Mapping[str, Any]) -> None:
+        """Replace the tensors of a committed unit, of the same names, and its payload: after a crash it has the old or
+        the new ones, never some of both.
+
+        Raises LlmqError as commit does, ValueError if the unit is not committed, or has tensors of other names.
+        """
+        old = self._entries.get(unit)
+        if old is None or tensors.keys() != old["tensors"].keys():
+            raise ValueError(f"{unit} is not committed, or has other tensors")
+        entry, waiting = dict(old), self._state / f"{old['shard']}{WAITING}"
+        if tensors:
+            size, pieces = encode(tensors)
+            entry |= {"size": size, "sha256": self._put(waiting, pieces, size), "tensors": listed(tensors)}
+        try:
+            self._append({**entry, "payload": json.loads(json.dumps(dict(payload)))})
+        except LlmqError:
+            waiting.unlink(missing_ok=True)
+            raise
+        if tensors:
+            try:
+                install(waiting, self.out)
+            except OSError as error:
+                raise self._failed(entry["shard"], entry["size"], error) from error
+        self._infos.pop(unit, None)
+
+    def record(self, name: str, payload: Mapping[str, Any]) -> None:
+        """Keep a payload in the journal that belongs to no unit. Raises LlmqError as commit does."""
+        entry: dict[str, Any] = {"unit": name, "shard": None, "size": 0, "sha256": "", "tensors": {}, "aside": True}
+        self._append({**entry, "payload": json.loads(json.dumps(dict(payload)))})
+
+    def state_of(self, name: str) -> Path:
+        """A folder under `.llmq/` for what a stage of a run keeps to be resumed."""
+        return self._state / name
 
     def finish(self, config: Mapping[str, Any], aux: Mapping[str, Path], extra: Mapping[str, str | bytes]) -> None:
         """Copy `aux`, write the extra files, config.json and, last, the index; the run is then finished.
@@ -141,7 +177,7 @@ class Sink:
             return
         copied = {name: path for name, path in aux.items() if name not in extra}
         for name, path in copied.items():
-            size, pieces = _pieces_of(path)
+            size, pieces = pieces_of(path)
             self._put(self.out / name, pieces, size)
         for name, content in extra.items():
             self.write(name, content)
@@ -171,6 +207,14 @@ class Sink:
         """One tensor of any committed unit, read back from disk. Raises as infos."""
         return read_tensor(self.infos(self._unit_of[name])[name])
 
+    def unit_of(self, name: str) -> str | None:
+        """The unit that a tensor was committed with; None if it was not."""
+        return self._unit_of.get(name)
+
+    def digest(self) -> str:
+        """A digest of all committed shards."""
+        return hashlib.sha256("".join(entry["sha256"] for entry in self._entries.values()).encode()).hexdigest()
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all committed tensors."""
@@ -178,40 +222,43 @@ class Sink:
 
     def _recover(self) -> None:
         """Read the journal up to the first invalid line, truncate it there, and delete shards that it does not list."""
-        path = self._state / "journal.jsonl"
+        path = self._state / JOURNAL
         self._journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         lines = path.read_bytes().splitlines(keepends=True)
-        good = 0
+        entries: list[dict[str, Any]] = []
         for number, line in enumerate(lines):
-            entry = _parse(line)
+            entry = parse(line)
             if entry is None:
                 if line.endswith(b"\n"):
                     self.notes.append(
                         f"line {number + 1} of {path} is damaged: that unit and all later ones are done again"
                     )
                 break
+            entries.append(entry)
             if "finished" in entry:
-                self.finished = all((self.out / name).is_file() for name in entry["finished"])
-                good += len(line) if self.finished else 0
                 break
-            damage = _damage(self.out, entry)
-            if damage:
-                self.notes.append(f"{damage}: {entry['unit']} and all later units are done again")
-                break
-            self._note(entry)
-            good += len(line)
+        good, told = sound(self.out, entries)
+        self.notes += told
+        for entry in entries[:good]:
+            if "finished" in entry:
+                self.finished = True
+            else:
+                self._note(entry)
+        good = sum(map(len, lines[:good]))
         if good < sum(map(len, lines)):
             os.ftruncate(self._journal, good)
             os.fsync(self._journal)
         known = {entry["shard"] for entry in self._entries.values()}
-        for stray in [*self._state.glob("*" + PARTIAL), *self.out.iterdir()]:
-            of_ours = stray.suffix == PARTIAL or _SHARD.fullmatch(stray.name) or stray.name == INDEX
+        for stray in [*self._state.glob("*" + PARTIAL), *self._state.glob("*" + WAITING), *self.out.iterdir()]:
+            of_ours = stray.suffix in (PARTIAL, WAITING) or _SHARD.fullmatch(stray.name) or stray.name == INDEX
             if of_ours and stray.name not in known and not (stray.name == INDEX and self.finished):
                 stray.unlink()
         sync_folder(self._state)
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.done[entry["unit"]] = entry.pop("payload")
+        if entry.get("aside"):
+            return
         self._entries[entry["unit"]] = entry
         self._unit_of |= dict.fromkeys(entry["tensors"], entry["unit"])
 
@@ -253,64 +300,3 @@ class Sink:
         return LlmqError(
             f"cannot write {what} in {self.out}: {error.strerror}; mend that and run the same command again: {kept}"
         )
-
-
-def check_finished(out: Path) -> bool:
-    """Whether the folder has a run's journal. Raises LlmqError if the run is unfinished, or a shard missing or changed.
-
-    Reads every shard once.
-    """
-    path = out / STATE / "journal.jsonl"
-    if not path.is_file():
-        return False
-    entries = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
-    if not any(entry and "finished" in entry for entry in entries):
-        raise LlmqError(f"{out} is not finished: run the command that writes it again to resume")
-    for entry in entries:
-        damage = _damage(out, entry) if entry and "unit" in entry else None
-        if damage:
-            raise LlmqError(f"{damage}: run the command that wrote it again to repair it")
-    return True
-
-
-def _damage(out: Path, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a committed shard, or None."""
-    if entry["shard"] is None:
-        return None
-    path = out / entry["shard"]
-    if not path.is_file():
-        return f"{path} is missing"
-    size, pieces = _pieces_of(path)
-    if size != entry["size"]:
-        return f"{path} has {size} bytes instead of {entry['size']}"
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return None if digest.hexdigest() == entry["sha256"] else f"{path} was changed since it was written"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line of the journal, or None if it is incomplete or damaged."""
-    try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    whole = isinstance(entry, dict) and ("finished" in entry or {"unit", "shard", "size", "payload"} <= entry.keys())
-    return entry if whole else None
-
-
-def _pieces_of(path: Path) -> tuple[int, Iterator[memoryview]]:
-    """A file's size and content, piece by piece. Raises LlmqError when it can not be read."""
-
-    def pieces() -> Iterator[memoryview]:
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(_PIECE):
-                    yield memoryview(piece)
-        except OSError as error:
-            raise LlmqError(f"cannot read {path}: {error.strerror}") from error
-
-    try:
-        return path.stat().st_size, pieces()
-    except OSError as error:
-        raise LlmqError(f"cannot read {path}: {error.strerror}") from error

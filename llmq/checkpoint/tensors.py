@@ -181,15 +181,19 @@ def _read(info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:
     return buffer.view(info.dtype).reshape(shape)
 
 
-def encode(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[memoryview]]:
+def encode(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[int, Iterator[memoryview]]:
     """The file that holds these tensors: its size, and its bytes piece by piece, the same for the same tensors.
+
+    metadata: texts that are written with them.
 
     Tensors with wider elements come first and the header is padded, so that every tensor is aligned to its element
     size. A tensor that is not contiguous or not on the CPU is copied when it is written, one at a time. Raises
     LlmqError for a dtype that safetensors cannot hold.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in order:
         tensor = tensors[name]

@@ -33,7 +33,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model'
 
 Method = Annotated[
     str | None,
-    typer.Option(help="What to do, joined by '+': transforms, a quantizer, a refinement. `llmq methods` lists them."),
+    typer.Option(
+        help="What to do, joined by '+': transforms, a quantizer, refinements, and last what tunes the whole model. "
+        "`llmq methods` lists them."
+    ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. Default 4, or the method's own.")]
 Group = Annotated[

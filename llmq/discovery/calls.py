@@ -194,7 +194,7 @@ def reach(model: nn.Module, block: nn.Module, batch: Tensor) -> None:
 
         return forward
 
-    with torch.no_grad(), _forwards([block], make), suppress(_EndOfPass):
+    with torch.no_grad(), replaced_forwards([block], make), suppress(_EndOfPass):
         model(input_ids=batch, use_cache=False)
 
 
@@ -202,7 +202,8 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def _forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
+def replaced_forwards(modules: list[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Within the context, each module runs what `make` returns for its index and its own forward."""
     for i, module in enumerate(modules):
         module.forward = make(i, module.forward)
     try:
@@ -268,7 +269,7 @@ def record(
         return forward
 
     watched = follow_products(nn.Module()) if whole else nullcontext()
-    with torch.no_grad(), _forwards(blocks, make), _forwards(stoppers, stop), watched as following:
+    with torch.no_grad(), replaced_forwards(blocks, make), replaced_forwards(stoppers, stop), watched as following:
         for batch in batches:
             seen.clear()
             stores.clear()

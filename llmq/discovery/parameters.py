@@ -33,10 +33,12 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def shared_zeros(module: nn.Module, names: list[str] | None = None) -> Iterator[None]:
-    """As `zeros`, in the memory of one number per parameter: for code that only reads them."""
+def shared_zeros(
+    module: nn.Module, names: list[str] | None = None, device: torch.device | None = None
+) -> Iterator[None]:
+    """As `zeros`, in the memory of one number per parameter: for code that only reads them. device: default the CPU."""
     chosen = [n for n, _ in module.named_parameters()] if names is None else names
-    with _instead(module, chosen, lambda _, p: torch.zeros((), dtype=p.dtype).expand(p.shape)):
+    with _instead(module, chosen, lambda _, p: torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)):
         yield
 
 

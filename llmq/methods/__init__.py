@@ -17,7 +17,7 @@ from llmq.errors import LlmqError, first_line
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
-from llmq.methods.base import Method, Stats, statistic
+from llmq.methods.base import Method, Stats, Student, Tuned, statistic
 from llmq.recipe import catalog
 from llmq.recipe.recipe import Recipe
 from llmq.validate import check_type
@@ -35,6 +35,8 @@ __all__ = [
     "Scheme",
     "Statistic",
     "Stats",
+    "Student",
+    "Tuned",
     "find",
     "make",
     "round_to_nearest",
@@ -46,16 +48,17 @@ DEFAULT_QUANTIZER = "rtn"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A recipe's methods, ready to run, in order: transforms, the quantizer, refinements."""
+    """A recipe's methods, ready to run, in order: transforms, the quantizer, refinements, and what tunes the whole."""
 
     transforms: tuple[Method, ...]
     quantizer: Method
     refiners: tuple[Method, ...]
+    tuner: Method | None = None
 
     @property
     def all(self) -> tuple[Method, ...]:
         """Every method."""
-        return (*self.transforms, self.quantizer, *self.refiners)
+        return (*self.transforms, self.quantizer, *self.refiners, *([] if self.tuner is None else [self.tuner]))
 
     @property
     def data_free(self) -> Method:
@@ -71,7 +74,9 @@ class Pipeline:
     @property
     def calibrated(self) -> bool:
         """Whether any method needs calibration data."""
-        return bool(self.transforms or self.refiners or self.quantizer.quantize_needs or self.corrects)
+        return bool(
+            self.transforms or self.refiners or self.tuner or self.quantizer.quantize_needs or self.corrects
+        )
 
     @property
     def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:
@@ -135,24 +140,30 @@ def make(recipe: Recipe) -> Pipeline:
     chosen = next(iter(only or quantizers[-1:]), None)
     transforms = [i for i, role in enumerate(roles) if "transform" in role]
     refiners = [i for i, role in enumerate(roles) if "refine" in role and i not in transforms and i != chosen]
-    order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners]
+    tuners = [i for i, role in enumerate(roles) if "tune" in role and i not in (*transforms, *refiners, chosen)]
+    if len(tuners) > 1:
+        raise LlmqError(f"method {'+'.join(recipe.methods)!r}: at most one method tunes the whole model; choose one")
+    order = [*transforms, *([] if chosen is None or chosen in transforms else [chosen]), *refiners, *tuners]
     if order != list(range(len(kinds))):
         raise LlmqError(
-            f"method {'+'.join(recipe.methods)!r}: transforms come first, then the quantizer, then refinements: write "
-            f"{'+'.join(recipe.methods[i] for i in order)!r}"
+            f"method {'+'.join(recipe.methods)!r}: transforms come first, then the quantizer, then refinements, and "
+            f"last what tunes the whole model: write {'+'.join(recipe.methods[i] for i in order)!r}"
         )
     built = [_build(kind, recipe) for kind in kinds]
     if chosen is not None:
         quantizer = built[chosen]
     else:
-        # A refinement calibrates anyway, so its starting point can use the range 'weighted'.
-        usual = {"range": "weighted"} if refiners else {}
+        # A refinement calibrates anyway, so its starting point can use the range 'weighted'; so does what tunes.
+        usual = {"range": "weighted"} if refiners or tuners else {}
         quantizer = _build(find(DEFAULT_QUANTIZER), replace(recipe, options={**usual, **recipe.options}))
-    return Pipeline(tuple(built[i] for i in transforms), quantizer, tuple(built[i] for i in refiners))
+    tuner = built[tuners[0]] if tuners else None
+    return Pipeline(tuple(built[i] for i in transforms), quantizer, tuple(built[i] for i in refiners), tuner)
 
 
 def _roles(kind: type[Method]) -> set[str]:
-    return {role for role in ("transform", "quantize", "refine") if getattr(kind, role) is not getattr(Method, role)}
+    return {
+        role for role in ("transform", "quantize", "refine", "tune") if getattr(kind, role) is not getattr(Method, role)
+    }
 
 
 def _build(kind: type[Method], recipe: Recipe) -> Method:

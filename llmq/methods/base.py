@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError
@@ -21,8 +22,58 @@ Stats = Mapping[type[Any], Any]
 S = TypeVar("S")
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What came of training the whole model.
+
+    before, after: the loss on held-out batches, at the start and at the best step; steps: those that were made; at: the
+    best of them, 0 for the start.
+    """
+
+    before: float
+    after: float
+    steps: int
+    at: int
+
+
+class Student(Protocol):
+    """The whole quantized model, as a method that tunes it sees it: what can be trained, and a loss.
+
+    The loss is the mean over tokens of KL(unquantized ‖ quantized) of the logits, in nats.
+    """
+
+    @property
+    def batches(self) -> int:
+        """The number of batches of calibration windows."""
+
+    @property
+    def windows(self) -> int:
+        """The windows of a batch."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, float32 on the CPU: factors on scales, at 1, and relative changes of norms, at 0."""
+
+    def loss(self, batches: Sequence[int]) -> float:
+        """The loss over some batches."""
+
+    def descend(self, batches: Sequence[int], step: Callable[[], object]) -> float:
+        """The loss over some batches, and its gradient: `step` is called for some of the parameters after the other,
+        when only they have a gradient."""
+
+    def save(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> None:
+        """Keep the state of training on disk, so that a killed run goes on from there."""
+
+    def load(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Put the kept state into values and optimizer; returns `about`, None if there is none."""
+
+    def progress(self, text: str) -> None:
+        """A step of training is done."""
+
+
 class Method:
-    """A method is a transform, a quantizer, a refinement, or several of these, by the functions that it defines.
+    """A method is a transform, a quantizer, a refinement, or several of these, by the functions that it defines; or it
+    tunes the whole model after all blocks are written.
 
     transform_needs, quantize_needs, refine_needs: the statistics of every weight's input that each of the three needs;
     they may depend on the options. Each set is collected in its own pass over the calibration windows and freed before
@@ -64,6 +115,10 @@ class Method:
         Returns a sentence that says why there is nothing to do in this block, or None. `block.weights` have the
         statistics of `refine_needs`.
         """
+        raise NotImplementedError
+
+    def tune(self, student: Student) -> Tuned:
+        """Train what can still move in the written model. Afterwards its parameters have the best values."""
         raise NotImplementedError
 
     def grids(self) -> tuple[str, ...]:

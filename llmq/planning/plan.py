@@ -25,6 +25,7 @@ from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.planning import checks
 from llmq.planning.budget import budget, group_bytes
+from llmq.planning.distill import check_tuning, with_tuning
 from llmq.planning.experts import check_experts, check_route, group, plan_experts
 from llmq.planning.fused import check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
@@ -88,6 +89,8 @@ def make_plan(
     warned += checks.missing_processor(source)
     plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
     plan.budget = budget(plan, device, between)
+    if (tail := check_tuning(plan)) is not None:
+        plan.budget = with_tuning(plan, tail, plan.budget, between, device)
     check_room(plan.budget, out, device)
     return plan
 

@@ -38,7 +38,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Description:
-    """A method's description. kind: its class's name; roles: which of transform, quantize, refine it defines."""
+    """A method's description. kind: its class's name; roles: which of transform, quantize, refine, tune it defines."""
 
     name: str
     kind: str
@@ -101,7 +101,7 @@ def describe(name: str) -> Description:
         )
     text = " ".join((ast.get_docstring(line[0]) or "").split())
     defined = {n.name: n for one in reversed(line) for n in one.body if isinstance(n, ast.FunctionDef)}
-    roles = tuple(role for role in ("transform", "quantize", "refine") if role in defined)
+    roles = tuple(role for role in ("transform", "quantize", "refine", "tune") if role in defined)
     try:
         scheme = next(filter(None, map(_scheme, line)), {})
     except (ValueError, TypeError) as error:

@@ -47,13 +47,13 @@ class Calibration:
 class Recipe:
     """Everything that the written bytes depend on, apart from the model.
 
-    methods: in order, transforms first, then at most one quantizer (default rtn), then refinements. scheme: by
-    default the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme) pairs, the last match
-    wins; keep: patterns of weights left in their own dtype; include: patterns of linear weights outside the decoder's
-    blocks that are quantized too, without calibration. A pattern is dotted parts of a weight's name in the
-    checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name, each is
-    passed to the methods that have it; one that no method has is refused. loader: who is to load the folder: with
-    'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
+    methods: in order, transforms first, then at most one quantizer (default rtn), then refinements, then what tunes the
+    whole model. scheme: by default the first method's own, if it has one (as `nf4` has). overrides: (pattern, scheme)
+    pairs, the last match wins; keep: patterns of weights left in their own dtype; include: patterns of linear weights
+    outside the decoder's blocks that are quantized too, without calibration. A pattern is dotted parts of a weight's
+    name in the checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name,
+    each is passed to the methods that have it; one that no method has is refused. loader: who is to load the folder:
+    with 'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
     `llmq.load` could read. route: the tokens that an expert of a mixture is calibrated with: its own, or all that enter
     its block's experts. model_class: the class of transformers that opens the model, for one that does not generate
     text: all its linear weights are quantized without calibration. The defaults are those that measured best for each

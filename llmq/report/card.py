@@ -56,7 +56,7 @@ weight; `report.json` has every number and the recipe.
 - methods: {methods}
 - format: {report.format}
 - calibration: {report.calibration}
-{_outside(report)}{_experts(report)}\
+{_outside(report)}{_experts(report)}{_tuned(report)}\
 - not quantized: {"; ".join(left) or "nothing"}
 - verified: {_verified(report)}
 """
@@ -196,6 +196,11 @@ def _outside(report: Report) -> str:
         return ""
     notes = {note for row in mine for note in row.notes if note.startswith("no calibration")}
     return f"- outside the decoder's blocks: {len(mine):,} weights, {next(iter(notes), 'no calibration')}\n"
+
+
+def _tuned(report: Report) -> str:
+    """A line on the training of the whole model after its blocks, if there was one."""
+    return "" if report.tuned is None else f"- {report.recipe['methods'][-1]}: {report.tuned}\n"
 
 
 def _verified(report: Report) -> str:

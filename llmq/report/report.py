@@ -17,7 +17,17 @@ from llmq.discovery.architecture import generator
 from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
-from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_block, read_weight, told_corrections
+from llmq.report.rows import (
+    BlockRow,
+    KeptRow,
+    TuneRow,
+    WeightRow,
+    read_block,
+    read_tune,
+    read_weight,
+    told_corrections,
+)
+from llmq.training.distill import STAGE
 
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
 
@@ -28,7 +38,8 @@ class Report:
 
     Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
     command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
-    example code the card shows, and whether they were tried; opener: the class of transformers that opens the folder.
+    example code the card shows, and whether they were tried; opener: the class of transformers that opens the folder;
+    tuned: the training of the whole model after its blocks, if the recipe has a method that does so.
     `llmq.report.rows` defines the rows; report.json has the same fields under the same names.
     """
 
@@ -53,6 +64,7 @@ class Report:
     opener: str = "AutoModelForCausalLM"
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    tuned: TuneRow | None = None
 
     @property
     def ratio(self) -> float:
@@ -111,7 +123,7 @@ class Report:
         """
         weights = [read_weight(row) for row in data["weights"]]
         blocks = [read_block(row) for row in data["blocks"]]
-        return Report(**{**data, "weights": weights, "blocks": blocks})
+        return Report(**{**data, "weights": weights, "blocks": blocks, "tuned": read_tune(data.get("tuned"))})
 
 
 def _plain(row: Any) -> dict[str, Any]:
@@ -167,4 +179,5 @@ def make_report(
         opener=plan.recipe.model_class or generator(plan.model.config).__name__,
         command=command,
         versions=versions(),
+        tuned=read_tune(done.get(STAGE)),
     )

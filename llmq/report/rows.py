@@ -83,6 +83,47 @@ class BlockRow:
         return "output is zero" if self.zero else f"{self.error:.2e}"
 
 
+@dataclass(frozen=True)
+class TuneRow:
+    """The training of the whole model after its blocks.
+
+    before, after: the mean KL in nats of the logits to the unquantized model's, on windows that were held out, at the
+    start and at the best step; at: that step, 0 if none was better, and nothing was changed then; steps: that were
+    made; scales, norms: how many scales and how many norms were trained; windows: calibration windows; seconds: in all.
+    """
+
+    before: float
+    after: float
+    at: int
+    steps: int
+    scales: int
+    norms: int
+    windows: int
+    seconds: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the trained values were written."""
+        return self.at > 0
+
+    def __str__(self) -> str:
+        if not self.kept:
+            return (
+                f"KL to the unquantized model on held-out windows {self.before:.4f}, and no less in {self.steps} "
+                "steps: nothing was changed"
+            )
+        return (
+            f"{self.scales:,} scales and {self.norms} norms trained; KL to the unquantized model on held-out windows "
+            f"{self.before:.4f} → {self.after:.4f} at step {self.at} of {self.steps}: kept (errors of weights and "
+            "blocks are those before it)"
+        )
+
+
+def read_tune(data: Mapping[str, Any] | None) -> TuneRow | None:
+    """A row from plain data; None if there is none. Raises KeyError or TypeError."""
+    return None if data is None else TuneRow(**{name: data[name] for name in TuneRow.__dataclass_fields__})
+
+
 def weight_row(state: WeightState, block: int | None, nbytes: int, expert: int | None = None) -> WeightRow:
     """The row of a quantized weight. nbytes: its size on disk; expert: its number, if it is a routed expert's."""
     assert state.quantized is not None

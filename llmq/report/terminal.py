@@ -136,6 +136,8 @@ def report(console: Console, done: Report) -> None:
     _attempts(console, done)
     if done.corrections is not None:
         console.print(escape(done.corrections), highlight=False)
+    if done.tuned is not None:
+        console.print(escape(f"{done.recipe['methods'][-1]}: {done.tuned}"), highlight=False)
     for names, note in _alike(done.fallbacks):
         console.print(f"[yellow]{escape(names)}[/]: {escape(note)}", highlight=False)
     for reason, alike in groupby(sorted(done.kept, key=_reason), key=_reason):

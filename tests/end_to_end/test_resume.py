@@ -133,3 +133,44 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path, tiny_model: Path, text
     other = llmq(*args, "--seqlen", "64", "--bits", "3")
     assert other.returncode == 2
     assert "bits" in other.stderr
+
+
+@pytest.mark.slow
+def test_killed_while_the_whole_model_is_trained_and_written_again(
+    tmp_path: Path, text_file: Path, forked: Server
+) -> None:
+    """After the first state of training and a later one, and after several of the shards that are replaced."""
+    model, out = write_tiny_model(tmp_path / "model", layers=5), tmp_path / "broken"
+    options = ["--method", "rtn+distill", "--bits", 2, "--group-size", 32, "--samples", 80, "--seqlen", 64]
+    options += ["--calib", text_file, "--steps", 24]
+
+    def state() -> int:
+        path = out / ".llmq" / "distilled" / "checkpoint.safetensors"
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def lines() -> int:
+        journal = out / ".llmq" / "journal.jsonl"
+        return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+    done = forked.run("quantize", model, "-o", tmp_path / "whole", *options)
+    assert done.returncode == 0, done.stderr
+    kills, rng = [], random.Random(2)
+    # Six units and the decision are seven lines; then come one for the norm outside the blocks, and five for blocks.
+    for what in ("state", "state", 7, 8, 10, 12):
+        before = state()
+        process = forked.start("quantize", model, "-o", out, *options)
+        while process.poll() is None and not (state() not in (0, before) if what == "state" else lines() >= int(what)):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills.append((what, lines(), bool(state())))
+        process.wait()
+    done = forked.run("quantize", model, "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert len(kills) >= 4, kills
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not (out / ".llmq" / "distilled").exists()

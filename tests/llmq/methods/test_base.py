@@ -17,8 +17,8 @@ NF4 = Scheme(4, 64, grid="nf4")
 FP8 = Scheme(8, None, grid="fp8")
 
 
-@pytest.mark.parametrize("role", ["transform", "quantize", "refine"])
-def test_it_has_none_of_its_three_roles(role: str) -> None:
+@pytest.mark.parametrize("role", ["transform", "quantize", "refine", "tune"])
+def test_it_has_none_of_its_roles(role: str) -> None:
     function = getattr(Method(), role)
     with pytest.raises(NotImplementedError):
         function(*[None] * len(inspect.signature(function).parameters))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.methods import Pipeline
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
-from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_weight, weight_row
+from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_tune, read_weight, weight_row
 from tests.llmq.block.attempts import LOG
 from tests.llmq.blocks import open_block
 from tests.llmq.refusal import refused
@@ -86,3 +86,15 @@ def test_a_scheme_that_is_none_is_refused_by_the_weights_name_each_time() -> Non
     data["scheme"]["bits"] = 77
     for name in ("first", "second"):
         refused(lambda name=name: read_weight(data | {"name": name}), name, "77")
+
+
+def test_training_is_told_with_what_came_of_it() -> None:
+    data = {"before": 0.05, "after": 0.04, "at": 20, "steps": 60, "scales": 1234, "norms": 5, "windows": 128}
+    data["seconds"] = 9.0
+    row = read_tune({**data, "kept": True, "of": "digest"})
+    assert row is not None and asdict(row) == data and row.kept
+    for told in ("0.0500 → 0.0400", "step 20 of 60", "1,234 scales and 5 norms", "kept", "before it"):
+        assert told in str(row)
+    undone = replace(row, at=0, after=0.05)
+    assert not undone.kept and "nothing was changed" in str(undone) and "0.0500" in str(undone)
+    assert read_tune(None) is None

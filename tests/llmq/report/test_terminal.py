@@ -21,7 +21,7 @@ from llmq.machine import size
 from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import terminal
 from llmq.report.measured import digits
-from llmq.report.rows import WeightRow
+from llmq.report.rows import TuneRow, WeightRow
 from tests.llmq import classes
 from tests.llmq.report.page.reports import noted, report
 from tests.llmq.report.test_experts import tiny
@@ -40,6 +40,15 @@ def test_what_was_tried_and_left_is_counted() -> None:
     assert "model.layers.0.attn.out: damped 10 times more" in said
     assert "kept (kept by --keep): model.layers.0.attn.value" in said
     assert "kept (outside the decoder blocks): head" in said
+
+
+def test_the_training_of_the_whole_model_is_told() -> None:
+    made = report(3)
+    assert not [line for line in printed(terminal.report, made) if "held-out" in line]
+    made.recipe["methods"] = ["gptq", "distill"]
+    made.tuned = TuneRow(0.05, 0.04, 20, 60, 1234, 5, 128, 9.0)
+    (line,) = (line for line in printed(terminal.report, made, 400) if "held-out" in line)
+    assert line.startswith("distill: 1,234 scales and 5 norms") and "0.0500 → 0.0400 at step 20 of 60: kept" in line
 
 
 def printed(show: Callable[..., None], what: Any, width: int = 200) -> list[str]:

@@ -1,0 +1,87 @@
+"""What is checked and predicted of a method that tunes the whole model after all blocks are written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, prod
+
+import psutil
+
+from llmq.discovery.tail import PIECE, Tail, find_tail
+from llmq.errors import LlmqError
+from llmq.methods.distill import HELD_OUT, KEPT, read_bytes
+from llmq.planning.memory import TRANSIENT, Budget
+from llmq.planning.types import Plan
+
+FACTOR_BYTES = 32
+"""Of a factor: itself, its gradient, two moments and the best value; and all of these once more when a run resumes."""
+BACKWARD_COPIES = 16
+"""Of what a block computes for a batch, at its widest, in the model's dtype: what its backward pass needs."""
+LOGIT_COPIES = 7
+"""Of the logits that are computed at once, in float32: of two models, their logarithms, and gradients."""
+
+
+def check_tuning(plan: Plan) -> Tail | None:
+    """The model's tail, if a method tunes the whole; None else.
+
+    Raises LlmqError if it could not: experts are streamed, scales cannot move, there are too few windows to hold some
+    out, or the model returns no logits.
+    """
+    tuner = plan.pipeline.tuner
+    if tuner is None:
+        return None
+    name, recipe = plan.recipe.methods[-1], "+".join(plan.recipe.methods)
+    mixture = next((block for block in plan.blocks if block.experts is not None or block.parts is not None), None)
+    if mixture is not None:
+        raise LlmqError(
+            f"method {recipe!r}: {name} trains whole blocks, but the routed experts of {mixture.name} are quantized a "
+            f"few at a time: leave {name} out, or --keep the experts"
+        )
+    for scheme in sorted({w.scheme for w in plan.weights if w.scheme is not None and w.block is not None}, key=str):
+        if reason := tuner.refusal(scheme):
+            raise LlmqError(f"method {recipe!r}: {reason}; leave {name} out, or choose another scheme")
+    if len(plan.ids) <= plan.batch:
+        raise LlmqError(
+            f"method {recipe!r}: {name} holds windows out to judge itself, and the {len(plan.ids)} windows are one "
+            f"batch: give at least {plan.batch + 1} --samples; 128 or more measure well"
+        )
+    try:
+        return find_tail(plan.model, [block.module for block in plan.blocks])
+    except LlmqError as problem:
+        raise LlmqError(f"{plan.source.folder}: {problem}; leave {name} out") from problem
+
+
+def with_tuning(plan: Plan, tail: Tail, found: Budget, between: int | None, device: str) -> Budget:
+    """A run's budget if a method tunes the whole model at its end. found: without; between: as `predict` has it."""
+    size, (samples, tokens) = plan.dtype.itemsize, plan.ids.shape
+    width = tail.width
+    between = between or tokens * width * size
+    # What the first block gets is kept from the start.
+    first = samples * between
+    minibatch = max(plan.batch, getattr(plan.pipeline.tuner, "minibatch", 1))
+    held = plan.batch * ceil(ceil(samples / plan.batch) / HELD_OUT)
+    states = 2 * first + max((len(plan.blocks) + 3) * minibatch, 2 * held) * between
+    factors = sum(
+        i.shape[0] * (1 if i.scheme.group_size is None else i.shape[1] // i.scheme.group_size)
+        for i in plan.weights
+        if i.scheme is not None and i.block is not None
+    )
+    read = read_bytes(plan.blocks, plan.dtype)
+    names = {f"{b.name}.{n}" for b in plan.blocks for n, _ in b.module.named_parameters()}
+    widest = max(max(p.shape) for n, p in plan.model.named_parameters() if n in names and p.dim() > 1)
+    backward = BACKWARD_COPIES * plan.batch * tokens * widest * max(2, size)
+    blocks = [sum(p.numel() for p in block.module.parameters()) for block in plan.blocks]
+    quantized = [sum(prod(w.shape) for w in block.weights.values()) for block in plan.blocks]
+    # A block, the gradients of its weights, and its codes.
+    block = max(
+        (all_ + mine) * size + (0 if read <= KEPT else mine) for all_, mine in zip(blocks, quantized, strict=True)
+    )
+    outside = sum(plan.model.get_parameter(name).numel() for name in tail.parameters) * size
+    logits = LOGIT_COPIES * 4 * min(max(PIECE, tail.rows * plan.batch), plan.batch * tokens * tail.rows)
+    host = states + FACTOR_BYTES * factors + (read if read <= KEPT else 0)
+    work = outside + max(block + backward, logits)
+    now = psutil.Process().memory_info().rss + TRANSIENT
+    if device == "cpu":
+        return replace(found, memory=max(found.memory + first, now + host + work))
+    memory = max(found.memory + first, now + host + block)
+    return replace(found, memory=memory, device_memory=max(found.device_memory, work))

@@ -1,0 +1,280 @@
+"""The quantized model while its scales and norms are trained: one block in memory, forwards and backwards.
+
+Forwards, every block's input is kept for a few batches. Backwards, the last block first: a block is filled again, run
+again from its input, and the gradient of its output is handed back through it. So the memory is that of one block, of
+its activations for one batch, and of a few batches' states; and a step costs about four passes.
+
+Two things are taken as they are: what blocks hand to later ones beside hidden states has values, but no gradient; and
+where inputs are rounded, gradients ignore that (straight-through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import formats
+from llmq.block.block import WeightState, rounded_inputs
+from llmq.discovery.calls import Call, Recording, States, of_length
+from llmq.discovery.parameters import assign, empty
+from llmq.errors import LlmqError
+from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.methods.distill import KEPT, read_bytes
+from llmq.numerics.scale_factors import factor_gradient, scaled_by
+from llmq.training import state
+from llmq.training.tail import TrainedTail
+from llmq.training.trained import IO, Norm, Planned, block_gains, norm_of
+from llmq.watch import Watch
+
+
+@dataclass
+class Opened:
+    """What is read of a block: its weights, and the values of its other parameters, by name."""
+
+    weights: list[tuple[WeightState, QuantizedWeight]]
+    rest: dict[str, Tensor]
+
+    @property
+    def states(self) -> list[WeightState]:
+        """The weights, which say how inputs are rounded."""
+        return [weight for weight, _ in self.weights]
+
+
+@dataclass
+class StreamedStudent:
+    """See `llmq.methods.base.Student`. Made by `open_student`, within whose context it works.
+
+    first: what the first block gets, batch by batch; folder: where the state of training is kept; of: what it is the
+    state of.
+    """
+
+    io: IO
+    recording: Recording
+    first: list[States]
+    tail: TrainedTail
+    folder: Path
+    of: str
+    watch: Watch
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    _kept: dict[int, Opened] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        """See `Student.batches`."""
+        return len(self.first)
+
+    @property
+    def windows(self) -> int:
+        """See `Student.windows`."""
+        return int(self.tail.ids[0].shape[0])
+
+    def progress(self, text: str) -> None:
+        """See `Student.progress`."""
+        self.watch.step(text)
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is a state of training that can be read, of these weights."""
+        try:
+            return (state.about(self.folder) or {}).get("of") == self.of
+        except LlmqError:
+            return False
+
+    def save(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> None:
+        """See `Student.save`."""
+        self.folder.mkdir(exist_ok=True)
+        state.save(self.folder, values, optimizer, {**about, "of": self.of})
+
+    def load(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """See `Student.load`: None also for the state of other weights."""
+        if not self.saved:
+            return None
+        try:
+            about = state.load(self.folder, values, optimizer) or {}
+        except LlmqError as problem:
+            told = (
+                f"the state of training in {self.folder} is damaged: delete that folder and run the same command again"
+            )
+            raise LlmqError(told) from problem
+        return {key: value for key, value in about.items() if key != "of"}
+
+    def loss(self, batches: Sequence[int]) -> float:
+        """See `Student.loss`."""
+        states = self.forward(batches)
+        total = sum(self.tail.divergence(b, one.hidden) for b, one in zip(batches, states, strict=True))
+        return total / self._tokens(batches)
+
+    def descend(self, batches: Sequence[int], step: Callable[[], object]) -> float:
+        """See `Student.descend`."""
+        inputs: list[list[States]] = []
+        states = self.forward(batches, inputs)
+        tokens, total, slopes = self._tokens(batches), 0.0, []
+        sums: dict[str, Tensor] = {}
+        for batch, one in zip(batches, states, strict=True):
+            divergence, slope = self.tail.slope(batch, one.hidden, sums)
+            total += divergence
+            slopes.append(slope)
+        for name, slope in sums.items():
+            self._collect(name, slope, None, tokens)
+        step()
+        for block, entered in zip(reversed(self.io.plan.blocks), reversed(inputs), strict=True):
+            slopes = self._backward(block, batches, entered, slopes, tokens)
+            step()
+        return total / tokens
+
+    def forward(self, batches: Sequence[int], inputs: list[list[States]] | None = None) -> list[States]:
+        """The last block's output for some batches; inputs: gets what enters each block."""
+        states = [self.first[b] for b in batches]
+        for block in self.io.plan.blocks:
+            if inputs is not None:
+                inputs.append(states)
+            states = self.step(block, states, batches)
+        return states
+
+    def step(self, block: Planned, states: list[States], batches: Sequence[int]) -> list[States]:
+        """What a block hands to later ones for some batches."""
+        found, module = [], block.module
+        with rounded_inputs(module, self.fill(block).states), torch.no_grad(), self._named():
+            for batch, one in zip(batches, states, strict=True):
+                found.append(self._call(block, batch, one).step(module, one.hidden, self.io.device))
+        empty_all(module)
+        return found
+
+    def tensors(self, block: Planned) -> dict[str, Tensor]:
+        """The tensors that store what is trained of a block."""
+        found: dict[str, Tensor] = {}
+        for weight, q in self._open(block).weights:
+            name = f"{block.name}.{weight.parameter}"
+            rounding = rounding_of(weight.scheme.rules)
+            stored = rounding.finish(self._scaled(name, q), self.io.plan.dtype)
+            packed = formats.of(weight.scheme).pack(stored)
+            found |= {f"{weight.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        for name, norm in self.norms.items():
+            if name.startswith(f"{block.name}.") and name in self.parameters:
+                found[norm.tensor] = norm.moved(self.parameters[name].detach())
+        return found
+
+    def settle(self, block: Planned) -> None:
+        """Take a block as it is written: what was trained of it is there already."""
+        for name in [name for name in self.parameters if name.startswith(f"{block.name}.")]:
+            del self.parameters[name]
+
+    def _backward(
+        self, block: Planned, batches: Sequence[int], entered: list[States], slopes: list[Tensor], tokens: int
+    ) -> list[Tensor]:
+        """Set the gradients of a block's trained parameters, given the slopes of the loss's sum over tokens with
+        respect to its output; returns those with respect to its input."""
+        opened, module, found = self.fill(block), block.module, []
+        quantized = {weight.parameter: q for weight, q in opened.weights}
+        names = [name for name, _ in module.named_parameters() if f"{block.name}.{name}" in self.parameters]
+        for name in names:
+            module.get_parameter(name).requires_grad_(True)
+        with rounded_inputs(module, opened.states, straight_through=True), torch.enable_grad(), self._named():
+            for batch, one, slope in zip(batches, entered, slopes, strict=True):
+                hidden = one.hidden.to(self.io.device).detach().requires_grad_(True)
+                output = self._call(block, batch, one).run(module, hidden)
+                torch.autograd.backward([output], [slope.to(output)])
+                assert hidden.grad is not None
+                found.append(hidden.grad.to(one.hidden))
+                del output, hidden
+        for name in names:
+            gradient = module.get_parameter(name).grad
+            if gradient is not None:
+                self._collect(f"{block.name}.{name}", gradient.cpu(), quantized.get(name), tokens)
+        empty_all(module)
+        return found
+
+    def _collect(self, name: str, slope: Tensor, q: QuantizedWeight | None, tokens: int) -> None:
+        """Set a trained parameter's gradient, from the slope of the sum over tokens with respect to the model's own."""
+        parameter = self.parameters[name]
+        found = slope.to(torch.promote_types(slope.dtype, torch.float32)) if q is None else factor_gradient(q, slope)
+        scale = (self.norms[name].size if q is None else 1.0) / tokens
+        parameter.grad = found.mul_(scale).to(parameter.dtype)
+
+    def fill(self, block: Planned) -> Opened:
+        """Fill a block with what is written of it, its scales and norms as they are trained."""
+        opened, plan = self._open(block), self.io.plan
+        for name, value in opened.rest.items():
+            full = f"{block.name}.{name}"
+            if full in self.norms and full in self.parameters:
+                value = self.norms[full].moved(self.parameters[full].detach()).to(plan.dtype)
+            assign(block.module, name, value.to(self.io.device))
+        for weight, q in opened.weights:
+            value = self.value(self._scaled(f"{block.name}.{weight.parameter}", q))
+            assign(block.module, weight.parameter, value.to(self.io.device))
+        return opened
+
+    def value(self, q: QuantizedWeight) -> Tensor:
+        """A weight [out, in], as loaders compute it."""
+        return q.dequantize(self.io.plan.dtype)
+
+    def _scaled(self, name: str, q: QuantizedWeight) -> QuantizedWeight:
+        return scaled_by(q, self.parameters[name].detach()) if name in self.parameters else q
+
+    def _open(self, block: Planned) -> Opened:
+        """What is read of a block; it is kept if all blocks may be."""
+        if block.index in self._kept:
+            return self._kept[block.index]
+        weights = []
+        for weight in self.io.restore(block):
+            assert weight.quantized is not None
+            q = rounding_of(weight.scheme.rules).reopen(weight.quantized)
+            weights.append((replace(weight, value=torch.empty(0), quantized=None), q))
+        names = {weight.parameter for weight, _ in weights}
+        rest = {name: p.detach().cpu() for name, p in block.module.named_parameters() if name not in names}
+        opened = Opened(weights, rest)
+        if read_bytes(self.io.plan.blocks, self.io.plan.dtype) <= KEPT:
+            self._kept[block.index] = opened
+        return opened
+
+    def _call(self, block: Planned, batch: int, states: States) -> Call:
+        return self.recording.calls[batch][block.index].given(states.handed)
+
+    def _tokens(self, batches: Sequence[int]) -> int:
+        return sum(self.tail.ids[b].numel() for b in batches)
+
+    def _named(self) -> Any:
+        return of_length("a block", self.tail.ids[0].shape[1])
+
+
+def empty_all(module: nn.Module) -> None:
+    """Free a module's memory."""
+    for name, _ in list(module.named_parameters()):
+        empty(module, name)
+
+
+@contextmanager
+def open_student(
+    io: IO, recording: Recording, first: list[States], teacher: list[Tensor] | None, folder: Path, of: str, watch: Watch
+) -> Iterator[StreamedStudent]:
+    """The written model, to be trained within the context. teacher: the unquantized model's last hidden states, batch
+    by batch, if there will be a loss.
+
+    Raises LlmqError if the model returns no logits.
+    """
+    plan = io.plan
+    with TrainedTail.opened(io, teacher) as tail:
+        made = StreamedStudent(io, recording, first, tail, folder, of, watch)
+        for index, names in enumerate(block_gains(io, recording)):
+            block = plan.blocks[index]
+            for weight in block.weights.values():
+                rows, width = weight.shape
+                groups = 1 if weight.scheme.group_size is None else width // weight.scheme.group_size
+                made.parameters[f"{block.name}.{weight.view.name}"] = nn.Parameter(torch.ones(rows, groups))
+            for name in names:
+                if (norm := norm_of(io, f"{block.name}.{name}", block.unit)) is not None:
+                    made.norms[f"{block.name}.{name}"] = norm
+        for name in sorted(tail.found.gains):
+            if (norm := norm_of(io, name, None)) is not None:
+                made.norms[name] = norm
+        made.parameters |= {name: nn.Parameter(torch.zeros(prod(n.value.shape))) for name, n in made.norms.items()}
+        tail.norms, tail.parameters = made.norms, made.parameters
+        yield made

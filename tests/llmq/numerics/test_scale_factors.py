@@ -1,0 +1,50 @@
+"""Factors on scales: their gradient against autograd in float64, and what they leave as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.nearest import round_to_nearest
+from llmq.grids.scheme import Scheme
+from llmq.numerics import scale_factors
+from llmq.numerics.scale_factors import factor_gradient, scaled_by
+
+SCHEMES = [Scheme(2, 8), Scheme(3, 16, False), Scheme(8, None), Scheme(8, None, grid="fp8"), Scheme(4, 32, grid="nf4")]
+
+
+def weight(scheme: Scheme) -> QuantizedWeight:
+    value = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    return rounding_of(scheme.rules).reopen(round_to_nearest(value, scheme, torch.bfloat16))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_gradient_is_autograds(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_factors, "READ", 64)  # two rows at a time
+    q = weight(scheme)
+    rows, groups = q.scale.shape
+    factor = torch.ones(rows, groups, dtype=torch.float64, requires_grad=True)
+    points = rounding_of(scheme.rules).decode(q.codes, scheme).double().view(rows, groups, -1)
+    zero = 0 if q.zero is None else q.zero.double().unsqueeze(-1)
+    value = ((points - zero) * (q.scale.double() * factor).unsqueeze(-1)).flatten(1)
+    assert torch.allclose(value.detach(), q.dequantize(torch.float32).double(), rtol=1e-6)
+    outer = torch.randn(rows, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (value * outer).sum().backward()
+    found = factor_gradient(q, outer)
+    assert found.dtype == torch.float64 and torch.allclose(found, factor.grad, rtol=1e-12)
+    low = factor_gradient(q, outer.to(torch.bfloat16))
+    assert low.dtype == torch.float32 and torch.allclose(low.double(), factor.grad, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_scales_are_moved_in_their_own_dtype(scheme: Scheme) -> None:
+    q = weight(scheme)
+    q.scale[0, 0] = 0
+    factor = torch.full(q.scale.shape, 1.0)
+    factor[1], factor[2], factor[3] = 1.25, 1e-9, 1e9
+    moved = scaled_by(q, factor)
+    assert moved.scale.dtype == q.scale.dtype and moved.codes is q.codes
+    assert torch.equal(moved.scale[[0, 4, 5]], q.scale[[0, 4, 5]])
+    wanted = (q.scale[1:4].float() * torch.tensor([[1.25], [0.1], [10.0]])).to(q.scale.dtype)
+    assert torch.equal(moved.scale[1:4], wanted)
