@@ -42,7 +42,8 @@ class Tail:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [batch, tokens, vocabulary] for the last block's output `hidden` [batch, tokens, width].
 
-        Gradients reach `hidden`, and those of `parameters` that require one. Raises LlmqError.
+        hidden: in the dtype of `parameters`. Gradients reach `hidden`, and those of `parameters` that require one.
+        Raises LlmqError.
         """
         with self._without_others():
             return _run(self.model, self.blocks, self.results, hidden, 0.0)
@@ -127,7 +128,7 @@ def _run(model: nn.Module, blocks: tuple[nn.Module, ...], results: Results, hidd
 
     def embed(i: int, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return torch.full(shape[:2] + width, fill, dtype=hidden.dtype)
+            return torch.full(shape[:2] + width, fill, dtype=results.hidden.dtype)
 
         return forward
 

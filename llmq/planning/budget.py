@@ -8,6 +8,7 @@ from math import prod
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, predict
 from llmq.planning.parts import codes
+from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
 
@@ -35,6 +36,9 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
             loads[-1] = replace(load, block=load.block + entering)
             loads.append(load.then(_experts_load(plan, block.experts)))
+    if plan.tail is not None:
+        held, work = tail_bytes(plan)
+        loads[-1] = replace(loads[-1], block=loads[-1].block + held, workspace=loads[-1].workspace + work)
     outside = [*plan.outside.values()]
     if outside:
         loads.append(_outside_load(plan, outside))
