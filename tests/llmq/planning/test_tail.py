@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmq.discovery.names import Links
 from llmq.planning import budget
-from llmq.planning.memory import Load
+from llmq.planning.memory import Budget, Load
 from llmq.planning.tail import OWN, set_tail, tail_bytes
 from tests.architectures import tiny
 from tests.llmq import mixtures
@@ -29,7 +30,12 @@ def test_only_methods_that_learn_from_logits_have_it(tiny_model: Path) -> None:
 def test_the_last_block_s_memory_has_its_parameters(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[list[Load]] = []
     plan = make(tiny_model, methods=("signround",))
-    monkeypatch.setattr(budget, "predict", lambda *args, **more: found.append(args[6]) or plan.budget)
+
+    def predict(*args: Any, **more: Any) -> Budget:
+        found.append(args[6])
+        return plan.budget
+
+    monkeypatch.setattr(budget, "predict", predict)
     budget.budget(plan, "cpu")
     (first, _, last), (held, work) = found[0], tail_bytes(plan)
     assert last == replace(first, block=first.block + held, workspace=first.workspace + work)
