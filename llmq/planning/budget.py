@@ -28,7 +28,7 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             dense * size + copies,
             sum(i.after for i in mine),
             _statistics(plan, mine),
-            max((method.workspace(i.shape) for method in plan.pipeline.all for i in mine), default=0),
+            _workspace(plan, mine),
         )
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
         if block.experts is not None:
@@ -79,6 +79,13 @@ def _statistics(plan: Plan, items: list[WeightPlan]) -> int:
     return max(passes, default=0)
 
 
+def _workspace(plan: Plan, items: list[WeightPlan]) -> int:
+    """What methods need for weights that are quantized one at a time, and refinements for all of them at once."""
+    one = max((method.workspace(item.shape) for method in plan.pipeline.all for item in items), default=0)
+    together = (sum(method.workspace(item.shape) for item in items) for method in plan.pipeline.refiners)
+    return max(one, *together, 0)
+
+
 def group_bytes(plan: Plan, items: list[WeightPlan]) -> int:
     """What some weights need while they are quantized together: statistics, and what refinements learn at once."""
     learned = sum(method.workspace(item.shape) for method in plan.pipeline.refiners for item in items)
@@ -123,5 +130,5 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
         numbers * size + copies + routed,
         max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),
         sum(kind.nbytes(width) for kind in kinds) + 2 * own,
-        max((method.workspace(i.shape) for method in plan.pipeline.all for i in largest), default=0),
+        _workspace(plan, list(largest)),
     )
