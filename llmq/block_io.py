@@ -134,7 +134,13 @@ class BlockIO:
                 assign(block.module, name, buffer.to(self.device))
         return block.module
 
-    def open(self, block: BlockPlan, inputs: list[Tensor], calls: list[Call]) -> Block:
+    def open(
+        self,
+        block: BlockPlan,
+        inputs: list[Tensor],
+        calls: list[Call],
+        unquantized: tuple[list[Tensor], list[Call]] | None = None,
+    ) -> Block:
         """The block with its weights read from the checkpoint, as a `Block` for methods."""
         module = self.fill(block)
         return Block(
@@ -145,6 +151,8 @@ class BlockIO:
             pairs=block.pairs,
             scale_dtype=self.plan.dtype,
             device=self.device,
+            unquantized=unquantized,
+            partial=block.experts is not None,
         )
 
     @contextmanager

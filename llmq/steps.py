@@ -7,10 +7,12 @@ import time
 from torch import Tensor
 
 from llmq.block.attempt import Attempt, Outcome
-from llmq.block.block import Block, relative_error
+from llmq.block.block import Block, WeightState, relative_error
+from llmq.block.chains import Chains, stages
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
-from llmq.methods.base import Method
+from llmq.methods._correction import correct
+from llmq.methods.base import Method, Stats
 
 INVARIANCE = 0.02
 LOGITS = "the divergence of the model's logits, in nats"
@@ -110,18 +112,40 @@ def name(*methods: Method) -> str:
 
 
 def round_weights(block: Block, quantizer: Method) -> None:
-    """Quantize every weight with the statistics of the current block."""
+    """Quantize every weight with the statistics of the current block, corrected for earlier errors if it says so."""
+    if quantizer.correct != "none" and block.unquantized is not None:
+        round_in_order(block, quantizer)
+        return
     if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
         block.observe(quantizer.quantize_needs)
     last = {state.input_id: state for state in block.weights.values()}
     block.calibrate_inputs()
     for state in block.weights.values():
-        began = time.perf_counter()
-        try:
-            found = quantizer.quantize(state.value.detach(), state.scheme, state.statistics, block.scale_dtype)
-        except LlmqError as problem:
-            raise LlmqError(f"{state.name}.weight: {problem}") from problem
-        block.set_quantized(state.parameter, found)
-        state.seconds = time.perf_counter() - began
+        round_weight(block, quantizer, state, state.value.detach(), state.statistics)
         if last[state.input_id] is state:
             state.statistics.clear()
+
+
+def round_in_order(block: Block, quantizer: Method) -> None:
+    """Quantize the weights in their order of use, each corrected for the errors of those before it."""
+    block.calibrate_inputs()
+    chains = Chains(block)
+    for states in stages(block):
+        corrected, statistics = correct(block, states, chains, quantizer.quantize_needs, quantizer.correct)
+        for state in states:
+            found = corrected.pop(0)
+            round_weight(block, quantizer, state, found.value, statistics)
+            state.correction = found.strengths
+        chains.round(states)
+    block.shown = None
+
+
+def round_weight(block: Block, quantizer: Method, state: WeightState, value: Tensor, statistics: Stats) -> None:
+    """Quantize a weight, or what takes its place, [out, in]."""
+    began = time.perf_counter()
+    try:
+        found = quantizer.quantize(value, state.scheme, statistics, block.scale_dtype)
+    except LlmqError as problem:
+        raise LlmqError(f"{state.name}.weight: {problem}") from problem
+    block.set_quantized(state.parameter, found)
+    state.seconds = time.perf_counter() - began

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmq import mixture, steps
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error, rounded_inputs
+from llmq.block.chains import run_unquantized
 from llmq.block_io import BlockIO, discard, pack_weights, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
@@ -78,14 +79,18 @@ def quantize_block(
     """
     began = time.perf_counter()
     pipeline = io.plan.pipeline
-    block = io.open(planned, hidden_of(states), recording.of_block(planned.index, states))
-    aim = block.inputs if float_states is None else hidden_of(float_states)
-    calls = block.calls if float_states is None else recording.of_block(planned.index, float_states)
+    aim = hidden_of(states if float_states is None else float_states)
+    calls = recording.of_block(planned.index, states if float_states is None else float_states)
+    unquantized = None if float_states is None else (aim, calls)
+    block = io.open(planned, hidden_of(states), recording.of_block(planned.index, states), unquantized)
     with mixture.without_experts(planned):
-        target = [States(h) for h in block.observe(pipeline.first)]
+        if pipeline.corrects:
+            target = run_unquantized(block, lambda index: calls[index].step(block.module, aim[index], io.device))
+        else:
+            target = [States(h) for h in block.observe(pipeline.first)]
+            check_output(planned.name, target, BEFORE)
+            target = target if float_states is None else forward(block.module, aim, calls, io.device)
         check_output(planned.name, target, BEFORE)
-        if float_states is not None:
-            target = forward(block.module, aim, calls, io.device)
         block.target = hidden_of(target)
     before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
     with mixture.without_experts(planned), io.tail(planned) as tail:

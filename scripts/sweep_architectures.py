@@ -39,11 +39,15 @@ With `--loader llmq`, which types need whose checkpoints store all experts in on
 and stock transformers refused it.
 **refused**: `llmq plan` refuses it before any work. **fails**: anything else.
 **not built**: transformers could not make a tiny model of the type.
+*corrected, for a stream*: how many weights were quantized in the order of their use, and corrected for the errors of
+earlier ones in their inputs; and how many of them also for those in the residual stream that their output is added to.
+That number is 0 where a norm, a gate or a product stands between each output and its stream, and where each part of a
+block has a stream of its own. Routed experts are not corrected.
 
 {counts}
 
-| type | kind | blocks | quantized of 2-D block weights | result |
-|---|---|---|---|---|
+| type | kind | blocks | quantized of 2-D block weights | corrected, for a stream | result |
+|---|---|---|---|---|---|
 """
 
 #: Before the name of a type that reads images, which may be a causal-LM type, too.
@@ -166,7 +170,7 @@ def check(name: str) -> dict[str, Any]:
             return row | {"result": "refused", "words": str(error)}
         except Exception as error:  # shown in the table; the other types continue
             return row | {"result": "fails", "words": first_line(error)}
-    row |= {"share": done.share, "error": done.error, "moved": done.moved}
+    row |= {"share": done.share, "corrected": done.corrected, "error": done.error, "moved": done.moved}
     if not done.error <= 1e-3:
         return row | {"result": "fails", "words": f"logits {done.error:.1e} apart after loading"}
     return row | {"result": "works", "words": "; ".join(done.left)}
@@ -281,7 +285,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     counts = [counted([r for r in rows if r["kind"] == kind], label) for kind, label in labels.items()]
     text = HEAD.format(version=transformers.__version__, counts="\n".join(counts))
     for row in rows:
-        text += f"| {row['type']} | {row['kind']} | {row['blocks']} | {row['share']} | {result(row)} |\n"
+        cells = [row["type"], row["kind"], row["blocks"], row["share"], row.get("corrected", ""), result(row)]
+        text += f"| {' | '.join(map(str, cells))} |\n"
     return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from hypothesis import settings
 from typer.testing import CliRunner
 
-from tests.forked import IMPORTED, Server
+from tests.forked import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU, Triton's kernels run in its interpreter; triton looks for this once, and whatever is collected first
@@ -110,11 +109,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Coverage follows every line, which doubles the time of an import: what is large is imported before it begins."""
-    if hasattr(config, "workerinput") and config.getoption("cov_source", None):
-        for name in (*IMPORTED, "peft", "bitsandbytes"):
-            importlib.import_module(name)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, which say how long they take, so that none is left over when all others are done."""
+    items.sort(key=lambda item: -max((sum(mark.args) for mark in item.iter_markers("slow")), default=0))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,6 +1,7 @@
 """The command line in processes of their own that start at once: forks of one that has imported what others wrote.
 
-All of llmq is new in each of them, and so are its arguments, its environment and its exit.
+All of llmq is new in each of them, and so are its arguments, its environment and its exit code. Each ends as
+multiprocessing ends a fork, without taking down what others wrote, which would take longer than most commands.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class Command:
 
 
 class Server:
-    """The process that is forked, one command at a time."""
+    """The process that is forked, one command at a time; `env` is there already when it imports what others wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **env: str) -> None:
         path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "eval")))
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-P", __file__], env=env, bufsize=0, **pipes)
         assert self.process.stdin and self.process.stdout
@@ -106,17 +107,17 @@ def _become(ask: dict[str, Any]) -> None:
 
 def _serve() -> None:
     import importlib
+    import multiprocessing
 
     for name in IMPORTED:
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            _become(json.loads(line))
-            sys.exit(0)
-        print(child, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+        child = multiprocessing.get_context("fork").Process(target=_become, args=(json.loads(line),))
+        child.start()
+        print(child.pid, file=answers, flush=True)
+        child.join()
+        print(child.exitcode, file=answers, flush=True)
 
 
 if __name__ == "__main__":

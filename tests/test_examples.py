@@ -23,7 +23,7 @@ def test_outputs_are_not_kept(file: Path) -> None:
     assert not kept, "clear the outputs: jupyter nbconvert --clear-output --inplace"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,12 @@ class Tasks:
         adapter = _adapter(model, tokenizer, settings, journal, progress)
         _quiet()
         try:
-            # lm-eval asks git for the commit of the current directory, and git's error would appear on the terminal.
-            with patch("lm_eval.evaluator.get_git_commit_hash", str, create=True):
+            # lm-eval asks git for the commit of the current directory, and git's error would appear on the terminal;
+            # and it asks pip, for a second of each task, for what is installed.
+            with (
+                patch("lm_eval.evaluator.get_git_commit_hash", str, create=True),
+                patch("lm_eval.evaluator.add_env_info", lambda *_: None, create=True),
+            ):
                 found = simple_evaluate(
                     model=adapter,
                     tasks=[name],

@@ -18,13 +18,14 @@ from llmq.block.attempt import Attempt
 from llmq.block.loss import chunk_of, divergence, relative_loss
 from llmq.block.loss import relative_error as relative_error
 from llmq.block.statistics import Inputs, Statistic
+from llmq.discovery.addends import Seen
 from llmq.discovery.calls import Call, of_length
 from llmq.discovery.inputs import Takes, at_products, collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
 from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
-from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.activations import round_input
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
@@ -40,7 +41,8 @@ class WeightState:
     transform, float32; dtype: its dtype in the block; input_id: the same for all weights that are fed by the same
     tensor; statistics: of that input, until they are freed; quantized: the result, or None before; input_scale: float32
     [1] if activations are static; importance: E[x²] of its input channels, float32 [in], if known; rounded: the weight
-    rounded to nearest.
+    rounded to nearest; correction: if it was corrected before it was quantized, how strongly, from 0 to 1, for the
+    errors of its input and for those of the residual stream that its output is added to (None: no stream was found).
     """
 
     name: str
@@ -54,6 +56,7 @@ class WeightState:
     input_scale: Tensor | None = None
     rounded: Tensor | None = None
     importance: Tensor | None = None
+    correction: tuple[float, float | None] | None = None
     seconds: float = 0.0
 
     @property
@@ -82,9 +85,11 @@ class Block:
     """A decoder block, its weights to quantize, and the calls of every calibration batch.
 
     inputs: hidden states per batch [batch, tokens, width], computed by the already quantized blocks from the
-    calibration windows; target: the output that this block should have, per batch; pairs: the block's scale pairs;
-    scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report; tail: of the last block, what
-    the model does with its output, if the block may be judged by the logits.
+    calibration windows; target: the output that this block should have, per batch; unquantized: inputs and calls of the
+    unquantized model, if a method needs them; shown: by batch and weight, what the unquantized block shows on them, if
+    it is kept (`block.chains`); partial: whether other values stand in for some that it computes; pairs: the block's
+    scale pairs; scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report; tail: of
+    the last block, what the model does with its output, if the block may be judged by the logits.
     """
 
     def __init__(
@@ -97,8 +102,12 @@ class Block:
         pairs: Sequence[Pair] = (),
         scale_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
+        unquantized: tuple[list[Tensor], list[Call]] | None = None,
+        partial: bool = False,
     ) -> None:
         self.module, self.inputs, self.calls, self.pairs = module, inputs, calls, list(pairs)
+        self.unquantized, self.partial = unquantized, partial
+        self.shown: list[dict[str, Seen]] | None = None
         self.weights = {state.parameter: state for state in states}
         self.scale_dtype = scale_dtype
         self.device = device or torch.device("cpu")
@@ -250,14 +259,14 @@ class Block:
                     assign(self.module, name, parameter.data)
                 for name, state in states.items():
                     vars(self.weights[name]).update(vars(state))
-                self.changed, self._error = changed, error
+                self.changed, self._error, self.shown = changed, error, None
 
     def set(self, name: str, value: Tensor) -> None:
         """Give a weight (by its `View.name`, [out, in]) or another parameter (as stored) a value of the same shape.
 
         Weights to be quantized keep the value in float32, without rounding it to the model's dtype.
         """
-        state = self.weights.get(name)
+        state, self.shown = self.weights.get(name), None
         if state is not None:
             self._write(state.view, value)
             _revalue(state, value)
@@ -351,13 +360,6 @@ class Block:
 
 def _revalue(state: WeightState, value: Tensor) -> None:
     state.value, state.rounded, state.quantized = value, None, None
-
-
-def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
-    """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
-    if scheme.activations is None:
-        return x
-    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
 
 
 @contextmanager

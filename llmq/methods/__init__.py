@@ -71,7 +71,7 @@ class Pipeline:
     @property
     def calibrated(self) -> bool:
         """Whether any method needs calibration data."""
-        return bool(self.transforms or self.refiners or self.quantizer.quantize_needs)
+        return bool(self.transforms or self.refiners or self.quantizer.quantize_needs or self.corrects)
 
     @property
     def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:
@@ -86,9 +86,14 @@ class Pipeline:
         return () if self.transforms else self.quantizer.quantize_needs
 
     @property
+    def corrects(self) -> bool:
+        """Whether weights are corrected, before they are rounded, for errors of earlier ones."""
+        return self.quantizer.correct != "none"
+
+    @property
     def float_target(self) -> bool:
-        """Whether a refinement's target is computed from the unquantized model's hidden states."""
-        return any(method.float_target for method in self.refiners)
+        """Whether the unquantized model's hidden states are needed, from which a block's target is then computed."""
+        return self.corrects or any(method.float_target for method in self.refiners)
 
 
 def find(name: str) -> type[Method]:

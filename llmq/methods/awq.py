@@ -9,6 +9,7 @@ searched by the error of the group's own output (weight clipping, `numerics.clip
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,24 +20,28 @@ from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import GRIDS
+from llmq.methods._correction import HOW
 from llmq.methods._pair_scales import Candidate, Side, balance, normalized, side
 from llmq.methods.base import Method, Stats, statistic
 from llmq.numerics.clipping import clip_groups
+from llmq.validate import check_choice
 
 
 class AWQ(Method):
     """Scales up channels with large inputs before rounding.
 
-    alphas: number of values of α between 0 and 1 that are tried, for each of two formulas.
+    alphas: number of values of α between 0 and 1 that are tried, for each of two formulas; correct: if it also
+    quantizes, whether weights are corrected first for the errors of earlier ones, as gptq's are.
     """
 
     transform_needs = (Inputs,)
     quantize_needs = (Hessian,)
 
-    def __init__(self, *, alphas: int = 10) -> None:
+    def __init__(self, *, alphas: int = 10, correct: Literal["none", "held-out", "full"] = "none") -> None:
         if alphas < 1:
             raise LlmqError(f"alphas must be 1 or more, not {alphas!r}")
-        self.alphas = alphas
+        check_choice("correct", correct, HOW)
+        self.alphas, self.correct = alphas, correct
 
     def transform(self, block: Block) -> None:
         """See `Method.transform`."""

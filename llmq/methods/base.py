@@ -31,7 +31,9 @@ class Method:
     schemes say, that is, the inputs of the written model. float_target: for a refinement, whether its target is
     computed from the unquantized model's hidden states instead of the quantized model's. logits: for a refinement,
     whether `Block.loss` and `Block.error` of the last block are the divergence of the model's logits, where what
-    follows that block can be run. scheme: the method's default scheme, as in a recipe.
+    follows that block can be run. correct: for a quantizer, 'held-out' or 'full' if it shall get weights that are
+    corrected for the errors of those quantized before (see `methods._correction`). scheme: the method's default scheme,
+    as in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
@@ -39,6 +41,7 @@ class Method:
     refine_needs: tuple[type[Statistic], ...] = ()
     float_target: bool = False
     logits: bool = False
+    correct: str = "none"
     scheme: ClassVar[dict[str, Any]] = {}
 
     def transform(self, block: Block) -> str | None:

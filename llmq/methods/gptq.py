@@ -12,9 +12,12 @@ from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import GRIDS, RANGES
+from llmq.methods._correction import HOW
 from llmq.methods.base import Method, Stats, range_refusal, statistic
 from llmq.numerics.gptq import solve
 from llmq.validate import check_choice
+
+DAMPING, PLAIN_DAMPING = 0.05, 0.01
 
 
 class GPTQ(Method):
@@ -22,8 +25,11 @@ class GPTQ(Method):
 
     range: how scales are found: minmax, mse, percentile, kl, aciq, or weighted by the cost of each column's rounding;
     act_order: static takes the most active inputs first, grouped the most active groups, none keeps the order of the
-    inputs; damping: fraction of the Hessian's mean diagonal that is added to its diagonal; sweeps: how often scales and
-    codes are improved after the first pass, 0 is the paper's GPTQ.
+    inputs; damping: fraction of the Hessian's mean diagonal that is added to its diagonal, by default 0.05, without
+    corrections 0.01; sweeps: how often scales and codes are improved after the first pass; correct: whether a block's
+    weights are quantized in their order of use, each corrected for the errors of all before it: held-out chooses how
+    strongly on tokens kept for that, full does it entirely, none takes a third of the time (none with 0 sweeps is the
+    paper's GPTQ).
     """
 
     quantize_needs = (Hessian,)
@@ -33,15 +39,20 @@ class GPTQ(Method):
         *,
         range: str = "weighted",
         act_order: Literal["grouped", "static", "none"] = "grouped",
-        damping: float = 0.01,
+        damping: float | None = None,
         sweeps: int = 2,
+        correct: Literal["held-out", "full", "none"] = "held-out",
     ) -> None:
         check_choice("range", range, RANGES)
+        check_choice("correct", correct, HOW)
         if sweeps < 0:
             raise LlmqError(f"sweeps must be 0 or more, not {sweeps!r}")
+        if damping is None:
+            damping = PLAIN_DAMPING if correct == "none" else DAMPING
         if not 0 < damping < 1:
             raise LlmqError(f"damping must lie between 0 and 1, not {damping!r}")
         self.range, self.act_order, self.damping, self.sweeps = range, act_order, damping, sweeps
+        self.correct = correct
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats, scale_dtype: torch.dtype) -> Quantized:
         """See `Method.quantize`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from llmq.grids.base import Quantized
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import GRIDS, RANGES
+from llmq.methods._correction import HOW
 from llmq.methods.base import Method, Stats, range_refusal, statistic
 from llmq.validate import check_choice
 
@@ -18,13 +21,15 @@ class RTN(Method):
     """Round to nearest; no calibration data.
 
     range: how scales are found: minmax, mse, percentile, kl or aciq, without data, or weighted by E[x²] of the inputs,
-    by default the grid's usual one (mse, on nf4 minmax).
+    by default the grid's usual one (mse, on nf4 minmax); correct: whether weights are corrected, before they are
+    rounded, for the errors of earlier ones, as gptq's are; this needs calibration data.
     """
 
-    def __init__(self, *, range: str | None = None) -> None:
+    def __init__(self, *, range: str | None = None, correct: Literal["none", "held-out", "full"] = "none") -> None:
         if range is not None:
             check_choice("range", range, RANGES)
-        self.range = range
+        check_choice("correct", correct, HOW)
+        self.range, self.correct = range, correct
         if range == "weighted":
             self.quantize_needs = (MeanSquare,)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from llmq.block.chains import ROOM
+from llmq.block.statistics import Hessian, Statistic
+from llmq.methods._correction import HELD_OUT, HELD_TOKENS
 from llmq.planning.experts import ExpertsPlan
-from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, predict
+from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, hidden_width, predict
 from llmq.planning.parts import codes
 from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
@@ -23,11 +26,13 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         numbers = sum(prod(i.shape) for i in mine)
         # Transforms use float32 copies besides the block, and both results are kept until the better one is known.
         copies = numbers * ((8 if plan.pipeline.transforms else 0) + (2 if plan.pipeline.refiners else 0))
+        # The weights that are rounded already are there beside the unrounded ones.
+        copies += numbers * size if plan.pipeline.corrects else 0
         dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
         load = Load(
             dense * size + copies,
             sum(i.after for i in mine),
-            _statistics(plan, mine),
+            max(_statistics(plan, mine, corrected=plan.pipeline.corrects), _correction(plan, mine)),
             _workspace(plan, mine),
         )
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
@@ -72,11 +77,40 @@ def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
     )
 
 
-def _statistics(plan: Plan, items: list[WeightPlan]) -> int:
-    """The bytes of the statistics of some weights: those of one pass are freed before the next pass."""
+def _statistics(plan: Plan, items: list[WeightPlan], *, corrected: bool = False) -> int:
+    """The bytes of the statistics of some weights: those of one pass are freed before the next pass.
+
+    corrected: whether the weights are corrected, so that the quantizer's statistics are not collected in such a pass.
+    """
     widths = {item.input_id: item.shape[1] for item in items}
-    passes = (sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in plan.pipeline.passes)
-    return max(passes, default=0)
+    passes = list(plan.pipeline.passes)
+    if corrected and plan.pipeline.quantizer.quantize_needs:
+        passes.remove(plan.pipeline.quantizer.quantize_needs)
+    return max((sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in passes), default=0)
+
+
+def _correction(plan: Plan, items: list[WeightPlan]) -> int:
+    """The bytes of the largest stage of weights with one input that are corrected together."""
+    if not plan.pipeline.corrects:
+        return 0
+    stages: dict[int, list[WeightPlan]] = {}
+    for item in items:
+        stages.setdefault(item.input_id, []).append(item)
+    needs: list[type[Statistic]] = [Hessian, *plan.pipeline.quantizer.quantize_needs]
+    needs = list(dict.fromkeys(needs))
+    hidden, size = hidden_width(plan.model), plan.dtype.itemsize
+    most = 0
+    for stage in stages.values():
+        width, outs = stage[0].shape[1], sum(item.shape[0] for item in stage)
+        statistics = sum(need.nbytes(width) for need in needs)
+        # The drift and a factor; a stream and the corrected value of each, and what one of them is computed with.
+        more = 8 * width**2 + 8 * outs * width + 8 * max(prod(i.shape) for i in stage)
+        held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1) * 4 * (2 * width + outs)
+        most = max(most, statistics + more + held)
+    widths = sum(stage[0].shape[1] for stage in stages.values())
+    streams = sum(item.shape[0] for item in items if item.shape[0] == hidden)
+    shown = plan.ids.numel() * size * (widths + streams)
+    return most + (shown if shown <= ROOM else 0)
 
 
 def _workspace(plan: Plan, items: list[WeightPlan]) -> int:

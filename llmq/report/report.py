@@ -17,7 +17,7 @@ from llmq.discovery.architecture import generator
 from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
-from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_block, read_weight
+from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_block, read_weight, told_corrections
 
 VERSIONS = ("llmq", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes")
 
@@ -73,6 +73,11 @@ class Report:
     def kept(self) -> list[KeptRow]:
         """The weights that are not quantized."""
         return [row for row in self.weights if isinstance(row, KeptRow)]
+
+    @property
+    def corrections(self) -> str | None:
+        """In a sentence, which weights were corrected for the errors of earlier ones; None if none was."""
+        return told_corrections(self.quantized)
 
     def attempts(self, *outcomes: Outcome) -> list[tuple[str, Attempt]]:
         """(block, attempt) for every attempt of a method with one of these outcomes."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 from llmq.block.attempt import Attempt, Outcome
@@ -21,10 +22,12 @@ class WeightRow:
 
     shape: [out, in]; block: its number, None outside the blocks, where nothing is calibrated; bytes: stored; error:
     relative, in the Frobenius norm, of the quantized weight to the weight after all transforms; notes: fallbacks
-    used; seconds: of its quantization. Of a routed expert's weight also expert: its number in the block; tokens:
-    those of the calibration windows (if no method needs data, of the one window that checks blocks) that chose it;
-    alpha: the share of their own statistics in those that it was quantized with, from 0 to 1, None if the methods use
-    no such statistics. None for other weights.
+    used; seconds: of its quantization; correction: if it was corrected for the errors of weights before it, how
+    strongly, from 0 to 1: for those of its input, and for those of the residual stream that its output is added to
+    (None: no stream was found). Of a routed expert's weight also expert: its number in the block; tokens: those of the
+    calibration windows (if no method needs data, of the one window that checks blocks) that chose it; alpha: the share
+    of their own statistics in those that it was quantized with, from 0 to 1, None if the methods use no such
+    statistics. None for other weights.
     """
 
     name: str
@@ -38,6 +41,7 @@ class WeightRow:
     expert: int | None = None
     tokens: int | None = None
     alpha: float | None = None
+    correction: tuple[float, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,27 @@ def weight_row(state: WeightState, block: int | None, nbytes: int, expert: int |
         tuple(state.quantized.notes),
         round(state.seconds, 3),
         expert,
+        correction=state.correction,
     )
+
+
+def told_corrections(rows: Sequence[WeightRow]) -> str | None:
+    """In a sentence, which weights in the blocks were corrected for the errors of earlier ones; None if none was."""
+    rows = [row for row in rows if row.block is not None]
+    found = [row.correction for row in rows if row.correction is not None]
+    if not found:
+        return None
+    streams = [stream for _, stream in found if stream is not None]
+    told = (
+        f"{len(found)} of {len(rows)} weights were corrected for the errors of earlier ones in their inputs (median "
+        f"strength {median(by for by, _ in found):.2f})"
+    )
+    if streams:
+        told += f", {len(streams)} also for those in the residual stream (median {median(streams):.2f})"
+    else:
+        told += ", none for those in the residual stream: no output is added to one unchanged"
+    experts = sum(row.expert is not None for row in rows)
+    return told + (f"; {experts} weights of routed experts were not" if experts else "")
 
 
 def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
@@ -109,6 +133,7 @@ def read_weight(data: Mapping[str, Any]) -> WeightRow | KeptRow:
             expert=data.get("expert"),
             tokens=data.get("tokens"),
             alpha=data.get("alpha"),
+            correction=None if data.get("correction") is None else tuple(data["correction"]),
         )
     reason = data.get("reason")
     if reason is None:  # earlier reports have the sentence only

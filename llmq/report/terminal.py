@@ -134,6 +134,8 @@ def report(console: Console, done: Report) -> None:
     losses = ", ".join(f"{escape(row.name)} {row.error:.2e}" for row in worst)
     console.print(f"largest errors: {losses}", highlight=False)
     _attempts(console, done)
+    if done.corrections is not None:
+        console.print(escape(done.corrections), highlight=False)
     for names, note in _alike(done.fallbacks):
         console.print(f"[yellow]{escape(names)}[/]: {escape(note)}", highlight=False)
     for reason, alike in groupby(sorted(done.kept, key=_reason), key=_reason):

@@ -169,7 +169,8 @@ class Quantized:
     """A checkpoint quantized, loaded again by stock transformers and compared.
 
     error: how far its logits are from those of llmq's weights in memory; moved: how far those are from the source's;
-    share: quantized of all 2-D weights in the blocks; left: why the others were left; plan: what was to be done.
+    share: quantized of all 2-D weights in the blocks; left: why the others were left; plan: what was to be done;
+    corrected: how many weights were corrected for errors in their inputs, and how many also for their stream.
     """
 
     error: float
@@ -177,6 +178,7 @@ class Quantized:
     share: str
     left: list[str]
     plan: Plan
+    corrected: str
 
 
 @dataclass
@@ -269,12 +271,21 @@ def quantized(
     before = logits(reference, ids)
     run.give(reference)
     target = logits(reference, ids)
-    share, left = shares(run)
+    (share, left), moved = shares(run), apart(target, before)
     if loader != "llmq":
-        return Quantized(apart(logits(stock(out), ids), target), apart(target, before), share, left, run.plan)
+        loaded = stock(out)
+        return Quantized(apart(logits(loaded, ids), target), moved, share, left, run.plan, corrected(out))
     refuse(out)
     loaded = llmq.load(out, dtype="float32", device_map="cpu")
-    return Quantized(apart(logits(loaded, ids), target), apart(target, before), share, left, run.plan)
+    return Quantized(apart(logits(loaded, ids), target), moved, share, left, run.plan, corrected(out))
+
+
+def corrected(out: Path) -> str:
+    """How many weights a run corrected for errors in their inputs, and how many also for those in their stream."""
+    import llmq
+
+    found = [row.correction for row in llmq.Report.load(out).quantized if row.correction is not None]
+    return f"{len(found)}, {sum(stream is not None for _, stream in found)}" if found else ""
 
 
 def refuse(out: Path, kind: Any = AutoModelForCausalLM) -> None:

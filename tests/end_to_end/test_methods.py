@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmq
 from llmq import job, stream
@@ -189,6 +189,34 @@ def test_a_transform_of_the_demo_pays(tmp_path: Path, monkeypatch: pytest.Monkey
         assert apart([logits(loaded(tmp_path / method))], [logits(memory.model(source))]) < 5e-3
     assert lost["smoothquant"] < 0.6 * lost["rtn"]
     assert lost["outlier_suppression"] < 0.6 * lost["rtn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), [("gptq", Scheme(2, 64)), ("rtn", Scheme(3, 64))])
+def test_corrections_of_the_demo_pay(method: str, scheme: Scheme, tmp_path: Path) -> None:
+    """On a trained model and text that no correction was made from, in stock transformers."""
+    from llmq.demo import calibration_text, evaluation_text, path
+
+    tokenizer = AutoTokenizer.from_pretrained(path())
+    given, held = (
+        torch.tensor(tokenizer(text[:40_000])["input_ids"][: 24 * 128]).view(24, 128)
+        for text in (calibration_text(), evaluation_text())
+    )
+    lost = {}
+    with torch.no_grad():
+        wanted = loaded(path())(held).logits.log_softmax(-1)
+        for how in ("none", "held-out"):
+            out = tmp_path / how
+            report = llmq.quantize(path(), out, recipe(method, scheme, correct=how), ids=given)
+            found = loaded(out)(held).logits.log_softmax(-1)
+            lost[how] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert lost["held-out"] < 0.9 * lost["none"]
+    rows = report.quantized
+    assert all(row.correction is not None for row in rows)
+    # Two of seven weights add to the residual stream: the last of attention and that of the MLP.
+    assert sum(row.correction[1] is not None for row in rows) == 2 * len(report.blocks)
+    assert "8 also for those in the residual stream" in str(report.corrections)
+    assert Report.load(out).quantized == rows
 
 
 @pytest.mark.slow

@@ -43,13 +43,13 @@ def resumed(done: Done) -> bool:
 
 @pytest.mark.slow
 def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run, forked: Server) -> None:
-    options = ("--text", text_file, "--window", 32, "--max-windows", 400, "--batch", 3)
+    options = ("--text", text_file, "--window", 32, "--max-windows", 150, "--batch", 3)
     command = (tiny_model, "--base", tiny_model, "--tasks", "perplexity,divergence", *options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert llmq("eval", *command, "--out", whole).returncode == 0
     for kind in ("perplexity", "divergence"):
         kept = kill_after(3, forked.start("eval", *command, "--out", broken), broken, kind)
-        assert kept < 134
+        assert kept < 50
     done = llmq("eval", *command, "--out", broken)
     assert resumed(done), done.stderr
     assert numbers(broken) == numbers(whole)
@@ -63,7 +63,7 @@ def test_killed_between_windows(tiny_model: Path, text_file: Path, tmp_path: Pat
 def test_killed_between_requests(tmp_path: Path, llmq: Run, forked: Server) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     rows = [
-        {"goal": f"count to {i}", "sol1": "one two " * (1 + i % 7), "sol2": "three", "label": i % 2} for i in range(150)
+        {"goal": f"count to {i}", "sol1": "one two " * (1 + i % 7), "sol2": "three", "label": i % 2} for i in range(60)
     ]
     data = tmp_path / "data"
     data.mkdir()
@@ -71,7 +71,7 @@ def test_killed_between_requests(tmp_path: Path, llmq: Run, forked: Server) -> N
     command = ("demo", "--tasks", "piqa", "--data-dir", data, "--batch-size", 4)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert llmq("eval", *command, "--out", whole).returncode == 0
-    assert kill_after(2, forked.start("eval", *command, "--out", broken), broken, "piqa") < 74
+    assert kill_after(2, forked.start("eval", *command, "--out", broken), broken, "piqa") < 29
     done = llmq("eval", *command, "--out", broken)
     assert resumed(done), done.stderr
     assert numbers(broken) == numbers(whole)

@@ -14,7 +14,10 @@ from llmq_eval import measures, speed
 
 
 @pytest.mark.slow
-def test_numbers_of_a_process_of_its_own(tiny_model: Path) -> None:
+def test_numbers_of_a_process_of_its_own(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes no module of the user's folder."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('mine')")
+    monkeypatch.chdir(tmp_path)
     ballast = bytearray(1 << 30)
     ballast[:: 1 << 12] = b"x" * (1 << 18)
     found = speed.measure(tiny_model, dtype="float32", repeats=6, prompt=16, tokens=4)
@@ -42,12 +45,3 @@ def test_failures_are_told(tiny_model: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "homegrown"}}))
     with pytest.raises(LlmqError, match="'homegrown'.*random weights"):
         speed.measure(folder)
-
-
-@pytest.mark.slow
-def test_no_module_of_the_users_folder_is_taken(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "queue.py").write_text("raise RuntimeError('mine')")
-    monkeypatch.chdir(tmp_path)
-    assert speed.measure(tiny_model, repeats=1, prompt=8, tokens=3).prefill

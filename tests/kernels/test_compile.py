@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_a_sample_of_every_kernel(tmp_path: Path) -> None:
     """Those of 4 bits on every target; scripts/compile_kernels.py itself does all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

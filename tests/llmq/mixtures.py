@@ -112,11 +112,16 @@ def before_each_commit(quantize: Callable[[Path], object], folder: Path) -> tupl
     return written(folder / "whole"), copies
 
 
-def check_resumes(quantize: Callable[[Path], Report], folder: Path, commits: int, weights: int) -> None:
-    """Ended before any of its commits, a run resumes and ends with the same bytes, and reports every weight once."""
+def check_resumes(
+    quantize: Callable[[Path], Report], folder: Path, commits: int, weights: int, ended: slice = slice(None)
+) -> None:
+    """Ended before any of its commits, a run resumes and ends with the same bytes, and reports every weight once.
+
+    ended: before which of them.
+    """
     whole, copies = before_each_commit(quantize, folder)
     assert sum(name.startswith("model-") for name in whole) == len(copies) == commits
-    for at, copy in enumerate(copies):
+    for at, copy in [*enumerate(copies)][ended]:
         assert len(list(copy.glob("model-*"))) == at
         report = quantize(copy)
         assert written(copy) == whole, at

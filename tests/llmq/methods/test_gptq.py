@@ -40,7 +40,7 @@ def quantized(method: GPTQ, scheme: Scheme = SCHEME, width: int = 32) -> Quantiz
 
 def test_algorithm_1_of_the_paper() -> None:
     """A scale for each row by min-max, columns as they stand, by numpy in float64 with the whole inverse."""
-    got = quantized(GPTQ(range="minmax", act_order="none", sweeps=0), Scheme(4, None))
+    got = quantized(GPTQ(range="minmax", act_order="none", sweeps=0, correct="none"), Scheme(4, None))
     weight, hessian = problem()
     w, h = weight.double().numpy().copy(), hessian.total.double().numpy()
     scale = np.abs(w).max(1) / 7.5
@@ -55,7 +55,7 @@ def test_algorithm_1_of_the_paper() -> None:
     assert np.mean(got.codes.numpy() == codes) > 0.99
 
 
-USUAL: dict[str, Any] = {"range": "weighted", "act_order": "grouped", "damping": 0.01, "sweeps": 2}
+USUAL: dict[str, Any] = {"range": "weighted", "act_order": "grouped", "damping": 0.05, "sweeps": 2}
 CHANGES: list[dict[str, Any]] = [{}, {"range": "mse"}, {"act_order": "none"}, {"damping": 0.4}, {"sweeps": 0}]
 
 
@@ -68,6 +68,12 @@ def test_each_option_reaches_the_arithmetic(changed: dict[str, Any]) -> None:
     assert torch.equal(got.codes, want.codes) and torch.equal(got.scale, want.scale)
     usual = quantized(GPTQ())
     assert torch.equal(got.codes, usual.codes) is not bool(changed)
+
+
+def test_damping_is_larger_where_weights_are_corrected() -> None:
+    assert GPTQ().damping == GPTQ(correct="full").damping == 0.05
+    assert GPTQ(correct="none").damping == 0.01
+    assert GPTQ(correct="none", damping=0.2).damping == GPTQ(damping=0.2).damping == 0.2
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(8, None, grid="fp8"), Scheme(4, 64, grid="nf4")], ids=str)
@@ -83,6 +89,7 @@ def test_it_gives_what_the_grid_stores(scheme: Scheme) -> None:
     ("options", "words"),
     [
         ({"range": "wieghted"}, ("range", "did you mean 'weighted'")),
+        ({"correct": "heldout"}, ("correct", "did you mean 'held-out'")),
         ({"sweeps": -1}, ("sweeps must be 0 or more, not -1",)),
         ({"damping": 0.0}, ("damping must lie between 0 and 1, not 0.0",)),
         ({"damping": 1.0}, ("damping must lie between 0 and 1, not 1.0",)),

@@ -78,7 +78,7 @@ def test_options_go_to_the_methods_that_take_them() -> None:
     [
         (("rtn",), {"damping": 0.1}, ("--damping", "not an option of method 'rtn'", "gptq")),
         (("hqq",), {"range": "weighted"}, ("--range", "'hqq'", "gptq, rtn")),
-        (("rtn",), {"dampening": 0.1}, ("--dampening", "its options are range")),
+        (("rtn",), {"dampening": 0.1}, ("--dampening", "its options are correct, range")),
         (("nf4",), {"dampening": 0.1}, ("its options are none",)),
         (("gptq",), {"sweeps": 1.5}, ("sweeps must be a whole number",)),
         (("gptq",), {"sweeps": True}, ("sweeps must be a whole number",)),

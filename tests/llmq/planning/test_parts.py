@@ -131,7 +131,8 @@ def test_the_memory_of_a_block_and_one_group(
 
     monkeypatch.setattr(planning, "predict", note)
     monkeypatch.setattr(parts, "SHARE", share)
-    made, quantizer = plan(source, method=method), make(Recipe(methods=(method,))).quantizer
+    options = {"correct": "none"} if method == "gptq" else {}
+    made, quantizer = plan(source, method=method, options=options), make(Recipe(methods=(method,))).quantizer
     for block, load in zip(made.blocks, loads, strict=True):
         assert load.block == sum(p.numel() for p in block.module.parameters()) * 4
         assert block.parts is not None

@@ -149,7 +149,7 @@ def test_an_impossible_option(options: dict[str, Any], words: tuple[str, ...]) -
 
 
 def test_the_defaults_are_the_methods_own() -> None:
-    assert vars(methods.make(Recipe(methods=("rtn",))).quantizer) == {"range": None}
+    assert vars(methods.make(Recipe(methods=("rtn",))).quantizer) == {"range": None, "correct": "none"}
     assert vars(methods.make(Recipe()).quantizer) == vars(methods.find("gptq")())
 
 

@@ -27,7 +27,7 @@ def report(
 
     routed: the experts are known as such, the first of each block without a token.
     """
-    draw = random.Random(layers + experts)
+    draw, scheme = random.Random(layers + experts), Scheme()
     names = {f"attn.{name}": (4096, 4096) for name in ("query", "key", "value", "out")}
     if experts:
         names |= {f"mlp.experts.{i}.{n}": (1536, 4096) for i in range(experts) for n in ("gate", "up", "down")}
@@ -39,7 +39,7 @@ def report(
         for name, shape in names.items():
             size = shape[0] * shape[1] * 33 // 64
             error = draw.uniform(0.03, 0.2)
-            row = WeightRow(f"{prefix}.{at}.{name}", shape, at, size, Scheme(), error, seconds=1.0)
+            row = WeightRow(f"{prefix}.{at}.{name}", shape, at, size, scheme, error, seconds=1.0)
             if routed and "experts" in name:
                 number = int(name.split(".")[2])
                 tokens = number * (at + 1)

@@ -40,11 +40,17 @@ def test_large_model(chromium: Any, large: Path, size: str, theme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "made", [report(1), report(40, experts=128, routed=True), report(3, prefix=f"{HOSTILE}.h", model=HOSTILE)]
+    "of",
+    [
+        {"layers": 1},
+        {"layers": 40, "experts": 128, "routed": True},
+        {"layers": 3, "prefix": f"{HOSTILE}.h", "model": HOSTILE},
+    ],
+    ids=["a layer", "experts", "hostile"],
 )
-def test_other_models(chromium: Any, tmp_path: Path, made: Any) -> None:
+def test_other_models(chromium: Any, tmp_path: Path, of: dict[str, Any]) -> None:
     file = tmp_path / "report.html"
-    file.write_text(report_page(made, [measure(HOSTILE, "acc", 0.5)]))
+    file.write_text(report_page(report(**of), [measure(HOSTILE, "acc", 0.5)]))
     browser.check(browser.look(chromium, file, "phone", "light"), file, "phone")
 
 

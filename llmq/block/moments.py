@@ -1,0 +1,109 @@
+"""How far a block's two chains are apart: the sums over tokens from which its weights are corrected.
+
+The arithmetic is in `numerics.correction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.block.block import WeightState
+from llmq.block.statistics import Hessian, Statistic
+from llmq.discovery.addends import Seen
+
+
+@dataclass
+class Apart:
+    """How far the two chains are apart in one batch, or in some of its tokens.
+
+    rows: x̂ [tokens, in] as the quantized block multiplies it; drift: x − x̂, float32; streams: by parameter, r − r̂,
+    float32 [tokens, out], of weights whose output is added to a stream (adding). Zeros are left out, and what cannot
+    be compared because the two runs differ in their numbers of tokens.
+    """
+
+    rows: Tensor
+    drift: Tensor | None
+    streams: dict[str, Tensor]
+    adding: frozenset[str]
+
+    def of(self, tokens: Tensor) -> Apart:
+        """The same of some tokens, bool [tokens]."""
+        streams = {name: stream[tokens] for name, stream in self.streams.items()}
+        return Apart(self.rows[tokens], None if self.drift is None else self.drift[tokens], streams, self.adding)
+
+    def wanted(self, state: WeightState, outputs: Tensor) -> Tensor | None:
+        """The change of some of a weight's outputs that makes up for both, float32 [tokens, outputs]; None for none."""
+        parts = []
+        if self.drift is not None:
+            parts.append(self.drift @ state.value[outputs].float().t())
+        if state.parameter in self.streams:
+            parts.append(self.streams[state.parameter][:, outputs])
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequence[Seen], whole: bool) -> Apart:
+    """How far a run of the quantized block (found) is from one of the unquantized block (exact).
+
+    whole: whether nothing stands in for a part of the block's values.
+    """
+    rows, streams, adding = found[0].rows, {}, set()
+    for state, one, other in zip(states, exact, found, strict=True):
+        # Of several addends one may be a stand-in, if not the whole block is run.
+        r, now = (seen.stream if whole or len(seen.addends) == 1 else None for seen in (one, other))
+        if r is not None and now is not None and now.shape == (len(rows), state.value.shape[0]):
+            adding.add(state.parameter)
+            if (apart := _difference(r, now)) is not None:
+                streams[state.parameter] = apart
+    drift = _difference(exact[0].rows.float(), rows.float()) if exact[0].inputs else None
+    return Apart(rows, drift, streams, frozenset(adding))
+
+
+def _difference(exact: Tensor, found: Tensor) -> Tensor | None:
+    return exact - found if exact.shape == found.shape and not torch.equal(exact, found) else None
+
+
+class Moments:
+    """Sums over tokens for one stage.
+
+    statistics: of the quantized chain's inputs, the Hessian Σ x̂ x̂ᵀ among them; drift: Σ (x − x̂) x̂ᵀ, float32 [in, in];
+    streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless it is zero.
+    """
+
+    def __init__(self, width: int, needs: Iterable[type[Statistic]], device: torch.device) -> None:
+        kinds: list[type[Statistic]] = [Hessian, *(need for need in needs if need is not Hessian)]
+        self.statistics = {kind: kind(width, device) for kind in kinds}
+        self.drift: Tensor | None = None
+        self.streams: dict[str, Tensor] = {}
+        self.adding: frozenset[str] = frozenset()
+
+    @property
+    def hessian(self) -> Tensor:
+        """Σ x̂ x̂ᵀ, float32 [in, in]."""
+        hessian = self.statistics[Hessian]
+        assert isinstance(hessian, Hessian)
+        return hessian.total
+
+    def update(self, apart: Apart) -> None:
+        """Add tokens."""
+        rows = apart.rows.float()
+        for statistic in self.statistics.values():
+            statistic.update(apart.rows)
+        if apart.drift is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.hessian)
+            self.drift.addmm_(apart.drift.t(), rows)
+        self.adding |= apart.adding
+        for name, stream in apart.streams.items():
+            if name not in self.streams:
+                self.streams[name] = torch.zeros(stream.shape[1], rows.shape[1], device=stream.device)
+            self.streams[name].addmm_(stream.t(), rows)
+
+    def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
+        """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
+        rows = slice(None) if outputs is None else outputs
+        found = [] if self.drift is None else [state.value[rows].float() @ self.drift]
+        return found + ([self.streams[state.parameter][rows]] if state.parameter in self.streams else [])
