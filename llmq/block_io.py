@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call
 from llmq.discovery.experts import Expert
 from llmq.discovery.parameters import assign, empty
+from llmq.discovery.tail import Tail
 from llmq.discovery.view import View
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
@@ -152,6 +154,21 @@ class BlockIO:
             unquantized=unquantized,
             partial=block.experts is not None,
         )
+
+    @contextmanager
+    def tail(self, block: BlockPlan) -> Iterator[Tail | None]:
+        """Within the context, what follows the last block is in memory, in float32; None for other blocks."""
+        tail = self.plan.tail if block.index == len(self.plan.blocks) - 1 else None
+        names = () if tail is None else tail.parameters
+        try:
+            for name in names:
+                self.load(name)
+                assign(self.plan.model, name, self.plan.model.get_parameter(name).float())
+            yield tail
+        finally:
+            for name in names:
+                parameter = self.plan.model.get_parameter(name)
+                assign(self.plan.model, name, torch.empty(parameter.shape, dtype=self.plan.dtype, device="meta"))
 
     def restore(self, block: BlockPlan) -> list[WeightState]:
         """Fill the block with its written tensors, read back from the output folder; quantized ones are dequantized.

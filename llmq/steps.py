@@ -15,6 +15,7 @@ from llmq.methods._correction import correct
 from llmq.methods.base import Method, Stats
 
 INVARIANCE = 0.02
+LOGITS = "the divergence of the model's logits, in nats"
 
 
 def quantize(block: Block, pipeline: Pipeline) -> None:
@@ -75,18 +76,20 @@ def judge(block: Block, quantizer: Method, used: list[Method], plain: float, flo
 def refine(block: Block, method: Method) -> None:
     """Let a method improve the quantized weights; the change is undone if it does not lower the block's error.
 
-    Its statistics are those of the block as quantized so far, with inputs rounded as schemes say.
+    Its statistics are those of the block as quantized so far, with inputs rounded as schemes say. The last block's
+    error is that of the model's logits if the method wants it (`Method.logits`).
     """
-    before = block.error()
-    if method.refine_needs:
-        with block.rounding():
-            block.observe(method.refine_needs)
-    with block.trial() as trial:
-        nothing = method.refine(block)
-        if nothing is not None:
-            skip(block, method, nothing)
-        elif better(block, name(method), before):
-            trial.keep()
+    with block.judging_logits(method.logits):
+        before = block.error()
+        if method.refine_needs:
+            with block.rounding():
+                block.observe(method.refine_needs)
+        with block.trial() as trial:
+            nothing = method.refine(block)
+            if nothing is not None:
+                skip(block, method, nothing)
+            elif better(block, name(method), before):
+                trial.keep()
     block.forget()
 
 
@@ -94,7 +97,7 @@ def better(block: Block, what: str, before: float) -> bool:
     """Whether the block's error is lower than before; the outcome is logged."""
     after = block.error()
     outcome = Outcome.KEPT if after < before else Outcome.UNDONE
-    block.log.append(Attempt(what, None, before, after, outcome))
+    block.log.append(Attempt(what, None, before, after, outcome, why=LOGITS if block.by_logits else ""))
     return after < before
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from llmq import mixture, steps
-from llmq.block.block import relative_error, rounded_inputs
+from llmq.block.attempt import Attempt, Outcome
+from llmq.block.block import Block, relative_error, rounded_inputs
 from llmq.block.chains import run_unquantized
 from llmq.block_io import BlockIO, discard, pack_weights, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, States, of_length, record
 from llmq.discovery.parameters import empty
+from llmq.discovery.tail import Tail
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.plan import BlockPlan, Plan
@@ -98,7 +100,8 @@ def quantize_block(
         check_output(planned.name, target, BEFORE)
         block.target = hidden_of(target)
     before = [] if planned.experts is None else mixture.entering(planned, aim, calls, io.device)
-    with mixture.without_experts(planned):
+    with mixture.without_experts(planned), io.tail(planned) as tail:
+        block.tail = tail_for(block, tail)
         steps.quantize(block, pipeline)
     rows, tensors = pack_weights(planned, block)
     tensors |= io.untouched(planned, block.changed)
@@ -130,6 +133,18 @@ def quantize_block(
     discard(block.module)
     io.sink.commit(planned.unit, tensors, payload)
     return output, None if float_states is None else target
+
+
+def tail_for(block: Block, tail: Tail | None) -> Tail | None:
+    """What follows the last block, if it can be run on the block's target token by token; else the log says why not."""
+    if tail is None:
+        return None
+    try:
+        tail.check(block.target[0][:1].to(block.device, torch.float32))
+    except LlmqError as problem:
+        block.log.append(Attempt("logits", None, None, None, Outcome.SKIPPED, why=str(problem)))
+        return None
+    return tail
 
 
 def hidden_of(states: list[States]) -> list[Tensor]:

@@ -6,7 +6,6 @@ to the plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,20 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from llmq.block.attempt import Attempt
+from llmq.block.loss import chunk_of, divergence, relative_loss
+from llmq.block.loss import relative_error as relative_error
 from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.addends import Seen
 from llmq.discovery.calls import Call, of_length
 from llmq.discovery.inputs import Takes, at_products, collect
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
+from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
-from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.activations import round_input
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
-
-CHUNK = 1 << 21
+from llmq.grids.table import inputs_of
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Block:
     calibration windows; target: the output that this block should have, per batch; unquantized: inputs and calls of the
     unquantized model, if a method needs them; shown: by batch and weight, what the unquantized block shows on them, if
     it is kept (`block.chains`); partial: whether other values stand in for some that it computes; pairs: the block's
-    scale pairs; scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report.
+    scale pairs; scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report; tail: of
+    the last block, what the model does with its output, if the block may be judged by the logits.
     """
 
     def __init__(
@@ -112,6 +114,8 @@ class Block:
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
         self.log: list[Attempt] = []
+        self.tail: Tail | None = None
+        self.by_logits = False
         self._error: float | None = None
         self._overwritten: list[dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]]] = []
 
@@ -181,12 +185,45 @@ class Block:
         return state.rounded
 
     def error(self) -> float:
-        """‖output − target‖ / ‖target‖ over all batches, with everything rounded; cached until the block changes."""
+        """‖output − target‖ / ‖target‖ over all batches, with everything rounded; cached until the block changes.
+
+        Within `judging_logits`, the mean of `loss` over all batches instead.
+        """
         if self._error is None:
             self.calibrate_inputs()
+            batches = range(len(self.inputs))
             with self.rounding():
-                self._error = relative_error(map(self.output, range(len(self.inputs))), self.target)
+                if self.by_logits:
+                    with torch.no_grad():
+                        self._error = sum(float(self.loss(i, self.output(i))) for i in batches) / len(batches)
+                else:
+                    self._error = relative_error(map(self.output, batches), self.target)
         return self._error
+
+    def loss(self, index: int, output: Tensor) -> Tensor:
+        """How far an output of batch `index` [batch, tokens, width] is from the target, float32: what a method lowers.
+
+        The mean over tokens of the squared error, relative to the target's mean square; within `judging_logits`, that
+        of KL(logits of the target ‖ logits of the output), in nats. Gradients reach `output`.
+        """
+        target = self.target[index].to(self.device, torch.float32)
+        if self.by_logits:
+            assert self.tail is not None
+            return divergence(self.tail.logits, output.to(torch.float32), target, chunk_of(self.tail.rows))
+        return relative_loss(output, target)
+
+    @contextmanager
+    def judging_logits(self, wanted: bool) -> Iterator[None]:
+        """Within the context, `loss` and `error` are of the model's logits, if wanted and if this is the last block."""
+        self.by_logits = wanted and self.tail is not None
+        self._error = None if self.by_logits else self._error
+        try:
+            yield
+        finally:
+            if self.by_logits:
+                # Of a block that may have changed, the error of its output is not known.
+                self._error = None
+            self.by_logits = False
 
     def calibrate_inputs(self) -> None:
         """Find the missing static scales of inputs, with one pass of the block."""
@@ -325,26 +362,26 @@ def _revalue(state: WeightState, value: Tensor) -> None:
     state.value, state.rounded, state.quantized = value, None, None
 
 
-def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
-    """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
-    if scheme.activations is None:
-        return x
-    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
-
-
 @contextmanager
 def rounded_inputs(
     module: nn.Module, states: Iterable[WeightState], *, straight_through: bool = False
 ) -> Iterator[None]:
     """Within the context, round the inputs of all weights of a block whose scheme rounds activations.
 
-    straight_through: gradients ignore the rounding.
+    straight_through: gradients ignore the rounding; those of a static scale that requires one are of the clipped inputs
+    (PACT: Choi et al. 2018, arXiv:1805.06085, §3), and clipped inputs then get none.
     """
 
     def rounding(state: WeightState) -> Callable[[Tensor], Tensor]:
         def take(x: Tensor) -> Tensor:
-            rounded = round_input(x, state.scheme, state.input_scale)
-            return x + (rounded - x).detach() if straight_through and rounded is not x else rounded
+            scale = state.input_scale
+            rounded = round_input(x, state.scheme, None if scale is None else scale.detach())
+            if not straight_through or rounded is x:
+                return rounded
+            if scale is not None and scale.requires_grad:
+                ends = inputs_of(state.scheme.grid)
+                x = torch.minimum(torch.maximum(x, (scale * ends.low).to(x)), (scale * ends.high).to(x))
+            return x + (rounded - x).detach()
 
         return take
 
@@ -353,17 +390,6 @@ def rounded_inputs(
     some = any(state.scheme.activations is not None for state in states)
     with at_products(module, {state.view: rounding(state) for state in states} if some else {}):
         yield
-
-
-def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
-    """‖values − targets‖ / ‖targets‖ over all tensors, computed a few rows at a time."""
-    apart = whole = 0.0
-    for value, target in zip(values, targets, strict=True):
-        for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
-            exact = t.to(v.device, torch.float32)
-            apart += float(torch.linalg.vector_norm(v.float() - exact)) ** 2
-            whole += float(torch.linalg.vector_norm(exact)) ** 2
-    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
 def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids.base import rounding_of
+from llmq.grids.scheme import Scheme
 from llmq.grids.table import find, inputs_of
 
 
@@ -36,6 +37,13 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     scale = scale.to(x.dtype)
     levels = rounding_of(find(grid)).round_input((x / scale).clamp_(limits.low, limits.high))
     return levels.mul_(scale)
+
+
+def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
+    """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
+    if scheme.activations is None:
+        return x
+    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
 
 
 def static_scale(largest: Tensor | float, grid: str) -> Tensor:

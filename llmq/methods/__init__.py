@@ -74,9 +74,7 @@ class Pipeline:
     @property
     def calibrated(self) -> bool:
         """Whether any method needs calibration data."""
-        return bool(
-            self.transforms or self.refiners or self.tuner or self.quantizer.quantize_needs or self.corrects
-        )
+        return bool(self.transforms or self.refiners or self.tuner or self.quantizer.quantize_needs or self.corrects)
 
     @property
     def passes(self) -> tuple[tuple[type[Statistic], ...], ...]:

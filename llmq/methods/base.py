@@ -80,15 +80,18 @@ class Method:
     the next one. The inputs are: for `transform`, those of the block at that time; for `quantize`, those of the block
     after all transforms, unrounded; for `refine`, those of the block as quantized so far, with inputs rounded as the
     schemes say, that is, the inputs of the written model. float_target: for a refinement, whether its target is
-    computed from the unquantized model's hidden states instead of the quantized model's. correct: for a quantizer,
-    'held-out' or 'full' if it shall get weights that are corrected for the errors of those quantized before (see
-    `methods._correction`). scheme: the method's default scheme, as in a recipe.
+    computed from the unquantized model's hidden states instead of the quantized model's. logits: for a refinement,
+    whether `Block.loss` and `Block.error` of the last block are the divergence of the model's logits, where what
+    follows that block can be run. correct: for a quantizer, 'held-out' or 'full' if it shall get weights that are
+    corrected for the errors of those quantized before (see `methods._correction`). scheme: the method's default scheme,
+    as in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
     quantize_needs: tuple[type[Statistic], ...] = ()
     refine_needs: tuple[type[Statistic], ...] = ()
     float_target: bool = False
+    logits: bool = False
     correct: str = "none"
     scheme: ClassVar[dict[str, Any]] = {}
 

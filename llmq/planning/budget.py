@@ -11,6 +11,7 @@ from llmq.methods._correction import HELD_OUT, HELD_TOKENS
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, hidden_width, predict
 from llmq.planning.parts import codes
+from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
 
@@ -33,7 +34,7 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             dense * size + copies,
             sum(i.after for i in mine),
             max(_statistics(plan, mine, corrected=plan.pipeline.corrects), corrected),
-            max([method.workspace(i.shape) for method in plan.pipeline.all for i in mine] + [before], default=0),
+            max(_workspace(plan, mine), before),
         )
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
         if block.experts is not None:
@@ -41,6 +42,9 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
             entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
             loads[-1] = replace(load, block=load.block + entering)
             loads.append(load.then(_experts_load(plan, block.experts)))
+    if plan.tail is not None:
+        held, work = tail_bytes(plan)
+        loads[-1] = replace(loads[-1], block=loads[-1].block + held, workspace=loads[-1].workspace + work)
     outside = [*plan.outside.values()]
     if outside:
         loads.append(_outside_load(plan, outside))
@@ -111,6 +115,13 @@ def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
     return stays + (shown if shown <= ROOM else 0), before
 
 
+def _workspace(plan: Plan, items: list[WeightPlan]) -> int:
+    """What methods need for weights that are quantized one at a time, and refinements for all of them at once."""
+    one = max((method.workspace(item.shape) for method in plan.pipeline.all for item in items), default=0)
+    together = (sum(method.workspace(item.shape) for item in items) for method in plan.pipeline.refiners)
+    return max(one, *together, 0)
+
+
 def group_bytes(plan: Plan, items: list[WeightPlan]) -> int:
     """What some weights need while they are quantized together: statistics, and what refinements learn at once."""
     learned = sum(method.workspace(item.shape) for method in plan.pipeline.refiners for item in items)
@@ -155,5 +166,5 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
         numbers * size + copies + routed,
         max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),
         sum(kind.nbytes(width) for kind in kinds) + 2 * own,
-        max((method.workspace(i.shape) for method in plan.pipeline.all for i in largest), default=0),
+        _workspace(plan, list(largest)),
     )

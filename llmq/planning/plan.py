@@ -34,6 +34,7 @@ from llmq.planning.numbers import check_numbers, main_dtype
 from llmq.planning.outside import check_class, check_outside, include_outside
 from llmq.planning.parts import group_parts, plan_parts
 from llmq.planning.stacks import for_llmq_alone
+from llmq.planning.tail import set_tail
 from llmq.planning.trial import try_quantizer
 from llmq.planning.types import BlockPlan as BlockPlan
 from llmq.planning.types import Plan as Plan
@@ -86,6 +87,7 @@ def make_plan(
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
+    warned += set_tail(plan)
     warned += checks.missing_processor(source)
     plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
     plan.budget = budget(plan, device, between)

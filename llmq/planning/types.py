@@ -15,6 +15,7 @@ from llmq.discovery.blocks import Structure
 from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.discovery.pairs import Found, Pair
+from llmq.discovery.tail import Tail
 from llmq.formats.base import Loader
 from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
@@ -85,7 +86,8 @@ class Plan:
     """Everything that is decided before the work starts.
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
-    weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written.
+    weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written;
+    tail: what follows the last block, if a method learns from the logits.
     """
 
     source: Source
@@ -101,6 +103,7 @@ class Plan:
     left_out: set[str] = field(default_factory=set)
     pairs: dict[str, Found] = field(default_factory=dict)
     blocks: list[BlockPlan] = field(default_factory=list)
+    tail: Tail | None = None
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
 

@@ -154,13 +154,13 @@ def test_groups_of_any_size_give_the_same_tensors(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", "awq+rtn", "signround"])
+@pytest.mark.parametrize("method", ["gptq", "awq+rtn", "signround", "block_qat"])
 def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups_of(monkeypatch, 1)
     in_batches(monkeypatch)
-    options = {"iterations": 2} if method == "signround" else {}
+    options = {"iterations": 2} if method in ("signround", "block_qat") else {}
     recipe = Recipe(methods=tuple(method.split("+")), scheme=mixtures.W4, options=options)
     # Of the others: before a block's first expert, before its last, between them, and before the rest of a block.
     mixtures.check_resumes(

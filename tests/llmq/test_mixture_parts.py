@@ -124,9 +124,9 @@ def test_gptq_has_the_rows_that_chose_an_expert(source: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "gptq", "signround"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "signround", "block_qat"])
 def test_stock_transformers_loads_what_is_written(method: str, source: Path, tmp_path: Path) -> None:
-    options = {"iterations": 2} if method == "signround" else {}
+    options = {"iterations": 2} if method in ("signround", "block_qat") else {}
     recipe = Recipe(methods=tuple(method.split("+")), scheme=W4, options=options)
     report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
     loaded, told = mixtures.load(tmp_path / "out")

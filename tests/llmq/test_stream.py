@@ -19,6 +19,8 @@ from llmq.block.block import Block, WeightState
 from llmq.block_io import BlockIO
 from llmq.discovery.calls import States
 from llmq.discovery.matmuls import flat
+from llmq.discovery.tail import Tail
+from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.machine import device_memory
 from llmq.methods import Pipeline
@@ -198,7 +200,7 @@ KEEP = {"zaya": ("experts",), "hy_v4": ("experts",)}
 
 
 def recipe_of(kind: str, method: str) -> Recipe:
-    options = {"iterations": 3} if method == "signround" else {}
+    options = {"iterations": 3} if method in ("signround", "block_qat") else {}
     return Recipe(
         methods=tuple(method.split("+")), scheme=mixtures.W4, keep=KEEP.get(kind, ()), options=options, ragged="channel"
     )
@@ -282,7 +284,7 @@ def test_both_chains_are_what_stock_transformers_computes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGES)
-@pytest.mark.parametrize("method", ["gptq", "signround"])
+@pytest.mark.parametrize("method", ["gptq", "signround", "block_qat"])
 def test_a_run_that_was_broken_off_writes_the_same_bytes(kind: str, method: str, tmp_path: Path) -> None:
     source = mixtures.write(kind, tmp_path / "m", **CHANGES[kind])
     whole, copies = mixtures.before_each_commit(
@@ -292,3 +294,40 @@ def test_a_run_that_was_broken_off_writes_the_same_bytes(kind: str, method: str,
     copy = copies[-1] if method == "gptq" else copies[2]
     job.quantize(str(source), copy, recipe_of(kind, method), ids=WINDOWS)
     assert mixtures.written(copy) == whole, copy.name
+
+
+@pytest.mark.parametrize("method", ["signround", "block_qat"])
+def test_the_last_block_is_learned_from_the_logits(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    """Only that; what follows it leaves memory again, and a run that was broken off before it writes the same bytes."""
+    recipe = Recipe(methods=(method,), scheme=Scheme(2, 32), options={"iterations": 8})
+    whole, copies = mixtures.before_each_commit(
+        lambda out: job.quantize(str(tiny_model), out, recipe, ids=IDS), tmp_path / "runs"
+    )
+    report = job.quantize(str(tiny_model), copies[-1], recipe, ids=IDS)
+    assert mixtures.written(copies[-1]) == whole
+    told = [[attempt.why for attempt in block.log] for block in report.blocks]
+    assert told == [[""], [""], [steps.LOGITS]]
+    (attempt,) = report.blocks[-1].log
+    assert attempt.before is not None and attempt.after is not None and 0 < attempt.after < attempt.before
+
+
+def test_its_error_is_the_divergence_of_the_whole_models(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = Recipe(methods=("signround",), scheme=Scheme(3, 32), options={"iterations": 8})
+    report = job.quantize(str(tiny_model), tmp_path / "out", recipe, ids=IDS)
+    (attempt,) = report.blocks[-1].log
+    before, after = (mixtures.load(folder)[0] for folder in (tiny_model, tmp_path / "out"))
+    want, have = (run(model, IDS).log_softmax(-1) for model in (before, after))
+    assert attempt.after == pytest.approx(float((want.exp() * (want - have)).sum(-1).mean()), rel=1e-3)
+
+
+def test_logits_that_depend_on_other_tokens_are_left_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(tail: Tail, hidden: Tensor) -> None:
+        raise LlmqError("they do")
+
+    monkeypatch.setattr(Tail, "check", check)
+    recipe = Recipe(methods=("signround",), scheme=Scheme(3, 32), options={"iterations": 2})
+    report = job.quantize(str(tiny_model), tmp_path / "out", recipe, ids=IDS)
+    skipped, tried = report.blocks[-1].log
+    assert "they do" in str(skipped) and tried.before is not None and not tried.why

@@ -86,6 +86,19 @@ def test_a_model_without_blocks_needs_its_largest_weight(tmp_path: Path) -> None
     assert budget.budget(plan, "cuda").device_memory == wanted
 
 
+@pytest.mark.parametrize("method", ["signround", "block_qat"])
+def test_what_a_refinement_learns_at_once_is_budgeted_at_once(
+    method: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tiny_model, methods=(method,), options={"last": "output"})
+    loads: list[list[Load]] = []
+    monkeypatch.setattr(budget, "predict", lambda *args, **more: loads.append(args[6]) or made.budget)
+    budget.budget(made, "cpu")
+    (refiner,) = made.pipeline.refiners
+    wanted = sum(refiner.workspace(weight.shape) for weight in made.blocks[0].weights.values())
+    assert [load.workspace for load in loads[0]] == [wanted] * 3
+
+
 def test_the_largest_stage_is_corrected_at_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[list[Load]] = []
     plan = make(tiny_model, methods=("gptq",), options={"sweeps": 1})
