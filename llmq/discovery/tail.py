@@ -36,7 +36,8 @@ class Tail:
 
     model: whose parameters may be on the meta device; blocks: its blocks, in order; parameters: the names of those that
     the tail reads: they must be in memory, on the device of the hidden states, whenever it runs; gains: of these, what
-    values are multiplied by; rows, width: the sizes of the vocabulary and of the hidden states; apart: whether each
+    values are multiplied by; rows, width: the sizes of the vocabulary and of the hidden states; by_token: whether hidden
+    states are [batch, tokens, width]; apart: whether each
     token's logits depend on its own hidden states only, once that was tried (`settle`).
     """
 
@@ -46,6 +47,7 @@ class Tail:
     gains: frozenset[str] = frozenset()
     rows: int = 0
     width: int = 0
+    by_token: bool = True
     apart: bool = False
     _first: nn.Module | None = None
     _dtype: torch.dtype | None = None
@@ -184,7 +186,7 @@ def find_tail(model: nn.Module, blocks: Sequence[nn.Module]) -> Tail:
     with torch.no_grad():
         tail.rows = tail._run(None, PROBE, 0.0, around).shape[-1]
     hidden = next(iter(tail._results.values())).hidden
-    tail.width, tail._dtype = hidden.shape[-1], hidden.dtype
+    tail.width, tail._dtype, tail.by_token = hidden.shape[-1], hidden.dtype, hidden.shape[:-1] == PROBE
     tail.parameters, tail.gains = tuple(sorted(used)), frozenset(multiplied)
     return tail
 

@@ -24,6 +24,8 @@ def set_tail(plan: Plan) -> list[str]:
         tail = find_tail(plan.model, [block.module for block in plan.blocks])
     except LlmqError as problem:
         return [f"{OWN}: {problem}"]
+    if not tail.by_token:
+        return [f"{OWN}: its hidden states are not of each token"]
     missing = [name for name in tail.parameters if not plan.links.tensors(name)]
     if missing:
         return [f"{OWN}: the checkpoint has no tensor for {missing[0]}"]
