@@ -36,9 +36,9 @@ class Tail:
 
     model: whose parameters may be on the meta device; blocks: its blocks, in order; parameters: the names of those that
     the tail reads: they must be in memory, on the device of the hidden states, whenever it runs; gains: of these, what
-    values are multiplied by; rows, width: the sizes of the vocabulary and of the hidden states; by_token: whether hidden
-    states are [batch, tokens, width]; apart: whether each
-    token's logits depend on its own hidden states only, once that was tried (`settle`).
+    values are multiplied by; rows, width: the sizes of the vocabulary and of the hidden states; by_token: whether
+    hidden states are [batch, tokens, width]; apart: whether each token's logits depend on its own hidden states only,
+    once that was tried (`settle`).
     """
 
     model: nn.Module
