@@ -28,8 +28,8 @@ class GPTQ(Method):
     inputs; damping: fraction of the Hessian's mean diagonal that is added to its diagonal, by default 0.05, without
     corrections 0.01; sweeps: how often scales and codes are improved after the first pass; correct: whether a block's
     weights are quantized in their order of use, each corrected for the errors of all before it: held-out chooses how
-    strongly on tokens kept for that, full does it entirely, none takes a third of the time (none with 0 sweeps is the
-    paper's GPTQ).
+    strongly on tokens kept for that, full does it entirely, none takes less than half of the time (none with 0 sweeps
+    is the paper's GPTQ).
     """
 
     quantize_needs = (Hessian,)
