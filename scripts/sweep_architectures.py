@@ -41,8 +41,8 @@ and stock transformers refused it.
 **not built**: transformers could not make a tiny model of the type.
 *corrected, for a stream*: how many weights were quantized in the order of their use, and corrected for the errors of
 earlier ones in their inputs; and how many of them also for those in the residual stream that their output is added to.
-That number is 0 where a norm, a gate or a product stands between each output and its stream, and where each part of a
-block has a stream of its own. Routed experts are not corrected.
+That number is 0 where a norm, a gate or a product stands between each output and its stream, and where the weights
+that add to a stream are left alone. Routed experts are not corrected.
 
 {counts}
 

@@ -177,10 +177,15 @@ class _Following(TorchFunctionMode):
                 if result is not args[0] and args[0] in known:
                     known[result] = known[args[0]]
             return result
+        born = self._age(args) if func in SUMS or func in FACTORS else self.now
         for made in flat(result):
             if isinstance(made, Tensor) and made not in self.born:
-                self.born[made] = self.now
+                self.born[made] = born
         return result
+
+    def _age(self, parts: Sequence[Any]) -> int:
+        """When the last part of a sum or product was there: the whole could have been, whenever it is computed."""
+        return max((self.born.get(part, 0) for part in parts if isinstance(part, Tensor)), default=0)
 
     def _start(self, seen: Seen, result: Any) -> None:
         seen.products += 1
@@ -216,8 +221,7 @@ class _Following(TorchFunctionMode):
                     plain = not isinstance(trace.factor, Tensor) and trace.factor == 1
                     trace.seen.addends.append(rows if plain else rows.float() / trace.factor)
         self.check()
-        # A sum is there as soon as its parts are, whenever it is computed.
-        born = max(self.born.get(value, 0) for value in args if isinstance(value, Tensor))
+        born = self._age(args)
         result = func(*args, **kwargs)
         self.traces[result], self.born[result] = found, born
         return result

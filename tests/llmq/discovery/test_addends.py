@@ -53,6 +53,13 @@ def scaled(block: Block, x: Tensor) -> Tensor:
     return x + block.gain * block.second(x.tanh())
 
 
+def gated(block: Block, x: Tensor) -> Tensor:
+    first = block.first(x.tanh())
+    x = block.gain * x + first
+    second = block.second(x.tanh())
+    return 0.5 * x + second
+
+
 def reshaped(block: Block, x: Tensor) -> Tensor:
     x = x + block.first(x.tanh().reshape(-1, WIDTH)).view_as(x).contiguous()
     return x + nn.functional.dropout(block.second(x.tanh()), 0.5, training=False)
@@ -112,6 +119,12 @@ def test_a_factor_of_the_output_divides_the_stream() -> None:
     block, x, (first, second) = look(scaled)
     torch.testing.assert_close(first.stream, rows(4 * x))
     torch.testing.assert_close(second.stream, rows((x + 0.25 * block.first(x.tanh())) / block.gain))
+
+
+def test_a_factor_of_the_stream_does_not_make_it_younger() -> None:
+    block, x, (first, second) = look(gated)
+    torch.testing.assert_close(first.stream, rows(block.gain * x))
+    torch.testing.assert_close(second.stream, rows(0.5 * (block.gain * x + block.first(x.tanh()))))
 
 
 def test_no_stream_behind_a_norm_or_a_product_or_in_another_order() -> None:
