@@ -56,13 +56,15 @@ def correct(
                 held.append(apart.of(tokens))
                 apart = apart.of(~tokens)
             moments.update(apart)
-    fits = [_Fitted(state, moments) for state in states] if held else []
+    lower = factor(moments.hessian, DAMPING) if held else None
+    fits = [_Fitted(state, moments, lower) for state in states] if held else []
+    del lower
     for apart in held:
         for fitted in fits:
             fitted.update(apart)
         moments.update(apart)
     usual = 1.0 if how == "full" else UNCHOSEN
-    chosen = [fitted.strengths() for fitted in fits] or [(usual,) * len(moments.terms(state)) for state in states]
+    chosen = [fitted.strengths() for fitted in fits] or [(usual, usual)] * len(states)
     return _solve(states, moments, chosen), moments.statistics
 
 
@@ -87,12 +89,12 @@ def _held_out(block: Block, index: int, count: int) -> Tensor | None:
 class _Fitted:
     """The choice of a weight's strengths: what the terms of some of its outputs do to batches that are not in them."""
 
-    def __init__(self, state: WeightState, moments: Moments) -> None:
+    def __init__(self, state: WeightState, moments: Moments, lower: Tensor | None) -> None:
         self.state, rows = state, state.value.shape[0]
         self.outputs = torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.hessian.device).long()
-        terms = moments.terms(state, self.outputs)
-        lower = factor(moments.hessian, DAMPING) if terms else None
-        self.changes = [] if lower is None else [change(term, lower) for term in terms]
+        terms = [] if lower is None else moments.terms(state, self.outputs)
+        self.changes = [change(term, lower) for term in terms if lower is not None]
+        self.by_input = moments.drift is not None
         self.fit = Fit(len(self.changes))
 
     def update(self, apart: Apart) -> None:
@@ -102,20 +104,25 @@ class _Fitted:
             rows = apart.rows.float()
             self.fit.update([rows @ one.t() for one in self.changes], wanted)
 
-    def strengths(self) -> tuple[float, ...]:
-        """The strengths of least error on these batches."""
-        return self.fit.strengths() if self.changes else ()
+    def strengths(self) -> tuple[float, float]:
+        """The strengths of least error on these tokens, for the input and for the stream; 0 for what is not there."""
+        found = list(self.fit.strengths()) if self.changes else []
+        by_input = found.pop(0) if found and self.by_input else 0.0
+        return by_input, found.pop(0) if found else 0.0
 
 
-def _solve(states: Sequence[WeightState], moments: Moments, strengths: Sequence[tuple[float, ...]]) -> list[Corrected]:
+def _solve(
+    states: Sequence[WeightState], moments: Moments, strengths: Sequence[tuple[float, float]]
+) -> list[Corrected]:
     lower = factor(moments.hessian, DAMPING) if any(map(any, strengths)) else None
     made = []
-    for state, chosen in zip(states, strengths, strict=True):
-        value, left = state.value.float(), list(chosen if lower is not None else ())
-        terms = [by * term for by, term in zip(left, moments.terms(state), strict=False) if by]
+    for state, (by_input, by_stream) in zip(states, strengths, strict=True):
+        value = state.value.float()
+        by_input = 0.0 if lower is None or moments.drift is None else by_input
+        by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
+        terms = [by_input * (value @ moments.drift)] if by_input and moments.drift is not None else []
+        terms += [by_stream * moments.streams[state.parameter]] if by_stream else []
         if lower is not None and terms:
             value = value + change(sum(terms[1:], terms[0]), lower)
-        by_input = left.pop(0) if left and moments.drift is not None else 0.0
-        by_stream = left.pop(0) if left else 0.0
         made.append(Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None)))
     return made

@@ -125,6 +125,17 @@ def test_equal_chains_need_no_correction() -> None:
     assert found.strengths == (0.0, 0.0)
 
 
+def test_what_only_the_tokens_kept_back_show_is_not_corrected() -> None:
+    block = opened(apart=0.0)
+    assert block.unquantized is not None
+    exact = [h.clone() for h in block.unquantized[0]]
+    # The eighth window: the second one of the fourth batch.
+    exact[3][1] += 1
+    block.unquantized = exact, block.unquantized[1]
+    (found,), _ = correct(block, stages(block)[0], Chains(block), (Hessian,), "held-out")
+    assert torch.equal(found.value, stages(block)[0][0].value) and found.strengths == (0.0, 0.0)
+
+
 def test_one_window_cannot_choose() -> None:
     block = opened(windows=1)
     (found,), _ = correct(block, stages(block)[0], Chains(block), (Hessian,), "held-out")
