@@ -19,6 +19,8 @@ HELD_OUT = 8
 BETAS, EPSILON = (0.9, 0.99), 1e-15
 # The held-out loss is looked at every LOOK steps; training ends when it has not fallen for PATIENCE looks.
 LOOK, PATIENCE = 10, 3
+SLOWER = 0.3
+"""What the rate is multiplied by when the held-out loss has not fallen."""
 BEST = "best."
 # Blocks stay in memory while they are trained, if all of them take no more bytes than this as they are read.
 KEPT = 1 << 30
@@ -51,7 +53,7 @@ class Distill(Method):
         about = student.load(values, optimizer)
         if about is None:
             first = student.loss(held)
-            about = {"step": 0, "before": first, "after": first, "at": 0}
+            about = {"step": 0, "before": first, "after": first, "at": 0, "share": 1.0}
             student.save(values, optimizer, about)
         for _ in range(about["step"]):
             student.progress("was already done")
@@ -59,7 +61,7 @@ class Distill(Method):
         while about["step"] < self.steps and about["step"] - about["at"] < LOOK * PATIENCE:
             step = about["step"]
             for group in optimizer.param_groups:
-                group["lr"] = self.rate(step)
+                group["lr"] = self.rate(step) * about["share"]
             loss = student.descend(self.taken(train, step, size), lambda: self._step(optimizer))
             about["step"] = step + 1
             if about["step"] % LOOK == 0 or about["step"] == self.steps:
@@ -68,6 +70,11 @@ class Distill(Method):
                     about |= {"after": now, "at": about["step"]}
                     for name, value in best.items():
                         value.copy_(parameters[name].detach())
+                else:
+                    # The rate was too large for what is left to gain: from the best again, more slowly.
+                    about["share"] *= SLOWER
+                    for name, value in best.items():
+                        parameters[name].data.copy_(value)
                 student.save(values, optimizer, about)
             student.progress(f"KL {loss:.4f}, held out {about['before']:.4f} → {about['after']:.4f}")
         for name, value in best.items():

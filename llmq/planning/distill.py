@@ -31,15 +31,16 @@ def check_tuning(plan: Plan) -> Tail | None:
     if tuner is None:
         return None
     name, recipe = plan.recipe.methods[-1], "+".join(plan.recipe.methods)
+    without = f"leave {name} out (--method {'+'.join(plan.recipe.methods[:-1]) or 'gptq'})"
     mixture = next((block for block in plan.blocks if block.experts is not None or block.parts is not None), None)
     if mixture is not None:
         raise LlmqError(
             f"method {recipe!r}: {name} trains whole blocks, but the routed experts of {mixture.name} are quantized a "
-            f"few at a time: leave {name} out, or --keep the experts"
+            f"few at a time: {without}, or --keep the experts"
         )
     for scheme in sorted({w.scheme for w in plan.weights if w.scheme is not None and w.block is not None}, key=str):
         if reason := tuner.refusal(scheme):
-            raise LlmqError(f"method {recipe!r}: {reason}; leave {name} out, or choose another scheme")
+            raise LlmqError(f"method {recipe!r}: {reason}; {without}, or choose another scheme")
     if len(plan.ids) <= plan.batch:
         raise LlmqError(
             f"method {recipe!r}: {name} holds windows out to judge itself, and the {len(plan.ids)} windows are one "
@@ -48,7 +49,7 @@ def check_tuning(plan: Plan) -> Tail | None:
     try:
         return find_tail(plan.model, [block.module for block in plan.blocks])
     except LlmqError as problem:
-        raise LlmqError(f"{plan.source.folder}: {problem}; leave {name} out") from problem
+        raise LlmqError(f"{plan.source.folder}: {problem}; {without}") from problem
 
 
 def with_tuning(plan: Plan, tail: Tail, found: Budget, between: int | None, device: str) -> Budget:

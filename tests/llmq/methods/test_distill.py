@@ -110,6 +110,17 @@ def test_it_ends_where_nothing_gets_better_and_takes_the_start_if_all_is_worse()
     assert torch.equal(torch.cat([*student.parameters.values()]), best)
 
 
+def test_where_the_rate_is_too_large_it_goes_on_from_the_best_more_slowly() -> None:
+    student = Parabola()
+    method = Distill(steps=40, learning_rate=0.9)
+    with torch.no_grad():
+        for parameter in student.parameters.values():
+            parameter.fill_(1.02)
+    done = method.tune(student)
+    assert done.at >= 20 and done.after < 0.5 * done.before
+    assert student.kept is not None and student.kept[2]["share"] < 1
+
+
 def test_a_loss_that_is_no_number_is_never_better() -> None:
     student = Parabola()
     student.centres[1:] = float("nan")
