@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -137,6 +138,13 @@ class Tasks:
                         "network, "
                         f"or give a folder with {name}_validation.jsonl as --data-dir"
                     )
+        if isinstance(error, AssertionError):
+            line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+            if "max_length" in line:
+                return LlmqError(
+                    f"{name}: one of its answers has more tokens than the model takes: leave this task out"
+                )
+            return LlmqError(f"{name}: lm-eval failed on it: {line or 'an assertion'}")
         hint = f"; its documents are from {name}_*.jsonl, which may have the wrong columns" if name in self.data else ""
         return LlmqError(f"{name}: lm-eval failed on it: {type(error).__name__}: {first_line(error)}{hint}")
 

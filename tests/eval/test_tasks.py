@@ -267,6 +267,17 @@ def test_other_refusals(tmp_path: Path, llmq: Run) -> None:
     refused(done, "piqa", "--data-dir")
 
 
+@needs_lm_eval
+def test_an_answer_longer_than_the_model_takes(tmp_path: Path, llmq: Run) -> None:
+    long = " ".join(["word"] * 4000)
+    write_rows(
+        tmp_path / "data" / "piqa_validation.jsonl", [{"goal": "say it", "sol1": long, "sol2": "no", "label": 0}]
+    )
+    done = llmq("eval", "demo", "--tasks", "piqa", "--data-dir", tmp_path / "data", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "piqa: one of its answers has more tokens than the model takes" in " ".join(done.stderr.split())
+
+
 def test_without_lm_eval(tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "installed", lambda: False)
     refused(llmq("eval", "demo", "--tasks", "hellaswag"), "hellaswag", "pip install 'llmq[eval]'")
