@@ -120,9 +120,14 @@ def _solve(
         value = state.value.float()
         by_input = 0.0 if lower is None or moments.drift is None else by_input
         by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
-        terms = [by_input * (value @ moments.drift)] if by_input and moments.drift is not None else []
-        terms += [by_stream * moments.streams[state.parameter]] if by_stream else []
-        if lower is not None and terms:
-            value = value + change(sum(terms[1:], terms[0]), lower)
+        term = (value @ moments.drift).mul_(by_input) if by_input and moments.drift is not None else None
+        if by_stream:
+            more = by_stream * moments.streams[state.parameter]
+            term = more if term is None else term.add_(more)
+            del more
+        if lower is not None and term is not None:
+            found = change(term, lower)
+            del term
+            value = value + found
         made.append(Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None)))
     return made

@@ -106,9 +106,9 @@ def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
     for stage in stages.values():
         width, outs = stage[0].shape[1], sum(item.shape[0] for item in stage)
         stays = max(stays, sum(need.nbytes(width) for need in needs) + 4 * outs * width)
-        # The drift and a factor; a stream of each weight, and what one of them is computed with.
+        # The drift and a factor; a stream of each weight; one of them, its terms, their change, and a copy of it.
         held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1) * 4 * (2 * width + outs)
-        before = max(before, 8 * width**2 + 4 * outs * width + 8 * max(prod(i.shape) for i in stage) + held)
+        before = max(before, 8 * width**2 + 4 * outs * width + 16 * max(prod(i.shape) for i in stage) + held)
     widths = sum(stage[0].shape[1] for stage in stages.values())
     streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
     shown = plan.ids.numel() * plan.dtype.itemsize * (widths + streams)
