@@ -2,6 +2,8 @@
 
     python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt [--method rtn gptq] [--schemes 4g128 3g128 2g64]
 
+    python scripts/bench_quality.py MODEL CALIBRATION.txt HELDOUT.txt --recipe best-4 w4a16-gptq --samples 128
+
 Calibrates on 32 windows of 512 tokens (or --samples), measures on the first 200 windows of 512 (the protocol of
 docs/evaluation.md), every model in float32 through stock from_pretrained (--kernels: llmq.load). KL is the mean over
 positions of KL(base ‖ quantized), in nats. For each scheme, methods that do not support it are skipped.
@@ -10,10 +12,11 @@ positions of KL(base ‖ quantized), in nats. For each scheme, methods that do n
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import llmq
 from llmq import methods
 from llmq.data.tokens import tokenize
 from llmq.grids.scheme import Scheme
+from llmq.recipe import presets
 from llmq.recipe.recipe import Calibration, Recipe
 
 METHODS = ["rtn", "hqq", "awq", "gptq", "awq+gptq", "signround", "gptq+signround", "nf4"]
@@ -74,13 +78,27 @@ def rounds(method: str, scheme: Scheme) -> bool:
     return methods.make(Recipe(methods=tuple(method.split("+")))).quantizer.refusal(scheme) is None
 
 
+def recipes_of(args: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
+    """The presets that were named, or each method for each scheme that it rounds to, with the text that was given."""
+    calibration = Calibration(args.calibration, samples=args.samples, seqlen=512)
+    for name in args.recipe:
+        yield name, dataclasses.replace(presets.recipe(name), calibration=calibration)
+    if args.recipe:
+        return
+    for scheme in map(parse_scheme, args.schemes):
+        for method in (method for method in args.method if rounds(method, scheme)):
+            options = {"range": args.range} if args.range else {}
+            yield method, Recipe(tuple(method.split("+")), scheme, options=options, calibration=calibration)
+
+
 def main() -> None:
-    """Quantize every scheme × method, then measure all of them in one pass over the text."""
+    """Quantize every scheme × method, or every preset, then measure all of them in one pass over the text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("calibration")
     parser.add_argument("heldout", type=Path)
     parser.add_argument("--method", nargs="+", default=METHODS)
+    parser.add_argument("--recipe", nargs="+", default=[], help="presets, in place of methods and schemes")
     parser.add_argument("--range")
     parser.add_argument("--schemes", nargs="+", default=["4g128", "3g128", "2g64"])
     parser.add_argument("--kernels", action="store_true", help="for formats that stock from_pretrained does not know")
@@ -92,28 +110,23 @@ def main() -> None:
     base = load(args.model)
     rows, models = [], [base]
     with tempfile.TemporaryDirectory() as folder:
-        for scheme in map(parse_scheme, args.schemes):
-            for method in (method for method in args.method if rounds(method, scheme)):
-                recipe = Recipe(
-                    methods=tuple(method.split("+")),
-                    scheme=scheme,
-                    options={"range": args.range} if args.range else {},
-                    calibration=Calibration(args.calibration, samples=args.samples, seqlen=512),
-                )
-                out = Path(folder) / str(len(rows))
-                began = time.perf_counter()
-                report = llmq.quantize(str(args.model), out, recipe)
-                seconds = time.perf_counter() - began
-                models.append(load(out, args.kernels))
-                rows.append([method, str(scheme), f"{report.bits_per_weight:.3f}", f"{seconds:.1f}"])
-                print(*rows[-1], sep="\t", flush=True)
+        for label, recipe in recipes_of(args):
+            out = Path(folder) / str(len(rows))
+            began, used = time.perf_counter(), time.process_time()
+            report = llmq.quantize(str(args.model), out, recipe)
+            seconds, used = time.perf_counter() - began, time.process_time() - used
+            models.append(load(out, args.kernels))
+            rows.append([label, str(recipe.scheme), f"{report.bits_per_weight:.3f}", f"{seconds:.1f}", f"{used:.1f}"])
+            print(*rows[-1], sep="\t", flush=True)
     results = divergences(base, models, windows)
     reference = results[0][0]
-    table = Table("method", "scheme", "bits/weight", "perplexity", "to base", "KL", "same top token", "seconds")
-    table.add_row("base", "", "16", f"{reference:.4f}", "", "0", "1", "")
-    for (method, name, bits, took), (value, kl, same) in zip(rows, results[1:], strict=True):
+    table = Table(
+        "method", "scheme", "bits/weight", "perplexity", "to base", "KL", "same top token", "seconds", "of processors"
+    )
+    table.add_row("base", "", "16", f"{reference:.4f}", "", "0", "1", "", "")
+    for (method, name, bits, *took), (value, kl, same) in zip(rows, results[1:], strict=True):
         change = f"{100 * (value / reference - 1):+.2f} %"
-        table.add_row(method, name, bits, f"{value:.4f}", change, f"{kl:.6f}", f"{same:.5f}", took)
+        table.add_row(method, name, bits, f"{value:.4f}", change, f"{kl:.6f}", f"{same:.5f}", *took)
     Console(width=140).print(table)
 
 

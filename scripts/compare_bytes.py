@@ -42,7 +42,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = Path(__file__).with_name("command_server.py")
 EXCLUDED = {"report.json", "report.html", "README.md"}  # they contain times and memory; .llmq/ has the journal
-LEARNED = {"signround", "w2a16", "w3a16", "w4a16-best"}  # these have --iterations
+LEARNED = {"signround", "block_qat", "best-2", "best-3", "best-4"}  # these have --iterations
 W8 = "--bits 8 --group-size channel"
 STATIC = "static activation scales are found differently, on purpose"
 ENVIRONMENT = {

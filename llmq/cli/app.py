@@ -109,12 +109,13 @@ def inspect(
 
 @app.command()
 def recipes() -> None:
-    """The presets for --recipe, each with a sentence of advice."""
+    """The presets for --recipe: what each does, what it measured, and when to choose it."""
     with explained():
         from llmq.recipe import presets
         from llmq.report import terminal
 
-        terminal.recipes(out_console, [(n, presets.recipe(n), presets.advice(n)) for n in presets.names()])
+        found = [(n, presets.recipe(n), presets.advice(n), presets.measured(n)) for n in presets.names()]
+        terminal.recipes(out_console, found)
 
 
 @app.command()

@@ -209,3 +209,4 @@ def test_recipes_are_listed(llmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         recipe = presets.recipe(name)
         assert "+".join(recipe.methods) in rows[name] and str(recipe.scheme) in rows[name]
         assert presets.advice(name)[:30] in rows[name]
+        assert f"{presets.measured(name).kl:.4f} {presets.measured(name).time:g} ×" in rows[name]

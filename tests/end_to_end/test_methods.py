@@ -223,7 +223,7 @@ def test_corrections_of_the_demo_pay(method: str, scheme: Scheme, tmp_path: Path
 def test_presets_through_the_command_line(
     tiny_model: Path, text_file: Path, tmp_path: Path, llmq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for preset in ("fp8", "hqq", "w4a16-awq", "w8a8-smoothquant"):
+    for preset in ("fp8", "fast-4", "w4a16-awq", "w8a8-smoothquant"):
         memory, out = Memory(), tmp_path / preset
         group = () if preset in ("fp8", "w8a8-smoothquant") else ("--group-size", "32")
         short = ("--calib", text_file, "--samples", 2, "--seqlen", 48)

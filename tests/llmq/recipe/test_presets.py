@@ -12,26 +12,36 @@ from llmq.recipe import catalog, presets
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
 
+BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks.md"
+
 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_can_be_made(name: str) -> None:
     made = presets.recipe(name)
     assert isinstance(made, Recipe)
-    if set(made.methods) <= set(catalog.names()):
-        assert methods.make(made).quantizer.grids()
-    else:
-        assert set(made.methods) - set(catalog.names()) == {"signround"}
+    assert set(made.methods) <= set(catalog.names()) and methods.make(made).quantizer.grids()
     advice = presets.advice(name)
     assert 1 <= advice.count(".") - advice.count("0.") <= 2 and advice.endswith(".") and len(advice) < 200
     assert Recipe.from_dict(made.to_dict()) == made
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_a_preset_is_its_file_without_the_advice(name: str) -> None:
+def test_a_preset_is_its_file_without_what_describes_it(name: str) -> None:
     data = yaml.safe_load((presets.FOLDER / f"{name}.yaml").read_text())
-    advice = data.pop("advice")
+    advice, measured = data.pop("advice"), data.pop("measured")
     assert presets.read(name) == data and presets.advice(name) == advice and advice.endswith(".")
+    assert presets.measured(name) == presets.Measured(**measured)
     assert presets.recipe(name) == Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_what_a_preset_measured_is_in_the_documents(name: str) -> None:
+    rows = [line for line in BENCHMARKS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+    assert len(rows) == 1
+    cells = [cell.strip() for cell in rows[0].split("|")]
+    measured = presets.measured(name)
+    assert f"{measured.kl:.4f}" in cells and f"{measured.time:g}" in cells
+    assert "+".join(presets.recipe(name).methods) in cells
 
 
 def test_names_are_those_of_the_files() -> None:
