@@ -55,6 +55,7 @@ class Distill(Method):
             first = student.loss(held)
             about = {"step": 0, "before": first, "after": first, "at": 0, "share": 1.0}
             student.save(values, optimizer, about)
+        about.setdefault("share", 1.0)  # a run that an earlier version began has none
         for _ in range(about["step"]):
             student.progress("was already done")
         size = max(1, self.minibatch // student.windows)

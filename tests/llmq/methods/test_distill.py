@@ -121,6 +121,16 @@ def test_where_the_rate_is_too_large_it_goes_on_from_the_best_more_slowly() -> N
     assert student.kept is not None and student.kept[2]["share"] < 1
 
 
+def test_a_run_that_an_earlier_version_began_goes_on() -> None:
+    student = Parabola()
+    method = Distill(steps=20, learning_rate=0.05)
+    wanted = method.tune(student)
+    again = Parabola()
+    Distill(steps=1, learning_rate=0.05).tune(again)
+    assert again.kept is not None and again.kept[2].pop("share") == 1
+    assert method.tune(again).steps == wanted.steps
+
+
 def test_a_loss_that_is_no_number_is_never_better() -> None:
     student = Parabola()
     student.centres[1:] = float("nan")
