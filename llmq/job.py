@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import formats, methods, stream
-from llmq.block_io import rest
+from llmq import formats, methods
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import CARD, REPORT
@@ -38,6 +37,8 @@ from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import card
 from llmq.report.page import PAGE, report_page
 from llmq.report.report import Report, make_report, versions
+from llmq.streaming import stream
+from llmq.streaming.block_io import rest
 from llmq.watch import Silent, Watch
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq import stream
 from llmq.block.block import Block
 from llmq.checkpoint.hub import resolve
 from llmq.grids.scheme import Scheme
 from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import stream
 
 LIMIT = 1e-3
 READER = """

@@ -57,7 +57,7 @@ class Planning(Protocol):
 
 
 class IO(Protocol):
-    """What is needed of `llmq.block_io.BlockIO`, which knows the plan and everything that it is made of."""
+    """What is needed of `llmq.streaming.block_io.BlockIO`, which knows the plan and everything that it is made of."""
 
     @property
     def plan(self) -> Planning: ...

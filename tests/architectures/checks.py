@@ -220,7 +220,8 @@ def quantize(
     Raises LlmqError where the plan refuses, and Stopped where the run ends in an error all the same.
     """
     import llmq
-    from llmq import job, mixture, stream
+    from llmq import job
+    from llmq.streaming import mixture, stream
 
     original = stream.pack_weights
 

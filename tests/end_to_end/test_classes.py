@@ -127,8 +127,8 @@ def test_a_folder_that_does_not_say_its_class_is_written_with_it(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_broken_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmq import block_io
     from llmq.checkpoint.sink import Sink
+    from llmq.streaming import block_io
 
     source = write("bart", tmp_path / "m")
     monkeypatch.setattr(block_io, "REST_BYTES", 100_000)

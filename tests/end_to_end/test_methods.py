@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmq
-from llmq import job, stream
+from llmq import job
 from llmq.block.attempt import Outcome
 from llmq.block.block import Block
 from llmq.grids.activations import round_per_token, round_static
@@ -25,6 +25,7 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
+from llmq.streaming import stream
 from llmq.watch import Silent
 from tests.conftest import Run
 from tests.llmq.blocks import apart, ids, write

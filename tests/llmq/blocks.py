@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmq import job, stream
+from llmq import job
 from llmq.block.block import Block
-from llmq.block_io import BlockIO
 from llmq.checkpoint.sink import Sink
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import stream
+from llmq.streaming.block_io import BlockIO
 from llmq.watch import Silent
 from tests.architectures import tiny
 
@@ -32,7 +33,7 @@ def write(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def open_block(folder: Path, recipe: Recipe, windows: Tensor | None = None, index: int = 0) -> Block:
     """A block of a checkpoint at the moment before anything is done to it, its target known."""
     plan = job.plan(str(folder), recipe, ids=ids() if windows is None else windows)
-    io = BlockIO(plan, Sink(folder, 0, -1), CPU)  # nothing is written
+    io = BlockIO(plan, CPU, Sink(folder, 0, -1))  # nothing is written
     recording = stream.record_calls(io, Silent())
     block = io.open(plan.blocks[index], recording.hidden, recording.of_block(index, recording.states()))
     block.target = block.outputs()

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq import steps
 from llmq.block.block import Block, relative_error
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.grids.scheme import Activations, Scheme
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import steps
 from tests.llmq.blocks import apart, open_block, write
 
 W4 = Recipe(methods=("awq",), scheme=Scheme(4, 16))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq import steps
 from llmq.block.block import WeightState
 from llmq.block.group import GroupBlock
 from llmq.block.statistics import Hessian, Inputs, MeanSquare
@@ -16,6 +15,7 @@ from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.methods import make
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import steps
 
 COUNT, WIDTH, INNER, TOKENS = 4, 16, 24, 30
 W4 = Scheme(4, 8)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import steps
 from llmq.block.block import Block
 from llmq.block.statistics import Hessian, Inputs
 from llmq.discovery.view import View
@@ -22,6 +21,7 @@ from llmq.methods.gptq import GPTQ
 from llmq.methods.rtn import RTN
 from llmq.methods.signround import SignRound
 from llmq.report.rows import weight_row
+from llmq.streaming import steps
 from tests.llmq.block import toys
 
 W4 = Scheme(4, 16)

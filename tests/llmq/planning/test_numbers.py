@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmq import block_io, job
+from llmq import job
 from llmq.checkpoint.source import FolderSource
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import block_io
 from tests.conftest import write_tiny_model
 from tests.llmq.planning.made import IDS, make
 from tests.llmq.refusal import refused

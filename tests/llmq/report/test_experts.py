@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmq import formats, job, mixture
+from llmq import formats, job
 from llmq.discovery.experts import Routed
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 from llmq.report.experts import experts_of, grouped, place, quantile, shapes
 from llmq.report.report import Report
 from llmq.report.rows import WeightRow
+from llmq.streaming import mixture
 from tests.llmq.report.page.reports import report
 
 EXPERTS = 16

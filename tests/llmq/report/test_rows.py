@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from llmq import steps
 from llmq.block.attempt import Outcome
 from llmq.discovery.reasons import Kind, Reason
 from llmq.grids.scheme import Activations, Scheme
@@ -18,6 +17,7 @@ from llmq.methods import Pipeline
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
 from llmq.report.rows import BlockRow, KeptRow, WeightRow, read_attempt, read_block, read_tune, read_weight, weight_row
+from llmq.streaming import steps
 from tests.llmq.block.attempts import LOG
 from tests.llmq.blocks import open_block
 from tests.llmq.refusal import refused

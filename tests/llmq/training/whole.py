@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq import job, stream
+from llmq import job
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import stream
 from llmq.training import distill
 from llmq.training.student import StreamedStudent, open_student
 from llmq.watch import Silent

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import job, mixture
+from llmq import job
 from llmq.checkpoint.files import INDEX
 from llmq.methods import Hessian, Method
 from llmq.methods.gptq import GPTQ
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import mixture
 from tests.architectures import tiny
 from tests.llmq import mixtures
 from tests.llmq.refusal import refused

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import job
-from llmq.block_io import BlockIO, discard, rest
 from llmq.checkpoint.sink import Sink
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
+from llmq.streaming.block_io import BlockIO, rest
 from tests.llmq.refusal import refused
 
 CPU = torch.device("cpu")
@@ -50,19 +50,8 @@ def test_a_planned_block_names_its_weights_and_tensors(plan: Plan, tiny_model: P
     assert {name for unit in rest(plan).values() for name in unit} == names - inside
 
 
-def test_filled_then_discarded(plan: Plan, tiny_model: Path, tmp_path: Path) -> None:
-    io, files = BlockIO(plan, Sink(tmp_path, 0, -1), CPU), stored(tiny_model)
-    block = plan.blocks[1]
-    assert all(p.is_meta for p in block.module.parameters())
-    module = io.fill(block)
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, files[block.tensors[name][0]].to(plan.dtype))
-    discard(module)
-    assert all(p.is_meta for p in block.module.parameters())
-
-
 def test_what_is_not_quantized_is_written_as_it_was_unless_it_changed(plan: Plan, tmp_path: Path) -> None:
-    io, block = BlockIO(plan, Sink(tmp_path, 0, -1), CPU), plan.blocks[1]
+    io, block = BlockIO(plan, CPU, Sink(tmp_path, 0, -1)), plan.blocks[1]
     io.fill(block)
     changed = "input_layernorm.weight"
     block.module.get_parameter(changed).data += 1
@@ -82,7 +71,7 @@ def test_a_block_is_read_back_as_it_was_written(plan: Plan, tiny_model: Path, tm
     llmq.quantize(str(tiny_model), out, RECIPE, ids=IDS)
     with Sink.open(out, job.fingerprint(plan, "cpu"), units=len(rest(plan)) + len(plan.blocks)) as sink:
         block = plan.blocks[2]
-        states = BlockIO(plan, sink, CPU).restore(block)
+        states = BlockIO(plan, CPU, sink).restore(block)
         files = stored(out)
         assert [state.view.name for state in states] == list(block.weights)
         for state in states:
@@ -96,17 +85,11 @@ def test_a_block_is_read_back_as_it_was_written(plan: Plan, tiny_model: Path, tm
         assert torch.equal(block.module.get_parameter("self_attn.v_proj.weight"), files[kept].to(plan.dtype))
 
 
-def test_a_missing_tensor_is_named(plan: Plan, tmp_path: Path) -> None:
-    name = f"{plan.blocks[0].name}.mlp.up_proj.weight"
-    del plan.links.source[name]
-    refused(lambda: BlockIO(plan, Sink(tmp_path, 0, -1), CPU).fill(plan.blocks[0]), name, "no tensor")
-
-
 def test_a_weight_outside_the_blocks_is_rounded_written_and_read_back(tiny_model: Path, tmp_path: Path) -> None:
     made = job.plan(str(tiny_model), Recipe(scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
     item = made.outside["lm_head.weight"]
     with Sink.open(tmp_path / "o", {}, 1) as sink:
-        io = BlockIO(made, sink, CPU)
+        io = BlockIO(made, CPU, sink)
         row, tensors, values = io.round_outside(item)
         sink.commit("one", tensors, {})
         assert torch.equal(io.read_back(item), values)
@@ -120,7 +103,7 @@ def test_a_weight_outside_the_blocks_is_rounded_written_and_read_back(tiny_model
     assert row["notes"] == ("no calibration: rounded to nearest",)
     # What needs no data anyway has nothing to say.
     plain = job.plan(str(tiny_model), Recipe(methods=("hqq",), scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
-    row, _, hqq = BlockIO(plain, sink, CPU).round_outside(plain.outside["lm_head.weight"])
+    row, _, hqq = BlockIO(plain, CPU, sink).round_outside(plain.outside["lm_head.weight"])
     assert row["notes"] == () and not torch.equal(hqq, values)
 
 
@@ -131,5 +114,5 @@ def test_a_damaged_weight_outside_the_blocks_is_named(tiny_model: Path, tmp_path
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "m" / "config.json").write_text((tiny_model / "config.json").read_text())
     made = job.plan(str(tmp_path / "m"), Recipe(scheme=Scheme(4, 32), include=("lm_head",)), ids=IDS)
-    io = BlockIO(made, Sink(tmp_path, 0, -1), CPU)
+    io = BlockIO(made, CPU, Sink(tmp_path, 0, -1))
     refused(lambda: io.round_outside(made.outside["lm_head.weight"]), "lm_head.weight")

@@ -16,13 +16,13 @@ from llmq.formats.stacks import parse
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.methods import make
-from llmq.mixture import IDLE
 from llmq.recipe.recipe import Recipe
+from llmq.streaming.mixture import IDLE
 from tests.architectures import tiny
 from tests.llmq import mixtures
 from tests.llmq.mixtures import W4
 from tests.llmq.refusal import refused
-from tests.llmq.test_mixture_parts import unpacked
+from tests.llmq.streaming.test_mixture_parts import unpacked
 
 IDS = tiny.tokens(4, 32, seed=2)
 COUNT = 4

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq import formats, job, steps
+from llmq import formats, job
 from llmq.block.block import Block
 from llmq.block.expert import ExpertBlock
 from llmq.block.group import GroupBlock
@@ -22,11 +22,12 @@ from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline, make
-from llmq.mixture import IDLE
 from llmq.planning import parts as planning
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
+from llmq.streaming import steps
+from llmq.streaming.mixture import IDLE
 from tests.architectures import tiny
 from tests.llmq import mixtures
 from tests.llmq.mixtures import Broken, breaking

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llmq
-from llmq import job, steps, stream
+from llmq import job
 from llmq.block.block import Block, WeightState
-from llmq.block_io import BlockIO
 from llmq.discovery.calls import States
 from llmq.discovery.matmuls import flat
 from llmq.discovery.tail import Tail
@@ -27,7 +26,9 @@ from llmq.methods import Pipeline
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
-from llmq.stream import check_signature, output_signature
+from llmq.streaming import steps, stream
+from llmq.streaming.block_io import BlockIO
+from llmq.streaming.stream import check_signature, output_signature
 from tests.architectures import tiny
 from tests.conftest import write_tiny_model
 from tests.llmq import mixtures

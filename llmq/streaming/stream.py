@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import mixture, steps
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error, rounded_inputs
 from llmq.block.chains import run_unquantized
-from llmq.block_io import BlockIO, discard, pack_weights, rest
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, States, of_length, record
@@ -28,6 +26,9 @@ from llmq.discovery.tail import Tail
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.plan import BlockPlan, Plan
+from llmq.streaming import mixture, steps
+from llmq.streaming.block_io import BlockIO, pack_weights, rest
+from llmq.streaming.block_reader import discard
 from llmq.training import distill
 from llmq.watch import Watch
 
@@ -41,7 +42,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
 
     Raises LlmqError naming the weight or file; finished blocks are kept, and the same call resumes after them.
     """
-    io = BlockIO(plan, sink, device)
+    io = BlockIO(plan, device, sink)
     copy_rest(io, watch)
     if not plan.blocks:
         verify_rest(io, watch)

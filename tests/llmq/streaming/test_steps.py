@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from llmq import steps
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, rounded_inputs
 from llmq.block.statistics import Hessian, Inputs
@@ -22,6 +21,7 @@ from llmq.methods.base import Method, Stats
 from llmq.methods.gptq import GPTQ
 from llmq.methods.rtn import RTN
 from llmq.recipe.recipe import Recipe
+from llmq.streaming import steps
 from tests.llmq.blocks import apart, open_block
 
 W4 = Recipe(methods=("awq",), scheme=Scheme(4, 16))

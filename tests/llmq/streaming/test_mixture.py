@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmq import job, mixture, steps, stream
+from llmq import job
 from llmq.block.block import Block
 from llmq.block.expert import OTHERS, ExpertBlock
-from llmq.block_io import BlockIO
 from llmq.checkpoint.sink import Sink
 from llmq.discovery.experts import Expert, Routed
 from llmq.methods import Pipeline
@@ -21,6 +20,8 @@ from llmq.planning import experts as planning
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
+from llmq.streaming import mixture, steps, stream
+from llmq.streaming.block_io import BlockIO
 from llmq.watch import Silent
 from tests.architectures import tiny
 from tests.llmq import mixtures
@@ -49,7 +50,7 @@ def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(folder: Path) -> BlockIO:
     """Reads a folder; nothing is written."""
-    return BlockIO(job.plan(str(folder), GPTQ, ids=IDS), Sink(folder, 0, -1), CPU)
+    return BlockIO(job.plan(str(folder), GPTQ, ids=IDS), CPU, Sink(folder, 0, -1))
 
 
 # What one expert after the other computes.

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import steps
 from llmq.block.block import Block, WeightState, rounded_inputs
 from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
 from llmq.block.group import GroupBlock
 from llmq.block.statistics import Statistic
-from llmq.block_io import BlockIO, pack_weights, states_of
 from llmq.discovery.calls import Call, States
 from llmq.discovery.experts import Expert, Routed, instead
 from llmq.errors import LlmqError
@@ -30,6 +28,9 @@ from llmq.machine import give_back
 from llmq.methods import Pipeline
 from llmq.planning.experts import ExpertGroup
 from llmq.planning.plan import BlockPlan
+from llmq.streaming import steps
+from llmq.streaming.block_io import BlockIO, pack_weights
+from llmq.streaming.block_reader import states_of
 from llmq.watch import Watch
 
 IDLE = "no calibration token chose this expert"
