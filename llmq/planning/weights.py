@@ -164,9 +164,13 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
             sentence = f"group size {group} does not divide {whose}"
             return replace(item, reason=Reason(Kind.INDIVISIBLE, sentence))
         scheme = replace(scheme, group_size=_smaller(gcd(*widths), group) if recipe.ragged == "smaller" else None)
-    sizes = formats.of(scheme).spec((rows, width), scheme, dtype)
-    after = sum(prod(shape) * kind.itemsize for kind, shape in sizes.values())
-    return replace(item, scheme=scheme, after=after)
+    return replace(item, scheme=scheme, after=stored_bytes((rows, width), scheme, dtype))
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """The bytes of a weight on disk, with its scales and zero points; dtype: of scales."""
+    sizes = formats.of(scheme).spec(shape, scheme, dtype)
+    return sum(prod(one) * kind.itemsize for kind, one in sizes.values())
 
 
 def _smaller(width: int, group: int) -> int | None:
