@@ -58,6 +58,19 @@ class BlockReader:
         owner, _, leaf = name.rpartition(".")
         return tuple(getattr(self.plan.model.get_submodule(owner), leaf).shape)
 
+    def weight(self, weight: WeightPlan) -> Tensor:
+        """A weight [out, in] of the plan, alone, read from the checkpoint."""
+        plan = self.plan
+        if weight.view is None or weight.block is None:
+            return self._checked(weight.tensor).to(self.device)
+        block = plan.blocks[weight.block]
+        if block.experts is not None and weight.expert is not None:
+            name = f"{block.name}.{block.experts.info.module}.{weight.view.parameter}"
+            entry = plan.links.fill_entry(name, self._shape(name), weight.expert, self._checked, self._checked_entry)
+            return weight.view.of(entry).to(self.device)
+        name = f"{block.name}.{weight.view.parameter}"
+        return weight.view.of(plan.links.fill(name, self._shape(name), self._checked)).to(self.device)
+
     def fill_expert(self, block: BlockPlan, expert: int) -> Expert:
         """One of a block's experts, read from the checkpoint."""
         assert block.experts is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.streaming import mixture, steps
 from llmq.streaming.block_io import BlockIO, pack_weights, rest
-from llmq.streaming.block_reader import discard
+from llmq.streaming.block_reader import BlockReader, discard
 from llmq.training import distill
 from llmq.watch import Watch
 
@@ -181,6 +181,14 @@ def teach(
 
 def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recording) -> list[States]:
     """The output of a written block, after comparing it with the output that the block had in memory."""
+    output = rerun(io, block, states, recording)
+    check_signature(io.sink.done[block.unit], output[0].hidden, block.name)
+    give_back()
+    return output
+
+
+def rerun(io: BlockIO, block: BlockPlan, states: list[States], recording: Recording) -> list[States]:
+    """The output of a written block, which is freed again."""
     hidden, calls = hidden_of(states), recording.of_block(block.index, states)
     with rounded_inputs(block.module, io.restore(block)):
         if block.experts is None:
@@ -188,23 +196,24 @@ def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recor
         else:
             sums = mixture.restored(io, block, mixture.entering(block, hidden, calls, io.device))
             output = mixture.outputs(block, hidden, calls, sums, io.device)
-    check_signature(io.sink.done[block.unit], output[0].hidden, block.name)
     discard(block.module)
-    give_back()
     return output
 
 
-def record_calls(io: BlockIO, watch: Watch) -> Recording:
-    """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU."""
+def record_calls(io: BlockReader, watch: Watch, batches: Sequence[Tensor] | None = None) -> Recording:
+    """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU.
+
+    batches: token ids [windows, tokens] in place of the plan's.
+    """
     plan, model = io.plan, io.plan.model
     first = plan.blocks[0]
     mine = [f"{first.name}.{n}" for n, _ in first.module.named_parameters() if n not in first.streamed]
     needed = [*sorted(plan.structure.outside), *mine]
     for name in needed:
         io.load(name, torch.device("cpu"))
-    batches = list(torch.split(plan.ids, plan.batch))
+    batches = list(torch.split(plan.ids, plan.batch) if batches is None else batches)
     watch.stage("Recording calls", len(batches))
-    with of_length("the model", plan.ids.shape[1]), mixture.without_experts(first):
+    with of_length("the model", batches[0].shape[1]), mixture.without_experts(first):
         recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
     for name in needed:
         empty(model, name)

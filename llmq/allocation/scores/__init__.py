@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from llmq.allocation.groups import Group
 from llmq.errors import LlmqError
@@ -30,15 +31,18 @@ from llmq.watch import Watch
 class Scoring:
     """What a score works with.
 
-    plan: of the recipe, with the windows to score on; quantizer: what rounds weights, without corrections; judged:
-    of the plan's batches, the last ones, on which losses are measured, where a score measures any: they are not used for
-    statistics; folder: for what a killed score goes on from.
+    plan: of the recipe, in float32, so that small divergences are not lost in the model's own rounding; batches: token
+    ids [windows, tokens]; judged: how many of them, the last ones, losses are measured on, where a score measures any:
+    they are not used for statistics; quantizer: rounds weights, without corrections; scale_dtype: of stored scales;
+    folder: for what a killed score goes on from.
     """
 
     plan: Plan
     groups: Sequence[Group]
     quantizer: Method
+    batches: Sequence[Tensor]
     judged: int
+    scale_dtype: torch.dtype
     device: torch.device
     watch: Watch
     folder: Path | None = None

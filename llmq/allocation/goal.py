@@ -1,0 +1,110 @@
+"""What is asked for: a budget for the bits, and the candidates that may be chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmq.errors import LlmqError
+from llmq.grids.scheme import Scheme, changed_scheme
+from llmq.grids.table import GRIDS
+from llmq.recipe.recipe import Recipe
+
+USUAL = "2,3,4,5,6,8,16"
+_INTEGER = re.compile(r"(\d+)(?:g(\d+)|(channel))?(a?)")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Memory in bytes for a process that serves the model: its weights, the keys and values of `context` tokens for
+    each of `batch` requests, and its own share. runtime: 'llmq' or 'vllm'; device: where it runs."""
+
+    memory: int
+    context: int = 4096
+    batch: int = 1
+    runtime: str = "llmq"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine's `device`."""
+
+    milliseconds: float
+    context: int = 1024
+    batch: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the bits of a model's weights are chosen for: the least loss within all bounds that are given.
+
+    bits: stored bits per quantized weight, with scales and zero points; nbytes: of the folder's weights; kl: instead of
+    the least loss, the fewest bytes whose predicted divergence is at most this, in nats; candidates: schemes, None for
+    unquantized; score: how the loss of each candidate is found (`allocation.scores`), None for the best that the
+    model's size allows; prove: whether the best allocations are compared by their real divergence.
+    """
+
+    bits: float | None = None
+    nbytes: int | None = None
+    kl: float | None = None
+    fit: Fit | None = None
+    latency: Latency | None = None
+    candidates: tuple[Scheme | None, ...] = ()
+    score: str | None = None
+    prove: bool = True
+
+    def __post_init__(self) -> None:
+        given = [self.bits, self.nbytes, self.kl, self.fit, self.latency]
+        bounds = [one for one in (self.bits, self.nbytes, self.fit) if one is not None]
+        if not any(one is not None for one in given):
+            raise LlmqError("a goal needs a budget: bits, bytes, memory, milliseconds or a divergence")
+        if len(bounds) > 1:
+            raise LlmqError(
+                "--target-bits, --target-size and --fit all bound the same bytes: give one of them (--target-latency "
+                "and --max-kl go with each)"
+            )
+        for what, value in (("--target-bits", self.bits), ("--target-size", self.nbytes), ("--max-kl", self.kl)):
+            if value is not None and not value > 0:
+                raise LlmqError(f"{what} must be above 0, not {value:g}")
+
+    def schemes(self, recipe: Recipe) -> tuple[Scheme | None, ...]:
+        """The candidates, or the usual ones with the recipe's group size and symmetry."""
+        return self.candidates or parse_candidates(USUAL, recipe.scheme)
+
+
+def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
+    """'2,3g64,4,8,16' → schemes: bits, maybe with a group size ('g64', 'channel') and zero points ('a'), or a grid's
+    name ('fp8'); 16 or 'none' leaves weights as they are. base: has what is not given. Raises LlmqError.
+    """
+    found: list[Scheme | None] = []
+    for word in (part.strip() for part in text.split(",")):
+        if word in ("16", "none"):
+            found.append(None)
+        elif word in GRIDS and word != base.grid:
+            rules = GRIDS[word]
+            group = base.group_size if not rules.group_sizes or base.group_size in rules.group_sizes else None
+            if group is None and rules.group_sizes and None not in rules.group_sizes:
+                group = rules.group_sizes[0]
+            made = {"grid": word, "bits": rules.bits[0], "group_size": group or "channel", "symmetric": True}
+            found.append(changed_scheme(made, base, f"--candidates {word}"))
+        elif (match := _INTEGER.fullmatch(word)) is not None:
+            bits, group_size, channel, asymmetric = match.groups()
+            changes: dict[str, Any] = {"bits": int(bits)}
+            changes |= {"group_size": int(group_size)} if group_size else {}
+            changes |= {"group_size": "channel"} if channel else {}
+            changes |= {"symmetric": False} if asymmetric else {}
+            found.append(changed_scheme(changes, replace(base, activations=None), f"--candidates {word}"))
+        else:
+            raise LlmqError(f"--candidates {text!r}: {word!r} is none: write bits and group sizes, as in 2,3g64,4,8,16")
+    if not any(found):
+        raise LlmqError(f"--candidates {text!r}: give at least one with fewer bits")
+    return tuple(dict.fromkeys(found))
+
+
+def told(candidates: Sequence[Scheme | None]) -> str:
+    """Candidates for people."""
+    return ", ".join("unquantized" if scheme is None else str(scheme) for scheme in candidates)
