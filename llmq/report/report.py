@@ -17,6 +17,7 @@ from llmq.discovery.architecture import generator
 from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
 from llmq.planning.plan import Plan
+from llmq.report.bits import BitsRow, read_bits
 from llmq.report.rows import (
     BlockRow,
     KeptRow,
@@ -39,7 +40,8 @@ class Report:
     Sizes are in bytes, times in seconds; peak_memory: the largest resident size of the process that finished the run;
     command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
     example code the card shows, and whether they were tried; opener: the class of transformers that opens the folder;
-    tuned: the training of the whole model after its blocks, if the recipe has a method that does so.
+    tuned: the training of the whole model after its blocks, if the recipe has a method that does so; chosen: how the
+    bits of the weights were chosen, if a budget was given.
     `llmq.report.rows` defines the rows; report.json has the same fields under the same names.
     """
 
@@ -65,6 +67,7 @@ class Report:
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     tuned: TuneRow | None = None
+    chosen: BitsRow | None = None
 
     @property
     def ratio(self) -> float:
@@ -123,7 +126,8 @@ class Report:
         """
         weights = [read_weight(row) for row in data["weights"]]
         blocks = [read_block(row) for row in data["blocks"]]
-        return Report(**{**data, "weights": weights, "blocks": blocks, "tuned": read_tune(data.get("tuned"))})
+        tuned, chosen = read_tune(data.get("tuned")), read_bits(data.get("chosen"))
+        return Report(**{**data, "weights": weights, "blocks": blocks, "tuned": tuned, "chosen": chosen})
 
 
 def _plain(row: Any) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""How the bits of a run's weights were chosen, for the report: the goal, what was compared, and what it cost in truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TriedRow:
+    """An allocation that was compared. name: how it was found; bits: stored bits per weight; predicted: the divergence
+    in nats, as the sum of those of single groups; truth: measured with all of it rounded, without corrections; None if
+    it was not."""
+
+    name: str
+    bits: float
+    predicted: float
+    truth: float | None
+
+
+@dataclass(frozen=True)
+class BitsRow:
+    """The choice of bits.
+
+    goal: what was asked for, in words; score: how losses were found; groups: the number of groups of weights with one
+    scheme each; tried: what was compared, the chosen one first; curve: (stored bits per weight, predicted divergence)
+    of the best allocations for rising sizes; uniform: (scheme, stored bits per weight, predicted divergence) of one
+    scheme for all; written: the divergence of the written folder, in nats, on the windows that `truth` is of; lines:
+    what the memory or the time is made of, (what, number), bytes or milliseconds; seconds: of the choice.
+    """
+
+    goal: str
+    score: str
+    groups: int
+    tried: tuple[TriedRow, ...]
+    curve: tuple[tuple[float, float], ...]
+    uniform: tuple[tuple[str, float, float], ...]
+    seconds: float
+    written: float | None = None
+    lines: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def chosen(self) -> TriedRow:
+        """The allocation that is used."""
+        return self.tried[0]
+
+    @property
+    def same(self) -> tuple[str, float, float] | None:
+        """Of one scheme for all weights, the largest that is no larger than the chosen allocation."""
+        return max((row for row in self.uniform if row[1] <= self.chosen.bits + 1e-9), key=lambda r: r[1], default=None)
+
+    def __str__(self) -> str:
+        one = self.chosen
+        told = f"{one.bits:.2f} stored bits per weight for {self.goal}, {self.groups} groups of weights"
+        told += f"; divergence {one.predicted:.4f} nats predicted"
+        told += f", {one.truth:.4f} measured without corrections" if one.truth is not None else ""
+        return told + (f", {self.written:.4f} as written" if self.written is not None else "")
+
+    def measured(self, written: float) -> BitsRow:
+        """With the divergence of the written folder."""
+        return replace(self, written=written)
+
+
+def read_bits(data: Mapping[str, Any] | None) -> BitsRow | None:
+    """A row from plain data; None if there is none. Raises KeyError or TypeError."""
+    if data is None:
+        return None
+    values = {name: data[name] for name in BitsRow.__dataclass_fields__}
+    values["tried"] = tuple(TriedRow(**row) for row in data["tried"])
+    return BitsRow(**values | {name: tuple(map(tuple, data[name])) for name in ("curve", "uniform", "lines")})
