@@ -8,17 +8,13 @@ from dataclasses import dataclass
 
 from llmq.machine import size
 from llmq.report.measured import digits, interval, value
-from llmq.report.page.charts import LOGARITHMIC, ticks
+from llmq.report.page.charts import LOGARITHMIC, Label, decades, free, ticks
 from llmq_eval.comparison import Comparison, Line
 
 HEIGHT = 320
 """The height of the Pareto plot's area, in pixels."""
-NARROW = 250
-"""The area's width on a phone, in pixels: labels that do not overlap there do not overlap on any screen."""
 ZERO = 0.12
 """The fraction of a logarithmic axis between 0 and its first tick."""
-LETTER = 6.8
-"""The width of a letter, in pixels."""
 LABEL = 24
 """The maximum number of letters of a label; the tooltip has the whole name."""
 SKIPPED = ("lost", "gained")
@@ -104,7 +100,8 @@ def pareto(found: Comparison) -> Pareto | None:
         spread = f", {digits(low)} – {digits(high)}" if low < high else ""
         text = f"{name}: {size(p.bytes)}, {p.bits_per_weight:.2f} bits per weight, KL {digits(p.kl)} nats{spread}"
         at = x(p.bytes), y(p.kl)
-        label_y = _free(*at, label, left, marks)
+        taken = [Label(mark.x, mark.label_y, mark.label, mark.left) for mark in marks]
+        label_y = free(*at, label, left, taken, HEIGHT).y
         marks.append(Mark(name, label, *at, y(low), y(high), p.front, left, label_y, text))
     inside = [p for p in points if p.front]
     line = " ".join(f"{x(p.bytes):g},{100 * y(p.kl) / HEIGHT:.2f}" for p in inside)
@@ -127,14 +124,7 @@ def _up(positive: Sequence[float]) -> list[float]:
     """Ticks of the KL axis: from 0, or at 1, 2, 5 in every decade if the values differ by a large factor."""
     if not positive or max(positive) / min(positive) <= LOGARITHMIC:
         return ticks(max(positive, default=1.0))
-    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-    marks = [float(f"{m}e{e}") for e in range(low, high + 1) for m in (1, 2, 5)]
-    first = max(i for i, mark in enumerate(marks) if mark <= min(positive))
-    last = min(i for i, mark in enumerate(marks) if mark >= max(positive))
-    marks = marks[first : last + 1]
-    return (
-        marks if len(marks) <= 7 else [mark for mark in marks if f"{mark:e}"[0] == "1" or mark in (marks[0], marks[-1])]
-    )
+    return decades(positive)
 
 
 def _place(kl: float, up: Sequence[float]) -> float:
@@ -145,20 +135,6 @@ def _place(kl: float, up: Sequence[float]) -> float:
         return 0.0
     place = math.log(max(kl, up[0]) / up[0]) / math.log(up[-1] / up[0])
     return ZERO + (1 - ZERO) * place
-
-
-def _free(x: float, y: float, label: str, left: bool, marks: Sequence[Mark]) -> float:
-    """A vertical position for a label near its point, without overlap of other labels on the narrowest screen."""
-
-    def ends(x: float, label: str, left: bool) -> tuple[float, float]:
-        at, width = x / 100 * NARROW, LETTER * len(label) + 12
-        return (at - width, at) if left else (at, at + width)
-
-    begin, end = ends(x, label, left)
-    taken = [m.label_y for m in marks if (other := ends(m.x, m.label, m.left))[0] < end and begin < other[1]]
-    tries = sorted((y + 4 + step for step in range(-HEIGHT, HEIGHT + 1, 2)), key=lambda place: abs(place - y - 4))
-    inside = [place for place in tries if 10 <= place <= HEIGHT - 4]
-    return next((p for p in inside if all(abs(p - other) >= 14 for other in taken)), y + 4)
 
 
 def dots(found: Comparison) -> list[Dots]:

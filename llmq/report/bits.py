@@ -1,4 +1,4 @@
-"""How the bits of a run's weights were chosen, for the report: the goal, what was compared, and what it cost in truth."""
+"""How the bits of a run's weights were chosen: the goal, what was compared, and what it cost in truth."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class BitsRow:
     seconds: float
     written: float | None = None
     lines: tuple[tuple[str, float], ...] = ()
+    unit: str = "bytes"
+    """Of the numbers of `lines`: bytes or milliseconds."""
 
     @property
     def chosen(self) -> TriedRow:
@@ -48,7 +50,17 @@ class BitsRow:
     @property
     def same(self) -> tuple[str, float, float] | None:
         """Of one scheme for all weights, the largest that is no larger than the chosen allocation."""
-        return max((row for row in self.uniform if row[1] <= self.chosen.bits + 1e-9), key=lambda r: r[1], default=None)
+        within = [row for row in self.uniform if row[1] <= self.chosen.bits + 1e-9]
+        return max(within, key=lambda row: (row[1], -row[2]), default=None)
+
+    @property
+    def beside(self) -> str:
+        """What one scheme for all weights would have, in words; empty if that was not asked."""
+        if self.same is None:
+            return "no candidate for all weights is as small" if self.uniform else ""
+        name, bits, predicted = self.same
+        said = f"{name}, {bits:.2f} stored bits per weight, {predicted:.4f} nats predicted"
+        return f"one scheme for all, at most as large: {said}"
 
     def __str__(self) -> str:
         one = self.chosen
@@ -66,6 +78,6 @@ def read_bits(data: Mapping[str, Any] | None) -> BitsRow | None:
     """A row from plain data; None if there is none. Raises KeyError or TypeError."""
     if data is None:
         return None
-    values = {name: data[name] for name in BitsRow.__dataclass_fields__}
+    values = {name: data[name] for name in BitsRow.__dataclass_fields__ if name in data}
     values["tried"] = tuple(TriedRow(**row) for row in data["tried"])
     return BitsRow(**values | {name: tuple(map(tuple, data[name])) for name in ("curve", "uniform", "lines")})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ weight, {report.bits_per_weight_whole:.2f} over the whole model, {size(report.by
 
 {_BEGIN}
 {measured_section(measured)}{_END}
-
+{_bits(report)}
 ## How to load it
 
 {_usage(report)}
@@ -174,6 +175,22 @@ def source_metadata(source: Path) -> dict[str, Any]:
 
 def _kinds(report: Report) -> str:
     return ", ".join(sorted({str(row.scheme) for row in report.quantized}))
+
+
+def _bits(report: Report) -> str:
+    """A paragraph on the bits of the weights, if a run chose them: how many have which, and what that cost."""
+    if report.chosen is None:
+        return ""
+    counts = Counter(row.scheme for row in report.quantized)
+    alike = len({scheme.bits for scheme in counts}) == len(counts)
+    ordered = sorted(counts.items(), key=lambda item: (item[0].bits, str(item[0])))
+    told = [
+        f"{count:,} {'is' if count == 1 else 'are'} {f'{scheme.bits}-bit' if alike else scheme}"
+        for scheme, count in ordered
+    ]
+    told += [f"{len(report.kept):,} not quantized"] if report.kept else []
+    sentences = filter(None, (f"Of the weights, {', '.join(told)}", str(report.chosen), report.chosen.beside))
+    return f"\n## Bits per weight\n\n{'. '.join(f'{text[0].upper()}{text[1:]}' for text in sentences)}.\n"
 
 
 def _experts(report: Report) -> str:

@@ -148,6 +148,9 @@ def report(console: Console, done: Report) -> None:
     for loader in done.loaders:
         console.print(f"loads: {escape(loader)}", highlight=False)
     headline(console, done)
+    if done.chosen is not None:
+        told = "; ".join(filter(None, (str(done.chosen), done.chosen.beside)))
+        console.print(escape(f"bits: {told}"), highlight=False)
 
 
 def _experts(console: Console, done: Report) -> None:

@@ -25,7 +25,7 @@ PAGE = "report.html"
 def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable[Measure] = ()) -> str:
     """report.html of a run. measures: of the quantized model; base: of the base model."""
     from llmq.report.experts import experts_of
-    from llmq.report.page import experts, figures, story
+    from llmq.report.page import bits, experts, figures, story
 
     measured = rows(measures, base)
     return render(
@@ -34,6 +34,7 @@ def report_page(report: Report, measures: Iterable[Measure] = (), base: Iterable
         report=report,
         headline=story.headline(report, measured),
         measured=measured,
+        bits=bits.bits(report),
         heat=figures.heat(report),
         experts=experts.clouds(experts_of(report)),
         depth=figures.depth(report),

@@ -14,6 +14,11 @@ LOGARITHMIC = 3.0
 TICKS = 4
 WIDTH, HEIGHT = 1000, 100
 """Of a strip of points, in the units of its SVG."""
+NARROW = 250
+"""The width of a plot's area on a phone, in pixels: labels that do not overlap there do not overlap on any screen."""
+LETTER = 6.8
+"""The width of a letter of a label, in pixels."""
+MANY_TICKS = 7
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,11 @@ class Strip:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map. columns: their names; steps: (level, from, to) of the colour scale."""
+    """A heat map. columns: their names; steps: (level, from, to) of the colour scale.
+
+    key: (level, text) of single colours, None for weights that are not quantized, instead of steps; said: what a
+    strip shows, with the number of its cells.
+    """
 
     id: str
     title: str
@@ -45,6 +54,8 @@ class Heat:
     columns: list[str]
     strips: list[Strip]
     steps: list[tuple[int, str, str]]
+    key: list[tuple[int | None, str]] = field(default_factory=list)
+    said: str = "Its error in each of {} blocks"
 
     @property
     def left(self) -> bool:
@@ -128,6 +139,22 @@ class Given:
     bars: bool = False
 
 
+@dataclass(frozen=True)
+class Label:
+    """A point's name beside it. x: of the point, in percent; y: of the text, in pixels; left: whether it ends there."""
+
+    x: float
+    y: float
+    text: str
+    left: bool
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Where it begins and ends on the narrowest screen, in pixels."""
+        at, width = self.x / 100 * NARROW, LETTER * len(self.text) + 12
+        return (at - width, at) if self.left else (at, at + width)
+
+
 @dataclass
 class Scale:
     """Steps of a colour scale over some values: linear, or logarithmic if they differ by a large factor."""
@@ -169,6 +196,32 @@ def ticks(top: float) -> list[float]:
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * (1 - 1e-9))
     return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def decades(values: Sequence[float]) -> list[float]:
+    """Ticks of a logarithmic axis: at 1, 2 and 5 of every decade that has values, which are above 0.
+
+    Of many, those between the first and the last are at 1 only.
+    """
+    least, most = min(values), max(values)
+    low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    marks = [float(f"{m}e{e}") for e in range(low, high + 1) for m in (1, 2, 5)]
+    first = max(i for i, mark in enumerate(marks) if mark <= least)
+    last = min(i for i, mark in enumerate(marks) if mark >= most)
+    marks = marks[first : last + 1]
+    if len(marks) <= MANY_TICKS:
+        return marks
+    return [mark for mark in marks if f"{mark:e}"[0] == "1" or mark in (marks[0], marks[-1])]
+
+
+def free(x: float, y: float, text: str, left: bool, taken: Sequence[Label], height: int) -> Label:
+    """A label near its point, x in percent and y in pixels, without overlap of others on the narrowest screen."""
+    usual = Label(x, y + 4, text, left)
+    begin, end = usual.ends
+    near = [other.y for other in taken if other.ends[0] < end and begin < other.ends[1]]
+    tries = sorted((usual.y + step for step in range(-height, height + 1, 2)), key=lambda place: abs(place - usual.y))
+    inside = [place for place in tries if 10 <= place <= height - 4]
+    return Label(x, next((p for p in inside if all(abs(p - other) >= 14 for other in near)), usual.y), text, left)
 
 
 def dots(points: Iterable[tuple[float, float]]) -> str:

@@ -24,7 +24,7 @@ def heat(report: Report) -> Heat | None:
     do others: its colour is their mean error, its tooltip also gives the largest.
     """
     rows = [(row, row.block) for row in report.weights if row.block is not None]
-    kinds = _kinds(report, rows)
+    kinds = kinds_of(report, rows)
     quantized = {kind for (row, _), kind in zip(rows, kinds, strict=True) if isinstance(row, WeightRow)}
     if not quantized:
         return None
@@ -39,7 +39,7 @@ def heat(report: Report) -> Heat | None:
         if (errors := [row.error for row in _quantized(alike)])
     }
     scale = Scale(list(means.values()))
-    order = _order(rows, kinds)
+    order = order_of(rows, kinds)
     strips = []
     for kind, places in sorted(cells.items(), key=lambda item: order[item[0]]):
         drawn = [_cell(kind, at, alike, means.get((kind, at)), scale) for at, alike in sorted(places.items())]
@@ -53,14 +53,14 @@ def heat(report: Report) -> Heat | None:
         f"The largest error is {digits(means[worst], 3)} ({worst[0]} in block {worst[1]}), "
         f"the smallest {digits(means[least], 3)} ({least[0]} in block {least[1]})."
     )
-    return Heat("heat", "Error of every weight", description, _labels(report), strips, steps)
+    return Heat("heat", "Error of every weight", description, labels_of(report), strips, steps)
 
 
 def _quantized(rows: Iterable[Row]) -> list[WeightRow]:
     return [row for row in rows if isinstance(row, WeightRow)]
 
 
-def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
+def kinds_of(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
     """The name of each weight inside its block; all experts' weights of one kind have one name."""
     inside = [_inside(row.name, report.blocks[at].name) for row, at in rows]
     numbered = [getattr(row, "expert", None) is not None for row, _ in rows]
@@ -69,7 +69,7 @@ def _kinds(report: Report, rows: Sequence[tuple[Row, int]]) -> list[str]:
     return [NUMBER.sub("*", name) if so else name for name, so in zip(inside, numbered, strict=True)]
 
 
-def _order(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, float]:
+def order_of(rows: Sequence[tuple[Row, int]], kinds: Sequence[str]) -> dict[str, float]:
     """The average position of each kind of weight in its block; in a report, unquantized weights come last."""
     counts: dict[int, int] = {}
     places: dict[str, list[int]] = {}
@@ -128,7 +128,7 @@ def depth(report: Report) -> Plot | None:
         f"It is largest in block {worst} ({digits(errors[worst], 3)}), "
         f"{digits(errors[0], 3)} in the first block and {digits(errors[-1], 3)} in the last."
     )
-    return plot("depth", "Error of each block's output", description, _labels(report), given, _three, tick=_two)
+    return plot("depth", "Error of each block's output", description, labels_of(report), given, _three, tick=_two)
 
 
 def _before(block: BlockRow) -> float | None:
@@ -146,7 +146,9 @@ def seconds(report: Report) -> Plot | None:
         f"the shortest took {digits(min(times), 3)}, the longest {digits(max(times), 3)}."
     )
     given = [Given("seconds", "bars", times, bars=True)]
-    return plot("seconds", "Seconds per block", description, _labels(report), given, _three, tick=lambda v: f"{v:g} s")
+    return plot(
+        "seconds", "Seconds per block", description, labels_of(report), given, _three, tick=lambda v: f"{v:g} s"
+    )
 
 
 def memory(report: Report) -> Plot | None:
@@ -173,7 +175,7 @@ def memory(report: Report) -> Plot | None:
         f"that the plan predicted. The whole run's peak was {text(report.peak_memory / unit)}."
     )
     return plot(
-        "memory", "Memory", description, _labels(report), given, text, tick=lambda value: f"{value:g} {name}",
+        "memory", "Memory", description, labels_of(report), given, text, tick=lambda value: f"{value:g} {name}",
         caption="A run that was resumed shows each block's memory in the process that quantized it.",
     )  # fmt: skip
 
@@ -198,11 +200,11 @@ def device(report: Report) -> Plot | None:
         + (f"; the plan predicted {text(predicted)}." if predicted else ".")
     )
     return plot(
-        "device", "GPU memory", description, _labels(report), given, text, tick=lambda value: f"{value:g} {name}"
+        "device", "GPU memory", description, labels_of(report), given, text, tick=lambda value: f"{value:g} {name}"
     )
 
 
-def _labels(report: Report) -> list[str]:
+def labels_of(report: Report) -> list[str]:
     return [f"block {i}" for i in range(len(report.blocks))]
 
 

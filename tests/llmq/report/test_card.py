@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.report.card import hub_id, model_card, write_measured, write_place
 from llmq.report.rows import WeightRow
-from tests.llmq.report.page.reports import measure, report
+from tests.llmq.report.page.reports import chosen, measure, mixed, report
 
 
 @pytest.fixture
@@ -50,6 +50,20 @@ def test_usage_says_what_was_tried(source: Path) -> None:
     assert "With vLLM, where this was not run:" in text and "from vllm import LLM" in text
     assert "not quantized: kept by --keep; outside the decoder blocks" in text
     assert "With vLLM:" in model_card(report(2, examples={"vllm": True}), source)
+
+
+def test_the_choice_of_bits_is_told(source: Path) -> None:
+    text = model_card(mixed(2), source)
+    spread = "Of the weights, 4 are 2-bit, 3 are 3-bit, 3 are 4-bit, 3 are 8-bit, 2 not quantized."
+    assert f"\n## Bits per weight\n\n{spread} {chosen()}. O{chosen().beside[1:]}.\n\n## How to load it" in text
+    made = mixed(2, chosen=chosen(uniform=()))
+    first = made.weights[0]
+    assert isinstance(first, WeightRow)
+    made.weights[0] = replace(first, scheme=Scheme(2, 64))
+    text = model_card(made, source)
+    assert "1 are 2-bit g64 symmetric" not in text and "1 is 2-bit g64 symmetric" in text
+    assert f"{chosen()}.\n" in text
+    assert "Bits per weight" not in model_card(report(2), source)
 
 
 def test_experts_are_told_with_their_tokens(source: Path) -> None:

@@ -23,7 +23,7 @@ from llmq.report import terminal
 from llmq.report.measured import digits
 from llmq.report.rows import TuneRow, WeightRow
 from tests.llmq import classes
-from tests.llmq.report.page.reports import noted, report
+from tests.llmq.report.page.reports import chosen, mixed, noted, report
 from tests.llmq.report.test_experts import tiny
 
 
@@ -49,6 +49,14 @@ def test_the_training_of_the_whole_model_is_told() -> None:
     made.tuned = TuneRow(0.05, 0.04, 20, 60, 1234, 5, 128, 9.0)
     (line,) = (line for line in printed(terminal.report, made, 400) if "held-out" in line)
     assert line.startswith("distill: 1,234 scales and 5 norms") and "0.0500 → 0.0400 at step 20 of 60: kept" in line
+
+
+def test_the_choice_of_bits_is_the_last_line() -> None:
+    line = printed(terminal.report, mixed(2), 400)[-1]
+    assert line == f"bits: {chosen()}; {chosen().beside}" and "2.12 stored bits per weight, 0.4000 nats" in line
+    alone = printed(terminal.report, mixed(2, chosen=chosen(uniform=())), 400)[-1]
+    assert alone == f"bits: {chosen()}"
+    assert not [line for line in printed(terminal.report, report(2)) if line.startswith("bits:")]
 
 
 def printed(show: Callable[..., None], what: Any, width: int = 200) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from llmq.block.attempt import Attempt, Outcome
 from llmq.discovery.reasons import Kind, Reason
 from llmq.grids.scheme import Scheme
+from llmq.report.bits import BitsRow, TriedRow
 from llmq.report.report import Report
 from llmq.report.rows import BlockRow, KeptRow, WeightRow
 
@@ -66,6 +67,28 @@ def report(
         "command": "llmq quantize org/name -o name-w4 --recipe recipe.yaml", "versions": {"llmq": "0.1.0"},
     }  # fmt: skip
     return Report(**(made | changes))
+
+
+def mixed(layers: int = 4, counts: tuple[int, ...] = (2, 3, 4, 8), experts: int = 0, **changes: Any) -> Report:
+    """A run that chose the bits: `report`, whose quantized weights have these bits in turn."""
+    made = report(layers, experts, routed=bool(experts), chosen=chosen())
+    turn = 0
+    for at, row in enumerate(made.weights):
+        if isinstance(row, WeightRow):
+            bits = counts[turn % len(counts)]
+            size = row.shape[0] * row.shape[1] * (8 * bits + 1) // 64
+            made.weights[at] = replace(row, scheme=Scheme(bits), bytes=size)
+            turn += 1
+    return replace(made, **changes)
+
+
+def chosen(**changes: Any) -> BitsRow:
+    """How bits were chosen: the loss falls to a quarter with each bit more."""
+    tried = (TriedRow("as scored", 3.1, 0.08, 0.1), TriedRow("fewest bits dearer", 3.09, 0.085, 0.11))
+    curve = tuple((2.125 + i / 8, 0.25 * 4.0 ** -(i / 8)) for i in range(49))
+    uniform = tuple((str(Scheme(b)), b + 0.125, 0.4 * 4.0 ** -(b - 2)) for b in (2, 3, 4, 5, 6, 8))
+    row = BitsRow("3.1 bits per weight", "divergence", 28, tried, (*curve, (16.0, 0.0)), uniform, 12.5, written=0.05)
+    return replace(row, **changes)
 
 
 def kept(row: WeightRow | KeptRow, reason: Reason) -> KeptRow:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llmq.report.page.charts import LEVELS, Cell, Given, Heat, Scale, Strip, plot, ticks
+from llmq.report.page.charts import LEVELS, Cell, Given, Heat, Label, Scale, Strip, decades, free, plot, ticks
 
 
 @pytest.mark.parametrize("top", [0.0123, 0.1, 1.0, 7.3, 80, 99.9, 1234])
@@ -84,3 +84,21 @@ def test_a_heat_map_as_a_table() -> None:
     heat = Heat("id", "T", "D", ["b0", "b1", "b2"], strips, [])
     assert heat.rows == [["b0", "0.1", ""], ["b1", "", ""], ["b2", "left alone", ""]]
     assert heat.left and not Heat("id", "T", "D", [], [Strip("up", "", [Cell(0, 3, "t", "")])], []).left
+
+
+@pytest.mark.parametrize("values", [[0.1], [0.013, 0.9], [1e-5, 3.0], [2.0, 4.0]])
+def test_decades_cover_the_values(values: list[float]) -> None:
+    found = decades(values)
+    assert found[0] <= min(values) and max(values) <= found[-1] and found == sorted(set(found))
+    assert all(f"{mark:e}"[0] in "125" for mark in found)
+    assert len(found) <= 7 or all(f"{mark:e}"[0] == "1" for mark in found[1:-1])
+
+
+def test_labels_keep_clear_of_those_that_are_there() -> None:
+    first = free(50, 100, "a name", False, [], 300)
+    assert first == Label(50, 104, "a name", False)
+    second = free(52, 100, "a name", False, [first], 300)
+    assert abs(second.y - first.y) >= 14
+    # On the other side of the point, and at the other end, there is room.
+    assert free(49, 100, "a name", True, [first], 300).y == 104 and free(0, 100, "x", False, [first], 300).y == 104
+    assert free(50, 0, "a name", False, [], 300).y == 10
