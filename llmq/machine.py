@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import re
 import resource
 import sys
 from pathlib import Path
@@ -74,6 +75,15 @@ def give_back() -> None:
     """Return freed memory to the system: glibc keeps freed memory for reuse, which adds up over blocks."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def parse_size(text: str, what: str) -> int:
+    """'24GiB', '600 MiB', '1.5GB', '24G' → bytes; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a size such as 24GiB, 600MiB or 1.5GB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] or not match[4] else 1000) ** power)
 
 
 def size(nbytes: float) -> str:

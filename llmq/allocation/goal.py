@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.grids.table import GRIDS
+from llmq.machine import size
 from llmq.recipe.recipe import Recipe
 
 USUAL = "2,3,4,5,6,8,16"
@@ -71,6 +71,17 @@ class Goal:
             if value is not None and not value > 0:
                 raise LlmqError(f"{what} must be above 0, not {value:g}")
 
+    def told(self) -> str:
+        """The goal in words."""
+        found = [] if self.bits is None else [f"{self.bits:g} bits per weight"]
+        found += [] if self.nbytes is None else [f"a folder of {size(self.nbytes)}"]
+        found += [] if self.kl is None else [f"a divergence of {self.kl:g} nats"]
+        if self.fit is not None:
+            found.append(f"{size(self.fit.memory)} of memory with {self.fit.batch} × {self.fit.context:,} tokens")
+        if self.latency is not None:
+            found.append(f"{self.latency.milliseconds:g} ms per token")
+        return " and ".join(found)
+
     def schemes(self, recipe: Recipe) -> tuple[Scheme | None, ...]:
         """The candidates, or the usual ones with the recipe's group size and symmetry."""
         return self.candidates or parse_candidates(USUAL, recipe.scheme)
@@ -103,8 +114,3 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
     if not any(found):
         raise LlmqError(f"--candidates {text!r}: give at least one with fewer bits")
     return tuple(dict.fromkeys(found))
-
-
-def told(candidates: Sequence[Scheme | None]) -> str:
-    """Candidates for people."""
-    return ", ".join("unquantized" if scheme is None else str(scheme) for scheme in candidates)

@@ -1,4 +1,4 @@
-"""How the bits of a run's weights were chosen, for the report: the goal, what was compared, and what it cost in truth."""
+"""How the bits of a run's weights were chosen: the goal, what was compared, and what it cost in truth."""
 
 from __future__ import annotations
 
