@@ -59,6 +59,7 @@ class Chosen:
     truths: list[float]
     points: list[tuple[float, float]]
     seconds: float
+    processor: float
     held: Tensor
     uniform: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -141,7 +142,7 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
 
     Raises LlmqError; what was measured is kept, and the same call goes on.
     """
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     groups, bounds = prepare(plan, goal)
     usual, tokens = usual_score(plan, groups)
     name = goal.score or usual
@@ -167,9 +168,9 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
         order = sorted(range(len(tried)), key=lambda i: truths[i])
         tried, truths = [tried[i] for i in order], [truths[i] for i in order]
     recipe = recipe_of(plan.recipe, groups, tried[0])
-    took = time.perf_counter() - began
+    took, used = time.perf_counter() - began, time.process_time() - used
     points, uniform = curve(groups, losses), _uniform(groups, losses)
-    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, parts.proof, uniform)
+    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform)
 
 
 def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> BitsRow:
@@ -188,7 +189,8 @@ def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch
         tried,
         tuple(chosen.points),
         tuple(chosen.uniform),
-        chosen.seconds,
+        round(chosen.seconds, 2),
+        round(chosen.processor, 2),
     )
     batches = torch.split(chosen.held, max(1, BATCH_TOKENS // chosen.held.shape[1]))
     return row.measured(written.divergence(widened(plan), sink, batches, device, watch))
