@@ -133,6 +133,10 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     bounds = bounds_of(plan, goal, groups)
     if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
         allocate(groups, [[0.0] * len(group.candidates) for group in groups], bounds)
+    name = goal.score or usual_score(plan, groups)[0]
+    scores.find(name)
+    told = ", ".join("unquantized" if scheme is None else str(scheme) for scheme in goal.schemes(plan.recipe))
+    plan.open = f"{goal.told()}: {len(groups)} groups of weights, each one of {told}; by the score {name!r}"
     plan.budget = replace(plan.budget, memory=max(plan.budget.memory, memory(plan, groups, goal.score)))
     return groups, bounds
 

@@ -81,6 +81,10 @@ def goal_of(
         if candidates is not None or score is not None:
             raise LlmqError("--candidates and --score are for a budget: give --target-bits, --target-size or --max-kl")
         return None
+    if score is not None:
+        from llmq.allocation import scores
+
+        scores.find(score)
     return Goal(
         bits=target_bits,
         nbytes=None if target_size is None else parse_size(target_size, "--target-size"),

@@ -87,7 +87,8 @@ class Plan:
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
     weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written;
-    tail: what follows the last block, if a method learns from the logits.
+    tail: what follows the last block, if a method learns from the logits; open: in words, what the bits of the weights
+    will be chosen for, if they are not chosen yet.
     """
 
     source: Source
@@ -106,6 +107,7 @@ class Plan:
     tail: Tail | None = None
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
+    open: str = ""
 
     @property
     def outside(self) -> dict[str, WeightPlan]:
