@@ -19,6 +19,8 @@ from llmq.errors import LlmqError, first_line
 if TYPE_CHECKING:
     import torch
 
+_PAGE, _MADV_PAGEOUT = resource.getpagesize(), 21
+
 
 def check_device(device: str) -> None:
     """Raise LlmqError if torch does not know or have the device."""
@@ -84,6 +86,17 @@ def parse_size(text: str, what: str) -> int:
         raise LlmqError(f"{what} {text!r}: write a size such as 24GiB, 600MiB or 1.5GB")
     power = " kmgt".index(match[2].lower() or " ")
     return int(float(match[1]) * (1024 if match[3] or not match[4] else 1000) ** power)
+
+
+def page_out(start: int, nbytes: int) -> None:
+    """Let the system take back the pages of a part of memory that a file holds too: they are read again when used.
+
+    Values never change: it is a hint, for Linux from 5.4 on, which other systems, and files of other users, ignore.
+    """
+    first, last = -(-start // _PAGE) * _PAGE, (start + nbytes) // _PAGE * _PAGE
+    if sys.platform == "linux" and first < last:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 def size(nbytes: float) -> str:
