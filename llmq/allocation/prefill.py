@@ -71,7 +71,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 def _traced(model: nn.Module, context: int, batch: int) -> Prompt:
     ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
     known = {*_storages([*model.parameters(), *model.buffers()])}
-    with torch.inference_mode(), _Attention(), _Live(known) as live:  # type: ignore[no-untyped-call]
+    with torch.inference_mode(), _Attention(), _Live(known) as live:
         kept = _run(model, ids)
         return Prompt(_nbytes(kept), live.peak, live.heap_peak)
 
@@ -142,7 +142,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that operators make within it, until they are freed."""
 
     def __init__(self, known: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.now = self.peak = self.heap = self.heap_peak = 0
 

@@ -82,8 +82,13 @@ def summary(console: Console, made: Plan) -> None:
         outside
     )
     grid.add_row("quantize", f"{' and '.join(where)}" + ("" if made.open else f" to {', '.join(schemes)}"))
-    if made.open:
-        grid.add_row("bits", f"will be chosen for {escape(made.open)}")
+    if made.open is not None:
+        grid.add_row("bits", f"will be chosen for {escape(made.open.goal)}")
+        width = max((len(size(nbytes)) for _, nbytes in made.open.posts), default=0)
+        for index, (what, nbytes) in enumerate(made.open.posts):
+            grid.add_row("" if index else "memory", f"{size(nbytes):>{width}}  {escape(what)}")
+        for sentence in made.open.more:
+            grid.add_row("", escape(sentence))
     used = getattr(made.pipeline.quantizer, "range", None)
     grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
     if not made.open:

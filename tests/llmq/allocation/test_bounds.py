@@ -22,11 +22,12 @@ RECIPE = Recipe(("rtn",), Scheme(4, 16), (("o_proj", Scheme(8, 16)),), ("layers.
 def test_bounds_on_bytes(tiny_model: Path) -> None:
     plan = job.plan(str(tiny_model), RECIPE, goal=Goal(bits=6), ids=ids())
     groups = allocate.check(plan, Goal(bits=6))
-    (bits,) = bounds_of(plan, Goal(bits=6), groups)
+    ((bits,), posts, more) = bounds_of(plan, Goal(bits=6), groups)
+    assert not posts and not more
     assert bits.limit * 8 == 6 * sum(group.numbers for group in groups) and bits.costs[0] == groups[0].nbytes
-    (free,) = bounds_of(plan, Goal(kl=0.1), groups)
+    ((free,), _, _) = bounds_of(plan, Goal(kl=0.1), groups)
     assert free.limit == math.inf
-    (size,) = bounds_of(plan, Goal(nbytes=10**6), groups)
+    ((size,), _, _) = bounds_of(plan, Goal(nbytes=10**6), groups)
     assert size.limit == 10**6 - rest_bytes(plan, groups)
 
 
