@@ -17,6 +17,7 @@ from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
+    from llmq.allocation.goal import Goal
     from llmq.inference.linear import QuantLinear
     from llmq.inference.pretrained import load
     from llmq.inference.transformers_hook import use_kernels
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "Goal",
     "LlmqError",
     "QuantLinear",
     "Recipe",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Goal": "allocation.goal",
     "plan": "job",
     "quantize": "job",
     "load": "inference.pretrained",

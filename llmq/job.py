@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from llmq import formats, methods
+from llmq.allocation import allocate
+from llmq.allocation.goal import Goal
+from llmq.allocation.windows import extra
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
-from llmq.checkpoint.files import CARD, REPORT
+from llmq.checkpoint.files import CARD, RECIPE, REPORT
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
@@ -26,7 +29,7 @@ from llmq.formats.dequantized import open_source
 from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
-from llmq.planning.memory import check_writable
+from llmq.planning.memory import check_room, check_writable
 from llmq.planning.named_class import check_named_class
 from llmq.planning.outside import head_of, loads_dense
 from llmq.planning.plan import Plan, make_plan
@@ -46,6 +49,7 @@ def plan(
     model: str,
     recipe: Recipe | None = None,
     *,
+    goal: Goal | None = None,
     out: str | Path | None = None,
     tp: int = 1,
     device: str = "cpu",
@@ -54,22 +58,51 @@ def plan(
 ) -> Plan:
     """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
 
-    ids: calibration windows [samples, tokens] of token ids in place of the recipe's text.
+    goal: the budget that bits will be chosen for; the plan is then that of the recipe's own scheme, which only counts
+    for what the budget leaves alone. ids: calibration windows [samples, tokens] of token ids in place of the recipe's
+    text.
     """
+    made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
+    if goal is not None:
+        allocate.prepare(made, goal)
+        check_room(made.budget, None, device)
+    return made
+
+
+def _made(
+    model: str,
+    recipe: Recipe | None,
+    out: str | Path | None,
+    tp: int,
+    device: str,
+    ids: Tensor | None,
+    trust_remote_code: bool,
+    *,
+    held: bool = False,
+    scored: bool = False,
+) -> Plan:
+    """A plan. held: whether some windows of the text are kept back; scored: whether windows are needed in any case, of
+    which some are kept back."""
     recipe = recipe or Recipe()
     check_device(device)
     methods.make(recipe)
-    if out is not None:
-        check_writable(Path(out))
-        refuse_foreign(Path(out))
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_writable(folder)
+        refuse_foreign(folder)
     source = open_source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def wanted(longest: int | None) -> Windows:
+        more = extra(min(recipe.calibration.seqlen, longest or recipe.calibration.seqlen)) if held or scored else 0
         if ids is not None:
-            return Windows(ids, (), f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller")
-        return calibration_windows(source, recipe.calibration, recipe.seed, longest)
+            found = Windows(ids, (), f"{ids.shape[0]} windows of {ids.shape[1]} tokens given by the caller")
+            more = extra(ids.shape[1]) if more else 0
+        else:
+            asked = replace(recipe.calibration, samples=recipe.calibration.samples + more)
+            found = calibration_windows(source, asked, recipe.seed, longest)
+        return found.apart(more) if more else found
 
-    made = make_plan(source, recipe, wanted, out=None if out is None else Path(out), tp=tp, device=device)
+    made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored)
     # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
     check_named_class(made, config(made)["quantization_config"])
     return made
@@ -80,6 +113,7 @@ def quantize(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    goal: Goal | None = None,
     tp: int = 1,
     device: str = "cpu",
     ids: Tensor | None = None,
@@ -90,17 +124,23 @@ def quantize(
 ) -> Report:
     """Quantize a model folder, hub id or 'demo' into the folder `out`, and verify it.
 
-    If the run is killed, the same call resumes it. `made`: a plan of the same arguments, if there is one already;
+    If the run is killed, the same call resumes it. `goal`: the budget that each weight's bits are chosen for; what it
+    led to is written as `recipe.yaml`. `made`: a plan of the same arguments, if there is one already;
     `command`: the command that the report gives for repeating the run, if that is not `llmq quantize`.
     Raises LlmqError; finished blocks are kept.
     """
     began = time.perf_counter()
     out = Path(out)
-    made = made or plan(model, recipe, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code)
+    watch = watch or Silent()
+    made = made or plan(
+        model, recipe, goal=goal, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code
+    )
+    chosen = None if goal is None else allocate.choose_bits(made, goal, torch.device(device), watch)
+    if chosen is not None:
+        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, held=True)
     with Sink.open(
         out, fingerprint(made, device), units=len(rest(made)) + sum(len(block.units) for block in made.blocks)
     ) as sink:
-        watch = watch or Silent()
         for note in sink.notes:
             watch.note(note)
         if sink.finished:
@@ -114,7 +154,10 @@ def quantize(
         if command is None:
             command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code)
         report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes, command)
+        if chosen is not None:
+            report.chosen = allocate.measured(chosen, made, sink, torch.device(device), watch)
         told = {
+            **({} if chosen is None else {RECIPE: chosen.recipe.to_yaml()}),
             REPORT: report.to_json(),
             PAGE: report_page(report),
             CARD: card.model_card(report, made.source.folder),

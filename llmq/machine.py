@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import re
 import resource
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmq.errors import LlmqError, first_line
 if TYPE_CHECKING:
     import torch
 
+_PAGE, _MADV_PAGEOUT = resource.getpagesize(), 21
+
 
 def check_device(device: str) -> None:
     """Raise LlmqError if torch does not know or have the device."""
@@ -27,6 +30,13 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise LlmqError(f"--device {device}: not usable here ({first_line(error)}); --device cpu always is") from error
+
+
+def has_cuda() -> bool:
+    """Whether torch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def require(package: str, what: str) -> Any:
@@ -74,6 +84,42 @@ def give_back() -> None:
     """Return freed memory to the system: glibc keeps freed memory for reuse, which adds up over blocks."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def parse_size(text: str, what: str) -> int:
+    """'24GiB', '600 MiB', '1.5GB', '24G' → bytes; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a size such as 24GiB, 600MiB or 1.5GB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] or not match[4] else 1000) ** power)
+
+
+def page_out(start: int, nbytes: int) -> None:
+    """Let the system take back the pages of a part of memory that a file holds too: they are read again when used.
+
+    Values never change: it is a hint, for Linux from 5.4 on, which other systems, and files of other users, ignore.
+    """
+    first, last = -(-start // _PAGE) * _PAGE, (start + nbytes) // _PAGE * _PAGE
+    if sys.platform == "linux" and first < last:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+
+
+def parse_count(text: str, what: str) -> int:
+    """'4096' or '32k' (32 · 1024) → a number; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", text, re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a number of tokens such as 4096, or 32k for 32768")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def parse_milliseconds(text: str, what: str) -> float:
+    """'20ms', '0.5 s' or '20' (milliseconds) → milliseconds; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(ms|s|)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a time such as 20ms or 0.5s")
+    return float(match[1]) * (1000 if match[2].lower() == "s" else 1)
 
 
 def size(nbytes: float) -> str:

@@ -37,6 +37,17 @@ SHAPES = {
     "mixtral-8x7b": {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
                      "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768},
+    "gemma-3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912,
+                   "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+                   "vocab_size": 262144, "sliding_window": 512, "max_position_embeddings": 32768,
+                   "tie_word_embeddings": True},
+    "qwen3-0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+                   "max_position_embeddings": 40960, "tie_word_embeddings": True},
+    "qwen3-moe-1b": {"model_type": "qwen3_moe", "hidden_size": 1024, "intermediate_size": 3072,
+                     "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 2, "head_dim": 128,
+                     "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4,
+                     "vocab_size": 32000, "max_position_embeddings": 40960, "norm_topk_prob": True},
     # DeepSeek-V3: the configuration's own defaults.
     "deepseek-v3": {"model_type": "deepseek_v3", "num_hidden_layers": 61},
 }  # fmt: skip

@@ -30,6 +30,12 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     return plain
 
 
+def nbytes(dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int, zeros: bool) -> int:
+    """See `Layout.nbytes`: words, and a scale and perhaps a zero point for each group."""
+    groups = -(-in_features // group_size)
+    return out_features * (4 * -(-in_features * bits // 32) + groups * (dtype.itemsize + zeros))
+
+
 def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     """x [M, in] → [M, out] in x's dtype, slab by slab of output rows."""
     check_plain(weight)

@@ -169,6 +169,16 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     return PackedInt(packed, terms, zeros, bits, out, in_features, group_size)
 
 
+def nbytes(dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int, zeros: bool) -> int:
+    """See `Layout.nbytes`: 4 bits for each code, whatever `bits` are, and scales of the operator's group size."""
+    how, group = packing(), _group(in_features, group_size)
+    if how is None or group is None:
+        raise ValueError(f"int4pack does not hold {in_features} inputs in groups of {group_size}")
+    rows = -(-out_features // how.block) * how.block
+    scale = 2 * dtype.itemsize if dtype == torch.bfloat16 else torch.float32.itemsize
+    return rows * (in_features // 2 + in_features // group * (scale + zeros))
+
+
 def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias with a weight from `pack`. x: [M, in]. Returns [M, out] in x's dtype."""
     blocks = _check(weight)

@@ -1,6 +1,6 @@
 """Layouts: how an integer weight is packed for the operator that reads it; chosen once, at load.
 
-A layout is a module of this package with `refusal`, `pack`, `linear` and `dequantize`:
+A layout is a module of this package with `refusal`, `pack`, `nbytes`, `linear` and `dequantize`:
 
 - planes: for the Triton kernels, on a GPU;
 - int4pack: for torch's int4 operator, on a CPU;
@@ -35,6 +35,11 @@ class Layout(Protocol):
 
     def pack(self, plain: PackedInt, dtype: torch.dtype) -> PackedInt:
         """Convert the plain form to the layout, on the same device, for inputs of `dtype`."""
+
+    def nbytes(
+        self, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int, zeros: bool
+    ) -> int:
+        """The bytes of what `pack` returns for a weight with scales in `dtype`. zeros: whether it has zero points."""
 
     def linear(self, x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
         """x [M, in], contiguous, M ≥ 1 → x · Wᵀ + bias [M, out] in x's dtype, summed in float32."""

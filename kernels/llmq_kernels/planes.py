@@ -68,6 +68,12 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     return replace(plain, packed=packed, scale=plain.scale.t().contiguous(), zero=zero)
 
 
+def nbytes(dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int, zeros: bool) -> int:
+    """See `Layout.nbytes`: whole tiles of words, and a scale and perhaps a zero point for each group."""
+    words = -(-in_features // TILE[bits]) * WORDS[bits]
+    return out_features * (2 * words + -(-in_features // group_size) * (dtype.itemsize + zeros))
+
+
 def interleave(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes int32 [rows, tiles, slices, 32] → int16 words [rows, tiles, 1 or 3, 32]."""
     if bits == 3:

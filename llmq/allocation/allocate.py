@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from math import prod
 
 import torch
 from torch import Tensor
 
 from llmq import formats, methods
-from llmq.allocation import scores, windows
+from llmq.allocation import scores, windows, written
+from llmq.allocation.bounds import bounds_of
 from llmq.allocation.choose import Allocation, Bound, allocate, curve, recipe_of, views
 from llmq.allocation.goal import Goal
 from llmq.allocation.groups import Group, groups_of
@@ -19,13 +21,15 @@ from llmq.allocation.scores import Scoring, divergence, linear
 from llmq.allocation.scores._linear import extended
 from llmq.allocation.scores._walk import Walk
 from llmq.allocation.store import Store
+from llmq.checkpoint.sink import Sink
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
 from llmq.planning.memory import TRANSIENT, hidden_width
 from llmq.planning.trial import try_quantizer
-from llmq.planning.types import Plan
+from llmq.planning.types import BATCH_TOKENS, Open, Plan
 from llmq.recipe.recipe import Recipe
+from llmq.report.bits import BitsRow, TriedRow
 from llmq.report.report import versions
 from llmq.watch import Watch
 
@@ -55,6 +59,7 @@ class Chosen:
     truths: list[float]
     points: list[tuple[float, float]]
     seconds: float
+    processor: float
     held: Tensor
     uniform: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -119,17 +124,35 @@ def usual_score(plan: Plan, groups: Sequence[Group]) -> tuple[str, int]:
     return "gradient", tokens
 
 
-def choose_bits(plan: Plan, goal: Goal, bounds: Sequence[Bound], device: torch.device, watch: Watch) -> Chosen:
-    """Score, choose and prove. plan: made for the goal (`check`); its model is in float32 afterwards, and of no use.
+def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
+    """The groups and bounds of a plan, whose budget gets the memory that choosing bits takes.
 
-    bounds: of the groups that `check` returns. Raises LlmqError; what was measured is kept, and the same call goes on.
+    Raises LlmqError if the goal cannot be met.
     """
-    began = time.perf_counter()
     groups = check(plan, goal)
+    name = goal.score or usual_score(plan, groups)[0]
+    scores.find(name)
+    told = ", ".join("unquantized" if scheme is None else str(scheme) for scheme in goal.schemes(plan.recipe))
+    told = f"{goal.told()}: {len(groups)} groups of weights, each one of {told}; by the score {name!r}"
+    bounds, posts, more = bounds_of(plan, goal, groups)
+    plan.open = Open(told, posts, more)
+    if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
+        allocate(groups, [[0.0] * len(group.candidates) for group in groups], bounds)
+    plan.budget = replace(plan.budget, memory=max(plan.budget.memory, memory(plan, groups, goal.score)))
+    return groups, bounds
+
+
+def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> Chosen:
+    """Score, choose and prove. plan: its model is in float32 afterwards, and of no use.
+
+    Raises LlmqError; what was measured is kept, and the same call goes on.
+    """
+    began, used = time.perf_counter(), time.process_time()
+    groups, bounds = prepare(plan, goal)
     usual, tokens = usual_score(plan, groups)
     name = goal.score or usual
     score = scores.find(name)
-    scale_dtype, parts = plan.dtype, windows.split(plan.ids)
+    scale_dtype, parts = plan.dtype, windows.split(plan.ids, plan.calibration.held)
     scored = parts.scored[: max(1, tokens // parts.scored.shape[1])]
     store = Store.of(_depends(plan, groups, name, scored, device))
     batches, judged = parts.batches(scored)
@@ -150,9 +173,32 @@ def choose_bits(plan: Plan, goal: Goal, bounds: Sequence[Bound], device: torch.d
         order = sorted(range(len(tried)), key=lambda i: truths[i])
         tried, truths = [tried[i] for i in order], [truths[i] for i in order]
     recipe = recipe_of(plan.recipe, groups, tried[0])
-    took = time.perf_counter() - began
+    took, used = time.perf_counter() - began, time.process_time() - used
     points, uniform = curve(groups, losses), _uniform(groups, losses)
-    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, parts.proof, uniform)
+    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform)
+
+
+def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> BitsRow:
+    """The row of the report, with the divergence of the folder that the sink has written.
+
+    plan: of the written folder; its model is in float32 afterwards.
+    """
+    tried = tuple(
+        TriedRow(one.name, 8 * one.nbytes(chosen.groups) / chosen.numbers, one.predicted, truth)
+        for one, truth in zip_longest(chosen.tried, chosen.truths)
+    )
+    row = BitsRow(
+        chosen.goal.told(),
+        chosen.score,
+        len(chosen.groups),
+        tried,
+        tuple(chosen.points),
+        tuple(chosen.uniform),
+        round(chosen.seconds, 2),
+        round(chosen.processor, 2),
+    )
+    batches = torch.split(chosen.held, max(1, BATCH_TOKENS // chosen.held.shape[1]))
+    return row.measured(written.divergence(widened(plan), sink, batches, device, watch))
 
 
 def widened(plan: Plan) -> Plan:
@@ -180,7 +226,7 @@ def memory(plan: Plan, groups: Sequence[Group], score: str | None = None) -> int
     four = torch.float32.itemsize
     usual, tokens = usual_score(plan, groups)
     name = score or usual
-    parts = windows.split(plan.ids)
+    parts = windows.split(plan.ids, plan.calibration.held)
     width = hidden_width(plan.model)
     counted = parts.statistics.numel() + parts.proof.numel()
     chains = {"divergence": sum(len(g.candidates) for g in groups), "linear": len(groups)}.get(name, 0)

@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.grids.table import GRIDS
+from llmq.machine import size
 from llmq.recipe.recipe import Recipe
+from llmq.validate import check_choice
 
 USUAL = "2,3,4,5,6,8,16"
+SERVE = ("cpu", "cuda", "vllm")
 _INTEGER = re.compile(r"(\d+)(?:g(\d+)|(channel))?(a?)")
 
 
 @dataclass(frozen=True)
 class Fit:
     """Memory in bytes for a process that serves the model: its weights, the keys and values of `context` tokens for
-    each of `batch` requests, and its own share. runtime: 'llmq' or 'vllm'; device: where it runs."""
+    each of `batch` requests, and its own share. serve: where it runs: 'cpu' or 'cuda' on llmq's kernels, or 'vllm'."""
 
     memory: int
     context: int = 4096
     batch: int = 1
-    runtime: str = "llmq"
-    device: str = "cpu"
+    serve: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("--serve", self.serve, SERVE)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine's `device`."""
+    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine. serve: 'cpu' or
+    'cuda', on llmq's kernels."""
 
     milliseconds: float
-    context: int = 1024
+    context: int = 4096
     batch: int = 1
-    device: str = "cpu"
+    serve: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("--serve, with --target-latency", self.serve, SERVE[:2])
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,17 @@ class Goal:
             if value is not None and not value > 0:
                 raise LlmqError(f"{what} must be above 0, not {value:g}")
 
+    def told(self) -> str:
+        """The goal in words."""
+        found = [] if self.bits is None else [f"{self.bits:g} bits per weight"]
+        found += [] if self.nbytes is None else [f"a folder of {size(self.nbytes)}"]
+        found += [] if self.kl is None else [f"a divergence of {self.kl:g} nats"]
+        if self.fit is not None:
+            found.append(f"{size(self.fit.memory)} of memory with {self.fit.batch} × {self.fit.context:,} tokens")
+        if self.latency is not None:
+            found.append(f"{self.latency.milliseconds:g} ms per token")
+        return " and ".join(found)
+
     def schemes(self, recipe: Recipe) -> tuple[Scheme | None, ...]:
         """The candidates, or the usual ones with the recipe's group size and symmetry."""
         return self.candidates or parse_candidates(USUAL, recipe.scheme)
@@ -103,8 +122,3 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
     if not any(found):
         raise LlmqError(f"--candidates {text!r}: give at least one with fewer bits")
     return tuple(dict.fromkeys(found))
-
-
-def told(candidates: Sequence[Scheme | None]) -> str:
-    """Candidates for people."""
-    return ", ".join("unquantized" if scheme is None else str(scheme) for scheme in candidates)

@@ -34,24 +34,34 @@ class Split:
         return max(1, BATCH_TOKENS // self.statistics.shape[1])
 
 
-def split(ids: Tensor) -> Split:
-    """Calibration windows, cut to at most 512 tokens, evenly spread: 32, 4 and 8 of them, or fewer in that proportion.
+def extra(seqlen: int) -> int:
+    """How many windows of so many tokens are read beside those that calibrate, to prove allocations on."""
+    return -(-PROOF * TOKENS // seqlen)
 
-    Raises LlmqError if there are fewer than three.
+
+def split(ids: Tensor, held: Tensor | None) -> Split:
+    """Windows of at most 512 tokens, evenly spread: 32 and 4 of the calibration windows, or fewer in that proportion,
+    and 8 of those that are held back.
+
+    Raises LlmqError if there are not enough.
     """
+    if held is None or len(pieces := _cut(ids)) < 2:
+        raise LlmqError("weights are scored on at least 3 windows of the text: give more --samples")
+    most = min(len(pieces), STATISTICS + SCORED)
+    pieces = _spread(pieces, most)
+    # Spread over the text, too.
+    scored = torch.zeros(most, dtype=torch.bool)
+    count = max(1, most * SCORED // (STATISTICS + SCORED))
+    scored[torch.linspace(most // (2 * count), most - 1, count).round().long()] = True
+    back = _cut(held)
+    return Split(pieces[~scored], pieces[scored], _spread(back, min(len(back), PROOF)))
+
+
+def _cut(ids: Tensor) -> Tensor:
+    """Windows [n, tokens] as consecutive pieces of at most 512 tokens."""
     length = min(TOKENS, ids.shape[1])
-    pieces = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
-    if len(pieces) < 3:
-        raise LlmqError(f"weights are scored on at least 3 windows, and there are {len(pieces)}: give more --samples")
-    most = min(len(pieces), STATISTICS + SCORED + PROOF)
-    pieces = pieces[torch.linspace(0, len(pieces) - 1, most).round().long()]
-    scored = max(1, most * SCORED // (STATISTICS + SCORED + PROOF))
-    proof = max(1, most * PROOF // (STATISTICS + SCORED + PROOF))
-    # Every so many windows one is kept back, so that what is judged is spread over the text, too.
-    order = torch.arange(most)
-    held = torch.zeros(most, dtype=torch.bool)
-    held[torch.linspace(0, most - 1, scored + proof).round().long()] = True
-    back = order[held]
-    mine = torch.zeros(len(back), dtype=torch.bool)
-    mine[torch.linspace(0, len(back) - 1, scored).round().long()] = True
-    return Split(pieces[~held], pieces[back[mine]], pieces[back[~mine]])
+    return ids[:, : ids.shape[1] // length * length].reshape(-1, length)
+
+
+def _spread(pieces: Tensor, count: int) -> Tensor:
+    return pieces[torch.linspace(0, len(pieces) - 1, count).round().long()]

@@ -16,6 +16,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "report.json"
 CARD = "README.md"
+RECIPE = "recipe.yaml"
 PARTIAL = ".partial"
 QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where other tools say how a folder's weights are quantized, besides or instead of config.json."""

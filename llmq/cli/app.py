@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, push, tune
+from llmq.cli.goals import with_goal
 from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
 from llmq.recipe.recipe import Recipe
@@ -28,9 +30,11 @@ out_console = Console()
 
 @app.command()
 @with_recipe
+@with_goal
 def plan(
     model: Model,
     chosen: Recipe,
+    goal: Goal | None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Check this folder's disk as well.")] = None,
     tp: Tp = 1,
     device: Device = "cpu",
@@ -40,16 +44,18 @@ def plan(
     from llmq import job
     from llmq.report import terminal
 
-    made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    made = job.plan(model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
     terminal.plan(out_console, made)
 
 
 @app.command()
 @with_recipe
+@with_goal
 def quantize(
     model: Model,
     out: Out,
     chosen: Recipe,
+    goal: Goal | None,
     tp: Tp = 1,
     device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
@@ -63,7 +69,7 @@ def quantize(
     from llmq.report import terminal
     from llmq.report.progress import Bars
 
-    made = job.plan(model, chosen, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    made = job.plan(model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
     if dry_run:
         terminal.plan(out_console, made)
         return
@@ -71,7 +77,7 @@ def quantize(
     try:
         with Bars(err_console) as bars:
             report = job.quantize(
-                model, out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
+                model, out, goal=goal, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
             )
     except KeyboardInterrupt:
         err_console.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")

@@ -36,13 +36,28 @@ _COMMA = re.compile(r"\s*,\s*")
 class Windows:
     """ids: int64 [samples, seqlen]; notes: for the user; description: the text and windows, for the report.
 
-    first: the first window as text, special tokens included; empty if the windows were not made of a text.
+    first: the first window as text, special tokens included; empty if the windows were not made of a text; held: int64
+    [windows, seqlen], other windows, which nothing is calibrated with, to judge the result on.
     """
 
     ids: Tensor
     notes: tuple[str, ...]
     description: str
     first: str = ""
+    held: Tensor | None = None
+
+    def apart(self, count: int) -> Windows:
+        """Without `count` of the windows, evenly spread, or a fifth of them if that is less: these are `held`.
+
+        A single window is kept.
+        """
+        rows = len(self.ids)
+        if rows == 1:
+            return self
+        back = torch.zeros(rows, dtype=torch.bool)
+        # Not the very first: it is shown to the user as that which calibrates.
+        back[torch.linspace(1, rows - 1, max(1, min(count, rows // 5))).round().long()] = True
+        return replace(self, ids=self.ids[~back], held=self.ids[back])
 
     @property
     def digest(self) -> str:

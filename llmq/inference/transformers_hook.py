@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -30,9 +30,13 @@ from llmq.inference.find_experts import Stack
 from llmq.inference.linear import QuantLinear
 from llmq.inference.placeholders import Found, Placeholder, apart, find, inner, refuse_random
 from llmq.inference.stack import packed_stack
-from llmq.machine import give_back
+from llmq.machine import give_back, page_out
+from llmq_kernels.products import row_slabs
 
 log = logging.getLogger("llmq")
+
+AT_ONCE, SMALL = 1 << 24, 1 << 16
+"""Bytes that are copied at once; tensors of fewer bytes share their pages with others and are left alone."""
 
 _stock: dict[str, tuple[Any, Any] | None] = {}
 """The original entries of transformers' two tables for each method; None if transformers does not know the method."""
@@ -266,6 +270,8 @@ class KernelQuantizer(HfQuantizer):
             placeholder = self.placeholders.pop(name)
             layer = placeholder.replacement(model.dtype)
             model.set_submodule(name, layer)
+            _own_layer(layer)
+            _leave(placeholder.buffers())
             if hasattr(placeholder, "_hf_hook"):
                 add_hook_to_module(layer, placeholder._hf_hook)
             if layer.notes:
@@ -285,6 +291,7 @@ class KernelQuantizer(HfQuantizer):
                 for parts in stack.experts:
                     yield [self.found.experts[part.place].weight_read() for part in parts]
                     for part in parts:
+                        _leave(self.found.experts[part.place].buffers())
                         del self.found.experts[part.place]
                         _take_out(model, part.place)
 
@@ -362,14 +369,34 @@ def _take_out(model: nn.Module, name: str) -> None:
 
 
 def _own(model: Any) -> None:
-    """Copy, one at a time, tensors that may still be mapped from a file, whose pages would stay resident."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            fresh = module.fresh()
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device.type == "cpu" and not any(buffer is part for part in fresh):
-                    # A new tensor: a view would keep its base tensor in memory.
-                    module._buffers[name] = buffer.clone()
+    """Copy, one at a time, parameters that may still be mapped from a file, whose pages would stay resident."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+            parameter.data = _copy(parameter.data)
+
+
+def _own_layer(layer: QuantLinear) -> None:
+    """`_own` for one layer, but for the tensors that packing made."""
+    fresh = layer.fresh()
+    for name, buffer in layer.named_buffers(recurse=False):
+        if buffer.device.type == "cpu" and not any(buffer is part for part in fresh):
+            # A new tensor: a view would keep its base tensor in memory.
+            layer._buffers[name] = _copy(buffer)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy, a few rows at a time: the rows of a mapped file that were copied need not stay in memory."""
+    if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.nbytes <= AT_ONCE:
+        return tensor.clone()
+    copied = torch.empty_like(tensor)
+    for rows in row_slabs(len(tensor), tensor[0].nbytes, AT_ONCE):
+        copied[rows] = tensor[rows]
+        _leave([tensor[rows]])
+    return copied
+
+
+def _leave(tensors: Iterable[Tensor]) -> None:
+    """Let the system take back pages of mapped files that were read for these tensors."""
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > SMALL:
+            page_out(tensor.data_ptr(), tensor.nbytes)

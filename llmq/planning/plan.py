@@ -50,9 +50,10 @@ def make_plan(
     out: Path | None = None,
     tp: int = 1,
     device: str = "cpu",
+    scored: bool = False,
 ) -> Plan:
     """Check everything and make the plan. `windows`: returns the calibration windows, given the model's maximum length
-    if it is known.
+    if it is known; `scored`: whether they are needed even if no method does, to score weights on.
 
     Raises LlmqError with all weights that fail a check and the remedies.
     """
@@ -74,7 +75,7 @@ def make_plan(
     # Experts first: what servers allow of weights with one input is no way out for them.
     check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)
-    calibrated = pipeline.calibrated or any(_static(i.scheme) for i in items)
+    calibrated = scored or pipeline.calibrated or any(_static(i.scheme) for i in items)
     warned += check_route(items, recipe, calibrated)
     check_outside(items)
     name, where = "+".join(recipe.methods), torch.device(device)

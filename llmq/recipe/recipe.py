@@ -91,6 +91,17 @@ class Recipe:
         data["overrides"] = {pattern: dataclasses.asdict(scheme) for pattern, scheme in self.overrides}
         return data | {name: list(getattr(self, name)) for name in LISTS}
 
+    def to_yaml(self) -> str:
+        """The text of a recipe file, without what is as it is by default; Recipe.load reads it back."""
+        usual = Recipe(self.methods).to_dict()
+        told = {key: value for key, value in self.to_dict().items() if key == "methods" or value != usual[key]}
+        told["scheme"] = dataclasses.asdict(self.scheme)
+        changed = {
+            pattern: {k: v for k, v in scheme.items() if v != told["scheme"][k]}
+            for pattern, scheme in told.pop("overrides", {}).items()
+        }
+        return yaml.safe_dump(told | ({"overrides": changed} if changed else {}), sort_keys=False, allow_unicode=True)
+
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """A recipe from plain data. Raises LlmqError for an unknown key or an invalid value."""

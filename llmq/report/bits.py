@@ -27,7 +27,8 @@ class BitsRow:
     scheme each; tried: what was compared, the chosen one first; curve: (stored bits per weight, predicted divergence)
     of the best allocations for rising sizes; uniform: (scheme, stored bits per weight, predicted divergence) of one
     scheme for all; written: the divergence of the written folder, in nats, on the windows that `truth` is of; lines:
-    what the memory or the time is made of, (what, number), bytes or milliseconds; seconds: of the choice.
+    what the memory or the time is made of, (what, number), bytes or milliseconds; seconds: of the choice, and
+    processor: of processors in them.
     """
 
     goal: str
@@ -37,6 +38,7 @@ class BitsRow:
     curve: tuple[tuple[float, float], ...]
     uniform: tuple[tuple[str, float, float], ...]
     seconds: float
+    processor: float = 0.0
     written: float | None = None
     lines: tuple[tuple[str, float], ...] = ()
     unit: str = "bytes"

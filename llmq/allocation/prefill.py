@@ -1,0 +1,196 @@
+"""What a prompt takes while a model serves it: what it keeps of the tokens, and the tensors that live at once.
+
+Both are found by running the model on the meta device, where tensors have shapes and no memory. So heads that share
+keys, latent keys, windows and states of linear attention count what transformers' own classes keep of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmq.discovery.dry import without_arithmetic
+from llmq.discovery.parameters import shared_zeros
+from llmq.errors import LlmqError, first_line
+from llmq.inference import experts
+
+HEAP = 1 << 25
+"""The C library takes blocks of fewer bytes than this from its heap, in the order in which they are freed."""
+SHORT = (128, 256)
+"""Lengths of two runs, for models that do not run on the meta device."""
+LAST = "logits_to_keep"
+COPIES = 8
+"""Of the widest activation of a block, for these models."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Bytes. cache: what the model keeps of all tokens; peak: of all tensors that live at once while it reads the
+    prompt, the cache among them, but not the parameters; heap: of those, the peak of the ones below HEAP.
+    """
+
+    cache: int
+    peak: int
+    heap: int
+
+
+def prompt(model: nn.Module, context: int, batch: int = 1) -> Prompt:
+    """What a prompt of `batch` rows of `context` tokens takes. model: its parameters may be on the meta device.
+
+    Latent attention: transformers keeps the heads' keys and values; vLLM keeps the latent, which is several times
+    smaller. Raises LlmqError for a model that says of no length what it keeps.
+    """
+    twin = on_meta(model)
+    try:
+        return _traced(twin, context, batch)
+    except Exception as problem:  # a model's code may ask for values in any way
+        return _without_values(model, context, batch, problem)
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, that runs its experts as `llmq.load` does."""
+    twin = deepcopy(model).to("meta").eval()
+    configs = [getattr(module, "config", None) for module in twin.modules()]
+    for config in {id(c): c for c in configs if c is not None}.values():
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = experts.NAME
+    return twin
+
+
+def _traced(model: nn.Module, context: int, batch: int) -> Prompt:
+    ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
+    known = {*_storages([*model.parameters(), *model.buffers()])}
+    with torch.inference_mode(), _Attention(), _Live(known) as live:
+        kept = _run(model, ids)
+        return Prompt(_nbytes(kept), live.peak, live.heap_peak)
+
+
+def _without_values(model: nn.Module, context: int, batch: int, problem: Exception) -> Prompt:
+    """The same, by runs without arithmetic of two short lengths; what lives at once is only estimated."""
+    sizes = []
+    twin = deepcopy(model).eval()
+    for tokens in SHORT:
+        try:
+            with shared_zeros(twin), without_arithmetic():
+                sizes.append(_nbytes(_run(twin, torch.zeros(1, tokens, dtype=torch.long))))
+        except Exception:
+            raise LlmqError(
+                f"how much memory this model keeps for each token is not known, so --fit is not possible: "
+                f"{first_line(problem)}. Give --target-size or --target-bits instead"
+            ) from problem
+    slope = max(0, sizes[1] - sizes[0]) / (SHORT[1] - SHORT[0])
+    cache = batch * int(max(sizes[0], sizes[1] + slope * (context - SHORT[1])))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    vocabulary = 0 if head is None else len(head.weight)
+    widest = max((p.shape[0] for p in matrices if len(p) != vocabulary), default=1)
+    work = COPIES * batch * context * widest * max(p.element_size() for p in model.parameters())
+    return Prompt(cache, cache + work, cache + work)
+
+
+def _run(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """Run the model on a prompt; the tensors that it returns to go on from, beside logits.
+
+    As `generate` calls it: with logits of the last token alone, where the model can leave out the others.
+    """
+    last = {LAST: 1} if LAST in inspect.signature(model.forward).parameters else {}
+    result = model(input_ids=ids, use_cache=True, **last)
+    fields = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
+    return list(_tensors([value for name, value in fields.items() if name not in ("logits", 0)], set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in a value: in lists, dicts and the attributes of objects, each object once."""
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module, torch.dtype, torch.device)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: Sequence[Any] = (
+        list(value.values())
+        if isinstance(value, Mapping)
+        else list(value)
+        if isinstance(value, (list, tuple, set))
+        else list(getattr(value, "__dict__", {}).values())
+    )
+    for part in parts:
+        yield from _tensors(part, seen)
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    """Of the values: a window of a longer tensor counts as what it is from the next token on."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _storages(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.untyped_storage()._cdata for tensor in tensors]
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that operators make within it, until they are freed."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = known
+        self.now = self.peak = self.heap = self.heap_peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self._count(nbytes, nbytes)
+        weakref.finalize(storage, self._freed, key, nbytes)
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self._count(nbytes, -nbytes)
+
+    def _count(self, nbytes: int, change: int) -> None:
+        self.now += change
+        self.peak = max(self.peak, self.now)
+        if nbytes < HEAP:
+            self.heap += change
+            self.heap_peak = max(self.heap_peak, self.heap)
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the fused kernels compute it: without the products of all tokens, which the meta device would make.
+
+    A mask of booleans is turned into numbers.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **named)
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | named
+        query, value, mask = given["query"], given["value"], given.get("attn_mask")
+        numbers = None if mask is None else torch.empty_like(mask, dtype=query.dtype)
+        *lead, tokens, _ = query.shape
+        made = query.new_empty(*lead[:-1], tokens, lead[-1], value.shape[-1]).transpose(-2, -3)
+        del numbers
+        return made
