@@ -32,6 +32,13 @@ def check_device(device: str) -> None:
         raise LlmqError(f"--device {device}: not usable here ({first_line(error)}); --device cpu always is") from error
 
 
+def has_cuda() -> bool:
+    """Whether torch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def require(package: str, what: str) -> Any:
     """An optional package, imported. Raises LlmqError with the command that installs it."""
     # Importing bitsandbytes (or PEFT, which does) prints warnings about missing kernels that do not help the user.
@@ -97,6 +104,22 @@ def page_out(start: int, nbytes: int) -> None:
     if sys.platform == "linux" and first < last:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+
+
+def parse_count(text: str, what: str) -> int:
+    """'4096' or '32k' (32 · 1024) → a number; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", text, re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a number of tokens such as 4096, or 32k for 32768")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def parse_milliseconds(text: str, what: str) -> float:
+    """'20ms', '0.5 s' or '20' (milliseconds) → milliseconds; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(ms|s|)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a time such as 20ms or 0.5s")
+    return float(match[1]) * (1000 if match[2].lower() == "s" else 1)
 
 
 def size(nbytes: float) -> str:

@@ -7,6 +7,9 @@
 Everything after MODEL goes to `llmq quantize`. Each kill is SIGKILL after a random fraction of an uninterrupted run's
 time; if a run ends before its kill, its result is compared and a new folder is started. The verdict is printed last.
 
+Each folder's runs have a cache of their own, so that with --target-bits scores are measured, killed and resumed, too;
+what they resume from is written every half second here.
+
 With --inside, each kill comes between two commits of experts of one block of a mixture, which are committed in groups
 of so few; the moments are spread evenly over all blocks. Each run is resumed until its end, and must say of exactly the
 units that were committed that they were already done, and leave their files alone.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -29,6 +33,13 @@ from pathlib import Path
 
 DIFFER = {"report.json", "report.html", "README.md"}
 DONE = re.compile(r"^(.*) (?:was|were) already done$", re.MULTILINE)
+# llmq, but for the time between snapshots of scores.
+OFTEN = """
+from llmq.allocation import snapshot
+snapshot.EVERY, snapshot.SHARE = 0.5, 0.0
+from llmq.cli.app import main
+main()
+"""
 # llmq, but for the size of groups, and progress on stderr although that is no terminal.
 IN_GROUPS = """
 import sys
@@ -39,6 +50,11 @@ Bars.step = lambda bars, text: print(text, file=sys.stderr, flush=True)
 from llmq.cli.app import main
 main()
 """
+
+
+def cache_of(out: Path) -> Path:
+    """The cache of the runs that write a folder."""
+    return out.with_name(f"{out.name}-cache")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -55,16 +71,17 @@ class Runs:
     """Starts the same run in any folder. inside: experts per group, None for llmq's own."""
 
     def __init__(self, model: str, options: list[str], inside: int | None) -> None:
-        self.run = ["-m", "llmq.cli"] if inside is None else ["-c", IN_GROUPS.format(size=inside)]
+        self.run = ["-c", OFTEN if inside is None else IN_GROUPS.format(size=inside)]
         self.model, self.options = model, options
 
     def start(self, out: Path, log: Path | None = None) -> subprocess.Popen[bytes]:
         """A process that writes to `out`, and its progress to `log`."""
         command = [sys.executable, *self.run, "quantize", self.model, "-o", str(out), *self.options]
+        around = os.environ | {"XDG_CACHE_HOME": str(cache_of(out))}
         if log is None:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=around)
         with log.open("wb") as file:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=around)
 
 
 def anywhere(runs: Runs, root: Path, kills: int, rng: random.Random) -> str:
@@ -77,7 +94,7 @@ def anywhere(runs: Runs, root: Path, kills: int, rng: random.Random) -> str:
     print(f"unbroken: {whole:.1f} s, {len(want)} files", flush=True)
     killed = compared = attempt = 0
     out = root / "broken"
-    while killed < kills or out.exists():
+    while killed < kills or out.exists() or cache_of(out).exists():
         process = runs.start(out)
         attempt += 1
         try:
@@ -86,8 +103,14 @@ def anywhere(runs: Runs, root: Path, kills: int, rng: random.Random) -> str:
             process.kill()
             process.wait()
             killed += 1
-            done = len(list(out.glob("model-*.safetensors")))
-            print(f"kill {killed}: {done} shards written", flush=True)
+            done, kept = (
+                len(list(out.glob("model-*.safetensors"))),
+                [p.name for p in cache_of(out).rglob("*") if p.is_file()],
+            )
+            print(
+                f"kill {killed}: {done} shards written; kept of scores: {', '.join(sorted(kept)) or 'nothing'}",
+                flush=True,
+            )
             continue
         if process.returncode:
             sys.exit(f"attempt {attempt} ended with code {process.returncode}")
@@ -95,6 +118,7 @@ def anywhere(runs: Runs, root: Path, kills: int, rng: random.Random) -> str:
             sys.exit(f"attempt {attempt}: the result differs from the unbroken run's")
         compared += 1
         shutil.rmtree(out)
+        shutil.rmtree(cache_of(out), ignore_errors=True)
     return f"{killed} kills, {compared} finished runs, all byte-identical to the unbroken one"
 
 

@@ -27,7 +27,7 @@ from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
 from llmq.planning.memory import TRANSIENT, hidden_width
 from llmq.planning.trial import try_quantizer
-from llmq.planning.types import BATCH_TOKENS, Plan
+from llmq.planning.types import BATCH_TOKENS, Open, Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.bits import BitsRow, TriedRow
 from llmq.report.report import versions
@@ -130,7 +130,12 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     Raises LlmqError if the goal cannot be met.
     """
     groups = check(plan, goal)
-    bounds = bounds_of(plan, goal, groups)
+    name = goal.score or usual_score(plan, groups)[0]
+    scores.find(name)
+    told = ", ".join("unquantized" if scheme is None else str(scheme) for scheme in goal.schemes(plan.recipe))
+    told = f"{goal.told()}: {len(groups)} groups of weights, each one of {told}; by the score {name!r}"
+    bounds, posts, more = bounds_of(plan, goal, groups)
+    plan.open = Open(told, posts, more)
     if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
         allocate(groups, [[0.0] * len(group.candidates) for group in groups], bounds)
     plan.budget = replace(plan.budget, memory=max(plan.budget.memory, memory(plan, groups, goal.score)))

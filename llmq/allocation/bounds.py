@@ -4,26 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+from llmq.allocation import memory
 from llmq.allocation.choose import Bound
-from llmq.allocation.goal import Goal
+from llmq.allocation.goal import Fit, Goal
 from llmq.allocation.groups import Group
+from llmq.allocation.memory import Line, Runtime
+from llmq.errors import LlmqError
 from llmq.planning.types import Plan
 
 
-def bounds_of(plan: Plan, goal: Goal, groups: Sequence[Group]) -> list[Bound]:
-    """The bounds of a goal: one on bytes, and one on milliseconds if it has a latency. Raises LlmqError."""
+def bounds_of(
+    plan: Plan, goal: Goal, groups: Sequence[Group]
+) -> tuple[list[Bound], tuple[tuple[str, int], ...], tuple[str, ...]]:
+    """The bounds of a goal: one on bytes, and one on milliseconds if it has a latency; (what, bytes) of the memory
+    beside the weights, and sentences about other contexts, if it has a memory. Raises LlmqError.
+    """
     stored = [group.nbytes for group in groups]
-    found = []
+    found: list[Bound] = []
+    posts: tuple[tuple[str, int], ...] = ()
+    more: tuple[str, ...] = ()
     if goal.bits is not None:
         limit = goal.bits * sum(group.numbers for group in groups) / 8
         found.append(Bound("stored bytes", stored, limit, "give more --target-bits"))
     elif goal.nbytes is not None:
         rest = rest_bytes(plan, groups)
         found.append(Bound("stored bytes beside all else", stored, goal.nbytes - rest, "give a larger --target-size"))
-    else:
+    elif goal.fit is not None:
+        lines, bound = memory_bound(plan, goal.fit, groups)
+        found.append(bound)
+        left = ("left for the weights whose bits are chosen", int(bound.limit))
+        posts = (*((line.what, line.nbytes) for line in lines), left)
+        more = tuple(_other(plan, goal.fit, groups, tokens) for tokens in _around(goal.fit.context))
+    elif goal.latency is None:
         found.append(Bound("stored bytes", stored, math.inf, ""))
-    return found
+    return found, posts, more
+
+
+def _around(context: int) -> tuple[int, ...]:
+    return (max(1, context // 2), context, 2 * context)
+
+
+def _other(plan: Plan, fit: Fit, groups: Sequence[Group], context: int) -> str:
+    """How many bits a weight may have in memory with another context, in a sentence."""
+    try:
+        _, bound = memory_bound(plan, replace(fit, context=context), groups)
+    except LlmqError as problem:
+        return f"with {context:,} tokens: {str(problem).partition('. It is')[0].rpartition(': ')[2]}"
+    bits = 8 * bound.limit / sum(group.numbers for group in groups)
+    most = 8 * sum(max(row) for row in bound.costs) / sum(group.numbers for group in groups)
+    return f"with {context:,} tokens: {bits:.2f} bits per weight in memory" + (
+        ", enough to leave all unquantized" if bits >= most else ""
+    )
+
+
+def memory_bound(plan: Plan, fit: Fit, groups: Sequence[Group]) -> tuple[list[Line], Bound]:
+    """What a process has in memory beside the weights whose bits are chosen, and the bound on these.
+
+    Raises LlmqError if even the fewest bits are too many, with the smallest memory that is enough.
+    """
+    device = "cuda" if fit.serve == "vllm" else fit.serve
+    runtime: Runtime = "vllm" if fit.serve == "vllm" else "llmq"
+    lines = memory.fixed_lines(plan, device, fit.context, fit.batch, runtime)
+    costs = [memory.group_bytes(group, plan.dtype, device, runtime) for group in groups]
+    left = memory.budget(lines, fit.memory, sum(min(row) for row in costs))
+    return lines, Bound("bytes in memory", costs, left, "give more --fit")
 
 
 def rest_bytes(plan: Plan, groups: Sequence[Group]) -> int:

@@ -11,31 +11,39 @@ from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.grids.table import GRIDS
 from llmq.machine import size
 from llmq.recipe.recipe import Recipe
+from llmq.validate import check_choice
 
 USUAL = "2,3,4,5,6,8,16"
+SERVE = ("cpu", "cuda", "vllm")
 _INTEGER = re.compile(r"(\d+)(?:g(\d+)|(channel))?(a?)")
 
 
 @dataclass(frozen=True)
 class Fit:
     """Memory in bytes for a process that serves the model: its weights, the keys and values of `context` tokens for
-    each of `batch` requests, and its own share. runtime: 'llmq' or 'vllm'; device: where it runs."""
+    each of `batch` requests, and its own share. serve: where it runs: 'cpu' or 'cuda' on llmq's kernels, or 'vllm'."""
 
     memory: int
     context: int = 4096
     batch: int = 1
-    runtime: str = "llmq"
-    device: str = "cpu"
+    serve: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("--serve", self.serve, SERVE)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine's `device`."""
+    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine. serve: 'cpu' or
+    'cuda', on llmq's kernels."""
 
     milliseconds: float
-    context: int = 1024
+    context: int = 4096
     batch: int = 1
-    device: str = "cpu"
+    serve: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("--serve, with --target-latency", self.serve, SERVE[:2])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ Numbers are predictions to stay below, checked against processes by `scripts/ben
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,13 +27,10 @@ from llmq.planning.weights import WeightPlan, matches, stored_bytes
 from llmq_kernels import layouts, planes
 
 Runtime = Literal["llmq", "vllm"]
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)(b?)", re.IGNORECASE)
-_COUNT = re.compile(r"(\d+)\s*(k?)", re.IGNORECASE)
 MIB = 1 << 20
 FRAGMENTS = 0.5
 """Of the heap's blocks, how much lies free between them at the peak: measured 0.2 to 0.5 (glibc)."""
-WORKSPACE = 48 * 2**20
+WORKSPACE = 64 * 2**20
 """Slabs of unpacked weights, and the buffers of torch's products and attention."""
 LOADING = 160 * 2**20
 """What loading takes above the loaded weights: one weight's codes, copies of 16 MiB, tables of names."""
@@ -48,28 +44,6 @@ class Line:
 
     what: str
     nbytes: int
-
-
-def parse_size(text: str) -> int:
-    """'24GiB', '600 MiB', '1.5GB' → bytes; without the B, units are binary: '24G'. Raises LlmqError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is not None:
-        number, unit, letter = match.groups()
-        unit = unit.lower()
-        # As in the options of container tools, 24G are 24 GiB.
-        unit = f"{unit}i" if unit and not letter and not unit.endswith("i") else unit
-        if unit != "i" and (found := int(float(number) * UNITS[unit])) > 0:
-            return found
-    raise LlmqError(f"{text!r} is no size: write a number and a unit, such as 24GiB, 600MiB or 1.5GB")
-
-
-def parse_count(text: str) -> int:
-    """'4096' or '32k' (32 · 1024) → tokens. Raises LlmqError."""
-    match = _COUNT.fullmatch(text.strip())
-    found = int(match[1]) * (1024 if match[2] else 1) if match is not None else 0
-    if found < 1:
-        raise LlmqError(f"{text!r} is no number of tokens: write 4096, or 32k for 32768")
-    return found
 
 
 def weight_bytes(

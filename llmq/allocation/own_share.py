@@ -11,7 +11,7 @@ from llmq.errors import LlmqError, first_line
 _MEASURE = """
 import importlib, sys
 import torch
-import compressed_tensors, bitsandbytes
+import compressed_tensors
 import llmq, llmq.inference.transformers_hook
 from llmq import demo
 from llmq.machine import give_back, resident_memory

@@ -47,12 +47,17 @@ class Windows:
     held: Tensor | None = None
 
     def apart(self, count: int) -> Windows:
-        """Without `count` of the windows, evenly spread, or a fifth of them if that is less: these are `held`."""
+        """Without `count` of the windows, evenly spread, or a fifth of them if that is less: these are `held`.
+
+        A single window is kept.
+        """
         rows = len(self.ids)
+        if rows == 1:
+            return self
         back = torch.zeros(rows, dtype=torch.bool)
         # Not the very first: it is shown to the user as that which calibrates.
-        back[torch.linspace(1, rows - 1, max(1, min(count, rows // 5))).round().long()] = rows > 1
-        return replace(self, ids=self.ids[~back], held=self.ids[back] if rows > 1 else None)
+        back[torch.linspace(1, rows - 1, max(1, min(count, rows // 5))).round().long()] = True
+        return replace(self, ids=self.ids[~back], held=self.ids[back])
 
     @property
     def digest(self) -> str:

@@ -81,13 +81,24 @@ class BlockPlan:
         return f"block {self.index}"
 
 
+@dataclass(frozen=True)
+class Open:
+    """What the bits of a plan's weights will be chosen for. goal: in words; posts: (what, bytes) of a process that
+    serves the folder, but for these weights; more: further sentences."""
+
+    goal: str
+    posts: tuple[tuple[str, int], ...] = ()
+    more: tuple[str, ...] = ()
+
+
 @dataclass
 class Plan:
     """Everything that is decided before the work starts.
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
     weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written;
-    tail: what follows the last block, if a method learns from the logits.
+    tail: what follows the last block, if a method learns from the logits; open: what the bits of the weights will be
+    chosen for, if they are not chosen yet.
     """
 
     source: Source
@@ -106,6 +117,7 @@ class Plan:
     tail: Tail | None = None
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
+    open: Open | None = None
 
     @property
     def outside(self) -> dict[str, WeightPlan]:

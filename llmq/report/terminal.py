@@ -81,12 +81,19 @@ def summary(console: Console, made: Plan) -> None:
     where += [f"{outside} weights {'outside the blocks' if blocks else f'of {type(made.model).__name__}'}"] * bool(
         outside
     )
-    grid.add_row("quantize", f"{' and '.join(where)} to {', '.join(schemes)}")
+    grid.add_row("quantize", f"{' and '.join(where)}" + ("" if made.open else f" to {', '.join(schemes)}"))
+    if made.open is not None:
+        grid.add_row("bits", f"will be chosen for {escape(made.open.goal)}")
+        width = max((len(size(nbytes)) for _, nbytes in made.open.posts), default=0)
+        for index, (what, nbytes) in enumerate(made.open.posts):
+            grid.add_row("" if index else "memory", f"{size(nbytes):>{width}}  {escape(what)}")
+        for sentence in made.open.more:
+            grid.add_row("", escape(sentence))
     used = getattr(made.pipeline.quantizer, "range", None)
     grid.add_row("method", "+".join(made.recipe.methods) + (f", {used} range" if used else ""))
-    grid.add_row(
-        "size", f"{size(made.source.total_bytes)} → {size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
-    )
+    if not made.open:
+        after = f"{size(made.budget.disk)}, {made.bits_per_weight:.2f} bits/weight"
+        grid.add_row("size", f"{size(made.source.total_bytes)} → {after}")
     places = sum(len(found.pairs) for found in made.pairs.values())
     if places:
         grid.add_row("pairs", f"{places} places where scales can move, in {len(made.pairs)} blocks")

@@ -12,7 +12,7 @@ import llmq
 from llmq import job
 from llmq.allocation import memory, own_share
 from llmq.allocation.groups import groups_of
-from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, parse_count, parse_size, weight_bytes
+from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weight_bytes
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
 from llmq.inference.linear import QuantLinear
@@ -24,37 +24,6 @@ from tests.conftest import write_tiny_model
 
 MIB = 1 << 20
 IDS = torch.arange(64).view(2, 32)
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
-        ("24GiB", 24 * 2**30),
-        ("600 MiB", 600 * MIB),
-        ("1.5GB", 1_500_000_000),
-        ("24G", 24 * 2**30),
-        (" 24gib ", 24 * 2**30),
-        ("2Gi", 2 * 2**30),
-        ("512kB", 512_000),
-        ("1000000", 1_000_000),
-        ("7B", 7),
-    ],
-)
-def test_sizes(text: str, nbytes: int) -> None:
-    assert parse_size(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "24 GiBs", "-1GiB", "1,5GiB", "0", "iB", "5i", "5 iB", "1e9"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(LlmqError, match="24GiB, 600MiB"):
-        parse_size(text)
-
-
-def test_counts() -> None:
-    assert [parse_count(text) for text in ("4096", "32k", "32K", " 1 ")] == [4096, 32768, 32768, 1]
-    for text in ("", "0", "-4", "1.5k", "32kB", "many"):
-        with pytest.raises(LlmqError, match="write 4096, or 32k"):
-            parse_count(text)
 
 
 def held(layer: QuantLinear) -> int:
@@ -212,7 +181,7 @@ def test_a_limit_that_cannot_be_met_is_refused_with_the_one_that_can() -> None:
     assert "--fit 600.0 MiB cannot be met" in text and "--fit 800MiB" in text
     assert text.index("400.0 MiB  Python") < text.index("300.0 MiB  cache") < text.index("99.0 MiB  the weights")
     assert "--context" in text and "--batch" in text
-    assert budget(lines, parse_size("800MiB"), 99 * MIB + 1) >= 99 * MIB
+    assert budget(lines, 800 * MIB, 99 * MIB + 1) >= 99 * MIB
 
 
 def test_an_empty_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
