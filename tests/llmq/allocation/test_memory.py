@@ -10,7 +10,7 @@ import torch
 
 import llmq
 from llmq import job
-from llmq.allocation import memory, own_share
+from llmq.allocation import memory
 from llmq.allocation.groups import groups_of
 from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weight_bytes
 from llmq.errors import LlmqError
@@ -182,13 +182,3 @@ def test_a_limit_that_cannot_be_met_is_refused_with_the_one_that_can() -> None:
     assert text.index("400.0 MiB  Python") < text.index("300.0 MiB  cache") < text.index("99.0 MiB  the weights")
     assert "--context" in text and "--batch" in text
     assert budget(lines, 800 * MIB, 99 * MIB + 1) >= 99 * MIB
-
-
-def test_an_empty_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_share, "_MEASURE", "raise MemoryError('no room')")
-    own_share.own_share.cache_clear()
-    with pytest.raises(LlmqError, match="no room"):
-        own_share.own_share("torch")
-    monkeypatch.setattr(own_share, "_MEASURE", "import sys; print('noise'); print(len(sys.argv[1]))")
-    assert own_share.own_share("torch") == 5
-    own_share.own_share.cache_clear()
