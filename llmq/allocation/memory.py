@@ -30,7 +30,7 @@ Runtime = Literal["llmq", "vllm"]
 MIB = 1 << 20
 FRAGMENTS = 0.5
 """Of the heap's blocks, how much lies free between them at the peak: measured 0.2 to 0.5 (glibc)."""
-WORKSPACE = 48 * 2**20
+WORKSPACE = 64 * 2**20
 """Slabs of unpacked weights, and the buffers of torch's products and attention."""
 LOADING = 160 * 2**20
 """What loading takes above the loaded weights: one weight's codes, copies of 16 MiB, tables of names."""

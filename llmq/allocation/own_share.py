@@ -11,7 +11,7 @@ from llmq.errors import LlmqError, first_line
 _MEASURE = """
 import importlib, sys
 import torch
-import compressed_tensors, bitsandbytes
+import compressed_tensors
 import llmq, llmq.inference.transformers_hook
 from llmq import demo
 from llmq.machine import give_back, resident_memory
@@ -20,7 +20,7 @@ with __import__("contextlib").suppress(ImportError):
 model = llmq.load(demo.path(), device_map="cpu")
 ids = torch.zeros(1, 64, dtype=torch.long)
 with torch.inference_mode():
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, pad_token_id=0)
+    model.generate(ids, max_new_tokens=2, pad_token_id=0)
 held = sum(t.nbytes for t in {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values())
 give_back()
 print(resident_memory() - held)

@@ -24,6 +24,7 @@ from llmq.discovery.dry import without_arithmetic
 from llmq.discovery.parameters import shared_zeros
 from llmq.errors import LlmqError, first_line
 from llmq.inference import experts
+from llmq.inference.stack import GROUPED
 
 HEAP = 1 << 25
 """The C library takes blocks of fewer bytes than this from its heap, in the order in which they are freed."""
@@ -71,7 +72,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 def _traced(model: nn.Module, context: int, batch: int) -> Prompt:
     ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
     known = {*_storages([*model.parameters(), *model.buffers()])}
-    with torch.inference_mode(), _Attention(), _Live(known) as live:
+    with torch.inference_mode(), _Fused(), _Live(known) as live:
         kept = _run(model, ids)
         return Prompt(_nbytes(kept), live.peak, live.heap_peak)
 
@@ -175,16 +176,19 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.heap_peak = max(self.heap_peak, self.heap)
 
 
-class _Attention(TorchFunctionMode):
-    """Attention as the fused kernels compute it: without the products of all tokens, which the meta device would make.
+class _Fused(TorchFunctionMode):
+    """What fused kernels compute, where the meta device would do otherwise, or refuse a dtype.
 
-    A mask of booleans is turned into numbers.
+    Attention without the products of all tokens, with a mask of booleans turned into numbers; products of rows that are
+    sorted by expert.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
+        if func in GROUPED and len(args) > 1 and args[0].dim() == 2:
+            return args[0].new_empty(len(args[0]), args[1].shape[-1])
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **named)
         given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | named

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,16 +27,12 @@ from llmq.formats.plain import Weight, mapping
 from llmq.formats.stacks import unmarked
 from llmq.inference.experts import use_packed
 from llmq.inference.find_experts import Stack
-from llmq.inference.linear import QuantLinear
+from llmq.inference.own import leave, own, own_layer
 from llmq.inference.placeholders import Found, Placeholder, apart, find, inner, refuse_random
 from llmq.inference.stack import packed_stack
-from llmq.machine import give_back, page_out
-from llmq_kernels.products import row_slabs
+from llmq.machine import give_back
 
 log = logging.getLogger("llmq")
-
-AT_ONCE, SMALL = 1 << 24, 1 << 16
-"""Bytes that are copied at once; tensors of fewer bytes share their pages with others and are left alone."""
 
 _stock: dict[str, tuple[Any, Any] | None] = {}
 """The original entries of transformers' two tables for each method; None if transformers does not know the method."""
@@ -270,15 +266,15 @@ class KernelQuantizer(HfQuantizer):
             placeholder = self.placeholders.pop(name)
             layer = placeholder.replacement(model.dtype)
             model.set_submodule(name, layer)
-            _own_layer(layer)
-            _leave(placeholder.buffers())
+            own_layer(layer)
+            leave(placeholder.buffers())
             if hasattr(placeholder, "_hf_hook"):
                 add_hook_to_module(layer, placeholder._hf_hook)
             if layer.notes:
                 plain.setdefault("; ".join(f"{k}: {v}" for k, v in layer.notes.items()), []).append(name)
         for reason, names in plain.items():
             log.warning("%d weights run on the plain operator, such as %s: %s", len(names), names[0], reason)
-        _own(model)
+        own(model)
         give_back()
         return model
 
@@ -291,7 +287,7 @@ class KernelQuantizer(HfQuantizer):
                 for parts in stack.experts:
                     yield [self.found.experts[part.place].weight_read() for part in parts]
                     for part in parts:
-                        _leave(self.found.experts[part.place].buffers())
+                        leave(self.found.experts[part.place].buffers())
                         del self.found.experts[part.place]
                         _take_out(model, part.place)
 
@@ -366,37 +362,3 @@ def _take_out(model: nn.Module, name: str) -> None:
         if type(owner) is not nn.Module or owner._modules:
             return
         name = path
-
-
-def _own(model: Any) -> None:
-    """Copy, one at a time, parameters that may still be mapped from a file, whose pages would stay resident."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = _copy(parameter.data)
-
-
-def _own_layer(layer: QuantLinear) -> None:
-    """`_own` for one layer, but for the tensors that packing made."""
-    fresh = layer.fresh()
-    for name, buffer in layer.named_buffers(recurse=False):
-        if buffer.device.type == "cpu" and not any(buffer is part for part in fresh):
-            # A new tensor: a view would keep its base tensor in memory.
-            layer._buffers[name] = _copy(buffer)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy, a few rows at a time: the rows of a mapped file that were copied need not stay in memory."""
-    if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.nbytes <= AT_ONCE:
-        return tensor.clone()
-    copied = torch.empty_like(tensor)
-    for rows in row_slabs(len(tensor), tensor[0].nbytes, AT_ONCE):
-        copied[rows] = tensor[rows]
-        _leave([tensor[rows]])
-    return copied
-
-
-def _leave(tensors: Iterable[Tensor]) -> None:
-    """Let the system take back pages of mapped files that were read for these tensors."""
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > SMALL:
-            page_out(tensor.data_ptr(), tensor.nbytes)
