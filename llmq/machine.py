@@ -114,14 +114,6 @@ def parse_count(text: str, what: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
-def parse_milliseconds(text: str, what: str) -> float:
-    """'20ms', '0.5 s' or '20' (milliseconds) → milliseconds; what: the option, for the error. Raises LlmqError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(ms|s|)\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise LlmqError(f"{what} {text!r}: write a time such as 20ms or 0.5s")
-    return float(match[1]) * (1000 if match[2].lower() == "s" else 1)
-
-
 def size(nbytes: float) -> str:
     """Bytes with a unit: 1.5 MiB."""
     for unit in ("B", "KiB", "MiB"):

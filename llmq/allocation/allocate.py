@@ -47,7 +47,8 @@ class Chosen:
     tried: the allocations that were compared, the chosen one first; truths: their divergences on windows kept back, in
     nats, of weights rounded without corrections; empty if none was measured. points: (stored bits per weight,
     predicted divergence) of the best allocations of all sizes. uniform: (scheme, stored bits per weight, predicted
-    divergence) of one scheme for all weights.
+    divergence) of one scheme for all weights. posts: (what, bytes) of the memory beside these weights, if that bounds
+    them.
     """
 
     goal: Goal
@@ -62,6 +63,7 @@ class Chosen:
     processor: float
     held: Tensor
     uniform: list[tuple[str, float, float]] = field(default_factory=list)
+    posts: tuple[tuple[str, int], ...] = ()
 
     @property
     def allocation(self) -> Allocation:
@@ -121,6 +123,9 @@ def usual_score(plan: Plan, groups: Sequence[Group]) -> tuple[str, int]:
         room = ROOM // max(1, chains * width)
         if room >= least:
             return name, min(tokens, room)
+    if any(group.block is None for group in groups):
+        # Of routed experts and weights outside the blocks there are no gradients.
+        return "linear", max(1, min(tokens, ROOM // max(1, len(groups) * width)))
     return "gradient", tokens
 
 
@@ -149,6 +154,7 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
     """
     began, used = time.perf_counter(), time.process_time()
     groups, bounds = prepare(plan, goal)
+    posts = () if plan.open is None else plan.open.posts
     usual, tokens = usual_score(plan, groups)
     name = goal.score or usual
     score = scores.find(name)
@@ -175,7 +181,7 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
     recipe = recipe_of(plan.recipe, groups, tried[0])
     took, used = time.perf_counter() - began, time.process_time() - used
     points, uniform = curve(groups, losses), _uniform(groups, losses)
-    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform)
+    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform, posts)
 
 
 def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> BitsRow:
@@ -196,6 +202,7 @@ def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch
         tuple(chosen.uniform),
         round(chosen.seconds, 2),
         round(chosen.processor, 2),
+        lines=chosen.posts,
     )
     batches = torch.split(chosen.held, max(1, BATCH_TOKENS // chosen.held.shape[1]))
     return row.measured(written.divergence(widened(plan), sink, batches, device, watch))

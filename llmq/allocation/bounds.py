@@ -18,8 +18,8 @@ from llmq.planning.types import Plan
 def bounds_of(
     plan: Plan, goal: Goal, groups: Sequence[Group]
 ) -> tuple[list[Bound], tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """The bounds of a goal: one on bytes, and one on milliseconds if it has a latency; (what, bytes) of the memory
-    beside the weights, and sentences about other contexts, if it has a memory. Raises LlmqError.
+    """The bounds of a goal; (what, bytes) of the memory beside the weights, and sentences about other contexts, if it
+    has a memory. Raises LlmqError.
     """
     stored = [group.nbytes for group in groups]
     found: list[Bound] = []
@@ -37,7 +37,7 @@ def bounds_of(
         left = ("left for the weights whose bits are chosen", int(bound.limit))
         posts = (*((line.what, line.nbytes) for line in lines), left)
         more = tuple(_other(plan, goal.fit, groups, tokens) for tokens in _around(goal.fit.context))
-    elif goal.latency is None:
+    else:
         found.append(Bound("stored bytes", stored, math.inf, ""))
     return found, posts, more
 

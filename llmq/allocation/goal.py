@@ -33,20 +33,6 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Milliseconds for a decode step of `batch` requests with `context` tokens each, on this machine. serve: 'cpu' or
-    'cuda', on llmq's kernels."""
-
-    milliseconds: float
-    context: int = 4096
-    batch: int = 1
-    serve: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_choice("--serve, with --target-latency", self.serve, SERVE[:2])
-
-
-@dataclass(frozen=True)
 class Goal:
     """What the bits of a model's weights are chosen for: the least loss within all bounds that are given.
 
@@ -60,21 +46,17 @@ class Goal:
     nbytes: int | None = None
     kl: float | None = None
     fit: Fit | None = None
-    latency: Latency | None = None
     candidates: tuple[Scheme | None, ...] = ()
     score: str | None = None
     prove: bool = True
 
     def __post_init__(self) -> None:
-        given = [self.bits, self.nbytes, self.kl, self.fit, self.latency]
+        given = [self.bits, self.nbytes, self.kl, self.fit]
         bounds = [one for one in (self.bits, self.nbytes, self.fit) if one is not None]
         if not any(one is not None for one in given):
-            raise LlmqError("a goal needs a budget: bits, bytes, memory, milliseconds or a divergence")
+            raise LlmqError("a goal needs a budget: bits, bytes, memory or a divergence")
         if len(bounds) > 1:
-            raise LlmqError(
-                "--target-bits, --target-size and --fit all bound the same bytes: give one of them (--target-latency "
-                "and --max-kl go with each)"
-            )
+            raise LlmqError("--target-bits, --target-size and --fit all bound the same bytes: give one of them")
         for what, value in (("--target-bits", self.bits), ("--target-size", self.nbytes), ("--max-kl", self.kl)):
             if value is not None and not value > 0:
                 raise LlmqError(f"{what} must be above 0, not {value:g}")
@@ -86,8 +68,6 @@ class Goal:
         found += [] if self.kl is None else [f"a divergence of {self.kl:g} nats"]
         if self.fit is not None:
             found.append(f"{size(self.fit.memory)} of memory with {self.fit.batch} × {self.fit.context:,} tokens")
-        if self.latency is not None:
-            found.append(f"{self.latency.milliseconds:g} ms per token")
         return " and ".join(found)
 
     def schemes(self, recipe: Recipe) -> tuple[Scheme | None, ...]:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmq.discovery.parameters import assign, empty
-from llmq.discovery.tail import Tail, find_tail, zeros_outside
+from llmq.discovery.parameters import assign
+from llmq.discovery.tail import Tail, find_tail
 from llmq.errors import LlmqError
 from llmq.streaming.block_reader import BlockReader
-
-FLOOR = -1e30
-"""Stands for the logarithm of 0."""
+from llmq.training.tail import in_memory, logarithms
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Judge:
             assign(self.reader.plan.model, name, value)
         try:
             logits = self.tail.logits(hidden.to(self.reader.plan.dtype), shape)
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).clamp_min(FLOOR)
+            return logarithms(logits)
         finally:
             for name in values:
                 assign(self.reader.plan.model, name, self.known[name])
@@ -69,14 +67,6 @@ def judging(reader: BlockReader, hidden: Tensor, shape: torch.Size) -> Iterator[
     missing = [name for name in tail.parameters if not plan.links.tensors(name)]
     if missing:
         raise LlmqError(f"{plan.source.folder}: the checkpoint has no tensor for {missing[0]}")
-    inside = tuple(f"{block.name}." for block in plan.blocks)
-    buffers = {name for name, _ in plan.model.named_buffers() if not name.startswith(inside)}
-    try:
-        for name in (*tail.parameters, *sorted(buffers & {*plan.links.names()})):
-            reader.load(name)
-        with zeros_outside(plan.model, blocks, reader.device):
-            tail.settle(hidden.to(reader.device, plan.dtype), shape)
-            yield Judge(reader, tail, {name: plan.model.get_parameter(name).detach() for name in tail.parameters})
-    finally:
-        for name in tail.parameters:
-            empty(plan.model, name)
+    with in_memory(reader, tail):
+        tail.settle(hidden.to(reader.device, plan.dtype), shape)
+        yield Judge(reader, tail, {name: plan.model.get_parameter(name).detach() for name in tail.parameters})

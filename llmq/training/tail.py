@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.discovery.parameters import assign, empty
 from llmq.discovery.tail import Tail, find_tail, zeros_outside
-from llmq.training.trained import IO, Norm
+from llmq.training.trained import IO, Norm, Reads
 
 FLOOR = -1e30
 """Stands for the logarithm of 0 in a divergence."""
@@ -44,23 +44,14 @@ class TrainedTail:
         if teacher is None:
             yield made
             return
-        buffers = {
-            name for name, _ in model.named_buffers() if not any(name.startswith(f"{b.name}.") for b in plan.blocks)
-        }
-        for name in (*found.parameters, *sorted(buffers & {*plan.links.names()})):
-            io.load(name)
-        try:
-            with zeros_outside(model, blocks, io.device):
-                for name in found.parameters:
-                    weight = plan.outside.get(plan.links.source.get(name, ""))
-                    if weight is not None:
-                        stored = io.read_back(weight).to(io.device)
-                        made.values[name] = model.get_parameter(name).detach(), stored
-                found.settle(teacher[0].to(io.device), ids[0].shape)
-                yield made
-        finally:
+        with in_memory(io, found):
             for name in found.parameters:
-                empty(model, name)
+                weight = plan.outside.get(plan.links.source.get(name, ""))
+                if weight is not None:
+                    stored = io.read_back(weight).to(io.device)
+                    made.values[name] = model.get_parameter(name).detach(), stored
+            found.settle(teacher[0].to(io.device), ids[0].shape)
+            yield made
 
     def divergence(self, batch: int, hidden: Tensor) -> float:
         """The sum over a batch's tokens of KL(unquantized ‖ quantized), from the last block's output."""
@@ -95,11 +86,11 @@ class TrainedTail:
             size = None if self.found.apart else shape
             with torch.no_grad():
                 self._put(0)
-                want = _logarithms(self.found.logits(teacher[:, part].to(hidden), size))
+                want = logarithms(self.found.logits(teacher[:, part].to(hidden), size))
             self._put(1)
             for name in trained:
                 self.io.plan.model.get_parameter(name).requires_grad_(True)
-            have = _logarithms(self.found.logits(hidden[:, part], size))
+            have = logarithms(self.found.logits(hidden[:, part], size))
             yield part, nn.functional.kl_div(have, want, log_target=True, reduction="sum")
 
     def _put(self, which: int) -> None:
@@ -113,7 +104,24 @@ class TrainedTail:
                 assign(model, name, value.to(device, self.io.plan.dtype))
 
 
-def _logarithms(logits: Tensor) -> Tensor:
+@contextmanager
+def in_memory(io: Reads, found: Tail) -> Iterator[None]:
+    """Within the context, what a tail reads is in memory on the device: its parameters, and buffers of the checkpoint
+    outside the blocks; whatever else is outside the blocks is zeros."""
+    plan = io.plan
+    model, blocks = plan.model, [block.module for block in plan.blocks]
+    buffers = {name for name, _ in model.named_buffers() if not any(name.startswith(f"{b.name}.") for b in plan.blocks)}
+    for name in (*found.parameters, *sorted(buffers & {*plan.links.names()})):
+        io.load(name)
+    try:
+        with zeros_outside(model, blocks, io.device):
+            yield
+    finally:
+        for name in found.parameters:
+            empty(model, name)
+
+
+def logarithms(logits: Tensor) -> Tensor:
     """The logarithms of probabilities, in float32 or wider."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide).log_softmax(-1).clamp_min(FLOOR)

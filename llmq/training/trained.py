@@ -56,17 +56,22 @@ class Planning(Protocol):
     def pipeline(self) -> Pipeline: ...
 
 
-class IO(Protocol):
-    """What is needed of `llmq.streaming.block_io.BlockIO`, which knows the plan and everything that it is made of."""
+class Reads(Protocol):
+    """What is needed of `llmq.streaming.block_reader.BlockReader`, which knows the plan and its checkpoint."""
 
     @property
     def plan(self) -> Planning: ...
     @property
-    def sink(self) -> Sink: ...
-    @property
     def device(self) -> torch.device: ...
     def load(self, name: str, device: torch.device | None = None) -> None:
         """Fill a parameter or buffer from the checkpoint."""
+
+
+class IO(Reads, Protocol):
+    """What is needed of `llmq.streaming.block_io.BlockIO`, which also knows what is written."""
+
+    @property
+    def sink(self) -> Sink: ...
 
     def restore(self, block: Any) -> list[WeightState]:
         """Fill a block with what is written of it; returns its quantized weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmq.allocation.goal import USUAL, Fit, Goal, Latency, parse_candidates
+from llmq.allocation.goal import USUAL, Fit, Goal, parse_candidates
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
@@ -45,5 +45,4 @@ def test_a_goal_in_words() -> None:
     assert Goal(bits=3.2, kl=0.02).told() == "3.2 bits per weight and a divergence of 0.02 nats"
     assert Goal(nbytes=5 << 30).told() == "a folder of 5.00 GiB"
     fit = Fit(24 << 30, context=32768, batch=2)
-    told = Goal(fit=fit, latency=Latency(20)).told()
-    assert told == "24.00 GiB of memory with 2 × 32,768 tokens and 20 ms per token"
+    assert Goal(fit=fit).told() == "24.00 GiB of memory with 2 × 32,768 tokens"
