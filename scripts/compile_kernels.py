@@ -153,12 +153,13 @@ def nvidia(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        # In one run, which costs its start more than anything else.
+        command = [tool, "-res-usage", "-sass", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     if found is None:
-        raise OSError(f"cuobjdump's output has no register counts: {usage[:100]}")
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", sass)
+        raise OSError(f"cuobjdump's output has no register counts: {told[:100]}")
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", told)
     loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
     return {
         "registers": int(found[1]),

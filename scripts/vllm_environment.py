@@ -32,7 +32,9 @@ def environment(folder: Path, limit: float) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     end = time.monotonic() + limit
     pip = [str(python), "-m", "pip", "--quiet"]
-    steps = [[sys.executable, "-m", "venv", str(folder)], *([*pip, "install", *what] for what in INSTALL)]
+    # Modules are compiled when they are imported: vLLM imports a small part of what is installed with it.
+    install = [*pip, "install", "--no-compile"]
+    steps = [[sys.executable, "-m", "venv", str(folder)], *([*install, *what] for what in INSTALL)]
     for step in [*steps, [*pip, "uninstall", "--yes", *UNFIT]]:
         try:
             subprocess.run(step, check=True, stdin=subprocess.DEVNULL, timeout=max(1.0, end - time.monotonic()))
@@ -51,8 +53,8 @@ def pictures(python: Path, folder: Path, limit: float) -> Path:
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        install = [str(python), "-m", "pip", "--quiet", "install", "--no-deps", "--target", str(partial), PICTURES]
-        subprocess.run(install, check=True, stdin=subprocess.DEVNULL, timeout=limit)
+        pip = [str(python), "-m", "pip", "--quiet", "install", "--no-compile", "--no-deps"]
+        subprocess.run([*pip, "--target", str(partial), PICTURES], check=True, stdin=subprocess.DEVNULL, timeout=limit)
         partial.rename(folder)
     return folder
 

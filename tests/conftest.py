@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What is made for a module or the session is made before `one_thread` is asked for.
+torch.set_num_threads(1)
 # How long an example takes says nothing of the code on a busy machine.
 settings.register_profile("llmq", deadline=None)
 settings.load_profile("llmq")

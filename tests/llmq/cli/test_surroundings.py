@@ -92,39 +92,30 @@ def test_what_is_no_fault_of_the_terminal() -> None:
 
 
 @pytest.mark.slow
-def test_commands(tmp_path: Path) -> None:
+def test_commands_in_the_c_locale(tmp_path: Path) -> None:
+    """Where not only what is printed is ASCII, but the names of files, too."""
     commands = (
         "plan demo --method rtn",
+        "quantize demo --method rtn -o FOLDER/q",
+        "inspect FOLDER/q",
+        "plan ./nowhere-\u65e5",
         "inspect demo",
         "recipes",
         "methods",
         "plan --help",
         "generate demo \u03b1 --tokens 2",
-        "eval demo --max-windows 2 --window 64 --out OUT",
-        "compare OUT",
+        "eval demo --max-windows 2 --window 64 --out FOLDER/out",
+        "compare FOLDER/out",
     )
-    words = [line.replace("OUT", str(tmp_path / "out")).split() for line in commands]
-    planned, *others = several(tmp_path, *words, PYTHONIOENCODING="ascii", COLUMNS="150")
-    for shown in (planned, *others):
+    words = [line.replace("FOLDER", str(tmp_path)).split() for line in commands]
+    codes = [2 if "nowhere" in line else 0 for line in commands]
+    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    planned, run, inspected, refused, *others = several(tmp_path, *words, codes=codes, COLUMNS="150", **c_locale)
+    for shown in (planned, run, inspected, refused, *others):
         shown.decode("ascii")
     assert b"->" in planned and re.search(rb"\d+ x \d+", planned)
-    assert b"perplexity" in others[-1]
-
-
-@pytest.mark.slow
-def test_a_run_in_the_c_locale(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    run, inspected, refused = several(
-        tmp_path,
-        ("quantize", "demo", "--method", "rtn", "-o", out),
-        ("inspect", out),
-        ("plan", "./nowhere-\u65e5"),
-        codes=(0, 0, 2),
-        LC_ALL="C",
-        PYTHONUTF8="0",
-        PYTHONCOERCECLOCALE="0",
-    )
     assert b"verified" in run and b"int4 g128" in inspected and b"?" in refused
+    assert b"perplexity" in others[-1]
 
 
 @pytest.mark.slow
