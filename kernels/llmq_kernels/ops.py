@@ -21,6 +21,8 @@ from llmq_kernels.dense_bits import SLAB
 from llmq_kernels.products import matmul, product_dtype, row_slabs
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
 
+ROWS, FEW_ROWS = 16, 48
+
 Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8)
 
 
@@ -86,8 +88,18 @@ def int_grouped(
     y = x.new_zeros(x.shape[0], out_features)
     for expert, rows in _rows_of(offs, len(x)):
         weight = _expert(expert, packed, scale, zero, bits, out_features, in_features, group_size)
-        y[rows] = linear(x[rows], weight, None if bias is None else bias[expert])
+        some = x[rows]
+        y[rows] = linear(_whole(some), weight, None if bias is None else bias[expert])[: len(some)]
     return y
+
+
+def _whole(x: Tensor) -> Tensor:
+    """On a CPU, many rows with zeros below them, up to a multiple of ROWS.
+
+    oneDNN keeps what it compiles for each number of rows, about half a MiB for a product: of experts, up to 1024.
+    """
+    more = -len(x) % ROWS if x.device.type == "cpu" and len(x) > FEW_ROWS else 0
+    return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
 
 
 def int_grouped_grad(

@@ -28,7 +28,7 @@ from llmq_kernels import layouts, planes
 
 Runtime = Literal["llmq", "vllm"]
 MIB = 1 << 20
-FRAGMENTS = 0.5
+FRAGMENTS = 0.6
 """Of the heap's blocks, how much lies free between them at the peak: measured 0.2 to 0.5 (glibc)."""
 WORKSPACE = 64 * 2**20
 """Slabs of unpacked weights, and the buffers of torch's products and attention."""

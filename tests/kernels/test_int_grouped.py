@@ -112,3 +112,30 @@ def test_wrong_arguments_are_errors() -> None:
     raises(ValueError, "must ascend", 5, torch.tensor([0, 4, 3, 10, 12], dtype=torch.int32))
     raises(ValueError, "at most 12 rows, but 13", 5, torch.tensor([0, 3, 3, 10, 13], dtype=torch.int32))
     raises(ValueError, "bias must be", 4, torch.randn(OUT))
+
+
+@pytest.mark.parametrize("layout", [DENSE_BITS, "int4pack"])
+def test_on_a_cpu_many_rows_are_a_multiple_of_sixteen(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps what it compiles for each number of rows."""
+    module, seen = layouts.layout(layout), []
+    linear = module.linear
+
+    def noted(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(x))
+        return linear(x, *rest)
+
+    monkeypatch.setattr(module, "linear", noted)
+    counts = [48, 0, 49, 64, 90]
+    offsets = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(torch.int32)
+    experts, x = weights(4, False), torch.randn(260, WIDTH, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(EXPERTS, OUT, generator=torch.Generator().manual_seed(1))
+    x, codes, scales, zero, *_, name = arguments(experts, x, bias, layout)
+    got = torch.ops.llmq.int_grouped(x, codes, scales, zero, bias, offsets, 4, OUT, WIDTH, GROUP, name)
+    assert seen == [48, 64, 64, 96]
+    assert not got[sum(counts) :].any() and got.shape == (260, OUT)
+    start = 0
+    for expert, count in enumerate(counts):
+        dense = experts[expert].dense.float()
+        part = slice(start, start + count)
+        assert torch.allclose(got[part], x[part] @ dense.t() + bias[expert], atol=1e-3)
+        start += count
