@@ -13,9 +13,8 @@ TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 # Two halves of the tests, of which who is done first takes over some: a module's tests, and what it makes for them, stay
 # together, and nobody waits at the end.
 PYTEST := -m pytest -n 2 --dist worksteal
-COVERED := -m slipcover --json --out build/coverage.json
 # Those that run torch and Python's own library alone, which are the same in both environments.
-SAME := $(addprefix tests/,test_structure.py $(addprefix llmq/,block methods numerics) \
+SAME := $(addprefix tests/,test_structure.py $(addprefix llmq/,allocation block methods numerics) \
   $(patsubst %,llmq/grids/test_%.py,base estimators float8 histogram integer scheme table) \
   $(patsubst %,kernels/test_%.py,int4pack int8_cpu int_grouped processors reference))
 
@@ -37,12 +36,8 @@ demo: $(STAMP)
 	$(BIN)/llmq quantize demo -o $(DEMO) --method gptq --bits 4 --group-size 128
 	$(BIN)/llmq eval $(DEMO) --base demo
 
-# Every test once, and the lines that they run. In one run: what both lanes import and make, half a minute of two
-# cores, is then imported and made once.
-test: $(STAMP)
-	mkdir -p build
-	$(BIN)/python $(COVERED) $(PYTEST)
-	$(BIN)/python scripts/coverage_by_package.py build/coverage.json
+# Every test once: the fast lane, with what it covers, then what is marked slow.
+test: coverage slow
 
 # The fast lane with the oldest versions that pyproject.toml promises. torch is the same: of an older one only builds
 # with gigabytes of CUDA are to be had. Left out: what runs nothing else (SAME); a test that makes the newest transformers look older; zamba2, whose
@@ -69,10 +64,10 @@ quick: $(STAMP)
 # The fast lane, counting the lines that it runs: a tenth slower.
 coverage: $(STAMP)
 	mkdir -p build
-	$(BIN)/python $(COVERED) $(PYTEST) -m "not slow"
+	$(BIN)/python -m slipcover --json --out build/coverage.json $(PYTEST) -m "not slow"
 	$(BIN)/python scripts/coverage_by_package.py build/coverage.json
 
-# What the fast lane leaves out.
+# What the fast lane leaves out: `coverage` and `slow` together run every test once.
 slow: $(STAMP)
 	$(BIN)/python $(PYTEST) -m slow
 

@@ -142,9 +142,7 @@ def test_a_method_that_transformers_does_not_know(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("ct", 4, 32, True), Case("gptq", 3, 32, True, True)], ids=str)
-def test_compiled_and_generating(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # No pool of processes that each import torch, for one layer's kernels.
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+def test_compiled_and_generating(case: Case, tmp_path: Path) -> None:
     write(tmp_path / "m", case, layers=1)
     model = llmq.load(tmp_path / "m", device_map="cpu", dtype="float32")
     wanted = logits(model)
