@@ -143,6 +143,12 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     plan.open = Open(told, posts, more)
     if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
         allocate(groups, [[0.0] * len(group.candidates) for group in groups], bounds)
+    whole = all(None in group.candidates for group in groups) and goal.kl is None
+    if whole and all(
+        sum(row[group.candidates.index(None)] for row, group in zip(bound.costs, groups, strict=True)) <= bound.limit
+        for bound in bounds
+    ):
+        raise LlmqError(f"{goal.told()} hold all weights as they are: there is nothing to quantize")
     plan.budget = replace(plan.budget, memory=max(plan.budget.memory, memory(plan, groups, goal.score)))
     return groups, bounds
 

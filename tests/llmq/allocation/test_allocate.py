@@ -12,9 +12,10 @@ import torch
 import llmq
 from llmq import job
 from llmq.allocation import allocate, snapshot
-from llmq.allocation.goal import Goal
+from llmq.allocation.goal import Fit, Goal
 from llmq.allocation.scores import Scoring, divergence
 from llmq.checkpoint.files import RECIPE as FILE
+from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
 from llmq.machine import resident_memory
 from llmq.recipe.recipe import Recipe
@@ -110,6 +111,10 @@ def test_what_cannot_be_is_refused_by_the_plan(tiny_model: Path) -> None:
 
     refused(lambda: planned(Goal(bits=1.5)), "at least", "--target-bits")
     refused(lambda: planned(Goal(nbytes=1000)), "--target-size")
+    refused(lambda: planned(Goal(bits=40)), "nothing to quantize")
+    refused(lambda: planned(Goal(fit=Fit(1 << 40))), "nothing to quantize")
+    with pytest.raises(LlmqError, match=r"the smallest that can is --fit \d+MiB"):
+        planned(Goal(fit=Fit(1 << 20)))
     static = Scheme(8, None, activations=Activations(dynamic=False))
     refused(lambda: planned(Goal(bits=8, candidates=(static, None))), "static")
     refused(lambda: planned(Goal(bits=6, candidates=(Scheme(4, 64, grid="nf4"), Scheme(3, 16)))), "--candidates", "nf4")
