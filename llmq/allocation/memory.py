@@ -28,8 +28,9 @@ from llmq_kernels import layouts, planes
 
 Runtime = Literal["llmq", "vllm"]
 MIB = 1 << 20
-FRAGMENTS = 0.6
-"""Of the heap's blocks, how much lies free between them at the peak: measured 0.2 to 0.5 (glibc)."""
+FRAGMENTS, ROUTED_FRAGMENTS = 0.6, 1.2
+"""What lies free between the heap's blocks at the peak, as a share of these: measured 0.2 to 0.55 (glibc), and 1.0 with
+routed experts, whose blocks have many sizes."""
 WORKSPACE = 64 * 2**20
 """Slabs of unpacked weights, and the buffers of torch's products and attention."""
 LOADING = 160 * 2**20
@@ -97,10 +98,12 @@ def fixed_lines(plan: Plan, device: str, context: int, batch: int = 1, runtime: 
     """
     on_cpu = torch.device(device).type == "cpu"
     needs = prompt(plan.model, context, batch)
+    routed = any(item.expert is not None for item in plan.weights)
+    free = int((ROUTED_FRAGMENTS if routed else FRAGMENTS) * needs.heap)
     serving = [
         Line(f"what the model keeps of {batch * context} tokens (keys, values, states)", needs.cache),
         Line(f"activations of a prompt of {batch * context} tokens", needs.peak - needs.cache + WORKSPACE),
-        Line("free pieces of the heap between them", int(FRAGMENTS * needs.heap) if on_cpu else 0),
+        Line("free pieces of the heap between them", free if on_cpu else 0),
     ]
     most = LOADING if runtime == "llmq" else 0
     loading = Line("loading, above serving", max(0, most - sum(line.nbytes for line in serving)))

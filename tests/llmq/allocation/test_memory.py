@@ -13,6 +13,7 @@ from llmq import job
 from llmq.allocation import memory
 from llmq.allocation.groups import groups_of
 from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weight_bytes
+from llmq.allocation.prefill import prompt
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
 from llmq.inference.linear import QuantLinear
@@ -165,6 +166,14 @@ def test_lines_by_context_device_and_runtime(tmp_path: Path) -> None:
     on_gpu = fixed_lines(made, "cuda", 64)
     assert any("CUDA" in line.what for line in on_gpu) and not any("heap" in line.what for line in on_gpu)
     assert [line.nbytes for line in on_gpu] == sorted((line.nbytes for line in on_gpu), reverse=True)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("kind", "share"), [("llama", memory.FRAGMENTS), ("qwen3_moe", memory.ROUTED_FRAGMENTS)])
+def test_the_heap_of_routed_experts_has_more_holes(kind: str, share: float, tmp_path: Path) -> None:
+    made = plan(make(kind, tmp_path / "source"))
+    lines = {line.what: line.nbytes for line in fixed_lines(made, "cpu", 64)}
+    assert lines["free pieces of the heap between them"] == int(share * prompt(made.model, 64).heap)
 
 
 def test_what_is_left() -> None:
