@@ -127,7 +127,8 @@ def test_gptq_has_the_rows_that_chose_an_expert(source: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq", "signround", "block_qat"])
 def test_stock_transformers_loads_what_is_written(method: str, source: Path, tmp_path: Path) -> None:
-    options = {"iterations": 2} if method in ("signround", "block_qat") else {}
+    # signround: enough steps that the rest of a block and its experts both learn.
+    options = {"signround": {"iterations": 12}, "block_qat": {"iterations": 2}}.get(method, {})
     recipe = Recipe(methods=tuple(method.split("+")), scheme=W4, options=options)
     report = job.quantize(str(source), tmp_path / "out", recipe, ids=IDS)
     loaded, told = mixtures.load(tmp_path / "out")
@@ -161,7 +162,9 @@ def test_groups_of_any_size_give_the_same_tensors(
             groups_of(patch, size)
             job.quantize(str(source), out, recipe, ids=IDS)
 
-    mixtures.check_groups(quantize, tmp_path, (1, 3, 6), lambda size: 1 + 2 * (1 + -(-6 // size)))
+    # awq+gptq in groups of three or in one; rtn has groups of one as well.
+    sizes = (1, 3, 6)[method != "rtn" :]
+    mixtures.check_groups(quantize, tmp_path, sizes, lambda size: 1 + 2 * (1 + -(-6 // size)))
 
 
 @pytest.mark.slow
@@ -172,13 +175,13 @@ def test_broken_off_before_any_commit_a_run_resumes_with_the_same_bytes(
     groups_of(monkeypatch, 3)
     monkeypatch.setattr(Plan, "batch", property(lambda plan: 1))
     recipe = Recipe(methods=(method,), scheme=W4, options={"iterations": 2} if method == "signround" else {})
-    # Of signround: before a block's first group, before another's last, and before the rest of a block.
+    # Each method before every other commit: together before all of them.
     mixtures.check_resumes(
         lambda out: job.quantize(str(source), out, recipe, ids=IDS),
         tmp_path,
         commits=1 + 2 * (2 + 1),
         weights=2 * (16 + 4 * 3 + 2 * 2),
-        ended=slice(None) if method == "gptq" else slice(1, None, 2),
+        ended=slice(0 if method == "gptq" else 1, None, 2),
     )
 
 
