@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq import formats, methods
 from llmq.allocation import scores, windows, written
 from llmq.allocation.bounds import bounds_of
-from llmq.allocation.choose import Allocation, Bound, allocate, curve, recipe_of, views
+from llmq.allocation.choose import Allocation, Bound, allocate, check_bounds, curve, recipe_of, views
 from llmq.allocation.goal import Goal
 from llmq.allocation.groups import Group, groups_of
 from llmq.allocation.scores import Scoring, divergence, linear
@@ -25,7 +25,7 @@ from llmq.checkpoint.sink import Sink
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
-from llmq.planning.memory import TRANSIENT, hidden_width
+from llmq.planning.memory import FORWARD_COPIES, TRANSIENT, hidden_width
 from llmq.planning.trial import try_quantizer
 from llmq.planning.types import BATCH_TOKENS, Open, Plan
 from llmq.recipe.recipe import Recipe
@@ -64,11 +64,6 @@ class Chosen:
     held: Tensor
     uniform: list[tuple[str, float, float]] = field(default_factory=list)
     posts: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def allocation(self) -> Allocation:
-        """The one that is used."""
-        return self.tried[0]
 
     @property
     def numbers(self) -> int:
@@ -141,8 +136,7 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     told = f"{goal.told()}: {len(groups)} groups of weights, each one of {told}; by the score {name!r}"
     bounds, posts, more = bounds_of(plan, goal, groups)
     plan.open = Open(told, posts, more)
-    if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
-        allocate(groups, [[0.0] * len(group.candidates) for group in groups], bounds)
+    check_bounds(groups, bounds)
     whole = all(None in group.candidates for group in groups) and goal.kl is None
     if whole and all(
         sum(row[group.candidates.index(None)] for row, group in zip(bound.costs, groups, strict=True)) <= bound.limit
@@ -182,7 +176,7 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
     truths: list[float] = []
     if goal.prove:
         truths = _proved(task, parts, tried, store)
-        order = sorted(range(len(tried)), key=lambda i: truths[i])
+        order = sorted(range(len(tried)), key=lambda i: _worth(tried[i], truths[i], groups, goal))
         tried, truths = [tried[i] for i in order], [truths[i] for i in order]
     recipe = recipe_of(plan.recipe, groups, tried[0])
     took, used = time.perf_counter() - began, time.process_time() - used
@@ -254,7 +248,13 @@ def memory(plan: Plan, groups: Sequence[Group], score: str | None = None) -> int
     widths = [{i.input_id: i.shape[1] for i in items}.values() for items in mine]
     needs = [sum(need.nbytes(w) for need in quantizer.quantize_needs for w in inputs) for inputs in widths]
     work = max((quantizer.workspace(i.shape) for items in mine for i in items), default=0)
-    forward = 6 * parts.batch * parts.statistics.shape[1] * max((max(i.shape) for i in plan.weights), default=1) * four
+    forward = (
+        FORWARD_COPIES
+        * parts.batch
+        * parts.statistics.shape[1]
+        * max((max(i.shape) for i in plan.weights), default=1)
+        * four
+    )
     embedding = sum(plan.model.get_parameter(n).numel() for n in plan.structure.outside) * four
     run = max(blocks) * four + max(needs, default=0) + max(work + rounded, forward)
     now = psutil.Process().memory_info().rss + TRANSIENT
@@ -278,8 +278,16 @@ def _distinct(
                 raise
             continue
         predicted = sum(row[c] for row, c in zip(losses, one.picks, strict=True))
+        if goal.kl is not None and predicted > goal.kl:
+            continue
         found.setdefault(one.picks, replace(one, predicted=predicted, name=name))
     return list(found.values()) if goal.prove else [next(iter(found.values()))]
+
+
+def _worth(one: Allocation, truth: float, groups: Sequence[Group], goal: Goal) -> tuple[bool, float]:
+    """What orders proved allocations, the best first: divergence; for --max-kl, size where the divergence is met."""
+    unmet = goal.kl is not None and truth > goal.kl
+    return unmet, truth if goal.kl is None or unmet else one.nbytes(groups)
 
 
 def _proved(task: Scoring, parts: windows.Split, tried: Sequence[Allocation], store: Store) -> list[float]:
@@ -326,6 +334,7 @@ def _depends(
         "seed": plan.recipe.seed,
         "score": score,
         "text": plan.calibration.digest,
+        "held": None if plan.calibration.held is None else plan.calibration.held.tolist(),
         "scored": len(scored),
         "versions": versions(),
         "device": device.type,

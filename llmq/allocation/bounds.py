@@ -48,28 +48,39 @@ def _around(context: int) -> tuple[int, ...]:
 
 def _other(plan: Plan, fit: Fit, groups: Sequence[Group], context: int) -> str:
     """How many bits a weight may have in memory with another context, in a sentence."""
-    try:
-        _, bound = memory_bound(plan, replace(fit, context=context), groups)
-    except LlmqError as problem:
-        return f"with {context:,} tokens: {str(problem).partition('. It is')[0].rpartition(': ')[2]}"
-    bits = 8 * bound.limit / sum(group.numbers for group in groups)
-    most = 8 * sum(max(row) for row in bound.costs) / sum(group.numbers for group in groups)
-    return f"with {context:,} tokens: {bits:.2f} bits per weight in memory" + (
-        ", enough to leave all unquantized" if bits >= most else ""
-    )
+    lines, costs = _in_memory(plan, replace(fit, context=context), groups)
+    least, most = (sum(of(row) for row in costs) for of in (min, max))
+    left = fit.memory - sum(line.nbytes for line in lines)
+    if left < least:
+        return f"with {context:,} tokens: the smallest that can is --fit {memory.needed(lines, least)}MiB"
+    if left >= most:
+        return f"with {context:,} tokens: enough for the largest candidate of every weight"
+    return f"with {context:,} tokens: {8 * left / sum(group.numbers for group in groups):.2f} bits per weight in memory"
 
 
 def memory_bound(plan: Plan, fit: Fit, groups: Sequence[Group]) -> tuple[list[Line], Bound]:
     """What a process has in memory beside the weights whose bits are chosen, and the bound on these.
 
-    Raises LlmqError if even the fewest bits are too many, with the smallest memory that is enough.
+    Raises LlmqError if even the fewest bits are too many, with the smallest memory that is enough; and for candidates
+    that the runtime would not keep packed.
     """
+    for scheme in {scheme for group in groups for scheme in group.candidates if scheme is not None}:
+        if fit.serve != "vllm" and memory.loads_dense(scheme):
+            raise LlmqError(
+                f"--candidates: a folder with a weight as {scheme} is unpacked whole when llmq loads it: leave it out, "
+                "or --serve vllm"
+            )
+    lines, costs = _in_memory(plan, fit, groups)
+    left = memory.budget(lines, fit.memory, sum(min(row) for row in costs))
+    return lines, Bound("bytes in memory", costs, left, "give more --fit")
+
+
+def _in_memory(plan: Plan, fit: Fit, groups: Sequence[Group]) -> tuple[list[Line], list[list[int]]]:
+    """All but the weights whose bits are chosen, and the bytes of these, by group and candidate."""
     device = "cuda" if fit.serve == "vllm" else fit.serve
     runtime: Runtime = "vllm" if fit.serve == "vllm" else "llmq"
     lines = memory.fixed_lines(plan, device, fit.context, fit.batch, runtime)
-    costs = [memory.group_bytes(group, plan.dtype, device, runtime) for group in groups]
-    left = memory.budget(lines, fit.memory, sum(min(row) for row in costs))
-    return lines, Bound("bytes in memory", costs, left, "give more --fit")
+    return lines, [memory.group_bytes(group, plan.dtype, device, runtime) for group in groups]
 
 
 def rest_bytes(plan: Plan, groups: Sequence[Group]) -> int:

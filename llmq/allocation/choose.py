@@ -71,6 +71,12 @@ def allocate(
     return Allocation(chosen.picks, chosen.loss, chosen.costs)
 
 
+def check_bounds(groups: Sequence[Group], bounds: Sequence[Bound]) -> None:
+    """Raise LlmqError, with the least that can be had, if a bound is below what the cheapest candidates take."""
+    if any(sum(min(row) for row in bound.costs) > bound.limit for bound in bounds):
+        raise LlmqError(_unmet(groups, bounds))
+
+
 def curve(groups: Sequence[Group], losses: Sequence[Sequence[float]], points: int = 64) -> list[tuple[float, float]]:
     """(stored bits per weight, predicted loss in nats) of the best allocations for rising sizes, at most so many."""
     numbers = sum(group.numbers for group in groups)

@@ -65,18 +65,24 @@ def weight_bytes(
         return rows * width * dtype.itemsize
     if runtime == "vllm":
         return stored_bytes(shape, scheme, dtype)
-    if scheme.grid == "nf4":
+    if loads_dense(scheme):
+        return rows * width * dtype.itemsize
+    if scheme.rules.double_quant:
+        # A codebook, and blocks of the flattened weight, whose scales are float32 or quantized themselves.
         blocks = -(-rows * width // (scheme.group_size or width))
         scales = blocks + 4 * -(-blocks // 256) + 4 * 256 if scheme.double_quant else 4 * blocks
         return -(-rows * width // 2) + scales + 4 * 16
-    if rounding_of(scheme.rules).code_dtype.is_floating_point:
-        return rows * width * dtype.itemsize
     if scheme.activations is not None:
         return rows * width + rows * dtype.itemsize + (0 if scheme.activations.dynamic else dtype.itemsize)
     bits = scheme.bits if scheme.bits <= 4 else 8
     group = scheme.group_size or width
     layout = layouts.layout(_layout(torch.device(device), dtype, bits, rows, width, group))
     return layout.nbytes(dtype, bits, rows, width, group, not scheme.symmetric)
+
+
+def loads_dense(scheme: Scheme) -> bool:
+    """Whether a folder with a weight of this scheme is read by stock transformers alone, which unpacks all of it."""
+    return rounding_of(scheme.rules).code_dtype.is_floating_point
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:
@@ -147,6 +153,11 @@ def group_bytes(group: Group, dtype: torch.dtype, device: str = "cpu", runtime: 
     ]
 
 
+def needed(lines: Sequence[Line], smallest: int) -> int:
+    """The smallest limit in whole MiB that holds these lines, and the weights with the fewest bits."""
+    return -(-(sum(line.nbytes for line in lines) + smallest) // MIB)
+
+
 def budget(lines: Sequence[Line], limit: int, smallest: int = 0) -> int:
     """What is left of `limit` bytes for the weights whose bits are chosen.
 
@@ -156,11 +167,10 @@ def budget(lines: Sequence[Line], limit: int, smallest: int = 0) -> int:
     left = limit - sum(line.nbytes for line in lines)
     if left >= smallest:
         return left
-    needed = -(-(limit - left + smallest) // MIB)
     posts = sorted([*lines, Line("the weights, with the fewest bits", smallest)], key=lambda line: -line.nbytes)
     told = "".join(f"\n  {size(line.nbytes):>10}  {line.what}" for line in posts[:6] if line.nbytes)
     raise LlmqError(
-        f"--fit {size(limit)} cannot be met: the smallest that can is --fit {needed}MiB. It is{told}\n"
+        f"--fit {size(limit)} cannot be met: the smallest that can is --fit {needed(lines, smallest)}MiB. It is{told}\n"
         "Ways out: a shorter --context, a smaller --batch, candidates with fewer bits or larger groups, "
         "or --include weights outside the blocks"
     )

@@ -73,7 +73,7 @@ Score = Annotated[
     str | None,
     typer.Option(
         help="How the loss of each choice is found: divergence (measured; the best), linear, gradient, fisher, error "
-        "(harmful). Default: the best that the model's size allows.",
+        "(a poor guide). Default: the best that the model's size allows.",
         rich_help_panel=PANEL,
     ),
 ]

@@ -1,7 +1,7 @@
 """The squared error of the weights, relative to the weights. No text, no run of the model; a poor guide between groups.
 
-It says nothing of what a weight matters: measured, allocations by it are worse than the same bits for all weights. It
-is what is left for models that cannot be run on this machine.
+It says nothing of how much a weight matters: of two measured models, one gets worse by it than with the same bits for
+all weights, and both much worse than by other scores. It is what is left where a model cannot be run on this machine.
 """
 
 from __future__ import annotations

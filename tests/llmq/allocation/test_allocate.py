@@ -91,6 +91,9 @@ def test_a_size_and_a_divergence(tiny_model: Path, tmp_path: Path) -> None:
     assert report.chosen is not None and report.chosen.chosen.truth is None
     small = quantized(tiny_model, tmp_path / "kl", Goal(kl=0.2, score="linear"))
     assert small.chosen is not None and small.chosen.score == "linear" and small.chosen.chosen.predicted <= 0.2
+    proved = [one for one in small.chosen.tried if one.truth is not None and one.truth <= 0.2]
+    assert all(one.predicted <= 0.2 for one in small.chosen.tried)
+    assert not proved or small.chosen.chosen.bits == min(one.bits for one in proved)
     assert quantized(tiny_model, tmp_path / "kl2", Goal(kl=0.4, score="linear")).bytes < small.bytes
 
 
@@ -115,6 +118,8 @@ def test_what_cannot_be_is_refused_by_the_plan(tiny_model: Path) -> None:
     refused(lambda: planned(Goal(fit=Fit(1 << 40))), "nothing to quantize")
     with pytest.raises(LlmqError, match=r"the smallest that can is --fit \d+MiB"):
         planned(Goal(fit=Fit(1 << 20)))
+    fp8 = Scheme(8, None, grid="fp8")
+    refused(lambda: planned(Goal(fit=Fit(4 << 30), candidates=(fp8, Scheme(4, 16)))), "fp8", "--serve vllm")
     static = Scheme(8, None, activations=Activations(dynamic=False))
     refused(lambda: planned(Goal(bits=8, candidates=(static, None))), "static")
     refused(lambda: planned(Goal(bits=6, candidates=(Scheme(4, 64, grid="nf4"), Scheme(3, 16)))), "--candidates", "nf4")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.allocation.goal import Goal
+from llmq.allocation.goal import Fit, Goal
 from llmq.cli.goals import goal_of
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
@@ -24,6 +24,11 @@ def test_goals_of_options() -> None:
     )
     assert goal_of(RECIPE, target_bits=3, candidates="2,16") == Goal(bits=3, candidates=(Scheme(2, 16), None))
     refused(lambda: goal_of(RECIPE, candidates="2,3"), "--candidates", "--target-bits")
+    assert goal_of(RECIPE, fit="2GiB", context="2k", batch=3, serve="vllm") == Goal(fit=Fit(2 << 30, 2048, 3, "vllm"))
+    assert goal_of(RECIPE, fit="1.5GB", serve="cpu") == Goal(fit=Fit(1_500_000_000))
+    refused(lambda: goal_of(RECIPE, target_bits=3, context="2k"), "--context", "--fit")
+    refused(lambda: goal_of(RECIPE, fit="2GiB", context="long"), "--context", "32k")
+    refused(lambda: goal_of(RECIPE, fit="2GiB", serve="tpu"), "--serve", "vllm")
     refused(lambda: goal_of(RECIPE, target_size="big"), "--target-size", "24GiB")
     refused(lambda: goal_of(RECIPE, target_bits=3, score="hawk"), "hawk", "linear")
 
