@@ -55,6 +55,7 @@ def plan(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
+    watch: Watch | None = None,
 ) -> Plan:
     """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
 
@@ -64,7 +65,7 @@ def plan(
     """
     made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
     if goal is not None:
-        allocate.prepare(made, goal)
+        allocate.prepare(made, goal, watch)
         check_room(made.budget, None, device)
     return made
 
@@ -133,7 +134,15 @@ def quantize(
     out = Path(out)
     watch = watch or Silent()
     made = made or plan(
-        model, recipe, goal=goal, out=out, tp=tp, device=device, ids=ids, trust_remote_code=trust_remote_code
+        model,
+        recipe,
+        goal=goal,
+        out=out,
+        tp=tp,
+        device=device,
+        ids=ids,
+        trust_remote_code=trust_remote_code,
+        watch=watch,
     )
     chosen = None if goal is None else allocate.choose_bits(made, goal, torch.device(device), watch)
     if chosen is not None:

@@ -114,6 +114,14 @@ def parse_count(text: str, what: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
+def parse_time(text: str, what: str) -> float:
+    """'40ms', '40' or '0.5 s' → milliseconds; what: the option, for the error. Raises LlmqError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise LlmqError(f"{what} {text!r}: write a time such as 40ms or 0.5s")
+    return float(match[1]) * (1000 if match[2].lower() == "s" else 1)
+
+
 def size(nbytes: float) -> str:
     """Bytes with a unit: 1.5 MiB."""
     for unit in ("B", "KiB", "MiB"):

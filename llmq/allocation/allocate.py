@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmq import formats, methods
 from llmq.allocation import scores, windows, written
-from llmq.allocation.bounds import bounds_of
+from llmq.allocation.bounds import Bounds, bounds_of
 from llmq.allocation.choose import Allocation, Bound, allocate, check_bounds, curve, recipe_of, views
 from llmq.allocation.goal import Goal
 from llmq.allocation.groups import Group, groups_of
@@ -31,7 +31,7 @@ from llmq.planning.types import BATCH_TOKENS, Open, Plan
 from llmq.recipe.recipe import Recipe
 from llmq.report.bits import BitsRow, TriedRow
 from llmq.report.report import versions
-from llmq.watch import Watch
+from llmq.watch import Silent, Watch
 
 ROOM = 2 << 30
 """The most that the chains of hidden states of all scored candidates take together, in bytes."""
@@ -48,7 +48,7 @@ class Chosen:
     nats, of weights rounded without corrections; empty if none was measured. points: (stored bits per weight,
     predicted divergence) of the best allocations of all sizes. uniform: (scheme, stored bits per weight, predicted
     divergence) of one scheme for all weights. posts: (what, bytes) of the memory beside these weights, if that bounds
-    them.
+    them; milliseconds: of a decode step, predicted, if that bounds them.
     """
 
     goal: Goal
@@ -64,6 +64,7 @@ class Chosen:
     held: Tensor
     uniform: list[tuple[str, float, float]] = field(default_factory=list)
     posts: tuple[tuple[str, int], ...] = ()
+    milliseconds: float | None = None
 
     @property
     def numbers(self) -> int:
@@ -124,7 +125,7 @@ def usual_score(plan: Plan, groups: Sequence[Group]) -> tuple[str, int]:
     return "gradient", tokens
 
 
-def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
+def prepare(plan: Plan, goal: Goal, watch: Watch | None = None) -> tuple[list[Group], Bounds]:
     """The groups and bounds of a plan, whose budget gets the memory that choosing bits takes.
 
     Raises LlmqError if the goal cannot be met.
@@ -134,8 +135,9 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     scores.find(name)
     told = ", ".join("unquantized" if scheme is None else str(scheme) for scheme in goal.schemes(plan.recipe))
     told = f"{goal.told()}: {len(groups)} groups of weights, each one of {told}; by the score {name!r}"
-    bounds, posts, more = bounds_of(plan, goal, groups)
-    plan.open = Open(told, posts, more)
+    limits = bounds_of(plan, goal, groups, watch or Silent())
+    bounds = limits.bounds
+    plan.open = Open(told, limits.posts, limits.more)
     check_bounds(groups, bounds)
     whole = all(None in group.candidates for group in groups) and goal.kl is None
     if whole and all(
@@ -144,7 +146,7 @@ def prepare(plan: Plan, goal: Goal) -> tuple[list[Group], list[Bound]]:
     ):
         raise LlmqError(f"{goal.told()} hold all weights as they are: there is nothing to quantize")
     plan.budget = replace(plan.budget, memory=max(plan.budget.memory, memory(plan, groups, goal.score)))
-    return groups, bounds
+    return groups, limits
 
 
 def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> Chosen:
@@ -153,7 +155,8 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
     Raises LlmqError; what was measured is kept, and the same call goes on.
     """
     began, used = time.perf_counter(), time.process_time()
-    groups, bounds = prepare(plan, goal)
+    groups, limits = prepare(plan, goal, watch)
+    bounds = limits.bounds
     posts = () if plan.open is None else plan.open.posts
     usual, tokens = usual_score(plan, groups)
     name = goal.score or usual
@@ -181,7 +184,11 @@ def choose_bits(plan: Plan, goal: Goal, device: torch.device, watch: Watch) -> C
     recipe = recipe_of(plan.recipe, groups, tried[0])
     took, used = time.perf_counter() - began, time.process_time() - used
     points, uniform = curve(groups, losses), _uniform(groups, losses)
-    return Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform, posts)
+    chosen = Chosen(goal, recipe, groups, losses, name, tried, truths, points, took, used, parts.proof, uniform, posts)
+    if limits.times is None:
+        return chosen
+    times = sum(row[c] for row, c in zip(limits.times, tried[0].picks, strict=True))
+    return replace(chosen, milliseconds=times)
 
 
 def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> BitsRow:
@@ -203,6 +210,7 @@ def measured(chosen: Chosen, plan: Plan, sink: Sink, device: torch.device, watch
         round(chosen.seconds, 2),
         round(chosen.processor, 2),
         lines=chosen.posts,
+        milliseconds=chosen.milliseconds,
     )
     batches = torch.split(chosen.held, max(1, BATCH_TOKENS // chosen.held.shape[1]))
     return row.measured(written.divergence(widened(plan), sink, batches, device, watch))

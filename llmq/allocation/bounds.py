@@ -4,42 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from llmq.allocation import memory
 from llmq.allocation.choose import Bound
-from llmq.allocation.goal import Fit, Goal
+from llmq.allocation.goal import Fit, Goal, Latency
 from llmq.allocation.groups import Group
+from llmq.allocation.latency.table import step_times
 from llmq.allocation.memory import Line, Runtime
 from llmq.errors import LlmqError
 from llmq.planning.types import Plan
+from llmq.watch import Watch
+
+SMALLER = "--candidates with fewer bits"
 
 
-def bounds_of(
-    plan: Plan, goal: Goal, groups: Sequence[Group]
-) -> tuple[list[Bound], tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """The bounds of a goal; (what, bytes) of the memory beside the weights, and sentences about other contexts, if it
-    has a memory. Raises LlmqError.
-    """
-    stored = [group.nbytes for group in groups]
-    found: list[Bound] = []
+@dataclass
+class Bounds:
+    """The bounds of a goal. posts: (what, bytes) of the memory beside the weights; more: sentences for people; times:
+    milliseconds of a decode step, by group and candidate, if it has a latency."""
+
+    bounds: list[Bound] = field(default_factory=list)
     posts: tuple[tuple[str, int], ...] = ()
     more: tuple[str, ...] = ()
+    times: list[list[float]] | None = None
+
+
+def bounds_of(plan: Plan, goal: Goal, groups: Sequence[Group], watch: Watch) -> Bounds:
+    """The bounds of a goal. Raises LlmqError. Decode steps are timed once, which takes up to a minute or two."""
+    stored = [group.nbytes for group in groups]
+    made = Bounds()
+    found = made.bounds
     if goal.bits is not None:
         limit = goal.bits * sum(group.numbers for group in groups) / 8
-        found.append(Bound("stored bytes", stored, limit, "give more --target-bits"))
+        found.append(Bound("stored bytes", stored, limit, f"give more --target-bits, or {SMALLER}"))
     elif goal.nbytes is not None:
         rest = rest_bytes(plan, groups)
-        found.append(Bound("stored bytes beside all else", stored, goal.nbytes - rest, "give a larger --target-size"))
+        found.append(
+            Bound(
+                "stored bytes beside all else", stored, goal.nbytes - rest, f"give a larger --target-size, or {SMALLER}"
+            )
+        )
     elif goal.fit is not None:
         lines, bound = memory_bound(plan, goal.fit, groups)
         found.append(bound)
         left = ("left for the weights whose bits are chosen", int(bound.limit))
-        posts = (*((line.what, line.nbytes) for line in lines), left)
-        more = tuple(_other(plan, goal.fit, groups, tokens) for tokens in _around(goal.fit.context))
-    else:
+        made.posts = (*((line.what, line.nbytes) for line in lines), left)
+        made.more = tuple(_other(plan, goal.fit, groups, tokens) for tokens in _around(goal.fit.context))
+    elif goal.kl is not None:
         found.append(Bound("stored bytes", stored, math.inf, ""))
-    return found, posts, more
+    if goal.latency is not None:
+        made.times = _times(plan, goal.latency, groups, watch)
+        way = "give more --target-latency, or other --candidates"
+        found.append(Bound("milliseconds of a decode step", made.times, goal.latency.milliseconds, way))
+        least, most = (sum(of(row) for row in made.times) for of in (min, max))
+        made.more += (f"a decode step takes {least:.3g} ms with the fastest candidates, {most:.3g} with the slowest",)
+    return made
+
+
+def _times(plan: Plan, latency: Latency, groups: Sequence[Group], watch: Watch) -> list[list[float]]:
+    return step_times(plan, groups, torch.device(latency.serve), latency.context, latency.batch, watch)
 
 
 def _around(context: int) -> tuple[int, ...]:
@@ -72,7 +98,7 @@ def memory_bound(plan: Plan, fit: Fit, groups: Sequence[Group]) -> tuple[list[Li
             )
     lines, costs = _in_memory(plan, fit, groups)
     left = memory.budget(lines, fit.memory, sum(min(row) for row in costs))
-    return lines, Bound("bytes in memory", costs, left, "give more --fit")
+    return lines, Bound("bytes in memory", costs, left, f"give more --fit, or {SMALLER}")
 
 
 def _in_memory(plan: Plan, fit: Fit, groups: Sequence[Group]) -> tuple[list[Line], list[list[int]]]:

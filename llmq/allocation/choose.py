@@ -136,9 +136,7 @@ def _unmet(groups: Sequence[Group], bounds: Sequence[Bound]) -> str:
     for bound in bounds:
         least = sum(min(row) for row in bound.costs)
         if least > bound.limit:
-            return (
-                f"the weights take at least {least:,.6g} {bound.what}, and {bound.limit:,.6g} are asked for: "
-                f"{bound.way}, or --candidates with fewer bits"
-            )
+            asked = f"and {bound.limit:,.6g} are asked for: {bound.way}"
+            return f"the least that the candidates have is {least:,.6g} {bound.what}, {asked}"
     told = " and ".join(f"{bound.limit:,.6g} {bound.what}" for bound in bounds)
     return f"no choice of bits is within {told} at once: {'; or '.join(bound.way for bound in bounds)}"

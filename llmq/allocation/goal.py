@@ -9,7 +9,7 @@ from typing import Any
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.grids.table import GRIDS
-from llmq.machine import size
+from llmq.machine import has_cuda, size
 from llmq.recipe.recipe import Recipe
 from llmq.validate import check_choice
 
@@ -33,28 +33,50 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Milliseconds from one token to the next, of `batch` rows after `context` tokens each, on llmq's kernels on this
+    machine. serve: 'cpu' or 'cuda'."""
+
+    milliseconds: float
+    context: int = 4096
+    batch: int = 1
+    serve: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.serve == "vllm":
+            raise LlmqError("--target-latency: times are measured on llmq's kernels, not in vLLM: --serve cpu or cuda")
+        check_choice("--serve", self.serve, SERVE)
+        if self.serve == "cuda" and not has_cuda():
+            raise LlmqError("--target-latency: times are measured on this machine, which has no GPU: --serve cpu")
+        if not self.milliseconds > 0:
+            raise LlmqError(f"--target-latency must be above 0, not {self.milliseconds:g}")
+
+
+@dataclass(frozen=True)
 class Goal:
     """What the bits of a model's weights are chosen for: the least loss within all bounds that are given.
 
     bits: stored bits per quantized weight, with scales and zero points; nbytes: of the folder's weights; kl: instead of
-    the least loss, the fewest bytes whose predicted divergence is at most this, in nats; candidates: schemes, None for
-    unquantized; score: how the loss of each candidate is found (`allocation.scores`), None for the best that the
-    model's size allows; prove: whether the best allocations are compared by their real divergence.
+    the least loss, the fewest bytes whose predicted divergence is at most this, in nats; latency: of a decode
+    step, alone or beside one of the others; candidates: schemes, None for unquantized; score: how the loss of each
+    candidate is found (`allocation.scores`), None for the best that the model's size allows; prove: whether the best
+    allocations are compared by their real divergence.
     """
 
     bits: float | None = None
     nbytes: int | None = None
     kl: float | None = None
     fit: Fit | None = None
+    latency: Latency | None = None
     candidates: tuple[Scheme | None, ...] = ()
     score: str | None = None
     prove: bool = True
 
     def __post_init__(self) -> None:
-        given = [self.bits, self.nbytes, self.kl, self.fit]
+        given = [self.bits, self.nbytes, self.kl, self.fit, self.latency]
         bounds = [one for one in (self.bits, self.nbytes, self.fit) if one is not None]
         if not any(one is not None for one in given):
-            raise LlmqError("a goal needs a budget: bits, bytes, memory or a divergence")
+            raise LlmqError("a goal needs a budget: bits, bytes, memory, a time or a divergence")
         if len(bounds) > 1:
             raise LlmqError("--target-bits, --target-size and --fit all bound the same bytes: give one of them")
         for what, value in (("--target-bits", self.bits), ("--target-size", self.nbytes), ("--max-kl", self.kl)):
@@ -68,6 +90,9 @@ class Goal:
         found += [] if self.kl is None else [f"a divergence of {self.kl:g} nats"]
         if self.fit is not None:
             found.append(f"{size(self.fit.memory)} of memory with {self.fit.batch} × {self.fit.context:,} tokens")
+        if self.latency is not None:
+            one = self.latency
+            found.append(f"{one.milliseconds:g} ms a token with {one.batch} × {one.context:,} tokens")
         return " and ".join(found)
 
     def schemes(self, recipe: Recipe) -> tuple[Scheme | None, ...]:

@@ -72,7 +72,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 def _traced(model: nn.Module, context: int, batch: int) -> Prompt:
     ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
     known = {*_storages([*model.parameters(), *model.buffers()])}
-    with torch.inference_mode(), _Fused(), _Live(known) as live:
+    with torch.inference_mode(), Fused(), _Live(known) as live:
         kept = _run(model, ids)
         return Prompt(_nbytes(kept), live.peak, live.heap_peak)
 
@@ -108,10 +108,10 @@ def _run(model: nn.Module, ids: Tensor) -> list[Tensor]:
     last = {LAST: 1} if LAST in inspect.signature(model.forward).parameters else {}
     result = model(input_ids=ids, use_cache=True, **last)
     fields = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
-    return list(_tensors([value for name, value in fields.items() if name not in ("logits", 0)], set()))
+    return list(tensors([value for name, value in fields.items() if name not in ("logits", 0)], set()))
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """All tensors in a value: in lists, dicts and the attributes of objects, each object once."""
     if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module, torch.dtype, torch.device)):
         return
@@ -127,7 +127,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         else list(getattr(value, "__dict__", {}).values())
     )
     for part in parts:
-        yield from _tensors(part, seen)
+        yield from tensors(part, seen)
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
@@ -176,7 +176,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.heap_peak = max(self.heap_peak, self.heap)
 
 
-class _Fused(TorchFunctionMode):
+class Fused(TorchFunctionMode):
     """What fused kernels compute, where the meta device would do otherwise, or refuse a dtype.
 
     Attention without the products of all tokens, with a mask of booleans turned into numbers; products of rows that are

@@ -43,8 +43,12 @@ def plan(
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
     from llmq import job
     from llmq.report import terminal
+    from llmq.report.progress import Bars
 
-    made = job.plan(model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    with Bars(err_console) as bars:
+        made = job.plan(
+            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+        )
     terminal.plan(out_console, made)
 
 
@@ -69,7 +73,10 @@ def quantize(
     from llmq.report import terminal
     from llmq.report.progress import Bars
 
-    made = job.plan(model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code)
+    with Bars(err_console) as bars:
+        made = job.plan(
+            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+        )
     if dry_run:
         terminal.plan(out_console, made)
         return

@@ -46,9 +46,20 @@ Fit = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+TargetLatency = Annotated[
+    str | None,
+    typer.Option(
+        "--target-latency",
+        help="The same, for the time from one token to the next, measured on this machine with llmq's kernels, after "
+        "--context tokens: 40ms. Alone, or beside one of the other budgets.",
+        rich_help_panel=PANEL,
+    ),
+]
 Context = Annotated[
     str | None,
-    typer.Option(help="Tokens of a request, for --fit: 4096, 32k.", rich_help_panel=PANEL),
+    typer.Option(
+        help="Tokens of a request, for --fit and --target-latency: 4096, 32k. Default 4096.", rich_help_panel=PANEL
+    ),
 ]
 Batch = Annotated[
     int | None, typer.Option(min=1, help="Requests at once, for the same. Default 1.", rich_help_panel=PANEL)
@@ -94,6 +105,7 @@ def goal_of(
     target_size: str | None = None,
     max_kl: float | None = None,
     fit: str | None = None,
+    target_latency: str | None = None,
     context: str | None = None,
     batch: int | None = None,
     serve: str | None = None,
@@ -102,23 +114,25 @@ def goal_of(
     prove: bool = True,
 ) -> Goal | None:
     """The goal that the options make; None if they give no budget. Raises LlmqError."""
-    from llmq.allocation.goal import Fit, Goal, parse_candidates
+    from llmq.allocation.goal import Fit, Goal, Latency, parse_candidates
     from llmq.errors import LlmqError
-    from llmq.machine import has_cuda, parse_count, parse_size
+    from llmq.machine import has_cuda, parse_count, parse_size, parse_time
 
     served = {"--context": context, "--batch": batch, "--serve": serve}
-    if fit is None and any(value is not None for value in served.values()):
+    if fit is None and target_latency is None and any(value is not None for value in served.values()):
         given = next(name for name, value in served.items() if value is not None)
-        raise LlmqError(f"{given} is for --fit: give it too")
-    if all(value is None for value in (target_bits, target_size, max_kl, fit)):
+        raise LlmqError(f"{given} is for --fit and --target-latency: give one of them too")
+    if all(value is None for value in (target_bits, target_size, max_kl, fit, target_latency)):
         if candidates is not None or score is not None:
             raise LlmqError(
-                "--candidates and --score are for a budget: give --target-bits, --target-size, --fit or --max-kl"
+                "--candidates and --score are for a budget: give --target-bits, --target-size, --max-kl, --fit or "
+                "--target-latency"
             )
         return None
     tokens = 4096 if context is None else parse_count(context, "--context")
-    where = serve or ("cuda" if fit is not None and has_cuda() else "cpu")
+    where = serve or ("cuda" if (fit or target_latency) is not None and has_cuda() else "cpu")
     memory = None if fit is None else parse_size(fit, "--fit")
+    time = None if target_latency is None else parse_time(target_latency, "--target-latency")
     if score is not None:
         from llmq.allocation import scores
 
@@ -128,6 +142,7 @@ def goal_of(
         nbytes=None if target_size is None else parse_size(target_size, "--target-size"),
         kl=max_kl,
         fit=None if memory is None else Fit(memory, tokens, batch or 1, where),
+        latency=None if time is None else Latency(time, tokens, batch or 1, where),
         candidates=() if candidates is None else parse_candidates(candidates, recipe.scheme),
         score=score,
         prove=prove,
@@ -139,6 +154,7 @@ def goal_options(
     target_size: TargetSize = None,
     max_kl: MaxKl = None,
     fit: Fit = None,
+    target_latency: TargetLatency = None,
     context: Context = None,
     batch: Batch = None,
     serve: Serve = None,

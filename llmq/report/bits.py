@@ -27,8 +27,8 @@ class BitsRow:
     scheme each; tried: what was compared, the chosen one first; curve: (stored bits per weight, predicted divergence)
     of the best allocations for rising sizes; uniform: (scheme, stored bits per weight, predicted divergence) of one
     scheme for all; written: the divergence of the written folder, in nats, on the windows that `truth` is of; lines:
-    what the memory or the time is made of, (what, number), bytes or milliseconds; seconds: of the choice, and
-    processor: of processors in them.
+    (what, bytes) that the memory of the process that serves the folder is made of; milliseconds: of one of its decode
+    steps, predicted; seconds: of the choice, and processor: of processors in them.
     """
 
     goal: str
@@ -41,8 +41,7 @@ class BitsRow:
     processor: float = 0.0
     written: float | None = None
     lines: tuple[tuple[str, float], ...] = ()
-    unit: str = "bytes"
-    """Of the numbers of `lines`: bytes or milliseconds."""
+    milliseconds: float | None = None
 
     @property
     def chosen(self) -> TriedRow:
@@ -67,6 +66,7 @@ class BitsRow:
     def __str__(self) -> str:
         one = self.chosen
         told = f"{one.bits:.2f} stored bits per weight for {self.goal}, {self.groups} groups of weights"
+        told += f", {self.milliseconds:.3g} ms a token predicted" if self.milliseconds is not None else ""
         told += f"; divergence {one.predicted:.4f} nats predicted"
         told += f", {one.truth:.4f} measured without corrections" if one.truth is not None else ""
         return told + (f", {self.written:.4f} as written" if self.written is not None else "")

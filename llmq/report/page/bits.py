@@ -60,14 +60,13 @@ class Curve:
 class Bits:
     """All that the page says of the choice of bits.
 
-    told: sentences; tried: the rows of a table with these headings, the chosen one first; lines: what the memory or the
-    time, as whole says, is made of; map: of the blocks' weights, outside: of the others, table: all of the others.
+    told: sentences; tried: the rows of a table with these headings, the chosen one first; lines: what the memory is
+    made of; map: of the blocks' weights, outside: of the others, table: all of the others.
     """
 
     told: list[str]
     headings: list[str]
     tried: list[list[str]]
-    whole: str
     lines: list[list[str]]
     map: Heat | None
     outside: Heat | None
@@ -87,13 +86,10 @@ def bits(report: Report) -> Bits | None:
     if row.written is not None:
         headings.append("as written")
         tried = [[*cells, "" if i else _nats(row.written)] for i, cells in enumerate(tried)]
-    lines = [[what, size(number) if row.unit == "bytes" else f"{digits(number, 3)} ms"] for what, number in row.lines]
-    whole = "memory" if row.unit == "bytes" else "time"
+    lines = [[what, size(number)] for what, number in row.lines]
     outside = [one for one in report.weights if one.block is None]
     table = [[one.name, f"{_stored([one]):.2f}", _scheme(one)] for one in outside]
-    return Bits(
-        told, headings, tried, whole, lines, inside_map(report), outside_map(report, outside), table, curve(row)
-    )
+    return Bits(told, headings, tried, lines, inside_map(report), outside_map(report, outside), table, curve(row))
 
 
 def inside_map(report: Report) -> Heat | None:

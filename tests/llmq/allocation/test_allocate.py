@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused_by_the_plan(tiny_model: Path) -> None:
     def planned(goal: Goal, recipe: Recipe = RECIPE) -> None:
         job.plan(str(tiny_model), recipe, goal=goal, ids=IDS)
 
-    refused(lambda: planned(Goal(bits=1.5)), "at least", "--target-bits")
+    refused(lambda: planned(Goal(bits=1.5)), "the least", "--target-bits")
     refused(lambda: planned(Goal(nbytes=1000)), "--target-size")
     refused(lambda: planned(Goal(bits=40)), "nothing to quantize")
     refused(lambda: planned(Goal(fit=Fit(1 << 40))), "nothing to quantize")

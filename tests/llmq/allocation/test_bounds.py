@@ -14,6 +14,7 @@ from llmq.allocation.choose import Allocation, recipe_of
 from llmq.allocation.goal import Goal
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
+from llmq.watch import Silent
 from tests.llmq.allocation.tasks import ids
 
 RECIPE = Recipe(("rtn",), Scheme(4, 16), (("o_proj", Scheme(8, 16)),), ("layers.0.mlp",))
@@ -22,12 +23,13 @@ RECIPE = Recipe(("rtn",), Scheme(4, 16), (("o_proj", Scheme(8, 16)),), ("layers.
 def test_bounds_on_bytes(tiny_model: Path) -> None:
     plan = job.plan(str(tiny_model), RECIPE, goal=Goal(bits=6), ids=ids())
     groups = allocate.check(plan, Goal(bits=6))
-    ((bits,), posts, more) = bounds_of(plan, Goal(bits=6), groups)
-    assert not posts and not more
+    found = bounds_of(plan, Goal(bits=6), groups, Silent())
+    (bits,) = found.bounds
+    assert not found.posts and not found.more and found.times is None
     assert bits.limit * 8 == 6 * sum(group.numbers for group in groups) and bits.costs[0] == groups[0].nbytes
-    ((free,), _, _) = bounds_of(plan, Goal(kl=0.1), groups)
+    (free,) = bounds_of(plan, Goal(kl=0.1), groups, Silent()).bounds
     assert free.limit == math.inf
-    ((size,), _, _) = bounds_of(plan, Goal(nbytes=10**6), groups)
+    (size,) = bounds_of(plan, Goal(nbytes=10**6), groups, Silent()).bounds
     assert size.limit == 10**6 - rest_bytes(plan, groups)
 
 

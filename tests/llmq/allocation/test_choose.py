@@ -33,7 +33,9 @@ def losses(groups: list[Group], weight: float = 1.0) -> list[list[float]]:
 
 
 def stored(groups: list[Group], limit: float) -> Bound:
-    return Bound("stored bytes", [group.nbytes for group in groups], limit, "give more --target-bits")
+    return Bound(
+        "stored bytes", [group.nbytes for group in groups], limit, "give more --target-bits, or other --candidates"
+    )
 
 
 def test_more_bytes_never_lose_more(groups: list[Group]) -> None:
@@ -71,7 +73,7 @@ def test_two_bounds_hold_at_once(groups: list[Group]) -> None:
 def test_what_cannot_be_met_says_what_can(groups: list[Group]) -> None:
     least = sum(group.nbytes[0] for group in groups)
     refused(
-        lambda: allocate(groups, losses(groups), [stored(groups, 10)]), f"{least:,.6g}", "--target-bits", "fewer bits"
+        lambda: allocate(groups, losses(groups), [stored(groups, 10)]), f"{least:,.6g}", "--target-bits", "--candidates"
     )
 
 

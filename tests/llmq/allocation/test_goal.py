@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmq.allocation.goal import USUAL, Fit, Goal, parse_candidates
+from llmq.allocation.goal import USUAL, Fit, Goal, Latency, parse_candidates
 from llmq.grids.scheme import Activations, Scheme
+from llmq.machine import has_cuda
 from llmq.recipe.recipe import Recipe
 from tests.llmq.refusal import refused
 
@@ -37,6 +38,11 @@ def test_goals() -> None:
     refused(lambda: Goal(bits=3, fit=Fit(1 << 30)), "--fit")
     refused(lambda: Goal(bits=-1.0), "--target-bits", "-1")
     refused(lambda: Goal(kl=0.0), "--max-kl")
+    refused(lambda: Latency(0), "--target-latency", "above 0")
+    refused(lambda: Latency(40, serve="vllm"), "--target-latency", "vLLM", "--serve cpu")
+    if not has_cuda():
+        refused(lambda: Latency(40, serve="cuda"), "--target-latency", "no GPU")
+    assert Goal(bits=3, latency=Latency(40)).latency == Latency(40, 4096, 1, "cpu")
     assert Goal(bits=3).schemes(Recipe(scheme=BASE)) == parse_candidates(USUAL, BASE)
     assert Goal(bits=3, candidates=(BASE,)).schemes(Recipe()) == (BASE,)
 
@@ -46,3 +52,4 @@ def test_a_goal_in_words() -> None:
     assert Goal(nbytes=5 << 30).told() == "a folder of 5.00 GiB"
     fit = Fit(24 << 30, context=32768, batch=2)
     assert Goal(fit=fit).told() == "24.00 GiB of memory with 2 × 32,768 tokens"
+    assert Goal(bits=4, latency=Latency(12.5)).told() == "4 bits per weight and 12.5 ms a token with 1 × 4,096 tokens"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.allocation.goal import Fit, Goal
+from llmq.allocation.goal import Fit, Goal, Latency
 from llmq.cli.goals import goal_of
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
@@ -26,7 +26,11 @@ def test_goals_of_options() -> None:
     refused(lambda: goal_of(RECIPE, candidates="2,3"), "--candidates", "--target-bits")
     assert goal_of(RECIPE, fit="2GiB", context="2k", batch=3, serve="vllm") == Goal(fit=Fit(2 << 30, 2048, 3, "vllm"))
     assert goal_of(RECIPE, fit="1.5GB", serve="cpu") == Goal(fit=Fit(1_500_000_000))
-    refused(lambda: goal_of(RECIPE, target_bits=3, context="2k"), "--context", "--fit")
+    refused(lambda: goal_of(RECIPE, target_bits=3, context="2k"), "--context", "--fit", "--target-latency")
+    timed = Goal(bits=3, latency=Latency(500, 2048, 2, "cpu"))
+    assert goal_of(RECIPE, target_bits=3, target_latency="0.5s", context="2k", batch=2, serve="cpu") == timed
+    assert goal_of(RECIPE, target_latency="40", serve="cpu") == Goal(latency=Latency(40))
+    refused(lambda: goal_of(RECIPE, target_latency="fast"), "--target-latency", "40ms")
     refused(lambda: goal_of(RECIPE, fit="2GiB", context="long"), "--context", "32k")
     refused(lambda: goal_of(RECIPE, fit="2GiB", serve="tpu"), "--serve", "vllm")
     refused(lambda: goal_of(RECIPE, target_size="big"), "--target-size", "24GiB")
@@ -43,6 +47,8 @@ def test_the_command_takes_them(llmq: Run, tiny_model: Path, text_file: Path, tm
     assert "4.2 bits per weight" in " ".join(planned.stdout.split())
 
 
-@pytest.mark.parametrize("option", ["--target-bits", "--target-size", "--max-kl", "--candidates", "--score"])
+@pytest.mark.parametrize(
+    "option", ["--target-bits", "--target-size", "--max-kl", "--candidates", "--score", "--target-latency"]
+)
 def test_help_teaches(llmq: Run, option: str) -> None:
     assert option in llmq("quantize", "--help").stdout

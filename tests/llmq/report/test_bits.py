@@ -15,7 +15,7 @@ LEAST = BitsRow("4 bits per weight", "error", 1, (TriedRow("only", 4.0, 0.1, Non
 
 
 @pytest.mark.parametrize(
-    "row", [chosen(), LEAST, chosen(lines=(("all blocks", 3.5), ("the head", 0.5)), unit="milliseconds")]
+    "row", [chosen(), LEAST, chosen(lines=(("all blocks", 3.5), ("the head", 0.5)), milliseconds=4.5)]
 )
 def test_a_choice_is_read_back(row: BitsRow) -> None:
     made = report(1, chosen=row)
@@ -32,7 +32,7 @@ def test_a_run_whose_schemes_were_given_has_none() -> None:
 
 def test_a_row_without_what_came_later_is_read() -> None:
     data = json.loads(report(1, chosen=chosen()).to_json())["chosen"]
-    del data["unit"]
+    del data["milliseconds"]
     assert read_bits(data) == chosen()
 
 

@@ -1,0 +1,1 @@
+"""How long a decode step takes on this machine with each candidate for each group of weights."""
