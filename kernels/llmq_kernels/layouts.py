@@ -4,6 +4,7 @@ A layout is a module of this package with `refusal`, `pack`, `nbytes`, `linear` 
 
 - planes: for the Triton kernels, on a GPU;
 - int4pack: for torch's int4 operator, on a CPU;
+- int8pack: for torch's int8 operator, on a CPU;
 - dense_bits: the plain form itself, on any device.
 """
 
@@ -22,7 +23,7 @@ from llmq_kernels.weights import PackedInt
 
 DENSE_BITS = "dense_bits"
 """The name of the plain form's layout."""
-NAMES = ("planes", "int4pack", DENSE_BITS)
+NAMES = ("planes", "int4pack", "int8pack", DENSE_BITS)
 
 
 class Layout(Protocol):

@@ -108,7 +108,7 @@ def test_nf4_and_int8_on_triton_are_the_same_operators(monkeypatch: pytest.Monke
 def test_nothing_chooses_the_interpreter() -> None:
     name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 4, 64, 128, 32)
     assert name == "int4pack" and not reasons
-    name, reasons = layouts.choose(torch.device("cpu"), torch.bfloat16, 8, 64, 128, 32)
+    name, reasons = layouts.choose(torch.device("cpu"), torch.float32, 8, 64, 128, 32)
     assert name == DENSE_BITS and "up to 4 bits" in reasons["int4pack"]
 
 

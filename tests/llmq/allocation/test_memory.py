@@ -104,7 +104,7 @@ def test_a_folder_in_fp8_is_dense_once_it_runs(sources: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("name", layouts.NAMES)
 def test_layouts_know_their_bytes(name: str, bits: int, asymmetric: bool) -> None:
     rows, width, group = 96, 320, 32
-    if name == "int4pack" and bits == 8:
+    if (name, bits == 8) in (("int4pack", True), ("int8pack", False)):
         pytest.skip("not that many bits")
     words = torch.zeros(rows, -(-width * bits // 32), dtype=torch.int32)
     scale = torch.ones(rows, width // group, dtype=torch.bfloat16)

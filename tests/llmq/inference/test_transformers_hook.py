@@ -193,7 +193,9 @@ def test_moved(tmp_path: Path) -> None:
     x, scale = torch.randn(2, layer.in_features), layer.scale.clone()
     wanted = layer(x)
     layer.to(torch.bfloat16)
-    assert torch.equal(layer.scale, scale)
+    # Packed for bfloat16, where torch has an operator, scales are rounded to it.
+    kept = layer.scale if layer.layout == layouts.DENSE_BITS else layer.scale.t()
+    assert torch.equal(kept, scale.to(kept.dtype))
     assert layer.bias is None or layer.bias.dtype == torch.bfloat16
     assert apart(layer(x.to(torch.bfloat16)).float(), wanted) < 1e-2
     assert layer(x).dtype == torch.float32, "as bitsandbytes does: an input of another dtype gets an output of its own"
