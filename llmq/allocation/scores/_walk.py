@@ -120,6 +120,8 @@ class Walk:
             with rounded.within(mine):
                 for number in numbers:
                     after[number] = stepped(chains[number] or states[begin:], calls[begin:])
+                    # A chain is in memory once, not before and after the block.
+                    chains[number] = None
             rounded.keep_only({pair for later, _ in sorted(wanted.items())[i + 1 :] for pair in later})
         discard(block.module)
         return [*outputs, *judged], after
