@@ -1,23 +1,27 @@
 """Reading a prompt some tokens at a time, so that only their activations live at once.
 
 transformers' `generate` does so where `generation_config.json` has `prefill_chunk_size`. Whether a model's code can go
-on from what it keeps is found by running it on the meta device: each tensor that it keeps has to grow with every token.
-A state of fixed size may start anew with every run of several tokens, which no shape tells.
+on from what it keeps is found by running it without its numbers: each tensor that it keeps has to grow with every
+token. A state of fixed size may start anew with every run of several tokens, which no shape tells.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.allocation.goal import Fit
-from llmq.allocation.prefill import CACHE, Fused, kept, on_meta, run
+from llmq.allocation.prefill import CACHE, Fused, as_loaded, kept, on_meta, run
 from llmq.checkpoint.files import GENERATION
 from llmq.checkpoint.source import Source
 from llmq.discovery.architecture import in_towers
+from llmq.discovery.dry import without_arithmetic
+from llmq.discovery.parameters import shared_zeros
 from llmq.errors import LlmqError, first_line
 from llmq.planning.types import Plan
 
@@ -43,20 +47,41 @@ def chunk_of(plan: Plan, context: int) -> int | None:
 
 
 def goes_on(model: nn.Module) -> bool:
-    """Whether a model reads tokens after those that it has read, and keeps what it would if all were read at once."""
-    twin = on_meta(model)
+    """Whether a model reads tokens after those that it has read, keeps what it would if all were read at once, and
+    transformers' `generate` hands them to it so.
+    """
     try:
-        with torch.inference_mode(), Fused():
-            few, all_of_them = (_shapes(kept(run(twin, _ids(n)))) for n in (FEW, 2 * FEW))
-            if not few or [2 * shape.numel() for shape in few] != [shape.numel() for shape in all_of_them]:
-                return False
-            cache = run(twin, _ids(FEW)).get(CACHE)
-            given = twin.prepare_inputs_for_generation(_ids(FEW), **{CACHE: cache}, use_cache=True)  # type: ignore[operator]
-            if given["input_ids"].shape[1] != FEW or given.get(CACHE) is not cache:
-                return False
-            return _shapes(kept(run(twin, _ids(FEW), cache))) == all_of_them
+        return _keeps_the_same(on_meta(model)) and _is_generated(as_loaded(model))
     except Exception:  # a model's code may fail in any way
         return False
+
+
+def _keeps_the_same(model: nn.Module) -> bool:
+    """model: on the meta device."""
+    ids = torch.zeros(1, 2 * FEW, dtype=torch.long, device="meta")
+    with torch.inference_mode(), Fused():
+        result = run(model, ids[:, :FEW])
+        few, all_of_them = _shapes(result), _shapes(run(model, ids))
+        if not few or [2 * shape.numel() for shape in few] != [shape.numel() for shape in all_of_them]:
+            return False
+        return _shapes(run(model, ids[:, FEW:], result[CACHE])) == all_of_them
+
+
+def _is_generated(model: Any) -> bool:
+    """Whether `generate` cuts a prompt, and tells the model as much as of a whole one: what it says of all of a prompt,
+    such as a part whose tokens see each other, would be cut, too."""
+    told: list[tuple[int, set[str]]] = []
+
+    def see(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        told.append((given["input_ids"].shape[1], {name for name, value in given.items() if isinstance(value, Tensor)}))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    ids = torch.zeros(1, 3 * FEW, dtype=torch.long)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    with Fused(), shared_zeros(model), without_arithmetic():
+        for chunk in (None, FEW):
+            model.generate(ids, **options, **{KEY: chunk})
+    return [count for count, _ in told] == [3 * FEW] + [FEW] * 3 and all(names == told[0][1] for _, names in told)
 
 
 def files(plan: Plan, fit: Fit | None) -> dict[str, str]:
@@ -84,9 +109,5 @@ def generation_config(source: Source, model: nn.Module, chunk: int) -> str:
         raise LlmqError(f"{path or source.folder} cannot be read: {first_line(error)}: download it again") from error
 
 
-def _ids(count: int) -> Tensor:
-    return torch.zeros(1, count, dtype=torch.long, device="meta")
-
-
-def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
-    return [tensor.shape for tensor in tensors if tensor.is_floating_point()]
+def _shapes(result: Mapping[Any, Any]) -> list[torch.Size]:
+    return [tensor.shape for tensor in kept(result) if tensor.is_floating_point()]

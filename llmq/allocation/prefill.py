@@ -64,7 +64,12 @@ def prompt(model: nn.Module, context: int, batch: int = 1, chunk: int | None = N
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, that runs its experts as `llmq.load` does."""
-    twin = deepcopy(model).to("meta").eval()
+    return as_loaded(model).to("meta")
+
+
+def as_loaded(model: nn.Module) -> nn.Module:
+    """A copy of a model that runs its experts as `llmq.load` does."""
+    twin = deepcopy(model).eval()
     configs = [getattr(module, "config", None) for module in twin.modules()]
     for config in {id(c): c for c in configs if c is not None}.values():
         if hasattr(config, "_experts_implementation"):

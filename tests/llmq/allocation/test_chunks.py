@@ -69,13 +69,22 @@ def test_a_model_that_fails_or_prepares_something_else_is_read_at_once(monkeypat
 
     def cuts(self: Any, given: torch.Tensor, **more: Any) -> Any:
         # As if the given tokens were all, and not those after the cache.
-        return usual(self, given, **more) | {"input_ids": given[:, 1:]}
+        found = usual(self, given, **more)
+        return found | {"input_ids": found["input_ids"][:, -1:]}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(type(made), "prepare_inputs_for_generation", cuts)
-        assert not goes_on(made)
+    def tells(self: Any, given: torch.Tensor, **more: Any) -> Any:
+        # A part of a whole prompt whose tokens see each other.
+        found = usual(self, given, **more)
+        return found | ({"token_type_ids": torch.ones_like(given)} if given.shape[1] > 2 else {})
+
+    for wrong in (cuts, tells):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(made), "prepare_inputs_for_generation", wrong)
+            assert not goes_on(made)
     monkeypatch.setattr(chunks, "run", lambda *_: 1 / 0)
     assert not goes_on(made)
+    # transformers' generate makes no cache for this one.
+    assert not goes_on(model("mpt"))
 
 
 def test_the_demo_reads_in_chunks_and_says_the_same() -> None:
