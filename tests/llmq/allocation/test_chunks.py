@@ -20,7 +20,7 @@ from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.recipe.recipe import Recipe
 from tests.architectures.tiny import config, model, quiet, tokens
-from tests.conftest import write_tiny_model
+from tests.conftest import newer_transformers, write_tiny_model
 from tests.llmq.allocation.tasks import ids
 
 # Shared heads; windows; windows and layers that share keys; latent keys; experts; learned positions.
@@ -41,6 +41,7 @@ def continued(module: Any, chunk: int | None, length: int = 44) -> tuple[list[in
     return found.sequences[0, length:].tolist(), found.logits[0]
 
 
+@newer_transformers
 @pytest.mark.parametrize("kind", READ)
 def test_what_goes_on_generates_the_same(kind: str) -> None:
     made = model(kind).eval()
@@ -62,6 +63,7 @@ def test_states_of_fixed_size_are_read_at_once(kind: str) -> None:
         assert not goes_on(made)
 
 
+@newer_transformers
 def test_a_model_that_fails_or_prepares_something_else_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model("llama")
     assert goes_on(made)
@@ -94,6 +96,7 @@ def test_the_demo_reads_in_chunks_and_says_the_same() -> None:
         assert continued(loaded, chunk, 300)[0] == whole[0]
 
 
+@newer_transformers
 def test_long_prompts_of_models_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = job.plan(str(write_tiny_model(tmp_path / "m")), RECIPE, ids=ids())
     assert chunk_of(plan, CHUNK) is None and chunk_of(plan, CHUNK + 1) == CHUNK
@@ -126,6 +129,7 @@ def test_the_file_keeps_what_the_source_has(tmp_path: Path) -> None:
     assert (read.eos_token_id, read.prefill_chunk_size) == (5, 64)
 
 
+@newer_transformers
 def test_a_folder_that_fits_reads_its_prompts_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 16)
     monkeypatch.setattr(memory, "own_share", lambda module: 0)
