@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq import formats, methods
-from llmq.allocation import allocate
+from llmq.allocation import allocate, chunks
 from llmq.allocation.goal import Goal
 from llmq.allocation.windows import extra
 from llmq.checkpoint import hub
@@ -66,6 +66,7 @@ def plan(
     made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
+        chunks.files(made, goal.fit)
         check_room(made.budget, None, device)
     return made
 
@@ -166,7 +167,7 @@ def quantize(
         if chosen is not None:
             report.chosen = allocate.measured(chosen, made, sink, torch.device(device), watch)
         told = {
-            **({} if chosen is None else {RECIPE: chosen.recipe.to_yaml()}),
+            **({} if chosen is None else {RECIPE: chosen.recipe.to_yaml(), **chunks.files(made, chosen.goal.fit)}),
             REPORT: report.to_json(),
             PAGE: report_page(report),
             CARD: card.model_card(report, made.source.folder),

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from llmq.allocation.chunks import chunk_of
 from llmq.allocation.groups import Group
 from llmq.allocation.own_share import own_share
 from llmq.allocation.prefill import prompt
@@ -96,19 +97,24 @@ def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, widt
 def fixed_lines(plan: Plan, device: str, context: int, batch: int = 1, runtime: Runtime = "llmq") -> list[Line]:
     """Everything in memory that does not depend on the bits to choose, largest first.
 
-    plan: of the model with a scheme for every weight that may be quantized; context: tokens of a request, with those
-    that it generates; batch: requests at once. On a GPU these are the lines of its memory. vLLM's own share, and that
-    of CUDA, are round numbers and not measured: leave some room there.
+    On llmq's kernels a long prompt is read some tokens at a time, where the model can (`chunks`). plan: of the model
+    with a scheme for every weight that may be quantized; context: tokens of a request, with those that it generates;
+    batch: requests at once. On a GPU these are the lines of its memory. vLLM's own share, and that of CUDA, are round
+    numbers and not measured: leave some room there.
 
     Raises LlmqError if what the model keeps of its tokens cannot be found.
     """
     on_cpu = torch.device(device).type == "cpu"
-    needs = prompt(plan.model, context, batch)
+    chunk = chunk_of(plan, context) if runtime == "llmq" else None
+    needs = prompt(plan.model, context, batch, chunk)
+    read = f"activations of a prompt of {batch * context} tokens"
+    if chunk is not None:
+        read = f"activations of a prompt read {batch * chunk} tokens at a time"
     routed = any(item.expert is not None for item in plan.weights)
     free = int((ROUTED_FRAGMENTS if routed else FRAGMENTS) * needs.heap)
     serving = [
         Line(f"what the model keeps of {batch * context} tokens (keys, values, states)", needs.cache),
-        Line(f"activations of a prompt of {batch * context} tokens", needs.peak - needs.cache + WORKSPACE),
+        Line(read, needs.peak - needs.cache + WORKSPACE),
         Line("free pieces of the heap between them", free if on_cpu else 0),
     ]
     most = LOADING if runtime == "llmq" else 0

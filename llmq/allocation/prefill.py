@@ -31,6 +31,8 @@ HEAP = 1 << 25
 SHORT = (128, 256)
 """Lengths of two runs, for models that do not run on the meta device."""
 LAST = "logits_to_keep"
+CACHE = "past_key_values"
+"""What transformers' `generate` calls the values that a model keeps."""
 COPIES = 8
 """Of the widest activation of a block, for these models."""
 
@@ -46,22 +48,28 @@ class Prompt:
     heap: int
 
 
-def prompt(model: nn.Module, context: int, batch: int = 1) -> Prompt:
-    """What a prompt of `batch` rows of `context` tokens takes. model: its parameters may be on the meta device.
+def prompt(model: nn.Module, context: int, batch: int = 1, chunk: int | None = None) -> Prompt:
+    """What a prompt of `batch` rows of `context` tokens takes. model: its parameters may be on the meta device; chunk:
+    the tokens of a row that are read at a time, by a model that goes on from what it keeps.
 
     Latent attention: transformers keeps the heads' keys and values; vLLM keeps the latent, which is several times
     smaller. Raises LlmqError for a model that says of no length what it keeps.
     """
     twin = on_meta(model)
     try:
-        return _traced(twin, context, batch)
+        return _traced(twin, context, batch, chunk)
     except Exception as problem:  # a model's code may ask for values in any way
         return _without_values(model, context, batch, problem)
 
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, that runs its experts as `llmq.load` does."""
-    twin = deepcopy(model).to("meta").eval()
+    return as_loaded(model).to("meta")
+
+
+def as_loaded(model: nn.Module) -> nn.Module:
+    """A copy of a model that runs its experts as `llmq.load` does."""
+    twin = deepcopy(model).eval()
     configs = [getattr(module, "config", None) for module in twin.modules()]
     for config in {id(c): c for c in configs if c is not None}.values():
         if hasattr(config, "_experts_implementation"):
@@ -69,12 +77,26 @@ def on_meta(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _traced(model: nn.Module, context: int, batch: int) -> Prompt:
-    ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
+def _traced(model: nn.Module, context: int, batch: int, chunk: int | None) -> Prompt:
+    """By a run of the last tokens, after all others: what is kept of these counts, and is copied while it grows."""
+    *before, last = (torch.zeros(batch, n, dtype=torch.long, device="meta") for n in _steps(context, chunk))
     known = {*_storages([*model.parameters(), *model.buffers()])}
-    with torch.inference_mode(), Fused(), _Live(known) as live:
-        kept = _run(model, ids)
-        return Prompt(_nbytes(kept), live.peak, live.heap_peak)
+    with torch.inference_mode(), Fused():
+        cache = None
+        for ids in before:
+            cache = run(model, ids, cache)[CACHE]
+        with _Live(known) as live:
+            live.add(cache)
+            held = kept(run(model, last, cache))
+            return Prompt(_nbytes(held), live.peak, live.heap_peak)
+
+
+def _steps(context: int, chunk: int | None) -> list[int]:
+    """How many tokens are read one after the other; in place of many steps one, before the last two."""
+    if chunk is None or context <= chunk:
+        return [context]
+    rest = context - 2 * chunk
+    return [rest, chunk, chunk] if rest > 0 else [context - chunk, chunk]
 
 
 def _without_values(model: nn.Module, context: int, batch: int, problem: Exception) -> Prompt:
@@ -84,7 +106,7 @@ def _without_values(model: nn.Module, context: int, batch: int, problem: Excepti
     for tokens in SHORT:
         try:
             with shared_zeros(twin), without_arithmetic():
-                sizes.append(_nbytes(_run(twin, torch.zeros(1, tokens, dtype=torch.long))))
+                sizes.append(_nbytes(kept(run(twin, torch.zeros(1, tokens, dtype=torch.long)))))
         except Exception:
             raise LlmqError(
                 f"how much memory this model keeps for each token is not known, so --fit is not possible: "
@@ -100,18 +122,27 @@ def _without_values(model: nn.Module, context: int, batch: int, problem: Excepti
     return Prompt(cache, cache + work, cache + work)
 
 
-def _run(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """Run the model on a prompt; the tensors that it returns to go on from, beside logits.
+def run(model: nn.Module, ids: Tensor, cache: Any = None) -> dict[Any, Any]:
+    """Run the model on tokens, after those of which it keeps the cache; what it returns, by name or place.
 
     As `generate` calls it: with logits of the last token alone, where the model can leave out the others.
     """
     last = {LAST: 1} if LAST in inspect.signature(model.forward).parameters else {}
-    result = model(input_ids=ids, use_cache=True, **last)
-    fields = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
-    return list(tensors([value for name, value in fields.items() if name not in ("logits", 0)], set()))
+    result = model(input_ids=ids, use_cache=True, **last, **({} if cache is None else {CACHE: cache}))
+    return dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
 
 
-def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def kept(result: Mapping[Any, Any]) -> list[Tensor]:
+    """The tensors that a run returns to go on from, beside logits."""
+    return tensors_in([value for name, value in result.items() if name not in ("logits", 0)])
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, each once."""
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """All tensors in a value: in lists, dicts and the attributes of objects, each object once."""
     if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module, torch.dtype, torch.device)):
         return
@@ -127,7 +158,7 @@ def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         else list(getattr(value, "__dict__", {}).values())
     )
     for part in parts:
-        yield from tensors(part, seen)
+        yield from _tensors(part, seen)
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
@@ -155,6 +186,11 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
         return result
+
+    def add(self, value: Any) -> None:
+        """Count the tensors in a value from now on."""
+        for tensor in tensors_in(value):
+            self._add(tensor.untyped_storage())
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()

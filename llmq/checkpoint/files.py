@@ -17,6 +17,7 @@ SINGLE = "model.safetensors"
 REPORT = "report.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+GENERATION = "generation_config.json"
 PARTIAL = ".partial"
 QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where other tools say how a folder's weights are quantized, besides or instead of config.json."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from llmq.allocation.prefill import Fused, tensors
+from llmq.allocation.prefill import Fused, tensors_in
 from llmq.discovery.dry import without_arithmetic
 from llmq.discovery.parameters import shared_zeros
 from llmq.errors import LlmqError, first_line
@@ -43,7 +43,7 @@ class Start:
     @property
     def nbytes(self) -> int:
         """Of all tensors of `cache`."""
-        return sum(tensor.nbytes for tensor in tensors(list(self.kept.values()), set()))
+        return sum(tensor.nbytes for tensor in tensors_in(list(self.kept.values())))
 
     def cache(self, device: torch.device) -> dict[str, Any]:
         """Values in memory of their own, on a device. Each call gives new ones."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq.allocation.latency import decode
 from llmq.allocation.latency.decode import start, timed
-from llmq.allocation.prefill import tensors
+from llmq.allocation.prefill import tensors_in
 from llmq.errors import LlmqError
 from tests.architectures.tiny import config, quiet, tokens
 from tests.llmq.allocation.tasks import CPU
@@ -29,7 +29,7 @@ def built(kind: str) -> Any:
 
 
 def sizes(cache: dict[str, Any]) -> list[tuple[int, ...]]:
-    return sorted(tuple(t.shape) for t in tensors([*cache.values()], set()) if t.is_floating_point() and t.dim() > 1)
+    return sorted(tuple(t.shape) for t in tensors_in([*cache.values()]) if t.is_floating_point() and t.dim() > 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,9 +43,9 @@ def test_the_cache_is_that_of_a_prompt(kind: str) -> None:
     expected = {name: real[name] for name in begin.kept}
     assert sizes(begin.kept) == sizes(expected)
     one, other = begin.cache(CPU), begin.cache(CPU)
-    assert sizes(one) == sizes(expected) and sum(t.nbytes for t in tensors([*one.values()], set())) == begin.nbytes
-    mine = {t.untyped_storage().data_ptr() for t in tensors([*one.values()], set()) if t.numel()}
-    assert not mine & {t.untyped_storage().data_ptr() for t in tensors([*other.values()], set()) if t.numel()}
+    assert sizes(one) == sizes(expected) and sum(t.nbytes for t in tensors_in([*one.values()])) == begin.nbytes
+    mine = {t.untyped_storage().data_ptr() for t in tensors_in([*one.values()]) if t.numel()}
+    assert not mine & {t.untyped_storage().data_ptr() for t in tensors_in([*other.values()]) if t.numel()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
