@@ -40,12 +40,14 @@ COPIES = 8
 @dataclass(frozen=True)
 class Prompt:
     """Bytes. cache: what the model keeps of all tokens; peak: of all tensors that live at once while it reads the
-    prompt, the cache among them, but not the parameters; heap: of those, the peak of the ones below HEAP.
+    prompt, the cache among them, but not the parameters; heap: of those, the peak of the ones below HEAP; kept: of the
+    cache, the ones below HEAP.
     """
 
     cache: int
     peak: int
     heap: int
+    kept: int
 
 
 def prompt(model: nn.Module, context: int, batch: int = 1, chunk: int | None = None) -> Prompt:
@@ -88,7 +90,9 @@ def _traced(model: nn.Module, context: int, batch: int, chunk: int | None) -> Pr
         with _Live(known) as live:
             live.add(cache)
             held = kept(run(model, last, cache))
-            return Prompt(_nbytes(held), live.peak, live.heap_peak)
+            sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+            on_heap = sum(nbytes for nbytes in sizes.values() if nbytes < HEAP)
+            return Prompt(_nbytes(held), live.peak, live.heap_peak, on_heap)
 
 
 def _steps(context: int, chunk: int | None) -> list[int]:
@@ -119,7 +123,7 @@ def _without_values(model: nn.Module, context: int, batch: int, problem: Excepti
     vocabulary = 0 if head is None else len(head.weight)
     widest = max((p.shape[0] for p in matrices if len(p) != vocabulary), default=1)
     work = COPIES * batch * context * widest * max(p.element_size() for p in model.parameters())
-    return Prompt(cache, cache + work, cache + work)
+    return Prompt(cache, cache + work, cache + work, cache)
 
 
 def run(model: nn.Module, ids: Tensor, cache: Any = None) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ import torch
 import llmq
 from llmq import job
 from llmq.allocation import memory
+from llmq.allocation.chunks import chunk_of
 from llmq.allocation.groups import groups_of
 from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weight_bytes
 from llmq.allocation.prefill import prompt
@@ -174,6 +175,20 @@ def test_the_heap_of_routed_experts_has_more_holes(kind: str, share: float, tmp_
     made = plan(make(kind, tmp_path / "source"))
     lines = {line.what: line.nbytes for line in fixed_lines(made, "cpu", 64)}
     assert lines["free pieces of the heap between them"] == int(share * prompt(made.model, 64).heap)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_in_chunks_the_free_pieces_follow_the_activations(kind: str, tmp_path: Path) -> None:
+    made = plan(make(kind, tmp_path / "source"))
+    if chunk_of(made, 2048) is None:
+        pytest.skip("an older transformers, where prompts are read at once")
+    lines = {line.what: line.nbytes for line in fixed_lines(made, "cpu", 2048)}
+    needs = prompt(made.model, 2048, chunk=512)
+    assert needs.kept == needs.cache < needs.heap
+    most = 1.5 * (needs.heap - needs.kept) + 0.1 * needs.kept if kind == "llama" else 1.2 * needs.heap
+    assert lines["free pieces of the heap between them"] == int(most)
+    assert lines["activations of a prompt read 512 tokens at a time"] > memory.WORKSPACE
 
 
 def test_what_is_left() -> None:
