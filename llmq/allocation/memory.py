@@ -20,7 +20,6 @@ from llmq.allocation.groups import Group
 from llmq.allocation.own_share import own_share
 from llmq.allocation.prefill import prompt
 from llmq.errors import LlmqError
-from llmq.grids.base import rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.machine import size
 from llmq.planning.types import Plan
@@ -87,7 +86,7 @@ def weight_bytes(
 
 def loads_dense(scheme: Scheme) -> bool:
     """Whether a folder with a weight of this scheme is read by stock transformers alone, which unpacks all of it."""
-    return rounding_of(scheme.rules).code_dtype.is_floating_point
+    return scheme.rules.format == "compressed_tensors" and bool(scheme.rules.layout)
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

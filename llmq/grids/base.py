@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -115,6 +115,13 @@ class Rounding(ABC):
         """The largest magnitude that the grid covers at scale 1."""
         return float(self.levels(scheme, torch.device("cpu")).abs().amax())
 
+    def storable(self, scale: Tensor, dtype: torch.dtype, unit: Tensor | float = 1.0) -> Tensor:
+        """The nearest scale that can be stored in `dtype`, or as the grid stores it: finite, normal, not 0.
+
+        scale: float32, in units of `unit`, a power of two, as is the result.
+        """
+        return storable(scale, dtype, unit)
+
     def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Any]:
         """The scales as read back from disk, and what is stored in their place (None: the scales themselves)."""
         return scale, None
@@ -129,6 +136,10 @@ class Rounding(ABC):
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> Quantized:
         """The weight in the form that the grid's format stores; dtype: of the model, to which readers dequantize."""
         return weight
+
+    def join(self, weights: Sequence[Quantized], dtype: torch.dtype) -> list[Quantized]:
+        """Finished weights of this grid, of which a server makes one matrix, with whatever they must have in common."""
+        return [*weights]
 
     def reopen(self, weight: Quantized) -> QuantizedWeight:
         """The inverse of `finish`. Raises LlmqError for another kind of weight."""

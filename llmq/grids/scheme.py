@@ -109,6 +109,11 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
     grid = values.get("grid", base.grid)
     if isinstance(grid, str) and not made(lambda: find(grid), where).double_quant:
         values.setdefault("double_quant", False)
+    if isinstance(grid, str) and "grid" in values:
+        # What a grid has only one of need not be said.
+        for key, allowed in (("bits", find(grid).bits), ("group_size", find(grid).group_sizes)):
+            if len(allowed) == 1:
+                values.setdefault(key, allowed[0])
     if "activations" in values:
         values["activations"] = _activations(values["activations"], f"{where}: activations")
     return made(lambda: dataclasses.replace(base, **values), where)

@@ -37,7 +37,8 @@ class Grid:
     point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
     usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
     rounding of 8-bit weights' inputs, None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of`
-    loads it); format: the module under `formats/` that stores it.
+    loads it); format: the module under `formats/` that stores it; layout: the format's name for how it is stored, if it
+    has a layout of its own.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Grid:
     usual: str = "mse"
     calibrated: str = "weighted"
     inputs: Limits | None = None
+    layout: str = ""
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
@@ -95,6 +97,7 @@ GRIDS = {
             group_sizes=(None,),
             calibrated="mse",
             inputs=FP8_INPUTS,
+            layout="float-quantized",
         ),
         Grid(
             name="nf4",
@@ -106,6 +109,27 @@ GRIDS = {
             double_quant=True,
             usual="minmax",
             calibrated="minmax",
+        ),
+        Grid(
+            name="nvfp4",
+            label="nvfp4",
+            bits=(4,),
+            rounding="llmq.grids.nvfp4:NVFP4",
+            format="compressed_tensors",
+            group_sizes=(16,),
+            layout="nvfp4-pack-quantized",
+        ),
+        *(
+            Grid(
+                name=f"mxfp{bits}",
+                label=f"mxfp{bits}",
+                bits=(bits,),
+                rounding=f"llmq.grids.mxfp:MXFP{bits}",
+                format="compressed_tensors",
+                group_sizes=(32,),
+                layout=f"mxfp{bits}-{'pack-' if bits < 8 else ''}quantized",
+            )
+            for bits in (4, 6, 8)
         ),
     )
 }

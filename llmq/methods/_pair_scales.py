@@ -17,7 +17,7 @@ from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import Consumer, Pair
 from llmq.grids.activations import round_per_token, round_static, static_scale
-from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 
@@ -160,7 +160,7 @@ def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
 
     best, least = plain, cost(plain)
     for factor in CLIPS:
-        scale = nearest.scale * factor
+        scale = rounding_of(scheme.rules).storable(nearest.scale * factor, torch.float32)
         codes = round_to_grid(weight, scale, nearest.zero, scheme)
         value = QuantizedWeight(codes, scale, nearest.zero, scheme).dequantize(torch.float32)
         error = cost(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, round_to_grid, rounded_on
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
 
 FACTORS = (0.7, 0.75, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.14, 1.2)
@@ -26,14 +26,14 @@ def clip_groups(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sche
     groups = scale.shape[1]
     size = width // groups
     inside = torch.stack([moments[g : g + size, g : g + size] for g in range(0, width, size)])
-    best = scale.clone()
+    best, rounding = scale.clone(), rounding_of(scheme.rules)
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
         part = weight[start : start + step].float()
         held = None if zero is None else zero[start : start + step]
         least = torch.full((part.shape[0], groups), torch.inf, device=weight.device)
         for factor in (1.0, *FACTORS):
-            tried = (scale[start : start + step].float() * factor).to(scale.dtype)
+            tried = rounding.storable(scale[start : start + step].float() * factor, scale.dtype).to(scale.dtype)
             near = QuantizedWeight(round_to_grid(part, tried, held, scheme), tried, held, scheme)
             error = (part - near.dequantize(torch.float32)).view(-1, groups, size).transpose(0, 1)
             cost = ((error @ inside) * error).sum(-1).t()

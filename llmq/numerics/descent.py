@@ -88,9 +88,9 @@ class _Descent:
         slope = (levels * self.gradient[part]).sum(0)
         bend = (levels * bend).sum(0)
         old = self.scale[group]
-        new = (old + slope / bend).to(self.q.scale.dtype).to(torch.float32)
-        change = new - old
-        fine = torch.isfinite(new) & (new.abs() >= torch.finfo(self.q.scale.dtype).tiny) & (new * old > 0)
+        best = old + slope / bend
+        fine = torch.isfinite(best) & (best.abs() >= torch.finfo(self.q.scale.dtype).tiny) & (best * old > 0)
+        change = self.rounding.storable(best, self.q.scale.dtype) - old
         change = torch.where(fine & (change * (2 * slope - change * bend) > 0), change, 0.0)
         self.scale[group] += change
         return levels * change

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight, parts, rounded_on, rounding_of, storable
+from llmq.grids.base import QuantizedWeight, parts, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
 
 STARTS = tuple(1.1 * 0.88**step for step in range(14))
@@ -101,7 +101,7 @@ class _Solver:
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as read back from disk, for magnitude 1: rounded to its dtype, finite, normal, never 0."""
-        return storable(scale, self.dtype, self.unit)
+        return rounding_of(self.scheme.rules).storable(scale, self.dtype, self.unit)
 
     def levels(self, scale: Tensor, zero: Tensor) -> Tensor:
         """point − zero of every element."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import READ, QuantizedWeight, rounding_of, storable
+from llmq.grids.base import READ, QuantizedWeight, rounding_of
 
 SMALLEST, LARGEST = 0.1, 10.0
 """The limits of a factor."""
@@ -24,7 +24,7 @@ def scaled_by(q: QuantizedWeight, factor: Tensor) -> QuantizedWeight:
     """
     scale = q.scale.to(torch.float32)
     clipped = factor.to(scale.device).clamp(SMALLEST, LARGEST)
-    moved = storable(scale * clipped, q.scale.dtype).to(q.scale.dtype)
+    moved = rounding_of(q.scheme.rules).storable(scale * clipped, q.scale.dtype).to(q.scale.dtype)
     return replace(q, scale=torch.where((clipped == 1) | (scale == 0), q.scale, moved))
 
 

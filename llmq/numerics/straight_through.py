@@ -68,9 +68,7 @@ class TrainedWeight:
 
     def scale(self) -> Tensor:
         """The scales in their stored precision, float32 [out, groups, 1]: finite, normal, with unchanged sign."""
-        info = torch.finfo(self.q.scale.dtype)
-        size = (self.base * self.factor).abs_().clamp_(info.tiny, info.max).to(self.q.scale.dtype)
-        return torch.copysign(size.to(torch.float32), self.base)
+        return self.rounding.storable(self.base * self.factor, self.q.scale.dtype)
 
     def _scaled(self) -> Tensor:
         """w / s, float32 [out, groups, size]."""

@@ -16,7 +16,7 @@ from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
-from llmq.planning.weights import WeightPlan, matches
+from llmq.planning.weights import WeightPlan, matches, one_size
 from llmq.recipe.recipe import Recipe
 
 SHOWN = 5
@@ -138,7 +138,7 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(
             f"the group size does not divide the width of {_name_all(ragged)}. Ways out: --group-size with a divisor, "
-            + (other if any(i.scheme and not formats.of(i.scheme).ONE_SCHEME for i in ragged) else "")
+            + (other if any(i.scheme and not one_size(i.scheme) for i in ragged) else "")
             + "--ragged keep (do not quantize them), or --keep PATTERN"
         )
     torn = [i for i in chosen if tp > 1 and not _splits(i, tp)]

@@ -156,8 +156,7 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
     group, widths = scheme.group_size, widths or (width,)
     ragged = [w for w in (width, *widths) if group and w % group]
     if group and ragged:
-        # If the format allows only one scheme per folder, a smaller group is impossible.
-        if recipe.ragged == "error" or (formats.of(scheme).ONE_SCHEME and recipe.ragged != "keep"):
+        if recipe.ragged == "error" or (one_size(scheme) and recipe.ragged != "keep"):
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
             whose = f"its width {width}" if ragged[0] == width else f"the width {ragged[0]} of others of its expert"
@@ -165,6 +164,12 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
             return replace(item, reason=Reason(Kind.INDIVISIBLE, sentence))
         scheme = replace(scheme, group_size=_smaller(gcd(*widths), group) if recipe.ragged == "smaller" else None)
     return replace(item, scheme=scheme, after=stored_bytes((rows, width), scheme, dtype))
+
+
+def one_size(scheme: Scheme) -> bool:
+    """Whether a weight whose inputs the group size does not divide can have no other: a folder of the format has one
+    scheme, or the grid one size."""
+    return formats.of(scheme).ONE_SCHEME or len(scheme.rules.group_sizes) == 1
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
+from llmq.block.siblings import join
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
@@ -31,6 +32,7 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
         round_weights(block, pipeline.quantizer)
     for method in pipeline.refiners:
         refine(block, method)
+    join(block)
     block.round_in_place()
 
 

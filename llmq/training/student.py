@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmq import formats
 from llmq.block.block import WeightState, rounded_inputs
+from llmq.block.siblings import siblings
 from llmq.discovery.calls import Call, Recording, States, of_length
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError
@@ -151,12 +152,14 @@ class StreamedStudent:
     def tensors(self, block: Planned) -> dict[str, Tensor]:
         """The tensors that store what is trained of a block."""
         found: dict[str, Tensor] = {}
-        for weight, q in self._open(block).weights:
-            name = f"{block.name}.{weight.parameter}"
-            rounding = rounding_of(weight.scheme.rules)
-            stored = rounding.finish(self._scaled(name, q), self.io.plan.dtype)
-            packed = formats.of(weight.scheme).pack(stored)
-            found |= {f"{weight.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        opened = {weight.name: q for weight, q in self._open(block).weights}
+        for states in siblings(weight for weight, _ in self._open(block).weights):
+            rounding, dtype = rounding_of(states[0].scheme.rules), self.io.plan.dtype
+            scaled = [self._scaled(f"{block.name}.{one.parameter}", opened[one.name]) for one in states]
+            joined = rounding.join([rounding.finish(q, dtype) for q in scaled], dtype)
+            for one, stored in zip(states, joined, strict=True):
+                packed = formats.of(one.scheme).pack(stored)
+                found |= {f"{one.name}.{suffix}": tensor for suffix, tensor in packed.items()}
         for name, norm in self.norms.items():
             if name.startswith(f"{block.name}.") and name in self.parameters:
                 found[norm.tensor] = norm.moved(self.parameters[name].detach())

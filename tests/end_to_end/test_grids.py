@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import llmq
+from llmq import job
 from llmq.block.attempt import Outcome
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
@@ -46,6 +50,34 @@ def test_stock_transformers_reads_what_every_quantizer_writes(
     model = loaded(tmp_path / "out")
     got = logits(model.train() if scheme.rules.format == "bitsandbytes" else model)
     assert apart([got], [target]) < (1e-4 if scheme.activations is None else 5e-3)
+
+
+SMALL = [Scheme(4, 16, grid="nvfp4"), *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
+SMALL_CASES = [(m, s) for m in ("gptq", "awq", "hqq", "signround", "gptq+signround", "gptq+distill") for s in SMALL[:2]]
+SMALL_CASES += [("gptq", s) for s in SMALL[2:]]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write("llama", tmp_path_factory.mktemp("models") / "half", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), SMALL_CASES, ids=str)
+def test_stock_transformers_reads_microscaling_floats(method: str, scheme: Scheme, half: Path, tmp_path: Path) -> None:
+    """In bfloat16, the only dtype in which it does; parts of one matrix have one scale of scales."""
+    job.quantize(str(half), tmp_path / "out", recipe(method, scheme), ids=ids(40, 64))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert stock.dtype == torch.bfloat16
+    assert torch.equal(logits(stock), logits(llmq.load(tmp_path / "out", device_map="cpu").eval()))
+    assert 1e-3 < apart([logits(stock).float()], [logits(loaded(half))]) < 0.6
+    stored = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    divisors = {name: float(value) for name, value in stored.items() if name.endswith("weight_global_scale")}
+    assert bool(divisors) == (scheme == SMALL[0])
+    for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        first = [name for name in divisors if fused[0] in name]
+        for name in first:
+            assert len({divisors[name.replace(fused[0], part)] for part in fused}) == 1
 
 
 def on(windows: Tensor, model: nn.Module) -> Tensor:

@@ -1,4 +1,5 @@
-"""compressed-tensors on disk: packed integers (`packed`), unpacked 8-bit codes (`eight_bit`), and what both share.
+"""compressed-tensors on disk: packed integers (`packed`), unpacked 8-bit codes (`eight_bit`), microscaling floats
+(`microscaled`), and what they share.
 `read` also reads folders of other writers.
 """
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmq.formats.base import Groups, Loader, Spec
-from llmq.formats.compressed_tensors import eight_bit, packed
+from llmq.formats.compressed_tensors import eight_bit, microscaled, packed
 from llmq.formats.compressed_tensors.config import INTEGERS, config_of, dense, layout_of, loads_dense, with_targets
 from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
-from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.base import QuantizedWeight
 from llmq.grids.scheme import Scheme
 
 __all__ = ["COMPANIONS", "SCALES", "dense", "inspect", "loads_dense", "with_targets"]
@@ -55,6 +56,8 @@ def refuse_experts(scheme: Scheme) -> str | None:
     """Why stock transformers 5.23 with compressed-tensors 0.20 fails on a mixture's experts of a scheme, or None."""
     if not scheme.symmetric:
         return "transformers fails on experts with zero points: use --symmetric"
+    if layout_of(scheme) in microscaled.FORMATS:
+        return f"transformers does not read experts as {scheme} rightly: use --grid int"
     if layout_of(scheme) == INTEGERS:
         return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
     if scheme.activations is not None and not scheme.activations.dynamic:
@@ -64,7 +67,7 @@ def refuse_experts(scheme: Scheme) -> str | None:
 
 def refuse_stacks(scheme: Scheme) -> str | None:
     """Why `llmq.load` could not keep packed what was a stack of experts, of a scheme, or None."""
-    if rounding_of(scheme.rules).code_dtype.is_floating_point:
+    if scheme.rules.layout:
         return f"llmq does not keep experts as {scheme} packed: use --grid int"
     return None
 
@@ -76,6 +79,12 @@ def title(schemes: Collection[Scheme]) -> str:
 
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
+    if any(layout_of(scheme) in microscaled.FORMATS and scheme.bits < 8 for scheme in schemes):
+        sentence = (
+            "stock transformers with compressed-tensors 0.20 reads it, in bfloat16 only, and makes it dense on a CPU; "
+            "llmq.load reads it dense in any dtype"
+        )
+        return [Loader(sentence, code="transformers")]
     if all(scheme.symmetric for scheme in schemes):
         return [Loader("stock transformers with compressed-tensors reads it, on a GPU or CPU", code="transformers")]
     if len(schemes) == 1:
@@ -92,7 +101,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
 
 
 class _Layout(Protocol):
-    """The interface of `packed` and `eight_bit`."""
+    """The interface of `packed`, `eight_bit` and `microscaled`."""
 
     def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
 
@@ -105,4 +114,5 @@ class _Layout(Protocol):
 
 def _layout(scheme: Scheme) -> _Layout:
     """The module that stores a scheme."""
-    return packed if layout_of(scheme) == packed.FORMAT else eight_bit
+    layout = layout_of(scheme)
+    return packed if layout == packed.FORMAT else microscaled if layout in microscaled.FORMATS else eight_bit

@@ -16,21 +16,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from llmq.errors import LlmqError
-from llmq.formats.base import Groups
+from llmq.formats.base import Groups, dtype_name
+from llmq.formats.compressed_tensors.microscaled import DIVIDED, FORMATS, divided
 from llmq.formats.compressed_tensors.packed import FORMAT
-from llmq.grids.base import rounding_of
 from llmq.grids.scheme import Scheme
 
 QUANT_METHOD = "compressed-tensors"
 INTEGERS = "int-quantized"
 VERSION = "0.19.0"
+SCALES = {layout: torch.float8_e4m3fn if layout in DIVIDED else torch.uint8 for layout in FORMATS}
+"""The dtypes of stored scales, where they are not the model's."""
 
 
 def layout_of(scheme: Scheme) -> str:
     """compressed-tensors' name for the layout of a scheme."""
-    if rounding_of(scheme.rules).code_dtype.is_floating_point:
-        return "float-quantized"
+    if scheme.rules.layout:
+        return scheme.rules.layout
     return FORMAT if scheme.activations is None else INTEGERS
 
 
@@ -99,11 +103,14 @@ def with_targets(section: Mapping[str, Any], names: Iterable[str], classes: bool
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """The weights' scheme, as compressed-tensors' QuantizationArgs."""
-    return {
+    # Only the layouts of grids other than the integers have names of their own.
+    small = SCALES.get(scheme.rules.layout)
+    strategy = "channel" if scheme.group_size is None else "group"
+    return ({} if small is None else {"scale_dtype": f"torch.{dtype_name(small)}"}) | {
         "num_bits": scheme.bits,
-        "type": "float" if rounding_of(scheme.rules).code_dtype.is_floating_point else "int",
+        "type": "float" if scheme.rules.layout else "int",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
+        "strategy": "tensor_group" if divided(scheme) else strategy,
         "group_size": scheme.group_size,
         "actorder": None,
         "dynamic": False,

@@ -55,7 +55,8 @@ def inspect(
     if len(codes.shape) < 2:
         raise Unclear(f"{dtype} {[*codes.shape]}")
     if codes.dtype == torch.uint8 or (codes.dtype == torch.int8 and method == "fp8"):
-        shape, kind, bits = _pairs_of_codes(codes, scale, scheme), "float", 4
+        bits = 6 if packed and whole(scheme, "num_bits") == 6 else 4
+        shape, kind = _few_bits(codes, scale, scheme, bits), "float"
     elif packed:
         kind = str(scheme.get("type") or "int")
         shape, bits = _words(source, module, parts, scheme)
@@ -74,13 +75,15 @@ def inspect(
     return Row(name, shape, kind, bits, group, symmetric, None, nbytes, dtype)
 
 
-def _pairs_of_codes(codes: TensorInfo, scale: TensorInfo, scheme: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a weight with two FP4 codes in a byte: MXFP4 or NVFP4, as its scales say."""
-    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-    shared = NV if scale.dtype == torch.float8_e4m3fn else MX if scale.dtype in EXPONENTS else 0
+def _few_bits(codes: TensorInfo, scale: TensorInfo, scheme: Mapping[str, Any], bits: int) -> tuple[int, ...]:
+    """The shape of a weight with two FP4 codes in a byte, or four of FP6 in three: MXFP4, NVFP4 or MXFP6, as its scales
+    say."""
+    shape = (*codes.shape[:-1], codes.shape[-1] * 8 // bits)
+    shared = NV if scale.dtype == torch.float8_e4m3fn and bits == 4 else MX if scale.dtype in EXPONENTS else 0
     if not shared or scale.shape != (*shape[:-1], -(-shape[-1] // shared)):
-        raise Unclear(f"FP4 codes with {dtype_name(scale.dtype)} scales {[*scale.shape]} are neither MXFP4 nor NVFP4")
-    if whole(scheme, "num_bits") not in (None, 4) or scheme.get("type") not in (None, "float"):
+        known = "neither MXFP4 nor NVFP4" if bits == 4 else "not MXFP6"
+        raise Unclear(f"FP{bits} codes with {dtype_name(scale.dtype)} scales {[*scale.shape]} are {known}")
+    if whole(scheme, "num_bits") not in (None, bits) or scheme.get("type") not in (None, "float"):
         raise Unclear(f"config.json says {scheme.get('type')} of {scheme.get('num_bits')} bits, its tensors are FP4")
     return shape
 

@@ -19,6 +19,8 @@ SCHEMES = [
     Scheme(8, None, grid="fp8"),
     Scheme(4, 32, grid="nf4"),
     Scheme(4, 64, grid="nf4", double_quant=True),
+    Scheme(4, 16, grid="nvfp4"),
+    *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8)),
 ]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 CPU = torch.device("cpu")

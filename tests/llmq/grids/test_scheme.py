@@ -28,6 +28,14 @@ def test_double_quantization_does_not_follow_to_a_grid_without_it() -> None:
     assert changed_scheme({"group_size": 128}, nf4, "here").double_quant
 
 
+def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
+    assert changed_scheme({"grid": "nvfp4"}, Scheme(3, 128), "here") == Scheme(4, 16, grid="nvfp4")
+    assert changed_scheme({"grid": "mxfp8"}, Scheme(), "here") == Scheme(8, 32, grid="mxfp8")
+    assert changed_scheme({"grid": "fp8"}, Scheme(), "here") == Scheme(8, None, grid="fp8")
+    with pytest.raises(LlmqError, match="grid 'mxfp4' is 4 bits, symmetric, in blocks"):
+        changed_scheme({"grid": "mxfp4", "group_size": 64}, Scheme(), "here")
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

@@ -61,7 +61,14 @@ def test_what_there_is_is_not_refused(name: str, sizes: tuple[int, int | None, b
 
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(3, 32), Scheme(8, None), Scheme(8, None, grid="fp8"), Scheme(4, 64, grid="nf4", double_quant=True)],
+    [
+        Scheme(3, 32),
+        Scheme(8, None),
+        Scheme(8, None, grid="fp8"),
+        Scheme(4, 64, grid="nf4", double_quant=True),
+        Scheme(4, 16, grid="nvfp4"),
+        Scheme(6, 32, grid="mxfp6"),
+    ],
     ids=str,
 )
 def test_codes_take_the_bits_on_disk_that_the_table_says(scheme: Scheme) -> None:

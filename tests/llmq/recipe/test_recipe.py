@@ -75,7 +75,7 @@ def test_from_yaml(tmp_path: Path) -> None:
         ("options: 3", ("options must be a mapping",)),
         ("sweeps: 1", ("unknown key 'sweeps'",)),
         ("scheme: {grid: nf5}", ("grid 'nf5' is not known", "did you mean 'nf4'")),
-        ("scheme: {grid: fp8}", ("grid 'fp8' is 8 bits",)),
+        ("scheme: {grid: fp8, bits: 4}", ("grid 'fp8' is 8 bits",)),
         ("scheme: {grid: nf4, group_size: 100}", ("in blocks (group size) of 32",)),
         (
             "scheme: {activations: dynamic}",

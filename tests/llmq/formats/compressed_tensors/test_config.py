@@ -28,6 +28,8 @@ def test_one_scheme_is_written_as_a_class_and_several_by_name() -> None:
         (Scheme(8, None, activations=Activations(dynamic=False)), "int-quantized"),
         (Scheme(8, None, grid="fp8"), "float-quantized"),
         (Scheme(8, None, grid="fp8", activations=Activations()), "float-quantized"),
+        (Scheme(4, 16, grid="nvfp4"), "nvfp4-pack-quantized"),
+        (Scheme(8, 32, grid="mxfp8"), "mxfp8-quantized"),
     ],
     ids=str,
 )
