@@ -37,6 +37,7 @@ W4, W8 = Scheme(4, 64), Scheme(8, 64)
 W8A8 = Scheme(8, None, activations=Activations())
 STATIC = Scheme(8, None, activations=Activations(dynamic=False))
 FP8 = [Scheme(8, None, grid="fp8", activations=a) for a in (None, Activations(), Activations(dynamic=False))]
+SMALL = [Scheme(4, 16, grid="nvfp4"), *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
 NF4 = [Scheme(4, 64, grid="nf4", double_quant=d) for d in (True, False)]
 
 
@@ -105,7 +106,7 @@ def recipe(scheme: Scheme = W4, methods: str = "rtn", **more: Any) -> Recipe:
 def cases() -> Iterator[Case]:
     """Every case. On demo all schemes; on books8m methods, mixtures and kept weights; on others a few schemes."""
     packed = [Scheme(b, g, s) for b, s, g in product(range(2, 9), (True, False), (32, 64, 128, None))]
-    for scheme in [*packed, W8A8, STATIC, *FP8, *NF4]:
+    for scheme in [*packed, W8A8, STATIC, *FP8, *SMALL, *NF4]:
         yield Case("demo", str(scheme), recipe(scheme), table=True)
     mixtures = {
         "4-bit and 8-bit": {"overrides": (("mlp", W8),)},

@@ -56,8 +56,10 @@ def refuse_experts(scheme: Scheme) -> str | None:
     """Why stock transformers 5.23 with compressed-tensors 0.20 fails on a mixture's experts of a scheme, or None."""
     if not scheme.symmetric:
         return "transformers fails on experts with zero points: use --symmetric"
+    if microscaled.divided(scheme):
+        return f"transformers reads experts as {scheme} without the scale of their scales: use --grid int"
     if layout_of(scheme) in microscaled.FORMATS:
-        return f"transformers does not read experts as {scheme} rightly: use --grid int"
+        return f"experts as {scheme} were not tried in transformers: use --grid int"
     if layout_of(scheme) == INTEGERS:
         return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
     if scheme.activations is not None and not scheme.activations.dynamic:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounded_on, rounding_of
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.descent import improve
@@ -49,6 +49,17 @@ def test_every_sweep_lowers_every_row(scheme: Scheme, seed: int, dtype: torch.dt
         assert scheme.qmin <= int(better.codes.min()) and int(better.codes.max()) <= scheme.qmax
         assert bool((losses(weight, better, hessian) <= losses(weight, q, hessian) * (1 + 1e-4) + 1e-7).all())
         q = better
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 16, grid="nvfp4"), Scheme(4, 32, grid="mxfp4")], ids=str)
+def test_scales_stay_those_that_the_grid_can_store(scheme: Scheme) -> None:
+    weight, hessian = problem(1, 64)
+    rounding = rounding_of(scheme.rules)
+    q = rounded_on(weight, *rounding.find_scale(weight, scheme, "minmax", None, torch.bfloat16), scheme)
+    better = improve(q, weight, hessian, sweeps=3, damping=0.0)
+    assert torch.equal(rounding.storable(better.scale, torch.float32), better.scale)
+    assert scheme.grid == "mxfp4" or not torch.equal(better.scale, q.scale)
+    assert bool((losses(weight, better, hessian) <= losses(weight, q, hessian)).all())
 
 
 def test_it_ends_where_no_single_code_helps() -> None:
