@@ -231,6 +231,18 @@ def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Te
         yield start, part, top, torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
 
 
+def weights_of(method: str, importance: Tensor | None, groups: int) -> Tensor | None:
+    """The root of a method's weights of the inputs [1, groups, size], None if all count the same.
+
+    Raises LlmqError for 'weighted' without any importance.
+    """
+    if method != "weighted":
+        return None
+    if importance is None:
+        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
+    return root_of(importance.to(torch.float32).view(1, groups, -1))
+
+
 def root_of(importance: Tensor) -> Tensor:
     """The square root of the importance [1, groups, size], normalized to mean 1 in each group; all 0 counts as all
     equal.

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
-from llmq.grids.base import Rounding, check_range, parts, root_of
+from llmq.grids.base import Rounding, check_range, parts, weights_of
 from llmq.grids.scheme import Scheme
 
 SMALLEST = 2.0**-126
@@ -50,11 +49,8 @@ class CoarseScales(Rounding):
         """See `Rounding.find_scale`: positive; 1 if a whole group is 0."""
         rows, width = weight.shape
         check_range(method, scheme, width)
-        if method == "weighted" and importance is None:
-            raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
-        groups, root = scheme.groups(width), None
-        if method == "weighted" and importance is not None:
-            root = root_of(importance.to(torch.float32).view(1, groups, -1))
+        groups = scheme.groups(width)
+        root = weights_of(method, importance, groups)
         scale = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
         for start, part, top, unit in parts(weight, groups):
             found = self.first(top, scheme)

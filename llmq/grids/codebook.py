@@ -13,8 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
-from llmq.grids.base import Rounding, check_range, parts, root_of, storable
+from llmq.grids.base import Rounding, check_range, parts, storable, weights_of
 from llmq.grids.scheme import Scheme
 
 FACTORS = (1.0, 1.05, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.58, 0.52)
@@ -47,12 +46,8 @@ class Codebook(Rounding):
         """See `Rounding.find_scale`: positive; 1 if a whole group is 0."""
         rows, width = weight.shape
         check_range(method, scheme, width)
-        if method == "weighted" and importance is None:
-            raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
         groups, dtype = scheme.groups(width), self.scale_dtype or scale_dtype
-        root = None
-        if method == "weighted" and importance is not None:
-            root = root_of(importance.to(torch.float32).view(1, groups, -1))
+        root = weights_of(method, importance, groups)
         scale = torch.empty(rows, groups, dtype=dtype, device=weight.device)
         for start, part, top, unit in parts(weight, groups):
             found = self._search(part / unit, root, unit, scheme, dtype, FACTORS if method != "minmax" else ())

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
-from llmq.grids.base import check_range, parts, root_of, storable
+from llmq.grids.base import check_range, parts, storable, weights_of
 from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
 from llmq.grids.scheme import Scheme
 
@@ -91,12 +90,8 @@ def find_range(
     """
     rows, width = weight.shape
     check_range(method, scheme, width)
-    if method == "weighted" and importance is None:
-        raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
     groups = scheme.groups(width)
-    root = None
-    if method == "weighted" and importance is not None:
-        root = root_of(importance.to(torch.float32).view(1, groups, -1))
+    root = weights_of(method, importance, groups)
     limit = _entropy_limit(weight, groups, scheme.bits) if method == "kl" else math.inf
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
