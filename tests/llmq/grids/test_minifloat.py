@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmq.grids.base import rounding_of
 from llmq.grids.scheme import Scheme
+from tests.llmq.grids.peers import known_to_compressed_tensors
 
 FOUR = [Scheme(4, 16, grid="nvfp4"), Scheme(4, 32, grid="mxfp4")]
 SCHEMES = [*FOUR, Scheme(6, 32, grid="mxfp6")]
@@ -52,11 +53,13 @@ def test_the_nearest_by_brute_force(scheme: Scheme, values: list[float]) -> None
 
 @EVERY
 def test_ties_go_to_the_even_code_as_in_compressed_tensors(scheme: Scheme) -> None:
-    from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP6_E2M3_DATA
+    known_to_compressed_tensors(scheme)
+    from compressed_tensors.quantization import quant_args
 
     levels = rounding_of(scheme.rules).levels(scheme, CPU)
     middle = (levels[1:] + levels[:-1]) / 2
-    cast = (FP4_E2M1_DATA.cast_to_fp4 if scheme.bits == 4 else FP6_E2M3_DATA.cast_to_fp6)(middle.clone())
+    four = scheme.bits == 4
+    cast = (quant_args.FP4_E2M1_DATA.cast_to_fp4 if four else quant_args.FP6_E2M3_DATA.cast_to_fp6)(middle.clone())
     assert torch.equal(rounding_of(scheme.rules).nearest(middle.clone(), None, scheme), cast)
 
 

@@ -12,6 +12,7 @@ from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
+from tests.llmq.grids.peers import known_to_compressed_tensors
 
 SCHEMES = [Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8)]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -46,6 +47,7 @@ def test_the_best_of_three_exponents(scheme: Scheme, seed: int, method: str) -> 
 
 @EVERY
 def test_minmax_is_compressed_tensors_own(scheme: Scheme) -> None:
+    known_to_compressed_tensors(scheme)
     from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
     weight = sample(3, 64, 320)

@@ -20,6 +20,7 @@ from llmq.formats.compressed_tensors.config import config_of, layout_of
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
+from tests.llmq.grids.peers import known_to_compressed_tensors
 
 NV = Scheme(4, 16, grid="nvfp4")
 SCHEMES = [NV, *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
@@ -37,6 +38,7 @@ def rounded(scheme: Scheme, rows: int = 24, width: int = 96, seed: int = 0) -> Q
 @EVERY
 def test_the_bytes_are_those_of_compressed_tensors(scheme: Scheme) -> None:
     """Its compressor, given the values of the same codes and scales, packs the same; and reads them as the same."""
+    known_to_compressed_tensors(scheme)
     q = rounded(scheme)
     read = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, ["head"])).config_groups["group_0"]
     theirs = BaseCompressor.get_value_from_registry(layout_of(scheme))
@@ -79,6 +81,7 @@ def test_every_exponent_survives() -> None:
 
 @EVERY
 def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
+    known_to_compressed_tensors(scheme)
     group = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, ["head"])).config_groups["group_0"]
     weights = group.weights
     assert group.format == scheme.rules.layout == layout_of(scheme)
@@ -121,6 +124,7 @@ def save(folder: Path, scheme: Scheme) -> Tensor:
 
 @EVERY
 def test_stock_transformers_and_llmq_load_give_our_logits(tmp_path: Path, scheme: Scheme) -> None:
+    known_to_compressed_tensors(scheme)
     want = save(tmp_path, scheme)
     for model in (AutoModelForCausalLM.from_pretrained(tmp_path), llmq.load(tmp_path, device_map="cpu")):
         with torch.inference_mode():
