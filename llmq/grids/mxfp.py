@@ -3,7 +3,8 @@
 Rouhani et al. 2023, OCP Microscaling Formats (MX) Specification 1.0; scales are E8M0, exponents in a byte. 'minmax' is
 compressed-tensors' own choice, which clips the largest value where that loses little: the power of two below the
 group's largest magnitude, which is rounded to a few bits first, over that below the grid's largest value. 'mse' and
-'weighted' try one exponent less and one more as well.
+'weighted' try one exponent less and one more as well; less squared error so found is not always less loss of the model
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations

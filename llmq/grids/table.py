@@ -127,6 +127,7 @@ GRIDS = {
                 rounding=f"llmq.grids.mxfp:MXFP{bits}",
                 format="compressed_tensors",
                 group_sizes=(32,),
+                usual="minmax",
                 layout=f"mxfp{bits}-{'pack-' if bits < 8 else ''}quantized",
             )
             for bits in (4, 6, 8)
