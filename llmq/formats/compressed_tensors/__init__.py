@@ -82,11 +82,11 @@ def title(schemes: Collection[Scheme]) -> str:
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     if any(layout_of(scheme) in microscaled.FORMATS and scheme.bits < 8 for scheme in schemes):
+        own = "; llmq.load reads it dense in any dtype" if all(scheme.bits == 4 for scheme in schemes) else ""
         sentence = (
-            "stock transformers with compressed-tensors 0.20 reads it, in bfloat16 only, and makes it dense on a CPU; "
-            "llmq.load reads it dense in any dtype"
+            "stock transformers with compressed-tensors 0.20 reads it, in bfloat16 only, and makes it dense on a CPU"
         )
-        return [Loader(sentence, code="transformers")]
+        return [Loader(sentence + own, code="transformers")]
     if all(scheme.symmetric for scheme in schemes):
         return [Loader("stock transformers with compressed-tensors reads it, on a GPU or CPU", code="transformers")]
     if len(schemes) == 1:
