@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from llmq.allocation import memory
-from llmq.allocation.choose import Bound
+from llmq.allocation.choose import Bound, check_bounds
 from llmq.allocation.goal import Fit, Goal, Latency
 from llmq.allocation.groups import Group
 from llmq.allocation.latency.table import step_times
@@ -56,6 +56,8 @@ def bounds_of(plan: Plan, goal: Goal, groups: Sequence[Group], watch: Watch) -> 
     elif goal.kl is not None:
         found.append(Bound("stored bytes", stored, math.inf, ""))
     if goal.latency is not None:
+        # Before anything is timed.
+        check_bounds(groups, found)
         made.times = _times(plan, goal.latency, groups, watch)
         way = "give more --target-latency, or other --candidates"
         found.append(Bound("milliseconds of a decode step", made.times, goal.latency.milliseconds, way))

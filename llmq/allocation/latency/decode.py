@@ -24,6 +24,8 @@ LEAST = 5
 WARM = 2
 SECONDS = 5.0
 """After so many seconds no step begins."""
+CHUNK = 512
+"""Tokens that are read at a time: masks of a whole prompt take the square of its length."""
 SHORT = 8
 """Tokens in the cache of a model that does not run without arithmetic."""
 FILL = 0.01
@@ -65,8 +67,10 @@ def start(model: nn.Module, context: int, batch: int) -> Start:
     """
 
     def begun(tokens: int) -> Start:
-        ids = torch.zeros(batch, tokens, dtype=torch.long)
-        return Start(_cache_of(model(input_ids=ids, use_cache=True)), tokens, batch)
+        kept: dict[str, Any] = {}
+        for piece in torch.zeros(batch, tokens, dtype=torch.long).split(CHUNK, 1):  # type: ignore[no-untyped-call]
+            kept = _cache_of(model(input_ids=piece, use_cache=True, **kept))
+        return Start(kept, tokens, batch)
 
     try:
         with torch.no_grad(), shared_zeros(model):
@@ -75,8 +79,11 @@ def start(model: nn.Module, context: int, batch: int) -> Start:
                     return begun(context)
             except LlmqError:
                 raise
-            except Exception:  # the model computes with values: it has to be run
-                return begun(min(context, SHORT))
+            except Exception as error:  # the model computes with values: it has to be run
+                found = begun(min(context, SHORT))
+                if isinstance(error, IndexError):
+                    raise _too_long(error) from error
+                return found
     except LlmqError:
         raise
     except Exception as error:  # model code may fail in any way
@@ -96,7 +103,7 @@ def timed(model: nn.Module, parts: Sequence[str], begin: Start, device: torch.de
             steps = _steps(model, begin, clock, device)
             between = _between(model, begin.batch, device)
     except Exception as error:  # model code may fail in any way
-        raise _refused(model, error) from error
+        raise (_too_long(error) if isinstance(error, IndexError) else _refused(model, error)) from error
     found = {name: statistics.median(step.get(name, 0.0) for _, step in steps) for name in parts}
     return Times(statistics.median(whole for whole, _ in steps) + between, found)
 
@@ -104,14 +111,17 @@ def timed(model: nn.Module, parts: Sequence[str], begin: Start, device: torch.de
 def _steps(model: nn.Module, begin: Start, clock: _Clock, device: torch.device) -> list[tuple[float, dict[str, float]]]:
     cache: Mapping[str, Any] = begin.cache(device)
     token = torch.zeros(begin.batch, 1, dtype=torch.long, device=device)
+    generator = torch.Generator().manual_seed(0)
     steps = []
     began = time.perf_counter()
     for step in range(WARM + STEPS):
         clock.begin()
         output = model(input_ids=token, use_cache=True, **cache)
-        token = output.logits[:, -1:].argmax(-1)
+        output.logits[:, -1:].argmax(-1)
         if step >= WARM:
             steps.append(clock.end())
+        # Rows of a batch differ, or all of them would choose the same experts.
+        token = torch.randint(output.logits.shape[-1], token.shape, generator=generator).to(device)
         cache = _cache_of(output)
         if len(steps) >= LEAST and time.perf_counter() - began > SECONDS:
             break
@@ -222,6 +232,13 @@ def _materialized(value: Any, device: torch.device, seen: dict[int, Any]) -> Any
         made.__dict__.update({name: _materialized(one, device, seen) for name, one in vars(value).items()})
     seen[id(value)] = made
     return made
+
+
+def _too_long(error: Exception) -> LlmqError:
+    return LlmqError(
+        f"--target-latency: the model does not read so many tokens and generate more ({first_line(error)}): give a "
+        "shorter --context"
+    )
 
 
 def _refused(model: nn.Module, error: Exception) -> LlmqError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmq.allocation.groups import Group
 from llmq.allocation.latency import layers
+from llmq.allocation.prefill import as_loaded
 from llmq.discovery.parameters import assign
 from llmq.grids.scheme import Scheme
 from llmq.inference.experts import use_packed
@@ -64,18 +65,28 @@ class Standin:
 
 def standin(plan: Plan, groups: Sequence[Group], schemes: Sequence[Scheme | None], device: torch.device) -> Standin:
     """A stand-in for the plan's model with a scheme for each group. Raises LlmqError as `layers.weight` does."""
-    found = Standin(deepcopy(plan.model).eval())
+    found = Standin(as_loaded(plan.model))
     shared = _Shared([block.name for block in plan.structure.blocks], apart(plan, device))
-    for number, (group, scheme) in enumerate(zip(groups, schemes, strict=True)):
-        stacks = set()
+    stacks: set[str] = set()
+    given = [Group(w.name, (w,), (w.scheme,), (w.after,)) for w in given_apart(plan, groups)]
+    for number, (group, scheme) in enumerate(
+        zip([*groups, *given], [*schemes, *(g.candidates[0] for g in given)], strict=True)
+    ):
         for place in places(plan, group):
-            found.owners[place.owner] = number
+            if number < len(groups):
+                found.owners[place.owner] = number
             if scheme is not None and _put(found.model, place, scheme, plan.dtype, device, shared):
                 stacks.add(place.owner)
-        for owner in stacks:
-            use_packed(found.model.get_submodule(owner))
+    for owner in stacks:
+        use_packed(found.model.get_submodule(owner))
     _fill(found.model, device, shared)
     return found
+
+
+def given_apart(plan: Plan, groups: Sequence[Group]) -> list[WeightPlan]:
+    """The weights that are quantized with a scheme of their own."""
+    mine = {weight.name for group in groups for weight in group.weights}
+    return [weight for weight in plan.weights if weight.scheme is not None and weight.name not in mine]
 
 
 def places(plan: Plan, group: Group) -> Iterator[Place]:
@@ -158,7 +169,9 @@ def _put(
     shape = sizes(owner)
     if shape is not None:
         bias = owner.bias is not None
-        layer = shared.get(place.owner, (shape, bias), lambda: layers.packed(shape, scheme, dtype, bias, device))
+        layer = shared.get(
+            place.owner, (shape, bias, str(scheme)), lambda: layers.packed(shape, scheme, dtype, bias, device)
+        )
         model.set_submodule(place.owner, _twin(layer))
         return False
     if parameter.dim() != 3:
@@ -170,7 +183,7 @@ def _put(
         every = (parts for _ in range(place.experts))
         return packed_stack(name, tuple(parameter.shape), place.transposed, every, dtype, name)
 
-    stack = shared.get(name, (tuple(parameter.shape), place.rows), make)
+    stack = shared.get(name, (tuple(parameter.shape), place.rows, str(scheme)), make)
     del owner._parameters[place.parameter]
     owner.register_module(place.parameter, _twin(stack))
     return True

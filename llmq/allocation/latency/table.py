@@ -14,7 +14,7 @@ import torch
 
 from llmq.allocation.groups import Group
 from llmq.allocation.latency.decode import Start, start, timed
-from llmq.allocation.latency.standin import Standin, nbytes, standin
+from llmq.allocation.latency.standin import Standin, given_apart, nbytes, standin
 from llmq.allocation.store import Store
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
@@ -77,7 +77,7 @@ def check_memory(plan: Plan, begin: Start, device: torch.device) -> None:
 def _measured(model: Standin, groups: int, device: torch.device, begin: Start) -> list[float]:
     """Milliseconds of each group."""
     times = timed(model.model, list(model.owners), begin, device)
-    rest = times.step - sum(times.parts.values())
+    rest = max(0.0, times.step - sum(times.parts.values()))
     found = [rest / groups] * groups
     for owner, group in model.owners.items():
         found[group] += times.parts[owner]
@@ -86,11 +86,13 @@ def _measured(model: Standin, groups: int, device: torch.device, begin: Start) -
 
 def _depends(plan: Plan, groups: Sequence[Group], device: torch.device, context: int, batch: int) -> dict[str, Any]:
     return {
-        "times": 1,
+        "times": 2,
+        "kernels": _kernels(),
         "config": plan.source.config,
         "class": type(plan.model).__name__,
         "dtype": str(plan.dtype),
         "groups": [[g.name, [w.name for w in g.weights]] for g in groups],
+        "given": [[w.name, str(w.scheme)] for w in given_apart(plan, groups)],
         "context": context,
         "batch": batch,
         "machine": machine(device),
@@ -122,6 +124,16 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1] if found else "unknown"
+
+
+def _kernels() -> str:
+    """A digest of the operators' code, which a version does not tell while it is worked on."""
+    import llmq_kernels
+
+    found = hashlib.sha256()
+    for file in sorted(Path(llmq_kernels.__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _tuned(device: torch.device) -> str:

@@ -33,7 +33,9 @@ def sizes(cache: dict[str, Any]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cache_is_that_of_a_prompt(kind: str) -> None:
+def test_the_cache_is_that_of_a_prompt(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The dry run reads it in parts.
+    monkeypatch.setattr(decode, "CHUNK", 16)
     model = built(kind)
     ids = tokens(2, 40)
     with torch.inference_mode(), quiet():
@@ -91,3 +93,22 @@ def test_what_does_not_decode_is_refused() -> None:
     fails.model.forward = lambda **_: 1 / 0
     with pytest.raises(LlmqError, match=r"does not decode.*division by zero"):
         start(fails, 4, 1)
+
+
+def test_rows_of_a_batch_choose_different_experts() -> None:
+    model = built("qwen3_moe")
+    seen: list[torch.Tensor] = []
+    experts = next(one for one in model.modules() if type(one).__name__.endswith("Experts"))
+    experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    timed(model, [], start(model, 16, 8), CPU)
+    steps = [choices for choices in seen if len(choices) == 8]
+    assert any(len({tuple(row) for row in choices.tolist()}) > 1 for choices in steps)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+@pytest.mark.parametrize("more", [0, 50])
+def test_more_tokens_than_a_model_reads_are_refused_in_words(kind: str, more: int) -> None:
+    model = built(kind)
+    context = model.config.max_position_embeddings + more
+    with pytest.raises(LlmqError, match="give a shorter --context"):
+        timed(model, [], start(model, context, 1), CPU)

@@ -71,6 +71,31 @@ def test_every_weight_has_a_place(tmp_path: Path) -> None:
     assert set(made.owners.values()) == set(range(len(groups))) and not layers(made.model)
 
 
+def test_weights_with_schemes_of_their_own_are_packed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.make("llama", tmp_path / "model")
+    recipe = Recipe(("rtn",), SCHEME, overrides=(("layers.0.mlp", Scheme(8, 16)), ("layers.1.mlp", Scheme(4, 32))))
+    goal = Goal(bits=8, candidates=(SCHEME, None))
+    plan = job.plan(str(folder), recipe, goal=goal, ids=ids())
+    groups = allocate.check(plan, goal)
+    llmq.quantize(str(folder), tmp_path / "out", recipe, ids=ids())
+    loaded = llmq.load(tmp_path / "out", device_map="cpu")
+    # Also where blocks share memory: what differs in its scheme is not shared.
+    monkeypatch.setattr(module, "cache_bytes", lambda _: 0)
+    made = standin(plan, groups, [SCHEME] * len(groups), CPU)
+    assert layers(made.model) == layers(loaded)
+    assert not any("layers.0.mlp" in owner or "layers.1.mlp" in owner for owner in made.owners)
+
+
+def test_kept_experts_run_as_in_a_loaded_folder(tmp_path: Path) -> None:
+    folder = tiny.make("qwen3_moe", tmp_path / "model")
+    plan, groups = planned(folder)
+    made: Any = standin(plan, groups, [None] * len(groups), CPU).model
+    llmq.quantize(str(folder), tmp_path / "out", Recipe(("rtn",), SCHEME, keep=("experts",)), ids=ids())
+    loaded = llmq.load(tmp_path / "out", device_map="cpu")
+    ways = [model.config._experts_implementation for model in (made, loaded)]
+    assert "eager" not in ways, ways
+
+
 def test_blocks_share_what_is_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, groups = planned(tiny.make("llama", tmp_path / "model"))
     blocks = len(plan.blocks)

@@ -113,6 +113,10 @@ def test_bits_are_chosen_within_a_time(tiny_model: Path, tmp_path: Path, monkeyp
         f"{groups} milliseconds of a decode step",
         "--target-latency",
     )
+    monkeypatch.setattr(bounds, "step_times", lambda *_: 1 / 0)
+    tiny = Goal(bits=0.5, latency=Latency(limit), candidates=CANDIDATES)
+    refused(lambda: job.plan(str(tiny_model), RECIPE, goal=tiny, ids=ids(10)), "--target-bits")
+    monkeypatch.setattr(bounds, "step_times", given)
     # With --max-kl: the fewest bytes within the time.
     small = Goal(kl=10.0, latency=Latency(limit), candidates=CANDIDATES)
     plan = job.plan(str(tiny_model), RECIPE, goal=small, ids=ids(10))
