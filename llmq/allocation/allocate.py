@@ -114,7 +114,7 @@ def usual_score(plan: Plan, groups: Sequence[Group]) -> tuple[str, int]:
     """The best score that a model of this size allows, and the tokens that it measures on."""
     width = hidden_width(plan.model) * torch.float32.itemsize
     tokens = windows.SCORED * windows.TOKENS
-    for name, chains, least in (("divergence", _measured(groups), ENOUGH), ("linear", len(groups), LEAST)):
+    for name, chains, least in (("divergence", len(divergence.pairs(groups)), ENOUGH), ("linear", len(groups), LEAST)):
         room = ROOM // max(1, chains * width)
         if room >= least:
             return name, min(tokens, room)
@@ -122,11 +122,6 @@ def usual_score(plan: Plan, groups: Sequence[Group]) -> tuple[str, int]:
         # Of routed experts and weights outside the blocks there are no gradients.
         return "linear", max(1, min(tokens, ROOM // max(1, len(groups) * width)))
     return "gradient", tokens
-
-
-def _measured(groups: Sequence[Group]) -> int:
-    """The chains of hidden states of the score 'divergence'."""
-    return sum(1 for g in groups for s in g.candidates if s is not None and s.bits <= divergence.MEASURED)
 
 
 def prepare(plan: Plan, goal: Goal, watch: Watch | None = None) -> tuple[list[Group], Bounds]:
@@ -248,7 +243,7 @@ def memory(plan: Plan, groups: Sequence[Group], score: str | None = None) -> int
     parts = windows.split(plan.ids, plan.calibration.held)
     width = hidden_width(plan.model)
     counted = parts.statistics.numel() + parts.proof.numel()
-    chains = {"divergence": _measured(groups), "linear": len(groups)}.get(name, 0)
+    chains = {"divergence": len(divergence.pairs(groups)), "linear": len(groups)}.get(name, 0)
     states = 2 * counted * width * four + chains * min(tokens, parts.scored.numel()) * width * four
     states += 2 * 3 * parts.proof.numel() * width * four
     blocks = [sum(p.numel() for p in block.module.parameters()) for block in plan.blocks]

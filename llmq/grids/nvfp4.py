@@ -1,10 +1,10 @@
 """NVFP4: FP4 codes (e2m1), for every 16 inputs a scale in e4m3, and one scale of all scales, by which they are divided.
 
 NVIDIA 2025, developer.nvidia.com/blog/introducing-nvfp4-for-efficient-and-accurate-low-precision-inference. The scale
-of scales is a power of two here. Then it
-only says which 15 powers of two the scales lie in, and no scale depends on it: it is chosen last, and weights that a
-server makes one matrix of can be given the same one without any change (`join`). And every product of a code and its
-scale has at most 6 bits, so it is exact in bfloat16, whatever the order in which a reader multiplies.
+of scales is a power of two here. Then it only says which 15 powers of two the scales lie in, and no scale depends on
+it: it is chosen last, and weights that a server makes one matrix of can be given the same one without any change
+(`join`). And every product of a code and its scale has at most 6 bits, so it is exact in bfloat16, whatever the order
+in which a reader multiplies.
 
 'minmax' scales a group's largest magnitude to 6; 'mse' and 'weighted' try the scales around it, beyond the one that
 scales it to 4 (Cook et al. 2025, Four Over Six), and down to two thirds.
@@ -24,6 +24,8 @@ from llmq.grids.minifloat import Minifloat
 
 LOWEST, TOP = 2.0**-6, 7
 """The smallest normal number of e4m3, which some kernels need, and the exponent of the largest stored scale."""
+
+FAR = "groups thousands of times smaller than the largest have the smallest scale there is"
 
 
 class NVFP4(CoarseScales, Minifloat):
@@ -68,10 +70,11 @@ def _with_global(weight: QuantizedWeight, divisor: Tensor) -> QuantizedWeight:
     scale = weight.scale.to(torch.float32).clamp(LOWEST / float(divisor), 2.0 ** (TOP + 1) * 1.75 / float(divisor))
     # What is moved and not used needs no new codes.
     moved = (scale != weight.scale) & _used(weight)
-    codes = weight.codes
+    codes, notes = weight.codes, weight.notes
     if bool(moved.any()):
+        notes = tuple(dict.fromkeys((*notes, FAR)))
         rounding = NVFP4()
         points = rounding.decode(codes, weight.scheme).view(*scale.shape, -1)
         again = rounding.nearest(points * (weight.scale / scale).unsqueeze(-1), None, weight.scheme)
         codes = rounding.encode(torch.where(moved.unsqueeze(-1), again, points).flatten(1), weight.scheme)
-    return replace(weight, codes=codes, scale=scale, stored_scale=divisor)
+    return replace(weight, codes=codes, scale=scale, stored_scale=divisor, notes=notes)

@@ -143,11 +143,12 @@ def _between(model: Any, batch: int, device: torch.device) -> float:
         calls.append((began, time.perf_counter()))
         return output
 
-    ids = torch.zeros(batch, SHORT, dtype=torch.long, device=device)
+    # Without a token that pads, nothing is guessed and no warning printed.
+    ids = torch.ones(batch, SHORT, dtype=torch.long, device=device)
     count = LEAST + WARM
     model.forward = forward
     try:
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
     except Exception:  # what generate needs beside the model may be missing: then nobody calls it
         return 0.0
     finally:

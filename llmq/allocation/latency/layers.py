@@ -22,8 +22,6 @@ from llmq.inference.transformers_hook import reading
 
 NAME = "weight"
 SPREAD = 0.05
-ROWS = 256
-"""Rows that are rounded; the others repeat them."""
 
 
 def packed(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, bias: bool, device: torch.device) -> QuantLinear:
@@ -38,8 +36,7 @@ def weight(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, device: t
     Raises LlmqError if llmq's kernels do not run the scheme.
     """
     generator = torch.Generator().manual_seed(0)
-    some = torch.empty(min(ROWS, shape[0]), shape[1]).uniform_(-SPREAD, SPREAD, generator=generator)
-    value = some.repeat(-(-shape[0] // len(some)), 1)[: shape[0]]
+    value = torch.empty(shape).uniform_(-SPREAD, SPREAD, generator=generator)
     quantized = round_to_nearest(value, scheme, dtype, "minmax")
     found = _read(formats.of(scheme).pack(quantized), scheme, shape, dtype)
     tensors: dict[str, Any] = {name: part.to(device) for name, part in vars(found).items() if isinstance(part, Tensor)}
