@@ -45,7 +45,8 @@ class QuantizedWeight:
     codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: int8 [out,
     groups] in the range of the codes, or None when symmetric; notes: fallbacks used, for the report; input_scale:
     float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead of `scale`, if the
-    grid stores scales as codes.
+    grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if the grid learns them
+    (the codes are then their indices).
     """
 
     codes: Tensor
@@ -55,23 +56,32 @@ class QuantizedWeight:
     notes: tuple[str, ...] = ()
     input_scale: Tensor | None = None
     stored_scale: Any = None
+    levels: Tensor | None = None
+
+    @property
+    def rounding(self) -> Rounding:
+        """The arithmetic of its grid, with its own levels."""
+        return rounding_of(self.scheme.rules).on(self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in], computed in float32 and rounded once to `dtype`."""
         rows, width = self.codes.shape
         weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
-        rounding = rounding_of(self.scheme.rules)
+        rounding = self.rounding
         # Some rows at a time, so that there is no float32 copy of the whole weight.
         step = max(1, READ // width)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             zero = None if self.zero is None else self.zero[part]
-            weight[part] = dequantize(rounding.decode(self.codes[part], self.scheme), self.scale[part], zero)
+            points = rounding.part(part).decode(self.codes[part], self.scheme)
+            weight[part] = dequantize(points, self.scale[part], zero)
         return weight
 
 
 class Rounding(ABC):
-    """A grid's arithmetic: one class in each grid's file, without state.
+    """A grid's arithmetic: one class in each grid's file. It has no state, but for the levels of a weight's rows where
+    a grid learns them: `fitted` finds them, `on` takes those of a quantized weight, and the first axis of every tensor
+    is then that of the rows.
 
     A *point* is a value of the grid, float32; a *code* is the stored form of a point, one byte each. The `scaled` value
     of a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model; even:
@@ -111,6 +121,25 @@ class Rounding(ABC):
         LlmqError if the method is unknown, the group size does not divide the inputs, or the weight is not finite.
         """
 
+    def fitted(
+        self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
+    ) -> Rounding:
+        """This arithmetic with levels for a weight, where the grid learns them; arguments as in `find_scale`."""
+        return self
+
+    def on(self, levels: Tensor | None) -> Rounding:
+        """This arithmetic with given levels [out, points] of a weight's rows, where the grid learns them."""
+        return self
+
+    def part(self, rows: slice) -> Rounding:
+        """This arithmetic for some of the rows."""
+        return self
+
+    @property
+    def learned(self) -> Tensor | None:
+        """The levels of each row, float32 [out, points], where the grid learns them."""
+        return None
+
     def reach(self, scheme: Scheme) -> float:
         """The largest magnitude that the grid covers at scale 1."""
         return float(self.levels(scheme, torch.device("cpu")).abs().amax())
@@ -130,8 +159,9 @@ class Rounding(ABC):
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None
     ) -> Quantized:
         """The weight [out, in] rounded to nearest, with the scales of `find_scale`."""
-        scale, zero = self.find_scale(weight, scheme, method, importance, scale_dtype)
-        return self.finish(rounded_on(weight, scale, zero, scheme), scale_dtype)
+        found = self.fitted(weight, scheme, method, importance, scale_dtype)
+        scale, zero = found.find_scale(weight, scheme, method, importance, scale_dtype)
+        return self.finish(rounded_on(weight, scale, zero, scheme, levels=found.learned), scale_dtype)
 
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> Quantized:
         """The weight in the form that the grid's format stores; dtype: of the model, to which readers dequantize."""
@@ -182,20 +212,28 @@ def rounding_of(grid: Grid) -> Rounding:
 
 
 def rounded_on(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, notes: tuple[str, ...] = ()
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    notes: tuple[str, ...] = (),
+    levels: Tensor | None = None,
 ) -> QuantizedWeight:
-    """A weight [out, in] rounded to nearest with given scales [out, groups] and zero points."""
+    """A weight [out, in] rounded to nearest with given scales [out, groups], zero points, and levels of its rows."""
     scale, stored = rounding_of(scheme.rules).settle(scale, scheme)
-    codes = round_to_grid(weight, scale, zero, scheme)
-    return QuantizedWeight(codes, scale, zero, scheme, notes, stored_scale=stored)
+    codes = round_to_grid(weight, scale, zero, scheme, levels)
+    return QuantizedWeight(codes, scale, zero, scheme, notes, stored_scale=stored, levels=levels)
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+def round_to_grid(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, levels: Tensor | None = None
+) -> Tensor:
     """The code of each element's nearest point.
 
-    weight: any float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None. Returns codes [out, in].
+    weight: any float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None; levels: of each row, where the
+    grid learns them. Returns codes [out, in].
     """
-    rounding = rounding_of(scheme.rules)
+    rounding = rounding_of(scheme.rules).on(levels)
     rows, width = weight.shape
     groups = scale.shape[1]
     codes = torch.empty(rows, width, dtype=rounding.code_dtype, device=weight.device)
@@ -204,7 +242,8 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sc
         part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
         part = part / scale[start : start + step].to(torch.float32).unsqueeze(-1)
         held = None if zero is None else zero[start : start + step].unsqueeze(-1)
-        codes[start : start + step] = rounding.encode(rounding.nearest(part, held, scheme).flatten(1), scheme)
+        here = rounding.part(slice(start, start + step))
+        codes[start : start + step] = here.encode(here.nearest(part, held, scheme).flatten(1), scheme)
     return codes
 
 

@@ -37,7 +37,8 @@ class Grid:
     point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
     usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
     rounding of 8-bit weights' inputs, None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of`
-    loads it); format: the module under `formats/` that stores it; layout: the format's name for how it is stored, if it
+    loads it); format: the module under `formats/` that stores it; learned: whether the levels of each row are found
+    for the weight; layout: the format's name for how it is stored, if it
     has a layout of its own.
     """
 
@@ -55,6 +56,7 @@ class Grid:
     calibrated: str = "weighted"
     inputs: Limits | None = None
     layout: str = ""
+    learned: bool = False
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
@@ -131,6 +133,15 @@ GRIDS = {
                 layout=f"mxfp{bits}-{'pack-' if bits < 8 else ''}quantized",
             )
             for bits in (4, 6, 8)
+        ),
+        Grid(
+            name="kmeans",
+            label="kmeans {bits}-bit",
+            bits=(2, 3, 4),
+            rounding="llmq.grids.kmeans:KMeans",
+            format="codebook",
+            group_sizes=(None,),
+            learned=True,
         ),
     )
 }

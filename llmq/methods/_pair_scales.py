@@ -149,9 +149,10 @@ def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     """The weight rounded with the best of a few clips of each group: accurate enough to compare scales, and ten times
     as fast as a range search.
     """
-    nearest = round_to_nearest(weight, scheme, torch.float32, "minmax")
+    nearest = round_to_nearest(weight, scheme, torch.float32, "mse" if scheme.rules.learned else "minmax")
     plain = nearest.dequantize(torch.float32)
-    if scheme.bits > CLIPPED_BITS or scheme.rules.calibrated == "minmax" or not isinstance(nearest, QuantizedWeight):
+    searched = scheme.bits > CLIPPED_BITS or scheme.rules.calibrated == "minmax" or scheme.rules.learned
+    if searched or not isinstance(nearest, QuantizedWeight):
         return plain
     groups = scheme.groups(weight.shape[1])
 

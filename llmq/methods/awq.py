@@ -67,4 +67,4 @@ class AWQ(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return tuple(GRIDS)
+        return tuple(name for name, grid in GRIDS.items() if not grid.learned)

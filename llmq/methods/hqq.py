@@ -39,4 +39,4 @@ class HQQ(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return tuple(GRIDS)
+        return tuple(name for name, grid in GRIDS.items() if not grid.learned)

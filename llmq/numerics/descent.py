@@ -17,7 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.base import QuantizedWeight
+from llmq.numerics.levels import refit
 
 
 def improve(
@@ -48,7 +49,7 @@ class _Descent:
         self.size = q.codes.shape[1] // q.scale.shape[1]
         error = weight.to(torch.float32) - q.dequantize(torch.float32)
         self.gradient = hessian @ error.t()
-        self.rounding = rounding_of(q.scheme.rules)
+        self.rounding = q.rounding
         points = self.rounding.decode(q.codes, q.scheme)
         self.points = torch.empty(points.t().shape, device=weight.device).copy_(points.t())
         self.scale = q.scale.to(torch.float32).t().contiguous()
@@ -59,6 +60,7 @@ class _Descent:
         """Visit every group `sweeps` times."""
         width = self.points.shape[0]
         for _ in range(sweeps):
+            self._relevel()
             for start in range(0, width, self.size):
                 group = slice(start, start + self.size)
                 shift = self._rescale(start)
@@ -71,8 +73,23 @@ class _Descent:
                 for inside in range(start, start + self.size, block_size):
                     part = slice(inside, min(inside + block_size, start + self.size))
                     self._move(part, self._recode(part.start, part.stop, self.gradient[part].clone()))
-        codes = self.rounding.encode(self.points, self.q.scheme).t().contiguous()
-        return replace(self.q, codes=codes, scale=self.scale.t().to(self.q.scale.dtype).contiguous())
+        self._relevel()
+        scale = self.scale.t().to(self.q.scale.dtype).contiguous()
+        return replace(self.q, codes=self._codes(), scale=scale, levels=self.rounding.learned)
+
+    def _codes(self) -> Tensor:
+        """The current codes [out, in]."""
+        return self.rounding.encode(self.points.t().contiguous(), self.q.scheme)
+
+    def _relevel(self) -> None:
+        """Set the best levels of each row, given its codes, where the grid learns them."""
+        if self.rounding.learned is None:
+            return
+        codes, scale = self._codes(), self.scale.t()
+        levels = refit(codes, self.rounding.learned * scale, self.gradient, self.hessian, self.q.scale.dtype) / scale
+        moved = levels.gather(1, codes.to(torch.int64)).t().contiguous()
+        self.gradient.addmm_(self.hessian, (moved - self.points).mul_(self.scale), alpha=-1)
+        self.points, self.rounding = moved, self.rounding.on(levels)
 
     def _move(self, part: slice, shift: Tensor) -> None:
         """Update the gradient for a change [columns, out] of Ŵ in some columns."""
@@ -81,7 +98,7 @@ class _Descent:
     def _rescale(self, start: int) -> Tensor:
         """Set the best scale, given its codes, of the group that begins at a column; returns the change of Ŵ."""
         group, part = start // self.size, slice(start, start + self.size)
-        if self.q.stored_scale is not None:  # quantized scales are fixed
+        if self.q.stored_scale is not None or self.rounding.learned is not None:  # fixed; levels have moved
             return torch.zeros_like(self.points[part])
         levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels

@@ -76,8 +76,9 @@ def solve(
     order = _order(diagonal, scheme, act_order)
     factor, notes = factorize(hessian, order, damping)
     if factor is None:
-        scale, zero = rounding_of(scheme.rules).find_scale(weight, scheme, range_method, importance, scale_dtype)
-        return rounded_on(weight, scale, zero, scheme, notes)
+        rounding = rounding_of(scheme.rules).fitted(weight, scheme, range_method, importance, scale_dtype)
+        scale, zero = rounding.find_scale(weight, scheme, range_method, importance, scale_dtype)
+        return rounded_on(weight, scale, zero, scheme, notes, rounding.learned)
     pivots = factor.diagonal() ** -2
     factor /= factor.diagonal().clone()[:, None]
     pivots[(diagonal if order is None else diagonal[order]) <= 0] = 0
@@ -195,7 +196,9 @@ class _Columns:
         self.size = scheme.group_size or self.width
         ordered = weight.t() if order is None else weight.t()[order]
         self.columns = torch.empty(self.width, rows, device=weight.device).copy_(ordered)
-        self.rounding = rounding_of(scheme.rules)
+        self.rounding = rounding_of(scheme.rules).fitted(
+            weight, scheme, range_method, self._of_inputs(importance), scale_dtype
+        )
         self.codes = torch.empty(self.width, rows, dtype=self.rounding.code_dtype, device=weight.device)
         kept = self.rounding.scale_dtype or scale_dtype
         self.scale = torch.empty(rows, self.width // self.size, dtype=kept, device=weight.device)
@@ -205,14 +208,15 @@ class _Columns:
 
     def range_all(self) -> None:
         """Find all ranges at once, from the original weights, for an order that visits groups more than once."""
-        importance = self.importance
-        if self.order is not None:
-            importance = torch.empty_like(importance).index_copy_(0, self.order, importance)
         scale, self.zero = self.rounding.find_scale(
-            self.weight, self.scheme, self.range_method, importance, self.scale_dtype
+            self.weight, self.scheme, self.range_method, self._of_inputs(self.importance), self.scale_dtype
         )
         self.scale, self.stored_scale = self.rounding.settle(scale, self.scheme)
         self.ranged = True
+
+    def _of_inputs(self, values: Tensor) -> Tensor:
+        """Values of the columns [in] in processing order, in the order of the inputs."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
 
     def run(self, block_size: int) -> QuantizedWeight:
         """Process all blocks of columns, left to right."""
@@ -227,7 +231,8 @@ class _Columns:
             codes = torch.empty_like(codes)
             codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
         codes = codes.t().contiguous()
-        return QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
+        found = QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
+        return replace(found, levels=self.rounding.learned)
 
     def _bounds(self, block_size: int) -> list[int]:
         """The boundaries of blocks; without an order at group boundaries, so that ranges see all earlier updates."""
@@ -261,7 +266,7 @@ class _Columns:
             torch.sub(block[k], value, out=errors[k])
             if k + 1 < len(where):
                 block[k + 1 :].addr_(unit[k, k + 1 :], errors[k], alpha=-1)
-        self.codes[start:stop] = rounding.encode(points, self.scheme)
+        self.codes[start:stop] = rounding.encode(points.t().contiguous(), self.scheme).t()
         return errors
 
     def _range(self, group: int, block: Tensor, column: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.base import QuantizedWeight
 
 # The largest distance of a starting position from its code.
 EDGE = 0.49
@@ -29,7 +29,7 @@ def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
 
     It is w / s + zero if that rounds to the code, else the nearest value that does.
     """
-    rounding = rounding_of(q.scheme.rules)
+    rounding = q.rounding
     scale = q.scale.to(torch.float32).unsqueeze(-1)
     points = rounding.decode(q.codes, q.scheme).to(torch.float32).view(*scale.shape[:2], -1)
     away = weight.to(torch.float32).view_as(points) / scale - points
@@ -48,7 +48,7 @@ class LearnedWeight:
 
     def __init__(self, q: QuantizedWeight, weight: Tensor, momentum: float = 0.0) -> None:
         self.q, self.momentum = q, momentum
-        self.rounding, self.limits = rounding_of(q.scheme.rules), rounding_of(q.scheme.rules).ranks(q.scheme)
+        self.rounding, self.limits = q.rounding, q.rounding.ranks(q.scheme)
         self.position = positions(weight, q)
         self.base = q.scale.to(torch.float32).unsqueeze(-1)
         self.factor = torch.ones_like(self.base)

@@ -34,12 +34,12 @@ def factor_gradient(q: QuantizedWeight, gradient: Tensor) -> Tensor:
     groups = q.scale.shape[1]
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     found = torch.empty(rows, groups, dtype=dtype, device=gradient.device)
-    rounding = rounding_of(q.scheme.rules)
+    rounding = q.rounding
     # Some rows at a time, so that there is no float32 copy of the whole weight.
     step = max(1, READ // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        points = rounding.decode(q.codes[part], q.scheme).to(dtype).view(-1, groups, width // groups)
+        points = rounding.part(part).decode(q.codes[part], q.scheme).to(dtype).view(-1, groups, width // groups)
         if q.zero is not None:
             points = points - q.zero[part].unsqueeze(-1)
         found[part] = (points * gradient[part].to(dtype).view_as(points)).sum(-1)

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.base import QuantizedWeight
 
 SHARPNESS = 4.0
 """DSQ's k times the distance of two points."""
@@ -50,7 +50,7 @@ class TrainedWeight:
     """
 
     def __init__(self, q: QuantizedWeight, weight: Tensor, estimator: str = "ste") -> None:
-        self.q, self.rounding, self.estimator = q, rounding_of(q.scheme.rules), estimator
+        self.q, self.rounding, self.estimator = q, q.rounding, estimator
         self.base = q.scale.to(torch.float32).unsqueeze(-1)
         self.factor = torch.ones_like(self.base)
         self.zero = None if q.zero is None else q.zero.to(torch.float32).unsqueeze(-1)
@@ -94,7 +94,8 @@ class TrainedWeight:
         scaled = self._scaled()
         points = self._nearest(scaled)
         whole = scaled if self.zero is None else scaled + self.zero
-        inside = (whole >= self.levels[0]) & (whole <= self.levels[-1])
+        lowest, highest = (self.levels[..., end].view(-1, 1, 1) for end in (0, -1))
+        inside = (whole >= lowest) & (whole <= highest)
         if self.estimator == "dsq":
             soft, rise = soft_points(whole, self.levels)
         else:
@@ -124,11 +125,14 @@ class TrainedWeight:
 def soft_points(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """DSQ's soft rounding of values within the range of the levels (float32, ascending), and its derivative.
 
+    levels: [points], or [out, points] for values [out, groups, size].
+
     Between two levels it is their middle plus half their distance · tanh(k · x) / tanh(k / 2), where x is the distance
     from the middle in units of that of the levels: it meets the levels themselves.
     """
-    above = torch.searchsorted(levels, values.contiguous(), right=True).clamp_(1, len(levels) - 1)
-    low, high = levels[above - 1], levels[above]
+    table = levels.view(-1, levels.shape[-1])
+    above = torch.searchsorted(table, values.reshape(len(table), -1), right=True).clamp_(1, levels.shape[-1] - 1)
+    low, high = (table.gather(1, index).view_as(values) for index in (above - 1, above))
     step = high - low
     bent = torch.tanh(SHARPNESS * ((values - low) / step - 0.5))
     full = math.tanh(SHARPNESS / 2)

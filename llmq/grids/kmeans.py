@@ -1,0 +1,188 @@
+"""Learned levels: every row of a weight has its own, found by weighted k-means.
+
+SqueezeLLM (Kim et al. 2023, arXiv:2306.07629, section 4.1): the levels of an output channel minimize Σ hᵢ (wᵢ − ŵᵢ)²,
+where hᵢ is the importance of input i. In one dimension, clusters are intervals, so a step of Lloyd's algorithm is a
+search in sorted bounds and two sums. It starts from equally spaced quantiles, from equally spaced values and from the
+middle of both; the best of the three is kept for each row.
+
+Levels are kept in units of a power of two for each row, so that they have its magnitude only when they are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.grids.base import Quantized, QuantizedWeight, Rounding, check_range
+from llmq.grids.scheme import Scheme
+
+STEPS = 30
+CHUNK = 1 << 20
+
+
+class KMeans(Rounding):
+    """See `Rounding`. levels: float32 [out, points] of a weight's rows, ascending, in units of their scale; unit: the
+    scales that they were found with, [out, 1]."""
+
+    def __init__(self, levels: Tensor | None = None, unit: Tensor | None = None) -> None:
+        self._levels, self._unit = levels, unit
+        self._bounds = None if levels is None else (levels[:, :-1] + levels[:, 1:]) / 2
+
+    @property
+    def learned(self) -> Tensor | None:
+        """See `Rounding.learned`."""
+        return self._levels
+
+    def on(self, levels: Tensor | None) -> KMeans:
+        """See `Rounding.on`."""
+        return KMeans(levels, self._unit)
+
+    def part(self, rows: slice) -> KMeans:
+        """See `Rounding.part`."""
+        return KMeans(self._table()[rows], None if self._unit is None else self._unit[rows])
+
+    def fitted(
+        self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
+    ) -> KMeans:
+        """See `Rounding.fitted`: 'minmax' spaces levels equally, 'mse' counts all inputs the same."""
+        rows, width = weight.shape
+        check_range(method, scheme, width)
+        if method == "weighted" and importance is None:
+            raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
+        shares = importance if method == "weighted" else None
+        shares = torch.ones(width, device=weight.device) if shares is None else shares.to(torch.float32)
+        # Inputs that are always 0 count a little, or their weights would have no level near them.
+        shares = shares.clamp_min(1e-6 * float(shares.mean())) if float(shares.sum()) > 0 else torch.ones_like(shares)
+        unit = torch.empty(rows, 1, dtype=scale_dtype, device=weight.device)
+        levels = torch.empty(rows, 1 << scheme.bits, device=weight.device)
+        for start in range(0, rows, max(1, CHUNK // width)):
+            part = slice(start, start + max(1, CHUNK // width))
+            some = weight[part].to(torch.float32)
+            unit[part] = _units(some, scale_dtype)
+            some = some / unit[part].to(torch.float32)
+            found = _uniform(some, scheme.bits) if method == "minmax" else _clusters(some, shares, scheme.bits)
+            scaled = (found * unit[part].to(torch.float32)).to(scale_dtype).to(torch.float32)
+            levels[part] = scaled / unit[part].to(torch.float32)
+        return KMeans(levels, unit)
+
+    def find_scale(
+        self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Rounding.find_scale`: powers of two, those of the levels if there are some."""
+        check_range(method, scheme, weight.shape[1])
+        return (_units(weight.to(torch.float32), scale_dtype) if self._unit is None else self._unit), None
+
+    def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
+        """See `Rounding.levels`: of each row, [out, points]."""
+        return self._table()
+
+    def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+        """See `Rounding.nearest`: ties go to the lower level. The first axis is the rows."""
+        self._table()
+        flat = scaled.reshape(len(scaled), -1).contiguous()
+        return self._points(torch.searchsorted(self._bounds, flat)).view(scaled.shape)  # type: ignore[arg-type]
+
+    def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.encode`: the index of the level."""
+        return self._index(points).to(torch.uint8).view(points.shape)
+
+    def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.decode`."""
+        return self._points(codes.to(torch.int64).view(len(codes), -1)).view(codes.shape)
+
+    def reach(self, scheme: Scheme) -> float:
+        """See `Rounding.reach`: levels lie within their row's unit, doubled."""
+        return 2.0
+
+    def ranks(self, scheme: Scheme) -> tuple[int, int]:
+        """See `Rounding.ranks`."""
+        return 0, (1 << scheme.bits) - 1
+
+    def rank(self, points: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.rank`."""
+        return self._index(points).to(torch.float32).view(points.shape)
+
+    def of_rank(self, ranks: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.of_rank`."""
+        return self._points(ranks.to(torch.int64).view(len(ranks), -1)).view(ranks.shape)
+
+    def in_steps(self, away: Tensor, points: Tensor, scheme: Scheme) -> Tensor:
+        """See `Rounding.in_steps`."""
+        rank = self._index(points)
+        signs = torch.where(away < 0, -1, 1).view(rank.shape)
+        other = (rank + signs).clamp_(0, self._table().shape[1] - 1)
+        step = (self._points(other) - self._points(rank)).abs().view(points.shape)
+        return torch.where(step > 0, away / step, 0.0)
+
+    def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
+        """See `Rounding.finish`: levels as they are stored, in `dtype`, and scales of 1."""
+        if weight.levels is None:
+            raise LlmqError(f"a {weight.scheme} weight needs the levels of its rows")
+        levels = (weight.levels * weight.scale.to(torch.float32)).to(dtype).to(torch.float32)
+        return replace(weight, levels=levels, scale=torch.ones_like(weight.scale, dtype=dtype))
+
+    def reopen(self, weight: Quantized) -> QuantizedWeight:
+        """See `Rounding.reopen`: levels in units of a power of two."""
+        stored = super().reopen(weight)
+        if stored.levels is None:
+            raise LlmqError(f"a {weight.scheme} weight needs the levels of its rows")
+        unit = _units(stored.levels, stored.scale.dtype)
+        return replace(stored, levels=stored.levels / unit.to(torch.float32), scale=unit)
+
+    def _table(self) -> Tensor:
+        if self._levels is None:
+            raise LlmqError("levels that are learned for each row are not known before a weight is: use `fitted`")
+        return self._levels
+
+    def _index(self, points: Tensor) -> Tensor:
+        """The index of each point's level, int64 [out, n]."""
+        flat = points.reshape(len(points), -1).contiguous()
+        return torch.searchsorted(self._table(), flat).clamp_(max=self._table().shape[1] - 1)
+
+    def _points(self, index: Tensor) -> Tensor:
+        return self._table().gather(1, index)
+
+
+def _units(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The power of two below each row's largest magnitude, normal in `dtype`; 1 for rows of 0. Raises LlmqError."""
+    top = weight.abs().amax(1, keepdim=True)
+    if not bool(torch.isfinite(top).all()):
+        raise LlmqError("the weight holds values that are not finite")
+    power = torch.exp2((torch.frexp(top).exponent - 1).to(torch.float32)).clamp_min(torch.finfo(dtype).tiny)
+    return torch.where(top > 0, power, 1.0).to(dtype)
+
+
+def _uniform(weight: Tensor, bits: int) -> Tensor:
+    """Equally spaced levels from each row's lowest to its highest value, float32 [rows, 2^bits]."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    return low + (high - low) * torch.linspace(0, 1, 1 << bits, device=weight.device)
+
+
+def _clusters(weight: Tensor, shares: Tensor, bits: int) -> Tensor:
+    """The levels of least Σ share · (w − level)² that were found, ascending, float32 [rows, 2^bits]."""
+    ordered, order = weight.sort(1)
+    weights = shares[order]
+    total = weights.cumsum(1)
+    spaced = (torch.arange(1 << bits, device=weight.device) + 0.5) / (1 << bits) * total[:, -1:]
+    quantiles = ordered.gather(1, torch.searchsorted(total, spaced).clamp_(max=weight.shape[1] - 1))
+    uniform = _uniform(weight, bits)
+    best, least = uniform, torch.full((len(weight), 1), torch.inf, device=weight.device)
+    for start in (quantiles, (quantiles + uniform) / 2, uniform):
+        levels = start
+        for _ in range(STEPS):
+            levels = _centroids(ordered, weights, levels)
+        near = levels.gather(1, torch.searchsorted((levels[:, :-1] + levels[:, 1:]) / 2, ordered))
+        error = ((ordered - near).square() * weights).sum(1, keepdim=True)
+        best, least = torch.where(error < least, levels, best), torch.minimum(error, least)
+    return best
+
+
+def _centroids(ordered: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """A step of Lloyd's algorithm: the weighted mean of what is nearest to each level; a level without any stays."""
+    index = torch.searchsorted((levels[:, :-1] + levels[:, 1:]) / 2, ordered)
+    mass = torch.zeros_like(levels).scatter_add_(1, index, weights)
+    sums = torch.zeros_like(levels).scatter_add_(1, index, weights * ordered)
+    return torch.where(mass > 0, sums / mass, levels)
