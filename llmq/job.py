@@ -236,7 +236,7 @@ def config(made: Plan) -> dict[str, Any]:
         section = formats.with_targets(section, made.schemes, {*named, *rest}, classes=False)
     elif head:
         section = formats.with_targets(section, made.schemes, head)
-    if made.for_llmq_alone:
+    if made.stacked:
         section = marked(section)
     if loads_dense(made.model, made.weights, made.dtype):
         section = formats.dense(section, made.schemes)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
-from llmq_kernels import int8_cpu, layouts, nf4_cpu, reference
+from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, reference
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_grouped, check_input
 from llmq_kernels.dense_bits import SLAB
 from llmq_kernels.products import matmul, product_dtype, row_slabs
-from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8, PackedLevels
 
 ROWS, FEW_ROWS = 16, 48
 
-Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8)
+Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedLevels)
 
 
 def int_linear(
@@ -215,6 +215,24 @@ def int8_linear_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
+def levels_linear(
+    x: Tensor, packed: Tensor, levels: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """x · Wᵀ + bias for a weight W [out, in] of 4-bit codes with a codebook for each row: `weights.PackedLevels`.
+
+    Returns [..., out] in x's dtype. Raises TypeError or ValueError if an argument does not fit.
+    """
+    weight = PackedLevels(packed, levels, out_features, in_features)
+    weight.check()
+    return _by_rows(x, weight, bias, levels_cpu.linear)
+
+
+def levels_linear_grad(grad: Tensor, packed: Tensor, levels: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The gradient with respect to x of `levels_linear`: grad [..., out] · W → [..., in]."""
+    weight = PackedLevels(packed, levels, out_features, in_features)
+    return matmul(grad, levels_cpu.dequantize(weight, product_dtype(grad)))
+
+
 def _by_rows(
     x: Tensor, weight: Packed, bias: Tensor | None, linear: Callable[[Tensor, Packed, Tensor | None], Tensor]
 ) -> Tensor:
@@ -222,7 +240,7 @@ def _by_rows(
     out_features, in_features = weight.out_features, weight.in_features
     check_input(x, out_features, in_features, bias)
     check_device(x, weight.packed, "the weight")
-    if not isinstance(weight, PackedCodebook):
+    if isinstance(weight, PackedInt | PackedInt8):
         check_device(x, weight.scale, "scale")
     rows = x.reshape(-1, in_features)
     if rows.shape[0] == 0:
@@ -250,5 +268,7 @@ for _function in (
     nf4_linear_grad,
     int8_linear,
     int8_linear_grad,
+    levels_linear,
+    levels_linear_grad,
 ):
     torch.library.impl(f"llmq::{_function.__name__}", "default", _function)

@@ -147,6 +147,20 @@ def nf4_linear(
     return linear(x, nf4_dequantize(packed, absmax, codebook, out_features, x.shape[-1], block_size), bias)
 
 
+def levels_dequantize(packed: Tensor, levels: Tensor, n: int) -> Tensor:
+    """The weight of codes with a codebook for each row: W[r, i] = levels[r, code[r, i]], float32 [out, n].
+
+    packed: uint8 [out, ceil(n/2)], the first of two 4-bit codes in the low half; levels: float32 [out, 16].
+    """
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :n]
+    return levels.to(torch.float32).gather(1, codes.to(torch.int64))
+
+
+def levels_linear(x: Tensor, packed: Tensor, levels: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias for a weight with a codebook for each row. x: float [..., in]; else as in `levels_dequantize`."""
+    return linear(x, levels_dequantize(packed, levels, x.shape[-1]), bias)
+
+
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Round an input to signed 8 bits as compressed-tensors 0.20 does, every step in x's own dtype.
 

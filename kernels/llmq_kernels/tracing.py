@@ -41,6 +41,14 @@ torch.library.define(
     "llmq::int8_linear", "(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias) -> Tensor"
 )
 torch.library.define("llmq::int8_linear_grad", "(Tensor grad, Tensor weight, Tensor scale) -> Tensor")
+torch.library.define(
+    "llmq::levels_linear",
+    "(Tensor x, Tensor packed, Tensor levels, Tensor? bias, int out_features, int in_features) -> Tensor",
+)
+torch.library.define(
+    "llmq::levels_linear_grad",
+    "(Tensor grad, Tensor packed, Tensor levels, int out_features, int in_features) -> Tensor",
+)
 
 
 def _int_linear_fake(x: Tensor, *weight: Any) -> Tensor:
@@ -82,6 +90,16 @@ def _int8_linear_fake(
 
 def _int8_linear_grad_fake(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _levels_linear_fake(
+    x: Tensor, packed: Tensor, levels: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return _linear_fake(x, out_features, in_features, bias)
+
+
+def _levels_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight[-1])
 
 
 def _linear_fake(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> Tensor:
@@ -139,6 +157,18 @@ def _int8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad, None, None, None, _bias_grad(ctx, grad, 4)
 
 
+def _levels_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, levels, bias, *rest = inputs
+    _refuse_weight_gradient(levels=levels)
+    ctx.save_for_backward(packed, levels)
+    ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+
+
+def _levels_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = torch.ops.llmq.levels_linear_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return x_grad, None, None, _bias_grad(ctx, grad, 3), None, None
+
+
 def _bias_grad(ctx: Any, grad: Tensor, at: int) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[at]:
         return None
@@ -155,6 +185,9 @@ torch.library.register_autograd("llmq::int_linear", _int_linear_backward, setup_
 torch.library.register_autograd("llmq::int_grouped", _int_grouped_backward, setup_context=_int_grouped_setup)
 torch.library.register_autograd("llmq::nf4_linear", _nf4_linear_backward, setup_context=_nf4_linear_setup)
 torch.library.register_autograd("llmq::int8_linear", _int8_linear_backward, setup_context=_int8_linear_setup)
+torch.library.register_autograd("llmq::levels_linear", _levels_linear_backward, setup_context=_levels_linear_setup)
+torch.library.register_fake("llmq::levels_linear", _levels_linear_fake)
+torch.library.register_fake("llmq::levels_linear_grad", _levels_linear_grad_fake)
 torch.library.register_fake("llmq::int_linear", _int_linear_fake)
 torch.library.register_fake("llmq::int_linear_grad", _int_linear_grad_fake)
 torch.library.register_fake("llmq::int_grouped", _int_grouped_fake)

@@ -73,6 +73,24 @@ class PackedCodebook:
 
 
 @dataclass(frozen=True)
+class PackedLevels:
+    """4-bit codes [out, in] of a codebook for each row.
+
+    packed: uint8 [out, ceil(in/2)], the first of two codes in the low half; levels: float32 [out, 16].
+    """
+
+    packed: Tensor
+    levels: Tensor
+    out_features: int
+    in_features: int
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless dtypes and shapes fit; kernels would read past the end."""
+        check("packed", self.packed, torch.uint8, (self.out_features, -(-self.in_features // 2)))
+        check("levels", self.levels, torch.float32, (self.out_features, 16))
+
+
+@dataclass(frozen=True)
 class PackedInt8:
     """8-bit codes with one scale per row, for inputs that are rounded to 8 bits too.
 

@@ -115,6 +115,11 @@ def replaces_modules(schemes: Collection[Scheme]) -> bool:
     return bool(getattr(of(next(iter(schemes), Scheme())), "REPLACES_MODULES", False))
 
 
+def for_llmq_alone(schemes: Collection[Scheme]) -> bool:
+    """Whether only llmq reads a folder of these schemes."""
+    return bool(getattr(of(next(iter(schemes), Scheme())), "OWN", False))
+
+
 def dense(section: Mapping[str, Any], schemes: Collection[Scheme]) -> dict[str, Any]:
     """A folder's `quantization_config`, with which stock transformers unpacks its weights while loading."""
     made: dict[str, Any] = cast(Any, of(next(iter(schemes)))).dense(section)
@@ -131,4 +136,5 @@ def loaders(schemes: Collection[Scheme], apart: bool = False) -> list[Loader]:
 
     apart: whether weights that servers fuse have different schemes.
     """
-    return [*of(next(iter(schemes), Scheme())).loaders(schemes), vllm.APART if apart else vllm.loader(schemes)]
+    known = of(next(iter(schemes), Scheme())).loaders(schemes)
+    return known if for_llmq_alone(schemes) else [*known, vllm.APART if apart else vllm.loader(schemes)]

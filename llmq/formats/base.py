@@ -13,6 +13,7 @@ parts are optional:
   counts as linear; without classes, those modules alone;
 - REPLACES_MODULES: whether stock transformers puts modules of another class, with a `weight` that a model's
   initialization may read, in the place of those with packed weights;
+- OWN: whether only llmq reads the format;
 - refuse_experts(scheme): why stock transformers could not load a mixture's experts of a scheme, or None; without it
   there are none that it loads;
 - claims(section): whether a configuration without `quant_method` is of this format;

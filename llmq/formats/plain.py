@@ -64,7 +64,33 @@ class Int8Weight:
     input_scale: Tensor | None
 
 
-Weight = IntWeight | CodebookWeight | Int8Weight
+@dataclass(frozen=True)
+class LevelsWeight:
+    """W = levels[row, code], with codes of 2 to 4 bits: a codebook for each row.
+
+    words: int32 [out, ceil(in·bits/32)], the dense little-endian stream of codes; levels: float [out, 2^bits].
+    """
+
+    words: Tensor
+    levels: Tensor
+    bits: int
+    in_features: int
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Two codes in a byte, the first in the low half, uint8 [out, ceil(in/2)]; float32 levels [out, 16]."""
+        rows, half = len(self.words), 1 << (self.bits - 1)
+        packed = torch.empty(rows, -(-self.in_features // 2), dtype=torch.uint8, device=self.words.device)
+        step = part_of_rows(self.in_features)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            codes = (unpack_codes(self.words[part], self.bits, self.in_features) + half).view(torch.uint8)
+            codes = nn.functional.pad(codes, (0, self.in_features % 2))
+            packed[part] = codes[:, 0::2] | codes[:, 1::2] << 4
+        levels = self.levels.to(torch.float32)
+        return packed, nn.functional.pad(levels, (0, 16 - levels.shape[1]))
+
+
+Weight = IntWeight | CodebookWeight | Int8Weight | LevelsWeight
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
 from llmq.errors import LlmqError
-from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
+from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, Weight
 from llmq_kernels import layouts
 from llmq_kernels.backend import triton_refusal
 
@@ -228,8 +228,46 @@ class Int8Linear(QuantLinear):
         return f"{super().extra_repr()}, bits=8, {'dynamic' if self.input_scale is None else 'static'} activations"
 
 
+class LevelsLinear(QuantLinear):
+    """4-bit codes with a codebook for each row."""
+
+    layout = "rows"
+    levels: Tensor
+
+    def __init__(self, weight: LevelsWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.words.shape[0], weight.in_features, bias, dtype)
+        packed, levels = weight.packed()
+        self.register_buffer("qweight", packed)
+        self.register_buffer("levels", levels)
+        self.bits = weight.bits
+        self.settle()
+
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
+        y: Tensor = torch.ops.llmq.levels_linear(
+            x, self.qweight, self.levels, self.bias, self.out_features, self.in_features
+        )
+        return y
+
+    def settle(self) -> None:
+        """There is one operator, for all devices."""
+
+    def fresh(self) -> list[Tensor]:
+        """See QuantLinear."""
+        return [self.qweight, self.levels]
+
+    def extra_repr(self) -> str:
+        """The text that print shows."""
+        return f"{super().extra_repr()}, bits={self.bits}, a codebook for each row"
+
+
 def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
     """A layer for a weight, on the weight's device, for inputs of `dtype`; bias: float [out] or None."""
-    kinds: dict[type, Any] = {IntWeight: IntLinear, CodebookWeight: CodebookLinear, Int8Weight: Int8Linear}
+    kinds: dict[type, Any] = {
+        IntWeight: IntLinear,
+        CodebookWeight: CodebookLinear,
+        Int8Weight: Int8Linear,
+        LevelsWeight: LevelsLinear,
+    }
     layer: QuantLinear = kinds[type(weight)](weight, bias, dtype)
     return layer

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq import formats
 from llmq.errors import LlmqError
+from llmq.formats.codebook import restored
 from llmq.formats.plain import Weight, mapping
 from llmq.formats.stacks import unmarked
 from llmq.inference.experts import use_packed
@@ -90,6 +91,9 @@ class _Configuration:
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
         """Transformers' configuration; keys that it would reject or lose are removed first and set on the result."""
+        ours = restored(values)
+        if ours is not None:
+            return _Plain(**ours)
         values, alone = unmarked(values)
         own = {key: values.pop(key) for key in ("dynamic", "modules_in_block_to_quantize") if key in values}
         values, ordered = _without_order(values)

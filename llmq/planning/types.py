@@ -132,7 +132,7 @@ class Plan:
     @property
     def loaders(self) -> list[Loader]:
         """What is known of the tools that can read the folder."""
-        if self.for_llmq_alone:
+        if self.stacked:
             return [ALONE]
         if not self.blocks:
             dense = loads_dense(self.model, self.weights, self.dtype)
@@ -141,7 +141,12 @@ class Plan:
 
     @property
     def for_llmq_alone(self) -> bool:
-        """Whether only `llmq.load` can read the folder: stacks of experts are packed one by one."""
+        """Whether only `llmq.load` can read the folder: no standard format has its weights."""
+        return self.stacked or formats.for_llmq_alone(self.schemes)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether stacks of experts are packed one by one, which only `llmq.load` can read."""
         return for_llmq_alone(self.weights, self.source.names())
 
     @property
