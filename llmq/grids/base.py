@@ -45,8 +45,8 @@ class QuantizedWeight:
     codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: int8 [out,
     groups] in the range of the codes, or None when symmetric; notes: fallbacks used, for the report; input_scale:
     float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead of `scale`, if the
-    grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if the grid learns them
-    (the codes are then their indices).
+    grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if the grid learns
+    them (codes are then their indices).
     """
 
     codes: Tensor
