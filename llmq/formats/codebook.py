@@ -195,4 +195,4 @@ def inspect(
     if codes.shape != (rows, packed_width(width, bits)) or levels.shape != (rows, 1 << bits):
         raise Unclear(f"codes {[*codes.shape]} with levels {[*levels.shape]} for [{rows}, {width}]")
     nbytes = sum(parts[suffix].nbytes for suffix in SUFFIXES)
-    return Row(module, (rows, width), "codebook", bits, 0, None, None, nbytes, dtype_name(codes.dtype))
+    return Row(module, (rows, width), "codebook", bits, 0, True, None, nbytes, dtype_name(codes.dtype))

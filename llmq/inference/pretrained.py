@@ -315,7 +315,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: {way}"
         )
     if not kernels and unmarked(quantization)[1]:
-        raise LlmqError(f"{folder} has packed experts that only llmq reads: `llmq eval --kernels`, or llmq.load")
+        raise LlmqError(f"{folder} is stored in a form that only llmq reads: add --kernels, or use llmq.load")
     package = (OTHERS | formats.packages()).get(method)
     if package and not kernels and not _installed(package):
         other = "; `llmq eval --kernels` needs no other package" if method in formats.readers() else ""
