@@ -25,7 +25,7 @@ from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
 from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
-from llmq.grids.activations import round_input
+from llmq.grids.activations import round_input, stored_scale
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
@@ -396,4 +396,4 @@ def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
     """The weight with the static scale of its input, which is stored with it."""
     if scale is None or not isinstance(quantized, QuantizedWeight):
         return quantized
-    return replace(quantized, input_scale=scale)
+    return replace(quantized, input_scale=stored_scale(scale, quantized.scheme))
