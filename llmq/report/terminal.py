@@ -286,7 +286,8 @@ def scheme(row: Row) -> str:
     if row.bits is None:
         return row.dtype
     kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
-    return f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
+    told = f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
+    return f"{told} ({row.holds})" if row.holds else told
 
 
 def recipes(console: Console, found: Sequence[tuple[str, Recipe, str, Measured]]) -> None:
