@@ -92,7 +92,7 @@ class Scheme:
     def told(self) -> str:
         """The scheme, and what it holds if that is less than it takes on disk: for reports."""
         known = self.rules.information_bits
-        return str(self) if known is None else f"{self} ({known:.3g} bits of information in {self.stored_bits:g})"
+        return str(self) if known is None else f"{self} ({known:.3g} bits of information, stored in {self.stored_bits:g})"
 
     @property
     def as_read(self) -> Scheme:

@@ -39,8 +39,8 @@ def test_powers_of_two_do_not_follow_to_a_grid_without_them() -> None:
 
 def test_what_a_scheme_holds_and_what_readers_take_it_for() -> None:
     assert Scheme().told == "4-bit g128 symmetric"
-    assert Scheme(2, 64, grid="ternary").told == "ternary g64 (1.58 bits of information in 2)"
-    assert Scheme(2, 64, grid="binary").told == "binary g64 (1 bits of information in 2)"
+    assert Scheme(2, 64, grid="ternary").told == "ternary g64 (1.58 bits of information, stored in 2)"
+    assert Scheme(2, 64, grid="binary").told == "binary g64 (1 bits of information, stored in 2)"
     assert Scheme(2, None, grid="ternary").as_read == Scheme(2, None)
     assert Scheme(3, 64, False, scales="pow2").as_read == Scheme(3, 64, False)
     assert Scheme(8, None, grid="fp8").as_read == Scheme(8, None, grid="fp8")
