@@ -65,8 +65,8 @@ def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'4g128', '4g64a' (asymmetric), '4g64p' (powers of two as scales), '8gc' (per channel), 'nf4' (double quantized), or
-    a grid first: 'fp8:8gc'."""
+    """'4g128', '4g64a' (asymmetric), '4g64p' (powers of two as scales), '8gc' (per channel), 'nf4' (double quantized),
+    or a grid first: 'fp8:8gc'."""
     if text == "nf4":
         return Scheme(4, 64, grid="nf4", double_quant=True)
     grid, _, sizes = text.rpartition(":")

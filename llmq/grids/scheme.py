@@ -91,8 +91,8 @@ class Scheme:
     @property
     def told(self) -> str:
         """The scheme, and what it holds if that is less than it takes on disk: for reports."""
-        known = self.rules.information_bits
-        return str(self) if known is None else f"{self} ({known:.3g} bits of information, stored in {self.stored_bits:g})"
+        known, stored = self.rules.information_bits, self.stored_bits
+        return str(self) if known is None else f"{self} ({known:.3g} bits of information, stored in {stored:g})"
 
     @property
     def as_read(self) -> Scheme:
