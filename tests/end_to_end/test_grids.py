@@ -38,8 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES = [(m, s) for m in ("gptq", "awq", "hqq", "signround", "gptq+signround") for s in (NF4, FP8, W8A8)]
 CASES += [(m, DOUBLE) for m in ("gptq", "hqq", "signround")]
 TERNARY, BINARY = (Scheme(2, 32, grid=name) for name in ("ternary", "binary"))
-CASES += [(m, TERNARY) for m in ("awq", "hqq", "gptq+signround", "gptq+block_qat")]
-CASES += [("gptq+signround", BINARY), ("hqq+block_qat", BINARY)]
+CASES += [*((m, TERNARY) for m in ("awq", "hqq", "gptq+signround")), ("gptq+block_qat", BINARY)]
 
 
 @pytest.mark.slow
@@ -108,7 +107,7 @@ def test_calibration_pays_on_every_grid(
 POWERS = [
     ("gptq+signround", Scheme(4, 32, scales="pow2")),
     ("hqq", Scheme(3, 32, False, scales="pow2")),
-    ("gptq+block_qat", Scheme(8, None, activations=Activations(dynamic=False), scales="pow2")),
+    ("rtn+block_qat", Scheme(8, None, activations=Activations(dynamic=False), scales="pow2")),
 ]
 
 
