@@ -65,12 +65,15 @@ def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'4g128', '4g64a' (asymmetric), '8gc' (per channel), 'nf4' (double quantized), or a grid first: 'fp8:8gc'."""
+    """'4g128', '4g64a' (asymmetric), '4g64p' (powers of two as scales), '8gc' (per channel), 'nf4' (double quantized),
+    or a grid first: 'fp8:8gc'."""
     if text == "nf4":
         return Scheme(4, 64, grid="nf4", double_quant=True)
     grid, _, sizes = text.rpartition(":")
-    bits, group = sizes.removesuffix("a").split("g")
-    return Scheme(int(bits), None if group == "c" else int(group), not text.endswith("a"), grid or "int")
+    scales = "pow2" if sizes.endswith("p") else "free"
+    bits, group = sizes.removesuffix("p").removesuffix("a").split("g")
+    size = None if group == "c" else int(group)
+    return Scheme(int(bits), size, "a" not in sizes, grid or "int", scales=scales)
 
 
 def rounds(method: str, scheme: Scheme) -> bool:

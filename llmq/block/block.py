@@ -25,7 +25,7 @@ from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
 from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
-from llmq.grids.activations import round_input
+from llmq.grids.activations import round_input, stored_scale
 from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
@@ -239,7 +239,8 @@ class Block:
             self.outputs()
         for histogram, _, fed in missing.values():
             for state, method in fed:
-                state.input_scale = find_activation_scale(histogram, method, state.scheme.grid).to(self.device)
+                found = find_activation_scale(histogram, method, state.scheme.grid)
+                state.input_scale = stored_scale(found, state.scheme).to(self.device)
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
@@ -297,8 +298,8 @@ class Block:
 
     def set_input_scale(self, parameter: str, scale: Tensor) -> None:
         """Set the static scale of a weight's input, float32 [1]."""
-        self.weights[parameter].input_scale = scale
-        self._error = None
+        state = self.weights[parameter]
+        state.input_scale, self._error = stored_scale(scale, state.scheme), None
 
     def set_quantized(self, parameter: str, quantized: Quantized) -> None:
         """Set a weight's result."""

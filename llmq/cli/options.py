@@ -59,6 +59,13 @@ Activations = Annotated[
         help="Round the inputs of weights to 8 bits as well: dynamic (per token), static (per tensor) or none."
     ),
 ]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        help="free (default), or pow2: scales of grid int are powers of two, also those of inputs where they are "
+        "static, so that a product with one is a shift."
+    ),
+]
 Calib = Annotated[
     str | None,
     typer.Option(
@@ -143,6 +150,7 @@ def recipe_options(
     symmetric: Symmetric = None,
     grid: Grid = None,
     activations: Activations = None,
+    scales: Scales = None,
     calib: Calib = None,
     column: Column = None,
     samples: Samples = None,
@@ -173,6 +181,7 @@ def recipe_options(
         "symmetric": symmetric,
         "grid": grid,
         "activations": activations,
+        "scales": scales,
     }
     calibration = {"text": calib, "column": column, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}

@@ -103,6 +103,7 @@ class Row:
 
     error: relative error from the folder's report, if there is one. nbytes: with scales and all other tensors of the
     weight. kind: 'int', 'float', 'nf4' …, 'plain', or UNKNOWN, of which only nbytes is known; why: the reason for that.
+    holds: what the folder's report says that the codes are, if that is less than their bits hold.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Row:
     nbytes: int
     dtype: str
     why: str = ""
+    holds: str = ""
 
     @property
     def understood(self) -> bool:

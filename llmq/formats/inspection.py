@@ -21,6 +21,7 @@ from llmq.checkpoint.files import REPORT
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.formats.base import UNKNOWN, Row, Unclear, dtype_name
+from llmq.grids.table import GRIDS
 
 OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files beside a config.json that says nothing of quantization → the method that they are of."""
@@ -135,8 +136,8 @@ def inspect_folder(path: Path) -> Inspection:
     """
     source = FolderSource(Path(path), trust_remote_code=True, quantized_ok=True)
     method, config = section_of(source.folder, source.config)
-    errors = _errors(source.folder)
-    rows = [replace(row, error=_error(row, errors)) for row in _rows(source, method, config)]
+    reported = _reported(source.folder)
+    rows = [_completed(row, reported) for row in _rows(source, method, config)]
     rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.name)])
     return Inspection(source.folder, method, config.get("format"), tuple(rows))
 
@@ -226,16 +227,22 @@ def _unknown(name: str, found: list[TensorInfo], why: str) -> Row:
     return Row(name, (), UNKNOWN, None, None, None, None, sum(info.nbytes for info in found), "", why)
 
 
-def _errors(folder: Path) -> dict[str, float]:
-    """Weight name → relative error, from llmq's report; empty if there is none."""
+def _reported(folder: Path) -> dict[str, tuple[float, str]]:
+    """Weight name → relative error and grid, from llmq's report; empty if there is none."""
     try:
         rows = json.loads((folder / REPORT).read_text(encoding="utf-8"))["weights"]
-        return {row["name"]: float(row["error"]) for row in rows if row.get("error") is not None}
+        known = [row for row in rows if row.get("error") is not None]
+        return {row["name"]: (float(row["error"]), str((row.get("scheme") or {}).get("grid"))) for row in known}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _error(row: Row, errors: Mapping[str, float]) -> float | None:
-    if row.bits is None:
-        return None
-    return errors.get(row.name, errors.get(row.name.removesuffix(".weight")))
+def _completed(row: Row, reported: Mapping[str, tuple[float, str]]) -> Row:
+    """The row with what the report says of it, as far as its own bits bear that out."""
+    found = reported.get(row.name) or reported.get(row.name.removesuffix(".weight"))
+    if row.bits is None or found is None:
+        return row
+    rules = GRIDS.get(found[1])
+    if rules is None or rules.information_bits is None or (row.kind, row.bits) != (rules.read_as, rules.bits[0]):
+        return replace(row, error=found[0])
+    return replace(row, error=found[0], holds=f"{rules.label}, {rules.information_bits:.3g} bits of information")

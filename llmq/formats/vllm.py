@@ -36,7 +36,8 @@ def table() -> dict[str, Any]:
 
 
 def name_of(scheme: Scheme) -> str:
-    """A scheme's name in the table, in which all ways to find a static scale of inputs are one."""
+    """A scheme's name in the table, in which all ways to find scales are one, and all codes that are read alike."""
+    scheme = scheme.as_read
     static = scheme.activations is not None and not scheme.activations.dynamic
     return str(replace(scheme, activations=Activations(dynamic=False)) if static else scheme)
 

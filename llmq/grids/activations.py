@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids.base import rounding_of
+from llmq.grids.power_scales import power_above
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import find, inputs_of
 
@@ -43,7 +44,14 @@ def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
     """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
     if scheme.activations is None:
         return x
-    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale.to(x.device), scheme.grid)
+    if scale is None:
+        return round_per_token(x, scheme.grid)
+    return round_static(x, stored_scale(scale, scheme).to(x.device), scheme.grid)
+
+
+def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+    """A static scale, float32, as it is stored beside a weight: the next power of two, if the scheme wants those."""
+    return scale if scheme.scales == "free" else power_above(scale)
 
 
 def static_scale(largest: Tensor | float, grid: str) -> Tensor:

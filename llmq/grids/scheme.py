@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.grids.table import GRIDS, RANGES, Grid, find
+from llmq.grids.table import GRIDS, POWER_SCALES, RANGES, Grid, find
 from llmq.validate import check_choice, check_keys, check_types, made
+
+SCALES = ("free", "pow2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Scheme:
     grid: a row of `grids.table`, which has its limits. bits: of a code. group_size: input columns that share a scale
     (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
-    runs; None is no rounding.
+    runs; None is no rounding. scales: 'free', or 'pow2' for powers of two, those of inputs too where they are static.
     """
 
     bits: int = 4
@@ -47,6 +48,7 @@ class Scheme:
     grid: str = "int"
     double_quant: bool = False
     activations: Activations | None = None
+    scales: str = "free"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -62,6 +64,10 @@ class Scheme:
                 "activations can be rounded to 8 bits only beside symmetric 8-bit weights with group size 'channel', "
                 f"not {self}: choose --activations none, or --bits 8 --group-size channel"
             )
+        check_choice("scales", self.scales, SCALES)
+        if self.scales == "pow2" and not grid.power_scales:
+            having = ", ".join(map(repr, POWER_SCALES))
+            raise LlmqError(f"scales that are powers of two (pow2) are for grid {having} only, not {self.grid!r}")
         if self.double_quant and not grid.double_quant:
             having = ", ".join(repr(g.name) for g in GRIDS.values() if g.double_quant)
             raise LlmqError(f"double_quant is for grid {having} only")
@@ -74,12 +80,24 @@ class Scheme:
         if self.rules.zero_points:
             name += " symmetric" if self.symmetric else " asymmetric"
         name += " double-quantized" if self.double_quant else ""
+        name += ", pow2 scales" if self.scales == "pow2" else ""
         return name + (f", {self.activations} activations" if self.activations else "")
 
     @property
     def rules(self) -> Grid:
         """The scheme's grid: its limits, its rounding, its format."""
-        return GRIDS[self.grid]
+        return GRIDS[self.grid] if self.scales == "free" else POWER_SCALES[self.grid]
+
+    @property
+    def told(self) -> str:
+        """The scheme, and what it holds if that is less than it takes on disk: for reports."""
+        known, stored = self.rules.information_bits, self.stored_bits
+        return str(self) if known is None else f"{self} ({known:.3g} bits of information, stored in {stored:g})"
+
+    @property
+    def as_read(self) -> Scheme:
+        """The scheme that the written folder has for whoever reads it: scales are as any, codes of a known grid."""
+        return replace(self, grid=self.rules.read_as or self.grid, scales="free")
 
     @property
     def stored_bits(self) -> float:
@@ -107,8 +125,11 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
     if values.get("group_size") == "channel":
         values["group_size"] = None
     grid = values.get("grid", base.grid)
-    if isinstance(grid, str) and not made(lambda: find(grid), where).double_quant:
-        values.setdefault("double_quant", False)
+    if isinstance(grid, str):
+        # What a grid does not have does not follow to it.
+        rules = made(lambda: find(grid), where)
+        values = ({} if rules.double_quant else {"double_quant": False}) | values
+        values = ({} if rules.power_scales else {"scales": "free"}) | values
     if isinstance(grid, str) and "grid" in values:
         # What a grid has only one of need not be said.
         for key, allowed in (("bits", find(grid).bits), ("group_size", find(grid).group_sizes)):
@@ -116,7 +137,7 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
                 values.setdefault(key, allowed[0])
     if "activations" in values:
         values["activations"] = _activations(values["activations"], f"{where}: activations")
-    return made(lambda: dataclasses.replace(base, **values), where)
+    return made(lambda: replace(base, **values), where)
 
 
 def _activations(data: Any, where: str) -> Activations | None:

@@ -7,13 +7,16 @@ defined here or by the grid's `Rounding` (see `base`); the rest of llmq never ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import log2
 
 from llmq.errors import LlmqError
 from llmq.validate import nearest
 
 RANGES = ("minmax", "mse", "weighted", "percentile", "kl", "aciq")
 """All range methods, that is, ways to find a scale."""
+SEARCHED = ("minmax", "mse", "weighted")
+"""Those that need no model of how values are distributed."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,15 @@ class Grid:
     """One grid.
 
     name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code;
-    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes: the allowed
-    group sizes, where None is a whole output channel; () allows any. zero_points: whether a group may have a zero
-    point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
-    usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
-    rounding of 8-bit weights' inputs, None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of`
-    loads it); format: the module under `formats/` that stores it; learned: whether the levels of each row are found
-    for the weight; layout: the format's name for how it is stored, if it
-    has a layout of its own.
+    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction); information_bits: log2 of
+    the number of levels, where that is less than the bits. group_sizes: the allowed group sizes, where None is a whole
+    output channel; () allows any. zero_points: whether a group may have a zero point. double_quant: whether scales may
+    be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default without data;
+    calibrated: the default if the importance of the inputs is known. inputs: the rounding of 8-bit weights' inputs,
+    None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same
+    with scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it; layout:
+    the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes
+    for, '' for itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str
@@ -48,14 +52,17 @@ class Grid:
     rounding: str
     format: str
     stored_bits: float | None = None
+    information_bits: float | None = None
     group_sizes: tuple[int | None, ...] = ()
     zero_points: bool = False
     double_quant: bool = False
-    ranges: tuple[str, ...] = ("minmax", "mse", "weighted")
+    ranges: tuple[str, ...] = SEARCHED
     usual: str = "mse"
     calibrated: str = "weighted"
     inputs: Limits | None = None
     layout: str = ""
+    power_scales: str = ""
+    read_as: str = ""
     learned: bool = False
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
@@ -85,6 +92,7 @@ GRIDS = {
             label="{bits}-bit",
             bits=(2, 3, 4, 5, 6, 7, 8),
             rounding="llmq.grids.integer:Integer",
+            power_scales="llmq.grids.power_scales:PowerInteger",
             format="compressed_tensors",
             zero_points=True,
             ranges=RANGES,
@@ -143,8 +151,26 @@ GRIDS = {
             group_sizes=(None,),
             learned=True,
         ),
+        *(
+            Grid(
+                name=name,
+                label=name,
+                bits=(2,),
+                information_bits=log2(levels),
+                rounding=f"llmq.grids.{name}:{name.title()}",
+                format="compressed_tensors",
+                read_as="int",
+            )
+            for name, levels in (("ternary", 3), ("binary", 2))
+        ),
     )
 }
+POWER_SCALES = {
+    grid.name: replace(grid, rounding=grid.power_scales, ranges=SEARCHED)
+    for grid in GRIDS.values()
+    if grid.power_scales
+}
+"""The rows of the grids whose scales may be powers of two, for schemes with such scales."""
 
 
 def find(name: str) -> Grid:

@@ -80,7 +80,8 @@ def half_quadratic(
         codes[rows] = rounding.encode((levels + solver.zero).flatten(1), scheme)
         found = solver.straightened(levels, unbiased) if unbiased else solver.scale
         live = top > 0
-        scale[rows] = torch.where(live, found * unit, 1.0).squeeze(-1).to(scale_dtype)
+        # Those of groups of zeros are the grid's own.
+        scale[rows] = torch.where(live, found * unit, scale[rows].unsqueeze(-1)).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
     if scheme.double_quant:

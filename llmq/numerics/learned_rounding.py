@@ -35,7 +35,8 @@ def positions(weight: Tensor, q: QuantizedWeight) -> Tensor:
     away = weight.to(torch.float32).view_as(points) / scale - points
     if q.zero is not None:
         away += q.zero.to(torch.float32).unsqueeze(-1)
-    away = rounding.in_steps(away, points, q.scheme)
+    # A weight of 0 in a group with scale 0 is where its code is.
+    away = rounding.in_steps(away.nan_to_num_(0, torch.inf, -torch.inf), points, q.scheme)
     return away.clamp_(-EDGE, EDGE).add_(rounding.rank(points, q.scheme))
 
 

@@ -174,7 +174,7 @@ def source_metadata(source: Path) -> dict[str, Any]:
 
 
 def _kinds(report: Report) -> str:
-    return ", ".join(sorted({str(row.scheme) for row in report.quantized}))
+    return ", ".join(sorted({row.scheme.told for row in report.quantized}))
 
 
 def _bits(report: Report) -> str:

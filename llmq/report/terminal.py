@@ -74,7 +74,7 @@ def _experts_row(items: list[WeightPlan]) -> list[str]:
 def summary(console: Console, made: Plan) -> None:
     """A plan in a few lines: the quantized weights, the size, the calibration text, the memory and disk."""
     chosen = [i for i in made.weights if i.scheme is not None]
-    schemes = sorted({str(i.scheme) for i in chosen})
+    schemes = sorted({i.scheme.told for i in chosen if i.scheme is not None})
     grid = Table.grid(padding=(0, 2))
     blocks, outside = len(made.structure.blocks), len(made.outside)
     where = [f"{len(chosen) - outside} weights in {blocks} blocks"] if blocks else []
@@ -286,7 +286,8 @@ def scheme(row: Row) -> str:
     if row.bits is None:
         return row.dtype
     kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
-    return f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
+    told = f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
+    return f"{told} ({row.holds})" if row.holds else told
 
 
 def recipes(console: Console, found: Sequence[tuple[str, Recipe, str, Measured]]) -> None:

@@ -25,7 +25,7 @@ W8A8 = Scheme(8, None, grid="fp8", activations=Activations())
 
 
 def recipe(method: str, scheme: Scheme) -> Recipe:
-    options = {"iterations": 20} if "signround" in method else {}
+    options = {"iterations": 20} if "signround" in method or "qat" in method else {}
     return Recipe(methods=tuple(method.split("+")), scheme=scheme, options=options)
 
 
@@ -37,6 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # With a second quantization of the scales, only what chooses scales itself: awq's are those of rtn.
 CASES = [(m, s) for m in ("gptq", "awq", "hqq", "signround", "gptq+signround") for s in (NF4, FP8, W8A8)]
 CASES += [(m, DOUBLE) for m in ("gptq", "hqq", "signround")]
+TERNARY, BINARY = (Scheme(2, 32, grid=name) for name in ("ternary", "binary"))
+CASES += [*((m, TERNARY) for m in ("awq", "hqq", "gptq+signround")), ("gptq+block_qat", BINARY)]
 
 
 @pytest.mark.slow
@@ -100,6 +102,29 @@ def test_calibration_pays_on_every_grid(
     assert error["gptq"] < 0.9 * error["rtn"]
     tried = [attempt for block in report.blocks for attempt in block.log]
     assert any(attempt.outcome is Outcome.KEPT and attempt.after < attempt.before for attempt in tried)
+
+
+POWERS = [
+    ("gptq+signround", Scheme(4, 32, scales="pow2")),
+    ("hqq", Scheme(3, 32, False, scales="pow2")),
+    ("rtn+block_qat", Scheme(8, None, activations=Activations(dynamic=False), scales="pow2")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), POWERS, ids=str)
+def test_stored_scales_are_powers_of_two(
+    method: str, scheme: Scheme, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of weights and of static inputs, after all methods; stock transformers reads what llmq had in memory."""
+    _, memory = quantized(source, tmp_path / "out", recipe(method, scheme), monkeypatch)
+    stored = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    kinds = {name.rpartition(".")[2] for name in stored if name.endswith("_scale")}
+    assert kinds == {"weight_scale"} | ({"input_scale"} if scheme.activations else set())
+    for name, scale in stored.items():
+        assert not name.endswith("_scale") or bool((torch.frexp(scale)[0] == 0.5).all())
+    got, target = logits(loaded(tmp_path / "out")), logits(memory.model(source))
+    assert apart([got], [target]) < (1e-4 if scheme.activations is None else 5e-3)
 
 
 def test_every_weight_is_on_its_grid(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmq_kernels.reference import dequantize, int_linear, unpack_codes
+from llmq_kernels.reference import dequantize, int8_linear, int_linear, round_input, unpack_codes
 from tests.kernels.weights import tolerance
 
 
@@ -46,3 +46,27 @@ def test_linear_is_the_product_with_the_dequantized_weight(dtype: torch.dtype) -
     exact = x.double() @ weight.double().t()
     allowed = tolerance(x.view(6, 16), weight.double()).view(2, 3, 5)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def shifted(sums: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """sums / 2^by, rounded to nearest, ties to even, in integers alone: int64, by ≥ 1."""
+    return (sums + (1 << (by - 1)) - 1 + ((sums >> by) & 1)) >> by
+
+
+def test_with_powers_of_two_as_scales_requantization_is_a_shift() -> None:
+    """Two W8A8 layers in integers alone are bit for bit those of the operator: inputs 2^-4, weights 2^-9 to 2^-6."""
+    g = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(-128, 128, shape, generator=g).to(torch.int8) for shape in ((48, 512), (16, 48)))
+    a, c = -4, 1
+    b = torch.randint(-9, -5, (48, 1), generator=g)
+    d = torch.randint(-9, -5, (16, 1), generator=g)
+    levels = torch.randint(-128, 128, (5, 512), generator=g)
+    x = levels * 2.0**a
+    hidden = int8_linear(x, first, torch.exp2(b.float()), torch.tensor([2.0**a]))
+    sums = levels @ first.long().t()
+    assert torch.equal(hidden, torch.ldexp(sums.float(), a + b.view(-1)))
+    middle = shifted(sums, c - a - b.view(-1)).clamp(-128, 127)
+    assert torch.equal(round_input(hidden, torch.tensor([2.0**c]))[0].long(), middle)
+    assert (int(middle.min()), int(middle.max())) == (-128, 127) and len(middle.unique()) > 50
+    y = int8_linear(hidden, second, torch.exp2(d.float()), torch.tensor([2.0**c]))
+    assert torch.equal(y, torch.ldexp((middle @ second.long().t()).float(), c + d.view(-1)))

@@ -139,7 +139,7 @@ def _stored(rows: Iterable[Row]) -> float:
 
 
 def _scheme(row: Row) -> str:
-    return str(row.scheme) if isinstance(row, WeightRow) else f"not quantized ({row.reason})"
+    return row.scheme.told if isinstance(row, WeightRow) else f"not quantized ({row.reason})"
 
 
 def _levels(report: Report) -> dict[int, int]:

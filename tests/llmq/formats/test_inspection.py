@@ -189,6 +189,21 @@ def test_errors_come_from_the_report(tmp_path: Path, ending: str) -> None:
     assert [row.error for row in inspect_folder(path).rows] == [None, None]
 
 
+@pytest.mark.parametrize(("bits", "told"), [(2, "int2 g128 (ternary, 1.58 bits of information)"), (4, "int4 g128")])
+def test_the_report_says_which_two_bits_are_ternary(tmp_path: Path, bits: int, told: str) -> None:
+    """Not so of more bits, whatever it says."""
+    tensors = {
+        "up.weight_packed": i32(OUT, IN * bits // 32),
+        "up.weight_scale": torch.ones(OUT, IN // 128, dtype=bf16),
+        "up.weight_shape": SHAPE.clone(),
+    }
+    path = folder(tmp_path, tensors, compressed("pack-quantized", num_bits=bits, group_size=128))
+    rows = [{"name": "block.0.up", "error": 0.5, "scheme": {"grid": "ternary", "bits": 2}}]
+    (path / "report.json").write_text(json.dumps({"weights": rows}))
+    row = inspect_folder(path).rows[0]
+    assert (row.error, terminal.scheme(row)) == (0.5, told)
+
+
 def test_table(tmp_path: Path) -> None:
     tensors, config, _ = CASES["int3 channel asymmetric"]
     console = Console(width=100, record=True, file=io.StringIO())

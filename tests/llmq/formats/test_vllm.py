@@ -69,7 +69,8 @@ def test_the_written_table_has_every_usual_scheme(monkeypatch: pytest.MonkeyPatc
                 assert cpu.get("rms", cpu.get("plain_rms", 1)) <= 0.003
                 said = vllm.loader([scheme])
                 assert said.code == "vllm" and said.tried is (bits == 4)
-    for scheme in (Scheme(8, None, activations=Activations()), Scheme(8, None, grid="fp8")):
+    like = [Scheme(2, 64, grid="ternary"), Scheme(2, None, grid="binary"), Scheme(4, 128, scales="pow2")]
+    for scheme in (Scheme(8, None, activations=Activations()), Scheme(8, None, grid="fp8"), *like):
         assert "not tried" not in vllm.loader([scheme]).sentence
     for row in known["schemes"].values():
         cpu = row["cpu"]

@@ -16,6 +16,8 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(8, None, activations=Activations()), "8-bit channel symmetric, dynamic activations"),
         (Scheme(8, None, grid="fp8", activations=Activations(False, "mse")), "fp8 channel, static (mse) activations"),
         (Scheme(4, 64, grid="nf4", double_quant=True), "nf4 g64 double-quantized"),
+        (Scheme(3, None, False, scales="pow2"), "3-bit channel asymmetric, pow2 scales"),
+        (Scheme(2, 64, grid="ternary"), "ternary g64"),
     ],
 )
 def test_schemes_in_words(scheme: Scheme, words: str) -> None:
@@ -28,10 +30,27 @@ def test_double_quantization_does_not_follow_to_a_grid_without_it() -> None:
     assert changed_scheme({"group_size": 128}, nf4, "here").double_quant
 
 
+def test_powers_of_two_do_not_follow_to_a_grid_without_them() -> None:
+    four = Scheme(scales="pow2")
+    assert changed_scheme({"grid": "fp8"}, four, "here") == Scheme(8, None, grid="fp8")
+    assert changed_scheme({"bits": 3}, four, "here") == Scheme(3, scales="pow2")
+    assert (four.rules.ranges, Scheme().rules.name, four.rules.name) == (("minmax", "mse", "weighted"), "int", "int")
+
+
+def test_what_a_scheme_holds_and_what_readers_take_it_for() -> None:
+    assert Scheme().told == "4-bit g128 symmetric"
+    assert Scheme(2, 64, grid="ternary").told == "ternary g64 (1.58 bits of information, stored in 2)"
+    assert Scheme(2, 64, grid="binary").told == "binary g64 (1 bits of information, stored in 2)"
+    assert Scheme(2, None, grid="ternary").as_read == Scheme(2, None)
+    assert Scheme(3, 64, False, scales="pow2").as_read == Scheme(3, 64, False)
+    assert Scheme(8, None, grid="fp8").as_read == Scheme(8, None, grid="fp8")
+
+
 def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
     assert changed_scheme({"grid": "nvfp4"}, Scheme(3, 128), "here") == Scheme(4, 16, grid="nvfp4")
     assert changed_scheme({"grid": "mxfp8"}, Scheme(), "here") == Scheme(8, 32, grid="mxfp8")
     assert changed_scheme({"grid": "fp8"}, Scheme(), "here") == Scheme(8, None, grid="fp8")
+    assert changed_scheme({"grid": "ternary"}, Scheme(), "here") == Scheme(2, 128, grid="ternary")
     with pytest.raises(LlmqError, match="grid 'mxfp4' is 4 bits, symmetric, in blocks"):
         changed_scheme({"grid": "mxfp4", "group_size": 64}, Scheme(), "here")
 
@@ -43,6 +62,9 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ({"grid": "float"}, "here: grid 'float' is not known: choose from int, fp8, nf4"),
         ({"grid": "nf4", "bits": 3}, "here: grid 'nf4' is 4 bits, symmetric, in blocks"),
         ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
+        ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
+        ({"scales": "pow2", "grid": "ternary"}, "here: scales that are powers of two (pow2) are for grid 'int' only"),
+        ({"grid": "binary", "bits": 3}, "here: grid 'binary' is 2 bits, symmetric"),
         (
             {"grid": "nf4", "group_size": 64, "activations": "dynamic"},
             "activations can be rounded to 8 bits only beside",

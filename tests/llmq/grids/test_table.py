@@ -68,6 +68,7 @@ def test_what_there_is_is_not_refused(name: str, sizes: tuple[int, int | None, b
         Scheme(4, 64, grid="nf4", double_quant=True),
         Scheme(4, 16, grid="nvfp4"),
         Scheme(6, 32, grid="mxfp6"),
+        Scheme(2, 64, grid="ternary"),
     ],
     ids=str,
 )

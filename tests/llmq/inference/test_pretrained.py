@@ -120,7 +120,7 @@ def test_a_package_is_looked_for_and_not_imported() -> None:
 def test_experts_that_only_llmq_reads_are_no_checkpoint_of_stock_transformers(tmp_path: Path) -> None:
     section = {"quant_method": "compressed-tensors", "format": "llmq-pack-quantized", "config_groups": {}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "quantization_config": section}))
-    refused(lambda: check_readable(tmp_path), "only llmq reads: `llmq eval --kernels`, or llmq.load")
+    refused(lambda: check_readable(tmp_path), "only llmq reads: add --kernels, or use llmq.load")
     assert check_readable(tmp_path, kernels=True)["quantization_config"] == section
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounding_of
+from llmq.grids.nearest import round_to_nearest
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.learned_rounding import LearnedWeight, positions
@@ -87,6 +88,17 @@ def test_scales_stay_storable_and_keep_their_sign() -> None:
     found = learned.quantized()
     assert bool(torch.isfinite(found.scale.float()).all()) and bool((found.scale < 0).all())
     assert int(found.codes.min()) >= scheme.qmin and int(found.codes.max()) <= scheme.qmax
+
+
+def test_a_block_of_zeros_whose_scale_is_0_stays_0() -> None:
+    """As bitsandbytes stores it in NF4."""
+    weight, scheme = random(2, 64, 6), Scheme(4, 32, grid="nf4")
+    weight[0, :32] = 0
+    q = rounding_of(scheme.rules).reopen(round_to_nearest(weight, scheme, torch.bfloat16))
+    learned = LearnedWeight(q, weight)
+    assert float(q.scale[0, 0]) == 0 and torch.equal(learned.quantized().codes, q.codes)
+    learned.step(random(2, 64, 7), 0.1, 0.1)
+    assert bool((learned.quantized().dequantize(torch.float32)[0, :32] == 0).all())
 
 
 def test_it_lowers_what_nearest_rounding_leaves() -> None:

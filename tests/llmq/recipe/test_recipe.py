@@ -23,7 +23,14 @@ eight_bit = st.builds(
     activations=st.none() | st.builds(Activations, st.booleans(), st.sampled_from(["minmax", "mse"])),
 )
 schemes = (
-    st.builds(Scheme, st.integers(2, 8), st.sampled_from([None, 16, 32, 64, 128]), st.booleans())
+    st.builds(
+        Scheme,
+        st.integers(2, 8),
+        st.sampled_from([None, 16, 32, 64, 128]),
+        st.booleans(),
+        scales=st.sampled_from(["free", "pow2"]),
+    )
+    | st.builds(Scheme, st.just(2), st.sampled_from([None, 64]), grid=st.sampled_from(["ternary", "binary"]))
     | eight_bit
     | st.builds(Scheme, st.just(4), st.sampled_from([64, 128]), grid=st.just("nf4"), double_quant=st.booleans())
 )
