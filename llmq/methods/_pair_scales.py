@@ -16,7 +16,7 @@ from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState
 from llmq.block.statistics import Inputs
 from llmq.discovery.pairs import Consumer, Pair
-from llmq.grids.activations import round_per_token, round_static, static_scale
+from llmq.grids.activations import round_input, static_scale
 from llmq.grids.base import QuantizedWeight, round_to_grid, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
@@ -138,11 +138,9 @@ def loss(block: Block, pair: Pair, candidate: Candidate | None) -> float:
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:
     """Rows rounded as when the model runs; for static scales, the scale of their own largest magnitude is used."""
-    if scheme.activations is None:
-        return x
-    if scheme.activations.dynamic:
-        return round_per_token(x, scheme.grid)
-    return round_static(x, static_scale(x.abs().amax(), scheme.grid), scheme.grid)
+    if scheme.activations is None or scheme.activations.dynamic:
+        return round_input(x, scheme, None)
+    return round_input(x, scheme, static_scale(x.abs().amax(), scheme.grid))
 
 
 def _near(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
@@ -174,5 +172,5 @@ def rounded_output_error(state: WeightState, rows: Tensor, clip: Tensor, scale_d
     weight = state.value.float()
     if state.rounded is None:
         state.rounded = round_to_nearest(weight, state.scheme, scale_dtype).dequantize(torch.float32)
-    x = round_static(rows, static_scale(clip, state.scheme.grid), state.scheme.grid)
+    x = round_input(rows, state.scheme, static_scale(clip, state.scheme.grid))
     return float((x @ state.rounded.float().t() - rows @ weight.t()).square().sum())

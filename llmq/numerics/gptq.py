@@ -227,6 +227,8 @@ class _Columns:
             codes = torch.empty_like(codes)
             codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
         codes = codes.t().contiguous()
+        if not self.ranged:
+            self.scale, self.stored_scale = self.rounding.settle(self.scale, self.scheme)
         return QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
 
     def _bounds(self, block_size: int) -> list[int]:

@@ -83,7 +83,7 @@ def half_quadratic(
         scale[rows] = torch.where(live, found * unit, 1.0).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
-    if scheme.double_quant:
+    if rounding.settle(scale, scheme)[1] is not None:
         return rounded_on(weight, scale, zero, scheme)
     return QuantizedWeight(codes, scale, zero, scheme)
 
