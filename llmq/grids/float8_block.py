@@ -1,8 +1,8 @@
 """Weights in float8_e4m3fn with one scale for each block of 128 output channels and 128 inputs: w ≈ code · scale.
 
-Liu et al. 2024, arXiv:2412.19437, section 3.3.2 (fine-grained quantization). Everywhere in llmq a scale is that of one channel's group; here those of a block are equal, and only one of them is stored. Once
-found they are fixed, as no solver that improves the scale of a single channel could keep them equal: `stored_scale`
-says so.
+Liu et al. 2024, arXiv:2412.19437, section 3.3.2 (fine-grained quantization). Everywhere in llmq a scale is that of one
+channel's group; here those of a block are equal, and only one of them is stored. Once found they are fixed, as no
+solver that improves the scale of a single channel could keep them equal: `stored_scale` says so.
 """
 
 from __future__ import annotations
