@@ -56,7 +56,8 @@ Grid = Annotated[
 Activations = Annotated[
     str | None,
     typer.Option(
-        help="Round the inputs of weights to 8 bits as well: dynamic (per token), static (per tensor) or none."
+        help="Round the inputs of weights as well, to 8 bits, or to 4 beside FP4: dynamic (per token, or per group), "
+        "static (per tensor; nvfp4) or none."
     ),
 ]
 Scales = Annotated[

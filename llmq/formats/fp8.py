@@ -105,6 +105,14 @@ def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
     return method == "fp8" and torch.cuda.is_available()
 
 
+def rounds_inputs(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether stock transformers rounds the inputs of a folder's weights too, which weights that are read dense leave
+    alone."""
+    groups = section.get("config_groups") if method == "compressed-tensors" else None
+    listed = groups.values() if isinstance(groups, Mapping) else ()
+    return any(isinstance(group, Mapping) and group.get("input_activations") for group in listed)
+
+
 def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> list[Coded]:
     """Every weight that is stored in FP8 or FP4. Raises LlmqError if one has no scales, or scales that do not fit it,
     or config.json says otherwise."""

@@ -1,9 +1,9 @@
-"""Rounding of a weight's input while the model runs (W8A8), as compressed-tensors does it.
+"""Rounding of a weight's input while the model runs (W8A8, W4A4), as compressed-tensors does it.
 
 The rounding is simulated as in compressed-tensors 0.20 (quantization/utils/helpers.py, lifecycle/forward_helpers.py),
 which stock transformers runs: values are rounded to the grid and dequantized, every step in the input's own dtype. Its
 int8 scale is the largest magnitude / 127.5, so the largest value rounds to 127 or, below 0, to −128; vLLM's kernels
-divide by 127, in float32. Both grids have a code for 0 and no zero point.
+divide by 127, in float32. All grids have a code for 0 and no zero point.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def round_per_token(x: Tensor, grid: str) -> Tensor:
     without input rounding. The result equals compressed-tensors' for inputs with three axes, as in decoders; for two
     axes it would take one scale for all tokens, unlike its own servers.
     """
-    scale = x.abs().amax(-1, keepdim=True) / inputs_of(grid).divisor
-    return round_static(x, scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps), grid)
+    rounding = rounding_of(find(grid))
+    return round_static(x, rounding.input_scale(x.abs().amax(-1, keepdim=True), inputs_of(grid).divisor, None), grid)
 
 
 def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
@@ -34,19 +34,33 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     x: any float [..., width]; scale: any positive float that broadcasts to x, converted to x's dtype first; grid: 'int'
     (8 bits) or 'fp8'. Returns x's shape and dtype. Raises LlmqError for a grid without input rounding.
     """
-    limits = inputs_of(grid)
+    inputs_of(grid)
     scale = scale.to(x.dtype)
-    levels = rounding_of(find(grid)).round_input((x / scale).clamp_(limits.low, limits.high))
-    return levels.mul_(scale)
+    return rounding_of(find(grid)).round_input(x / scale).mul_(scale)
+
+
+def round_groups(x: Tensor, grid: str, static: Tensor | None = None) -> Tensor:
+    """Round groups of a token's inputs, each with its own scale.
+
+    x: any float [..., width]; grid: of the weights; static: the scale of the groups' scales, float32 [1], if the grid's
+    inputs have one. Returns x's shape and dtype. Raises LlmqError for a grid without input rounding.
+    """
+    inputs = inputs_of(grid)
+    rounding = rounding_of(find(inputs.grid or grid))
+    parts = x.reshape(*x.shape[:-1], -1, inputs.group_size or x.shape[-1])
+    scale = rounding.input_scale(parts.abs().amax(-1, keepdim=True), inputs.divisor, static)
+    # The scale of nvfp4 is float32, and so is all that is computed with it.
+    return rounding.round_input(parts / scale).mul_(scale).flatten(-2).to(x.dtype)
 
 
 def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
-    """A weight's input [..., in] rounded as its scheme says: per token, or with `scale` if given."""
+    """A weight's input [..., in] rounded as its scheme says: with scales of its own, or with `scale` if given."""
     if scheme.activations is None:
         return x
-    if scale is None:
-        return round_per_token(x, scheme.grid)
-    return round_static(x, stored_scale(scale, scheme).to(x.device), scheme.grid)
+    scale = None if scale is None else stored_scale(scale, scheme).to(x.device)
+    if inputs_of(scheme.grid).group_size is not None:
+        return round_groups(x, scheme.grid, scale)
+    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale, scheme.grid)
 
 
 def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:

@@ -178,8 +178,17 @@ class Rounding(ABC):
         return weight
 
     def round_input(self, scaled: Tensor) -> Tensor:
-        """Round inputs, already divided by their scale and within the grid's limits, to nearest, in their own dtype."""
+        """Round inputs, already divided by their scale, to nearest, in their own dtype; clipped to the grid."""
         raise LlmqError(f"{type(self).__name__} does not round inputs")
+
+    def input_scale(self, top: Tensor, divisor: float, static: Tensor | None) -> Tensor:
+        """The scales of tokens, or of groups of inputs, that have the largest magnitudes `top`; not 0.
+
+        top: any float, of any shape, in whose dtype compressed-tensors computes; divisor: as the grid's row has it;
+        static: the scale of these scales, float32 [1], if the grid has one.
+        """
+        scale = top / divisor
+        return scale.masked_fill_(scale == 0, torch.finfo(top.dtype).eps)
 
     def rank(self, points: Tensor, scheme: Scheme) -> Tensor:
         """The index of each point among the levels in ascending order, float32. Learned rounding changes ranks."""

@@ -55,7 +55,7 @@ class Float8(Rounding):
 
     def round_input(self, scaled: Tensor) -> Tensor:
         """See `Rounding.round_input`."""
-        return scaled.to(DTYPE).to(scaled.dtype)
+        return scaled.clamp(-LARGEST, LARGEST).to(DTYPE).to(scaled.dtype)
 
 
 @cache
@@ -72,16 +72,18 @@ def find_float8_scale(
 ) -> Tensor:
     """The scale of every output channel, in its stored dtype.
 
-    weight: any float [out, in]; method: 'minmax', 'mse', or 'weighted' by the importance, float [in]. Returns
-    [out, 1] in scale_dtype, positive, normal and finite; 1 for a channel of zeros. Temporaries stay below a few MiB for
-    any matrix, unless a single row is larger. Raises LlmqError if the weight is not finite, or the importance is
-    missing.
+    weight: any float [out, in]; method: 'minmax', 'mse', or 'weighted' by the importance, float [in] or [out,
+    in]. Returns [out, 1] in scale_dtype, positive, normal and finite; 1 for a channel of zeros. Temporaries stay below
+    a few MiB for any matrix, unless a single row is larger. Raises LlmqError if the weight is not finite, or the
+    importance is missing.
     """
     if method not in find("fp8").ranges:
         raise LlmqError(f"range of an fp8 weight must be one of {', '.join(find('fp8').ranges)}, not {method!r}")
     if method == "weighted" and importance is None:
         raise LlmqError("range 'weighted' needs the importance of every input; use 'mse' without it")
-    by = importance.to(torch.float32)[None] if method == "weighted" and importance is not None else None
+    by = None
+    if method == "weighted" and importance is not None:
+        by = importance.to(torch.float32).expand_as(weight)
     rows, width = weight.shape
     step = max(1, CHUNK // width)
     top = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
@@ -112,7 +114,7 @@ def round_to_float8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _errors(weight: Tensor, scale: Tensor, top: Tensor, by: Tensor | None) -> Tensor:
-    """Σ (w − ŵ)² of every channel, weighted by the importance [1, in] if given; in units of the channel's largest
+    """Σ (w − ŵ)² of every channel, weighted by the importance [out, in] if given; in units of the channel's largest
     magnitude, so that it does not underflow: float32 [out, 1].
     """
     rows, width = weight.shape
@@ -123,5 +125,5 @@ def _errors(weight: Tensor, scale: Tensor, top: Tensor, by: Tensor | None) -> Te
         wanted = weight[part].to(torch.float32)
         found = round_to_float8(wanted, scale[part]).to(torch.float32).mul_(scale[part])
         found.sub_(wanted).div_(top[part].clamp_min(1e-38)).square_()
-        errors[part] = (found if by is None else found.mul_(by)).sum(1, keepdim=True)
+        errors[part] = (found if by is None else found.mul_(by[part])).sum(1, keepdim=True)
     return errors

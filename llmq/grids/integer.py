@@ -46,8 +46,8 @@ class Integer(Rounding):
         return float((2**scheme.bits - 1) / 2)
 
     def round_input(self, scaled: Tensor) -> Tensor:
-        """See `Rounding.round_input`."""
-        return scaled.round_()
+        """See `Rounding.round_input`: to 8 bits, the only width that inputs have here."""
+        return scaled.clamp(-128.0, 127.0).round_()
 
     def rank(self, points: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.rank`: the code."""

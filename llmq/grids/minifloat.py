@@ -28,11 +28,11 @@ class Minifloat(Rounding):
 
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
         """See `Rounding.nearest`: values beyond the largest are clipped."""
-        mantissa = scheme.bits - 3
-        scaled.clamp_(-_largest(mantissa), _largest(mantissa))
-        # A step is the power of two below the value over 2^mantissa; below 1 it is that of 1.
-        steps = (scaled.view(torch.int32) & EXPONENT).view(torch.float32).clamp_(min=1.0).mul_(2.0**-mantissa)
-        return scaled.div_(steps).round_().mul_(steps)
+        return _nearest(scaled, scheme.bits - 3)
+
+    def round_input(self, scaled: Tensor) -> Tensor:
+        """See `Rounding.round_input`: to four bits, the only width that inputs have here."""
+        return _nearest(scaled.to(torch.float32, copy=True), 1).to(scaled.dtype)
 
     def encode(self, points: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.encode`: −0 becomes the code of 0."""
@@ -45,6 +45,14 @@ class Minifloat(Rounding):
     def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.decode`."""
         return _numbers(scheme.bits, codes.device)[codes.to(torch.int32)]
+
+
+def _nearest(scaled: Tensor, mantissa: int) -> Tensor:
+    """The nearest number with so many bits of mantissa; scaled: float32, overwritten."""
+    scaled.clamp_(-_largest(mantissa), _largest(mantissa))
+    # A step is the power of two below the value over 2^mantissa; below 1 it is that of 1.
+    steps = (scaled.view(torch.int32) & EXPONENT).view(torch.float32).clamp_(min=1.0).mul_(2.0**-mantissa)
+    return scaled.div_(steps).round_().mul_(steps)
 
 
 def _largest(mantissa: int) -> float:

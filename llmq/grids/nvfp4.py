@@ -25,6 +25,11 @@ from llmq.grids.minifloat import Minifloat
 LOWEST, TOP = 2.0**-6, 7
 """The smallest normal number of e4m3, which some kernels need, and the exponent of the largest stored scale."""
 
+LARGEST, SCALE = 6.0, 448.0
+"""The largest number of e2m1, and of e4m3."""
+UNUSED = 0.125
+"""In the place of a stored scale of inputs that is 0, as compressed-tensors has it."""
+
 FAR = "groups thousands of times smaller than the largest have the smallest scale there is"
 
 
@@ -33,6 +38,13 @@ class NVFP4(CoarseScales, Minifloat):
 
     mantissa = 3
     steps = (1, 2, 3, 4, 5, 6, -1, -2, -3, -4, -5)
+
+    def input_scale(self, top: Tensor, divisor: float, static: Tensor | None) -> Tensor:
+        """See `Rounding.input_scale`: float32, of e4m3 over the divisor that inputs are stored with."""
+        shared = divisor_of(torch.ones(1, device=top.device) if static is None else static)
+        scale = (top / LARGEST).to(torch.float32).mul_(shared).clamp_(max=SCALE).to(torch.float8_e4m3fn)
+        scale = scale.to(torch.float32)
+        return scale.masked_fill_(scale == 0, UNUSED).div_(shared)
 
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
         """See `Rounding.finish`: with its own scale of scales."""
@@ -47,6 +59,15 @@ class NVFP4(CoarseScales, Minifloat):
         opened = [self.reopen(weight) for weight in weights]
         shared = _global(opened)
         return [_with_global(weight, shared) for weight in opened]
+
+
+def divisor_of(scale: Tensor) -> Tensor:
+    """The divisor of all scales of an input, float32 [1], for a static scale: the power of two not above its inverse.
+
+    So no scale of a group depends on it, and inputs up to twice as large as any seen are not clipped.
+    """
+    mantissa, exponent = torch.frexp(scale.to(torch.float32))
+    return torch.ldexp(torch.ones_like(mantissa), ((mantissa == 0.5).to(exponent.dtype) - exponent).clamp_(-100, 100))
 
 
 def _used(weight: QuantizedWeight) -> Tensor:

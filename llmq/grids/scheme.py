@@ -15,10 +15,10 @@ SCALES = ("free", "pow2")
 
 @dataclass(frozen=True)
 class Activations:
-    """The rounding of a weight's input when the model runs: to 8 bits, on the same kind of grid as the weight.
+    """The rounding of a weight's input when the model runs, as the row of the weight's grid has it.
 
-    dynamic: one scale per token, computed as the model runs; otherwise one scale for the whole tensor, found on
-    calibration data by `range`.
+    dynamic: scales are computed as the model runs, for each token or group of its inputs; otherwise one scale for the
+    whole tensor, or for the scales of all groups, is found on calibration data by `range`.
     """
 
     dynamic: bool = True
@@ -58,12 +58,8 @@ class Scheme:
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
         refusal = grid.refusal(self.bits, self.group_size, self.symmetric)
-        plain = self.group_size is None and self.symmetric and self.bits == 8
-        if self.activations is not None and refusal is None and (grid.inputs is None or not plain):
-            raise LlmqError(
-                "activations can be rounded to 8 bits only beside symmetric 8-bit weights with group size 'channel', "
-                f"not {self}: choose --activations none, or --bits 8 --group-size channel"
-            )
+        if self.activations is not None and refusal is None:
+            self._check_inputs(self.activations, grid)
         check_choice("scales", self.scales, SCALES)
         if self.scales == "pow2" and not grid.power_scales:
             having = ", ".join(map(repr, POWER_SCALES))
@@ -73,6 +69,25 @@ class Scheme:
             raise LlmqError(f"double_quant is for grid {having} only")
         if refusal is not None:
             raise LlmqError(refusal)
+
+    def _check_inputs(self, activations: Activations, grid: Grid) -> None:
+        """Raises LlmqError if inputs cannot be rounded so beside these weights."""
+        inputs = grid.inputs
+        plain = self.group_size is None and self.symmetric and self.bits == 8
+        if inputs is None or (inputs.group_size is None and not plain):
+            raise LlmqError(
+                "activations can be rounded to 8 bits only beside symmetric 8-bit weights with group size 'channel', "
+                f"not {self}: choose --activations none, or --bits 8 --group-size channel"
+            )
+        kind = "dynamic" if activations.dynamic else "static"
+        if kind not in inputs.kinds:
+            other = inputs.kinds[0]
+            raise LlmqError(f"activations of grid {grid.name!r} are {other}: choose --activations {other}, or none")
+        if not activations.dynamic and activations.range not in inputs.ranges:
+            raise LlmqError(
+                f"activations: range must be one of {', '.join(inputs.ranges)} with grid {grid.name!r}, not "
+                f"{activations.range!r}"
+            )
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"

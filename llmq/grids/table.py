@@ -20,14 +20,22 @@ SEARCHED = ("minmax", "mse", "weighted")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The rounding of inputs to 8 bits when the model runs: the lowest and highest value, in units of the scale, and
-    the divisor of the largest magnitude that gives the scale.
+class Inputs:
+    """The rounding of inputs when the model runs.
+
+    low, high: the lowest and highest value, in units of the scale; divisor: of the largest magnitude, which gives the
+    scale. group_size: inputs of a token that share a scale, which is found as the model runs; None: all of them. A
+    static scale is then one of these scales. kinds: 'dynamic', 'static' or both; ranges: of static scales. grid: whose
+    values inputs take, if not those of the weights.
     """
 
     low: float
     high: float
     divisor: float
+    group_size: int | None = None
+    kinds: tuple[str, ...] = ("dynamic", "static")
+    ranges: tuple[str, ...] = tuple(name for name in RANGES if name != "weighted")
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,16 @@ class Grid:
     """One grid.
 
     name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code;
-    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction); information_bits: log2 of
-    the number of levels, where that is less than the bits. group_sizes: the allowed group sizes, where None is a whole
-    output channel; () allows any. zero_points: whether a group may have a zero point. double_quant: whether scales may
+    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction); information_bits:
+    log2 of the number of levels, where that is less than the bits. group_sizes: the allowed group sizes, where None
+    is a whole output channel; () allows any. rows: the output channels that share a scale, from the first on; the
+    last of them may be fewer. zero_points: whether a group may have a zero point. double_quant: whether scales may
     be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default without data;
-    calibrated: the default if the importance of the inputs is known. inputs: the rounding of 8-bit weights' inputs,
+    calibrated: the default if the importance of the inputs is known. inputs: the rounding of the weights' inputs,
     None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same
-    with scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it; layout:
-    the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes
-    for, '' for itself; learned: whether the levels of each row are found for the weight.
+    with scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it;
+    layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers
+    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str
@@ -54,12 +63,13 @@ class Grid:
     stored_bits: float | None = None
     information_bits: float | None = None
     group_sizes: tuple[int | None, ...] = ()
+    rows: int = 1
     zero_points: bool = False
     double_quant: bool = False
     ranges: tuple[str, ...] = SEARCHED
     usual: str = "mse"
     calibrated: str = "weighted"
-    inputs: Limits | None = None
+    inputs: Inputs | None = None
     layout: str = ""
     power_scales: str = ""
     read_as: str = ""
@@ -80,9 +90,16 @@ class Grid:
         return f"grid {self.name!r} is {', '.join(parts)}"
 
 
-INT8_INPUTS = Limits(-128.0, 127.0, 127.5)
+INT8_INPUTS = Inputs(-128.0, 127.0, 127.5)
 """As in compressed-tensors: the largest magnitude becomes 127 or, if negative, −128 (vLLM's kernels divide by 127)."""
-FP8_INPUTS = Limits(-448.0, 448.0, 448.0)
+FP8_INPUTS = Inputs(-448.0, 448.0, 448.0)
+DYNAMIC = ("dynamic",)
+BLOCK_INPUTS = Inputs(-448.0, 448.0, 448.0, 128, DYNAMIC)
+MXFP8_INPUTS = Inputs(-448.0, 448.0, 448.0, 32, DYNAMIC, grid="mxfp8")
+MX_INPUTS = {4: Inputs(-6.0, 6.0, 6.0, 32, DYNAMIC), 6: MXFP8_INPUTS, 8: MXFP8_INPUTS}
+"""compressed-tensors and servers have no inputs of 6 bits."""
+NVFP4_INPUTS = Inputs(-2688.0, 2688.0, 2688.0, 16, ("static",), ("minmax", "percentile"))
+"""6 times the largest scale of a group, 448; other ranges judge single values, without their groups."""
 
 GRIDS = {
     grid.name: grid
@@ -110,6 +127,17 @@ GRIDS = {
             layout="float-quantized",
         ),
         Grid(
+            name="fp8-block",
+            label="fp8 block",
+            bits=(8,),
+            rounding="llmq.grids.float8_block:Float8Block",
+            format="compressed_tensors",
+            group_sizes=(128,),
+            rows=128,
+            inputs=BLOCK_INPUTS,
+            layout="float-quantized",
+        ),
+        Grid(
             name="nf4",
             label="nf4",
             bits=(4,),
@@ -127,6 +155,7 @@ GRIDS = {
             rounding="llmq.grids.nvfp4:NVFP4",
             format="compressed_tensors",
             group_sizes=(16,),
+            inputs=NVFP4_INPUTS,
             layout="nvfp4-pack-quantized",
         ),
         *(
@@ -138,6 +167,7 @@ GRIDS = {
                 format="compressed_tensors",
                 group_sizes=(32,),
                 usual="minmax",
+                inputs=MX_INPUTS[bits],
                 layout=f"mxfp{bits}-{'pack-' if bits < 8 else ''}quantized",
             )
             for bits in (4, 6, 8)
@@ -180,7 +210,7 @@ def find(name: str) -> Grid:
     return GRIDS[name]
 
 
-def inputs_of(name: str) -> Limits:
+def inputs_of(name: str) -> Inputs:
     """The rounding of inputs for weights of a grid. Raises LlmqError for a grid without input rounding."""
     grid = GRIDS.get(name)
     if grid is None or grid.inputs is None:

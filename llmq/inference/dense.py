@@ -13,7 +13,7 @@ from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import build
 from llmq.discovery.named import build_named
 from llmq.formats.dequantized import Dequantized, open_source, reads
-from llmq.formats.fp8 import read_by_stock
+from llmq.formats.fp8 import read_by_stock, rounds_inputs
 from llmq.formats.inspection import section_of
 
 
@@ -28,7 +28,8 @@ class Unread:
 
 
 def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool = False) -> Dequantized | None:
-    """The folder, dequantized when read, if stock transformers would not give the same values; else None.
+    """The folder, dequantized when read, if stock transformers would not give the same values; else None. Nor if it
+    rounds inputs, and each weight is that of a linear layer: then stock transformers is right.
 
     always: also if stock transformers would, or runs the codes as they are; None if the folder has none.
     Raises LlmqError if a weight's codes, scales and configuration contradict each other.
@@ -43,7 +44,18 @@ def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool 
     if not reads(folder, config):
         return None
     source = open_source(folder, trust_remote_code)
-    return source if isinstance(source, Dequantized) else None
+    if not isinstance(source, Dequantized) or (
+        not always and rounds_inputs(method, section) and _in_layers(source, trust_remote_code)
+    ):
+        return None
+    return source
+
+
+def _in_layers(source: Dequantized, trust_remote_code: bool) -> bool:
+    """Whether every weight that was quantized is the weight of a linear layer, by its name; experts are none."""
+    model = build(source.folder, source.dtype, trust_remote_code)
+    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return layers.issuperset(source.coded)
 
 
 def load_dense(

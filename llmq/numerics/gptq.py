@@ -231,6 +231,8 @@ class _Columns:
             codes = torch.empty_like(codes)
             codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
         codes = codes.t().contiguous()
+        if not self.ranged:
+            self.scale, self.stored_scale = self.rounding.settle(self.scale, self.scheme)
         found = QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
         return replace(found, levels=self.rounding.learned)
 

@@ -23,6 +23,7 @@ from llmq.formats.base import Groups, dtype_name
 from llmq.formats.compressed_tensors.microscaled import DIVIDED, FORMATS, divided
 from llmq.formats.compressed_tensors.packed import FORMAT
 from llmq.grids.scheme import Scheme
+from llmq.grids.table import find
 
 QUANT_METHOD = "compressed-tensors"
 INTEGERS = "int-quantized"
@@ -104,17 +105,17 @@ def with_targets(section: Mapping[str, Any], names: Iterable[str], classes: bool
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """The weights' scheme, as compressed-tensors' QuantizationArgs."""
     # Only the layouts of grids other than the integers have names of their own.
-    small = SCALES.get(scheme.rules.layout)
-    strategy = "channel" if scheme.group_size is None else "group"
+    small, rows = SCALES.get(scheme.rules.layout), scheme.rules.rows
+    strategy = "channel" if scheme.group_size is None else "group" if rows == 1 else "block"
     return ({} if small is None else {"scale_dtype": f"torch.{dtype_name(small)}"}) | {
         "num_bits": scheme.bits,
         "type": "float" if scheme.rules.layout else "int",
         "symmetric": scheme.symmetric,
         "strategy": "tensor_group" if divided(scheme) else strategy,
-        "group_size": scheme.group_size,
+        "group_size": scheme.group_size if rows == 1 else None,
         "actorder": None,
         "dynamic": False,
-        "block_structure": None,
+        "block_structure": None if rows == 1 else [rows, scheme.group_size],
         "observer": "minmax",
         "observer_kwargs": {},
     }
@@ -122,11 +123,22 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     """The rounding of a weight's input, as QuantizationArgs."""
-    if scheme.activations is None:
+    inputs = scheme.rules.inputs
+    if scheme.activations is None or inputs is None:
         return None
     dynamic = scheme.activations.dynamic
-    return _weights(scheme) | {
-        "strategy": "token" if dynamic else "tensor",
-        "dynamic": dynamic,
-        "observer": None if dynamic else "minmax",
+    if inputs.group_size is None:
+        return _weights(scheme) | {
+            "strategy": "token" if dynamic else "tensor",
+            "dynamic": dynamic,
+            "observer": None if dynamic else "minmax",
+        }
+    same = Scheme(find(inputs.grid).bits[0], scheme.group_size, grid=inputs.grid) if inputs.grid else scheme
+    # A static scale is that of the groups' scales, which are found as the model runs.
+    return _weights(same) | {
+        "strategy": "group" if dynamic else "tensor_group",
+        "group_size": inputs.group_size,
+        "block_structure": None,
+        "dynamic": True if dynamic else "local",
+        "observer": None if dynamic else "static_minmax",
     }

@@ -2,7 +2,8 @@
 
 `spec` lists the tensors of a weight [out, in]. Codes of 4 and 6 bits are a dense little-endian bit stream in
 `weight_packed`, those of 8 are `weight`. Scales are powers of two, stored as exponents + 127, or, in NVFP4, e4m3, which
-are divided by `weight_global_scale`. Written against compressed-tensors 0.20, whose own compressors pack the same bytes
+are divided by `weight_global_scale`. Rounded inputs store nothing, or, in NVFP4, the divisor of their scales,
+`input_global_scale`. Written against compressed-tensors 0.20, whose own compressors pack the same bytes
 (a test); tried with stock transformers 5.23, which loads 4 and 6 bits in bfloat16 only.
 """
 
@@ -16,9 +17,11 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.formats.packing import pack_codes, unpack_codes
 from llmq.grids.base import QuantizedWeight, check_range, rounding_of
+from llmq.grids.nvfp4 import divisor_of
 from llmq.grids.scheme import Scheme
 
 PACKED, WEIGHT, SCALE, GLOBAL = "weight_packed", "weight", "weight_scale", "weight_global_scale"
+INPUT_GLOBAL = "input_global_scale"
 DIVIDED = ("nvfp4-pack-quantized",)
 """The layouts with a scale of scales."""
 FORMATS = (*DIVIDED, "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized")
@@ -38,7 +41,8 @@ def spec(
         else {PACKED: (torch.uint8, (rows, width * scheme.bits // 8))}
     )
     if divided(scheme):
-        return entries | {SCALE: (torch.float8_e4m3fn, scales), GLOBAL: (torch.float32, (1,))}
+        entries |= {SCALE: (torch.float8_e4m3fn, scales), GLOBAL: (torch.float32, (1,))}
+        return entries | ({INPUT_GLOBAL: (torch.float32, (1,))} if scheme.activations else {})
     return entries | {SCALE: (torch.uint8, scales)}
 
 
@@ -48,8 +52,8 @@ def divided(scheme: Scheme) -> bool:
 
 
 def pack(q: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors to store, by suffix, as `spec` says. Raises LlmqError for a weight without the scale of its scales,
-    or with a scale that cannot be stored."""
+    """The tensors to store, by suffix, as `spec` says. Raises LlmqError for a weight without the scale of its scales
+    or of its input's, or with a scale that cannot be stored."""
     scheme, half = q.scheme, 1 << (q.scheme.bits - 1)
     if q.codes.dtype.is_floating_point:
         tensors = {WEIGHT: q.codes.contiguous()}
@@ -63,6 +67,10 @@ def pack(q: QuantizedWeight) -> dict[str, Tensor]:
         stored = (scale * q.stored_scale).to(torch.float8_e4m3fn)
         exact = torch.equal(stored.to(torch.float32) / q.stored_scale, scale)
         tensors |= {SCALE: stored.contiguous(), GLOBAL: q.stored_scale.to(torch.float32).reshape(1)}
+        if scheme.activations:
+            if q.input_scale is None:
+                raise LlmqError(f"a {scheme} weight needs the scale of its input")
+            tensors |= {INPUT_GLOBAL: divisor_of(q.input_scale.reshape(1))}
     else:
         stored = (torch.frexp(scale)[1] - 1 + BIAS).clamp(0, MOST).to(torch.uint8)
         exact = torch.equal(_powers(stored), scale)
@@ -76,7 +84,8 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `pack`. Raises LlmqError if tensors are missing or their dtypes or shapes differ from `spec`."""
     floating = rounding_of(scheme.rules).code_dtype.is_floating_point
     first = WEIGHT if floating else PACKED
-    missing = [s for s in (first, SCALE, *((GLOBAL,) if divided(scheme) else ())) if s not in tensors]
+    shared = (GLOBAL, *((INPUT_GLOBAL,) if scheme.activations else ())) if divided(scheme) else ()
+    missing = [s for s in (first, SCALE, *shared) if s not in tensors]
     if missing:
         raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
     stored = tensors[first]
@@ -93,7 +102,8 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         codes = (signed.to(torch.int16) + (1 << (scheme.bits - 1))).to(torch.uint8)
     if divided(scheme):
         scale = tensors[SCALE].to(torch.float32) / tensors[GLOBAL]
-        return QuantizedWeight(codes, scale, None, scheme, stored_scale=tensors[GLOBAL])
+        inputs = None if scheme.activations is None else tensors[INPUT_GLOBAL].reciprocal()
+        return QuantizedWeight(codes, scale, None, scheme, input_scale=inputs, stored_scale=tensors[GLOBAL])
     return QuantizedWeight(codes, _powers(tensors[SCALE]), None, scheme)
 
 

@@ -18,6 +18,8 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(4, 64, grid="nf4", double_quant=True), "nf4 g64 double-quantized"),
         (Scheme(3, None, False, scales="pow2"), "3-bit channel asymmetric, pow2 scales"),
         (Scheme(2, 64, grid="ternary"), "ternary g64"),
+        (Scheme(4, 32, grid="mxfp4", activations=Activations()), "mxfp4 g32, dynamic activations"),
+        (Scheme(8, 128, grid="fp8-block"), "fp8 block g128"),
     ],
 )
 def test_schemes_in_words(scheme: Scheme, words: str) -> None:
@@ -59,7 +61,7 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
     ("values", "told"),
     [
         ({"grid": 4}, "here: grid must be text, not 4"),
-        ({"grid": "float"}, "here: grid 'float' is not known: choose from int, fp8, nf4"),
+        ({"grid": "float"}, "here: grid 'float' is not known: choose from int, fp8, fp8-block, nf4"),
         ({"grid": "nf4", "bits": 3}, "here: grid 'nf4' is 4 bits, symmetric, in blocks"),
         ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
         ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
@@ -68,6 +70,13 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         (
             {"grid": "nf4", "group_size": 64, "activations": "dynamic"},
             "activations can be rounded to 8 bits only beside",
+        ),
+        ({"group_size": 128, "activations": "dynamic"}, "only beside symmetric 8-bit weights"),
+        ({"grid": "nvfp4", "activations": "dynamic"}, "of grid 'nvfp4' are static: choose --activations static, or"),
+        ({"grid": "mxfp4", "activations": "static"}, "of grid 'mxfp4' are dynamic: choose --activations dynamic, or"),
+        (
+            {"grid": "nvfp4", "activations": {"dynamic": False, "range": "mse"}},
+            "range must be one of minmax, percentile with grid 'nvfp4', not 'mse'",
         ),
     ],
 )

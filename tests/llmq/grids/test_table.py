@@ -41,6 +41,7 @@ def test_the_nearest_name_is_told() -> None:
     ("name", "sizes", "told"),
     [
         ("int", (9, 128, True), "grid 'int' is 2 to 8 bits"),
+        ("fp8-block", (8, 64, True), "in blocks (group size) of 128"),
         ("fp8", (8, 128, True), "grid 'fp8' is 8 bits, symmetric, group size 'channel'"),
         ("fp8", (8, None, False), "grid 'fp8' is 8 bits, symmetric, group size 'channel'"),
         ("nf4", (4, 48, True), "in blocks (group size) of 32, 64"),
@@ -83,5 +84,5 @@ def test_inputs_are_rounded_by_one_table() -> None:
     assert (inputs_of("int").low, inputs_of("int").high, inputs_of("int").divisor) == (-128.0, 127.0, 127.5)
     assert inputs_of("fp8").divisor == 448.0
     for name in ("nf4", "int9"):
-        with pytest.raises(LlmqError, match=f"on the grid int or fp8, not '{name}'"):
+        with pytest.raises(LlmqError, match=f"on the grid int or fp8 or .*, not '{name}'"):
             inputs_of(name)

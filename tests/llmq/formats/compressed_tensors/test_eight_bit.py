@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -15,9 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors import eight_bit
 from llmq.formats.compressed_tensors.config import config_of
-from llmq.grids.activations import round_per_token, round_static, static_scale
+from llmq.grids.activations import round_input, static_scale
 from llmq.grids.base import QuantizedWeight, round_to_grid
 from llmq.grids.float8 import find_float8_scale, round_to_float8
+from llmq.grids.nearest import round_to_nearest
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Activations, Scheme
 
@@ -28,9 +30,14 @@ SCHEMES = [
     for grid in ("int", "fp8")
     for activations in (Activations(), Activations(dynamic=False))
 ] + [Scheme(8, None, grid="fp8")]
+BLOCKS = [Scheme(8, 128, grid="fp8-block", activations=activations) for activations in (None, Activations())]
 
 
 def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+    if scheme in BLOCKS:
+        q = round_to_nearest(weight, scheme, dtype)
+        assert isinstance(q, QuantizedWeight)
+        return q
     if scheme.grid == "fp8":
         scale = find_float8_scale(weight, "mse", dtype)
         return QuantizedWeight(round_to_float8(weight, scale), scale, None, scheme)
@@ -43,19 +50,20 @@ def simulate(module: nn.Module, scheme: Scheme, scale: Tensor) -> None:
     if scheme.activations is None:
         return
 
+    dynamic = scheme.activations.dynamic
+
     def hook(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        if scheme.activations is not None and scheme.activations.dynamic:
-            return (round_per_token(given[0], scheme.grid),)
-        return (round_static(given[0], scale, scheme.grid),)
+        return (round_input(given[0], scheme, None if dynamic else scale),)
 
     module.register_forward_pre_hook(hook)
 
 
 def save(folder: Path, scheme: Scheme, dtype: torch.dtype, other: Scheme | None = None) -> tuple[Tensor, Tensor]:
     """Saves a tiny model in `scheme` (its last projections in `other`): the logits it should give, and had at first."""
+    # Keys and values have half a block of channels.
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=128 if scheme in BLOCKS else 64,
+        intermediate_size=256 if scheme in BLOCKS else 96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -109,7 +117,7 @@ def check(folder: Path, want: Tensor, base: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES + BLOCKS, ids=str)
 def test_the_stock_loader_gives_our_logits(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     check(tmp_path, *save(tmp_path, scheme, dtype))
 
@@ -146,6 +154,32 @@ def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
         assert group.input_activations.type == TYPES[scheme.grid] and group.input_activations.num_bits == 8
         assert group.input_activations.dynamic is scheme.activations.dynamic
         assert group.input_activations.strategy == ("token" if scheme.activations.dynamic else "tensor")
+
+
+@pytest.mark.parametrize("rows", [256, 200])
+def test_blocks_are_those_of_compressed_tensors(rows: int) -> None:
+    """Its compressor writes the same bytes, of channels that fill no block too, and its preset is our configuration."""
+    scheme = BLOCKS[1]
+    q = rounded(torch.randn(rows, 384, generator=torch.Generator().manual_seed(1)), scheme, torch.bfloat16)
+    read = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, [])).config_groups["group_0"]
+    preset = preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    for mine, theirs in ((read.weights, preset.weights), (read.input_activations, preset.input_activations)):
+        for key in ("num_bits", "type", "strategy", "block_structure", "group_size", "dynamic", "symmetric"):
+            assert getattr(mine, key) == getattr(theirs, key), key
+    got, kind = eight_bit.pack(q), BaseCompressor.get_value_from_registry(read.format)
+    assert got["weight_scale"].shape == (2, 3) and got["weight_scale"].dtype == torch.bfloat16
+    want = kind.compress({"weight": q.dequantize(torch.float32), "weight_scale": got["weight_scale"].float()}, read)
+    assert torch.equal(got["weight"].view(torch.uint8), want["weight"].view(torch.uint8))
+    back = eight_bit.unpack(got, scheme)
+    assert torch.equal(back.scale, q.scale) and torch.equal(back.stored_scale, q.stored_scale)
+    torn = replace(q, scale=q.scale * torch.linspace(1, 2, rows).unsqueeze(-1))
+    with pytest.raises(LlmqError, match="differ within a block"):
+        eight_bit.pack(torn)
+
+
+def test_parts_are_whole_blocks() -> None:
+    assert eight_bit.splits((256, 512), BLOCKS[0], 4, True) and not eight_bit.splits((256, 512), BLOCKS[0], 4, False)
+    assert not eight_bit.splits((256, 512), BLOCKS[0], 8, True) and eight_bit.splits((256, 512), SCHEMES[0], 8, True)
 
 
 def test_refusals() -> None:

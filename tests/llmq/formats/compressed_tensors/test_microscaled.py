@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -17,14 +17,17 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors import microscaled
 from llmq.formats.compressed_tensors.config import config_of, layout_of
+from llmq.grids.activations import round_input
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.nearest import round_to_nearest
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Activations, Scheme
 from tests.llmq.grids.peers import known_to_compressed_tensors
 
 NV = Scheme(4, 16, grid="nvfp4")
 SCHEMES = [NV, *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+ROUNDED = [replace(scheme, activations=Activations(dynamic=scheme != NV)) for scheme in SCHEMES]
+"""The same with rounded inputs."""
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -90,8 +93,34 @@ def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
     assert weights.scale_dtype == (torch.float8_e4m3fn if scheme == NV else torch.uint8)
 
 
+@pytest.mark.parametrize("scheme", ROUNDED, ids=str)
+def test_rounded_inputs_are_those_of_a_preset(scheme: Scheme) -> None:
+    """The configuration means what compressed-tensors' own presets mean."""
+    known_to_compressed_tensors(scheme)
+    presets = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "mxfp6": "MXFP6A8", "mxfp8": "MXFP8"}
+    want = preset_name_to_scheme(presets[scheme.grid], ["Linear"]).input_activations
+    read = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, [])).config_groups["group_0"].input_activations
+    for key in ("num_bits", "type", "strategy", "dynamic", "group_size", "scale_dtype", "symmetric", "observer"):
+        assert getattr(read, key) == getattr(want, key), key
+
+
+def test_the_divisor_of_an_input_is_stored_and_read() -> None:
+    """It is a power of two, which reading it back does not change; and the weight is as without it."""
+    scheme, q = ROUNDED[0], rounded(NV)
+    with pytest.raises(LlmqError, match="needs the scale of its input"):
+        microscaled.pack(replace(q, scheme=scheme))
+    for scale, divisor in ((0.3, 2.0), (0.25, 4.0), (0.2, 4.0), (3.0, 0.25)):
+        tensors = microscaled.pack(replace(q, scheme=scheme, input_scale=torch.tensor([scale])))
+        found = {suffix: (value.dtype, tuple(value.shape)) for suffix, value in tensors.items()}
+        assert found == microscaled.spec((24, 96), scheme, torch.bfloat16)
+        assert tensors["input_global_scale"].tolist() == [divisor]
+        back = microscaled.unpack(tensors, scheme)
+        assert torch.equal(microscaled.pack(back)["input_global_scale"], tensors["input_global_scale"])
+        assert torch.equal(back.dequantize(torch.float32), q.dequantize(torch.float32))
+
+
 def save(folder: Path, scheme: Scheme) -> Tensor:
-    """Saves a tiny model in `scheme`; returns the logits of its dequantized weights."""
+    """Saves a tiny model in `scheme`; returns the logits of its dequantized weights, with its inputs rounded."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -112,7 +141,11 @@ def save(folder: Path, scheme: Scheme) -> Tensor:
         module.weight.data = q.dequantize(torch.bfloat16)
         del tensors[f"{name}.weight"]
         assert isinstance(q, QuantizedWeight)
-        tensors |= {f"{name}.{suffix}": value for suffix, value in microscaled.pack(q).items()}
+        # So small that some groups have scales that are clipped.
+        static = torch.tensor([2.0**-11]) if scheme.activations and not scheme.activations.dynamic else None
+        module.register_forward_pre_hook(lambda _, x, static=static: (round_input(x[0], scheme, static),))
+        packed = microscaled.pack(replace(q, input_scale=static))
+        tensors |= {f"{name}.{suffix}": value for suffix, value in packed.items()}
     with torch.inference_mode():
         logits: Tensor = model(IDS).logits
     config.quantization_config = config_of({scheme: names}, ["lm_head"])
@@ -122,7 +155,7 @@ def save(folder: Path, scheme: Scheme) -> Tensor:
     return logits
 
 
-@EVERY
+@pytest.mark.parametrize("scheme", SCHEMES + ROUNDED, ids=str)
 def test_stock_transformers_and_llmq_load_give_our_logits(tmp_path: Path, scheme: Scheme) -> None:
     known_to_compressed_tensors(scheme)
     want = save(tmp_path, scheme)
