@@ -51,7 +51,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
         (("--activations", "sometimes"), ("activations", "'sometimes'", "dynamic, static, none")),
         (("--method", "nf4", "--group-size", "48"), ("blocks (group size) of 32, 64",)),
         (("--method", "nf4", "--bits", "8"), ("grid 'nf4' is 4 bits",)),
-        (("--grid", "int4"), ("grid", "'int4'", "int, fp8, nf4")),
+        (("--grid", "int4"), ("grid", "'int4'", "int, fp8, fp8-block, nf4")),
         (("--grid", "fp8", "--bits", "4"), ("is 8 bits, symmetric, group size 'channel'",)),
         (("--recipe", "w4a16-gtpq"), ("w4a16-gtpq", "did you mean 'w4a16-gptq'?")),
         (("--recipe", "nothing-like-it"), ("neither a preset", "fp8", "nor a file")),

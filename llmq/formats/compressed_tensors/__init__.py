@@ -58,7 +58,7 @@ def refuse_experts(scheme: Scheme) -> str | None:
         return "transformers fails on experts with zero points: use --symmetric"
     if microscaled.divided(scheme):
         return f"transformers reads experts as {scheme} without the scale of their scales: use --grid int"
-    if layout_of(scheme) in microscaled.FORMATS:
+    if layout_of(scheme) in microscaled.FORMATS or scheme.rules.rows > 1:
         return f"experts as {scheme} were not tried in transformers: use --grid int"
     if layout_of(scheme) == INTEGERS:
         return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
