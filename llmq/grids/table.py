@@ -31,14 +31,15 @@ class Limits:
 class Grid:
     """One grid.
 
-    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code;
-    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes: the allowed
+    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code, for
+    each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes: the allowed
     group sizes, where None is a whole output channel; () allows any. zero_points: whether a group may have a zero
     point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
     usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
-    rounding of 8-bit weights' inputs, None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of`
-    loads it); format: the module under `formats/` that stores it; layout: the format's name for how it is stored, if it
-    has a layout of its own.
+    rounding of 8-bit weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a
+    group, or for one of several vectors that are added; 0 if every weight has a code, and is rounded by itself.
+    rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); format: the module under `formats/` that
+    stores it; layout: the format's name for how it is stored, if it has a layout of its own.
     """
 
     name: str
@@ -55,11 +56,13 @@ class Grid:
     calibrated: str = "weighted"
     inputs: Limits | None = None
     layout: str = ""
+    vector_code: int = 0
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
         sizes = not self.group_sizes or group_size in self.group_sizes
-        if bits in self.bits and sizes and (symmetric or self.zero_points):
+        uneven = bool(self.vector_code) and bits * (group_size or 0) % self.vector_code != 0
+        if bits in self.bits and sizes and (symmetric or self.zero_points) and not uneven:
             return None
         parts = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
         parts += [] if self.zero_points else ["symmetric"]
@@ -68,6 +71,8 @@ class Grid:
         elif self.group_sizes:
             listed = ", ".join("'channel'" if size is None else str(size) for size in self.group_sizes)
             parts.append(f"in blocks (group size) of {listed}")
+        if self.vector_code:
+            parts.append(f"and a block has a whole number of codes of {self.vector_code} bits")
         return f"grid {self.name!r} is {', '.join(parts)}"
 
 
@@ -119,6 +124,16 @@ GRIDS = {
             group_sizes=(16,),
             layout="nvfp4-pack-quantized",
         ),
+        Grid(
+            name="vq",
+            label="{bits}-bit vq",
+            bits=(1, 2, 3, 4),
+            rounding="llmq.grids.vq:VQ",
+            format="aqlm",
+            group_sizes=(8, 4, 16),
+            ranges=("mse", "weighted"),
+            vector_code=8,
+        ),
         *(
             Grid(
                 name=f"mxfp{bits}",
@@ -134,6 +149,9 @@ GRIDS = {
         ),
     )
 }
+
+EACH = tuple(grid.name for grid in GRIDS.values() if not grid.vector_code)
+"""The grids on which every weight is rounded by itself."""
 
 
 def find(name: str) -> Grid:
