@@ -52,7 +52,7 @@ def unpacked_by_stock(method: str) -> bool:
 def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
     """Whether a folder of a method in config.json is left to stock transformers, also if llmq could dequantize it."""
     known = next((module for module in having("dequantizes") if module.dequantizes(method, section)), None)
-    return not hasattr(known, "read_by_stock") or bool(known.read_by_stock(method, section))
+    return known is None or not hasattr(known, "read_by_stock") or bool(known.read_by_stock(method, section))
 
 
 def method_of(section: Mapping[str, Any]) -> str | None:

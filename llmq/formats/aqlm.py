@@ -111,7 +111,9 @@ def title(schemes: Collection[Scheme]) -> str:
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     return [
-        Loader("llmq.load and llmq eval read it, and make it dense: its memory is the unquantized model's", code="llmq"),
+        Loader(
+            "llmq.load and llmq eval read it, and make it dense: its memory is the unquantized model's", code="llmq"
+        ),
         Loader("stock transformers with aqlm[cpu] reads it: on a CPU in float32 only, so ask for dtype='float32'"),
     ]
 

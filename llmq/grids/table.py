@@ -32,12 +32,12 @@ class Grid:
     """One grid.
 
     name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code, for
-    each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes: the allowed
-    group sizes, where None is a whole output channel; () allows any. zero_points: whether a group may have a zero
-    point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES;
-    usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs: the
-    rounding of 8-bit weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a
-    group, or for one of several vectors that are added; 0 if every weight has a code, and is rounded by itself.
+    each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction). group_sizes:
+    the allowed group sizes, where None is a whole output channel; () allows any. zero_points: whether a group may have
+    a zero point. double_quant: whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of
+    RANGES; usual: the default without data; calibrated: the default if the importance of the inputs is known. inputs:
+    the rounding of 8-bit weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of
+    a group, or for one of several vectors that are added; 0 if every weight has a code, and is rounded by itself.
     rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); format: the module under `formats/` that
     stores it; layout: the format's name for how it is stored, if it has a layout of its own.
     """

@@ -1,8 +1,8 @@
 """Vector quantization: a group of weights of a row shares codes, each of which selects an entry of a learned codebook.
 
-Ŵ[i, group j] = sᵢ Σₘ Cₘ[code(i, j, m)], with a scale for each row and M codebooks for the whole matrix (AQLM, Egiazarian
-et al. 2024, arXiv:2401.06118, §3). As in GPTQ, tr((W − Ŵ) H (W − Ŵ)ᵀ) is minimized. The first codebooks are found by
-k-means (`grids.vq`). Then codes, scales and codebooks take turns:
+Ŵ[i, group j] = sᵢ Σₘ Cₘ[code(i, j, m)], with a scale for each row and M codebooks for the whole matrix (AQLM,
+Egiazarian et al. 2024, arXiv:2401.06118, §3). As in GPTQ, tr((W − Ŵ) H (W − Ŵ)ᵀ) is minimized. The first codebooks are
+found by k-means (`grids.vq`). Then codes, scales and codebooks take turns:
 
 - codes are chosen group by group, with each error fed forward into later groups (GPTVQ, van Baalen et al. 2024,
   arXiv:2402.15319, algorithm 1). With UᵀU = H⁻¹, rounding group j by e = w − ŵ costs ‖e U[j,j]⁻¹‖²: so U[j,j]⁻¹ maps
@@ -33,6 +33,8 @@ FORWARD = 3
 """Turns in which all codes are chosen anew, at most."""
 STEPS = 4
 """Of conjugate gradients, in each turn."""
+EXACT = 1e-10
+"""The share of the start's squared gradient below which it is float32's noise."""
 LEAST = 1e-3
 """The share by which a turn must lower the objective for another one."""
 
@@ -184,7 +186,7 @@ class _Vectors:
     def _values(self, books: Tensor) -> Tensor:
         """The sums of the chosen entries of any codebooks, float32 [in, out]."""
         made = torch.empty_like(self.weight)
-        for codes, part in zip(self.codes, made.split(self.size), strict=True):
+        for codes, part in zip(self.codes, made.view(-1, self.size, made.shape[1]), strict=True):
             part.copy_(total(books, codes.int()).t())
         return made
 
@@ -192,7 +194,7 @@ class _Vectors:
         """Of scale · values [in, out], the sum over all uses of each entry, float32 [M, entries, size]: the transpose
         of what `_values` does, times the scale."""
         sums = torch.zeros_like(self.books)
-        for codes, part in zip(self.codes.int(), values.split(self.size), strict=True):
+        for codes, part in zip(self.codes.int(), values.view(-1, self.size, values.shape[1]), strict=True):
             scaled = (part * self.scale).t().contiguous()
             for number, book in enumerate(sums):
                 book.index_add_(0, codes[:, number], scaled)
@@ -217,11 +219,11 @@ class _Vectors:
         curvature = self._uses(hessian.diagonal()[:, None] * self.scale)
         divided = torch.where(curvature > 0, 1 / curvature, 0.0)
         change, toward = torch.zeros_like(left), divided * left
-        length = float((left * toward).sum(dtype=torch.float64))
+        length = first = float((left * toward).sum(dtype=torch.float64))
         for _ in range(STEPS):
             along = self._uses(hessian @ self._values(toward).mul_(self.scale))
             bend = float((toward * along).sum(dtype=torch.float64))
-            if not bend > 0:
+            if not bend > 0 or length < EXACT * first:
                 break
             change.add_(toward, alpha=length / bend)
             left.sub_(along, alpha=length / bend)
