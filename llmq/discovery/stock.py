@@ -7,6 +7,7 @@ initialization on every module, and some of these routines access `weight` uncon
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -61,7 +62,9 @@ def accepts(model: nn.Module, section: Mapping[str, Any]) -> bool:
 
     try:
         quantizer = AutoHfQuantizer.from_config(deepcopy(dict(section)), pre_quantized=True)
-        quantizer.validate_environment(device_map=None, weights_only=True)
+        # Its package need not be installed to write the folder.
+        with suppress(ImportError):
+            quantizer.validate_environment(device_map=None, weights_only=True)
         try:
             Rules(model, quantizer)
         except ValueError:

@@ -49,6 +49,12 @@ def unpacked_by_stock(method: str) -> bool:
     return any(module.STOCK_UNPACKS and method in module.PACKAGES for module in having("STOCK_UNPACKS"))
 
 
+def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether a folder of a method in config.json is left to stock transformers, also if llmq could dequantize it."""
+    known = next((module for module in having("dequantizes") if module.dequantizes(method, section)), None)
+    return known is None or not hasattr(known, "read_by_stock") or bool(known.read_by_stock(method, section))
+
+
 def method_of(section: Mapping[str, Any]) -> str | None:
     """The quantization method that a folder's `quantization_config` names."""
     method = section.get("quant_method")

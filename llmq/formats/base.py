@@ -20,7 +20,8 @@ parts are optional:
 - COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`). A key of COMPANIONS that
   begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear;
 - dequantizes(method, section), coded(source, section, dtype): whether a folder to quantize is of this format, and its
-  weights, which are dequantized when they are read (`dequantized`).
+  weights, which are dequantized when they are read (`dequantized`); read_by_stock(method, section): whether such a
+  folder is all the same left to stock transformers when the model is run; without it, it is.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ class Scheme:
     def __post_init__(self) -> None:
         check_types(self)
         grid = find(self.grid)
-        if not 2 <= self.bits <= 8:
-            raise LlmqError(f"bits must be a whole number from 2 to 8, not {self.bits!r}")
+        lowest = min(2, *grid.bits)
+        if not lowest <= self.bits <= 8:
+            raise LlmqError(f"bits must be a whole number from {lowest} to 8, not {self.bits!r}")
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
         refusal = grid.refusal(self.bits, self.group_size, self.symmetric)

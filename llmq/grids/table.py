@@ -42,17 +42,19 @@ class Inputs:
 class Grid:
     """One grid.
 
-    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code;
-    stored_bits: the stored size of a code if it differs from its bits (it may be a fraction); information_bits:
-    log2 of the number of levels, where that is less than the bits. group_sizes: the allowed group sizes, where None
-    is a whole output channel; () allows any. rows: the output channels that share a scale, from the first on; the
-    last of them may be fewer. zero_points: whether a group may have a zero point. double_quant: whether scales may
-    be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default without data;
-    calibrated: the default if the importance of the inputs is known. inputs: the rounding of the weights' inputs,
-    None for none. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same
-    with scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it;
-    layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers
-    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight.
+    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code,
+    for each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction);
+    information_bits: log2 of the number of levels, where that is less than the bits. group_sizes: the allowed group
+    sizes, where None is a whole output channel; () allows any. rows: the output channels that share a scale, from
+    the first on; the last of them may be fewer. zero_points: whether a group may have a zero point. double_quant:
+    whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default
+    without data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the
+    weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a group, or for
+    one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. rounding: its
+    arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with scales that are powers
+    of two, '' if there is none; format: the module under `formats/` that stores it; layout: the format's name for
+    how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes for, '' for
+    itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str
@@ -74,11 +76,13 @@ class Grid:
     power_scales: str = ""
     read_as: str = ""
     learned: bool = False
+    vector_code: int = 0
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
         sizes = not self.group_sizes or group_size in self.group_sizes
-        if bits in self.bits and sizes and (symmetric or self.zero_points):
+        uneven = bool(self.vector_code) and bits * (group_size or 0) % self.vector_code != 0
+        if bits in self.bits and sizes and (symmetric or self.zero_points) and not uneven:
             return None
         parts = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
         parts += [] if self.zero_points else ["symmetric"]
@@ -87,6 +91,8 @@ class Grid:
         elif self.group_sizes:
             listed = ", ".join("'channel'" if size is None else str(size) for size in self.group_sizes)
             parts.append(f"in blocks (group size) of {listed}")
+        if self.vector_code:
+            parts.append(f"and a block has a whole number of codes of {self.vector_code} bits")
         return f"grid {self.name!r} is {', '.join(parts)}"
 
 
@@ -158,6 +164,16 @@ GRIDS = {
             inputs=NVFP4_INPUTS,
             layout="nvfp4-pack-quantized",
         ),
+        Grid(
+            name="vq",
+            label="{bits}-bit vq",
+            bits=(1, 2, 3, 4),
+            rounding="llmq.grids.vq:VQ",
+            format="aqlm",
+            group_sizes=(8, 4, 16),
+            ranges=("mse", "weighted"),
+            vector_code=8,
+        ),
         *(
             Grid(
                 name=f"mxfp{bits}",
@@ -201,6 +217,11 @@ POWER_SCALES = {
     if grid.power_scales
 }
 """The rows of the grids whose scales may be powers of two, for schemes with such scales."""
+
+EACH = tuple(grid.name for grid in GRIDS.values() if not grid.vector_code)
+"""The grids on which every weight is rounded by itself."""
+FIXED = tuple(name for name in EACH if not GRIDS[name].learned)
+"""Those of them whose levels do not depend on the weight."""
 
 
 def find(name: str) -> Grid:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import build
 from llmq.discovery.named import build_named
 from llmq.formats.dequantized import Dequantized, open_source, reads
-from llmq.formats.fp8 import read_by_stock, rounds_inputs
+from llmq.formats.fp8 import rounds_inputs
 from llmq.formats.inspection import section_of
 
 
@@ -39,7 +40,7 @@ def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool 
     except (OSError, ValueError):
         return None
     method, section = section_of(folder, config if isinstance(config, dict) else {})
-    if not always and read_by_stock(method, section):
+    if not always and formats.read_by_stock(method, section):
         return None
     if not reads(folder, config):
         return None

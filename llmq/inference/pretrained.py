@@ -27,7 +27,6 @@ from llmq.checkpoint.strangers import of_folder, of_tokenizer
 from llmq.discovery.architecture import generates as can_generate
 from llmq.discovery.architecture import generator, not_causal, opener
 from llmq.errors import LlmqError, first_line
-from llmq.formats.fp8 import dequantizes
 from llmq.formats.stacks import unmarked
 from llmq.inference.dense import dense_source, load_dense
 
@@ -306,7 +305,8 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         return config
     method = formats.method_of(quantization) or ""
-    ours = (kernels and method in formats.readers()) or dequantizes(method, quantization)
+    dense = not formats.read_by_stock(method, quantization)
+    ours = (kernels and method in formats.readers()) or dense
     if not _known(method) and not ours:
         way = (
             "--kernels or llmq.load reads it" if method in formats.readers() else "load it with the tool that wrote it"
@@ -317,7 +317,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not kernels and unmarked(quantization)[1]:
         raise LlmqError(f"{folder} is stored in a form that only llmq reads: add --kernels, or use llmq.load")
     package = (OTHERS | formats.packages()).get(method)
-    if package and not kernels and not _installed(package):
+    if package and not kernels and not dense and not _installed(package):
         other = "; `llmq eval --kernels` needs no other package" if method in formats.readers() else ""
         raise LlmqError(
             f"{folder} is quantized with {method}: pip install {package.replace('_', '-').replace('.', '-')}{other}"

@@ -19,7 +19,7 @@ from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import GRIDS
+from llmq.grids.table import FIXED
 from llmq.methods._correction import HOW
 from llmq.methods._pair_scales import Candidate, Side, balance, normalized, side
 from llmq.methods.base import Method, Stats, statistic
@@ -67,4 +67,4 @@ class AWQ(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return tuple(name for name, grid in GRIDS.items() if not grid.learned)
+        return FIXED

@@ -11,7 +11,7 @@ from llmq.block.statistics import Hessian
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import GRIDS, RANGES
+from llmq.grids.table import EACH, RANGES
 from llmq.methods._correction import HOW
 from llmq.methods.base import Method, Stats, range_refusal, statistic
 from llmq.numerics.gptq import solve
@@ -70,7 +70,7 @@ class GPTQ(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return tuple(GRIDS)
+        return EACH
 
     def refusal(self, scheme: Scheme) -> str | None:
         """See `Method.refusal`."""

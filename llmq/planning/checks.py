@@ -14,6 +14,7 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
+from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
 from llmq.planning.weights import WeightPlan, matches, one_size
@@ -112,6 +113,18 @@ def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
             raise LlmqError(
                 f"--override {pattern!r} matches only weights that are not quantized: {one.name} ({one.reason})"
             )
+
+
+def check_vectors(items: list[WeightPlan], pipeline: Pipeline) -> None:
+    """Raises LlmqError if a method that treats weights one by one is to work on a grid that rounds several together."""
+    together = sorted({str(i.scheme) for i in items if i.scheme is not None and i.scheme.rules.vector_code})
+    others = [method for method in pipeline.all if method is not pipeline.quantizer]
+    if together and others:
+        listed = ", ".join(type(method).__name__.lower() for method in others)
+        raise LlmqError(
+            f"{listed}: it is for weights that are rounded one by one, and {together[0]} rounds several together: "
+            "leave it out"
+        )
 
 
 def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp: int) -> None:

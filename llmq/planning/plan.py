@@ -72,6 +72,7 @@ def make_plan(
     warned += noted
     checks.check_patterns(recipe, items)
     checks.check_weights(items, recipe, pipeline.quantizer, tp)
+    checks.check_vectors(items, pipeline)
     # Experts first: what servers allow of weights with one input is no way out for them.
     check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)

@@ -48,7 +48,7 @@ def try_quantizer(
                 kind = "" if isinstance(error, LlmqError) else f"{type(error).__name__}: "
                 problem = kind + first_line(error)
         if problem:
-            usual = round_to_nearest(torch.ones(shape), scheme, dtype, "minmax")
+            usual = round_to_nearest(torch.ones(shape), scheme, dtype)
             raise LlmqError(
                 f"method {name!r} cannot quantize {item.name}.weight ({scheme}): on a random weight {[*shape]}, "
                 f"{problem}. `quantize` must return what rounding to nearest does: {_told(usual)}"
