@@ -39,14 +39,14 @@ NOT_UNDERSTOOD: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         quantization("hqq"),
         "W_q is float16",
     ),
-    "aqlm": (
+    "vectors in AQLM's names, with scales of another layout": (
         {
             "a.up.codes": torch.zeros(OUT, IN // 8, 1, dtype=torch.int16),
             "a.up.codebooks": ones(1, 65536, 1, 8),
-            "a.up.scales": ones(OUT, 1, 1, 1),
+            "a.up.scales": ones(OUT, 1),
         },
         quantization("aqlm", in_group_size=8, nbits_per_codebook=16, num_codebooks=1),
-        "codes is int16",
+        "int16 [256, 64, 1] with codebooks [1, 65536, 1, 8] and scales [256, 1]",
     ),
     "torchao": (
         {"a.up._weight_qdata": i8(OUT, IN), "a.up._weight_scale": ones(OUT, dtype=bf16)},

@@ -27,7 +27,7 @@ def test_a_row_contradicts_itself_nowhere(grid: object) -> None:
     assert row is grid
     assert row.label and ("{bits}" in row.label or len(row.bits) == 1), "schemes of other bits must read otherwise"
     assert {row.usual, row.calibrated} <= set(row.ranges) <= set(RANGES)
-    assert row.bits == tuple(sorted(row.bits)) and all(2 <= bits <= 8 for bits in row.bits)
+    assert row.bits == tuple(sorted(row.bits)) and all((1 if row.vector_code else 2) <= bits <= 8 for bits in row.bits)
     assert row.inputs is None or row.inputs.low < 0 < row.inputs.high <= row.inputs.divisor
 
 

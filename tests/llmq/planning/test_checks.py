@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llmq import methods
 from llmq.checkpoint.source import FolderSource, shapes
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import link
@@ -16,7 +17,7 @@ from llmq.discovery.reasons import Kind, Reason
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.rtn import RTN
-from llmq.planning.checks import check_patterns, check_sources, check_weights, warnings
+from llmq.planning.checks import check_patterns, check_sources, check_vectors, check_weights, warnings
 from llmq.planning.weights import BY_USER, WeightPlan
 from llmq.recipe.recipe import Recipe
 from tests.architectures import tiny
@@ -61,6 +62,15 @@ def test_nothing_left_says_why_once_for_each_reason_inside_the_blocks() -> None:
 def test_schemes_that_no_folder_holds_together() -> None:
     items = [item("a", scheme=FOUR), item("b", scheme=Scheme(4, 64, grid="nf4"))]
     refused(lambda: check(items), "nf4 g64", "4-bit g32")
+
+
+def test_what_treats_weights_one_by_one_is_refused_beside_vectors() -> None:
+    items = [item("a", scheme=Scheme(2, 8, grid="vq"))]
+    check_vectors(items, methods.make(Recipe(methods=("vq",))))
+    check_vectors([item("a", scheme=FOUR)], methods.make(Recipe(methods=("awq", "gptq"))))
+    for names in (("awq", "vq"), ("vq", "signround"), ("vq", "distill")):
+        told = refused(lambda names=names: check_vectors(items, methods.make(Recipe(methods=names))))
+        assert "2-bit vq g8 rounds several together" in told
 
 
 def test_offending_weights_are_named_once_with_all_their_blocks() -> None:

@@ -33,6 +33,7 @@ SCHEMES = [
     Scheme(8, None, activations=Activations(dynamic=False)),
     Scheme(8, None, activations=Activations()),
     Scheme(8, None, grid="fp8"),
+    Scheme(1, 8, grid="vq"),
     Scheme(8, None, grid="fp8", activations=Activations()),
     Scheme(4, 64, grid="nf4"),
     Scheme(4, 64, grid="nf4", double_quant=True),
