@@ -297,7 +297,7 @@ def test_a_broken_one_is_named_when_it_is_used(kind: str, tmp_path: Path, inside
     assert {"awq", "gptq", "rtn", "smoothquant"} <= {method.name for method in found}
     assert len(broken) == (kind not in LATE) and all("'coarse'" in said for said in broken)
     assert {"damping", "alpha"} <= {option.name for option in options.method_options()}
-    refused(lambda: made("rtn", damping=0.1), "choose a method that has it (gptq)")
+    refused(lambda: made("rtn", damping=0.1), "choose a method that has it (gptq, vq)")
 
 
 @pytest.mark.slow

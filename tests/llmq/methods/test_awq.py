@@ -12,7 +12,7 @@ from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import GRIDS
+from llmq.grids.table import FIXED
 from llmq.methods.awq import AWQ
 from llmq.numerics.clipping import FACTORS
 from tests.llmq.methods.made import block_of, by_name, check_function_is_kept, facts, near, row
@@ -93,7 +93,7 @@ def test_it_gives_what_the_grid_stores(scheme: Scheme) -> None:
     hessian.update(correlated(64))
     found = AWQ().quantize(weight, scheme, {Hessian: hessian}, torch.bfloat16)
     assert type(found) is type(round_to_nearest(weight, scheme, torch.bfloat16)) and found.scheme == scheme
-    assert AWQ().refusal(scheme) is None and AWQ().grids() == tuple(GRIDS)
+    assert AWQ().refusal(scheme) is None and AWQ().grids() == FIXED
 
 
 def test_without_its_statistic_it_refuses() -> None:
