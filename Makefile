@@ -15,8 +15,9 @@ TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 PYTEST := -m pytest -n 2 --dist worksteal
 # Those that run torch and Python's own library alone, which are the same in both environments.
 SAME := $(addprefix tests/,test_structure.py $(addprefix llmq/,allocation block methods numerics) \
-  $(patsubst %,llmq/grids/test_%.py,base estimators float8 histogram integer scheme table) \
-  $(patsubst %,kernels/test_%.py,int4pack int8_cpu int_grouped processors reference))
+  $(patsubst %,llmq/grids/test_%.py,base clusters estimators float8 histogram integer kmeans \
+  power_scales scheme table ternary binary vector_search) \
+  $(patsubst %,kernels/test_%.py,int4pack int8_cpu int_grouped levels_cpu processors reference))
 
 .PHONY: install demo test quick slow coverage oldest lint format clean
 
