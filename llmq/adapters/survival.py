@@ -111,8 +111,9 @@ def stored(written: FolderSource, row: WeightRow) -> Tensor:
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The weight rounded to nearest on the scheme's grid, with min–max ranges; float32."""
-    return round_to_nearest(weight, scheme, weight.dtype, "minmax").dequantize(torch.float32)
+    """The weight rounded to nearest on the scheme's grid, with min–max ranges where the grid has them; float32."""
+    how = "minmax" if "minmax" in scheme.rules.ranges else None
+    return round_to_nearest(weight, scheme, weight.dtype, how).dequantize(torch.float32)
 
 
 def transforms(method: str) -> bool:

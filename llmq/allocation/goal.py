@@ -113,7 +113,13 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
             group = base.group_size if not rules.group_sizes or base.group_size in rules.group_sizes else None
             if group is None and rules.group_sizes and None not in rules.group_sizes:
                 group = rules.group_sizes[0]
-            made = {"grid": word, "bits": rules.bits[0], "group_size": group or "channel", "symmetric": True}
+            bits = base.bits if base.bits in rules.bits else rules.bits[0]
+            made = {
+                "grid": word,
+                "bits": bits,
+                "group_size": group or "channel",
+                "symmetric": True,
+            }
             found.append(changed_scheme(made, base, f"--candidates {word}"))
         elif (match := _INTEGER.fullmatch(word)) is not None:
             bits, group_size, channel, asymmetric = match.groups()

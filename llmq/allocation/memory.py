@@ -71,6 +71,9 @@ def weight_bytes(
         return stored_bytes(shape, scheme, dtype)
     if loads_dense(scheme):
         return rows * width * dtype.itemsize
+    if scheme.rules.learned:
+        # Two codes in a byte, whatever their bits, and 16 levels in float32 for each row.
+        return rows * -(-width // 2) + rows * 16 * 4
     if scheme.rules.double_quant:
         # A codebook, and blocks of the flattened weight, whose scales are float32 or quantized themselves.
         blocks = -(-rows * width // (scheme.group_size or width))

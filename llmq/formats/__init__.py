@@ -55,6 +55,12 @@ def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
     return known is None or not hasattr(known, "read_by_stock") or bool(known.read_by_stock(method, section))
 
 
+def packed_for_kernels(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether the format that llmq could dequantize such a folder by has a reader for llmq's kernels."""
+    known = next((module for module in having("dequantizes") if module.dequantizes(method, section)), None)
+    return hasattr(known, "READERS")
+
+
 def method_of(section: Mapping[str, Any]) -> str | None:
     """The quantization method that a folder's `quantization_config` names."""
     method = section.get("quant_method")

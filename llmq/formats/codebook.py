@@ -21,6 +21,7 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name
+from llmq.formats.dequantized import Coded, damaged, pieces
 from llmq.formats.packing import pack_codes, packed_width, unpack_codes
 from llmq.formats.plain import FLOATS, Configuration, Entry, LevelsWeight
 from llmq.grids.base import QuantizedWeight, check_range
@@ -110,8 +111,8 @@ def title(schemes: Collection[Scheme]) -> str:
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     sentence = (
-        "only llmq.load (and `llmq eval --kernels`) reads it: no standard format holds levels of each row; stock "
-        "transformers and vLLM refuse the folder"
+        "only llmq reads it (llmq.load packed; `llmq eval` and `llmq generate`): no standard format holds levels of "
+        "each row; stock transformers and vLLM refuse the folder"
     )
     return [Loader(sentence, code="llmq", warn=True)]
 
@@ -180,6 +181,60 @@ class CodebookReader:
         return CodebookLayer(shape, bits)
 
 
+def dequantizes(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether a folder is of this format."""
+    return section.get("format") == FORMAT
+
+
+def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
+    """No: it refuses the folder."""
+    return False
+
+
+def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> list[Coded]:
+    """Every weight that is stored as codes. Raises LlmqError if its tensors do not fit each other."""
+    names = set(source.names())
+    return [
+        _coded(source, name.removesuffix(f".{CODES}"), dtype, names)
+        for name in source.names()
+        if name.endswith(f".{CODES}")
+    ]
+
+
+def _coded(source: Source, stem: str, dtype: torch.dtype, names: set[str]) -> Coded:
+    parts = tuple(f"{stem}.{suffix}" for suffix in SUFFIXES)
+    missing = [part for part in parts if part not in names]
+    if missing:
+        raise damaged(source, parts[0], f"is stored as codes, and {', '.join(missing)} is missing")
+    try:
+        rows, width, bits = _sizes(source, parts)
+    except Unclear as unclear:
+        raise damaged(source, parts[0], f"does not fit: {unclear}") from unclear
+
+    def some(start: int, stop: int) -> Tensor:
+        value = torch.empty(stop - start, width, dtype=dtype)
+        for begin, end in pieces((rows, width), start, stop):
+            codes = unpack_codes(source.read_rows(parts[0], begin, end), bits, width).to(torch.int64)
+            levels = source.read_rows(parts[1], begin, end).to(torch.float32)
+            value[begin - start : end - start] = levels.gather(1, codes.add_(1 << (bits - 1)))
+        return value
+
+    return Coded(f"{stem}.weight", (rows, width), parts, some)
+
+
+def _sizes(source: Source, parts: Sequence[str]) -> tuple[int, int, int]:
+    """The rows, inputs and bits of a stored weight. Raises Unclear if its tensors do not fit each other."""
+    codes, levels, shape = (source.info(part) for part in parts)
+    if shape.shape != (2,) or len(levels.shape) != 2:
+        raise Unclear(f"levels {[*levels.shape]} and shape {[*shape.shape]}")
+    rows, width = (int(n) for n in source.read(parts[2]).tolist())
+    bits = levels.shape[1].bit_length() - 1
+    whole = codes.dtype == torch.int32 and levels.dtype in FLOATS and levels.shape == (rows, 1 << bits)
+    if not whole or codes.shape != (rows, packed_width(width, bits)):
+        raise Unclear(f"codes {[*codes.shape]} with levels {[*levels.shape]} for [{rows}, {width}]")
+    return rows, width, bits
+
+
 READERS = {METHOD: CodebookReader}
 COMPANIONS = {CODES: (LEVELS, SHAPE)}
 SCALES = (LEVELS,)
@@ -189,10 +244,6 @@ def inspect(
     source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
 ) -> Row:
     """The description of a weight, from the headers of its tensors. Raises Unclear if they do not fit."""
-    codes, levels = parts[CODES], parts[LEVELS]
-    rows, width = (int(n) for n in source.read(parts[SHAPE].name).tolist())
-    bits = levels.shape[-1].bit_length() - 1
-    if codes.shape != (rows, packed_width(width, bits)) or levels.shape != (rows, 1 << bits):
-        raise Unclear(f"codes {[*codes.shape]} with levels {[*levels.shape]} for [{rows}, {width}]")
+    rows, width, bits = _sizes(source, [parts[suffix].name for suffix in SUFFIXES])
     nbytes = sum(parts[suffix].nbytes for suffix in SUFFIXES)
-    return Row(module, (rows, width), "codebook", bits, 0, True, None, nbytes, dtype_name(codes.dtype))
+    return Row(f"{module}.weight", (rows, width), "codebook", bits, 0, True, None, nbytes, dtype_name(torch.int32))

@@ -113,6 +113,12 @@ def rounds_inputs(method: str | None, section: Mapping[str, Any]) -> bool:
     return any(isinstance(group, Mapping) and group.get("input_activations") for group in listed)
 
 
+def few_bits(section: Mapping[str, Any]) -> bool:
+    """Whether some weights of a compressed-tensors folder have fewer than 8 bits."""
+    groups = [group for group in section["config_groups"].values() if isinstance(group, Mapping)]
+    return any((whole(group.get("weights") or {}, "num_bits") or 8) < 8 for group in groups)
+
+
 def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> list[Coded]:
     """Every weight that is stored in FP8 or FP4. Raises LlmqError if one has no scales, or scales that do not fit it,
     or config.json says otherwise."""

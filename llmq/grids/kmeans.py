@@ -68,7 +68,8 @@ class KMeans(Rounding):
             some = some / unit[part].to(torch.float32)
             found = _uniform(some, scheme.bits) if method == "minmax" else _clusters(some, shares, scheme.bits)
             scaled = (found * unit[part].to(torch.float32)).to(scale_dtype).to(torch.float32)
-            levels[part] = scaled / unit[part].to(torch.float32)
+            # Means of equal values may differ in their last bit.
+            levels[part] = (scaled / unit[part].to(torch.float32)).cummax(1).values
         return KMeans(levels, unit)
 
     def find_scale(

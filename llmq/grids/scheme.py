@@ -59,12 +59,12 @@ class Scheme:
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
         refusal = grid.refusal(self.bits, self.group_size, self.symmetric)
-        if self.activations is not None and refusal is None:
-            self._check_inputs(self.activations, grid)
         check_choice("scales", self.scales, SCALES)
         if self.scales == "pow2" and not grid.power_scales:
             having = ", ".join(map(repr, POWER_SCALES))
             raise LlmqError(f"scales that are powers of two (pow2) are for grid {having} only, not {self.grid!r}")
+        if self.activations is not None and refusal is None:
+            self._check_inputs(self.activations, grid)
         if self.double_quant and not grid.double_quant:
             having = ", ".join(repr(g.name) for g in GRIDS.values() if g.double_quant)
             raise LlmqError(f"double_quant is for grid {having} only")

@@ -13,8 +13,9 @@ from llmq import formats
 from llmq.checkpoint.source import Source
 from llmq.discovery.blocks import build
 from llmq.discovery.named import build_named
+from llmq.errors import LlmqError
 from llmq.formats.dequantized import Dequantized, open_source, reads
-from llmq.formats.fp8 import rounds_inputs
+from llmq.formats.fp8 import few_bits, rounds_inputs
 from llmq.formats.inspection import section_of
 
 
@@ -28,11 +29,15 @@ class Unread:
         return self.source.read(self.name)
 
 
-def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool = False) -> Dequantized | None:
+def dense_source(
+    folder: Path, trust_remote_code: bool = False, *, always: bool = False, kernels: bool = False, kind: Any = "auto"
+) -> Dequantized | None:
     """The folder, dequantized when read, if stock transformers would not give the same values; else None. Nor if it
     rounds inputs, and each weight is that of a linear layer: then stock transformers is right.
 
-    always: also if stock transformers would, or runs the codes as they are; None if the folder has none.
+    always: also if stock transformers would, or runs the codes as they are; None if the folder has none. kernels: not
+    if llmq's kernels run its weights packed. kind: the dtype that was asked for.
+
     Raises LlmqError if a weight's codes, scales and configuration contradict each other.
     """
     try:
@@ -42,12 +47,19 @@ def dense_source(folder: Path, trust_remote_code: bool = False, *, always: bool 
     method, section = section_of(folder, config if isinstance(config, dict) else {})
     if not always and formats.read_by_stock(method, section):
         return None
+    if kernels and not always and formats.packed_for_kernels(method, section):
+        return None
     if not reads(folder, config):
         return None
     source = open_source(folder, trust_remote_code)
-    if not isinstance(source, Dequantized) or (
-        not always and rounds_inputs(method, section) and _in_layers(source, trust_remote_code)
-    ):
+    if not isinstance(source, Dequantized):
+        return None
+    if not always and rounds_inputs(method, section) and _in_layers(source, trust_remote_code):
+        if kind not in ("auto", torch.bfloat16) and few_bits(section):
+            raise LlmqError(
+                f"{folder} rounds inputs beside weights of fewer than 8 bits, which stock transformers computes in "
+                "bfloat16 only: use --dtype bfloat16"
+            )
         return None
     return source
 

@@ -251,6 +251,8 @@ class LevelsLinear(QuantLinear):
 
     def settle(self) -> None:
         """There is one operator, for all devices."""
+        elsewhere = self.qweight.device.type not in ("cpu", "meta")
+        self.notes = {"levels": "there is no GPU kernel for levels of each row"} if elsewhere else {}
 
     def fresh(self) -> list[Tensor]:
         """See QuantLinear."""

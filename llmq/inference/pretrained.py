@@ -138,7 +138,7 @@ def _load(
     spilled = tempfile.TemporaryDirectory(prefix="llmq-offload-") if disk else None
     try:
         with _one_at_a_time, _status(f"loading {folder}", progress), _readers(kernels):
-            few = dense_source(folder, trust_remote_code, always=dense)
+            few = dense_source(folder, trust_remote_code, always=dense, kernels=kernels, kind=kind)
             loaded: Any = (
                 load_dense(few, kind, device, generates, None if spilled is None else spilled.name, quantization)
                 if few is not None
@@ -314,7 +314,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: {way}"
         )
-    if not kernels and unmarked(quantization)[1]:
+    if not kernels and not dense and unmarked(quantization)[1]:
         raise LlmqError(f"{folder} is stored in a form that only llmq reads: add --kernels, or use llmq.load")
     package = (OTHERS | formats.packages()).get(method)
     if package and not kernels and not dense and not _installed(package):

@@ -21,8 +21,8 @@ def refit(codes: Tensor, levels: Tensor, gradient: Tensor, hessian: Tensor, dtyp
     """The levels of least error, float32 [out, levels], rounded to `dtype` and ascending as they were.
 
     codes: [out, in], indices of levels; levels: float32 [out, levels]; gradient: float32 [in, out], H (W − Ŵ)ᵀ;
-    hessian: float32 [in, in]. A row whose error would not fall, or whose levels would change their order, keeps its
-    levels.
+    hessian: float32 [in, in]. A level without codes becomes equal to the one below it. A row whose error would not
+    fall, or whose levels would change their order, keeps its levels.
     """
     rows, width = codes.shape
     count = levels.shape[1]
@@ -37,8 +37,12 @@ def refit(codes: Tensor, levels: Tensor, gradient: Tensor, hessian: Tensor, dtyp
         slope = (chosen.transpose(1, 2) @ gradient[:, part].t().unsqueeze(-1)).squeeze(-1)
         ridge = bend.diagonal(dim1=1, dim2=2).mean(-1).mul_(RIDGE).clamp_min_(torch.finfo(torch.float32).tiny)
         solved, info = torch.linalg.solve_ex(bend + torch.diag_embed(ridge.unsqueeze(-1).expand(-1, count)), slope)
+        used = chosen.any(1)
         moved = (levels[part] + solved).to(dtype).to(torch.float32)
-        shift = moved - levels[part]
+        # A level without codes follows the one below it, and stands in nobody's way.
+        below = torch.where(used, moved, moved.amin(1, keepdim=True)).cummax(1).values
+        moved = torch.where(used, moved, below)
+        shift = torch.where(used, moved - levels[part], 0.0)
         gain = (shift * (2 * slope - (bend @ shift.unsqueeze(-1)).squeeze(-1))).sum(-1)
         better = (info == 0) & (gain > 0) & (moved[:, 1:] >= moved[:, :-1]).all(-1)
         found[part] = torch.where(better.unsqueeze(-1), moved, levels[part])

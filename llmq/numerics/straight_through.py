@@ -134,6 +134,7 @@ def soft_points(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     above = torch.searchsorted(table, values.reshape(len(table), -1), right=True).clamp_(1, levels.shape[-1] - 1)
     low, high = (table.gather(1, index).view_as(values) for index in (above - 1, above))
     step = high - low
-    bent = torch.tanh(SHARPNESS * ((values - low) / step - 0.5))
+    # Levels that are learned may coincide.
+    bent = torch.tanh(SHARPNESS * (torch.where(step > 0, (values - low) / step, 0.5) - 0.5))
     full = math.tanh(SHARPNESS / 2)
     return (low + high) / 2 + step / 2 * bent / full, SHARPNESS / 2 * (1 - bent.square()) / full

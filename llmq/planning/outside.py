@@ -7,6 +7,7 @@ linear weight if a quantized weight of some block has the same name within its b
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -236,7 +237,10 @@ class _Loads:
         """
         linear = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
         read = set() if dense or section else unpackable(self.model, linear)
-        taken = None if section is None else Named(self.model, []).converted(section)
+        package = formats.packages().get(formats.method_of(section or {}) or "", "torch")
+        # A folder can be written without the package that reads it, which then cannot be asked.
+        known = section is not None and importlib.util.find_spec(package) is not None
+        taken = Named(self.model, []).converted(section) if section is not None and known else None
 
         def why(parameter: str) -> Reason | None:
             module = parameter.removesuffix(".weight")

@@ -37,7 +37,7 @@ def weight(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, device: t
     """
     generator = torch.Generator().manual_seed(0)
     value = torch.empty(shape).uniform_(-SPREAD, SPREAD, generator=generator)
-    quantized = round_to_nearest(value, scheme, dtype, "minmax")
+    quantized = round_to_nearest(value, scheme, dtype, "minmax" if "minmax" in scheme.rules.ranges else None)
     found = _read(formats.of(scheme).pack(quantized), scheme, shape, dtype)
     tensors: dict[str, Any] = {name: part.to(device) for name, part in vars(found).items() if isinstance(part, Tensor)}
     return replace(found, **tensors)
@@ -48,9 +48,10 @@ def _read(stored: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], dty
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     section = formats.config({scheme: [NAME]}, (), dtype)
-    method, reasons = formats.method_of(section) or "", []
+    reasons = []
     with reading():
         config: Any = AutoQuantizationConfig.from_dict(section)
+    method = str(getattr(config.quant_method, "value", config.quant_method))
     # A method may have one entry for each of its widths.
     readers = [reader for key, found in formats.readers().items() if key.startswith(method) for reader in found]
     for reader in dict.fromkeys(readers):

@@ -67,21 +67,20 @@ def test_scores_are_used_again(tiny_model: Path, tmp_path: Path, monkeypatch: py
         quantized(tiny_model, tmp_path / "c", recipe=replace(RECIPE, options={"range": "minmax"}))
 
 
-@pytest.mark.parametrize("steps", [3, 5, 9, 14, 22, 40])
-def test_a_killed_choice_goes_on_to_the_same(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
+def test_a_killed_choice_goes_on_to_the_same(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "EVERY", 0.0)
     monkeypatch.setattr(snapshot, "SHARE", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "plain"))
     want = quantized(tiny_model, tmp_path / "want")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "killed"))
-    with pytest.raises(Killed):
-        llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, goal=GOAL, ids=IDS, watch=After(steps))
-    found = quantized(tiny_model, tmp_path / "out")
-    assert found.recipe == want.recipe and found.chosen is not None and want.chosen is not None
-    assert found.chosen.tried == want.chosen.tried and found.chosen.written == want.chosen.written
-    assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "want" / FILE).read_bytes()
+    for steps in (3, 5, 9, 14, 22, 40):
+        out = tmp_path / f"out-{steps}"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"killed-{steps}"))
+        with pytest.raises(Killed):
+            llmq.quantize(str(tiny_model), out, RECIPE, goal=GOAL, ids=IDS, watch=After(steps))
+        found = quantized(tiny_model, out)
+        assert found.recipe == want.recipe and found.chosen is not None and want.chosen is not None
+        assert found.chosen.tried == want.chosen.tried and found.chosen.written == want.chosen.written
+        assert (out / FILE).read_bytes() == (tmp_path / "want" / FILE).read_bytes()
 
 
 def test_a_size_and_a_divergence(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import llmq
 from llmq.errors import LlmqError
 from llmq.formats import codebook
+from llmq.formats.dequantized import open_source
 from llmq.formats.inspection import inspect_folder
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
+from llmq.inference.pretrained import load_model
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -79,12 +81,18 @@ def test_a_folder(tmp_path: Path) -> None:
             module.weight.data = codebook.unpack(stored, scheme).dequantize(torch.float32)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 
+    plain = load_model(out)  # as `llmq eval` opens it
+    torch.testing.assert_close(plain(IDS).logits, dense(IDS).logits, rtol=1e-2, atol=1e-3)
+    source = open_source(out)
+    assert torch.equal(source.read(f"{stem}.weight"), dense.get_submodule(stem).weight.to(torch.bfloat16))
+    assert torch.equal(source.read_rows(f"{stem}.weight", 3, 9), source.read(f"{stem}.weight")[3:9])
+
     rows = {row.name: row for row in inspect_folder(out).rows if row.bits is not None}
     assert len(rows) == 14 and not inspect_folder(out).unknown
     assert {(row.kind, row.bits) for row in rows.values()} == {("codebook", 3), ("codebook", 4)}
 
     text = json.loads((out / "report.json").read_text())
-    assert any("only llmq.load" in warning for warning in text["warnings"])
+    assert any("only llmq reads it" in warning for warning in text["warnings"])
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:

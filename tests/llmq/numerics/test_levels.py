@@ -59,9 +59,14 @@ def test_descent_lowers_what_gptq_found() -> None:
         assert torch.equal(stored.dequantize(torch.float32), q.dequantize(torch.float32))
 
 
-def test_levels_without_codes_stay() -> None:
+def test_levels_without_codes_follow_the_one_below() -> None:
     codes = torch.zeros(1, 8, dtype=torch.uint8)
     levels = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     gradient = torch.full((8, 1), 0.25)
     found = refit(codes, levels, gradient, torch.eye(8), torch.float32)
-    assert torch.equal(found[0, 1:], levels[0, 1:]) and abs(float(found[0, 0]) - 0.25) < 1e-5
+    assert torch.allclose(found, torch.full((1, 4), 0.25), atol=1e-5)
+    # The level between stands in nobody's way.
+    codes = torch.tensor([[0, 0, 2, 2]], dtype=torch.uint8)
+    gradient = torch.tensor([[1.5], [1.5], [0.0], [0.0]])
+    found = refit(codes, levels, gradient, torch.eye(4), torch.float32)
+    assert torch.allclose(found, torch.tensor([[1.5, 1.5, 2.0, 2.0]]), atol=1e-4)
