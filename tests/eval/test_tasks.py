@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmq_eval import tasks
 from tests.conftest import WORDS, Done, Run
@@ -75,6 +76,8 @@ def its_own_command_line(command: list[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = command
+    # Before any thread: torch makes its pool anew in a fork, and two threads that are the first to need it may fail.
+    torch.set_num_threads(1)
     cli_evaluate()
 
 
