@@ -113,10 +113,10 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
             group = base.group_size if not rules.group_sizes or base.group_size in rules.group_sizes else None
             if group is None and rules.group_sizes and None not in rules.group_sizes:
                 group = rules.group_sizes[0]
-            bits = base.bits if base.bits in rules.bits else rules.bits[0]
+            width = base.bits if base.bits in rules.bits else rules.bits[0]
             made = {
                 "grid": word,
-                "bits": bits,
+                "bits": width,
                 "group_size": group or "channel",
                 "symmetric": True,
             }
