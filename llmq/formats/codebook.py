@@ -1,8 +1,9 @@
 """llmq's own folder: codes that are indices of levels, and the levels of each row.
 
 No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
-the configuration is compressed-tensors' with a `format` that only llmq knows: transformers and vLLM then refuse the
-folder, and their error names the format (`llmq-codebook`). `restored` is the configuration as llmq's reader sees it.
+the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
+its error names the format (`llmq-codebook`; vLLM was not tried). `restored` is the configuration as llmq's reader sees
+it.
 
 A weight [out, in] is stored as `weight_codes`, a dense stream of bits as compressed-tensors packs integers, as
 `weight_levels` [out, 2^bits] in the model's dtype, and `weight_shape`.
@@ -112,7 +113,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     sentence = (
         "only llmq reads it (llmq.load packed; `llmq eval` and `llmq generate`): no standard format holds levels of "
-        "each row; stock transformers and vLLM refuse the folder"
+        "each row; stock transformers refuses the folder"
     )
     return [Loader(sentence, code="llmq", warn=True)]
 

@@ -172,6 +172,14 @@ def test_llmq_load_reads_fp4_in_float32_too(tmp_path: Path, scheme: Scheme) -> N
         assert float((model(IDS).logits - want).norm() / want.norm()) < 2e-2
 
 
+def test_few_bits_with_rounded_inputs_are_for_bfloat16(tmp_path: Path) -> None:
+    """Stock transformers, which rounds the inputs, fails in float32 at its first product."""
+    known_to_compressed_tensors(ROUNDED[1])
+    save(tmp_path, ROUNDED[1])
+    with pytest.raises(LlmqError, match=f"{tmp_path} rounds inputs .* use --dtype bfloat16"):
+        llmq.load(tmp_path, device_map="cpu", dtype="float32")
+
+
 def test_splits() -> None:
     assert microscaled.splits((32, 64), NV, 4, True) and not microscaled.splits((32, 64), SCHEMES[1], 4, True)
     assert microscaled.splits((32, 64), SCHEMES[2], 8, False) and not microscaled.splits((32, 64), NV, 3, False)
