@@ -57,7 +57,7 @@ Activations = Annotated[
     str | None,
     typer.Option(
         help="Round the inputs of weights as well, to 8 bits, or to 4 beside FP4: dynamic (per token, or per group), "
-        "static (per tensor; nvfp4) or none."
+        "static (per tensor; nvfp4), fp8 (beside 4-bit grid int or mxfp4) or none."
     ),
 ]
 Scales = Annotated[

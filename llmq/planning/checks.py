@@ -146,7 +146,7 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
                 "supports "
                 "every grid"
             )
-    ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
+    ragged = [i for i in chosen if i.scheme and i.scheme.step and i.shape[1] % i.scheme.step]
     if ragged:
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(

@@ -105,7 +105,7 @@ def _value(key: str, value: object) -> str:
     if value is None:
         return "channel" if key == "group_size" else "none"
     if isinstance(value, Activations):
-        return "dynamic" if value.dynamic else "static"
+        return value.word
     return value if isinstance(value, str) else json.dumps(value)
 
 
