@@ -90,8 +90,8 @@ class Scheme:
             having = [g for g in GRIDS.values() if g.inputs_on(activations.grid)]
             listed = " or ".join(f"{g.name!r}" for g in having)
             raise LlmqError(
-                f"activations can be rounded to {activations.grid} only beside symmetric 4-bit weights of grid {listed}, "
-                f"not {self}: choose --activations none, or such weights"
+                f"activations can be rounded to {activations.grid} only beside symmetric 4-bit weights of grid "
+                f"{listed}, not {self}: choose --activations none, or such weights"
             )
         if inputs is None or (inputs.group_size is None and not activations.grid and not plain):
             raise LlmqError(

@@ -44,19 +44,19 @@ class Inputs:
 class Grid:
     """One grid.
 
-    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code,
-    for each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction);
+    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code, for
+    each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction);
     information_bits: log2 of the number of levels, where that is less than the bits. group_sizes: the allowed group
-    sizes, where None is a whole output channel; () allows any. rows: the output channels that share a scale, from
-    the first on; the last of them may be fewer. zero_points: whether a group may have a zero point. double_quant:
-    whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default
-    without data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the
-    weights' inputs, None for none; other_inputs: those that a scheme has to ask for by their grid. vector_code: the bits of a code that stands for all weights of a group, or for
-    one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. rounding: its
-    arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with scales that are powers
-    of two, '' if there is none; format: the module under `formats/` that stores it; layout: the format's name for
-    how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes for, '' for
-    itself; learned: whether the levels of each row are found for the weight.
+    sizes, where None is a whole output channel; () allows any. rows: the output channels that share a scale, from the
+    first on; the last of them may be fewer. zero_points: whether a group may have a zero point. double_quant: whether
+    scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default without
+    data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the weights' inputs,
+    None for none; other_inputs: those that a scheme has to ask for by their grid. vector_code: the bits of a code that
+    stands for all weights of a group, or for one of several vectors that are added; 0 if every weight has a code, and
+    is rounded by itself. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the
+    same with scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it;
+    layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers take
+    its codes for, '' for itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str

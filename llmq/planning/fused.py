@@ -51,10 +51,10 @@ def apart(items: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
 def check_fused(items: list[WeightPlan], recipe: Recipe) -> None:
     """Raises LlmqError, with the options that mend it, if weights that servers fuse have different schemes.
 
-    A recipe whose loader is named may have them.
+    A recipe for another loader may have them.
     """
     wrong = apart(items)
-    if not wrong or recipe.loader != "any":
+    if not wrong or recipe.loader not in ("any", "vllm"):
         return
     family = wrong[0]
     told = ", ".join(f"{item.name.rpartition('.')[2]} {item.scheme or 'not quantized'}" for item in family)
