@@ -26,6 +26,7 @@ from llmq.discovery.architecture import in_towers
 from llmq.discovery.reasons import Kind
 from llmq.errors import LlmqError
 from llmq.formats.dequantized import open_source
+from llmq.formats.served import guarded
 from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
@@ -238,6 +239,8 @@ def config(made: Plan) -> dict[str, Any]:
         section = formats.with_targets(section, made.schemes, head)
     if made.stacked:
         section = marked(section)
+    if made.served:
+        section = guarded(section)
     if loads_dense(made.model, made.weights, made.dtype):
         section = formats.dense(section, made.schemes)
     told: dict[str, Any] = {"quantization_config": section}

@@ -64,7 +64,7 @@ def groups_of(
     experts = [item for item in free if item.expert is not None]
     together = [[item for item in family if item.name in known] for family in families(items)]
     together = [family for family in together if family and family[0].expert is None]
-    if recipe.loader != "any":
+    if recipe.loader not in ("any", "vllm"):
         together = []
     found: dict[str, list[WeightPlan]] = {}
     head = {item.name: family[0].name for family in together for item in family}

@@ -91,8 +91,10 @@ def weight_bytes(
 def loads_dense(scheme: Scheme) -> bool:
     """Whether a folder with a weight of this scheme is made dense when it is loaded: by stock transformers, which alone
     reads some layouts, or by llmq, which has no kernel for vectors."""
-    rules = scheme.rules
-    return bool(rules.vector_code) or (rules.format == "compressed_tensors" and bool(rules.layout))
+    rules, inputs = scheme.rules, scheme.activations
+    if rules.vector_code or (inputs is not None and inputs.grid):
+        return True
+    return rules.format == "compressed_tensors" and bool(rules.layout)
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

@@ -57,7 +57,7 @@ Activations = Annotated[
     str | None,
     typer.Option(
         help="Round the inputs of weights as well, to 8 bits, or to 4 beside FP4: dynamic (per token, or per group), "
-        "static (per tensor; nvfp4) or none."
+        "static (per tensor; nvfp4), fp8 (beside 4-bit grid int or mxfp4) or none."
     ),
 ]
 Scales = Annotated[
@@ -123,8 +123,9 @@ Loader = Annotated[
     str | None,
     typer.Option(
         help="Who is to load the folder: any (default: refuse different schemes where servers such as vLLM make one "
-        "matrix of several weights), transformers, or llmq (also packs experts that the checkpoint stores as one "
-        "tensor for all, which other loaders cannot read: they refuse such a folder)."
+        "matrix of several weights), transformers, vllm (also packs experts in nvfp4, mxfp8 and fp8-block, which stock "
+        "transformers would read wrong: it refuses such a folder), or llmq (also packs experts that the checkpoint "
+        "stores as one tensor for all, which other loaders cannot read: they refuse such a folder)."
     ),
 ]
 Route = Annotated[

@@ -93,6 +93,13 @@ def experts_refusal(scheme: Scheme) -> str | None:
     return told
 
 
+def served_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM could not load a mixture's experts of a scheme, in a clause with a way out, or None."""
+    refuse = getattr(of(scheme), "refuse_served", experts_refusal)
+    told: str | None = refuse(scheme)
+    return told
+
+
 def stacks_refusal(scheme: Scheme) -> str | None:
     """Why llmq could not load experts of a scheme that the checkpoint stores as one tensor, in a clause, or None."""
     refuse = getattr(of(scheme), "refuse_stacks", None)

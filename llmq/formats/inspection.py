@@ -21,6 +21,7 @@ from llmq.checkpoint.files import REPORT
 from llmq.checkpoint.source import FolderSource, Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.formats.base import UNKNOWN, Row, Unclear, dtype_name
+from llmq.formats.served import unguarded
 from llmq.grids.table import GRIDS
 
 OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -148,7 +149,7 @@ def section_of(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Map
         for key in ("quantization_config", "compression_config", "quantization"):
             found = part.get(key)
             if isinstance(found, Mapping) and found:
-                return formats.method_of(found) or ("mlx" if "quantization" in part else None), found
+                return formats.method_of(found) or ("mlx" if "quantization" in part else None), unguarded(found)
     for name, method in OLD_FILES.items():
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))

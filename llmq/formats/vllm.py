@@ -42,6 +42,14 @@ def name_of(scheme: Scheme) -> str:
     return str(replace(scheme, activations=Activations(dynamic=False)) if static else scheme)
 
 
+def refusal(scheme: Scheme) -> str | None:
+    """What vLLM said when it refused a scheme for GPUs, or None: it did not, or was not asked."""
+    row = table()["schemes"].get(name_of(scheme))
+    if row is None or "refused" not in row["cuda"]:
+        return None
+    return f"vLLM {table()['vllm']} does not load {name_of(scheme)}: {row['cuda']['refused']}"
+
+
 def loader(schemes: Collection[Scheme]) -> Loader:
     """What was tried with vLLM, of all schemes of a folder."""
     known = table()
@@ -51,10 +59,8 @@ def loader(schemes: Collection[Scheme]) -> Loader:
     unknown = [name for name in names if name not in rows]
     if unknown:
         return Loader(f"{', '.join(unknown)}: not tried with {version}", tried=False)
-    refused = {name: row["cuda"]["refused"] for name, row in rows.items() if "refused" in row["cuda"]}
-    if refused:
-        name, why = next(iter(refused.items()))
-        return Loader(f"{version} does not load {name}: {why}", tried=False)
+    if refused := [told for scheme in sorted(schemes, key=name_of) if (told := refusal(scheme))]:
+        return Loader(refused[0], tried=False)
     kernels = list(dict.fromkeys(kernel for row in rows.values() for kernel in row["cuda"].values()))
     gpu = f"on NVIDIA GPUs its rules choose {' or '.join(kernels)} (not run)"
     missing = [name for name, row in rows.items() if "refused" in row["cpu"]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.grids.base import rounding_of
 from llmq.grids.power_scales import power_above
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import find, inputs_of
+from llmq.grids.table import Inputs, find, inputs_of
 
 
 def round_per_token(x: Tensor, grid: str) -> Tensor:
@@ -39,13 +39,14 @@ def round_static(x: Tensor, scale: Tensor, grid: str) -> Tensor:
     return rounding_of(find(grid)).round_input(x / scale).mul_(scale)
 
 
-def round_groups(x: Tensor, grid: str, static: Tensor | None = None) -> Tensor:
+def round_groups(x: Tensor, grid: str, static: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
     """Round groups of a token's inputs, each with its own scale.
 
     x: any float [..., width]; grid: of the weights; static: the scale of the groups' scales, float32 [1], if the grid's
-    inputs have one. Returns x's shape and dtype. Raises LlmqError for a grid without input rounding.
+    inputs have one; inputs: other inputs than the grid's usual ones. Returns x's shape and dtype. Raises LlmqError for
+    a grid without input rounding, or groups that do not divide the width.
     """
-    inputs = inputs_of(grid)
+    inputs = inputs or inputs_of(grid)
     rounding = rounding_of(find(inputs.grid or grid))
     parts = x.reshape(*x.shape[:-1], -1, inputs.group_size or x.shape[-1])
     scale = rounding.input_scale(parts.abs().amax(-1, keepdim=True), inputs.divisor, static)
@@ -55,12 +56,14 @@ def round_groups(x: Tensor, grid: str, static: Tensor | None = None) -> Tensor:
 
 def round_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
     """A weight's input [..., in] rounded as its scheme says: with scales of its own, or with `scale` if given."""
-    if scheme.activations is None:
+    inputs = scheme.inputs
+    if inputs is None:
         return x
     scale = None if scale is None else stored_scale(scale, scheme).to(x.device)
-    if inputs_of(scheme.grid).group_size is not None:
-        return round_groups(x, scheme.grid, scale)
-    return round_per_token(x, scheme.grid) if scale is None else round_static(x, scale, scheme.grid)
+    if inputs.group_size is not None:
+        return round_groups(x, scheme.grid, scale, inputs)
+    grid = inputs.grid or scheme.grid
+    return round_per_token(x, grid) if scale is None else round_static(x, scale, grid)
 
 
 def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.grids.table import GRIDS, OWN, POWER_SCALES, RANGES, Grid, find
+from llmq.grids.table import GRIDS, INPUT_GRIDS, OWN, POWER_SCALES, RANGES, Grid, Inputs, find
 from llmq.validate import check_choice, check_keys, check_types, made
 
 SCALES = ("free", "pow2")
@@ -19,18 +20,28 @@ class Activations:
     """The rounding of a weight's input when the model runs, as the row of the weight's grid has it.
 
     dynamic: scales are computed as the model runs, for each token or group of its inputs; otherwise one scale for the
-    whole tensor, or for the scales of all groups, is found on calibration data by `range`.
+    whole tensor, or for the scales of all groups, is found on calibration data by `range`. grid: whose values inputs
+    take, if not those that the row has first.
     """
 
     dynamic: bool = True
     range: str = "minmax"
+    grid: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_choice("activations: range", self.range, [r for r in RANGES if r != "weighted"])
+        if self.grid:
+            check_choice("activations: grid", self.grid, INPUT_GRIDS)
 
     def __str__(self) -> str:
-        return "dynamic" if self.dynamic else f"static ({self.range})"
+        kind = "dynamic" if self.dynamic else f"static ({self.range})"
+        return f"{kind} {self.grid}" if self.grid else kind
+
+    @property
+    def word(self) -> str:
+        """What --activations takes for it, but for the range."""
+        return self.grid or ("dynamic" if self.dynamic else "static")
 
 
 @dataclass(frozen=True)
@@ -80,17 +91,26 @@ class Scheme:
 
     def _check_inputs(self, activations: Activations, grid: Grid) -> None:
         """Raises LlmqError if inputs cannot be rounded so beside these weights."""
-        inputs = grid.inputs
+        inputs = grid.inputs_on(activations.grid)
         plain = self.group_size is None and self.symmetric and self.bits == 8
-        if inputs is None or (inputs.group_size is None and not plain):
+        if activations.grid and (inputs is None or not self.symmetric or self.bits not in (inputs.beside or grid.bits)):
+            having = [g for g in GRIDS.values() if g.inputs_on(activations.grid)]
+            listed = " or ".join(f"{g.name!r}" for g in having)
+            raise LlmqError(
+                f"activations can be rounded to {activations.grid} only beside symmetric 4-bit weights of grid "
+                f"{listed}, not {self}: choose --activations none, or such weights"
+            )
+        if inputs is None or (inputs.group_size is None and not activations.grid and not plain):
             raise LlmqError(
                 "activations can be rounded to 8 bits only beside symmetric 8-bit weights with group size 'channel', "
                 f"not {self}: choose --activations none, or --bits 8 --group-size channel"
             )
         kind = "dynamic" if activations.dynamic else "static"
         if kind not in inputs.kinds:
-            other = inputs.kinds[0]
-            raise LlmqError(f"activations of grid {grid.name!r} are {other}: choose --activations {other}, or none")
+            other = activations.grid or inputs.kinds[0]
+            raise LlmqError(
+                f"activations of grid {grid.name!r} are {inputs.kinds[0]}: choose --activations {other}, or none"
+            )
         if not activations.dynamic and activations.range not in inputs.ranges:
             raise LlmqError(
                 f"activations: range must be one of {', '.join(inputs.ranges)} with grid {grid.name!r}, not "
@@ -113,6 +133,17 @@ class Scheme:
         if self.packing == "llmq":
             return OWN[self.grid]
         return GRIDS[self.grid] if self.scales == "free" else POWER_SCALES[self.grid]
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """How the weight's input is rounded, None for not at all."""
+        return None if self.activations is None else self.rules.inputs_on(self.activations.grid)
+
+    @property
+    def step(self) -> int | None:
+        """The width of a weight is a whole number of so many inputs: of groups, and of groups of rounded inputs."""
+        rounded = self.inputs and self.inputs.group_size
+        return lcm(self.group_size or 1, rounded or 1) if self.group_size or rounded else None
 
     @property
     def told(self) -> str:
@@ -168,11 +199,11 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
 
 
 def _activations(data: Any, where: str) -> Activations | None:
-    """'dynamic', 'static', a mapping, or None or 'none'."""
+    """'dynamic', 'static', a grid of inputs, a mapping, or None or 'none'."""
     if data in (None, "none"):
         return None
     if isinstance(data, Mapping):
         fields = check_keys(data, Activations, where)
         return made(lambda: Activations(**fields), where)
-    check_choice(where, data, ("dynamic", "static", "none"))
-    return Activations(dynamic=data == "dynamic")
+    check_choice(where, data, ("dynamic", "static", *INPUT_GRIDS, "none"))
+    return Activations(grid=data) if data in INPUT_GRIDS else Activations(dynamic=data == "dynamic")

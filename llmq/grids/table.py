@@ -26,7 +26,8 @@ class Inputs:
     low, high: the lowest and highest value, in units of the scale; divisor: of the largest magnitude, which gives the
     scale. group_size: inputs of a token that share a scale, which is found as the model runs; None: all of them. A
     static scale is then one of these scales. kinds: 'dynamic', 'static' or both; ranges: of static scales. grid: whose
-    values inputs take, if not those of the weights.
+    values inputs take, if not those of the weights. beside: the bits of the weights that they may stand beside, () for
+    all of the grid's.
     """
 
     low: float
@@ -36,26 +37,27 @@ class Inputs:
     kinds: tuple[str, ...] = ("dynamic", "static")
     ranges: tuple[str, ...] = tuple(name for name in RANGES if name != "weighted")
     grid: str = ""
+    beside: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Grid:
     """One grid.
 
-    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code,
-    for each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction);
+    name: as in recipes; label: for people, with `{bits}` for the scheme's bits. bits: the allowed bits of a code, for
+    each weight; stored_bits: the stored size of a code if it differs from its bits (it may be a fraction);
     information_bits: log2 of the number of levels, where that is less than the bits. group_sizes: the allowed group
-    sizes, where None is a whole output channel; () allows any. rows: the output channels that share a scale, from
-    the first on; the last of them may be fewer. zero_points: whether a group may have a zero point. double_quant:
-    whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default
-    without data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the
-    weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a group, or for
-    one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. own: the format
-    that stores it for llmq alone, and the stored size of a code there, if that is smaller. rounding: its
-    arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with scales that are powers
-    of two, '' if there is none; format: the module under `formats/` that stores it; layout: the format's name for
-    how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes for, '' for
-    itself; learned: whether the levels of each row are found for the weight.
+    sizes, where None is a whole output channel; () allows any. rows: the output channels that share a scale, from the
+    first on; the last of them may be fewer. zero_points: whether a group may have a zero point. double_quant: whether
+    scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default without
+    data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the weights' inputs,
+    None for none; other_inputs: those that a scheme has to ask for by their grid. vector_code: the bits of a code that
+    stands for all weights of a group, or for one of several vectors that are added; 0 if every weight has a code, and
+    is rounded by itself. own: the format that stores it for llmq alone, and the stored size of a code there, if that is
+    smaller. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with
+    scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it; layout: the
+    format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes
+    for, '' for itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Grid:
     usual: str = "mse"
     calibrated: str = "weighted"
     inputs: Inputs | None = None
+    other_inputs: tuple[Inputs, ...] = ()
     layout: str = ""
     power_scales: str = ""
     read_as: str = ""
@@ -97,6 +100,10 @@ class Grid:
             parts.append(f"and a block has a whole number of codes of {self.vector_code} bits")
         return f"grid {self.name!r} is {', '.join(parts)}"
 
+    def inputs_on(self, grid: str) -> Inputs | None:
+        """The rounding of inputs to the values of a grid, '' for the usual one; None if there is none."""
+        return next((inputs for inputs in self.other_inputs if inputs.grid == grid), None) if grid else self.inputs
+
 
 INT8_INPUTS = Inputs(-128.0, 127.0, 127.5)
 """As in compressed-tensors: the largest magnitude becomes 127 or, if negative, −128 (vLLM's kernels divide by 127)."""
@@ -106,6 +113,11 @@ BLOCK_INPUTS = Inputs(-448.0, 448.0, 448.0, 128, DYNAMIC)
 MXFP8_INPUTS = Inputs(-448.0, 448.0, 448.0, 32, DYNAMIC, grid="mxfp8")
 MX_INPUTS = {4: Inputs(-6.0, 6.0, 6.0, 32, DYNAMIC), 6: MXFP8_INPUTS, 8: MXFP8_INPUTS}
 """compressed-tensors and servers have no inputs of 6 bits."""
+W4A8_INPUTS = {
+    "int": Inputs(-448.0, 448.0, 448.0, None, DYNAMIC, grid="fp8", beside=(4,)),
+    "mxfp4": Inputs(-448.0, 448.0, 448.0, 128, DYNAMIC, grid="fp8"),
+}
+"""compressed-tensors' presets W4AFP8 and MXFP4xFP8."""
 NVFP4_INPUTS = Inputs(-2688.0, 2688.0, 2688.0, 16, ("static",), ("minmax", "percentile"))
 """6 times the largest scale of a group, 448; other ranges judge single values, without their groups."""
 
@@ -122,6 +134,7 @@ GRIDS = {
             zero_points=True,
             ranges=RANGES,
             inputs=INT8_INPUTS,
+            other_inputs=(W4A8_INPUTS["int"],),
         ),
         Grid(
             name="fp8",
@@ -186,6 +199,7 @@ GRIDS = {
                 group_sizes=(32,),
                 usual="minmax",
                 inputs=MX_INPUTS[bits],
+                other_inputs=(W4A8_INPUTS["mxfp4"],) if bits == 4 else (),
                 layout=f"mxfp{bits}-{'pack-' if bits < 8 else ''}quantized",
             )
             for bits in (4, 6, 8)
@@ -237,6 +251,9 @@ OWN = {
 }
 """The rows of the grids that llmq's own folder stores in fewer bits, for schemes that are packed so."""
 
+INPUT_GRIDS = tuple(dict.fromkeys(inputs.grid for grid in GRIDS.values() for inputs in grid.other_inputs))
+"""The grids of inputs that a scheme may ask for."""
+
 EACH = tuple(grid.name for grid in GRIDS.values() if not grid.vector_code)
 """The grids on which every weight is rounded by itself."""
 FIXED = tuple(name for name in EACH if not GRIDS[name].learned)
@@ -251,7 +268,7 @@ def find(name: str) -> Grid:
 
 
 def inputs_of(name: str) -> Inputs:
-    """The rounding of inputs for weights of a grid. Raises LlmqError for a grid without input rounding."""
+    """The usual rounding of inputs for weights of a grid. Raises LlmqError for a grid without input rounding."""
     grid = GRIDS.get(name)
     if grid is None or grid.inputs is None:
         having = " or ".join(g.name for g in GRIDS.values() if g.inputs is not None)

@@ -27,6 +27,7 @@ from llmq.checkpoint.strangers import of_folder, of_tokenizer
 from llmq.discovery.architecture import generates as can_generate
 from llmq.discovery.architecture import generator, not_causal, opener
 from llmq.errors import LlmqError, first_line
+from llmq.formats.served import unguarded
 from llmq.formats.stacks import unmarked
 from llmq.inference.dense import dense_source, load_dense
 
@@ -305,7 +306,7 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         return config
     method = formats.method_of(quantization) or ""
-    dense = not formats.read_by_stock(method, quantization)
+    dense = not formats.read_by_stock(method, unguarded(quantization))
     ours = (kernels and method in formats.readers()) or dense
     if not _known(method) and not ours:
         way = (

@@ -17,6 +17,7 @@ from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
+from llmq.planning.served import told_uneven, uneven
 from llmq.planning.weights import WeightPlan, matches, one_size
 from llmq.recipe.recipe import Recipe
 
@@ -146,7 +147,7 @@ def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp
                 "supports "
                 "every grid"
             )
-    ragged = [i for i in chosen if i.scheme and i.scheme.group_size and i.shape[1] % i.scheme.group_size]
+    ragged = [i for i in chosen if i.scheme and i.scheme.step and i.shape[1] % i.scheme.step]
     if ragged:
         other = "--ragged smaller (a smaller group there), --ragged channel (one scale per row there), "
         raise LlmqError(
@@ -211,5 +212,7 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     if inside and share < 0.9:
         warnings.append(f"only {share:.0%} of the blocks' weights are quantized; `llmq plan` says why")
     schemes = {i.scheme for i in items if i.scheme is not None}
+    if found := uneven(items):
+        warnings.append(f"{told_uneven(found)}; transformers reads it")
     warnings += [loader.sentence for loader in formats.loaders(schemes, bool(apart(items))) if loader.warn]
     return warnings

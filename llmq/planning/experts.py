@@ -231,10 +231,12 @@ def check_experts(items: list[WeightPlan], recipe: Recipe, alone: bool = False) 
                 f"{item.name}: static scales need inputs of every expert, and the model's code runs such an expert on "
                 f"the tokens that chose it only: --activations dynamic, or --keep {_pattern(mine, items)}"
             )
-        refusal = formats.stacks_refusal if alone else formats.experts_refusal
-        why = None if scheme is None else refusal(scheme)
-        if why:
-            raise LlmqError(f"{item.name}: {why}, or --keep {_pattern(mine, items)} to leave the experts alone")
+        served = formats.served_refusal if recipe.loader == "vllm" else formats.experts_refusal
+        why = None if scheme is None else (formats.stacks_refusal if alone else served)(scheme)
+        if scheme is not None and why:
+            also = not alone and recipe.loader != "vllm" and formats.served_refusal(scheme) is None
+            way = ", or --loader vllm for a folder that vLLM and llmq.load read" if also else ""
+            raise LlmqError(f"{item.name}: {why}{way}, or --keep {_pattern(mine, items)} to leave the experts alone")
 
 
 def check_route(items: list[WeightPlan], recipe: Recipe, calibrated: bool) -> list[str]:

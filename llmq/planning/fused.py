@@ -51,10 +51,10 @@ def apart(items: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
 def check_fused(items: list[WeightPlan], recipe: Recipe) -> None:
     """Raises LlmqError, with the options that mend it, if weights that servers fuse have different schemes.
 
-    A recipe whose loader is named may have them.
+    A recipe for another loader may have them.
     """
     wrong = apart(items)
-    if not wrong or recipe.loader != "any":
+    if not wrong or recipe.loader not in ("any", "vllm"):
         return
     family = wrong[0]
     told = ", ".join(f"{item.name.rpartition('.')[2]} {item.scheme or 'not quantized'}" for item in family)
@@ -105,7 +105,7 @@ def _value(key: str, value: object) -> str:
     if value is None:
         return "channel" if key == "group_size" else "none"
     if isinstance(value, Activations):
-        return "dynamic" if value.dynamic else "static"
+        return value.word
     return value if isinstance(value, str) else json.dumps(value)
 
 

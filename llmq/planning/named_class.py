@@ -23,7 +23,7 @@ def check_named_class(plan: Plan, section: dict[str, object], sink: Sink | None 
     in the plan if the check cannot be made, or if the source lacks parameters already.
     """
     named = plan.named
-    if plan.for_llmq_alone:
+    if plan.for_llmq_alone or plan.served:
         return
     for model in (plan.model, *([] if named is None else [named.model])):
         if plan.recipe.loader != "llmq" and not accepts(model, section):

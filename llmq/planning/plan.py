@@ -33,6 +33,7 @@ from llmq.planning.memory import check_room
 from llmq.planning.numbers import check_numbers, main_dtype
 from llmq.planning.outside import check_class, check_outside, include_outside
 from llmq.planning.parts import group_parts, plan_parts
+from llmq.planning.served import check_served
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.tail import set_tail
 from llmq.planning.trial import try_quantizer
@@ -76,6 +77,7 @@ def make_plan(
     # Experts first: what servers allow of weights with one input is no way out for them.
     check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)
+    check_served(items, recipe)
     calibrated = scored or pipeline.calibrated or any(_static(i.scheme) for i in items)
     warned += check_route(items, recipe, calibrated)
     check_outside(items)

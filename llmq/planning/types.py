@@ -17,6 +17,7 @@ from llmq.discovery.names import Links
 from llmq.discovery.pairs import Found, Pair
 from llmq.discovery.tail import Tail
 from llmq.formats.base import Loader
+from llmq.formats.served import SERVED
 from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
@@ -25,6 +26,7 @@ from llmq.planning.fused import apart
 from llmq.planning.memory import Budget
 from llmq.planning.outside import loads_dense
 from llmq.planning.parts import PartsPlan
+from llmq.planning.served import for_servers
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.weights import WeightPlan
 from llmq.recipe.recipe import Recipe
@@ -134,6 +136,8 @@ class Plan:
         """What is known of the tools that can read the folder."""
         if self.stacked:
             return [ALONE]
+        if self.served:
+            return [SERVED, formats.vllm.loader(self.schemes)]
         if not self.blocks:
             dense = loads_dense(self.model, self.weights, self.dtype)
             return [DENSE] if dense else formats.of(next(iter(self.schemes))).loaders(self.schemes)
@@ -148,6 +152,11 @@ class Plan:
     def stacked(self) -> bool:
         """Whether stacks of experts are packed one by one, which only `llmq.load` can read."""
         return for_llmq_alone(self.weights, self.source.names())
+
+    @property
+    def served(self) -> bool:
+        """Whether experts have a scheme that stock transformers reads wrong, so that it is to refuse the folder."""
+        return not self.for_llmq_alone and for_servers(self.weights)
 
     @property
     def ids(self) -> Tensor:

@@ -153,7 +153,7 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason=BY_USER)
     rows, width = item.shape
-    group, widths = scheme.group_size, widths or (width,)
+    group, widths = scheme.step, widths or (width,)
     ragged = [w for w in (width, *widths) if group and w % group]
     if group and ragged:
         if recipe.ragged == "error" or (one_size(scheme) and recipe.ragged != "keep"):

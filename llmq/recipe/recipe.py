@@ -19,7 +19,7 @@ from llmq.recipe import catalog
 from llmq.validate import check_choice, check_keys, check_types, made
 
 RAGGED = ("error", "smaller", "channel", "keep")
-LOADERS = ("any", "transformers", "llmq")
+LOADERS = ("any", "transformers", "vllm", "llmq")
 ROUTES = ("own", "all")
 LISTS = ("methods", "keep", "include")
 
@@ -53,11 +53,11 @@ class Recipe:
     outside the decoder's blocks that are quantized too, without calibration. A pattern is dotted parts of a weight's
     name in the checkpoint, a shell glob, or 're:' and a regular expression. options: the methods' own options by name,
     each is passed to the methods that have it; one that no method has is refused. loader: who is to load the folder:
-    with 'any', weights that servers fuse must have one scheme, and with 'llmq', experts may be packed that nothing but
-    `llmq.load` could read. route: the tokens that an expert of a mixture is calibrated with: its own, or all that enter
-    its block's experts. model_class: the class of transformers that opens the model, for one that does not generate
-    text: all its linear weights are quantized without calibration. The defaults are those that measured best for each
-    method.
+    with 'any' and 'vllm', weights that servers fuse must have one scheme; with 'vllm', experts may be packed that stock
+    transformers reads wrong, and with 'llmq', those that nothing but `llmq.load` could read. route: the tokens that an
+    expert of a mixture is calibrated with: its own, or all that enter its block's experts. model_class: the class of
+    transformers that opens the model, for one that does not generate text: all its linear weights are quantized without
+    calibration. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)

@@ -20,7 +20,7 @@ import llmq
 from llmq import job
 from llmq.block.attempt import Outcome
 from llmq.block.block import Block
-from llmq.grids.activations import round_per_token, round_static
+from llmq.grids.activations import round_input
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.plan import BlockPlan
 from llmq.recipe.recipe import Recipe
@@ -74,9 +74,7 @@ class Memory:
         assert scheme.activations is not None and scheme.activations.dynamic == (scale is None)
 
         def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            if scale is None:
-                return (round_per_token(args[0], scheme.grid),)
-            return (round_static(args[0], scale, scheme.grid),)
+            return (round_input(args[0], scheme, scale),)
 
         module.register_forward_pre_hook(hook)
 
@@ -130,6 +128,7 @@ RECIPES = [
     recipe("outlier_suppression", STATIC),
     recipe("outlier_suppression_plus", W8A8),
     recipe("rtn", Scheme(8, None, grid="fp8", activations=Activations())),
+    recipe("rtn", Scheme(4, 32, activations=Activations(grid="fp8"))),
     recipe("smoothquant", Scheme(8, None, grid="fp8", activations=Activations(dynamic=False))),
 ]
 

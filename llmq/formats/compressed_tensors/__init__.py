@@ -57,13 +57,23 @@ def refuse_experts(scheme: Scheme) -> str | None:
     if not scheme.symmetric:
         return "transformers fails on experts with zero points: use --symmetric"
     if microscaled.divided(scheme):
-        return f"transformers reads experts as {scheme} without the scale of their scales: use --grid int"
-    if layout_of(scheme) in microscaled.FORMATS or scheme.rules.rows > 1:
-        return f"experts as {scheme} were not tried in transformers: use --grid int"
+        return f"transformers reads experts as {scheme} without the scale of their scales: use --grid int or mxfp4"
+    if (scheme.rules.layout and scheme.bits == 8 and scheme.group_size) or scheme.rules.rows > 1:
+        return f"transformers fails on experts as {scheme}: use --grid int or fp8"
     if layout_of(scheme) == INTEGERS:
         return f"transformers fails on experts as {scheme}: leave their inputs alone (--activations none)"
     if scheme.activations is not None and not scheme.activations.dynamic:
         return "transformers does not read static scales of experts' inputs: use --activations dynamic"
+    return None
+
+
+def refuse_served(scheme: Scheme) -> str | None:
+    """Why vLLM 0.32 fails on a mixture's experts of a scheme that stock transformers does not read, or None."""
+    known = microscaled.divided(scheme) or layout_of(scheme) in microscaled.FORMATS or scheme.rules.rows > 1
+    if not known or refuse_experts(scheme) is None:
+        return refuse_experts(scheme)
+    if scheme.rules.rows > 1 and scheme.activations is None:
+        return f"vLLM has experts as {scheme} with rounded inputs only: use --activations dynamic"
     return None
 
 

@@ -36,7 +36,8 @@ def layout_of(scheme: Scheme) -> str:
     """compressed-tensors' name for the layout of a scheme."""
     if scheme.rules.layout:
         return scheme.rules.layout
-    return FORMAT if scheme.activations is None else INTEGERS
+    # compressed-tensors takes int8 codes for integers beside any rounded inputs, vLLM these for packed ones.
+    return FORMAT if scheme.activations is None or scheme.activations.grid else INTEGERS
 
 
 def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
@@ -123,17 +124,18 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     """The rounding of a weight's input, as QuantizationArgs."""
-    inputs = scheme.rules.inputs
+    inputs = scheme.inputs
     if scheme.activations is None or inputs is None:
         return None
     dynamic = scheme.activations.dynamic
+    rules = find(inputs.grid or scheme.grid)
+    same = Scheme(rules.bits[0], rules.group_sizes[0], grid=inputs.grid) if inputs.grid else scheme
     if inputs.group_size is None:
-        return _weights(scheme) | {
+        return _weights(same) | {
             "strategy": "token" if dynamic else "tensor",
             "dynamic": dynamic,
             "observer": None if dynamic else "minmax",
         }
-    same = Scheme(find(inputs.grid).bits[0], scheme.group_size, grid=inputs.grid) if inputs.grid else scheme
     # A static scale is that of the groups' scales, which are found as the model runs.
     return _weights(same) | {
         "strategy": "group" if dynamic else "tensor_group",

@@ -21,6 +21,7 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(2, 64, grid="ternary", packing="llmq"), "ternary g64, packed for llmq"),
         (Scheme(4, 32, grid="mxfp4", activations=Activations()), "mxfp4 g32, dynamic activations"),
         (Scheme(8, 128, grid="fp8-block"), "fp8 block g128"),
+        (Scheme(activations=Activations(grid="fp8")), "4-bit g128 symmetric, dynamic fp8 activations"),
     ],
 )
 def test_schemes_in_words(scheme: Scheme, words: str) -> None:
@@ -85,6 +86,11 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ),
         ({"group_size": 128, "activations": "dynamic"}, "only beside symmetric 8-bit weights"),
         ({"grid": "nvfp4", "activations": "dynamic"}, "of grid 'nvfp4' are static: choose --activations static, or"),
+        ({"bits": 3, "activations": "fp8"}, "to fp8 only beside symmetric 4-bit weights of grid 'int' or 'mxfp4', not"),
+        ({"symmetric": False, "activations": "fp8"}, "to fp8 only beside symmetric 4-bit weights"),
+        ({"grid": "nvfp4", "activations": "fp8"}, "to fp8 only beside symmetric 4-bit weights"),
+        ({"activations": {"dynamic": False, "grid": "fp8"}}, "of grid 'int' are dynamic: choose --activations fp8"),
+        ({"activations": "fp4"}, "here: activations 'fp4' is not known: choose from dynamic, static, fp8, none"),
         ({"grid": "mxfp4", "activations": "static"}, "of grid 'mxfp4' are dynamic: choose --activations dynamic, or"),
         (
             {"grid": "nvfp4", "activations": {"dynamic": False, "range": "mse"}},
@@ -96,6 +102,13 @@ def test_what_cannot_be_is_told_with_its_place(values: dict[str, object], told: 
     with pytest.raises(LlmqError) as error:
         changed_scheme(values, Scheme(), "here")
     assert told in str(error.value)
+
+
+def test_inputs_on_another_grid_may_have_wider_groups() -> None:
+    fp8 = Activations(grid="fp8")
+    assert changed_scheme({"activations": "fp8"}, Scheme(), "here") == Scheme(activations=fp8)
+    assert (Scheme(4, 32, grid="mxfp4", activations=fp8).step, Scheme(4, 32, grid="mxfp4").step) == (128, 32)
+    assert (Scheme(4, 48, activations=fp8).step, Scheme(4, None, activations=fp8).step) == (48, None)
 
 
 @pytest.mark.parametrize(("width", "group", "groups"), [(256, 128, 2), (96, None, 1), (96, 32, 3)])

@@ -148,4 +148,4 @@ def test_transformers_only_is_said_everywhere(tiny_model: Path, tmp_path: Path, 
     # The report's recipe, as a file, repeats the run.
     assert Recipe.from_dict(report["recipe"]).loader == "transformers"
     assert job.plan(str(tiny_model), Recipe.from_dict(report["recipe"]), ids=torch.arange(64).view(2, 32))
-    refused(lambda: Recipe(loader="vllm"), "loader 'vllm' is not known", "any, transformers")
+    refused(lambda: Recipe(loader="sglang"), "loader 'sglang' is not known", "any, transformers, vllm, llmq")

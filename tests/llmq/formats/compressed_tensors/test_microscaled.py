@@ -9,6 +9,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,6 +28,7 @@ NV = Scheme(4, 16, grid="nvfp4")
 SCHEMES = [NV, *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 ROUNDED = [replace(scheme, activations=Activations(dynamic=scheme != NV)) for scheme in SCHEMES]
+ROUNDED += [Scheme(4, 32, grid="mxfp4", activations=Activations(grid="fp8"))]
 """The same with rounded inputs."""
 IDS = torch.arange(24).view(2, 12)
 
@@ -93,12 +95,15 @@ def test_the_config_is_read_as_it_is_meant(scheme: Scheme) -> None:
     assert weights.scale_dtype == (torch.float8_e4m3fn if scheme == NV else torch.uint8)
 
 
-@pytest.mark.parametrize("scheme", ROUNDED, ids=str)
+@pytest.mark.parametrize("scheme", [*ROUNDED, Scheme(4, 128, activations=Activations(grid="fp8"))], ids=str)
 def test_rounded_inputs_are_those_of_a_preset(scheme: Scheme) -> None:
     """The configuration means what compressed-tensors' own presets mean."""
-    known_to_compressed_tensors(scheme)
     presets = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "mxfp6": "MXFP6A8", "mxfp8": "MXFP8"}
-    want = preset_name_to_scheme(presets[scheme.grid], ["Linear"]).input_activations
+    others = {"int": "W4AFP8", "mxfp4": "MXFP4XFP8"}
+    name = (others if scheme.activations and scheme.activations.grid else presets)[scheme.grid]
+    if name not in PRESET_SCHEMES:
+        pytest.skip(f"this compressed-tensors has no {name}")
+    want = preset_name_to_scheme(name, ["Linear"]).input_activations
     read = QuantizationConfig.model_validate(config_of({scheme: ["a"]}, [])).config_groups["group_0"].input_activations
     for key in ("num_bits", "type", "strategy", "dynamic", "group_size", "scale_dtype", "symmetric", "observer"):
         assert getattr(read, key) == getattr(want, key), key
@@ -122,8 +127,8 @@ def test_the_divisor_of_an_input_is_stored_and_read() -> None:
 def save(folder: Path, scheme: Scheme) -> Tensor:
     """Saves a tiny model in `scheme`; returns the logits of its dequantized weights, with its inputs rounded."""
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=max(64, scheme.step or 0),
+        intermediate_size=max(96, scheme.step or 0),
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
