@@ -30,6 +30,7 @@ from llmq.formats.served import guarded
 from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
+from llmq.planning.cache import check_stock
 from llmq.planning.memory import check_room, check_writable
 from llmq.planning.named_class import check_named_class
 from llmq.planning.outside import head_of, loads_dense
@@ -107,7 +108,11 @@ def _made(
 
     made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored)
     # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
-    check_named_class(made, config(made)["quantization_config"])
+    section = config(made)["quantization_config"]
+    if made.cache is not None:
+        models = [made.model, *([] if made.named is None else [made.named.model])]
+        made.cache = check_stock(made.cache, made.recipe, models, section)
+    check_named_class(made, section)
     return made
 
 
@@ -243,6 +248,8 @@ def config(made: Plan) -> dict[str, Any]:
         section = guarded(section)
     if loads_dense(made.model, made.weights, made.dtype):
         section = formats.dense(section, made.schemes)
+    if made.cache is not None:
+        section = formats.with_cache(section, made.schemes, made.cache.cache)
     told: dict[str, Any] = {"quantization_config": section}
     if made.recipe.model_class is not None and not made.source.config.get("architectures"):
         # Else nothing in the folder says which class opens it.

@@ -58,7 +58,9 @@ class _Evaluation:
         if any(name.startswith("divergence") for name in own) and base is None:
             raise LlmqError("divergence is measured against another model, the unquantized one: give it as --base")
         trust = options.trust_remote_code
-        given = [Subject.of(name, trust_remote_code=trust) for name in models]
+        if options.cache is not None and (timed := [n for n in own if n.partition(":")[0] in ("speed", "memory")]):
+            raise LlmqError(f"--kv-cache simulates a rounded cache: {timed[0]} says nothing of it")
+        given = [Subject.of(name, cache=options.cache, trust_remote_code=trust) for name in models]
         # Two names may mean the same model.
         self.subjects = list({subject.label: subject for subject in reversed(given)}.values())[::-1]
         self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
@@ -85,7 +87,7 @@ class _Evaluation:
 
     def run(self) -> list[Results]:
         done = []
-        with Models(self.options) as models:
+        with Models(self.options, self.note) as models:
             for subject in self.all:
                 found = self._start(subject)
                 for name in self.names:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmq import formats
 from llmq.errors import LlmqError
+from llmq.grids.cache import Cache
 from llmq.inference.pretrained import input_device
 from llmq.machine import size
 from llmq_eval import speed
@@ -35,8 +37,8 @@ def free_memory(device: str) -> int:
 class Models:
     """The models in memory: the one being measured, and the base if it is needed too and both fit."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, note: Callable[[str], None] = lambda _: None) -> None:
+        self.options, self.note = options, note
         self.there: dict[str, Any] = {}
         self.kept: set[str] = set()
         # By label: the dtype and backend that the model was loaded with, for the protocol.
@@ -70,7 +72,17 @@ class Models:
                 f"{error}; this is stock transformers' error: try --kernels, which uses llmq's own readers"
             ) from error
         self.shown[subject.label] = shown_dtype(model, o.kernels)
+        if subject.cache is not None:
+            self._round_cache(model, subject, subject.cache)
         return model
+
+    def _round_cache(self, model: Any, subject: Subject, cache: Cache) -> None:
+        """Simulate a rounded cache, with the folder's scales if it has some."""
+        from llmq.inference.cache import simulate, stored_scales
+
+        stored = stored_scales(subject.folder, cache)
+        count = simulate(model, subject.folder, cache, stored, self.options.trust_remote_code)
+        self.note(f"{subject.given}: keys and values of {count} layers are rounded in a simulated cache")
 
     def get(self, subject: Subject, keep: bool = False) -> Any:
         """The model, loaded once. keep: until the end, not only until the next model is loaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmq.grids.cache import Cache
 from llmq_eval import speed
 from llmq_eval.subject import default_out
 from llmq_eval.tasks import Settings
@@ -15,7 +16,8 @@ class Options:
     """tasks: names; 'perplexity' and 'divergence' use `text`, 'perplexity:wikitext2' another text. out: the folder of
     results. fresh: repeat cached measures. write_tasks: folder for the task files made from data_dir. window …
     special_tokens: as in `perplexities`; repeats, prompt, tokens: as in `speed.measure`. kernels: quantized weights
-    stay packed and run on llmq's operators instead of stock transformers'.
+    stay packed and run on llmq's operators instead of stock transformers'. cache: how keys and values of the models are
+    rounded while they are measured, but not those of the base.
     """
 
     tasks: tuple[str, ...] = ("perplexity",)
@@ -34,6 +36,7 @@ class Options:
     prompt: int = speed.PROMPT
     tokens: int = speed.TOKENS
     kernels: bool = False
+    cache: Cache | None = None
     trust_remote_code: bool = False
     progress: bool = True
     fresh: bool = False

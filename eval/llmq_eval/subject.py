@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError, first_line
+from llmq.grids.cache import Cache
 from llmq.report.report import VERSIONS
 
 _SMALL = 1 << 25
@@ -25,27 +26,34 @@ _IGNORED = ("report.json", "report.html", "README.md", ".gitattributes")
 
 @dataclass(frozen=True)
 class Subject:
-    """given: the user's name for it; label: a hub id, 'demo', or the folder's absolute path."""
+    """given: the user's name for it; label: a hub id, 'demo', or the folder's absolute path; cache: how its keys and
+    values are rounded while it is measured, None: as its loader has them. Both names then say so, and whose scales."""
 
     given: str
     label: str
     folder: Path
+    cache: Cache | None = None
 
     @staticmethod
-    def of(given: str, *, trust_remote_code: bool = False) -> Subject:
+    def of(given: str, *, cache: Cache | None = None, trust_remote_code: bool = False) -> Subject:
         """Find a model by folder, hub id or 'demo'. Raises LlmqError as `llmq.checkpoint.hub.resolve` does."""
         from llmq.checkpoint.hub import resolve
 
         folder = resolve(given, trust_remote_code=trust_remote_code)
         local = given != "demo" and Path(given).expanduser().is_dir()
-        return Subject(given, str(folder.resolve()) if local else given, folder)
+        label, how = str(folder.resolve()) if local else given, ""
+        if cache is not None:
+            from llmq.inference.cache import stored_scales
+
+            how = f" [{cache} cache, {'its own scales' if stored_scales(folder, cache) else 'scales per window'}]"
+        return Subject(f"{given}{how}", f"{label}{how}", folder, cache)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the model's files, 12 hexadecimal digits: contents of small files, samples and times of large
         ones.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.cache is None else f"{self.cache} cache\n".encode())
         for file in sorted(self.folder.iterdir()):
             if not file.is_file() or file.name in _IGNORED or file.name.startswith("."):
                 continue

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from llmq.cli.options import Trust, err_console, explained
 from llmq.errors import LlmqError
+from llmq.grids.cache import CACHES, Cache
 
 if TYPE_CHECKING:
     from llmq.report.report import Report
@@ -95,6 +96,14 @@ def evaluate(
             "--kernels", help="Run quantized weights packed, on llmq's operators, not as stock transformers runs them."
         ),
     ] = False,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            help=f"Round keys and values of the models, not of the base, as a server with such a cache would: "
+            f"{', '.join(CACHES)}. With the folder's own scales, or else with those of each window.",
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, divergence from the base, tasks, speed and memory: each number with its protocol and 95 % interval.
@@ -140,6 +149,7 @@ def evaluate(
             out=out or default_out(),
             repeats=repeats,
             kernels=kernels,
+            cache=None if kv_cache is None else Cache.named(kv_cache),
             trust_remote_code=trust_remote_code,
             fresh=fresh,
         )

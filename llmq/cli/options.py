@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmq.errors import LlmqError
+from llmq.grids.cache import CACHES
 from llmq.grids.table import GRIDS
 from llmq.recipe import catalog, presets
 from llmq.recipe.recipe import Recipe, parse_override
@@ -136,6 +137,14 @@ Route = Annotated[
         "experts with hundreds get worse by it, and every expert runs on every token."
     ),
 ]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help=f"Round the keys and values that a server keeps of its tokens: {', '.join(CACHES)}. Their scales are "
+        "calibrated and stored; vLLM keeps fp8 in half the memory, stock transformers only computes with rounded ones.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")]
 
 
@@ -173,6 +182,7 @@ def recipe_options(
     loader: Loader = None,
     route: Route = None,
     model_class: ModelClass = None,
+    kv_cache: KvCache = None,
     seed: Seed = None,
     **options: Any,
 ) -> Recipe:
@@ -184,7 +194,7 @@ def recipe_options(
         "ragged": ragged,
         "loader": loader,
     }
-    given |= {"route": route, "model_class": model_class, "seed": seed}
+    given |= {"route": route, "model_class": model_class, "kv_cache": kv_cache, "seed": seed}
     scheme = {
         "bits": bits,
         "group_size": None if group_size is None else parse_group(group_size),

@@ -12,6 +12,7 @@ import torch
 
 from llmq.formats import vllm
 from llmq.formats.base import Format, Groups, Loader
+from llmq.grids.cache import Cache
 from llmq.grids.scheme import Scheme
 
 
@@ -137,6 +138,26 @@ def replaces_modules(schemes: Collection[Scheme]) -> bool:
 def for_llmq_alone(schemes: Collection[Scheme]) -> bool:
     """Whether only llmq reads a folder of these schemes."""
     return bool(getattr(of(next(iter(schemes), Scheme())), "OWN", False))
+
+
+def cache_refusal(schemes: Collection[Scheme]) -> str | None:
+    """Why a folder of these schemes cannot say how a cache is rounded, in a sentence with a way out, or None."""
+    kind = of(next(iter(schemes), Scheme()))
+    if hasattr(kind, "with_cache"):
+        return None
+    return f"{kind.title(schemes)} has no place for the scales of a cache: give the weights another --grid"
+
+
+def with_cache(section: Mapping[str, Any], schemes: Collection[Scheme], cache: Cache) -> dict[str, Any]:
+    """A folder's `quantization_config` that says how keys and values are rounded."""
+    made: dict[str, Any] = cast(Any, of(next(iter(schemes)))).with_cache(section, cache)
+    return made
+
+
+def read_cache(method: str | None, section: Mapping[str, Any]) -> Cache | None:
+    """How a folder's `quantization_config` says that keys and values are rounded, with stored scales; None if not."""
+    found = (module.read_cache(section) for module in having("read_cache") if method in module.PACKAGES)
+    return next((one for one in found if one is not None), None)
 
 
 def dense(section: Mapping[str, Any], schemes: Collection[Scheme]) -> dict[str, Any]:

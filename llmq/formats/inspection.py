@@ -22,6 +22,7 @@ from llmq.checkpoint.source import FolderSource, Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.formats.base import UNKNOWN, Row, Unclear, dtype_name
 from llmq.formats.served import unguarded
+from llmq.grids.cache import Cache
 from llmq.grids.table import GRIDS
 
 OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -40,12 +41,14 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every weight of a folder, in the order of its names. method: the quantization method in config.json, or None."""
+    """Every weight of a folder, in the order of its names. method: the quantization method in config.json, or None;
+    cache: how keys and values are rounded, if the folder has scales for that."""
 
     folder: Path
     method: str | None
     format: str | None
     rows: tuple[Row, ...]
+    cache: Cache | None = None
 
     @property
     def lines(self) -> tuple[Row | Alike, ...]:
@@ -140,7 +143,7 @@ def inspect_folder(path: Path) -> Inspection:
     reported = _reported(source.folder)
     rows = [_completed(row, reported) for row in _rows(source, method, config)]
     rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.name)])
-    return Inspection(source.folder, method, config.get("format"), tuple(rows))
+    return Inspection(source.folder, method, config.get("format"), tuple(rows), formats.read_cache(method, config))
 
 
 def section_of(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:

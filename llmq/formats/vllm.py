@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.formats.base import Loader
+from llmq.grids.cache import Cache
 from llmq.grids.scheme import Activations, Scheme
 
 FILE = Path(__file__).with_name("vllm.json")
@@ -21,6 +22,14 @@ APART = Loader(
     "not for vLLM or other servers that make one matrix of weights with one input: such weights have different schemes",
     warn=True,
 )
+
+
+def cache_told(cache: Cache) -> str:
+    """What vLLM does with a folder that has a rounded cache, in a clause."""
+    version = f"vLLM {table()['vllm']}"
+    if cache.heads:
+        return f"{version} keeps them so by itself, from its source, where its attention backend has scales per head"
+    return f"{version} keeps them so by itself, with the stored scales"
 
 
 @cache

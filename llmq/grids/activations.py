@@ -71,7 +71,13 @@ def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     return scale if scheme.scales == "free" else power_above(scale)
 
 
+def cache_scale(largest: Tensor, grid: str) -> Tensor:
+    """The scale of each of some parts of a cache: 1 where a part is 0 everywhere. largest: magnitudes, any shape;
+    returns float32 of that shape."""
+    top = largest.to(torch.float32)
+    return torch.where(top > 0, top / inputs_of(grid).divisor, 1.0)
+
+
 def static_scale(largest: Tensor | float, grid: str) -> Tensor:
     """The scale at which `largest` is the grid's largest magnitude, float32 [1]; 1 if `largest` is 0."""
-    top = torch.as_tensor(largest, dtype=torch.float32).reshape(1)
-    return torch.where(top > 0, top / inputs_of(grid).divisor, 1.0)
+    return cache_scale(torch.as_tensor(largest, dtype=torch.float32).reshape(1), grid)

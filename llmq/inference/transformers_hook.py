@@ -210,6 +210,9 @@ class KernelQuantizer(HfQuantizer):
             found = find(model, self.reader, files)
             self.found, self.placeholders, reason = found, found.quantized, found.unserved
         if reason is None:
+            # Tensors that are known and not needed: transformers would warn of each.
+            aside = {rf"\.{suffix}$" for suffix in getattr(self.reader, "aside", ())}
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *aside}
             super().preprocess_model(model, dtype=dtype, **kwargs)
             return
         suffixes = self.reader.suffixes

@@ -94,7 +94,7 @@ def _planned(plan: Plan, source: Tensors) -> Tensors:
         for parameter, joined in block.joined.items():
             parts = [tensors.pop(name) for name in block.tensors[parameter]]
             tensors[joined] = parts[0][0], tuple(block.module.get_parameter(parameter).shape)
-    return tensors
+    return tensors if plan.cache is None else tensors | plan.cache.stored(plan.dtype)
 
 
 def _stored(plan: Plan, item: WeightPlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -25,6 +25,7 @@ from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.planning import checks
 from llmq.planning.budget import budget, group_bytes
+from llmq.planning.cache import check_cache, plan_cache, told_without
 from llmq.planning.distill import check_tuning, with_tuning
 from llmq.planning.experts import check_experts, check_route, group, plan_experts
 from llmq.planning.fused import check_fused
@@ -78,7 +79,8 @@ def make_plan(
     check_experts(items, recipe, for_llmq_alone(items, source.names()))
     check_fused(items, recipe)
     check_served(items, recipe)
-    calibrated = scored or pipeline.calibrated or any(_static(i.scheme) for i in items)
+    check_cache(recipe, items)
+    calibrated = scored or pipeline.calibrated or recipe.cache is not None or any(_static(i.scheme) for i in items)
     warned += check_route(items, recipe, calibrated)
     check_outside(items)
     name, where = "+".join(recipe.methods), torch.device(device)
@@ -91,6 +93,8 @@ def make_plan(
         plan.pairs = find_in(model, structure)
         _check_pairs(plan)
     plan.blocks = _blocks(plan)
+    plan.cache = plan_cache(recipe, model, structure, links)
+    warned += [] if plan.cache is None else told_without(plan.cache)
     warned += set_tail(plan)
     warned += checks.missing_processor(source)
     plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]

@@ -21,6 +21,7 @@ from llmq.formats.served import SERVED
 from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
+from llmq.planning.cache import CachePlan
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.fused import apart
 from llmq.planning.memory import Budget
@@ -100,7 +101,7 @@ class Plan:
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
     weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written;
     tail: what follows the last block, if a method learns from the logits; open: what the bits of the weights will be
-    chosen for, if they are not chosen yet.
+    chosen for, if they are not chosen yet; cache: what rounds keys and values, if the recipe wants that.
     """
 
     source: Source
@@ -120,6 +121,7 @@ class Plan:
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
     warnings: list[str] = field(default_factory=list)
     open: Open | None = None
+    cache: CachePlan | None = None
 
     @property
     def outside(self) -> dict[str, WeightPlan]:
@@ -141,7 +143,8 @@ class Plan:
         if not self.blocks:
             dense = loads_dense(self.model, self.weights, self.dtype)
             return [DENSE] if dense else formats.of(next(iter(self.schemes))).loaders(self.schemes)
-        return formats.loaders(self.schemes, bool(apart(self.weights)))
+        found = formats.loaders(self.schemes, bool(apart(self.weights)))
+        return found if self.cache is None else [*found, self.cache.loader]
 
     @property
     def for_llmq_alone(self) -> bool:

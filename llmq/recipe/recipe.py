@@ -14,6 +14,7 @@ from typing import Any, cast
 import yaml
 
 from llmq.errors import LlmqError
+from llmq.grids.cache import Cache
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.recipe import catalog
 from llmq.validate import check_choice, check_keys, check_types, made
@@ -57,7 +58,8 @@ class Recipe:
     transformers reads wrong, and with 'llmq', those that nothing but `llmq.load` could read. route: the tokens that an
     expert of a mixture is calibrated with: its own, or all that enter its block's experts. model_class: the class of
     transformers that opens the model, for one that does not generate text: all its linear weights are quantized without
-    calibration. The defaults are those that measured best for each method.
+    calibration. kv_cache: how a server is to round the keys and values that it keeps (`grids.cache.CACHES`), with
+    scales that are calibrated. The defaults are those that measured best for each method.
     """
 
     methods: tuple[str, ...] = ("gptq",)
@@ -69,6 +71,7 @@ class Recipe:
     loader: str = "any"
     route: str = "own"
     model_class: str | None = None
+    kv_cache: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
@@ -82,8 +85,15 @@ class Recipe:
         check_choice("ragged", self.ragged, RAGGED)
         check_choice("loader", self.loader, LOADERS)
         check_choice("route", self.route, ROUTES)
+        if self.kv_cache is not None:
+            Cache.named(self.kv_cache)
         if self.calibration.samples < 1 or self.calibration.seqlen < 2:
             raise LlmqError("calibration needs at least 1 sample of at least 2 tokens: raise --samples or --seqlen")
+
+    @property
+    def cache(self) -> Cache | None:
+        """How keys and values are rounded, if they are."""
+        return None if self.kv_cache is None else Cache.named(self.kv_cache)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML and JSON hold it; Recipe.from_dict reads it back."""

@@ -57,7 +57,7 @@ weight; `report.json` has every number and the recipe.
 - methods: {methods}
 - format: {report.format}
 - calibration: {report.calibration}
-{_outside(report)}{_experts(report)}{_tuned(report)}\
+{_outside(report)}{_experts(report)}{_cache(report)}{_tuned(report)}\
 - not quantized: {"; ".join(left) or "nothing"}
 - verified: {_verified(report)}
 """
@@ -218,6 +218,11 @@ def _outside(report: Report) -> str:
 def _tuned(report: Report) -> str:
     """A line on the training of the whole model after its blocks, if there was one."""
     return "" if report.tuned is None else f"- {report.recipe['methods'][-1]}: {report.tuned}\n"
+
+
+def _cache(report: Report) -> str:
+    """A line on the rounding of keys and values, if they are rounded."""
+    return "" if report.cache is None else f"- cache: {report.cache}\n"
 
 
 def _verified(report: Report) -> str:

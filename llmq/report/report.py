@@ -16,14 +16,17 @@ from llmq.checkpoint.files import REPORT
 from llmq.discovery.architecture import generator
 from llmq.errors import LlmqError, first_line
 from llmq.machine import peak_memory
+from llmq.planning.cache import CachePlan
 from llmq.planning.plan import Plan
 from llmq.report.bits import BitsRow, read_bits
 from llmq.report.rows import (
     BlockRow,
+    CacheRow,
     KeptRow,
     TuneRow,
     WeightRow,
     read_block,
+    read_cache,
     read_tune,
     read_weight,
     told_corrections,
@@ -41,7 +44,7 @@ class Report:
     command: the command line that repeats the run with the recipe in a file `recipe.yaml`; examples: the tools whose
     example code the card shows, and whether they were tried; opener: the class of transformers that opens the folder;
     tuned: the training of the whole model after its blocks, if the recipe has a method that does so; chosen: how the
-    bits of the weights were chosen, if a budget was given.
+    bits of the weights were chosen, if a budget was given; cache: how keys and values are rounded, if they are.
     `llmq.report.rows` defines the rows; report.json has the same fields under the same names.
     """
 
@@ -68,6 +71,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     tuned: TuneRow | None = None
     chosen: BitsRow | None = None
+    cache: CacheRow | None = None
 
     @property
     def ratio(self) -> float:
@@ -127,7 +131,8 @@ class Report:
         weights = [read_weight(row) for row in data["weights"]]
         blocks = [read_block(row) for row in data["blocks"]]
         tuned, chosen = read_tune(data.get("tuned")), read_bits(data.get("chosen"))
-        return Report(**{**data, "weights": weights, "blocks": blocks, "tuned": tuned, "chosen": chosen})
+        read = {"tuned": tuned, "chosen": chosen, "cache": read_cache(data.get("cache"))}
+        return Report(**{**data, "weights": weights, "blocks": blocks, **read})
 
 
 def _plain(row: Any) -> dict[str, Any]:
@@ -184,4 +189,11 @@ def make_report(
         command=command,
         versions=versions(),
         tuned=read_tune(done.get(STAGE)),
+        cache=None if plan.cache is None else _cache(plan.cache, done),
     )
+
+
+def _cache(plan: CachePlan, done: Mapping[str, Any]) -> CacheRow:
+    """The row of a cache, with the scales that are in the journal."""
+    scales = {name: pair for payload in done.values() for name, pair in payload.get("cache", {}).items()}
+    return CacheRow(str(plan.cache), {name: (tuple(k), tuple(v)) for name, (k, v) in scales.items()}, plan.without)

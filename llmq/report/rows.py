@@ -13,6 +13,7 @@ from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import WeightState, relative_error
 from llmq.discovery.reasons import Kind, Reason
 from llmq.errors import LlmqError
+from llmq.grids.cache import Cache
 from llmq.grids.scheme import Scheme, changed_scheme
 
 
@@ -117,6 +118,33 @@ class TuneRow:
             f"{self.before:.4f} → {self.after:.4f} at step {self.at} of {self.steps}: kept (errors of weights and "
             "blocks are those before it)"
         )
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """How keys and values are rounded. kind: as in `grids.cache.CACHES`; scales: a module's name in the checkpoint →
+    the stored scales of its keys and of its values, one each, or one for each head; without: the blocks that keep none.
+    """
+
+    kind: str
+    scales: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    without: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = [f"keys and values of {len(self.scales)} layers in {Cache.named(self.kind).told}"]
+        for which, what in enumerate(("keys", "values")):
+            every = [scale for pair in self.scales.values() for scale in pair[which]]
+            told.append(f"{what} {min(every):.3g} to {max(every):.3g}")
+        blocks = f"; {len(self.without)} blocks keep none" if self.without else ""
+        return f"{told[0]} (scales of {', of '.join(told[1:])}){blocks}"
+
+
+def read_cache(data: Mapping[str, Any] | None) -> CacheRow | None:
+    """A row from plain data; None if there is none. Raises KeyError or TypeError."""
+    if data is None:
+        return None
+    scales = {name: (tuple(keys), tuple(values)) for name, (keys, values) in data["scales"].items()}
+    return CacheRow(data["kind"], scales, tuple(data["without"]))
 
 
 def read_tune(data: Mapping[str, Any] | None) -> TuneRow | None:

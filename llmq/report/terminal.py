@@ -144,6 +144,8 @@ def report(console: Console, done: Report) -> None:
     _attempts(console, done)
     if done.corrections is not None:
         console.print(escape(done.corrections), highlight=False)
+    if done.cache is not None:
+        console.print(f"cache: {done.cache}", highlight=False)
     if done.tuned is not None:
         console.print(escape(f"{done.recipe['methods'][-1]}: {done.tuned}"), highlight=False)
     for names, note in _alike(done.fallbacks):
@@ -260,6 +262,8 @@ def inspection(console: Console, found: Inspection) -> None:
         totals.add_row("bits per quantized weight", f"{found.bits_per_quantized_weight:.3f}")
     if found.bits_per_weight is not None:
         totals.add_row("bits per weight, whole model", f"{found.bits_per_weight:.3f}")
+    if found.cache is not None:
+        totals.add_row("keys and values", f"{found.cache.told}: the folder has scales for them")
     errors = [(row.error, row.name) for row in found.rows if row.error is not None]
     if errors:
         totals.add_row("largest error", f"{max(errors)[0]:.4f} {escape(max(errors)[1])}")

@@ -26,7 +26,7 @@ from llmq.discovery.tail import Tail
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
 from llmq.planning.plan import BlockPlan, Plan
-from llmq.streaming import mixture, steps
+from llmq.streaming import keys, mixture, steps
 from llmq.streaming.block_io import BlockIO, pack_weights, rest
 from llmq.streaming.block_reader import BlockReader, discard
 from llmq.training import distill
@@ -110,11 +110,14 @@ def quantize_block(
     if planned.parts is not None:
         with rounded_inputs(block.module, block.weights.values()):
             weights += mixture.quantize_parts(io, planned, block, watch)
-    if planned.experts is None:
-        with rounded_inputs(block.module, weights):
-            output = forward(block.module, block.inputs, block.calls, io.device)
-    else:
-        output, sums, routing = mixture.quantize_rest(io, planned, block, before, watch)
+    with keys.largest(io.plan, planned) as seen:
+        if planned.experts is None:
+            with rounded_inputs(block.module, weights):
+                output = forward(block.module, block.inputs, block.calls, io.device)
+        else:
+            output, sums, routing = mixture.quantize_rest(io, planned, block, before, watch)
+    scales = keys.scales(io.plan, planned, seen)
+    if planned.experts is not None:
         io.fill(planned)
         target = mixture.outputs(planned, aim, calls, sums, io.device)
         check_output(planned.name, target, BEFORE)
@@ -125,6 +128,8 @@ def quantize_block(
     payload = {"weights": rows, "error": error, "signature": output_signature(output[0].hidden)}
     if planned.experts is not None:
         payload |= {"routing": routing}
+    if scales:
+        payload |= {"cache": keys.told(scales)}
     if not any(bool(t.hidden.any()) for t in target):
         payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
@@ -132,7 +137,7 @@ def quantize_block(
     if (on_device := device_memory(io.device)) is not None:
         payload |= {"device": on_device}
     discard(block.module)
-    io.sink.commit(planned.unit, tensors, payload)
+    io.sink.commit(planned.unit, tensors | scales, payload)
     return output, None if float_states is None else target
 
 

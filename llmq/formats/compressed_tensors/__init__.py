@@ -13,13 +13,22 @@ from torch import Tensor
 
 from llmq.formats.base import Groups, Loader, Spec
 from llmq.formats.compressed_tensors import eight_bit, microscaled, packed
-from llmq.formats.compressed_tensors.config import INTEGERS, config_of, dense, layout_of, loads_dense, with_targets
+from llmq.formats.compressed_tensors.cache import read_cache
+from llmq.formats.compressed_tensors.config import (
+    INTEGERS,
+    config_of,
+    dense,
+    layout_of,
+    loads_dense,
+    with_cache,
+    with_targets,
+)
 from llmq.formats.compressed_tensors.inspect import COMPANIONS, SCALES, inspect
 from llmq.formats.compressed_tensors.read import CompressedTensorsReader
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.scheme import Scheme
 
-__all__ = ["COMPANIONS", "SCALES", "dense", "inspect", "loads_dense", "with_targets"]
+__all__ = ["COMPANIONS", "SCALES", "dense", "inspect", "loads_dense", "read_cache", "with_cache", "with_targets"]
 
 ONE_SCHEME = False
 READERS = {"compressed-tensors": CompressedTensorsReader}

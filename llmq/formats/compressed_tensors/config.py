@@ -22,6 +22,7 @@ from llmq.errors import LlmqError
 from llmq.formats.base import Groups, dtype_name
 from llmq.formats.compressed_tensors.microscaled import DIVIDED, FORMATS, divided
 from llmq.formats.compressed_tensors.packed import FORMAT
+from llmq.grids.cache import Cache
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import find
 
@@ -75,6 +76,26 @@ def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
         "sparsity_config": {},
         "transform_config": {},
         "version": VERSION,
+    }
+
+
+def with_cache(section: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+    """A `quantization_config` that says how keys and values are rounded; their scales are k_scale and v_scale beside
+    the weights of the module that keeps them."""
+    fp8 = cache.grid != "int"
+    return dict(section) | {
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float" if fp8 else "int",
+            "symmetric": True,
+            "strategy": "attn_head" if cache.heads else "tensor",
+            "group_size": None,
+            "actorder": None,
+            "dynamic": False,
+            "block_structure": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        }
     }
 
 

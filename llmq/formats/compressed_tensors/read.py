@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
+from llmq.formats.compressed_tensors.cache import KEY, VALUE
 from llmq.formats.compressed_tensors.eight_bit import INPUT_SCALE, WEIGHT
 from llmq.formats.compressed_tensors.packed import PACKED, SCALE, SHAPE, ZERO
 from llmq.formats.packing import pack_codes, packed_width, unpack_columns
@@ -110,9 +111,12 @@ class Int8Layer:
 
 
 class CompressedTensorsReader:
-    """config: transformers' CompressedTensorsConfig; with `ordered`, the config groups whose weights need a g_idx."""
+    """Keys and values stay as they are, whatever the configuration says of the cache: their scales are left aside.
+
+    config: transformers' CompressedTensorsConfig; with `ordered`, the config groups whose weights need a g_idx."""
 
     suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
+    aside = (KEY, VALUE)
 
     def __init__(self, config: Configuration) -> None:
         self.config = config.quantization_config
@@ -127,8 +131,6 @@ class CompressedTensorsReader:
             return "dequantize=True asks for dense weights"
         if not config.is_quantization_compressed:
             return "its weights are not stored quantized"
-        if config.quantization_config.kv_cache_scheme is not None:
-            return "it quantizes the key-value cache"
         for scheme in config.quantization_config.config_groups.values():
             reason = _refusal(scheme, str(scheme.format or config.quantization_config.format))
             if reason is not None:
