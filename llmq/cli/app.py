@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmq.allocation.goal import Goal
-from llmq.cli import adapters, evaluate, push, tune
+from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
 from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
@@ -94,7 +94,9 @@ def quantize(
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(help="Any quantized (or plain) model folder; a hub id or 'demo' too.")],
+    folder: Annotated[
+        str, typer.Argument(help="Any quantized (or plain) model folder, or a GGUF file; a hub id or 'demo' too.")
+    ],
     pairs: Annotated[
         bool,
         typer.Option("--pairs", help="Show where scales can move between weights (awq, smoothquant …), or why not."),
@@ -107,8 +109,14 @@ def inspect(
     """
     with explained():
         from llmq.checkpoint.hub import resolve
+        from llmq.formats.gguf.file import is_gguf
         from llmq.report import terminal
 
+        if is_gguf(Path(folder)) and not pairs:
+            from llmq.formats.gguf.inspect import inspect_file
+
+            terminal.inspection(out_console, inspect_file(Path(folder)))
+            return
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
             from llmq.planning.plan import pairs_of
@@ -163,6 +171,7 @@ def generate(
 
 evaluate.add(app)
 adapters.add(app, with_recipe, explained)
+app.command()(export.export)
 app.command()(push.push)
 app.command()(tune.tune)
 

@@ -51,10 +51,10 @@ class Grid:
     without data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the
     weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a group, or for
     one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. rounding: its
-    arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with scales that are powers
-    of two, '' if there is none; format: the module under `formats/` that stores it; layout: the format's name for
-    how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes for, '' for
-    itself; learned: whether the levels of each row are found for the weight.
+    arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales: the same with scales that
+    are powers of two, or that float16 holds, '' if there is none; format: the module under `formats/` that stores
+    it; layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers
+    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Grid:
     inputs: Inputs | None = None
     layout: str = ""
     power_scales: str = ""
+    half_scales: str = ""
     read_as: str = ""
     learned: bool = False
     vector_code: int = 0
@@ -116,6 +117,7 @@ GRIDS = {
             bits=(2, 3, 4, 5, 6, 7, 8),
             rounding="llmq.grids.integer:Integer",
             power_scales="llmq.grids.power_scales:PowerInteger",
+            half_scales="llmq.grids.half_scales:HalfInteger",
             format="compressed_tensors",
             zero_points=True,
             ranges=RANGES,
@@ -217,6 +219,8 @@ POWER_SCALES = {
     if grid.power_scales
 }
 """The rows of the grids whose scales may be powers of two, for schemes with such scales."""
+HALF_SCALES = {grid.name: replace(grid, rounding=grid.half_scales) for grid in GRIDS.values() if grid.half_scales}
+"""The same for scales that float16 holds."""
 
 EACH = tuple(grid.name for grid in GRIDS.values() if not grid.vector_code)
 """The grids on which every weight is rounded by itself."""
