@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "llmq_eval": {"llmq_eval", "llmq"},
 }
 MODEL_NAMES = re.compile(
-    r"llama|mistral|mixtral|qwen|gemma|gpt2|gpt_neox|falcon|deepseek|phi3|bloom|mamba|glm4|olmo|cohere|opt-\d"
+    r"(?<!o)llama(?![-._]cpp)|mistral|mixtral|qwen|gemma|gpt2|gpt_neox|falcon|deepseek|phi3|bloom|mamba|glm4|olmo|cohere|opt-\d"
     r"|q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|input_layernorm|self_attn"
     r"|position_embeddings|attention_mask",
     re.IGNORECASE,
@@ -64,7 +64,7 @@ GROUPS = (
     {"checkpoint", "discovery", "grids"},
     {"recipe", "numerics", "formats", "block"},
     {"data", "methods", "inference"},
-    {"planning", "training"},
+    {"planning", "training", "export"},
     {"report"},
     {"streaming", "push", "export"},
     {"allocation"},

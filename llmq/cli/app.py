@@ -94,7 +94,9 @@ def quantize(
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(help="Any quantized (or plain) model folder; a hub id or 'demo' too.")],
+    folder: Annotated[
+        str, typer.Argument(help="Any quantized (or plain) model folder, or a GGUF file; a hub id or 'demo' too.")
+    ],
     pairs: Annotated[
         bool,
         typer.Option("--pairs", help="Show where scales can move between weights (awq, smoothquant …), or why not."),
@@ -107,8 +109,14 @@ def inspect(
     """
     with explained():
         from llmq.checkpoint.hub import resolve
+        from llmq.formats.gguf.file import is_gguf
         from llmq.report import terminal
 
+        if is_gguf(Path(folder)) and not pairs:
+            from llmq.formats.gguf.inspect import inspect_file
+
+            terminal.inspection(out_console, inspect_file(Path(folder)))
+            return
         path = resolve(folder, trust_remote_code=trust_remote_code)
         if pairs:
             from llmq.planning.plan import pairs_of

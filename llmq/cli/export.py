@@ -2,38 +2,123 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq.cli.options import Out, Trust, err_console, explained
+from llmq.cli.options import Trust, err_console, explained
 from llmq.errors import LlmqError
 
-TARGETS = ("dense",)
+if TYPE_CHECKING:
+    from llmq.export.gguf import Exported
+
+TARGETS = ("dense", "gguf")
+GGUF = "GGUF"
 out_console = Console()
 
 
 def export(
-    folder: Annotated[str, typer.Argument(help="A quantized folder, or a hub id (org/name).")],
+    folder: Annotated[str, typer.Argument(help="A folder that llmq quantize wrote, or a hub id of one.")],
     to: Annotated[
         str,
-        typer.Option(help="dense: the dequantized weights as plain safetensors, in the model's dtype and full size."),
+        typer.Option(
+            help="gguf: for llama.cpp, Ollama, LM Studio. dense: the dequantized weights as plain safetensors, in the "
+            "model's dtype and full size."
+        ),
     ],
-    out: Out,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write; dense: the folder.")],
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp",
+            help="A clone of llama.cpp, or the source of llama-cpp-python: its converter is run. Default: "
+            "$LLMQ_LLAMA_CPP, or convert_hf_to_gguf.py on the path.",
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
+    embedding: Annotated[
+        str,
+        typer.Option(
+            help="Input and output embedding, if they are not quantized: keep (default: in the model's dtype) or q8_0.",
+            rich_help_panel=GGUF,
+        ),
+    ] = "keep",
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            help="A type to take wherever it holds the codes, as q8_0 for 4-bit ones. Default: the smallest that does.",
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="llama.cpp's name for how the tokenizer splits text, if its converter does not know the tokenizer.",
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where temporary files go: twice the size of the unquantized model. Default: beside the output.",
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a quantized folder for tools that do not read its format; a killed run resumes.
+    """Write a quantized folder in another program's format: the same codes and scales, nothing is quantized again.
 
-    [bold]--to dense[/] is also called simulated quantization: any tool computes with the quantized values.
+    [bold]--to dense[/] is also called simulated quantization: any tool computes with the quantized values. If that run is
+    killed, the same command resumes it.
     """
     with explained():
         if to not in TARGETS:
             raise LlmqError(f"--to {to}: choose from {', '.join(TARGETS)}")
-        from llmq.export.dense import export_dense
-        from llmq.report.progress import Bars
+        if to == "dense":
+            _dense(folder, out, trust_remote_code)
+            return
+        from llmq.checkpoint.hub import resolve
+        from llmq.export.gguf import export_gguf
 
-        with Bars(err_console) as bars:
-            export_dense(folder, out, trust_remote_code=trust_remote_code, watch=bars)
-        out_console.print(f"written: {escape(str(out))}", highlight=False, soft_wrap=True)
+        done = export_gguf(
+            resolve(folder, trust_remote_code=trust_remote_code),
+            out,
+            llama_cpp=llama_cpp,
+            embedding=embedding,
+            prefer=prefer,
+            pre_tokenizer=pre_tokenizer,
+            work=work,
+            trust_remote_code=trust_remote_code,
+        )
+        _show(done)
+
+
+def _dense(folder: str, out: Path, trust_remote_code: bool) -> None:
+    from llmq.export.dense import export_dense
+    from llmq.report.progress import Bars
+
+    with Bars(err_console) as bars:
+        export_dense(folder, out, trust_remote_code=trust_remote_code, watch=bars)
+    out_console.print(f"written: {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+def _show(done: Exported) -> None:
+    """What was written of which tensors, and what of it is not as in the folder."""
+
+    def say(text: str) -> None:
+        out_console.print(escape(text), highlight=False, soft_wrap=True)
+
+    for kind, why in dict.fromkeys((row.kind, row.why) for row in done.rows):
+        rows = [row for row in done.rows if (row.kind, row.why) == (kind, why)]
+        quantized = any(row.bits is not None for row in rows)
+        worst = max(row.worst for row in rows)
+        exact = "every number as in the folder" if worst == 0 else f"differs by at most {worst:.1g} of the largest"
+        size = sum(row.nbytes for row in rows) / 2**20
+        named = f"{why}: {', '.join(row.name for row in rows)}" if why else "as they were"
+        say(f"{kind:6} {len(rows):5} tensors {size:9.1f} MiB  {exact if quantized else named}")
+    for warning in done.warnings:
+        out_console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    say(f"{done.path}: {done.nbytes / 2**20:.1f} MiB, read back and compared with the dequantized weights")

@@ -64,8 +64,8 @@ Activations = Annotated[
 Scales = Annotated[
     str | None,
     typer.Option(
-        help="free (default), or pow2: scales of grid int are powers of two, also those of inputs where they are "
-        "static, so that a product with one is a shift."
+        help="free (default); pow2: scales of grid int are powers of two, also those of inputs where they are static, "
+        "so that a product with one is a shift; float16: they are what float16 holds, as GGUF stores them."
     ),
 ]
 Packing = Annotated[

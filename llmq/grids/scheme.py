@@ -8,10 +8,11 @@ from math import lcm
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.grids.table import GRIDS, INPUT_GRIDS, OWN, POWER_SCALES, RANGES, Grid, Inputs, find
+from llmq.grids.table import GRIDS, HALF_SCALES, INPUT_GRIDS, OWN, POWER_SCALES, RANGES, Grid, Inputs, find
 from llmq.validate import check_choice, check_keys, check_types, made
 
-SCALES = ("free", "pow2")
+SCALES = {"free": GRIDS, "pow2": POWER_SCALES, "float16": HALF_SCALES}
+TOLD_SCALES = {"pow2": "that are powers of two (pow2)", "float16": "in float16"}
 PACKINGS = ("standard", "llmq")
 
 
@@ -51,8 +52,9 @@ class Scheme:
     grid: a row of `grids.table`, which has its limits. bits: of a code. group_size: input columns that share a scale
     (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
-    runs; None is no rounding. scales: 'free', or 'pow2' for powers of two, those of inputs too where they are static.
-    packing: 'standard', or 'llmq' for the fewest bits on disk, in a folder that only llmq reads.
+    runs; None is no rounding. scales: 'free'; 'pow2' for powers of two, those of inputs too where they are static; or
+    'float16' for what float16 holds, in a model of any dtype. packing: 'standard', or 'llmq' for the fewest bits on
+    disk, in a folder that only llmq reads.
     """
 
     bits: int = 4
@@ -73,10 +75,10 @@ class Scheme:
         if self.group_size is not None and self.group_size < 2:
             raise LlmqError(f"group size must be a whole number from 2 up, or 'channel', not {self.group_size!r}")
         refusal = grid.refusal(self.bits, self.group_size, self.symmetric)
-        check_choice("scales", self.scales, SCALES)
-        if self.scales == "pow2" and not grid.power_scales:
-            having = ", ".join(map(repr, POWER_SCALES))
-            raise LlmqError(f"scales that are powers of two (pow2) are for grid {having} only, not {self.grid!r}")
+        check_choice("scales", self.scales, [*SCALES])
+        if grid.name not in SCALES[self.scales]:
+            having = ", ".join(map(repr, SCALES[self.scales]))
+            raise LlmqError(f"scales {TOLD_SCALES[self.scales]} are for grid {having} only, not {self.grid!r}")
         check_choice("packing", self.packing, PACKINGS)
         if self.packing == "llmq" and not grid.own:
             having = ", ".join(map(repr, OWN))
@@ -123,16 +125,14 @@ class Scheme:
         if self.rules.zero_points:
             name += " symmetric" if self.symmetric else " asymmetric"
         name += " double-quantized" if self.double_quant else ""
-        name += ", pow2 scales" if self.scales == "pow2" else ""
+        name += "" if self.scales == "free" else f", {self.scales} scales"
         name += ", packed for llmq" if self.packing == "llmq" else ""
         return name + (f", {self.activations} activations" if self.activations else "")
 
     @property
     def rules(self) -> Grid:
         """The scheme's grid: its limits, its rounding, its format."""
-        if self.packing == "llmq":
-            return OWN[self.grid]
-        return GRIDS[self.grid] if self.scales == "free" else POWER_SCALES[self.grid]
+        return OWN[self.grid] if self.packing == "llmq" else SCALES[self.scales][self.grid]
 
     @property
     def inputs(self) -> Inputs | None:
@@ -186,7 +186,7 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
         # What a grid does not have does not follow to it.
         rules = made(lambda: find(grid), where)
         values = ({} if rules.double_quant else {"double_quant": False}) | values
-        values = ({} if rules.power_scales else {"scales": "free"}) | values
+        values = ({} if rules.name in SCALES.get(base.scales, ()) else {"scales": "free"}) | values
         values = ({} if rules.own else {"packing": "standard"}) | values
     if isinstance(grid, str) and "grid" in values:
         # What a grid has only one of need not be said.

@@ -54,10 +54,11 @@ class Grid:
     None for none; other_inputs: those that a scheme has to ask for by their grid. vector_code: the bits of a code that
     stands for all weights of a group, or for one of several vectors that are added; 0 if every weight has a code, and
     is rounded by itself. own: the format that stores it for llmq alone, and the stored size of a code there, if that is
-    smaller. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with
-    scales that are powers of two, '' if there is none; format: the module under `formats/` that stores it; layout: the
-    format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes
-    for, '' for itself; learned: whether the levels of each row are found for the weight.
+    smaller. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales: the
+    same with scales that are powers of two, or that float16 holds, '' if there is none; format: the module under
+    `formats/` that stores it; layout: the format's name for how it is stored, if it has a layout of its own; read_as:
+    the grid that readers take its codes for, '' for itself; learned: whether the levels of each row are found for the
+    weight.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Grid:
     other_inputs: tuple[Inputs, ...] = ()
     layout: str = ""
     power_scales: str = ""
+    half_scales: str = ""
     read_as: str = ""
     learned: bool = False
     vector_code: int = 0
@@ -130,6 +132,7 @@ GRIDS = {
             bits=(2, 3, 4, 5, 6, 7, 8),
             rounding="llmq.grids.integer:Integer",
             power_scales="llmq.grids.power_scales:PowerInteger",
+            half_scales="llmq.grids.half_scales:HalfInteger",
             format="compressed_tensors",
             zero_points=True,
             ranges=RANGES,
@@ -244,6 +247,8 @@ POWER_SCALES = {
     if grid.power_scales
 }
 """The rows of the grids whose scales may be powers of two, for schemes with such scales."""
+HALF_SCALES = {grid.name: replace(grid, rounding=grid.half_scales) for grid in GRIDS.values() if grid.half_scales}
+"""The same for scales that float16 holds."""
 OWN = {
     grid.name: replace(grid, format=grid.own[0], stored_bits=grid.own[1], read_as="")
     for grid in GRIDS.values()

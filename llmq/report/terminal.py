@@ -286,8 +286,8 @@ def _alike_row(found: Alike) -> list[str]:
 
 
 def scheme(row: Row) -> str:
-    """The storage of a weight: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64' …"""
-    if row.bits is None:
+    """The storage of a weight: 'bfloat16', 'int4 g128', 'int4 channel asymmetric', 'nf4 g64', 'Q4_0' …"""
+    if row.bits is None or row.kind == row.dtype:
         return row.dtype
     kind = row.kind if row.kind[-1:].isdigit() else f"{row.kind}{row.bits}"
     told = f"{kind} {f'g{row.group}' if row.group else 'channel'}" + ("" if row.symmetric else " asymmetric")
