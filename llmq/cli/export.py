@@ -71,8 +71,8 @@ def export(
 ) -> None:
     """Write a quantized folder in another program's format: the same codes and scales, nothing is quantized again.
 
-    [bold]--to dense[/] is also called simulated quantization: any tool computes with the quantized values. If that run is
-    killed, the same command resumes it.
+    [bold]--to dense[/] is also called simulated quantization: any tool computes with the quantized values. If that run
+    is killed, the same command resumes it.
     """
     with explained():
         if to not in TARGETS:
