@@ -2,8 +2,8 @@
 
 No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
 the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
-its error names the format (`llmq-codebook`; vLLM was not tried). `restored` is the configuration as llmq's reader sees
-it.
+its error names the format (`llmq-codebook`; vLLM 0.32 refuses its key `grid`). `restored` is the configuration as
+llmq's reader sees it.
 
 A weight [out, in] is stored as `weight_codes`, a dense stream of bits as compressed-tensors packs integers, as
 `weight_levels` [out, 2^bits] in the model's dtype, and `weight_shape`.
