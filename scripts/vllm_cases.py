@@ -37,7 +37,23 @@ W4, W8 = Scheme(4, 64), Scheme(8, 64)
 W8A8 = Scheme(8, None, activations=Activations())
 STATIC = Scheme(8, None, activations=Activations(dynamic=False))
 FP8 = [Scheme(8, None, grid="fp8", activations=a) for a in (None, Activations(), Activations(dynamic=False))]
-SMALL = [Scheme(4, 16, grid="nvfp4"), *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8))]
+SMALL = [
+    Scheme(4, 16, grid="nvfp4"),
+    Scheme(4, 16, grid="nvfp4", activations=Activations(dynamic=False)),
+    *(Scheme(bits, 32, grid=f"mxfp{bits}", activations=a) for bits in (4, 6, 8) for a in (None, Activations())),
+    Scheme(4, 32, grid="mxfp4", activations=Activations(grid="fp8")),
+    *(Scheme(8, 128, grid="fp8-block", activations=a) for a in (None, Activations())),
+    Scheme(4, 128, activations=Activations(grid="fp8")),
+    Scheme(3, None, grid="kmeans"),
+]
+VQ = Scheme(2, 8, grid="vq")
+FEW = {
+    "ternary g64": Scheme(2, 64, grid="ternary"),
+    "binary g64": Scheme(2, 64, grid="binary"),
+    "4-bit g64, pow2 scales": Scheme(4, 64, scales="pow2"),
+}
+FLOATS = [SMALL[0], SMALL[1], SMALL[2], SMALL[6], SMALL[7], SMALL[10]]
+"""For experts."""
 NF4 = [Scheme(4, 64, grid="nf4", double_quant=d) for d in (True, False)]
 
 
@@ -108,6 +124,9 @@ def cases() -> Iterator[Case]:
     packed = [Scheme(b, g, s) for b, s, g in product(range(2, 9), (True, False), (32, 64, 128, None))]
     for scheme in [*packed, W8A8, STATIC, *FP8, *SMALL, *NF4]:
         yield Case("demo", str(scheme), recipe(scheme), table=True)
+    yield Case("demo", str(VQ), recipe(VQ, "vq"), table=True)
+    for name, scheme in FEW.items():
+        yield Case("demo", name, recipe(scheme))
     mixtures = {
         "4-bit and 8-bit": {"overrides": (("mlp", W8),)},
         "4-bit and 4-bit channel": {"overrides": (("mlp", Scheme(4, None)),)},
@@ -141,6 +160,10 @@ def cases() -> Iterator[Case]:
         yield Case(model, "--keep self_attn", recipe(wide, keep=("self_attn",)))
         yield Case(model, "--keep experts", recipe(wide, keep=("experts",)))
         yield Case(model, str(W4), recipe(W4))
+        for scheme in FLOATS:
+            # The keys' and values' outputs are no whole blocks of 128.
+            keep = ("self_attn",) if scheme.rules.rows > 1 else ()
+            yield Case(model, str(scheme), recipe(scheme, loader="vllm", keep=keep))
     for model in VISION:
         yield Case(model, str(W4), recipe(W4))
     for scheme in (Scheme(4, 128, False), Scheme(3, 128), W8A8, FP8[1]):

@@ -21,6 +21,18 @@ but no kernel.
 mocked and Humming counted as installed. Nothing was run on a GPU. int8 with static scales: by oneDNN's kernel; vLLM's
 AMX kernel ignores static scales.
 
+**Floats of 4 and 8 bits**: the CPU build has no kernel for them (for blocks of fp8 only on processors with AMX, on
+which this was not run). With the plain product, which leaves inputs alone, vLLM's own loader filled its parameters from
+the folder, with the scales' names, shapes and dtypes as written; so it did for 4-bit integers beside fp8 inputs, a
+scheme of Hopper's only. FlashInfer counts as not installed: where it is, vLLM prefers its kernels on Blackwell. To
+vLLM, mxfp4 and mxfp8 are schemes with rounded inputs: where such a kernel is chosen, it rounds the inputs of
+weight-only folders, too (from its source). fp8-block without rounded inputs fails in vLLM's own code, whatever the GPU.
+Experts: 4-bit integers beside fp8 inputs need widths that 256 divides (from its source).
+
+Weights whose scales are for blocks of 128 outputs (fp8-block): vLLM refuses a fused matrix if a part other than the
+last has outputs that are no whole blocks, and experts whose matrices have. `llmq plan` warns of it, and refuses it with
+`--loader vllm`. Folders of llmq's own (kmeans) and of AQLM (vq) are refused aloud.
+
 NF4 needs a plugin in vLLM {vllm}: with `vllm-bnb-plugin` 0.0.3 a folder was loaded by hand (rms 0.0127 in bfloat16,
 whose own floor is 0.0125).
 
@@ -89,14 +101,32 @@ def pictures(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     return text
 
 
-def with_pictures(page: str, rows: list[tuple[Case, dict[str, Any]]]) -> str:
-    """A page with only that section written anew, where the rows of the others are not known."""
-    title = PICTURES.strip().partition("\n")[0]
-    before, found, after = page.partition(f"\n{title}\n")
-    if not found:
-        before, _, after = page.partition(FUSED)
-        return before + pictures(rows) + FUSED + after
-    return before + pictures(rows) + FUSED + after.partition(FUSED)[2]
+def merged(old: str, rows: list[tuple[Case, dict[str, Any]]], data: dict[str, Any]) -> str:
+    """A page of earlier rows with these rows in their places, or at the end of their tables."""
+    new = page(rows, data)
+    titles = ["## Schemes, on demo", *(part.strip().partition("\n")[0] for part in (OTHERS, PICTURES, FUSED))]
+    text = new.partition(titles[0])[0]
+    for title, after in zip(titles, [*titles[1:], ""], strict=True):
+        mine, known = (_section(whole, title, after) for whole in (new, old))
+        named = 1 if title == titles[0] else 2
+        found = {_key(line, named): line for line in known if line.startswith("|")}
+        found |= {_key(line, named): line for line in mine if line.startswith("|")}
+        # The words are those of now.
+        begin = next((at for at, line in enumerate(mine) if line.startswith("|")), len(mine))
+        text += "\n".join([title, *mine[:begin], *found.values()])
+        text += "\n\n" if after else "\n"
+    return text
+
+
+def _section(text: str, title: str, after: str) -> list[str]:
+    """The lines of a section, without its title and what is blank at its end."""
+    inside = text.partition(f"{title}\n")[2]
+    return (inside.partition(f"\n{after}\n")[0] if after else inside).rstrip().split("\n")
+
+
+def _key(line: str, named: int) -> tuple[str, ...]:
+    """What a line of a table is of: a scheme, or a model and a recipe, its first cells."""
+    return tuple(cell.strip() for cell in line.strip("|").split("|")[:named])
 
 
 def _cpu(cpu: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ os.environ |= {
 
 import numpy as np
 import torch
+from vllm_plain import run_dense, stand_ins_for_floats, use
 
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()  # vLLM 0.32 uses AMX tiles without asking the kernel for them: SIGILL in small models
@@ -64,7 +65,8 @@ class PlainProduct:
         bits = kind.size_bits
         codes = unpacked(layer.weight_packed, bits)[:, :width]
         scale = layer.weight_scale.float()
-        zero = torch.tensor(float(kind.bias))
+        # Beside fp8 inputs the codes have an offset that their type does not tell.
+        zero = torch.tensor(float(1 << (bits - 1) if kind.is_signed() else kind.bias))
         if self.config.zero_points:
             zero = unpacked(layer.weight_zero_point.t().contiguous(), bits)[:, :rows].t().float()[..., None]
         grouped = codes.float().view(rows, scale.shape[1], -1)
@@ -87,18 +89,13 @@ class PlainFloat8(PlainProduct):
 
 def plain_experts(method: Any, layer: torch.nn.Module) -> None:
     """In the place of packing experts for a kernel: they are dequantized, and run as unquantized ones."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
     for name in ("w13", "w2"):
         words, scale = getattr(layer, f"{name}_weight_packed"), getattr(layer, f"{name}_weight_scale")
         experts, rows, groups = scale.shape
         codes = unpacked(words.reshape(experts * rows, -1), method.num_bits).view(experts, rows, groups, -1)
         plain = (codes - (1 << (method.num_bits - 1))).float() * scale.float()[..., None]
-        weight = torch.nn.Parameter(plain.view(experts, rows, -1).to(scale.dtype), requires_grad=False)
-        layer.register_parameter(f"{name}_weight", weight)
-    plain_method = UnquantizedFusedMoEMethod(method.moe)
-    layer._replace_quant_method(plain_method)
-    plain_method.process_weights_after_loading(layer)
+        use(layer, name, plain.view(experts, rows, -1))
+    run_dense(method, layer)
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -124,6 +121,7 @@ def stand_ins() -> ExitStack:
     stack.enter_context(mock.patch.object(experts, "select_wna16_moe_backend", lambda **_: (backend, None)))
     kind = experts.CompressedTensorsWNA16MoEMethod
     stack.enter_context(mock.patch.object(kind, "process_weights_after_loading", plain_experts))
+    stand_ins_for_floats(stack, PlainProduct)
     return stack
 
 
@@ -269,8 +267,10 @@ def nvidia(capability: tuple[int, int]) -> ExitStack:
     import vllm.model_executor.kernels.linear as linear
     import vllm.model_executor.kernels.linear.mixed_precision.humming as mixed
     import vllm.model_executor.kernels.linear.scaled_mm.humming as scaled
+    import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_fp8 as w4a8
     import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 as w8a8
     import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a16_fp8 as w8a16
+    import vllm.model_executor.layers.quantization.utils.nvfp4_utils as fp4
     from vllm import _custom_ops as ops
     from vllm.distributed import parallel_state
     from vllm.platforms import PlatformEnum, current_platform
@@ -306,8 +306,15 @@ def nvidia(capability: tuple[int, int]) -> ExitStack:
         raise ChosenKernel(choose(*args, **named))
 
     stack.enter_context(mock.patch.object(linear, "choose_scaled_mm_linear_kernel", stop))
-    # Of a CUDA build this is known only to its binary: CUTLASS has fp8 from Ada on.
+    choose_mixed = w4a8.choose_mp_linear_kernel
+
+    def stop_mixed(*args: Any, **named: Any) -> None:
+        raise ChosenKernel(choose_mixed(*args, **named))
+
+    stack.enter_context(mock.patch.object(w4a8, "choose_mp_linear_kernel", stop_mixed))
+    # Of a CUDA build this is known only to its binary: CUTLASS has fp8 from Ada on, and fp4 from Blackwell on.
     stack.enter_context(mock.patch.object(ops, "cutlass_scaled_mm_supports_fp8", lambda number: number >= 89))
+    stack.enter_context(mock.patch.object(fp4, "cutlass_scaled_mm_supports_fp4", lambda number: number >= 100))
     return stack
 
 
@@ -346,6 +353,8 @@ class ChosenKernel(Exception):
 def first_line(error: BaseException) -> str:
     """An exception in one line: the innermost that says something, without addresses and what is the same for all."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:  # an assertion without words
+        lines = [str(traceback.extract_tb(error.__traceback__)[-1].line)]
     words = " ".join(lines[:3]).partition(" Must be one of")[0].partition("Value error, ")
     return f"{type(error).__name__}: {words[2] or words[0]}"[:400]
 

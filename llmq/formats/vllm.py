@@ -71,7 +71,10 @@ def loader(schemes: Collection[Scheme]) -> Loader:
     if refused := [told for scheme in sorted(schemes, key=name_of) if (told := refusal(scheme))]:
         return Loader(refused[0], tried=False)
     kernels = list(dict.fromkeys(kernel for row in rows.values() for kernel in row["cuda"].values()))
-    gpu = f"on NVIDIA GPUs its rules choose {' or '.join(kernels)} (not run)"
+    every = {capability for row in known["schemes"].values() for capability in row["cuda"]} - {"refused"}
+    on = every.intersection(*(row["cuda"] for row in rows.values()))
+    which = "" if on == every else f" of compute capability {', '.join(sorted(on, key=float)) or 'none'}"
+    gpu = f"on NVIDIA GPUs{which} its rules choose {' or '.join(kernels)} (not run)"
     missing = [name for name, row in rows.items() if "refused" in row["cpu"]]
     if missing:
         return Loader(f"{version} has no CPU kernel for {', '.join(missing)}; {gpu}", tried=False, code="vllm")

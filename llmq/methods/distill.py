@@ -111,8 +111,6 @@ class Distill(Method):
         """See `Method.refusal`: scales must be able to move."""
         if scheme.double_quant:
             return f"it trains scales, and those of {scheme} are quantized themselves and cannot move"
-        if scheme.rules.rows > 1:
-            return f"it trains the scales of single channels, and {scheme} has one for {scheme.rules.rows} of them"
         return None
 
     @staticmethod

@@ -62,6 +62,39 @@ def half_quadratic(
     rounding = rounding_of(scheme.rules)
     scale_dtype = rounding.scale_dtype or scale_dtype
     scale, zero = rounding.find_scale(weight, scheme, "mse", None, scale_dtype)
+    options = p, beta, kappa, iterations, unbiased
+    if scheme.rules.rows == 1:
+        codes = _solve(weight, scale, zero, scheme, scale_dtype, *options)
+    else:
+        for start in range(0, len(weight), scheme.rules.rows):
+            band = slice(start, start + scheme.rules.rows)
+            # A block of channels with one scale is a group.
+            blocks = weight[band].reshape(-1, scale.shape[1], weight.shape[1] // scale.shape[1]).transpose(0, 1)
+            mine = scale[start].unsqueeze(1).clone()
+            _solve(blocks.flatten(1), mine, None, scheme, scale_dtype, *options)
+            scale[band] = mine.t()
+        return rounded_on(weight, scale, zero, scheme)
+    if rounding.settle(scale, scheme)[1] is not None:
+        return rounded_on(weight, scale, zero, scheme)
+    return QuantizedWeight(codes, scale, zero, scheme)
+
+
+def _solve(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    p: float,
+    beta: float,
+    kappa: float,
+    iterations: int,
+    unbiased: float,
+) -> Tensor:
+    """Improves the scales [rows, groups] and zero points of a weight in place; returns the codes. The rest as in
+    `half_quadratic`.
+    """
+    rounding = rounding_of(scheme.rules)
     codes = torch.empty(weight.shape, dtype=rounding.code_dtype, device=weight.device)
     for start, part, top, unit in parts(weight, scale.shape[1]):
         rows = slice(start, start + len(part))
@@ -84,9 +117,7 @@ def half_quadratic(
         scale[rows] = torch.where(live, found * unit, scale[rows].unsqueeze(-1)).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
-    if rounding.settle(scale, scheme)[1] is not None:
-        return rounded_on(weight, scale, zero, scheme)
-    return QuantizedWeight(codes, scale, zero, scheme)
+    return codes
 
 
 class _Solver:

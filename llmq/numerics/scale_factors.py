@@ -1,7 +1,8 @@
 """Factors on the scales of a quantized weight, its codes fixed: ŵ = s·f · (point − zero).
 
-The loss's gradient with respect to the factor of a group is ∂L/∂f = s · Σ (point − zero) · ∂L/∂ŵ over the group. Scales
-are rounded to their stored dtype in every value; the gradient ignores that rounding (straight-through).
+The loss's gradient with respect to the factor of a group is ∂L/∂f = s · Σ (point − zero) · ∂L/∂ŵ over the group, or
+over the groups of all channels that share a scale, whose factors start equal and so stay equal. Scales are rounded to
+their stored dtype in every value; the gradient ignores that rounding (straight-through).
 """
 
 from __future__ import annotations
@@ -43,4 +44,9 @@ def factor_gradient(q: QuantizedWeight, gradient: Tensor) -> Tensor:
         if q.zero is not None:
             points = points - q.zero[part].unsqueeze(-1)
         found[part] = (points * gradient[part].to(dtype).view_as(points)).sum(-1)
-    return found.mul_(q.scale.to(dtype))
+    found.mul_(q.scale.to(dtype))
+    for start in range(0, rows if q.scheme.rules.rows > 1 else 0, q.scheme.rules.rows):
+        # Channels that share a scale share its factor: equal gradients keep their factors equal.
+        band = slice(start, start + q.scheme.rules.rows)
+        found[band] = found[band].sum(0)
+    return found

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.compressed_tensors import eight_bit, microscaled, packed
 from llmq.grids.scheme import Activations, Scheme
+from tests.llmq.grids.peers import known_to_compressed_tensors
 
 PACKED = [Scheme(4, 32), Scheme(3, 32, False), Scheme(8, None)]
 EIGHT = [Scheme(8, None, activations=Activations()), Scheme(8, None, grid="fp8")]
@@ -58,6 +59,8 @@ def test_what_stock_transformers_does(schemes: list[Scheme], code: str | None, w
 GOLDEN = {
     "nvfp4": Scheme(4, 16, grid="nvfp4", activations=Activations(dynamic=False)),
     "mxfp4": Scheme(4, 32, grid="mxfp4", activations=Activations()),
+    "mxfp4_fp8": Scheme(4, 32, grid="mxfp4", activations=Activations(grid="fp8")),
+    "mxfp6": Scheme(6, 32, grid="mxfp6", activations=Activations()),
     "mxfp8": Scheme(8, 32, grid="mxfp8", activations=Activations()),
     "fp8_block": Scheme(8, 128, grid="fp8-block", activations=Activations()),
 }
@@ -70,6 +73,7 @@ def test_what_llm_compressor_wrote(name: str) -> None:
     But for the divisor of an input's scales, which is a power of two here.
     """
     folder, scheme = Path(__file__).parent / "compressed_tensors" / "golden" / name, GOLDEN[name]
+    known_to_compressed_tensors(scheme)
     section = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
     theirs = QuantizationConfig.model_validate(section).config_groups["group_0"]
     mine = QuantizationConfig.model_validate(ct.config({scheme: ["a"]}, [], torch.bfloat16)).config_groups["group_0"]

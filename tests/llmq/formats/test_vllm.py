@@ -42,7 +42,12 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
             "vllm",
             "0.0023 (rms) from the dequantized weights'; other architectures: docs/vllm.md; on NVIDIA GPUs its rules",
         ),
-        ([FOUR, THREE], False, "vllm", "no CPU kernel for 3-bit g32 symmetric; on NVIDIA GPUs"),
+        (
+            [FOUR, THREE],
+            False,
+            "vllm",
+            "no CPU kernel for 3-bit g32 symmetric; on NVIDIA GPUs of compute capability 8.0 its",
+        ),
         ([Scheme(4, 64, grid="nf4")], False, None, "vLLM 1.2 does not load nf4 g64: unknown method"),
         ([FOUR, Scheme(4, 48)], False, None, "4-bit g48 symmetric: not tried with vLLM 1.2"),
     ],

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.formats.compressed_tensors import eight_bit
 from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.nearest import round_to_nearest
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.methods import find
@@ -52,6 +54,27 @@ def test_never_worse_than_rounding_on_the_mse_range(
     assert torch.equal(q.codes, round_to_grid(weight, q.scale, q.zero, scheme)), "the nearest codes of its own grid"
     base = objective(weight, rounded(weight, scheme, "mse", dtype), p)
     assert bool((objective(weight, q, p) <= base * 1.0001).all())
+
+
+@pytest.mark.parametrize("p", [0.7, 2.0, 3.0])
+@pytest.mark.parametrize("rows", [96, 200])
+def test_a_block_of_channels_is_never_worse_either(p: float, rows: int) -> None:
+    scheme = Scheme(8, 128, grid="fp8-block")
+    weight = sample(rows, rows, 256, 2.0) * torch.exp(torch.randn(rows, 1, generator=torch.Generator().manual_seed(0)))
+    q, base = (
+        half_quadratic(weight, scheme, torch.bfloat16, p=p),
+        round_to_nearest(weight, scheme, torch.bfloat16, "mse"),
+    )
+    assert isinstance(base, QuantizedWeight)
+    stored = eight_bit.pack(q)["weight_scale"]
+    assert stored.shape == (-(-rows // 128), 2)
+
+    def of_blocks(found: QuantizedWeight) -> Tensor:
+        error = objective(weight, found, p)
+        return torch.stack([band.sum(0) for band in error.split(128)])
+
+    mine, other = of_blocks(q), of_blocks(base)
+    assert bool((mine <= other * 1.0001).all()) and (p > 1 or bool((mine < other).any()))
 
 
 @pytest.mark.parametrize("p", [0.7, 1.0, 2.5])

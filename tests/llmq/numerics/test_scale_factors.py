@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmq.formats.compressed_tensors import eight_bit
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
@@ -48,3 +49,27 @@ def test_scales_are_moved_in_their_own_dtype(scheme: Scheme) -> None:
     assert torch.equal(moved.scale[[0, 4, 5]], q.scale[[0, 4, 5]])
     wanted = (q.scale[1:4].float() * torch.tensor([[1.25], [0.1], [10.0]])).to(q.scale.dtype)
     assert torch.equal(moved.scale[1:4], wanted)
+
+
+def test_channels_that_share_a_scale_share_its_factor() -> None:
+    """The gradient is that of one factor for a block; what descent makes of it can be stored."""
+    scheme = Scheme(8, 128, grid="fp8-block")
+    value = torch.randn(160, 256, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    q = rounding_of(scheme.rules).reopen(round_to_nearest(value, scheme, torch.bfloat16))
+    outer = torch.randn(160, 256, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shared = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    factors = shared.repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)
+    (q.dequantize(torch.float32).double() * factors * outer).sum().backward()
+    found = factor_gradient(q, outer)
+    assert shared.grad is not None and torch.allclose(found[[0, 128]], shared.grad, rtol=1e-6)
+    assert torch.equal(found[:128], found[:1].expand(128, 2)) and torch.equal(found[128:], found[128:129].expand(32, 2))
+    factor = torch.ones(160, 2, requires_grad=True)
+    step = torch.optim.Adam([factor], lr=0.05)
+    for seed in range(3):
+        outer = torch.randn(160, 256, generator=torch.Generator().manual_seed(seed))
+        factor.grad = factor_gradient(scaled_by(q, factor.detach()), outer)
+        step.step()
+    moved = scaled_by(q, factor.detach())
+    tensors = eight_bit.pack(moved)
+    assert not torch.equal(tensors["weight_scale"], q.scale[::128])
+    assert torch.equal(eight_bit.unpack(tensors, scheme).dequantize(torch.float32), moved.dequantize(torch.float32))

@@ -28,7 +28,7 @@ from tests.llmq.planning.made import item
 from tests.llmq.refusal import refused
 
 IDS = tiny.tokens(2, 24)
-NV, MX8 = Scheme(4, 16, grid="nvfp4"), Scheme(8, 32, grid="mxfp8")
+NV, MX8, MX6 = Scheme(4, 16, grid="nvfp4"), Scheme(8, 32, grid="mxfp8"), Scheme(6, 32, grid="mxfp6")
 BLOCKS = Scheme(8, 128, grid="fp8-block", activations=Activations())
 
 
@@ -139,5 +139,8 @@ def test_blocks_that_a_part_of_a_fused_matrix_does_not_fill() -> None:
 
 def test_what_vllm_refuses_is_refused_for_it() -> None:
     four = Scheme(4, 64, grid="nf4")
-    refused(lambda: check_served([item("x.0.a", scheme=four)], recipe(four, loader="vllm")), "does not load nf4 g64")
+    for scheme, told in ((four, "nf4 g64"), (replace(BLOCKS, activations=None), "fp8 block"), (MX6, "mxfp6")):
+        items = [item("x.0.a", scheme=scheme)]
+        refused(lambda items=items: check_served(items, recipe(four, loader="vllm")), "does not load", told)  # type: ignore[misc]
+        check_served(items, recipe(four))
     check_served([item("x.0.a", scheme=Scheme()), item("x.0.b", reason=BY_USER)], recipe(Scheme(), loader="vllm"))
