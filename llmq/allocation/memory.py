@@ -125,8 +125,11 @@ def fixed_lines(plan: Plan, device: str, context: int, batch: int = 1, runtime: 
     free = int((ROUTED_FRAGMENTS if routed else FRAGMENTS) * needs.heap)
     if chunk is not None and not routed:
         free = int(CHUNK_FRAGMENTS * max(0, needs.heap - needs.kept) + KEPT_FRAGMENTS * needs.kept)
+    # Elsewhere the cache is as the model's dtype has it: stock transformers and llmq's kernels only compute with less.
+    rounded = runtime == "vllm" and plan.cache is not None
+    less = needs.keys - needs.keys // plan.dtype.itemsize if rounded else 0
     serving = [
-        Line(f"what the model keeps of {batch * context} tokens (keys, values, states)", needs.cache),
+        Line(f"what the model keeps of {batch * context} tokens (keys, values, states)", needs.cache - less),
         Line(read, needs.peak - needs.cache + WORKSPACE),
         Line("free pieces of the heap between them", free if on_cpu else 0),
     ]

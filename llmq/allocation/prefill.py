@@ -41,13 +41,14 @@ COPIES = 8
 class Prompt:
     """Bytes. cache: what the model keeps of all tokens; peak: of all tensors that live at once while it reads the
     prompt, the cache among them, but not the parameters; heap: of those, the peak of the ones below HEAP; kept: of the
-    cache, the ones below HEAP.
+    cache, the ones below HEAP; keys: of the cache, the keys and values of attention, and no states.
     """
 
     cache: int
     peak: int
     heap: int
     kept: int
+    keys: int
 
 
 def prompt(model: nn.Module, context: int, batch: int = 1, chunk: int | None = None) -> Prompt:
@@ -89,10 +90,11 @@ def _traced(model: nn.Module, context: int, batch: int, chunk: int | None) -> Pr
             cache = run(model, ids, cache)[CACHE]
         with _Live(known) as live:
             live.add(cache)
-            held = kept(run(model, last, cache))
+            result = run(model, last, cache)
+            held = kept(result)
             sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
             on_heap = sum(nbytes for nbytes in sizes.values() if nbytes < HEAP)
-            return Prompt(_nbytes(held), live.peak, live.heap_peak, on_heap)
+            return Prompt(_nbytes(held), live.peak, live.heap_peak, on_heap, _nbytes(_keys(result)))
 
 
 def _steps(context: int, chunk: int | None) -> list[int]:
@@ -106,11 +108,14 @@ def _steps(context: int, chunk: int | None) -> list[int]:
 def _without_values(model: nn.Module, context: int, batch: int, problem: Exception) -> Prompt:
     """The same, by runs without arithmetic of two short lengths; what lives at once is only estimated."""
     sizes = []
+    share = 0.0
     twin = deepcopy(model).eval()
     for tokens in SHORT:
         try:
             with shared_zeros(twin), without_arithmetic():
-                sizes.append(_nbytes(kept(run(twin, torch.zeros(1, tokens, dtype=torch.long)))))
+                result = run(twin, torch.zeros(1, tokens, dtype=torch.long))
+                sizes.append(_nbytes(kept(result)))
+                share = _nbytes(_keys(result)) / max(1, sizes[-1])
         except Exception:
             raise LlmqError(
                 f"how much memory this model keeps for each token is not known, so --fit is not possible: "
@@ -123,7 +128,7 @@ def _without_values(model: nn.Module, context: int, batch: int, problem: Excepti
     vocabulary = 0 if head is None else len(head.weight)
     widest = max((p.shape[0] for p in matrices if len(p) != vocabulary), default=1)
     work = COPIES * batch * context * widest * max(p.element_size() for p in model.parameters())
-    return Prompt(cache, cache + work, cache + work, cache)
+    return Prompt(cache, cache + work, cache + work, cache, int(share * cache))
 
 
 def run(model: nn.Module, ids: Tensor, cache: Any = None) -> dict[Any, Any]:
@@ -139,6 +144,12 @@ def run(model: nn.Module, ids: Tensor, cache: Any = None) -> dict[Any, Any]:
 def kept(result: Mapping[Any, Any]) -> list[Tensor]:
     """The tensors that a run returns to go on from, beside logits."""
     return tensors_in([value for name, value in result.items() if name not in ("logits", 0)])
+
+
+def _keys(result: Mapping[Any, Any]) -> list[Tensor]:
+    """The keys and values in what a run returns, as transformers' caches name them."""
+    layers = getattr(result.get(CACHE), "layers", ())
+    return tensors_in([getattr(layer, name, None) for layer in layers for name in ("keys", "values")])
 
 
 def tensors_in(value: Any) -> list[Tensor]:

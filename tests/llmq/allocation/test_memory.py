@@ -170,6 +170,20 @@ def test_lines_by_context_device_and_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_only_vllm_keeps_a_rounded_cache_in_fewer_bytes(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", dtype="bfloat16")
+
+    def kept(runtime: memory.Runtime, **more: str) -> int:
+        made = job.plan(str(folder), Recipe(scheme=Scheme(4, 32), **more), ids=IDS)
+        lines = fixed_lines(made, "cuda", 64, runtime=runtime)
+        return next(line.nbytes for line in lines if "what the model keeps" in line.what)
+
+    assert kept("vllm") == kept("llmq") == kept("llmq", kv_cache="fp8") == 2 * kept("vllm", kv_cache="fp8")
+    # Three layers, two heads of 16 numbers each for a key and a value.
+    assert kept("vllm", kv_cache="fp8") == 3 * 64 * 2 * 2 * 16
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kind", "share"), [("llama", memory.FRAGMENTS), ("qwen3_moe", memory.ROUTED_FRAGMENTS)])
 def test_the_heap_of_routed_experts_has_more_holes(kind: str, share: float, tmp_path: Path) -> None:
     made = plan(make(kind, tmp_path / "source"))

@@ -288,7 +288,7 @@ def test_foreign_names_are_refused_where_stock_would_have_to_load_them(tmp_path:
     refused(lambda: load(tmp_path), "transformers has no rule for mixtral", "quantize the model with llmq")
 
 
-KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+OUTPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
 @pytest.mark.parametrize("foreign", [True, False], ids=["foreign names", "own names"])
@@ -297,7 +297,8 @@ def test_what_the_configuration_sends_to_stock_is_never_random(foreign: bool, tm
     dense = mixture(tmp_path, "mixtral", Case("ct"), standard if foreign else str)
     path = tmp_path / "packed" / "config.json"
     values = json.loads(path.read_text())
-    values["quantization_config"]["kv_cache_scheme"] = KV
+    for group in values["quantization_config"]["config_groups"].values():
+        group["output_activations"] = OUTPUTS
     path.write_text(json.dumps(values))
     with reading():
         if foreign:
