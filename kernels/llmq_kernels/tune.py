@@ -119,6 +119,24 @@ def fastest(
 
     Warns of a candidate with wrong results. Raises ValueError for an unsupported weight.
     """
+    times = measure(gpu, device, bits, m, out, width, group_size, zeros, dtype)
+    if not times:
+        raise ValueError(f"no configuration for [{out}, {width}] of {bits} bits at {m} rows runs on {gpu.name}")
+    return min(times, key=lambda pair: pair[0])
+
+
+def measure(
+    gpu: Gpu,
+    device: torch.device,
+    bits: int,
+    m: int,
+    out: int,
+    width: int,
+    group_size: int,
+    zeros: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[tuple[float, Config]]:
+    """Microseconds and configuration of every candidate that runs and is right; else as `fastest`."""
     reason = planes.refusal(device, dtype, bits, out, width, group_size)
     if reason is not None:
         raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
@@ -146,9 +164,7 @@ def fastest(
             times.append((seconds(x, weights, config, gpu.backend) * 1e6, config))
         except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
             torch.cuda.synchronize(device)
-    if not times:
-        raise ValueError(f"no configuration for [{out}, {width}] of {bits} bits at {m} rows runs on {gpu.name}")
-    return min(times, key=lambda pair: pair[0])
+    return times
 
 
 # By rows of x, up to that many: family, rows of the weight and of x in a program, warps, programs that share K. What is
