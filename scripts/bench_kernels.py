@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_gpu as gpu
 import bench_timing as timing
 import torch
 from bench_operators import BASE, OPERATORS, Operator, Prepared, Weight, first_line, mistake, random_weight, rotated
@@ -36,7 +37,10 @@ SHAPES = {
     "llama8b-fused": [(6144, 4096), (28672, 4096)],
     "llama70b-fused": [(10240, 8192), (57344, 8192)],
 }
-ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+# Those of the goals first, for a run that ends early.
+ROWS = "1,16,64,256,4096,32,128,2,4,8,1024"
+AGAIN = "torch again"
+"""The baseline a second time, in every cell: how far the two are apart is how far ratios can be trusted."""
 CHECKED = 64
 """Rows of a result that are checked: the float32 product of all 4096 would take longer than the measurement."""
 OURS = "llmq int"
@@ -91,19 +95,28 @@ def measure_cell(shape: tuple[int, int], ready: dict[str, Any], x: Tensor, bandw
                 laps[name] = timing.lap(made[1], x)
             except RuntimeError as error:
                 results[name] |= {"state": "failed", "reason": f"no CUDA graph: {first_line(error)}"}
+            if x.device.type == "cuda":
+                results[name]["host_us"] = gpu.host_microseconds(made[1][0], x)
+    if BASE in laps:
+        laps[AGAIN] = timing.lap(ready[BASE][1], x)
     moved = x.nbytes + len(x) * shape[0] * x.element_size()
-    for name, times in timing.measure(laps, seconds).items():
+    before, measured = gpu.clocks(), timing.measure(laps, seconds)
+    again = measured.pop(AGAIN, None)
+    for name, times in measured.items():
         median = statistics.median(times)
         limit = (results[name]["bytes"] + moved) / bandwidth
         results[name] |= {"ms": 1e3 * median, "best_ms": 1e3 * min(times), "worst_ms": 1e3 * max(times)}
         results[name] |= {"note": ready[name][0].note} if ready[name][0].note else {}
         results[name] |= {"repeats": len(times), "limit_ms": 1e3 * limit, "of_limit": limit / median}
     base = results[BASE]
+    if again is not None:
+        base["again_ms"] = 1e3 * statistics.median(again)
     for result in results.values():
         if "ms" in base and "ms" in result:
             result["ratio"] = base["ms"] / result["ms"]
             result["best_ratio"] = base["best_ms"] / result["best_ms"]
-    return {"shape": list(shape), "rows": len(x), "copy_bandwidth": bandwidth, "operators": results}
+    clocks = {"before": before, "after": gpu.clocks()}
+    return {"shape": list(shape), "rows": len(x), "copy_bandwidth": bandwidth, "clocks": clocks, "operators": results}
 
 
 def prepare(name: str, weight: Weight, cache: int) -> Any:
@@ -145,6 +158,9 @@ def measure_all(args: argparse.Namespace, report: Cell, device: torch.device) ->
     end = time.monotonic() + 60 * args.minutes
     cache = timing.cache_bytes(device)
     bandwidth = timing.copy_bandwidth(device, min(1.0, args.seconds)) if lacking else math.nan
+    kind = {key: settings[key] for key in ("bits", "group_size", "asymmetric", "dtype")}
+    if gpu.warm(dict.fromkeys(shape for shape, _ in lacking), rows, kind, device):
+        print("some kernels do not compile: their cells say so", flush=True)
     held: tuple[int, int] | None = None
     ready: dict[str, Any] = {}
     while lacking and time.monotonic() < end:
@@ -157,17 +173,28 @@ def measure_all(args: argparse.Namespace, report: Cell, device: torch.device) ->
             for name in settings["operators"]:
                 ready[name] = prepare(name, weight, cache)
             held = shape
+            refuse_without_ours(ready, device)
         generator = torch.Generator(device).manual_seed(m)
         x = torch.randn(m, shape[1], device=device, dtype=dtype, generator=generator)
         share = min(args.seconds, (end - time.monotonic()) / len(lacking))
         began = time.monotonic()
         cell = measure_cell(shape, ready, x, bandwidth, share)
+        if "ms" in cell["operators"].get(OURS, {}):
+            cell["operators"][OURS] |= gpu.chosen(shape, m, kind, device)
         report["cells"].append(cell)
         save(args.out, report)
         told = [f"{name} {r['ms']:.4g} ms" if "ms" in r else f"{name} {r['state']}" for name, r in shown(cell)]
         print(f"{shape[0]}x{shape[1]}, {m} rows ({time.monotonic() - began:.1f} s):", ", ".join(told), flush=True)
         lacking.pop(0)
     return len(lacking)
+
+
+def refuse_without_ours(ready: dict[str, Any], device: torch.device) -> None:
+    """Raises SystemExit if, on a GPU, operators of ours were asked for and none could be made: time there is short."""
+    ours = {name: made for name, made in ready.items() if name.startswith("llmq")}
+    if device.type == "cuda" and ours and all(isinstance(made, dict) for made in ours.values()):
+        reasons = "; ".join(f"{name}: {made['reason']}" for name, made in ours.items())
+        raise SystemExit(f"no operator of llmq could be made ({reasons}); is PYTHONPATH .:kernels:eval:scripts?")
 
 
 def shown(cell: Cell) -> list[tuple[str, Cell]]:

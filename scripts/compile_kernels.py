@@ -7,7 +7,8 @@
 `llmq_kernels.triton.variants` lists the launches of every configuration that the rule can select, made by the same
 functions as real launches; each is compiled for its target. For NVIDIA, registers and stack are from cuobjdump, and
 instructions are counted in its disassembly; for AMD they are from the assembly's remarks. Neither needs a driver. Exits
-with 1 if a kernel does not compile or spills registers to memory.
+with 1 if a kernel does not compile, spills registers to memory, needs more shared memory than its GPU has, or, on
+Hopper, writes registers that a product in flight may still read (`sass.overwritten`; triton issue 9433).
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import sass
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942")
-POINTED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "uint8": "u8", "int16": "i16"}
-POINTED |= {"int32": "i32"}
+TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 
 
 @dataclass(frozen=True)
 class Compiled:
     """The result for one kernel. wide: 16-byte loads from global memory; converts: integer-to-float conversions of
-    single values.
+    single values; overwritten: writes to registers of a product in flight; seconds: that compiling took.
     """
 
     kernel: str
@@ -52,7 +53,28 @@ class Compiled:
     narrow: int = 0
     converts: int = 0
     instructions: int = 0
+    overwritten: int = 0
+    seconds: float = 0.0
     error: str = ""
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or nothing."""
+        if self.error:
+            return self.error
+        if self.shared > limit(self.target):
+            return f"{self.shared} bytes of shared memory, of {limit(self.target)}"
+        if self.overwritten:
+            return f"{self.overwritten} instructions write registers of a product in flight"
+        return f"{self.spilled} spilled" if self.spilled else ""
+
+
+@functools.cache
+def limit(target: str) -> int:
+    """The shared memory of the GPU that kernels for a target are chosen for, in bytes per program."""
+    from llmq_kernels.triton.gpu import KNOWN
+
+    return min(gpu.shared for gpu in KNOWN if gpu.target == target)
 
 
 @functools.cache
@@ -63,12 +85,20 @@ def variants() -> list[Any]:
     return list(found())
 
 
-def jobs(targets: tuple[str, ...], match: str, sample: bool) -> Iterator[int]:
-    """Indices of variants. A sample is the largest of each kernel, bits, group and target."""
+def jobs(targets: tuple[str, ...], match: str, sample: bool, half: bool = False) -> Iterator[int]:
+    """Indices of variants. A sample is the largest of each kernel, bits, group and target; a half is of each
+    configuration of the integer kernels two of the four pairs of dtype and zero points, each of the four equally often.
+    """
     kept: dict[tuple[str, str], tuple[int, int]] = {}
+    seen: dict[str, int] = {}
     for number, variant in enumerate(variants()):
         if variant.target not in targets or not re.search(match, variant.name):
             continue
+        if half and re.match(r"(one|few|many)_rows?", variant.name):
+            kind = " zero" in variant.name, " fp16" in variant.name
+            turn = seen.setdefault(re.sub(r" (bf16|fp16|zero)", "", variant.name) + variant.target, len(seen)) % 2
+            if (kind[0] != kind[1]) != bool(turn):
+                continue
         if not sample:
             yield number
             continue
@@ -88,61 +118,25 @@ def kernel_name(variant: Any) -> str:
 
 def compile_one(number: int) -> Compiled:
     """Compile a variant and read the resources that it uses."""
-    variant = variants()[number]
+    return compiled(variants()[number])
+
+
+def compiled(variant: Any) -> Compiled:
+    """The same for a variant that is not in the list."""
+    from llmq_kernels.triton.compile import compile_launch
+
     kernel, name, target = kernel_name(variant), variant.name, variant.target
+    began = time.perf_counter()
     try:
-        made = build(variant)
+        made = compile_launch(variant.launch, variant.target)
         if "@llvm.trap()" in made.asm["llir"]:  # the result if a kernel needs more tensor memory than there is
             raise ValueError("compiled to a trap")
+        seconds = round(time.perf_counter() - began, 2)
         found = nvidia(made.asm["cubin"]) if target.startswith("cuda:") else amd(made.asm["amdgcn"])
-        return Compiled(kernel, name, target, shared=made.metadata.shared, **found)
+        return Compiled(kernel, name, target, shared=made.metadata.shared, seconds=seconds, **found)
     except Exception as error:  # noqa: BLE001  (a compiler may raise anything; it is reported as a failure)
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return Compiled(kernel, name, target, error=lines[-1].strip()[:200])
-
-
-def build(variant: Any) -> Any:
-    """The compiled kernel of a variant."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    backend, _, arch = variant.target.partition(":")
-    gpu = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-    kernel, arguments = variant.launch.kernel, variant.launch.arguments
-    signature, constexprs, attributes = (
-        dict.fromkeys(kernel.arg_names, "constexpr"),
-        dict(variant.launch.constexprs),
-        {},
-    )
-    for parameter, value in zip(kernel.params, arguments, strict=False):
-        kind = type_of(value)
-        if kind is None:
-            constexprs[parameter.name] = None
-            continue
-        signature[parameter.name] = kind
-        if not parameter.do_not_specialize and divisible(value):
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=gpu, options=dict(variant.launch.options))
-
-
-def type_of(value: Any) -> str | None:
-    """Triton's type of an argument, as its launcher determines it; None for a missing tensor."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return "*" + POINTED[str(value.dtype).removeprefix("torch.")]
-    if value is None:
-        return None
-    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 1 << 31 else "i64"
-
-
-def divisible(value: Any) -> bool:
-    """Whether Triton's launcher specializes a kernel for the argument: tensors (torch aligns them), multiples of 16."""
-    import torch
-
-    return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
 
 
 def nvidia(cubin: bytes) -> dict[str, int]:
@@ -159,7 +153,8 @@ def nvidia(cubin: bytes) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     if found is None:
         raise OSError(f"cuobjdump's output has no register counts: {told[:100]}")
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", told)
+    code = sass.instructions(told)
+    opcodes = [one.opcode for one in code]
     loads = [code for code in opcodes if code.startswith(("LDG", "LDGSTS")) and code != "LDGDEPBAR"]
     return {
         "registers": int(found[1]),
@@ -168,6 +163,7 @@ def nvidia(cubin: bytes) -> dict[str, int]:
         "narrow": sum(".128" not in code for code in loads),
         "converts": sum(code.startswith("I2F") for code in opcodes),
         "instructions": len(opcodes),
+        "overwritten": len(sass.overwritten(code)),
     }
 
 
@@ -194,7 +190,9 @@ def kept(file: Path | None) -> list[Compiled]:
 
 def table(rows: list[Compiled]) -> str:
     """The worst values of each kernel and target, one line each."""
-    titles = f"{'variants':>8} {'registers':>9} {'spilled':>7} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
+    titles = (
+        f"{'variants':>8} {'registers':>9} {'spilled':>7} {'fault':>5} {'shared':>7} {'16-byte loads':>13} {'I2F':>4}"
+    )
     head = f"{'kernel':14} {'target':11} {titles}"
     lines = [head, "-" * len(head)]
     for kernel, target in sorted({(row.kernel, row.target) for row in rows}):
@@ -203,7 +201,8 @@ def table(rows: list[Compiled]) -> str:
         loads, wide = sum(row.wide + row.narrow for row in good), sum(row.wide for row in good)
         lines.append(
             f"{kernel:14} {target:11} {len(some):8} {max((r.registers for r in good), default=0):9} "
-            f"{sum(r.spilled > 0 for r in good):7} {max((r.shared for r in good), default=0):7} "
+            f"{sum(r.spilled > 0 for r in good):7} {sum(bool(r.fault) for r in some):5} "
+            f"{max((r.shared for r in good), default=0):7} "
             f"{f'{wide} of {loads}':>13} {sum(r.converts for r in good):4}"
         )
     return "\n".join(lines)
@@ -214,6 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--match", default="", help="only variants whose name this regular expression finds")
+    parser.add_argument("--half", action="store_true", help="of each configuration, every second kind of weight")
     parser.add_argument("--sample", action="store_true", help="the largest of each kernel, bit width, group and target")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="a file of JSON lines: variants in it are not compiled again")
@@ -223,7 +223,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile; unset it")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample))
+    todo = list(jobs(tuple(arguments.targets), arguments.match, arguments.sample, arguments.half))
     # In random order, so that a run with a time limit covers a representative sample.
     random.Random(0).shuffle(todo)
     wanted = {(variants()[number].name, variants()[number].target): number for number in todo}
@@ -239,14 +239,14 @@ def main() -> int:
             if arguments.keep is not None:
                 with arguments.keep.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(row)) + "\n")
-            if row.error or row.spilled or arguments.verbose:
-                print(f"{row.target} {row.name}: {row.error or f'{row.registers} registers, {row.spilled} spilled'}")
+            if row.fault or arguments.verbose:
+                print(f"{row.target} {row.name}: {row.fault or f'{row.registers} registers, {row.shared} shared'}")
                 sys.stdout.flush()
             if time.monotonic() > end:
                 break
-    bad = sum(bool(row.error or row.spilled) for row in rows)
+    bad = sum(bool(row.fault) for row in rows)
     print(table(rows))
-    print(f"{len(rows)} compiled of {reachable}, {bad} failed or spilled")
+    print(f"{len(rows)} compiled of {reachable}, {bad} at fault; {sum(row.seconds for row in rows):.0f} s of compiling")
     return 1 if bad or not rows else 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
-from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, reference, vectors_cpu
+from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, planes, reference, vectors_cpu
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_grouped, check_input
 from llmq_kernels.dense_bits import SLAB
@@ -44,7 +44,17 @@ def int_linear(
     ValueError if x, bias or the device does not fit the weight.
     """
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
+    if layout == "planes":
+        return planes_linear(x, weight, bias)
     return _by_rows(x, weight, bias, layouts.layout(layout).linear)
+
+
+def planes_linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+    """`int_linear` in the layout "planes", whose kernels need no reshaping of x [..., in]; no operator, no gradient."""
+    check_input(x, weight.out_features, weight.in_features, bias)
+    check_device(x, weight.packed, "the weight")
+    check_device(x, weight.scale, "scale")
+    return planes.linear(x.contiguous(), weight, bias)
 
 
 def int_linear_grad(

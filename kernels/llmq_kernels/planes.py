@@ -16,7 +16,8 @@ Scales and zero points are stored [groups, out]: a program reads those of neighb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,9 @@ WORDS = {2: 32, 3: 96, 4: 32, 8: 32}
 SLAB = 1 << 24
 WORKSPACE = 1 << 28
 HALF = (torch.bfloat16, torch.float16)
+# Above so many rows the weight is always dequantized.
+MOST = 1024
+log = logging.getLogger(__name__)
 
 
 def refusal(
@@ -88,32 +92,115 @@ def interleave(codes: Tensor, bits: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x [M, in] → [M, out] in x's dtype, by the kernel that `tables.choose` selects for M rows."""
-    check_planes(weight)
-    for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, as pack returns it, not with strides {[*tensor.stride()]}")
+    """x [..., in], contiguous → [..., out] in x's dtype, by the kernel that `tables.choose` selects."""
     if x.dtype not in HALF:
+        check_planes(weight)
         return dense(x, weight, bias)
+    packed, scale, zero = weight.packed, weight.scale, weight.zero
+    m = x.numel() // weight.in_features
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], weight.out_features)
+    bucket = 1 << (m - 1).bit_length() if m <= MOST else 0
+    kind = (
+        x.device,
+        x.dtype,
+        bucket,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+        packed.shape,
+        packed.dtype,
+        scale.shape,
+        scale.dtype,
+        None if zero is None else (zero.shape, zero.dtype),
+        None if bias is None else bias.dtype,
+    )
+    run = _PREPARED.get(kind)
+    if run is None:
+        check_planes(weight)
+        run = _PREPARED[kind] = _prepare(x, weight, bucket)
+    if not (packed.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())):
+        check_contiguous(weight)
+    return run(x, weight, bias)
+
+
+Run = Callable[[Tensor, PackedInt, Tensor | None], Tensor]
+_PREPARED: dict[tuple[object, ...], Run] = {}
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a product with x needs none of what a torch operator adds: gradients, tracing, modes, transforms.
+
+    Dispatching an operator of eleven arguments takes longer than all else that a product does before its launch.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.requires_grad
+        and torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def forget() -> None:
+    """Choose configurations anew from here on; for when tables have changed."""
+    _PREPARED.clear()
+
+
+def _prepare(x: Tensor, weight: PackedInt, bucket: int) -> Run:
+    """How to multiply so many rows by weights of that kind: `bucket` rows, a power of two, or 0 for more than MOST."""
     from llmq_kernels.triton import gpu, tables
 
     found = gpu.gpu_of(x.device)
-    sizes = weight.bits, x.shape[0], weight.out_features, weight.in_features, weight.group_size
-    return run(x, weight, bias, tables.choose(found, *sizes), found.backend)
+    sizes = weight.bits, bucket or 2 * MOST, weight.out_features, weight.in_features, weight.group_size
+    config = tables.choose(found, *sizes, weight.zero is not None, x.dtype)
+    return prepared(config, weight, found.backend)
+
+
+def prepared(config: Config, weight: PackedInt, backend: str) -> Run:
+    """The product with weights of one kind by a configuration, or, where that does not fit the GPU, by `dense`.
+
+    backend: as `gpu.Gpu.backend`.
+    """
+    if config.family == "dense":
+        return dense
+    from llmq_kernels.triton import integers
+
+    product = integers.Product(config, weight.out_features, backend)
+    fits: list[bool] = []
+
+    def run(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+        if fits:
+            return product(x, weight, bias) if fits[0] else dense(x, weight, bias)
+        try:
+            y = product(x, weight, bias)
+        except integers.UNFIT as error:
+            log.warning("%s does not fit %s: products with a dense copy instead (%s)", config, x.device, error)
+            fits.append(False)
+            return dense(x, weight, bias)
+        fits.append(True)
+        return y
+
+    return run
 
 
 def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
-    """x · Wᵀ + bias with a given configuration. backend: as `gpu.Gpu.backend`."""
+    """x · Wᵀ + bias with a given configuration, once. Raises what Triton raises if it cannot run."""
     if config.family == "dense":
         return dense(x, weight, bias)
     from llmq_kernels.triton import integers
 
-    return integers.linear(x, weight, bias, config, backend)
+    return integers.Product(config, weight.out_features, backend)(x, weight, bias)
 
 
 def dense(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias by torch's own product with a dense copy of W or of some rows of it, at most WORKSPACE bytes."""
-    return products.by_slabs(x, _slabs(weight, products.product_dtype(x)), bias, weight.out_features)
+    """x [..., in] · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it in WORKSPACE bytes."""
+    rows = x.reshape(-1, weight.in_features)
+    y = products.by_slabs(rows, _slabs(weight, products.product_dtype(x)), bias, weight.out_features)
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 def _slabs(weight: PackedInt, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -146,3 +233,11 @@ def check_planes(weight: PackedInt) -> None:
     check("scale", weight.scale, FLOATS, (-(-in_features // weight.group_size), out_features))
     if weight.zero is not None:
         check("zero", weight.zero, torch.int8, tuple(weight.scale.shape))
+
+
+def check_contiguous(weight: PackedInt) -> None:
+    """Raises TypeError or ValueError unless the tensors are as `pack` returns them, and contiguous."""
+    check_planes(weight)
+    for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, as pack returns it, not with strides {[*tensor.stride()]}")

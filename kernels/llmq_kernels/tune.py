@@ -7,10 +7,13 @@ is written after each product, and its entries are not measured again, so a run 
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ from llmq_kernels.backend import triton_refusal
 from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:
-    from llmq_kernels.triton.config import Config
+    from llmq_kernels.triton.config import Config, Family
     from llmq_kernels.triton.gpu import Gpu
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -38,11 +41,15 @@ def tune(
     rows: Sequence[int] = ROWS,
     device: str = "cuda",
     again: bool = False,
+    zeros: bool = False,
+    dtype: str = "bfloat16",
     progress: Callable[[int, int, str], None] = lambda done, total, line: None,
 ) -> Path:
-    """Measure every candidate for every shape [out, in], bit width, group size and number of rows; bfloat16 inputs.
+    """Measure every candidate for every shape [out, in], bit width, group size and number of rows.
 
-    again: also repeat measurements that the table has. progress(done, total, line) is called after each product.
+    Candidates of one shape are first compiled together, by as many processes as there are processors. again: also
+    repeat measurements that the table has; zeros: of weights with zero points; dtype: of the inputs, bfloat16 or
+    float16. progress(done, total, line) is called after each product.
     Returns the table's path. Raises ValueError without a GPU, or for a weight that the Triton kernels do not support.
     """
     try:
@@ -51,6 +58,8 @@ def tune(
         raise ValueError(f"{device!r} is not a device: give cuda, or cuda:1 …") from error
     if min((*group_sizes, *rows, *(size for shape in shapes for size in shape)), default=1) < 1:
         raise ValueError("shapes, groups and rows are at least 1")
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"inputs are bfloat16 or float16, not {dtype!r}")
     if where.type != "cuda" or not torch.cuda.is_available():
         raise ValueError("tuning needs a GPU, and torch finds none here")
     reason = triton_refusal(where)
@@ -65,27 +74,70 @@ def tune(
     if path.is_file():
         tables.read_table(path)
         measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    kind = getattr(torch, dtype)
     products = [(shape, b, g, m) for shape in shapes for b in bits for g in group_sizes for m in rows]
-    for done, ((out, width), b, g, m) in enumerate(products, 1):
-        name = tables.key(b, tables.bucket(m), out, width, g)
+    named = [
+        (one, tables.key(one[1], tables.bucket(one[3]), *one[0], one[2], zeros, kind))
+        for one in products
+        if tables.bucket(one[3])
+    ]
+    compile_all(
+        (
+            (config, b, m, *shape, g, zeros, dtype)
+            for (shape, b, g, m), name in named
+            if again or name not in measured
+            for config in candidates(gpu, b, m, *shape, g)
+            if config.family != "dense"
+        ),
+        gpu,
+        os.cpu_count() or 1,
+    )
+    for done, (((out, width), b, g, m), name) in enumerate(named, 1):
         if again or name not in measured:
-            best, config = fastest(gpu, where, b, m, out, width, g)
+            best, config = fastest(gpu, where, b, m, out, width, g, zeros, kind)
             measured[name] = tables.entry(config, best)
             save(path, gpu.name, measured)
         config = measured[name]["config"]
-        progress(done, len(products), f"{name}: {config['family']}, {measured[name]['microseconds']} µs")
+        progress(done, len(named), f"{name}: {config['family']}, {measured[name]['microseconds']} µs")
     tables.table.cache_clear()
+    planes.forget()
     return path
 
 
 def fastest(
-    gpu: Gpu, device: torch.device, bits: int, m: int, out: int, width: int, group_size: int
+    gpu: Gpu,
+    device: torch.device,
+    bits: int,
+    m: int,
+    out: int,
+    width: int,
+    group_size: int,
+    zeros: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[float, Config]:
     """Microseconds and configuration of the fastest candidate whose results agree with the dense product.
 
     Warns of a candidate with wrong results. Raises ValueError for an unsupported weight.
     """
-    reason = planes.refusal(device, torch.bfloat16, bits, out, width, group_size)
+    times = measure(gpu, device, bits, m, out, width, group_size, zeros, dtype)
+    if not times:
+        raise ValueError(f"no configuration for [{out}, {width}] of {bits} bits at {m} rows runs on {gpu.name}")
+    return min(times, key=lambda pair: pair[0])
+
+
+def measure(
+    gpu: Gpu,
+    device: torch.device,
+    bits: int,
+    m: int,
+    out: int,
+    width: int,
+    group_size: int,
+    zeros: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[tuple[float, Config]]:
+    """Microseconds and configuration of every candidate that runs and is right; else as `fastest`."""
+    reason = planes.refusal(device, dtype, bits, out, width, group_size)
     if reason is not None:
         raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
     tiles = -(-width // planes.TILE[bits])
@@ -93,9 +145,10 @@ def fastest(
     words = tiles * planes.WORDS[bits]
     copies = max(1, min(64, -(-BEYOND_CACHE // (2 * out * words))))
     packed = [torch.randint(-32768, 32768, (out, words), dtype=torch.int16, device=device) for _ in range(copies)]
-    scale = torch.full((groups, out), 0.01, dtype=torch.bfloat16, device=device)
-    weights = [PackedInt(one, scale, None, bits, out, width, group_size) for one in packed]
-    x = torch.randn(m, width, device=device).to(torch.bfloat16)
+    scale = torch.full((groups, out), 0.01, dtype=dtype, device=device)
+    zero = torch.ones((groups, out), dtype=torch.int8, device=device) if zeros else None
+    weights = [PackedInt(one, scale, zero, bits, out, width, group_size) for one in packed]
+    x = torch.randn(m, width, device=device).to(dtype)
     expected = planes.dense(x, weights[0], None)
     times = []
     for config in candidates(gpu, bits, m, out, width, group_size):
@@ -111,41 +164,95 @@ def fastest(
             times.append((seconds(x, weights, config, gpu.backend) * 1e6, config))
         except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
             torch.cuda.synchronize(device)
-    if not times:
-        raise ValueError(f"no configuration for [{out}, {width}] of {bits} bits at {m} rows runs on {gpu.name}")
-    return min(times, key=lambda pair: pair[0])
+    return times
 
 
-def candidates(gpu: Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> Iterator[Config]:
-    """The rule's choice, similar configurations of every family that supports m rows, and the dense product."""
-    from llmq_kernels.triton.config import Config, power
+# By rows of x, up to that many: family, rows of the weight and of x in a program, warps, programs that share K. What is
+# compiled for one number of rows mostly serves the next.
+SHAPED: dict[int, tuple[tuple[Family, int, int, int, int], ...]] = {
+    8: (
+        ("few_rows", 64, 8, 8, 1),
+        ("few_rows", 32, 8, 8, 1),
+        ("few_rows", 32, 8, 4, 1),
+        ("few_rows", 16, 8, 8, 1),
+        ("few_rows", 64, 8, 4, 4),
+        ("few_rows", 32, 8, 8, 2),
+    ),
+    16: (
+        ("few_rows", 64, 16, 8, 1),
+        ("few_rows", 32, 16, 8, 1),
+        ("few_rows", 64, 16, 4, 2),
+        ("many_rows", 128, 16, 8, 2),
+        ("many_rows", 64, 16, 4, 2),
+    ),
+    32: (
+        ("few_rows", 32, 32, 8, 1),
+        ("many_rows", 128, 32, 8, 1),
+        ("many_rows", 128, 32, 8, 2),
+        ("many_rows", 128, 32, 8, 4),
+        ("many_rows", 64, 32, 4, 2),
+        ("many_rows", 64, 32, 4, 4),
+    ),
+    64: (
+        ("many_rows", 128, 64, 8, 1),
+        ("many_rows", 128, 64, 8, 2),
+        ("many_rows", 128, 64, 8, 4),
+        ("many_rows", 64, 64, 4, 2),
+        ("many_rows", 256, 64, 8, 4),
+    ),
+    1024: (
+        ("many_rows", 128, 128, 8, 1),
+        ("many_rows", 128, 128, 8, 2),
+        ("many_rows", 128, 64, 8, 1),
+        ("many_rows", 256, 64, 8, 1),
+        ("many_rows", 256, 64, 8, 2),
+    ),
+}
+
+
+def candidates(gpu: Gpu, bits: int, m: int, out: int, width: int, group_size: int) -> list[Config]:
+    """The rule's choice, the same without programmatic launch, the dense product, and a handful for so many rows."""
+    from llmq_kernels.triton.config import Config, power, run_length
     from llmq_kernels.triton.rule import rule
 
     tiles = -(-width // planes.TILE[bits])
     chosen = rule(gpu, bits, m, out, width, group_size)
-    yield chosen
-    if chosen.family != "dense":
-        yield Config("dense")
+    found = [chosen, replace(chosen, pdl=False), Config("dense")]
     if m <= 4:
-        for rows in (1, 2, 4, 8):
-            for warps in (1, 2, 4, 8):
-                yield Config("one_row", rows, power(m, 1), 8 * warps, warps=warps)
-    splits = [programs for programs in (1, 2, 4, 8) if programs == 1 or 4 * programs <= tiles]
-    if m <= 64:
-        block_m = min(32, power(m, 8))
-        for rows in (16, 32, 64):
-            for warps in (2, 4, 8):
-                for stages in (2, 3, 4):
-                    for programs_k in splits[:3]:
-                        if rows * block_m <= 1024 and warps <= tiles:
-                            yield Config("few_rows", rows, block_m, 1, programs_k, warps, stages)
-    if 16 <= m <= 1024:
-        for block_m in {min(power(m, 16), size) for size in (32, 64, 128)}:
-            for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
-                for stages in (2, 3, 4):
-                    for programs_k in splits if m <= 128 else splits[:1]:
-                        for prescale in (False, True) if group_size < width else (False,):
-                            yield Config("many_rows", rows, block_m, 1, programs_k, warps, stages, prescale)
+        found += [Config("one_row", rows, power(m, 1), 8 * 4, warps=4, pdl=gpu.pdl) for rows in (2, 4)]
+    most = next((size for size in SHAPED if m <= size), None)
+    for family, rows, columns, warps, programs_k in SHAPED[most] if most else ():
+        if programs_k > 1 and 4 * programs_k > tiles or family == "few_rows" and warps > tiles:
+            continue
+        step = warps if family == "few_rows" else 1
+        stage = step * (rows * planes.WORDS[bits] * 2 + planes.TILE[bits] * columns * 2)
+        stages = max(2, min(4, gpu.shared * 7 // 8 // stage))
+        prescale = family == "many_rows" and run_length(bits, group_size, width)[1] * 32 < columns
+        found.append(Config(family, rows, columns, 1, programs_k, warps, stages, prescale, pdl=gpu.pdl))
+    return list(dict.fromkeys(found))
+
+
+def compile_all(launches: Iterable[tuple[Config, int, int, int, int, int, bool, str]], gpu: Gpu, jobs: int) -> int:
+    """Compile products for this GPU into Triton's cache, some at a time; returns how many of them cannot be.
+
+    launches: configuration, bits, rows of x, out, in, group size, zero points or none, and the dtype's name.
+    """
+    wanted = list(dict.fromkeys(launches))
+    with multiprocessing.get_context("spawn").Pool(max(1, min(jobs, len(wanted)))) as pool:
+        return sum(pool.imap_unordered(functools.partial(_fails, gpu), wanted))
+
+
+def _fails(gpu: Gpu, one: tuple[Config, int, int, int, int, int, bool, str]) -> bool:
+    from llmq_kernels.triton.compile import compile_launch
+    from llmq_kernels.triton.variants import product
+
+    config, bits, m, out, width, group_size, zeros, dtype = one
+    try:
+        launch = product(config, bits, m, out, width, group_size, zeros, getattr(torch, dtype), gpu.backend)
+        compile_launch(launch, gpu.target)
+    except Exception:  # noqa: BLE001  (a compiler may raise anything; the measurement skips what it cannot compile)
+        return True
+    return False
 
 
 def seconds(x: Tensor, weights: list[PackedInt], config: Config, backend: str) -> float:

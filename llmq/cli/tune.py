@@ -18,6 +18,8 @@ def tune(
     rows: Annotated[list[int] | None, typer.Option(help="Rows of the input; by default 1, 2, 4 … 1024.")] = None,
     device: Annotated[str, typer.Option(help="The GPU to measure on.")] = "cuda",
     again: Annotated[bool, typer.Option(help="Repeat earlier measurements.")] = False,
+    asymmetric: Annotated[bool, typer.Option(help="Measure weights with zero points.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the inputs: bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Measure launch configurations of the integer kernels on this GPU and keep the fastest for later runs."""
     with explained():
@@ -35,7 +37,15 @@ def tune(
                     bar.console.print(line)
 
                 path: Path = kernels.tune(
-                    shapes, bits or (4,), group_size or (128,), rows or kernels.ROWS, device, again, advance
+                    shapes,
+                    bits or (4,),
+                    group_size or (128,),
+                    rows or kernels.ROWS,
+                    device,
+                    again,
+                    asymmetric,
+                    dtype,
+                    advance,
                 )
         except ValueError as error:
             raise LlmqError(str(error)) from error

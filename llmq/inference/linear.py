@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
 from llmq.errors import LlmqError
 from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, VectorsWeight, Weight
-from llmq_kernels import layouts
+from llmq_kernels import layouts, planes
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.ops import planes_linear
+from llmq_kernels.weights import PackedInt
 
 HALF = {torch.bfloat16, torch.float16}
 
@@ -125,6 +126,7 @@ class IntLinear(QuantLinear):
     def __init__(self, weight: IntWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight.words.shape[0], weight.in_features, bias, dtype)
         self.bits, self.group_size = weight.bits, weight.group_size
+        self._held: PackedInt | None = None
         self.register_buffer("order", weight.order)
         self._pack(weight.words, weight.scale, weight.zero)
 
@@ -139,10 +141,20 @@ class IntLinear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
         x = x if self.order is None else x.index_select(-1, self.order)
+        if self.layout == "planes" and planes.direct(x):
+            return planes_linear(x, self._packed(), self.bias)
         y: Tensor = torch.ops.llmq.int_linear(
             x, self.qweight, self.scale, self.zero, self.bias, *self.sizes(), self.layout
         )
         return y
+
+    def _packed(self) -> PackedInt:
+        """The weight as one value, made again when a buffer was replaced."""
+        buffers, held = self._buffers, self._held
+        packed, scale = buffers["qweight"], buffers["scale"]
+        if held is None or held.packed is not packed or held.scale is not scale:
+            held = self._held = PackedInt(self.qweight, self.scale, self.zero, *self.sizes())
+        return held
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See QuantLinear."""

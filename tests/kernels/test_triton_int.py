@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from llmq_kernels import layouts, planes, reference
+from llmq_kernels.triton import launch as launching
 from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN
+from llmq_kernels.triton.launch import Launch
 from llmq_kernels.triton.rule import rule
 from llmq_kernels.weights import PackedInt
 from tests.kernels.weights import Plain, plain, tolerance
@@ -32,6 +37,18 @@ PRESCALED = Config("many_rows", block_n=16, block_m=16, programs_k=2, warps=4, s
 def family(rows: int) -> Config:
     """A small program of the family that serves so many rows."""
     return ONE_ROW if rows <= 3 else FEW_ROWS if rows <= 17 else MANY_ROWS
+
+
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> Iterator[None]:
+    planes.forget()
+    yield
+    planes.forget()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    monkeypatch.setattr(tables, "choose", lambda *_: config)
+    planes.forget()
 
 
 def packed(weight: Plain, dtype: torch.dtype) -> PackedInt:
@@ -69,10 +86,10 @@ def test_every_kind_of_weight_by_every_number_of_rows(
     weight = plain(19, 200, bits, group_size, symmetric=symmetric, dtype=dtype)
     form = packed(weight, dtype)
     for rows in ROWS:
-        monkeypatch.setattr(tables, "choose", lambda *_, rows=rows: family(rows))
+        use(monkeypatch, family(rows))
         x = torch.randn(rows, 200, generator=generator).to(dtype)
         check(weight, form, x, torch.randn(19, generator=generator).to(dtype) if rows % 2 else None)
-    monkeypatch.setattr(tables, "choose", lambda *_: PRESCALED)
+    use(monkeypatch, PRESCALED)
     check(weight, form, torch.randn(5, 200, generator=generator).to(dtype), None)
 
 
@@ -82,7 +99,7 @@ def test_whole_tiles_and_several_steps(monkeypatch: pytest.MonkeyPatch, bits: in
     """Inputs that fill every tile need no masks, which is another kernel."""
     width = planes.TILE[bits] * 4
     weight = plain(32, width, bits, 128, symmetric=False)
-    monkeypatch.setattr(tables, "choose", lambda *_: config)
+    use(monkeypatch, config)
     check(weight, packed(weight, torch.bfloat16), torch.randn(3, width).to(torch.bfloat16), None)
 
 
@@ -92,7 +109,7 @@ def test_groups_that_are_not_whole_tiles(monkeypatch: pytest.MonkeyPatch, bits: 
     weight = plain(9, 600, bits, group_size, symmetric=False)
     form = packed(weight, torch.bfloat16)
     for config in (ONE_ROW, FEW_ROWS, MANY_ROWS):
-        monkeypatch.setattr(tables, "choose", lambda *_, config=config: config)
+        use(monkeypatch, config)
         check(weight, form, torch.randn(2, 600).to(torch.bfloat16), torch.randn(9))
 
 
@@ -110,7 +127,7 @@ def test_dequantizing_is_exact(bits: int, symmetric: bool, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 def test_many_rows_go_through_slabs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(tables, "choose", lambda *_: Config("dense"))
+    use(monkeypatch, Config("dense"))
     monkeypatch.setattr(planes, "WORKSPACE", 3000)
     weight = plain(21, 300, 4, 128, symmetric=False)
     x = torch.randn(40, 300).to(dtype)
@@ -140,18 +157,104 @@ def test_what_is_not_served() -> None:
 
 def test_tables_come_before_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = KNOWN[2]
+
+    def choose(m: int, zeros: bool = False, dtype: torch.dtype = torch.bfloat16) -> Config:
+        return tables.choose(gpu, 4, m, 64, 256, 128, zeros, dtype)
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tables.table.cache_clear()
-    assert tables.choose(gpu, 4, 3, 64, 256, 128) == rule(gpu, 4, 3, 64, 256, 128)
+    assert choose(3) == rule(gpu, 4, 3, 64, 256, 128)
     file = tables.user_table(gpu.name)
     file.parent.mkdir(parents=True)
-    measured = {tables.key(4, 4, 64, 256, 128): tables.entry(ONE_ROW, 12.5)}
-    file.write_text(json.dumps({"measured": measured}))
+    names = [tables.key(4, rows, 64, 256, 128, False, torch.bfloat16) for rows in (4, 1024)]
+    file.write_text(json.dumps({"measured": {name: tables.entry(ONE_ROW, 12.5) for name in names}}))
     tables.table.cache_clear()
-    assert tables.choose(gpu, 4, 3, 64, 256, 128) == ONE_ROW
-    assert tables.choose(gpu, 4, 5, 64, 256, 128) != ONE_ROW
+    assert choose(3) == choose(1000) == ONE_ROW
+    # Other rows, zero points, another dtype, more rows than any table has, another Triton: nobody measured that.
+    assert ONE_ROW not in (choose(5), choose(3, True), choose(3, dtype=torch.float16), choose(1025))
+    monkeypatch.setattr(tables.triton, "__version__", "2.0.1")
+    assert choose(3) == rule(gpu, 4, 3, 64, 256, 128)
     file.write_text("{")
     tables.table.cache_clear()
     with pytest.raises(ValueError, match="llmq tune"):
-        tables.choose(gpu, 4, 3, 64, 256, 128)
+        choose(3)
     tables.table.cache_clear()
+
+
+def test_a_configuration_that_does_not_fit_falls_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    tried = []
+
+    def start(one: Launch) -> None:
+        tried.append(one)
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    weight = plain(21, 300, 4, 128, symmetric=False)
+    form = packed(weight, torch.bfloat16)
+    use(monkeypatch, FEW_ROWS)
+    whole = launching.start
+    monkeypatch.setattr(launching, "start", lambda one: start(one) if "WARPS_K" in one.constexprs else whole(one))
+    for _ in range(2):
+        check(weight, form, torch.randn(2, 300).to(torch.bfloat16), None)
+    assert len(tried) == 1 and "does not fit" in caplog.text
+
+
+def test_a_launch_is_repeated_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first, what was compiled is called with the same values in the kernel's order, and the new tensors;
+    an address that is no multiple of 16 goes to Triton again."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *values: calls.append((grid, *values))
+
+    class Kernel:
+        arg_names = ("x", "y", "M", "N", "BITS", "PDL")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*values: Any, **named: Any) -> Any:
+                calls.append((grid, *values, named))
+                return Compiled()
+
+            return run
+
+    x, y = torch.zeros(64), torch.zeros(64)
+    once = launching.Repeated()
+
+    def go(rows: int, x: Tensor) -> None:
+        made = launching.Launch(Kernel(), (rows, 1, 1), (x, y, rows, 7), {"PDL": False, "BITS": 4}, {"num_warps": 2})
+        once((rows, 1, 1), (x, y), rows, lambda: made)
+
+    for rows, tensor in ((3, x[1:]), (3, x), (5, x), (6, x[2:]), (7, x)):
+        go(rows, tensor)
+    told = {"PDL": False, "BITS": 4, "num_warps": 2}
+    assert [len(call) for call in calls] == [6, 6, 7, 6, 7]
+    assert calls[2][0] == (5, 1, 1) and calls[2][3:] == (5, 7, 4, False) and calls[1][-1] == told
+    assert calls[4][3] == 7 and calls[3][1] is not x
+
+
+@pytest.mark.parametrize("processors", [16, 46, 78, 108, 114, 132, 142, 148, 170, 304])
+def test_the_rule_keeps_every_number_of_multiprocessors_busy(processors: int) -> None:
+    """With 4 bits at 32 to 512 rows, where there is work for all: programs for four fifths of them, or K split enough
+    that each has four tiles."""
+    gpu = replace(KNOWN[2], processors=processors)
+    for n, k in ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336)):
+        for m in (32, 64, 128, 256, 512):
+            config = rule(gpu, 4, m, n, k, 128)
+            programs = -(-n // config.block_n) * -(-m // config.block_m) * config.programs_k
+            assert config.family == "many_rows" and programs >= 0.8 * processors
+            assert k // planes.TILE[4] >= 4 * config.programs_k
+
+
+def test_stacked_experts_are_dequantized_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All programs are on the first axis of the grid: the others hold 65,535."""
+    from llmq_kernels.triton import dequantize
+
+    n, k, meta = 256 * 4096, 2048, torch.device("meta")
+    stacked = torch.empty(n, k // 4, dtype=torch.int16, device=meta), torch.empty(k // 128, n, device=meta)
+    weight = PackedInt(*stacked, None, 4, n, k, 128)
+    made = dequantize.build(weight, torch.empty(n, k, device=meta), "cuda")
+    assert made.grid == (16 * n // 16,)

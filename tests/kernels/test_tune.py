@@ -16,6 +16,7 @@ from llmq_kernels.triton import gpu as gpus
 from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.variants import product
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -27,14 +28,28 @@ def test_without_a_gpu() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 16, 64, 256, 1024])
 def test_candidates_start_with_the_rule_and_serve_the_rows(rows: int) -> None:
     gpu = gpus.KNOWN[2]
-    found = list(tune.candidates(gpu, 4, rows, 4096, 4096, 128))
+    found = tune.candidates(gpu, 4, rows, 4096, 4096, 128)
     assert found[0] == rule(gpu, 4, rows, 4096, 4096, 128)
     assert any(config.family == "dense" for config in found)
     assert all(config.block_m >= rows for config in found if config.family == "one_row")
+    assert all(4 * config.programs_k <= 4096 // planes.TILE[4] for config in found if config.programs_k > 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_sixty_compilations_tune_a_shape(bits: int) -> None:
+    """Over all rows: few_rows' machine code is the same for 1 to 8 rows."""
+    for gpu in gpus.KNOWN:
+        every = set()
+        for rows in tune.ROWS:
+            for config in tune.candidates(gpu, bits, rows, 8192, 8192, 128):
+                if config.family != "dense":
+                    made = product(config, bits, rows, 8192, 8192, 128, False, torch.bfloat16, gpu.backend)
+                    every.add((made.kernel, *map(str, (made.constexprs, made.options))))
+        assert len(every) <= 60
 
 
 def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu, asked = gpus.KNOWN[2], []
+    gpu, asked, compiled = gpus.KNOWN[2], [], []
     best = Config("one_row", 2, 1, 16, warps=2)
 
     def fastest(*arguments: object) -> tuple[float, Config]:
@@ -48,14 +63,16 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
     monkeypatch.setattr(tune, "triton_refusal", lambda _: None)
     monkeypatch.setattr(gpus, "gpu_of", lambda _: gpu)
     monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(tune, "compile_all", lambda wanted, *_: compiled.append(list(wanted)))
     tables.table.cache_clear()
     with pytest.raises(KeyboardInterrupt):
         tune.tune([(256, 512)], rows=[1, 2, 4])
     lines: list[str] = []
     path = tune.tune([(256, 512)], rows=[1, 2, 4], progress=lambda done, total, line: lines.append(f"{done}/{total}"))
     assert asked == [1, 2, 2, 4] and lines == ["1/3", "2/3", "3/3"]
+    assert {one[2] for one in compiled[0]} == {1, 2, 4} and {one[2] for one in compiled[1]} == {2, 4}
     assert path == tables.user_table(gpu.name)
-    assert tables.choose(gpu, 4, 3, 256, 512, 128) == best
+    assert tables.choose(gpu, 4, 3, 256, 512, 128, False, torch.bfloat16) == best
     tables.table.cache_clear()
 
 
@@ -79,7 +96,8 @@ def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "change", [{"family": "fast"}, {"block_n": 3}, {"warps": 0}, {"stages": "2"}, {"block_m": None}, {"blocks": 4}]
+    "change",
+    [{"family": "fast"}, {"block_n": 3}, {"warps": 0}, {"stages": "2"}, {"block_m": None}, {"blocks": 4}, {"pdl": 1}],
 )
 def test_a_damaged_table_is_named(change: dict[str, object], tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"

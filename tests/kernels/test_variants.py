@@ -50,7 +50,7 @@ def machine_code(config: Config, bits: int, group_size: int, k: int) -> tuple[An
     scale = torch.empty(-(-k // group_size), n, dtype=torch.bfloat16, device=meta)
     x = torch.empty(1, k, dtype=torch.bfloat16, device=meta)
     weight = PackedInt(packed, scale, None, bits, n, k, group_size)
-    return code_of(integers.build(config, x, weight, None, x, "cuda"))
+    return code_of(integers.build(config, 1, x, weight, None, x, "cuda"))
 
 
 def code_of(made: Launch) -> tuple[Any, ...]:

@@ -1,10 +1,22 @@
-"""Arithmetic in which Triton's interpreter differs from a GPU; shared by all kernels.
+"""What all kernels share: arithmetic in which Triton's interpreter differs from a GPU, and how they follow each other.
 
 BACKEND: as `gpu.Gpu.backend`.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Programmatic dependent launch: let the next kernel's programs start, and wait for the kernel before this one.
+
+    First in a kernel: memory that the kernel before has written, or may still read, is touched only after it.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -29,9 +41,22 @@ def product(a, b, total, BACKEND: tl.constexpr):
 
 @triton.jit
 def scaled(codes, s, BACKEND: tl.constexpr):
-    """codes · s, rounded to codes' dtype."""
+    """codes · s, rounded to codes' dtype; bfloat16 or float16, of one shape.
+
+    On NVIDIA two neighbours at a time, as `unpack` makes them: the compiler would pair others, and move bytes to do so.
+    """
     if BACKEND == "cpu":
         found = rounded(codes.to(tl.float32) * s.to(tl.float32), codes.dtype, BACKEND)
+    elif BACKEND == "cuda":
+        KIND: tl.constexpr = "f16x2" if codes.dtype == tl.float16 else "bf16x2"
+        found = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.{KIND} $0, $1, $2, z; }}",
+            "=r,r,r",
+            [codes, s],
+            dtype=codes.dtype,
+            is_pure=True,
+            pack=2,
+        )
     else:
         found = codes * s
     return found

@@ -18,7 +18,8 @@ class Config:
     block_n, block_m: rows of the weight and of x per program; tiles: tiles of a row that a program processes at once
     (one_row; in few_rows each warp processes one); programs_k: programs that share K; prescale: scales multiply codes
     instead of sums (many_rows); registers: the limit per thread on NVIDIA, None for ptxas' own choice, which sometimes
-    spills so that more programs fit.
+    spills so that more programs fit; pdl: programmatic dependent launch, from Hopper on: programs start while the
+    kernel before them still runs, and wait for it before they touch memory.
     """
 
     family: Family
@@ -30,12 +31,15 @@ class Config:
     stages: int = 1
     prescale: bool = False
     registers: int | None = None
+    pdl: bool = False
 
     def options(self, backend: str) -> dict[str, Any]:
         """Triton's launch options besides the kernel's arguments."""
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         if self.registers and backend == "cuda":
             options["maxnreg"] = self.registers
+        if self.pdl and backend == "cuda":
+            options["launch_pdl"] = True
         return options
 
 

@@ -38,8 +38,9 @@ def dequantize_kernel(
     """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], strided."""
     SLICES: tl.constexpr = slices(BITS)
     WORDS_OF_TILE: tl.constexpr = words(BITS)
-    tile = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One axis: the others hold 65,535 programs, fewer than the stacked rows of many experts need.
+    tile = tl.program_id(0) % tiles
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, 32)
     row = n < N
     w_at = packed + n.to(tl.int64)[:, None] * (tiles * WORDS_OF_TILE) + tile * WORDS_OF_TILE + t[None, :]
@@ -66,4 +67,4 @@ def build(weight: PackedInt, y: Tensor, backend: str) -> Launch:
     arguments = (weight.packed, scale, weight.zero, y, n, k, scale.stride(0), tiles, scale.shape[0])
     constexprs = {"BITS": bits, "GROUP": group, "RUN": run, "BLOCK_N": ROWS, "BACKEND": backend}
     options = {"num_warps": 2, "enable_fp_fusion": True}
-    return Launch(dequantize_kernel, (tiles, -(-n // ROWS)), arguments, constexprs, options)
+    return Launch(dequantize_kernel, (tiles * -(-n // ROWS),), arguments, constexprs, options)

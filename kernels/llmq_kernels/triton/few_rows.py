@@ -17,7 +17,7 @@ that carries a value over more than one step. With more than four groups per til
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.arithmetic import product, rounded
+from llmq_kernels.triton.arithmetic import follow, product, rounded
 from llmq_kernels.triton.unpack import (
     half_codes,
     load_words,
@@ -51,6 +51,7 @@ def few_rows_kernel(
     WARPS_K: tl.constexpr,
     PROGRAMS_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
@@ -58,6 +59,7 @@ def few_rows_kernel(
     x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group.
     EVEN_K: all tiles are full, and WARPS_K divides their number.
     """
+    follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)

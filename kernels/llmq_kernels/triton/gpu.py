@@ -29,13 +29,25 @@ class Gpu:
         """Whether memory is so fast (data-center GPUs) that unpacking limits a kernel without tensor cores."""
         return self.target in ("cuda:80", "cuda:90", "cuda:100", "cuda:103")
 
+    @property
+    def tensor_memory(self) -> bool:
+        """Whether sums of products are in tensor memory (data-center Blackwell)."""
+        return self.target in ("cuda:100", "cuda:103")
+
+    @property
+    def pdl(self) -> bool:
+        """Whether a kernel can start before the one before it has ended (programmatic dependent launch)."""
+        return self.backend == "cuda" and int(self.target.partition(":")[2]) >= 90
+
 
 KNOWN = (
     Gpu("NVIDIA A100-SXM4-80GB", "cuda:80", 108, 166912),
     Gpu("NVIDIA GeForce RTX 4090", "cuda:89", 128, 101376),
     Gpu("NVIDIA H100 80GB HBM3", "cuda:90", 132, 232448),
     Gpu("NVIDIA B200", "cuda:100", 148, 232448),
+    Gpu("NVIDIA GeForce RTX 5090", "cuda:120", 170, 101376),
     Gpu("AMD Instinct MI300X", "hip:gfx942", 304, 65536),
+    Gpu("AMD Instinct MI355X", "hip:gfx950", 256, 163840),
 )
 # Few processors, so that small tests also split K.
 INTERPRETER = Gpu("interpreter", "cpu", 4, 65536)

@@ -6,34 +6,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from llmq_kernels.planes import TILE, WORDS
 from llmq_kernels.triton import sums
 from llmq_kernels.triton.config import Config, run_length
 from llmq_kernels.triton.few_rows import few_rows_kernel
-from llmq_kernels.triton.launch import Launch, launch
+from llmq_kernels.triton.gpu import on
+from llmq_kernels.triton.launch import Launch, Repeated
 from llmq_kernels.triton.many_rows import many_rows_kernel
 from llmq_kernels.triton.one_row import one_row_kernel
 from llmq_kernels.weights import PackedInt
 
+# What Triton raises where a configuration needs more shared memory or registers than the GPU has.
+UNFIT = (OutOfResources, PTXASError)
 KERNELS = {"one_row": one_row_kernel, "few_rows": few_rows_kernel, "many_rows": many_rows_kernel}
 
 
-def linear(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
-    """x [M, in] · Wᵀ + bias, x contiguous → [M, out] in x's dtype. backend: as `gpu.Gpu.backend`."""
-    m, n = x.shape[0], weight.out_features
-    y = x.new_empty(m, n)
-    if config.programs_k == 1:
-        launch(x.device, build(config, x, weight, bias, y, backend))
+class Product:
+    """Products with weights of one kind by one configuration: what does not change from call to call, prepared once.
+
+    One kind: the same sizes, group size, dtypes, zero points or none, bias or none. backend: as `gpu.Gpu.backend`.
+    """
+
+    def __init__(self, config: Config, out_features: int, backend: str) -> None:
+        self.config, self.backend = config, backend
+        self.across, self.sums_across = -(-out_features // max(config.block_n, 1)), -(-out_features // sums.BLOCK)
+        self.product, self.sum = Repeated(), Repeated()
+
+    def __call__(self, x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+        """x [..., in] · Wᵀ + bias, x contiguous → [..., out] in x's dtype. Raises UNFIT if it cannot run."""
+        n, m = weight.out_features, x.numel() // weight.in_features
+        config, backend = self.config, self.backend
+        y = x.new_empty((*x.shape[:-1], n))
+        split = config.programs_k > 1
+        out = x.new_empty((config.programs_k, m, n), dtype=torch.float32) if split else y
+        grid = (self.across, 1 if config.family == "one_row" else -(-m // config.block_m), config.programs_k)
+        tensors = (x, weight.packed, weight.scale, weight.zero, bias, out)
+        with on(x.device):
+            self.product(grid, tensors, m, lambda: build(config, m, x, weight, bias, out, backend))
+            if split:
+                summed = (out, bias, y)
+                self.sum((self.sums_across, m, 1), summed, m, lambda: sums.build(*summed, config.pdl, backend))
         return y
-    parts = x.new_empty(config.programs_k, m, n, dtype=torch.float32)
-    launch(x.device, build(config, x, weight, bias, parts, backend), sums.build(parts, bias, y, backend))
-    return y
 
 
-def build(config: Config, x: Tensor, weight: PackedInt, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
-    """The launch of the product. y: [M, out], or float32 [programs_k, M, out] if programs share K."""
-    bits, n, k, m = weight.bits, weight.out_features, weight.in_features, x.shape[0]
+def build(config: Config, m: int, x: Tensor, weight: PackedInt, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
+    """The launch of a product of m rows. y: [..., out], or float32 [programs_k, m, out] if programs share K."""
+    bits, n, k = weight.bits, weight.out_features, weight.in_features
     tiles = weight.packed.shape[1] // WORDS[bits]
     group, run = run_length(bits, weight.group_size, k)
     constexprs: dict[str, Any] = {
@@ -42,13 +62,14 @@ def build(config: Config, x: Tensor, weight: PackedInt, bias: Tensor | None, y: 
         "RUN": run,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "PDL": config.pdl,
         "BACKEND": backend,
     }
-    grid: tuple[int, ...] = (-(-n // config.block_n),)
+    grid: tuple[int, ...] = (-(-n // config.block_n), 1, 1)
     if config.family == "one_row":
         constexprs["TILES"] = config.tiles
     else:
-        grid = (*grid, -(-m // config.block_m), config.programs_k)
+        grid = (grid[0], -(-m // config.block_m), config.programs_k)
         constexprs["PROGRAMS_K"] = config.programs_k
         even = k == tiles * TILE[bits]
         if config.family == "few_rows":
@@ -56,6 +77,8 @@ def build(config: Config, x: Tensor, weight: PackedInt, bias: Tensor | None, y: 
             constexprs["EVEN_K"] = even and tiles % config.warps == 0
         else:
             constexprs["EVEN_K"] = even
-            constexprs["PRESCALE"] = config.prescale and weight.scale.dtype == x.dtype
+            prescale = config.prescale and weight.scale.dtype == x.dtype
+            constexprs["PRESCALE"] = prescale
+            constexprs["DOT"] = min(4, TILE[bits] // 32 if prescale else run)
     arguments = (x, weight.packed, weight.scale, weight.zero, bias, y, m, n, k, tiles, weight.scale.shape[0])
     return Launch(KERNELS[config.family], grid, arguments, constexprs, config.options(backend))

@@ -1,19 +1,33 @@
 """Tens to hundreds of rows: a fused product on tensor cores, with K split among programs if the weight is small.
 
-Yᵀ = W · Xᵀ, as in `few_rows`, but one dot of [rows, 32] at a time, which on Hopper is a warp-group instruction with the
-weight in registers. Scales are loaded when they are used: if they were carried from one step to the next, Triton would
-not unpack codes in the operand's own layout, and dequantized codes would go through shared memory (seen in its TTGIR).
+Yᵀ = W · Xᵀ, as in `few_rows`, but slices of a tile are put side by side to one dot of up to 128 inputs. On Hopper that
+is one group of warp-group instructions with the weight in registers, and one wait for it: a dot for each slice would
+wait four times a tile. Scales of sums are loaded one tile ahead; zero points, and scales of codes, in their own tile:
+if they were carried from one to the next, Triton would not unpack codes in the operand's layout, and dequantized codes
+would go through shared memory (seen in its TTGIR).
 
-Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all) or, with PRESCALE, the codes,
-which costs less and needs half the accumulators for small groups and many rows of x; W is then rounded to x's dtype, as
-the operator's definition allows.
+Sums are float32. Scales multiply the sum of a group (exact codes, one rounding in all) or, with PRESCALE, the codes:
+then small groups need no dots of their own; W is rounded to x's dtype, as the operator's definition allows.
+
+The sum of a tile is always multiplied before it is added to the total, with PRESCALE by a one that the compiler does
+not see: where a dot's result is its own next input, triton 3.6 lets Hopper's products overlap the next tile's unpacking
+and overwrites their operands (triton issue 9433; scripts/compile_kernels.py looks for it in the machine code).
 """
 
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.arithmetic import product, rounded, scaled
-from llmq_kernels.triton.unpack import half_codes, load_words, per_group, position, slice_words, slices, words
+from llmq_kernels.triton.arithmetic import follow, product, rounded, scaled
+from llmq_kernels.triton.unpack import (
+    half_codes,
+    load_words,
+    per_group,
+    position,
+    side_by_side,
+    slice_words,
+    slices,
+    words,
+)
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -37,52 +51,68 @@ def many_rows_kernel(
     PROGRAMS_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRESCALE: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group; DOT:
+    slices of a dot, which without PRESCALE share one.
     """
+    follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
+    k_dot = tl.arange(0, DOT * 32)
     t = tl.arange(0, 32)
     row = n < N
     w_at = packed + n.to(tl.int64)[:, None] * (tiles * WORDS) + t[None, :]
-    x_at = x + m.to(tl.int64)[None, :] * K + t[:, None]
+    x_at = x + m.to(tl.int64)[None, :] * K + k_dot[:, None]
     column = (m < M)[None, :]
     first = tiles * part // PROGRAMS_K
     last = tiles * (part + 1) // PROGRAMS_K
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    if PRESCALE:
+        one = tl.where(M > 0, 1.0, 0.0)
+    else:
+        s_run = per_group(scale, first, n, row, N, groups, GROUP, SLICES, RUN)
     for tile in range(first, last):
-        s_run = per_group(scale, tile, n, row, N, groups, GROUP, SLICES, RUN)
+        if PRESCALE:
+            s_run = per_group(scale, tile, n, row, N, groups, GROUP, SLICES, RUN)
+        else:
+            s_next = per_group(scale, tile + 1, n, row, N, groups, GROUP, SLICES, RUN)
         z_run = per_group(zero, tile, n, row, N, groups, GROUP, SLICES, RUN)
         tile_words = load_words(w_at + tile * WORDS, row[:, None], BITS)
-        run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for j in tl.static_range(SLICES):
-            k = tile * (SLICES * 32) + j * 32
+        for d in tl.static_range(SLICES // DOT):
+            k = (tile * SLICES + d * DOT) * 32
             if EVEN_K:
                 xs = tl.load(x_at + k, mask=column, other=0.0)
             else:
-                xs = tl.load(x_at + k, mask=column & (k + t < K)[:, None], other=0.0)
-            w = slice_words(tile_words, BITS, j, BACKEND)
-            if zero is None:
-                z = None
-            else:
-                z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
-            codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
+                xs = tl.load(x_at + k, mask=column & (k + k_dot < K)[:, None], other=0.0)
+            parts = ()
+            for j in tl.static_range(d * DOT, d * DOT + DOT):
+                if zero is None:
+                    z = None
+                else:
+                    z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
+                w = slice_words(tile_words, BITS, j, BACKEND)
+                codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
+                if PRESCALE:
+                    s = tl.broadcast_to(s_run[j // RUN].to(DTYPE)[:, None], [BLOCK_N, 32])
+                    codes = scaled(codes, s, BACKEND)
+                parts = parts + (codes,)  # type: ignore[assignment]
+            run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            run = product(side_by_side(parts, DOT), xs, run, BACKEND)
             if PRESCALE:
-                s = tl.broadcast_to(s_run[j // RUN].to(DTYPE)[:, None], [BLOCK_N, 32])
-                total = product(scaled(codes, s, BACKEND), xs, total, BACKEND)
+                total += run * one
             else:
-                run = product(codes, xs, run, BACKEND)
-                if (j + 1) % RUN == 0:
-                    total += run * s_run[j // RUN].to(tl.float32)[:, None]
-                    if j + 1 < SLICES:
-                        run = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+                total += run * s_run[d * DOT // RUN].to(tl.float32)[:, None]
+        if not PRESCALE:
+            s_run = s_next
     y_at = y + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     if PROGRAMS_K == 1:
         if bias is not None:

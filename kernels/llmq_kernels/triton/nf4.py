@@ -74,7 +74,7 @@ def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
         launch(x.device, build(config, x, weight, bias, y, gpu.backend))
         return y
     parts = x.new_empty(config.programs_k, m, n, dtype=torch.float32)
-    launch(x.device, build(config, x, weight, bias, parts, gpu.backend), sums.build(parts, bias, y, gpu.backend))
+    launch(x.device, build(config, x, weight, bias, parts, gpu.backend), sums.build(parts, bias, y, False, gpu.backend))
     return y
 
 

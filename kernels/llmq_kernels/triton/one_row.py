@@ -9,7 +9,7 @@ Zero points use the sum of x: Σ (q − z)·x = Σ q·x − z·Σ x.
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.arithmetic import rounded
+from llmq_kernels.triton.arithmetic import follow, rounded
 from llmq_kernels.triton.unpack import load_words, position, single_codes, slice_words, slices, words
 
 
@@ -32,9 +32,11 @@ def one_row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
+    PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]."""
+    follow(PDL)
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     LANES: tl.constexpr = TILES * 4

@@ -15,28 +15,43 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+import triton
+
 from llmq_kernels.triton.config import Config, Family
 from llmq_kernels.triton.gpu import Gpu
 from llmq_kernels.triton.rule import rule
 
+FLAGS = ("prescale", "pdl")
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def choose(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
-    """How to run x [m, in] · Wᵀ: measured for this shape by the user or before shipping, else by the rule."""
+def choose(
+    gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int, zeros: bool, dtype: torch.dtype
+) -> Config:
+    """How to run x [m, in] · Wᵀ: measured for this shape by the user or before shipping, else by the rule.
+
+    zeros: whether the weight has zero points; dtype: x's. What another version of Triton was measured with is left out.
+    """
     measured = table(gpu.name)
-    found = measured.get(key(bits, bucket(m), out_features, in_features, group_size)) if measured else None
-    return found or rule(gpu, bits, m, out_features, in_features, group_size)
+    rows = bucket(m)
+    name = key(bits, rows, out_features, in_features, group_size, zeros, dtype) if measured and rows else ""
+    return measured.get(name) or rule(gpu, bits, m, out_features, in_features, group_size)
 
 
 def bucket(m: int) -> int:
-    """The row count under which a table keeps measurements of m rows."""
-    return next((size for size in BUCKETS if m <= size), BUCKETS[-1])
+    """The row count under which a table keeps measurements of m rows; 0 beyond the last, which no table has."""
+    return next((size for size in BUCKETS if m <= size), 0)
 
 
-def key(bits: int, rows: int, out_features: int, in_features: int, group_size: int) -> str:
-    """The key of a measured configuration in a table."""
-    return f"{bits} bits, {rows} x {in_features} to {out_features}, groups of {min(group_size, in_features)}"
+def key(
+    bits: int, rows: int, out_features: int, in_features: int, group_size: int, zeros: bool, dtype: torch.dtype
+) -> str:
+    """The key of a measured configuration in a table: all that decides which is fastest, except for the GPU."""
+    groups = f"groups of {min(group_size, in_features)}{' with zero points' if zeros else ''}"
+    version = ".".join(triton.__version__.split(".")[:2])
+    kind = str(dtype).removeprefix("torch.")
+    return f"{bits} bits, {rows} x {in_features} to {out_features}, {groups}, {kind}, triton {version}"
 
 
 def user_table(name: str) -> Path:
@@ -76,9 +91,12 @@ def read_table(file: Path | Traversable) -> dict[str, Config]:
 
 def check(name: str, config: Config) -> None:
     """Raise ValueError for a configuration that cannot be launched."""
-    numbers = {field: value for field, value in asdict(config).items() if field not in ("family", "prescale")}
-    if config.family not in get_args(Family) or not isinstance(config.prescale, bool):
-        raise ValueError(f"{name}: family {config.family!r}, prescale {config.prescale!r}")
+    numbers = {field: value for field, value in asdict(config).items() if field not in ("family", *FLAGS)}
+    if config.family not in get_args(Family):
+        raise ValueError(f"{name}: family {config.family!r}")
+    for field in FLAGS:
+        if not isinstance(getattr(config, field), bool):
+            raise ValueError(f"{name}: {field} {getattr(config, field)!r}")
     for field, value in numbers.items():
         if not (isinstance(value, int) and 0 <= value <= 1024 or field == "registers" and value is None):
             raise ValueError(f"{name}: {field} is {value!r}")

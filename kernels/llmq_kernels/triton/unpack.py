@@ -275,3 +275,16 @@ def one_group(values, tile, j, n, row, N, groups, GROUP: tl.constexpr, SLICES: t
     """The values, from [groups, N], of the group of slice j of a tile; arguments as in `per_group`."""
     group = tl.minimum((tile * SLICES + j) * 32 // GROUP, groups - 1)
     return tl.load(values + group * N + n, mask=row, other=0)
+
+
+@triton.jit
+def side_by_side(parts, COUNT: tl.constexpr):
+    """COUNT (1, 2 or 4) blocks [N, 32] → [N, 32 · COUNT]. In a tensor core's operand it only renames registers."""
+    if COUNT == 4:
+        joined = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+        whole = tl.reshape(tl.permute(joined, (0, 3, 2, 1)), [parts[0].shape[0], 128])
+    elif COUNT == 2:
+        whole = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), [parts[0].shape[0], 64])
+    else:
+        whole = parts[0]
+    return whole

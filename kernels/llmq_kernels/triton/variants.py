@@ -75,13 +75,30 @@ def choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int]]:
         yield config, bits, m, n, k, group_size
 
 
+def product(
+    config: Config,
+    bits: int,
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    zeros: bool,
+    dtype: torch.dtype,
+    backend: str,
+    biased: bool = False,
+) -> Launch:
+    """The launch of a product of m rows by a weight [n, k] with a configuration, on the meta device."""
+    y = _meta(dtype, m, n) if config.programs_k == 1 else _meta(torch.float32, config.programs_k, m, n)
+    weight = _planes(bits, n, k, group_size, zeros, dtype)
+    bias = _meta(dtype, n) if biased else None
+    return integers.build(config, m, _meta(dtype, m, k), weight, bias, y, backend)
+
+
 def _integers(gpu: Gpu) -> Iterator[Variant]:
     common = {"BITS", "GROUP", "RUN", "BLOCK_M", "BLOCK_N", "BACKEND"}
     for config, bits, m, n, k, group_size in choices(gpu):
         for (label, dtype), zero in itertools.product(HALF.items(), (False, True)):
-            y = _meta(dtype, m, n) if config.programs_k == 1 else _meta(torch.float32, config.programs_k, m, n)
-            weight = _planes(bits, n, k, group_size, zero, dtype)
-            made = integers.build(config, _meta(dtype, m, k), weight, _meta(dtype, n), y, gpu.backend)
+            made = product(config, bits, m, n, k, group_size, zero, dtype, gpu.backend, biased=True)
             flags = "".join(f" {name.lower()} {value}" for name, value in made.constexprs.items() if name not in common)
             name = (
                 f"{config.family} {bits} bits group {made.constexprs['GROUP']} {label}{' zero' if zero else ''} "
@@ -101,7 +118,7 @@ def _dequantize(gpu: Gpu) -> Iterator[Variant]:
 def _sums(gpu: Gpu) -> Iterator[Variant]:
     for programs_k in (2, 4, 8):
         parts, bias = _meta(torch.float32, programs_k, 8, 4096), _meta(torch.bfloat16, 4096)
-        made = sums.build(parts, bias, _meta(torch.bfloat16, 8, 4096), gpu.backend)
+        made = sums.build(parts, bias, _meta(torch.bfloat16, 8, 4096), gpu.pdl, gpu.backend)
         yield Variant(f"sum {programs_k}", gpu.target, made)
 
 

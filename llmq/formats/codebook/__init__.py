@@ -2,8 +2,8 @@
 
 No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
 the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
-its error names the format (`llmq-codebook`; vLLM 0.32 refuses its key `grid`). `restored` is the configuration as llmq's reader sees
-it. Beside what `learned` and `fixed` describe, every weight [out, in] has a `weight_shape`.
+its error names the format (`llmq-codebook`; vLLM 0.32 refuses its key `grid`). `restored` is the configuration as
+llmq's reader sees it. Beside what `learned` and `fixed` describe, every weight [out, in] has a `weight_shape`.
 """
 
 from __future__ import annotations
