@@ -1,12 +1,14 @@
 """Runs GGUF files in llama.cpp (llama-cpp-python), in the environment that `exports_environment.py` makes.
 
 `compare REFERENCE.npz FILE…`: log-probabilities of its tokens against its own. `divergence BASE.gguf TOKENS.npz FILE…`:
-KL of the files' distributions to those of BASE, over all tokens. Prints a JSON line for each file. Without llama.cpp's
-repacked weight buffers, which crashed here, with its own files too.
+KL of the files' distributions to those of BASE, over all tokens. `quantize IN.gguf OUT.gguf TYPE [IMPORTANCE.npz]`:
+llama.cpp's own quantization, with an importance for each input of a tensor. Prints a JSON line for each file. Without
+llama.cpp's repacked weight buffers, which crashed here, with its own files too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ import llama_cpp
 import llama_cpp.llama as inner
 import numpy as np
 
-FLOAT32 = 0
+FLOAT32, BFLOAT16 = 0, 30
+"""ggml's numbers of types."""
 original = llama_cpp.llama_model_default_params
 
 
@@ -82,6 +85,30 @@ def divergence(base: str, tokens: str, files: list[str]) -> None:
         del model
 
 
+def quantize(file: str, out: str, kind: str, importance: str | None) -> None:
+    """See the module. The embeddings stay in bfloat16, as in the files that these are compared with."""
+    wanted = llama_cpp.llama_model_quantize_default_params()
+    wanted.nthread = 1
+    wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    wanted.token_embedding_type = wanted.output_tensor_type = BFLOAT16
+    stored = dict(np.load(importance)) if importance else {}
+    entries = (Importance * (len(stored) + 1))()
+    for entry, (name, values) in zip(entries, stored.items(), strict=False):
+        stored[name] = values = np.ascontiguousarray(values, dtype=np.float32)
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if stored:
+        wanted.imatrix = ctypes.cast(entries, type(wanted.imatrix))
+    failed = llama_cpp.llama_model_quantize(file.encode(), out.encode(), ctypes.byref(wanted))
+    say(out, failed=failed)
+
+
+class Importance(ctypes.Structure):
+    """llama.h's llama_model_imatrix_data."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
+
+
 def nll(found: list[Any], rows: Any) -> float:
     """The mean negative log-probability of the next token."""
     return float(-np.mean([f[np.arange(len(r) - 1), r[1:]].mean() for f, r in zip(found, rows, strict=True)]))
@@ -96,5 +123,7 @@ if __name__ == "__main__":
     kind, first, *rest = sys.argv[1:]
     if kind == "compare":
         compare(first, rest)
+    elif kind == "quantize":
+        quantize(first, rest[0], rest[1], rest[2] if len(rest) > 2 else None)
     else:
         divergence(first, rest[0], rest[1:])

@@ -10,6 +10,7 @@ memory at a time: rows are looked up in a first pass over the converted file, an
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.files import put
+from llmq.checkpoint.files import INDEX, put
 from llmq.checkpoint.tensors import encode as encode_tensors
 from llmq.errors import LlmqError
 from llmq.export import converter
@@ -31,7 +32,7 @@ from llmq.export.rows import Found, Numbers, RowIndex
 from llmq.formats.gguf import blocks, file
 from llmq.formats.gguf.blocks import Span
 from llmq.formats.gguf.file import Contents, Held, New
-from llmq.formats.gguf.types import DTYPES, TYPES
+from llmq.formats.gguf.types import TYPES
 from llmq.validate import check_choice
 
 CHUNK = 1 << 26
@@ -55,7 +56,7 @@ SPLIT = (
 @dataclass(frozen=True)
 class Row:
     """One tensor of the written file. bits: of the codes that it was made of, None if it is not quantized; worst: the
-    largest difference to the dequantized weight, relative to its largest number; why: it is as it is, or ''."""
+    largest difference to the dequantized weights, relative to their largest number; why: it is as it is, or ''."""
 
     name: str
     shape: tuple[int, ...]
@@ -125,7 +126,7 @@ def export_gguf(
         ):
             # The converter names a model after its folder.
             dense, converted = Path(inside) / folder.path.resolve().name, Path(inside) / "converted.gguf"
-            index, spans = _write_dense(folder, dense)
+            index, spans = write_dense(folder, dense)
             named = converter.convert(script, dense, converted, folder.dtype, name)
             shutil.rmtree(dense)
             old = file.read(converted)
@@ -137,7 +138,7 @@ def export_gguf(
                 file.encode(old, news, file.most_common(news), _data(folder, old, planned)),
                 Path(beside) / "partial",
             )
-            rows = _verify(old, file.read(made), planned, spans)
+            rows = _verify(folder, old, file.read(made), planned, spans)
             os.replace(made, out)
     except OSError as error:
         full = ": free some, or give another disk with --work DIR" if error.errno == errno.ENOSPC else ""
@@ -164,8 +165,8 @@ def _check_disk(folder: QuantizedFolder, work: Path) -> None:
         )
 
 
-def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Span]]:
-    """Write the folder dequantized; returns the rows of its weights, and what types each needs.
+def write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Span]]:
+    """Write the folder dequantized, in its `dtype`; returns the rows of its weights, and what types each needs.
 
     Raises LlmqError for a weight that no type holds.
     """
@@ -173,13 +174,12 @@ def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[S
     index = RowIndex()
     spans: list[Span] = []
     shard: dict[str, Tensor] = {}
-    count = 0
+    places: dict[str, str] = {}
 
     def flush() -> None:
-        nonlocal count
-        count += 1
-        target = dense / f"model-{count:05}.safetensors"
-        put(target, encode_tensors(shard)[1], dense / "partial")
+        file_name = f"model-{len(set(places.values())) + 1:05}.safetensors"
+        put(dense / file_name, encode_tensors(shard)[1], dense / "partial")
+        places.update(dict.fromkeys(shard, file_name))
         shard.clear()
 
     for name in [*folder.weights, *folder.others]:
@@ -200,6 +200,7 @@ def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[S
         (dense / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, dense / name)
     (dense / "config.json").write_text(folder.config_text, encoding="utf-8")
+    (dense / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
     return index, spans
 
 
@@ -292,7 +293,9 @@ def _bytes(folder: QuantizedFolder, old: Contents, one: _Planned) -> Iterator[Te
     yield made
 
 
-def _verify(old: Contents, new: Contents, planned: Sequence[_Planned], spans: Sequence[Span]) -> list[Row]:
+def _verify(
+    folder: QuantizedFolder, old: Contents, new: Contents, planned: Sequence[_Planned], spans: Sequence[Span]
+) -> list[Row]:
     """The rows of the report, from the written file: what it decodes to is what the converter wrote.
 
     Raises LlmqError if it is not.
@@ -303,23 +306,38 @@ def _verify(old: Contents, new: Contents, planned: Sequence[_Planned], spans: Se
         held, bits, worst = written[one.new.name], None, 0.0
         if one.found is not None:
             bits = max(spans[part].bits for part in set(one.found.weights.tolist()))
-            worst = _difference(old, new, one, held)
-            if not worst < FAR:
+            away = _from_converter(old, new, one, held)
+            worst = _from_folder(folder, new, one, held)
+            if not max(away, worst) < FAR:
                 raise LlmqError(
-                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {worst:.2g} of its "
+                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {away:.2g} of its "
                     "largest number): nothing was written; please report this as a bug of llmq"
                 )
         rows.append(Row(held.name, held.shape, held.kind.name, held.nbytes, bits, worst, one.why))
     return rows
 
 
-def _difference(old: Contents, new: Contents, one: _Planned, held: Held) -> float:
+def _decoded(new: Contents, one: _Planned, held: Held, start: int, stop: int) -> Tensor:
+    """Rows of a written tensor, float32."""
+    return blocks.unpack(held.kind.name, new.read(held, start, stop)) * (one.factor or 1.0)
+
+
+def _from_converter(old: Contents, new: Contents, one: _Planned, held: Held) -> float:
     """The largest difference of a written tensor to the converter's, relative to its largest number."""
     largest = worst = 0.0
     for start, stop in _steps(one.old):
-        wanted = old.read(one.old, start, stop)
-        got = blocks.unpack(held.kind.name, new.read(held, start, stop)) * (one.factor or 1.0)
-        # In the dtype that the converter was given: what that cannot tell apart is the same.
-        away = (got.to(DTYPES[one.old.kind.name]).float() - wanted.float()).abs()
-        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.float().abs().amax()))
+        wanted = old.read(one.old, start, stop).float()
+        away = (_decoded(new, one, held, start, stop) - wanted).abs_()
+        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.abs().amax()))
+    return worst / largest if largest else worst
+
+
+def _from_folder(folder: QuantizedFolder, new: Contents, one: _Planned, held: Held) -> float:
+    """The same to the dequantized weights in float32, which the converter's dtype may round."""
+    largest = worst = 0.0
+    for part, here, rows in one.found.parts() if one.found is not None else ():
+        wanted = folder.weight(folder.weights[part]).dequantize(torch.float32)[rows]
+        first = int(here.amin())
+        away = (_decoded(new, one, held, first, int(here.amax()) + 1)[here - first] - wanted).abs_()
+        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.abs().amax()))
     return worst / largest if largest else worst
