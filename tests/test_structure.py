@@ -66,7 +66,7 @@ GROUPS = (
     {"data", "methods", "inference"},
     {"planning", "training"},
     {"report"},
-    {"streaming", "push"},
+    {"streaming", "push", "export"},
     {"allocation"},
     {"job"},
     {"adapters"},

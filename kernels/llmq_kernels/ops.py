@@ -1,4 +1,4 @@
-"""The low-bit matrix products as torch operators: `torch.ops.llmq.int_linear`, `nf4_linear` and `int8_linear`.
+"""The low-bit matrix products as torch operators: `torch.ops.llmq.int_linear`, `nf4_linear`, `int8_linear` ….
 
 Importing this module registers them. Each has an implementation that chooses the backend by device and layout, a fake
 one for torch.compile and CUDA graphs, and a gradient with respect to the input, as training adapters on a frozen
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
-from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, reference
+from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, reference, vectors_cpu
 from llmq_kernels.backend import on_triton
 from llmq_kernels.checks import FLOATS, check, check_device, check_grouped, check_input
 from llmq_kernels.dense_bits import SLAB
 from llmq_kernels.products import matmul, product_dtype, row_slabs
-from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8, PackedLevels
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8, PackedLevels, PackedVectors
 
 ROWS, FEW_ROWS = 16, 48
 
-Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedLevels)
+Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedLevels, PackedVectors)
 
 
 def int_linear(
@@ -233,6 +233,32 @@ def levels_linear_grad(grad: Tensor, packed: Tensor, levels: Tensor, out_feature
     return matmul(grad, levels_cpu.dequantize(weight, product_dtype(grad)))
 
 
+def vectors_linear(
+    x: Tensor,
+    packed: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """x · Wᵀ + bias for a weight W [out, in] of bytes that select vectors: `weights.PackedVectors`.
+
+    Returns [..., out] in x's dtype. Raises TypeError or ValueError if an argument does not fit.
+    """
+    weight = PackedVectors(packed, table, scale, out_features, in_features)
+    weight.check()
+    return _by_rows(x, weight, bias, vectors_cpu.linear)
+
+
+def vectors_linear_grad(
+    grad: Tensor, packed: Tensor, table: Tensor, scale: Tensor, out_features: int, in_features: int
+) -> Tensor:
+    """The gradient with respect to x of `vectors_linear`: grad [..., out] · W → [..., in]."""
+    weight = PackedVectors(packed, table, scale, out_features, in_features)
+    return matmul(grad, vectors_cpu.dequantize(weight, product_dtype(grad)))
+
+
 def _by_rows(
     x: Tensor, weight: Packed, bias: Tensor | None, linear: Callable[[Tensor, Packed, Tensor | None], Tensor]
 ) -> Tensor:
@@ -270,5 +296,7 @@ for _function in (
     int8_linear_grad,
     levels_linear,
     levels_linear_grad,
+    vectors_linear,
+    vectors_linear_grad,
 ):
     torch.library.impl(f"llmq::{_function.__name__}", "default", _function)

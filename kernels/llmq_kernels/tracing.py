@@ -50,6 +50,15 @@ torch.library.define(
     "(Tensor grad, Tensor packed, Tensor levels, int out_features, int in_features) -> Tensor",
 )
 
+torch.library.define(
+    "llmq::vectors_linear",
+    "(Tensor x, Tensor packed, Tensor table, Tensor scale, Tensor? bias, int out_features, int in_features) -> Tensor",
+)
+torch.library.define(
+    "llmq::vectors_linear_grad",
+    "(Tensor grad, Tensor packed, Tensor table, Tensor scale, int out_features, int in_features) -> Tensor",
+)
+
 
 def _int_linear_fake(x: Tensor, *weight: Any) -> Tensor:
     _, _, _, bias, _, out_features, in_features, _, _ = weight
@@ -99,6 +108,15 @@ def _levels_linear_fake(
 
 
 def _levels_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight[-1])
+
+
+def _vectors_linear_fake(x: Tensor, *weight: Any) -> Tensor:
+    *_, bias, out_features, in_features = weight
+    return _linear_fake(x, out_features, in_features, bias)
+
+
+def _vectors_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight[-1])
 
 
@@ -169,6 +187,20 @@ def _levels_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return x_grad, None, None, _bias_grad(ctx, grad, 3), None, None
 
 
+def _vectors_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, table, scale, bias, *rest = inputs
+    _refuse_weight_gradient(table=table, scale=scale)
+    ctx.save_for_backward(packed, table, scale)
+    ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+
+
+def _vectors_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = (
+        torch.ops.llmq.vectors_linear_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    )
+    return x_grad, None, None, None, _bias_grad(ctx, grad, 4), None, None
+
+
 def _bias_grad(ctx: Any, grad: Tensor, at: int) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[at]:
         return None
@@ -188,6 +220,9 @@ torch.library.register_autograd("llmq::int8_linear", _int8_linear_backward, setu
 torch.library.register_autograd("llmq::levels_linear", _levels_linear_backward, setup_context=_levels_linear_setup)
 torch.library.register_fake("llmq::levels_linear", _levels_linear_fake)
 torch.library.register_fake("llmq::levels_linear_grad", _levels_linear_grad_fake)
+torch.library.register_autograd("llmq::vectors_linear", _vectors_linear_backward, setup_context=_vectors_linear_setup)
+torch.library.register_fake("llmq::vectors_linear", _vectors_linear_fake)
+torch.library.register_fake("llmq::vectors_linear_grad", _vectors_linear_grad_fake)
 torch.library.register_fake("llmq::int_linear", _int_linear_fake)
 torch.library.register_fake("llmq::int_linear_grad", _int_linear_grad_fake)
 torch.library.register_fake("llmq::int_grouped", _int_grouped_fake)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import check
+from llmq_kernels.checks import FLOATS, check
 
 # With more inputs than this, int32 sums of int8 products might overflow.
 LONGEST = (1 << 31) // (128 * 128) - 1
@@ -88,6 +88,41 @@ class PackedLevels:
         """Raises TypeError or ValueError unless dtypes and shapes fit; kernels would read past the end."""
         check("packed", self.packed, torch.uint8, (self.out_features, -(-self.in_features // 2)))
         check("levels", self.levels, torch.float32, (self.out_features, 16))
+
+
+@dataclass(frozen=True)
+class PackedVectors:
+    """Bytes that select vectors of n weights of a row, [out, in], with a scale for each group of a row.
+
+    packed: uint8 [books, groups, ceil(group_size/n), out], the vectors of a group in order; table: float32 [books, 256,
+    n]; scale: float [groups, out]. A weight is its scale times the sum of its entries of all books; what the last
+    vector of a group has too many counts for nothing.
+    """
+
+    packed: Tensor
+    table: Tensor
+    scale: Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return self.scale.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.in_features // self.groups
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless dtypes and shapes fit; kernels would read past the end."""
+        books, n = self.table.shape[0], self.table.shape[-1]
+        check("table", self.table, torch.float32, (books, 256, n))
+        check("scale", self.scale, FLOATS, (self.scale.shape[0], self.out_features))
+        if self.groups < 1 or self.in_features % self.groups:
+            raise ValueError(f"{self.groups} groups do not divide {self.in_features} inputs")
+        check("packed", self.packed, torch.uint8, (books, self.groups, -(-self.group_size // n), self.out_features))
 
 
 @dataclass(frozen=True)

@@ -26,23 +26,20 @@ from llmq.adapters.survival import Retention, held_out_rows, measure, measure_lo
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import write
-from llmq.checkpoint.sink import Sink
-from llmq.checkpoint.source import check_finite
 from llmq.data import instructions
 from llmq.data.calibration import Windows
 from llmq.data.files import ENDINGS
 from llmq.data.opened import suffix
 from llmq.data.tokens import encode
+from llmq.export import write_plain
 from llmq.inference.pretrained import load_tokenizer
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable
 from llmq.planning.plan import Plan, make_plan
 from llmq.recipe.recipe import Calibration, Recipe
-from llmq.report.report import versions
 from llmq.watch import Silent, Watch
 
 RECORD = "merge.json"
-UNIT_BYTES = 2**28
 
 
 @dataclass
@@ -186,32 +183,6 @@ def tune_windows(source: Merged, calibration: Calibration, longest: int | None) 
     picked = [i * len(taken) // count for i in range(count)]
     told = f"{file}: {count} windows of {length} tokens, rows laid out as for training"
     return Windows(taken[picked], note, told, tokenizer.decode(taken[picked[0]].tolist()))
-
-
-def write_plain(source: Merged, out: Path, watch: Watch) -> None:
-    """The merged checkpoint in the base's own dtypes, in shards of up to 256 MiB; resumes. Raises LlmqError."""
-    units: list[list[str]] = [[]]
-    size = 0
-    for name in source.names():
-        nbytes = source.info(name).nbytes
-        if units[-1] and size + nbytes > UNIT_BYTES:
-            units.append([])
-            size = 0
-        units[-1].append(name)
-        size += nbytes
-    fingerprint = {"source": source.fingerprint(), "recipe": "as it is", "versions": versions()}
-    with Sink.open(out, fingerprint, units=len(units)) as sink:
-        for note in sink.notes:
-            watch.note(note)
-        watch.stage("Merging", len(units))
-        for index, names in enumerate(units):
-            if f"unit {index}" not in sink.done:
-                tensors = {name: source.read(name) for name in names}
-                for name, tensor in tensors.items():
-                    check_finite(tensor, name, source.info(name).file)
-                sink.commit(f"unit {index}", tensors, {})
-            watch.step("")
-        sink.finish(source.config, source.aux_files(), {})
 
 
 def _notes(source: Merged, base: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from llmq import formats
 from llmq.allocation.chunks import chunk_of
 from llmq.allocation.groups import Group
 from llmq.allocation.own_share import own_share
@@ -71,9 +72,9 @@ def weight_bytes(
         return stored_bytes(shape, scheme, dtype)
     if loads_dense(scheme):
         return rows * width * dtype.itemsize
-    if scheme.rules.learned:
-        # Two codes in a byte, whatever their bits, and 16 levels in float32 for each row.
-        return rows * -(-width // 2) + rows * 16 * 4
+    kind = formats.of(scheme)
+    if hasattr(kind, "loaded_bytes"):
+        return int(kind.loaded_bytes(shape, scheme, dtype))
     if scheme.rules.double_quant:
         # A codebook, and blocks of the flattened weight, whose scales are float32 or quantized themselves.
         blocks = -(-rows * width // (scheme.group_size or width))

@@ -163,6 +163,7 @@ def generate(
 
 evaluate.add(app)
 adapters.add(app, with_recipe, explained)
+app.command()(push.export)
 app.command()(push.push)
 app.command()(tune.tune)
 

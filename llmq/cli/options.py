@@ -67,6 +67,13 @@ Scales = Annotated[
         "static, so that a product with one is a shift."
     ),
 ]
+Packing = Annotated[
+    str | None,
+    typer.Option(
+        help="Of grids ternary and binary: standard (default) stores 2 bits, as stock transformers reads them; "
+        "llmq stores 1.6 bits (five codes in a byte) and 1 bit, in a folder that only llmq reads."
+    ),
+]
 Calib = Annotated[
     str | None,
     typer.Option(
@@ -152,6 +159,7 @@ def recipe_options(
     grid: Grid = None,
     activations: Activations = None,
     scales: Scales = None,
+    packing: Packing = None,
     calib: Calib = None,
     column: Column = None,
     samples: Samples = None,
@@ -183,6 +191,7 @@ def recipe_options(
         "grid": grid,
         "activations": activations,
         "scales": scales,
+        "packing": packing,
     }
     calibration = {"text": calib, "column": column, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}

@@ -14,6 +14,7 @@ parts are optional:
 - REPLACES_MODULES: whether stock transformers puts modules of another class, with a `weight` that a model's
   initialization may read, in the place of those with packed weights;
 - OWN: whether only llmq reads the format;
+- loaded_bytes(shape, scheme, dtype): the bytes of a weight on llmq's kernels, where they are not those of integers;
 - refuse_experts(scheme): why stock transformers could not load a mixture's experts of a scheme, or None; without it
   there are none that it loads;
 - claims(section): whether a configuration without `quant_method` is of this format;

@@ -125,7 +125,7 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     known = _format(method, section)
     if known is None:
         return base
-    dtype = _dtype(base.config)
+    dtype = dtype_of(base.config)
     return Dequantized(base, str(method), known.coded(base, section, dtype), dtype)
 
 
@@ -145,7 +145,7 @@ def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _unquantized(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a config.json names for the model, or for one inside it; bfloat16 if it names none."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in ("dtype", "torch_dtype"):

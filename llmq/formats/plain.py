@@ -90,7 +90,20 @@ class LevelsWeight:
         return packed, nn.functional.pad(levels, (0, 16 - levels.shape[1]))
 
 
-Weight = IntWeight | CodebookWeight | Int8Weight | LevelsWeight
+@dataclass(frozen=True)
+class VectorsWeight:
+    """W = scale of the group · Σ over books of table[book, byte]: each byte selects a vector of n weights.
+
+    packed: uint8 [books, groups, ceil(group_size/n), out]; table: float32 [books, 256, n]; scale: float [groups, out].
+    """
+
+    packed: Tensor
+    table: Tensor
+    scale: Tensor
+    in_features: int
+
+
+Weight = IntWeight | CodebookWeight | Int8Weight | LevelsWeight | VectorsWeight
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.grids.table import GRIDS, POWER_SCALES, RANGES, Grid, find
+from llmq.grids.table import GRIDS, OWN, POWER_SCALES, RANGES, Grid, find
 from llmq.validate import check_choice, check_keys, check_types, made
 
 SCALES = ("free", "pow2")
+PACKINGS = ("standard", "llmq")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Scheme:
     (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
     runs; None is no rounding. scales: 'free', or 'pow2' for powers of two, those of inputs too where they are static.
+    packing: 'standard', or 'llmq' for the fewest bits on disk, in a folder that only llmq reads.
     """
 
     bits: int = 4
@@ -49,6 +51,7 @@ class Scheme:
     double_quant: bool = False
     activations: Activations | None = None
     scales: str = "free"
+    packing: str = "standard"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,6 +66,10 @@ class Scheme:
         if self.scales == "pow2" and not grid.power_scales:
             having = ", ".join(map(repr, POWER_SCALES))
             raise LlmqError(f"scales that are powers of two (pow2) are for grid {having} only, not {self.grid!r}")
+        check_choice("packing", self.packing, PACKINGS)
+        if self.packing == "llmq" and not grid.own:
+            having = ", ".join(map(repr, OWN))
+            raise LlmqError(f"packing 'llmq' is for grid {having} only, not {self.grid!r}")
         if self.activations is not None and refusal is None:
             self._check_inputs(self.activations, grid)
         if self.double_quant and not grid.double_quant:
@@ -97,11 +104,14 @@ class Scheme:
             name += " symmetric" if self.symmetric else " asymmetric"
         name += " double-quantized" if self.double_quant else ""
         name += ", pow2 scales" if self.scales == "pow2" else ""
+        name += ", packed for llmq" if self.packing == "llmq" else ""
         return name + (f", {self.activations} activations" if self.activations else "")
 
     @property
     def rules(self) -> Grid:
         """The scheme's grid: its limits, its rounding, its format."""
+        if self.packing == "llmq":
+            return OWN[self.grid]
         return GRIDS[self.grid] if self.scales == "free" else POWER_SCALES[self.grid]
 
     @property
@@ -146,6 +156,7 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
         rules = made(lambda: find(grid), where)
         values = ({} if rules.double_quant else {"double_quant": False}) | values
         values = ({} if rules.power_scales else {"scales": "free"}) | values
+        values = ({} if rules.own else {"packing": "standard"}) | values
     if isinstance(grid, str) and "grid" in values:
         # What a grid has only one of need not be said.
         for key, allowed in (("bits", find(grid).bits), ("group_size", find(grid).group_sizes)):

@@ -50,7 +50,8 @@ class Grid:
     whether scales may be quantized to 8 bits. ranges: the allowed range methods, out of RANGES; usual: the default
     without data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the
     weights' inputs, None for none. vector_code: the bits of a code that stands for all weights of a group, or for
-    one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. rounding: its
+    one of several vectors that are added; 0 if every weight has a code, and is rounded by itself. own: the format
+    that stores it for llmq alone, and the stored size of a code there, if that is smaller. rounding: its
     arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales: the same with scales that are powers
     of two, '' if there is none; format: the module under `formats/` that stores it; layout: the format's name for
     how it is stored, if it has a layout of its own; read_as: the grid that readers take its codes for, '' for
@@ -77,6 +78,7 @@ class Grid:
     read_as: str = ""
     learned: bool = False
     vector_code: int = 0
+    own: tuple[str, float] | None = None
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
@@ -200,14 +202,25 @@ GRIDS = {
         *(
             Grid(
                 name=name,
+                label=f"{name} {{bits}}-bit",
+                bits=(3, 4),
+                rounding=f"llmq.grids.powers:{kind}",
+                format="codebook",
+            )
+            for name, kind in (("log", "Log"), ("apot", "APoT"))
+        ),
+        *(
+            Grid(
+                name=name,
                 label=name,
                 bits=(2,),
                 information_bits=log2(levels),
                 rounding=f"llmq.grids.{name}:{name.title()}",
                 format="compressed_tensors",
                 read_as="int",
+                own=("codebook", bits),
             )
-            for name, levels in (("ternary", 3), ("binary", 2))
+            for name, levels, bits in (("ternary", 3, 1.6), ("binary", 2, 1.0))
         ),
     )
 }
@@ -217,6 +230,12 @@ POWER_SCALES = {
     if grid.power_scales
 }
 """The rows of the grids whose scales may be powers of two, for schemes with such scales."""
+OWN = {
+    grid.name: replace(grid, format=grid.own[0], stored_bits=grid.own[1], read_as="")
+    for grid in GRIDS.values()
+    if grid.own
+}
+"""The rows of the grids that llmq's own folder stores in fewer bits, for schemes that are packed so."""
 
 EACH = tuple(grid.name for grid in GRIDS.values() if not grid.vector_code)
 """The grids on which every weight is rounded by itself."""

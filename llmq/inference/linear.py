@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import llmq_kernels.ops  # noqa: F401  (registers torch.ops.llmq)
 from llmq.errors import LlmqError
-from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, Weight
+from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, VectorsWeight, Weight
 from llmq_kernels import layouts
 from llmq_kernels.backend import triton_refusal
 
@@ -263,6 +263,42 @@ class LevelsLinear(QuantLinear):
         return f"{super().extra_repr()}, bits={self.bits}, a codebook for each row"
 
 
+class VectorsLinear(QuantLinear):
+    """Bytes that select vectors of weights, with a scale for each group of a row."""
+
+    layout = "vectors"
+    table: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: VectorsWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.packed.shape[-1], weight.in_features, bias, dtype)
+        self.register_buffer("qweight", weight.packed)
+        self.register_buffer("table", weight.table)
+        self.register_buffer("scale", weight.scale)
+        self.settle()
+
+    def product(self, x: Tensor) -> Tensor:
+        """See QuantLinear."""
+        y: Tensor = torch.ops.llmq.vectors_linear(
+            x, self.qweight, self.table, self.scale, self.bias, self.out_features, self.in_features
+        )
+        return y
+
+    def settle(self) -> None:
+        """There is one operator, for all devices."""
+        elsewhere = self.qweight.device.type not in ("cpu", "meta")
+        self.notes = {"vectors": "there is no GPU kernel for bytes that select vectors"} if elsewhere else {}
+
+    def fresh(self) -> list[Tensor]:
+        """See QuantLinear."""
+        return [self.qweight, self.table]
+
+    def extra_repr(self) -> str:
+        """The text that print shows."""
+        size = self.in_features // self.scale.shape[0]
+        return f"{super().extra_repr()}, {self.table.shape[-1]} weights in a byte, group={size}"
+
+
 def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
     """A layer for a weight, on the weight's device, for inputs of `dtype`; bias: float [out] or None."""
     kinds: dict[type, Any] = {
@@ -270,6 +306,7 @@ def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Qua
         CodebookWeight: CodebookLinear,
         Int8Weight: Int8Linear,
         LevelsWeight: LevelsLinear,
+        VectorsWeight: VectorsLinear,
     }
     layer: QuantLinear = kinds[type(weight)](weight, bias, dtype)
     return layer

@@ -106,6 +106,20 @@ def test_calibration_pays_on_every_grid(
     assert any(attempt.outcome is Outcome.KEPT and attempt.after < attempt.before for attempt in tried)
 
 
+APOT, LOG = Scheme(4, 32, grid="apot"), Scheme(3, 32, grid="log")
+OWN = [("gptq+signround", APOT), ("gptq", LOG), ("hqq", Scheme(2, 32, grid="ternary", packing="llmq"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), OWN, ids=str)
+def test_llmq_reads_what_every_quantizer_writes_for_it_alone(
+    method: str, scheme: Scheme, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, memory = quantized(source, tmp_path / "out", recipe(method, scheme), monkeypatch)
+    got = logits(llmq.load(tmp_path / "out", device_map="cpu").eval())
+    assert apart([got], [logits(memory.model(source))]) < 1e-4
+
+
 POWERS = [
     ("gptq+signround", Scheme(4, 32, scales="pow2")),
     ("hqq", Scheme(3, 32, False, scales="pow2")),

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.export import export
 from llmq.formats import codebook
+from llmq.formats.codebook import learned
 from llmq.formats.dequantized import open_source
 from llmq.formats.inspection import inspect_folder
-from llmq.grids.base import QuantizedWeight
-from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
+from llmq.inference.linear import QuantLinear
 from llmq.inference.pretrained import load_model
+from llmq.report.terminal import scheme
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -45,24 +46,6 @@ def stored_in(out: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@given(rows=st.integers(1, 9), width=st.integers(1, 70), bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_what_is_packed_is_read_back(rows: int, width: int, bits: int, seed: int) -> None:
-    scheme = Scheme(bits, None, grid="kmeans")
-    value = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    q = round_to_nearest(value, scheme, torch.bfloat16)
-    assert isinstance(q, QuantizedWeight) and q.levels is not None
-    tensors = codebook.pack(q)
-    for suffix, (dtype, shape) in codebook.spec((rows, width), scheme, torch.bfloat16).items():
-        assert tensors[suffix].dtype == dtype and tuple(tensors[suffix].shape) == shape
-    back = codebook.unpack(tensors, scheme)
-    assert torch.equal(back.codes, q.codes) and torch.equal(back.dequantize(torch.float32), q.dequantize(torch.float32))
-    plain = codebook.CodebookLayer((rows, width), bits).read(tensors)
-    packed, levels = plain.packed()
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :width]
-    assert torch.equal(levels.gather(1, codes.long()), q.dequantize(torch.float32))
-
-
 def test_a_folder(tmp_path: Path) -> None:
     out = folder(tmp_path)
     for kind in (AutoModelForCausalLM, LlamaForCausalLM):
@@ -70,13 +53,13 @@ def test_a_folder(tmp_path: Path) -> None:
             kind.from_pretrained(out)
     tensors = stored_in(out)
     stem = "model.layers.1.mlp.down_proj"
-    assert {f"{stem}.{suffix}" for suffix in codebook.SUFFIXES} <= tensors.keys()
+    assert {f"{stem}.{suffix}" for suffix in learned.SUFFIXES} <= tensors.keys()
 
     model = llmq.load(out, device_map="cpu", dtype="float32")
     dense = LlamaForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     for name, module in dense.named_modules():
         if f"{name}.weight_codes" in tensors:
-            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in codebook.SUFFIXES}
+            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in learned.SUFFIXES}
             scheme = Scheme(4 if name.endswith("down_proj") else 3, None, grid="kmeans")
             module.weight.data = codebook.unpack(stored, scheme).dequantize(torch.float32)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
@@ -104,8 +87,89 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LlmqError, match=r"q_proj\.weight_levels is missing"):
         llmq.load(out, device_map="cpu")
     scheme = Scheme(3, None, grid="kmeans")
-    parts = {suffix: tensors[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in codebook.SUFFIXES}
+    parts = {suffix: tensors[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in learned.SUFFIXES}
     with pytest.raises(LlmqError, match="weight_levels of a"):
         codebook.unpack(parts | {codebook.LEVELS: parts[codebook.LEVELS][:, :4]}, scheme)
     with pytest.raises(LlmqError, match="not in the checkpoint"):
         codebook.unpack({}, scheme)
+
+
+TERNARY = Scheme(2, 16, grid="ternary", packing="llmq")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every kind of codes."""
+    made = tmp_path_factory.mktemp("mixed")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(made / "source")
+    others = {"o": Scheme(2, None, grid="binary", packing="llmq"), "down": Scheme(4, 16, grid="apot")}
+    others["up"], others["gate"] = Scheme(3, None, grid="kmeans"), Scheme(4, None, grid="log")
+    overrides = tuple((f"*{name}_proj", scheme) for name, scheme in others.items())
+    recipe = llmq.Recipe(methods=("rtn",), scheme=TERNARY, overrides=overrides, loader="transformers")
+    llmq.quantize(str(made / "source"), made / "out", recipe)
+    return made / "out"
+
+
+def test_a_folder_of_all_kinds(mixed: Path, tmp_path: Path) -> None:
+    """Stock refuses it; what llmq.load computes packed, and dense, is what the exported folder gives in stock."""
+    with pytest.raises(Exception, match="llmq-codebook"):
+        AutoModelForCausalLM.from_pretrained(mixed)
+    export(str(mixed), tmp_path / "dense")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    packed = llmq.load(mixed, device_map="cpu", dtype="float32")
+    kinds = [type(module).__name__ for _, module in packed.named_modules() if isinstance(module, QuantLinear)]
+    assert {*kinds} == {"VectorsLinear", "CodebookLinear", "LevelsLinear"} and len(kinds) == 14
+    torch.testing.assert_close(packed(IDS).logits, stock(IDS).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(load_model(mixed)(IDS).logits, stock(IDS).logits, rtol=1e-2, atol=1e-3)
+    rows = {row.name: row for row in inspect_folder(mixed).rows if row.bits is not None}
+    assert len(rows) == 14 and not inspect_folder(mixed).unknown
+    row = rows["model.layers.0.self_attn.q_proj.weight"]
+    assert scheme(row) == "codebook2 g16 (3 levels, 1.58 bits of information, stored in 1.6)"
+    assert scheme(rows["model.layers.0.self_attn.o_proj.weight"]) == "codebook1 channel"
+    assert scheme(rows["model.layers.1.mlp.gate_proj.weight"]).startswith("codebook4 channel (15 levels, 3.91")
+    text = (mixed / "report.json").read_text()
+    assert "1.58 bits of information, stored in 1.6" in (mixed / "README.md").read_text() and "packing" in text
+    # Whatever reads models reads it, as its dense twin.
+    for name in ("mixed", "dense"):
+        at = mixed if name == "mixed" else tmp_path / "dense"
+        llmq.quantize(str(at), tmp_path / f"{name}-again", llmq.Recipe(methods=("rtn",), scheme=Scheme(4, 16)))
+    one, other = (stored_in(tmp_path / f"{name}-again") for name in ("mixed", "dense"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("num_bits", 4, "and config.json says 4 bits"), ("group_size", 32, "config.json says groups of 32")],
+)
+def test_config_and_tensors_must_agree(mixed: Path, tmp_path: Path, key: str, value: int, told: str) -> None:
+    """Wherever the folder is read: packed, dense, or only listed."""
+    out = shutil.copytree(mixed, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    (mine,) = (group for group in groups if group["weights"]["grid"] == "ternary")
+    mine["weights"][key] = value
+    (out / "config.json").write_text(json.dumps(config))
+    for read in (lambda: open_source(out), lambda: load_model(out), lambda: export(str(out), tmp_path / "dense")):
+        with pytest.raises(LlmqError, match=rf"weight_trits does not fit: .*{told}"):
+            read()
+    with pytest.raises(LlmqError, match=rf"{out}"):
+        llmq.load(out, device_map="cpu")
+    unknown = inspect_folder(out).unknown
+    assert len(unknown) == 6 and told in unknown[0].why
+
+
+def test_damaged_codes_are_refused_when_they_are_read(mixed: Path, tmp_path: Path) -> None:
+    out, name = shutil.copytree(mixed, tmp_path / "out"), "model.layers.0.self_attn.q_proj.weight_trits"
+    file = next(file for file in out.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name][3, 1] = 250
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LlmqError, match=rf"{file}: {name} is damaged: a byte is 250"):
+        open_source(out).read(name.replace("weight_trits", "weight"))
+    with pytest.raises(LlmqError, match="a byte is 250"):
+        llmq.load(out, device_map="cpu")

@@ -24,6 +24,9 @@ SCHEMES = [
     *(Scheme(bits, 32, grid=f"mxfp{bits}") for bits in (4, 6, 8)),
     Scheme(2, 32, grid="ternary"),
     Scheme(2, 32, grid="binary"),
+    Scheme(3, 32, grid="log"),
+    Scheme(4, 32, grid="log"),
+    Scheme(4, 32, grid="apot"),
     Scheme(4, 32, scales="pow2"),
     Scheme(3, 32, False, scales="pow2"),
 ]

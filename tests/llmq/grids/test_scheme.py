@@ -18,6 +18,7 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(4, 64, grid="nf4", double_quant=True), "nf4 g64 double-quantized"),
         (Scheme(3, None, False, scales="pow2"), "3-bit channel asymmetric, pow2 scales"),
         (Scheme(2, 64, grid="ternary"), "ternary g64"),
+        (Scheme(2, 64, grid="ternary", packing="llmq"), "ternary g64, packed for llmq"),
         (Scheme(4, 32, grid="mxfp4", activations=Activations()), "mxfp4 g32, dynamic activations"),
         (Scheme(8, 128, grid="fp8-block"), "fp8 block g128"),
     ],
@@ -39,10 +40,19 @@ def test_powers_of_two_do_not_follow_to_a_grid_without_them() -> None:
     assert (four.rules.ranges, Scheme().rules.name, four.rules.name) == (("minmax", "mse", "weighted"), "int", "int")
 
 
+def test_packing_does_not_follow_to_a_grid_without_it() -> None:
+    own = Scheme(2, 64, grid="ternary", packing="llmq")
+    assert changed_scheme({"grid": "int"}, own, "here") == Scheme(2, 64)
+    assert changed_scheme({"grid": "binary"}, own, "here").packing == "llmq"
+    assert own.rules.rounding == Scheme(2, 64, grid="ternary").rules.rounding and own.rules.format == "codebook"
+
+
 def test_what_a_scheme_holds_and_what_readers_take_it_for() -> None:
     assert Scheme().told == "4-bit g128 symmetric"
     assert Scheme(2, 64, grid="ternary").told == "ternary g64 (1.58 bits of information, stored in 2)"
     assert Scheme(2, 64, grid="binary").told == "binary g64 (1 bits of information, stored in 2)"
+    own = Scheme(2, 64, grid="ternary", packing="llmq")
+    assert own.told == "ternary g64, packed for llmq (1.58 bits of information, stored in 1.6)"
     assert Scheme(2, None, grid="ternary").as_read == Scheme(2, None)
     assert Scheme(3, 64, False, scales="pow2").as_read == Scheme(3, 64, False)
     assert Scheme(8, None, grid="fp8").as_read == Scheme(8, None, grid="fp8")
@@ -66,6 +76,8 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
         ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
         ({"scales": "pow2", "grid": "ternary"}, "here: scales that are powers of two (pow2) are for grid 'int' only"),
+        ({"packing": "tight", "grid": "ternary"}, "here: packing 'tight' is not known: choose from standard, llmq"),
+        ({"packing": "llmq"}, "here: packing 'llmq' is for grid 'ternary', 'binary' only, not 'int'"),
         ({"grid": "binary", "bits": 3}, "here: grid 'binary' is 2 bits, symmetric"),
         (
             {"grid": "nf4", "group_size": 64, "activations": "dynamic"},

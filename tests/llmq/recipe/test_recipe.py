@@ -30,7 +30,13 @@ schemes = (
         st.booleans(),
         scales=st.sampled_from(["free", "pow2"]),
     )
-    | st.builds(Scheme, st.just(2), st.sampled_from([None, 64]), grid=st.sampled_from(["ternary", "binary"]))
+    | st.builds(
+        Scheme,
+        st.just(2),
+        st.sampled_from([None, 64]),
+        grid=st.sampled_from(["ternary", "binary"]),
+        packing=st.sampled_from(["standard", "llmq"]),
+    )
     | eight_bit
     | st.builds(Scheme, st.just(4), st.sampled_from([64, 128]), grid=st.just("nf4"), double_quant=st.booleans())
 )

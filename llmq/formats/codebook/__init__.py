@@ -1,0 +1,281 @@
+"""llmq's own folder: codes that are indices of levels, which are those of each row (`learned`) or of a grid (`fixed`).
+
+No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
+the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
+its error names the format (`llmq-codebook`; vLLM was not tried). `restored` is the configuration as llmq's reader sees
+it. Beside what `learned` and `fixed` describe, every weight [out, in] has a `weight_shape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint.source import Source
+from llmq.checkpoint.tensors import TensorInfo
+from llmq.errors import LlmqError
+from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name, whole
+from llmq.formats.codebook import fixed, learned
+from llmq.formats.codebook.fixed import SCALE, TRITS, Fixed, FixedLayer
+from llmq.formats.codebook.learned import CODES, LEVELS, SHAPE, Learned, LearnedLayer
+from llmq.formats.dequantized import Coded, damaged, pieces
+from llmq.formats.plain import Configuration
+from llmq.grids.base import QuantizedWeight
+from llmq.grids.scheme import Scheme
+
+SUFFIXES = (CODES, TRITS, LEVELS, SCALE, SHAPE)
+FORMAT, METHOD = "llmq-codebook", "llmq"
+WIDTHS = {1, 2, 3, 4}
+ONE_SCHEME = False
+OWN = True
+
+
+def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:
+    """See `Format.spec`."""
+    return _layout(scheme).spec(shape, scheme, scale_dtype)
+
+
+def pack(q: QuantizedWeight) -> dict[str, Tensor]:
+    """See `Format.pack`."""
+    return _layout(q.scheme).pack(q)
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """See `Format.unpack`."""
+    kind = _layout(scheme)
+    held = tensors.get(LEVELS if scheme.rules.learned else SCALE)
+    dtype = torch.bfloat16 if held is None else held.dtype
+    width = 2 * (scheme.group_size or 1)
+    missing = [suffix for suffix in kind.spec((1, width), scheme, dtype) if suffix not in tensors]
+    if missing:
+        raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
+    rows, width = (int(n) for n in tensors[SHAPE].tolist())
+    for suffix, (wanted, shape) in kind.spec((rows, width), scheme, dtype).items():
+        found = tensors[suffix]
+        if found.dtype != wanted or tuple(found.shape) != shape:
+            raise LlmqError(
+                f"{suffix} of a {scheme} weight [{rows}, {width}] must be {dtype_name(wanted)} {[*shape]}, "
+                f"not {dtype_name(found.dtype)} {[*found.shape]}"
+            )
+    return kind.unpack(tensors, scheme)
+
+
+def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
+    """See `Format.splits`: along the inputs, every part must have whole words and groups."""
+    size = shape[1 if row_parallel else 0]
+    return size % parts == 0 and (not row_parallel or _layout(scheme).splits(size, scheme, parts))
+
+
+def loaded_bytes(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> int:
+    """The bytes of a weight [out, in] on llmq's kernels; dtype: of the model."""
+    rows, width = shape
+    return learned.nbytes(rows, width) if scheme.rules.learned else fixed.nbytes(rows, width, scheme, dtype)
+
+
+def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
+    """See `Format.config`."""
+    schemes = [scheme for scheme, names in groups.items() if names]
+    if not schemes:
+        raise LlmqError("nothing is quantized: there is no configuration to write")
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": {"targets": sorted(groups[scheme]), "format": FORMAT, "weights": _told(scheme)}
+            for index, scheme in enumerate(schemes)
+        },
+        "ignore": sorted(set(ignore)),
+    }
+
+
+def _told(scheme: Scheme) -> dict[str, Any]:
+    """What config.json says of the weights of a scheme."""
+    bits = scheme.bits if scheme.rules.learned else fixed.bits_of(len(fixed.levels_of(scheme)))
+    return {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
+
+
+def title(schemes: Collection[Scheme]) -> str:
+    """See `Format.title`."""
+    return "llmq codebooks"
+
+
+def loaders(schemes: Collection[Scheme]) -> list[Loader]:
+    """See `Format.loaders`."""
+    sentence = (
+        "only llmq reads it (llmq.load packed; `llmq eval` and `llmq generate`): no standard format holds its codes; "
+        "stock transformers refuses the folder; `llmq export` makes it dense for other tools"
+    )
+    return [Loader(sentence, code="llmq", warn=True)]
+
+
+def restored(section: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of a folder of this format with `quant_method` as llmq's readers know it; None for others."""
+    return {**section, "quant_method": METHOD} if section.get("format") == FORMAT else None
+
+
+def said(groups: Any) -> dict[str, tuple[int, int]]:
+    """Module → the bits of its codes and its group size (0: one for each row), as a config.json's groups say."""
+    found: dict[str, tuple[int, int]] = {}
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and (bits := whole(weights, "num_bits")) is not None:
+            found |= dict.fromkeys(group.get("targets") or (), (bits, whole(weights, "group_size") or 0))
+    return found
+
+
+class CodebookReader:
+    """Reads such folders for llmq's kernels; config: the section as `restored` gives it, as attributes."""
+
+    suffixes = (*SUFFIXES, "bias")
+
+    def __init__(self, config: Configuration) -> None:
+        self.said = said(config.config_groups)
+
+    @staticmethod
+    def refusal(config: Configuration) -> str | None:
+        """Why llmq cannot read such checkpoints, or None."""
+        groups = getattr(config, "config_groups", None)
+        if not isinstance(groups, Mapping):
+            return "its config.json has no config_groups"
+        widths = {group.get("weights", {}).get("num_bits") for group in groups.values()}
+        return None if widths <= WIDTHS else f"its codes have {', '.join(map(str, widths))} bits"
+
+    def layer(
+        self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
+    ) -> LearnedLayer | FixedLayer | None:
+        """See `plain.Reader.layer`."""
+        info = next((stored[suffix] for suffix in (CODES, TRITS, LEVELS) if suffix in stored), None)
+        if info is None:
+            return None
+        # The name in the file: a class may have another prefix than the one that was quantized.
+        told = self.said.get(info.name.rpartition(".")[0], self.said.get(name))
+        if told is None:
+            raise LlmqError(f"{info.file}: config.json says that {name} is not quantized, but {info.name} is stored")
+        bits, group = told
+        levels = stored.get(LEVELS)
+        if SCALE not in stored and (levels is None or len(levels.shape) != 1):
+            return LearnedLayer(shape, bits)
+        count = levels.shape[0] if levels is not None and len(levels.shape) == 1 else 1 << bits
+        if count < 2 or fixed.bits_of(count) != bits:
+            raise LlmqError(f"{info.file}: {name} has {count} levels, and config.json says {bits} bits")
+        if shape[1] % (group or shape[1]):
+            raise LlmqError(f"{info.file}: {name} has {shape[1]} inputs, and config.json says groups of {group}")
+        return FixedLayer(shape, count, group or shape[1])
+
+
+def dequantizes(method: str | None, section: Mapping[str, Any]) -> bool:
+    """Whether a folder is of this format."""
+    return section.get("format") == FORMAT
+
+
+def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
+    """No: it refuses the folder."""
+    return False
+
+
+def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> list[Coded]:
+    """Every weight that is stored as codes. Raises LlmqError if its tensors, or config.json, do not fit them."""
+    names, told = set(source.names()), said(section.get("config_groups"))
+    return [
+        _coded(source, stem, suffix, told, dtype, names)
+        for stem, _, suffix in (name.rpartition(".") for name in source.names())
+        if suffix in (CODES, TRITS)
+    ]
+
+
+def _coded(
+    source: Source, stem: str, suffix: str, told: Mapping[str, tuple[int, int]], dtype: torch.dtype, names: set[str]
+) -> Coded:
+    scaled = suffix == TRITS or f"{stem}.{SCALE}" in names
+    parts = (suffix, LEVELS, *((SCALE,) if scaled else ()), SHAPE)
+    missing = [f"{stem}.{part}" for part in parts if f"{stem}.{part}" not in names]
+    first = f"{stem}.{suffix}"
+    if missing:
+        raise damaged(source, first, f"is stored as codes, and {', '.join(missing)} is missing")
+    if stem not in told:
+        raise damaged(source, first, "is stored as codes, and config.json says that it is not quantized")
+    try:
+        weight = _stored(source, {part: source.info(f"{stem}.{part}") for part in parts})
+        _agree(weight, told[stem])
+    except Unclear as unclear:
+        raise damaged(source, first, f"does not fit: {unclear}") from unclear
+    name = f"{stem}.weight"
+    return Coded(name, weight.shape, tuple(f"{stem}.{part}" for part in parts), partial(_rows, weight, dtype))
+
+
+def _rows(weight: Learned | Fixed, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Some rows of a stored weight. Raises LlmqError for codes that stand for no level."""
+    value = torch.empty(stop - start, weight.shape[1], dtype=dtype)
+    try:
+        for begin, end in pieces(weight.shape, start, stop):
+            value[begin - start : end - start] = weight.rows(begin, end, dtype)
+    except Unclear as unclear:
+        raise damaged(weight.source, weight.codes, f"is damaged: {unclear}") from unclear
+    return value
+
+
+def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed:
+    """A weight, from its tensors. Raises Unclear if they do not fit each other."""
+    levels, shape = parts[LEVELS], parts[SHAPE]
+    if shape.shape != (2,) or len(levels.shape) != (1 if SCALE in parts else 2):
+        raise Unclear(f"levels {[*levels.shape]} and shape {[*shape.shape]}")
+    rows, width = (int(n) for n in source.read(shape.name).tolist())
+    if SCALE in parts:
+        return fixed.found(source, parts, (rows, width))
+    return learned.found(source, parts, (rows, width))
+
+
+def _agree(weight: Learned | Fixed, told: tuple[int, int]) -> None:
+    """Raises Unclear if config.json says something else of a weight than its tensors do."""
+    bits, group = told
+    if weight.bits != bits:
+        raise Unclear(f"its levels are of {weight.bits} bits, and config.json says {bits} bits")
+    if weight.group != (0 if group == weight.shape[1] else group):
+        one, other = (f"groups of {size}" if size else "one scale for each row" for size in (weight.group, group))
+        raise Unclear(f"it has {one}, and config.json says {other}")
+
+
+class _Layout(Protocol):
+    """The interface of `learned` and `fixed`."""
+
+    def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
+
+    def pack(self, q: QuantizedWeight) -> dict[str, Tensor]: ...
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight: ...
+
+    def splits(self, width: int, scheme: Scheme, parts: int) -> bool: ...
+
+
+def _layout(scheme: Scheme) -> _Layout:
+    """The module that stores a scheme."""
+    return learned if scheme.rules.learned else fixed
+
+
+READERS = {METHOD: CodebookReader}
+COMPANIONS = {CODES: (LEVELS, SCALE, SHAPE), TRITS: (LEVELS, SCALE, SHAPE)}
+SCALES = (LEVELS,)
+
+
+def inspect(
+    source: Source, module: str, parts: Mapping[str, TensorInfo], method: str | None, config: Mapping[str, Any]
+) -> Row:
+    """The description of a weight, from the headers of its tensors. Raises Unclear if they do not fit, or contradict
+    config.json."""
+    if SHAPE not in parts:
+        raise Unclear(f"{SHAPE} is missing")
+    weight = _stored(source, parts)
+    told = said(config.get("config_groups")).get(module)
+    if told is not None:
+        _agree(weight, told)
+    nbytes = sum(info.nbytes for info in parts.values())
+    kind = dtype_name(source.info(weight.codes).dtype)
+    return Row(
+        f"{module}.weight", weight.shape, "codebook", weight.bits, weight.group, True, None, nbytes, kind,
+        holds=weight.holds,
+    )  # fmt: skip
