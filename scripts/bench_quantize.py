@@ -4,8 +4,15 @@
     python scripts/bench_quantize.py /tmp/7b -o /tmp/7b-w4 --method rtn
     python scripts/bench_quantize.py /tmp/7b -o /tmp/7b-w4 --method gptq --samples 4 --seqlen 256
 
-Everything after -o OUT goes to `llmq quantize`; OUT is deleted before and after the run. The peak is the largest
-resident size of the process. Prints one line at the end.
+With --each, one run after the other, as a table: of one block through each quantizer, for example.
+
+    python scripts/make_random_model.py /tmp/block --shape llama-2-7b --layers 1 --set vocab_size=3000
+    python scripts/bench_quantize.py /tmp/block -o /tmp/out --samples 8 --seqlen 256 \\
+        --each "--method gptq" "--method gptq --grid nvfp4" "--method vq --bits 2 --group-size 8"
+
+Everything else goes to `llmq quantize`; OUT is deleted before and after a run. The peak is the largest resident size
+of the process, processor seconds are those of all its threads, and ratios compare these with the first run's. Prints
+one line for each run at its end, and the table last.
 """
 
 from __future__ import annotations
@@ -13,14 +20,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `llmq quantize`: what it was asked for, its seconds, those of processors, its peak in bytes, and its
+    report.json."""
+
+    options: str
+    seconds: float
+    processor: float
+    peak: int
+    report: dict[str, object]
 
 
 def copy_time(source: Path, size: int, out: Path) -> float:
@@ -40,28 +63,63 @@ def copy_time(source: Path, size: int, out: Path) -> float:
     return seconds
 
 
+def measure(model: Path, out: Path, options: list[str]) -> Run:
+    """Run `llmq quantize` in a process of its own, and delete its result. Raises SystemExit if it fails."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "llmq.cli", "quantize", str(model), "-o", str(out), *options]
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    # This process alone: getrusage(RUSAGE_CHILDREN) has the largest peak of all that ever ran.
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{shlex.join(command)} failed: exit status {os.waitstatus_to_exitcode(status)}")
+    report = json.loads((out / "report.json").read_text())
+    shutil.rmtree(out)
+    return Run(shlex.join(options), seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, report)
+
+
+def told(run: Run, copied: float) -> str:
+    """One line about a run; copied: the seconds that copying takes."""
+    source, size, predicted = (int(str(run.report[k])) for k in ("source_bytes", "bytes", "predicted_memory"))
+    return (
+        f"{run.options}: {run.seconds:.0f} s, {run.seconds / copied:.1f} x "
+        f"reading {source / 2**30:.2f} GiB "
+        f"and writing {size / 2**30:.2f} GiB ({copied:.0f} s); peak {run.peak / 2**30:.2f} GiB, "
+        f"predicted {predicted / 2**30:.2f} ({100 * (predicted / run.peak - 1):+.0f} %)"
+    )
+
+
+def table(runs: list[Run]) -> Table:
+    """All runs; ratios are to the first."""
+    made = Table("options", "bits", "seconds", "of processors", "ratio", "peak GiB", "predicted")
+    for run in runs:
+        made.add_row(
+            run.options,
+            f"{float(str(run.report['bits_per_weight'])):.3f}",
+            f"{run.seconds:.0f}",
+            f"{run.processor:.0f}",
+            f"{run.processor / runs[0].processor:.2f}",
+            f"{run.peak / 2**30:.2f}",
+            f"{int(str(run.report['predicted_memory'])) / 2**30:.2f}",
+        )
+    return made
+
+
 def main() -> None:
-    """One run."""
+    """One run, or several."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--each", nargs="+", default=[""], metavar="OPTIONS", help="of one run each, beside the others")
     args, options = parser.parse_known_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    command = [sys.executable, "-m", "llmq.cli", "quantize", str(args.model), "-o", str(args.out), *options]
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    report = json.loads((args.out / "report.json").read_text())
-    shutil.rmtree(args.out)
-    copied = copy_time(args.model, report["bytes"], args.out.with_suffix(".copy"))
-    predicted = report["predicted_memory"]
-    print(
-        f"{' '.join(options)}: {seconds:.0f} s, {seconds / copied:.1f} x "
-        f"reading {report['source_bytes'] / 2**30:.2f} GiB "
-        f"and writing {report['bytes'] / 2**30:.2f} GiB ({copied:.0f} s); peak {peak / 2**30:.2f} GiB, "
-        f"predicted {predicted / 2**30:.2f} ({100 * (predicted / peak - 1):+.0f} %)"
-    )
+    runs = []
+    for each in args.each:
+        runs.append(measure(args.model, args.out, shlex.split(each) + options))
+        size = int(str(runs[-1].report["bytes"]))
+        print(told(runs[-1], copy_time(args.model, size, args.out.with_suffix(".copy"))), flush=True)
+    if len(runs) > 1:
+        Console(width=160).print(table(runs))
 
 
 if __name__ == "__main__":

@@ -58,15 +58,16 @@ def _by_sums(x: Tensor, weight: PackedVectors, bias: Tensor | None) -> Tensor:
 
 
 def _slabs(weight: PackedVectors) -> Iterator[tuple[slice, Tensor]]:
-    """Yields some rows at a time: their slice and their float32 weight."""
+    """Yields some rows at a time: their slice and their float32 weight, which the next may overwrite."""
     books, groups, count, _ = weight.packed.shape
     n = weight.table.shape[-1]
     for part in products.row_slabs(weight.out_features, weight.in_features, SLAB):
-        rows = part.stop - part.start
-        found = torch.zeros(groups * count, n, rows, device=weight.packed.device)
+        found: Tensor | None = None
         for book in range(books):
-            index = weight.packed[book, :, :, part].reshape(-1, rows).to(torch.int64)
-            for at in range(n):
-                found[:, at] += weight.table[book, :, at].expand(groups * count, 256).gather(1, index)
-        inside = found.view(groups, count * n, rows)[:, : weight.group_size]
-        yield part, (inside * weight.scale[:, part].unsqueeze(1)).view(weight.in_features, rows).t()
+            index = weight.packed[book, :, :, part].flatten(0, 1).t().reshape(-1).to(torch.int32)
+            chosen = weight.table[book].index_select(0, index)
+            found = chosen if found is None else found.add_(chosen)
+        assert found is not None
+        inside = found.view(-1, groups, count * n)[..., : weight.group_size]
+        inside = inside.mul_(weight.scale[:, part].t().unsqueeze(-1))
+        yield part, inside.reshape(-1, weight.in_features)

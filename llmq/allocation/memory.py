@@ -89,10 +89,10 @@ def weight_bytes(
 
 
 def loads_dense(scheme: Scheme) -> bool:
-    """Whether a folder with a weight of this scheme is made dense when it is loaded: by stock transformers, which alone
-    reads some layouts, or by llmq, which has no kernel for vectors."""
+    """Whether a folder with a weight of this scheme is made dense when it is loaded, by stock transformers, which alone
+    reads some layouts."""
     rules, inputs = scheme.rules, scheme.activations
-    if rules.vector_code or (inputs is not None and inputs.grid):
+    if inputs is not None and inputs.grid:
         return True
     return rules.format == "compressed_tensors" and bool(rules.layout)
 

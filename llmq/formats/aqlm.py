@@ -1,26 +1,29 @@
-"""AQLM's folders (Egiazarian et al. 2024): written as stock transformers with the package aqlm reads them; read dense.
+"""AQLM's folders (Egiazarian et al. 2024): written as stock transformers with the package aqlm reads them; read packed.
 
 `codes` [out/og, in/ig, M] integers, `codebooks` [M, 2^n, og, ig], `scales` [out/og, 1, 1, 1]: a tile of og × ig weights
 is its scale times the sum of one entry of each codebook. Codes of 8 bits are int8, longer ones int16 or int32, and
 negative where an unsigned number would not fit. What is written has one row in a tile. Tried with transformers 5.23 and
 aqlm 1.1.7 on a CPU: logits are those of the dequantized weights, in float32; in any other dtype its CPU kernel fails.
+llmq's kernels run tiles of one row with codes of 8 bits; other folders are read dense.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name, whole
 from llmq.formats.dequantized import Coded, damaged, pieces
+from llmq.formats.plain import FLOATS, Configuration, Entry, VectorsWeight
 from llmq.grids.scheme import Scheme
 from llmq.grids.vq import VQWeight, books_of
 
@@ -30,8 +33,11 @@ REPLACES_MODULES = True
 PACKAGES = {"aqlm": "aqlm"}
 COMPANIONS = {CODES: (BOOKS, SCALE)}
 SCALES = (BOOKS,)
+USUAL = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 16}
+"""What transformers takes for keys that a configuration lacks."""
 INTEGERS = (torch.int8, torch.int16, torch.int32)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ENTRIES = 256
+"""Of a codebook whose codes are bytes."""
 
 
 def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec:
@@ -111,11 +117,78 @@ def title(schemes: Collection[Scheme]) -> str:
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     return [
-        Loader(
-            "llmq.load and llmq eval read it, and make it dense: its memory is the unquantized model's", code="llmq"
-        ),
+        Loader("llmq.load runs it packed; `llmq eval` without --kernels makes it dense", code="llmq"),
         Loader("stock transformers with aqlm[cpu] reads it: on a CPU in float32 only, so ask for dtype='float32'"),
     ]
+
+
+def loaded_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of a weight on llmq's kernels; dtype: of scales."""
+    (rows, width), (count, entries, size) = shape, books_of(scheme)
+    return rows * (width // size) * count + 4 * count * entries * size + rows * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class AqlmLayer:
+    """The stored tensors of one weight; see `plain.Layer`. count: codebooks; size: weights of a vector."""
+
+    shape: tuple[int, int]
+    count: int
+    size: int
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        rows, width = self.shape
+        return {
+            CODES: Entry((torch.int8,), (rows, width // self.size, self.count)),
+            BOOKS: Entry(FLOATS, (self.count, ENTRIES, 1, self.size)),
+            SCALE: Entry(FLOATS, (rows, 1, 1, 1)),
+        }
+
+    def read(self, tensors: Mapping[str, Tensor]) -> VectorsWeight:
+        packed = tensors[CODES].view(torch.uint8).permute(2, 1, 0).unsqueeze(1).contiguous()
+        table = tensors[BOOKS][:, :, 0].to(torch.float32)
+        return VectorsWeight(packed, table, tensors[SCALE].view(1, -1), self.shape[1])
+
+
+class AqlmReader:
+    """Reads such folders for llmq's kernels; config: transformers' own AqlmConfig."""
+
+    suffixes = (CODES, BOOKS, SCALE, "bias")
+
+    def __init__(self, config: Configuration) -> None:
+        self.count, self.size = int(config.num_codebooks), int(config.in_group_size)
+
+    @staticmethod
+    def refusal(config: Configuration) -> str | None:
+        """Why llmq's kernels cannot read such checkpoints, or None."""
+        return _unpacked(vars(config))
+
+    def layer(
+        self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
+    ) -> AqlmLayer | None:
+        """See `plain.Reader.layer`."""
+        info = next((stored[suffix] for suffix in (CODES, BOOKS) if suffix in stored), None)
+        if info is None:
+            return None
+        if shape[1] % self.size:
+            raise LlmqError(f"{info.file}: {name} has {shape[1]} inputs, and config.json says groups of {self.size}")
+        return AqlmLayer(shape, self.count, self.size)
+
+
+def runs_packed(section: Mapping[str, Any]) -> bool:
+    """Whether llmq's kernels run such a folder: else it is dequantized."""
+    return _unpacked(section) is None
+
+
+def _unpacked(section: Mapping[str, Any]) -> str | None:
+    """Why llmq's kernels do not run weights of a configuration, in a clause, or None."""
+    sizes = {key: section.get(key, usual) for key, usual in USUAL.items()}
+    for key, wanted in (("nbits_per_codebook", 8), ("out_group_size", 1)):
+        if sizes[key] != wanted:
+            return f"llmq's kernels run folders with {key} {wanted}, not {sizes[key]}"
+    whole_sizes = isinstance(sizes["in_group_size"], int) and isinstance(sizes["num_codebooks"], int)
+    return None if whole_sizes and min(sizes.values()) > 0 else f"its sizes are {sizes}"
 
 
 def inspect(
@@ -203,3 +276,6 @@ def _rows(
         rows = sums.transpose(1, 2).reshape(-1, shape[1])
         value[begin - start : end - start] = rows[begin - first * tall : end - first * tall]
     return value
+
+
+READERS = {"aqlm": AqlmReader}

@@ -5,6 +5,8 @@ parts are optional:
 
 - READERS: method in config.json → the reader of its weights for llmq's kernels (`plain.Reader`), whether or not
   transformers supports the method;
+- runs_packed(section): whether READERS run a folder of this configuration, where it could also be dequantized; without
+  it, they run all;
 - PACKAGES: method in config.json → the package that stock transformers needs to read it;
 - STOCK_UNPACKS: whether stock transformers makes the weights of PACKAGES dense to run them;
 - loads_dense(schemes), dense(section): whether a folder can say that stock transformers is to unpack all weights while

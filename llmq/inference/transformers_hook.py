@@ -40,7 +40,7 @@ _stock: dict[str, tuple[Any, Any] | None] = {}
 
 
 def use_kernels(on: bool = True) -> None:
-    """Make from_pretrained load compressed-tensors, GPTQ, AWQ and bitsandbytes 4-bit folders on llmq's kernels.
+    """Make from_pretrained load compressed-tensors, GPTQ, AWQ, AQLM and bitsandbytes 4-bit folders on llmq's kernels.
 
     on: False restores transformers' tables. Repeated calls change nothing. Loaded models are not affected. Neither
     gptqmodel nor optimum is needed.

@@ -9,7 +9,8 @@ found by k-means (`grids.vq`). Then codes, scales and codebooks take turns:
   weights to coordinates in which the nearest sum of entries is the best, and wₗ ← wₗ − e U[j,j]⁻¹ U[j,l] makes up for e
   in later groups l. After a few turns they are improved instead, each group with all others fixed (coordinate descent);
 - scales have a closed form;
-- codebooks are fitted by least squares (conjugate gradients: the objective is quadratic in them; AQLM, §3.3).
+- codebooks are fitted by least squares (conjugate gradients: the objective is quadratic in them; AQLM, §3.3), to some
+  of the rows where there are many.
 
 A turn that does not lower the objective is undone.
 """
@@ -33,6 +34,8 @@ FORWARD = 3
 """Turns in which all codes are chosen anew, at most."""
 STEPS = 4
 """Of conjugate gradients, in each turn."""
+FITTED = 1 << 17
+"""How many vectors are enough to fit codebooks."""
 EXACT = 1e-10
 """The share of the start's squared gradient below which it is float32's noise."""
 LEAST = 1e-3
@@ -84,7 +87,12 @@ def solve(
         hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
         try:
             least, gradient = state.gradient(hessian)
-            least, gradient = state.turns(hessian, lambda: state.feed_forward(factor, order), FORWARD, least, gradient)
+
+            def anew() -> tuple[float, Tensor]:
+                state.feed_forward(factor, order)
+                return state.gradient(hessian)
+
+            least, gradient = state.turns(hessian, anew, FORWARD, least, gradient)
             del factor
             state.turns(hessian, lambda: state.descend(hessian), rounds, least, gradient)
         finally:
@@ -104,6 +112,7 @@ class _Vectors:
         self.weight = torch.empty(self.width, rows, device=weight.device).copy_(weight.t())
         self.dtype, self.scale, self.books, self.beam = scale.dtype, scale.float(), books.float(), beam
         self.size = books.shape[2]
+        self.some = slice(None, None, max(1, weight.numel() // (self.size * FITTED)))
         self.codes = torch.empty(self.width // self.size, rows, len(books), dtype=torch.uint8, device=weight.device)
 
     def result(self, scheme: Scheme, notes: tuple[str, ...]) -> VQWeight:
@@ -133,18 +142,17 @@ class _Vectors:
                 columns[stop:].addmm_(unit[start:stop, stop:].t(), errors, alpha=-1)
 
     def turns(
-        self, hessian: Tensor, choose: Callable[[], object], count: int, least: float, gradient: Tensor
+        self, hessian: Tensor, choose: Callable[[], tuple[float, Tensor]], count: int, least: float, gradient: Tensor
     ) -> tuple[float, Tensor]:
         """Set scales, codebooks and, by `choose`, codes, `count` times or until that no longer helps.
 
-        hessian: with damping; least, gradient: see `gradient`, before and as returned.
+        hessian: with damping; choose: returns what `gradient` does; least, gradient: the same, before and as returned.
         """
         for _ in range(count):
             before = least
             kept = self.codes.clone(), self.books, self.scale
             self._rescale(hessian, gradient.clone())
-            choose()
-            now, fresh = self.gradient(hessian)
+            now, fresh = choose()
             if not now < least:
                 self.codes, self.books, self.scale = kept
                 break
@@ -155,12 +163,16 @@ class _Vectors:
 
     def gradient(self, hessian: Tensor) -> tuple[float, Tensor]:
         """The objective, and H (W − Ŵ), float32 [in, out]."""
-        left = torch.addcmul(self.weight, self._values(self.books), self.scale, value=-1)
+        left = self._left()
         gradient = hessian @ left
         return float(left.mul_(gradient).sum(dtype=torch.float64)), gradient
 
-    def descend(self, hessian: Tensor) -> None:
-        """Set the codes of each group to the best that are found with all others fixed.
+    def _left(self) -> Tensor:
+        """W − Ŵ, float32 [in, out]."""
+        return torch.addcmul(self.weight, self._values(self.books, self.codes), self.scale, value=-1)
+
+    def descend(self, hessian: Tensor) -> tuple[float, Tensor]:
+        """Set the codes of each group to the best that are found with all others fixed; returns what `gradient` does.
 
         With G = H (W − Ŵ), the best values of group j are ŵ + H[j,j]⁻¹ G[j], and errors count by H[j,j].
         """
@@ -182,27 +194,28 @@ class _Vectors:
                 torch.mul((total(self.books, found) - sums).t(), self.scale, out=moved[here])
                 local[later].addmm_(near[:, later].t(), moved[here], alpha=-1)
             gradient.addmm_(hessian[:, block], moved, alpha=-1)
+        return float(self._left().mul_(gradient).sum(dtype=torch.float64)), gradient
 
-    def _values(self, books: Tensor) -> Tensor:
-        """The sums of the chosen entries of any codebooks, float32 [in, out]."""
-        made = torch.empty_like(self.weight)
-        for codes, part in zip(self.codes, made.view(-1, self.size, made.shape[1]), strict=True):
-            part.copy_(total(books, codes.int()).t())
+    def _values(self, books: Tensor, codes: Tensor) -> Tensor:
+        """The sums of chosen entries of any codebooks, float32 [in, rows]. codes: uint8 [groups, rows, M]."""
+        made = torch.empty(self.width, codes.shape[1], device=codes.device)
+        for group, part in zip(codes, made.view(-1, self.size, codes.shape[1]), strict=True):
+            part.copy_(total(books, group.int()).t())
         return made
 
-    def _uses(self, values: Tensor) -> Tensor:
-        """Of scale · values [in, out], the sum over all uses of each entry, float32 [M, entries, size]: the transpose
-        of what `_values` does, times the scale."""
+    def _uses(self, values: Tensor, codes: Tensor) -> Tensor:
+        """The sum of values [in, rows] over all uses of each entry, float32 [M, entries, size]: the transpose of what
+        `_values` does."""
         sums = torch.zeros_like(self.books)
-        for codes, part in zip(self.codes.int(), values.view(-1, self.size, values.shape[1]), strict=True):
-            scaled = (part * self.scale).t().contiguous()
+        for group, part in zip(codes, values.view(-1, self.size, codes.shape[1]), strict=True):
+            rows, entries = part.t().contiguous(), group.int()
             for number, book in enumerate(sums):
-                book.index_add_(0, codes[:, number], scaled)
+                book.index_add_(0, entries[:, number], rows)
         return sums
 
     def _rescale(self, hessian: Tensor, gradient: Tensor) -> None:
         """Set each row's best scale, then the best codebooks. gradient: changed."""
-        values = self._values(self.books)
+        values = self._values(self.books, self.codes)
         bent = hessian @ values
         best = self.scale + (values * gradient).sum(0) / values.mul_(bent).sum(0)
         info = torch.finfo(self.dtype)
@@ -215,13 +228,14 @@ class _Vectors:
 
     def _refit(self, hessian: Tensor, gradient: Tensor) -> None:
         """Conjugate gradients on the entries of all codebooks, each divided by the objective's own curvature."""
-        left = self._uses(gradient)
-        curvature = self._uses(hessian.diagonal()[:, None] * self.scale)
+        codes, scale = self.codes[:, self.some].contiguous(), self.scale[self.some]
+        left = self._uses(gradient[:, self.some] * scale, codes)
+        curvature = self._uses(hessian.diagonal()[:, None] * scale.square(), codes)
         divided = torch.where(curvature > 0, 1 / curvature, 0.0)
         change, toward = torch.zeros_like(left), divided * left
         length = first = float((left * toward).sum(dtype=torch.float64))
         for _ in range(STEPS):
-            along = self._uses(hessian @ self._values(toward).mul_(self.scale))
+            along = self._uses((hessian @ self._values(toward, codes).mul_(scale)).mul_(scale), codes)
             bend = float((toward * along).sum(dtype=torch.float64))
             if not bend > 0 or length < EXACT * first:
                 break

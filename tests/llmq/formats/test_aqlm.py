@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import llmq
+from llmq import formats
 from llmq.errors import LlmqError
 from llmq.formats import aqlm, dequantized
 from llmq.formats.inspection import inspect_folder
 from llmq.grids.scheme import Scheme
 from llmq.grids.vq import VQWeight, books_of
+from llmq.inference.linear import VectorsLinear
+from llmq.inference.pretrained import load_model
 
 TWO = Scheme(2, 8, grid="vq")
 
@@ -127,15 +130,39 @@ def tiny(path: Path) -> Path:
     return path
 
 
-def test_llmq_load_has_the_dequantized_weights(tmp_path: Path) -> None:
+def test_llmq_load_runs_it_packed(tmp_path: Path) -> None:
     made = tiny(tmp_path / "m")
-    model = llmq.load(made, device_map="cpu")
-    stored = aqlm.pack(weight(TWO, 32, 32, seed=1))
-    want = aqlm.unpack(stored, TWO).dequantize(torch.float32)
-    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, want)
+    model, dense = llmq.load(made, device_map="cpu"), load_model(made, dense=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    want = aqlm.unpack(aqlm.pack(weight(TWO, 32, 32, seed=1)), TWO).dequantize(torch.float32)
+    assert isinstance(layer, VectorsLinear) and torch.equal(layer.dense(), want)
+    assert torch.equal(dense.model.layers[0].self_attn.q_proj.weight, want)
+    held = sum(part.nbytes for name, part in layer.named_buffers() if name != "bias")
+    assert held == aqlm.loaded_bytes((32, 32), TWO, torch.bfloat16)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
     if importlib.util.find_spec("aqlm") is None:
         pytest.skip("stock transformers was not tried: the package aqlm is not installed")
     out = tmp_path / "logits.pt"
     subprocess.run([sys.executable, "-c", STOCK, str(made), str(out)], check=True, capture_output=True)
-    with torch.no_grad():
-        assert torch.allclose(model(torch.arange(12)[None]).logits, torch.load(out), atol=1e-4)
+    assert torch.allclose(logits, torch.load(out), atol=1e-4)
+
+
+def test_what_the_kernels_do_not_run_is_read_dense() -> None:
+    plain = {"in_group_size": 8, "num_codebooks": 1, "nbits_per_codebook": 8}
+    assert aqlm.runs_packed(plain) and aqlm.runs_packed({"nbits_per_codebook": 8})
+    for odd in ({"nbits_per_codebook": 16}, {"out_group_size": 2}, {"in_group_size": None}, {"num_codebooks": 0}):
+        assert not aqlm.runs_packed(plain | odd)
+        assert not formats.packed_for_kernels("aqlm", plain | odd)
+    assert not aqlm.runs_packed({}), "16 bits are usual"
+
+
+def test_a_folder_that_contradicts_its_config_is_refused(tmp_path: Path) -> None:
+    made = tiny(tmp_path / "m")
+    said = json.loads((made / "config.json").read_text())
+    said["quantization_config"]["num_codebooks"] = 1
+    (made / "config.json").write_text(json.dumps(said))
+    with pytest.raises(LlmqError, match=r"codes .*must be|must be .*codes|num_codebooks"):
+        llmq.load(made, device_map="cpu")

@@ -39,7 +39,7 @@ def state(weight: Tensor, entries: int, count: int, size: int) -> vq._Vectors:
 
 
 def value(made: vq._Vectors) -> Tensor:
-    return (made._values(made.books) * made.scale).t()
+    return (made._values(made.books, made.codes) * made.scale).t()
 
 
 def test_the_last_group_is_the_best_of_all_entries_with_what_was_fed_forward() -> None:
@@ -67,8 +67,10 @@ def test_descent_ends_where_no_single_group_can_be_better() -> None:
     made = state(weight, 4, 2, 2)
     before = objective(weight, value(made), hessian)
     for _ in range(20):
-        made.descend(hessian)
+        told, gradient = made.descend(hessian)
     after = objective(weight, value(made), hessian)
+    assert told == pytest.approx(after, rel=1e-5)
+    assert torch.allclose(gradient, hessian @ (weight - value(made)).t(), atol=1e-4 * float(hessian.abs().amax()))
     assert after < before
     for group, row in itertools.product(range(4), range(6)):
         kept = made.codes[group, row].clone()
@@ -82,22 +84,35 @@ def test_codebooks_and_scales_are_those_of_least_squares(monkeypatch: pytest.Mon
     weight, hessian = problem(40, 16)
     made = state(weight, 3, 2, 4)
     monkeypatch.setattr(vq, "STEPS", 200)
-    for _ in range(3):
-        made._refit(hessian, made.gradient(hessian)[1])
+    made._refit(hessian, made.gradient(hessian)[1])
     root = torch.linalg.cholesky(hessian.double())
     columns = []
     for entry in torch.eye(made.books.numel()).view(-1, *made.books.shape):
-        columns.append((root.t() @ (made._values(entry) * made.scale).double()).flatten())
+        columns.append((root.t() @ (made._values(entry, made.codes) * made.scale).double()).flatten())
     matrix, right = torch.stack(columns, 1), (root.t() @ weight.t().double()).flatten()
     best = torch.linalg.lstsq(matrix, right, driver="gelsd").solution
     least = float((matrix @ best - right).square().sum())
     assert objective(weight, value(made), hessian) == pytest.approx(least, rel=1e-3)
     monkeypatch.setattr(vq, "STEPS", 0)
     made._rescale(hessian, made.gradient(hessian)[1])
-    plain = made._values(made.books).t().double()
+    plain = made._values(made.books, made.codes).t().double()
     want = ((weight.double() @ hessian.double()) * plain).sum(1) / ((plain @ hessian.double()) * plain).sum(1)
     good = want > 0  # a scale stays positive
     assert torch.allclose(made.scale.double()[good], want[good], rtol=1e-3) and 10 < int(good.sum()) < 40
+
+
+def test_codebooks_fitted_to_some_of_the_rows_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(256, 16)
+    values = []
+    for fitted in (1 << 17, 256):
+        monkeypatch.setattr(vq, "FITTED", fitted)
+        made = state(weight, 4, 1, 4)
+        assert (made.some.step or 1) == (1024 // fitted or 1)
+        before = objective(weight, value(made), hessian)
+        made._refit(hessian, made.gradient(hessian)[1])
+        values.append(objective(weight, value(made), hessian))
+        assert values[-1] < 0.8 * before
+    assert values[0] < values[1] < 1.1 * values[0]
 
 
 def test_the_objective_never_rises_and_is_far_below_rounding() -> None:
