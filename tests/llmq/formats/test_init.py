@@ -22,7 +22,7 @@ def test_the_grid_names_its_format() -> None:
 
 def test_formats_that_read_are_found_in_their_folder() -> None:
     names = {module.__name__.rpartition(".")[2] for module in formats.having("READERS")}
-    assert names == {"awq", "bitsandbytes", "codebook", "compressed_tensors", "gptq"}
+    assert names == {"aqlm", "awq", "bitsandbytes", "codebook", "compressed_tensors", "gptq"}
     readers = formats.readers()
     assert set(readers["auto-round"]) == {GPTQReader, AWQReader} and readers["awq"] == (AWQReader,)
     assert formats.packages()["compressed-tensors"] == "compressed_tensors"
