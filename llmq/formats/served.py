@@ -8,19 +8,24 @@ formats of groups that it matches only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmq.formats.base import Loader
+from llmq.grids.scheme import Scheme
 
 GUARD = "llmq"
 WORDS = "llmq-experts: for vLLM and llmq.load"
 NOTHING = "re:(?!)"
 """A target that matches no module."""
-SERVED = Loader(
-    "stock transformers refuses it: it would read experts in this scheme wrong, or not at all; llmq.load reads it",
-    code="llmq",
-)
+REFUSED = "stock transformers refuses it: it would read experts in this scheme wrong, or not at all"
+
+
+def loader(schemes: Collection[Scheme]) -> Loader:
+    """Who reads a folder with such experts, beside vLLM. llmq.load makes floats of 4 and 8 bits dense, nothing else."""
+    if all(scheme.rules.layout and scheme.bits in (4, 8) for scheme in schemes):
+        return Loader(f"{REFUSED}; llmq.load makes it dense", code="llmq")
+    return Loader(f"{REFUSED}; llmq.load does not read it, because of its other weights")
 
 
 def guarded(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -315,6 +315,11 @@ def check_readable(folder: Path, kernels: bool = False) -> dict[str, Any]:
         raise LlmqError(
             f"{folder} is quantized with {method!r}, which transformers would load as random weights: {way}"
         )
+    if not dense and unguarded(quantization) is not quantization:
+        raise LlmqError(
+            f"{folder} has experts that transformers would read wrong, beside weights that llmq does not make dense: "
+            "only vLLM reads it"
+        )
     if not kernels and not dense and unmarked(quantization)[1]:
         raise LlmqError(f"{folder} is stored in a form that only llmq reads: add --kernels, or use llmq.load")
     package = (OTHERS | formats.packages()).get(method)

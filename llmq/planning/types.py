@@ -16,8 +16,8 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.discovery.pairs import Found, Pair
 from llmq.discovery.tail import Tail
+from llmq.formats import served
 from llmq.formats.base import Loader
-from llmq.formats.served import SERVED
 from llmq.formats.stacks import ALONE
 from llmq.grids.scheme import Scheme
 from llmq.methods import Pipeline
@@ -139,7 +139,7 @@ class Plan:
         if self.stacked:
             return [ALONE]
         if self.served:
-            return [SERVED, formats.vllm.loader(self.schemes)]
+            return [served.loader(self.schemes), formats.vllm.loader(self.schemes)]
         if not self.blocks:
             dense = loads_dense(self.model, self.weights, self.dtype)
             return [DENSE] if dense else formats.of(next(iter(self.schemes))).loaders(self.schemes)

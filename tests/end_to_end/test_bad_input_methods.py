@@ -48,7 +48,7 @@ def refuse(llmq: Run, out: Path, model: object, *options: object, named: tuple[s
             ("'nf4'", "fp8", "--method rtn"),
         ),
         (("--bits", "4", "--activations", "dynamic"), ("activations can be rounded", "--bits 8 --group-size channel")),
-        (("--activations", "sometimes"), ("activations", "'sometimes'", "dynamic, static, none")),
+        (("--activations", "sometimes"), ("activations", "'sometimes'", "dynamic, static, fp8, none")),
         (("--method", "nf4", "--group-size", "48"), ("blocks (group size) of 32, 64",)),
         (("--method", "nf4", "--bits", "8"), ("grid 'nf4' is 4 bits",)),
         (("--grid", "int4"), ("grid", "'int4'", "int, fp8, fp8-block, nf4")),

@@ -108,9 +108,10 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
-    """See `Format.splits`: along the inputs, every part must have whole groups, which are whole bytes."""
+    """See `Format.splits`: along the inputs, every part must have whole groups, which are whole bytes, of
+    rounded inputs too."""
     size = shape[1 if row_parallel else 0]
-    return size % parts == 0 and (not row_parallel or size // parts % (scheme.group_size or 1) == 0)
+    return size % parts == 0 and (not row_parallel or size // parts % (scheme.step or 1) == 0)
 
 
 def _powers(exponents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq import formats, job
+from llmq.formats.compressed_tensors.config import config_of
 from llmq.formats.inspection import inspect_folder
-from llmq.formats.served import SERVED, WORDS
+from llmq.formats.served import WORDS, guarded, loader
 from llmq.grids.scheme import Activations, Scheme
 from llmq.planning.served import check_served, for_servers, uneven
 from llmq.planning.weights import BY_USER, WeightPlan
@@ -84,7 +86,7 @@ def test_experts_that_stock_transformers_would_read_wrong(kind: str, scheme: Sch
     # The keys' and values' outputs are no whole blocks.
     keep = ("self_attn",) if scheme == BLOCKS else ()
     report = job.quantize(str(model), out, recipe(scheme, loader="vllm", keep=keep), ids=IDS)
-    assert report.loaders[0] == SERVED.sentence and "transformers" not in report.examples
+    assert "llmq.load makes it dense" in report.loaders[0] and "transformers" not in report.examples
     with pytest.raises(ValueError, match=WORDS):
         AutoModelForCausalLM.from_pretrained(out)
     want = mixtures.logits(twin(model, report, out, tmp_path / "twin"))
@@ -121,6 +123,13 @@ def test_who_reads_experts() -> None:
         assert for_servers([expert("up", scheme)]) is not stock and not for_servers([item("x.0.mlp.up", scheme=scheme)])
 
 
+def test_beside_other_weights_llmq_does_not_read_them(tmp_path: Path) -> None:
+    assert loader({NV}).code == "llmq" and loader({NV, Scheme(4, 32)}).code is None
+    section = guarded(config_of({NV: ["experts.0.up"], Scheme(4, 32): ["q"]}, []))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": section}))
+    refused(lambda: llmq.load(tmp_path), str(tmp_path), "has experts that transformers would read wrong", "only vLLM")
+
+
 def test_blocks_that_a_part_of_a_fused_matrix_does_not_fill() -> None:
     """vLLM allows it of the last part of a dense layer."""
 
@@ -131,8 +140,8 @@ def test_blocks_that_a_part_of_a_fused_matrix_does_not_fill() -> None:
     assert [found.name for found in uneven(parts(192, 64, 64))] == ["x.0.attn.q", "x.0.attn.k"]
     assert not uneven([replace(part, scheme=Scheme(8, None, grid="fp8")) for part in parts(192, 64, 64)])
     assert len(uneven([expert("gate", BLOCKS, 192), expert("up", BLOCKS, 192)])) == 2
-    for loader in ("any", "transformers", "llmq"):
-        check_served(parts(192, 64, 64), recipe(BLOCKS, loader=loader))
+    for other in ("any", "transformers", "llmq"):
+        check_served(parts(192, 64, 64), recipe(BLOCKS, loader=other))
     told = "x.0.attn.q (and 1 more): vLLM makes one matrix", "192 outputs", "blocks of 128", "--grid fp8", "--keep"
     refused(lambda: check_served(parts(192, 64, 64), recipe(BLOCKS, loader="vllm")), *told)
 

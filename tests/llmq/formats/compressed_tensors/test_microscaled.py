@@ -187,6 +187,9 @@ def test_few_bits_with_rounded_inputs_are_for_bfloat16(tmp_path: Path) -> None:
 
 def test_splits() -> None:
     assert microscaled.splits((32, 64), NV, 4, True) and not microscaled.splits((32, 64), SCHEMES[1], 4, True)
+    assert microscaled.splits((32, 256), ROUNDED[-1], 2, True) and not microscaled.splits(
+        (32, 256), ROUNDED[-1], 4, True
+    )
     assert microscaled.splits((32, 64), SCHEMES[2], 8, False) and not microscaled.splits((32, 64), NV, 3, False)
 
 
