@@ -56,13 +56,14 @@ left unfilled. 13 more types are in vLLM, but it loads their tiny checkpoints in
 KEYS = """
 ## Keys and values
 
-`--kv-cache fp8`, by hand, once (2026-11-29, AMD EPYC without AMX): books8m in 4 bits and tiny qwen3, gemma3, phi3, gpt_neox
-and olmo2 load, `kv_cache_dtype` is fp8 without an option, and every layer has the stored scales. On books8m, float16, four
-rows of 256 random tokens, the log-probabilities are 0.0096 (rms) from a simulated cache with the stored scales that rounds
-*towards zero*, and 0.110 from one that rounds to nearest, as the scales are meant for; that changes them by 0.035. vLLM's CPU
-kernel does the same to the unquantized model with scales of 1 (0.0099 and 0.108), so on a CPU an fp8 cache costs about three
-times what it should (0.103 from an unrounded cache). It needs AVX-512 or AMX there, and heads of a multiple of 32 numbers.
-`fp8-head` is from vLLM's source: its FlashAttention 3 backend alone takes a scale for each head.
+`--kv-cache fp8`, by hand, once (2026-11-29, AMD EPYC without AMX): books8m in 4 bits and tiny qwen3, gemma3, phi3,
+gpt_neox and olmo2 load, `kv_cache_dtype` is fp8 without an option, and every layer has the stored scales. On books8m,
+float16, four rows of 256 random tokens, the log-probabilities are 0.0096 (rms) from a simulated cache with the stored
+scales that rounds *towards zero*, and 0.110 from one that rounds to nearest, as the scales are meant for; that
+changes them by 0.035. vLLM's CPU kernel does the same to the unquantized model with scales of 1 (0.0099 and 0.108),
+so on a CPU an fp8 cache costs about three times what it should (0.103 from an unrounded cache). It needs AVX-512 or
+AMX there, and heads of a multiple of 32 numbers. `fp8-head` is from vLLM's source: its FlashAttention 3 backend alone
+takes a scale for each head.
 """
 FUSED = """
 ## Weights that vLLM fuses

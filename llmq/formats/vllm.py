@@ -30,8 +30,8 @@ def cache_told(cache: Cache) -> str:
     if cache.heads:
         return f"{version} keeps them so by itself with FlashAttention 3 or newer, from its source (not run)"
     return (
-        f"{version} keeps them so by itself, with the stored scales (loaded and run on the CPU, whose kernel rounds towards "
-        "zero and so loses more)"
+        f"{version} keeps them so by itself, with the stored scales (loaded and run on the CPU, whose kernel rounds "
+        "towards zero and so loses more)"
     )
 
 
