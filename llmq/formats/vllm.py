@@ -28,8 +28,11 @@ def cache_told(cache: Cache) -> str:
     """What vLLM does with a folder that has a rounded cache, in a clause."""
     version = f"vLLM {table()['vllm']}"
     if cache.heads:
-        return f"{version} keeps them so by itself, from its source, where its attention backend has scales per head"
-    return f"{version} keeps them so by itself, with the stored scales"
+        return f"{version} keeps them so by itself with FlashAttention 3 or newer, from its source (not run)"
+    return (
+        f"{version} keeps them so by itself, with the stored scales (loaded and run on the CPU, whose kernel rounds "
+        "towards zero and so loses more)"
+    )
 
 
 @cache

@@ -23,6 +23,7 @@ from llmq.formats.compressed_tensors.cache import KEY, VALUE
 from llmq.formats.inspection import section_of
 from llmq.grids.activations import cache_scale, round_static
 from llmq.grids.cache import Cache
+from llmq.inference.pretrained import check_readable
 
 Scales = tuple[Tensor, Tensor]
 
@@ -30,9 +31,9 @@ Scales = tuple[Tensor, Tensor]
 def stored_scales(folder: Path, cache: Cache) -> dict[str, Scales]:
     """A folder's scales for this cache: a module's name there → those of its keys and of its values, float32; empty if
     the folder has none, or those of another cache. Raises LlmqError if its files are damaged."""
-    source = FolderSource(folder, trust_remote_code=True, quantized_ok=True)
-    if formats.read_cache(*section_of(folder, source.config)) != cache:
+    if formats.read_cache(*section_of(folder, check_readable(folder, kernels=True))) != cache:
         return {}
+    source = FolderSource(folder, trust_remote_code=True, quantized_ok=True)
     names = [name.removesuffix(f".{KEY}") for name in source.names() if name.endswith(f".{KEY}")]
     return {name: (_read(source, f"{name}.{KEY}"), _read(source, f"{name}.{VALUE}")) for name in names}
 

@@ -97,7 +97,7 @@ def plan_cache(recipe: Recipe, model: nn.Module, structure: Structure, links: Li
         raise LlmqError(f"--kv-cache {recipe.kv_cache}: {problem}") from problem
     modules = []
     for keys in found:
-        inside = [i for i, block in enumerate(structure.blocks) if keys.module.startswith(f"{block.name}.")]
+        inside = [i for i, block in enumerate(structure.blocks) if f"{keys.module}.".startswith(f"{block.name}.")]
         if not inside:
             raise LlmqError(f"--kv-cache: {keys.module} keeps keys and values outside the decoder's blocks")
         modules.append(KeysPlan(keys, inside[0], _stored_name(model, links, keys.module)))

@@ -34,7 +34,7 @@ def largest(plan: Plan, block: BlockPlan) -> Iterator[Largest]:
     """Within the context, what runs of a block hand to a cache is counted, if the plan rounds it."""
     seen = Largest()
     mine = [] if plan.cache is None else plan.cache.of(block.index)
-    inside = [replace(one.keys, module=one.keys.module.removeprefix(f"{block.name}.")) for one in mine]
+    inside = [replace(one.keys, module=_within(block, one.keys.module)) for one in mine]
     with at_keys(block.module, inside, seen.see, plan.model.config):
         yield seen
 
@@ -45,10 +45,15 @@ def scales(plan: Plan, block: BlockPlan, seen: Largest) -> dict[str, Tensor]:
         return {}
     cache, made = plan.cache.cache, dict[str, Tensor]()
     for one in plan.cache.of(block.index):
-        heads = seen.found[one.keys.module.removeprefix(f"{block.name}.")]
+        heads = seen.found[_within(block, one.keys.module)]
         keys, values = (cache_scale(top if cache.heads else top.max().reshape(1), cache.grid) for top in heads)
         made |= stored(one.name, cache, keys, values, plan.dtype)
     return made
+
+
+def _within(block: BlockPlan, module: str) -> str:
+    """A module's path in its block; '' for the block itself."""
+    return module.removeprefix(block.name).removeprefix(".")
 
 
 def told(scales: Mapping[str, Tensor]) -> dict[str, tuple[list[float], ...]]:
