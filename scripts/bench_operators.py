@@ -132,15 +132,28 @@ def llmq_int(weight: Weight) -> Prepared | str:
 
 
 def llmq_nf4(weight: Weight) -> Prepared | str:
-    """torch.ops.llmq.nf4_linear, magnitudes in 8 bits."""
+    """NF4, magnitudes in 8 bits: torch.ops.llmq.nf4_linear, or on a GPU, where they are unpacked, codebook_linear."""
     import llmq_kernels.ops  # noqa: F401
     from llmq.grids.nf4 import quantize_nf4
     from llmq.grids.scheme import Scheme
+    from llmq_kernels import codebooks
+    from llmq_kernels.weights import PackedCodebook
 
     made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4", double_quant=True))
     assert made.nested is not None
     rows, width = weight.shape
-    offset = made.nested.offset
+    offset, nested = made.nested.offset, made.nested
+    if weight.device.type == "cuda":
+        inner = nested.absmax, nested.codebook, offset
+        stored = PackedCodebook(made.packed.view(-1), made.absmax, made.codebook, *inner, rows, width, 64)
+        form = codebooks.of_blocks(stored)
+
+        def look_up(packed: Tensor, scale: Tensor, codebook: Tensor, tables: Tensor) -> Operator:
+            given = packed, scale, codebook, tables, None, rows, width, 64
+            return lambda x: torch.ops.llmq.codebook_linear(x, *given)
+
+        tensors = (form.packed, form.scale, form.codebook, form.tables)
+        return Prepared(tensors, look_up, product(made.dequantize(weight.dtype)), "planes")
 
     def bind(packed: Tensor, absmax: Tensor, codebook: Tensor, nested: Tensor, levels: Tensor) -> Operator:
         arguments = (packed, absmax, codebook, nested, levels, offset, None, rows, width, 64)

@@ -133,7 +133,9 @@ def int_grouped_grad(
 
 
 def _expert(index: int, packed: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> PackedInt:
-    return PackedInt(packed[index], scale[index], None if zero is None else zero[index], *sizes)
+    bits, out_features, in_features, group_size = sizes
+    tensors = packed[index], scale[index], None if zero is None else zero[index]
+    return PackedInt(*tensors, bits, out_features, in_features, group_size)
 
 
 def _rows_of(offs: Tensor, count: int) -> Iterator[tuple[int, slice]]:
@@ -145,6 +147,41 @@ def _rows_of(offs: Tensor, count: int) -> Iterator[tuple[int, slice]]:
         if end > start:
             yield expert, slice(start, end)
         start = end
+
+
+def codebook_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    tables: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """x · Wᵀ + bias for a weight W [out, in] of 4-bit codes of codebooks as `codebooks.pack` returns it.
+
+    On a GPU, or in Triton's interpreter. Returns [..., out] in x's dtype. Raises TypeError or ValueError if an argument
+    does not fit.
+    """
+    weight = PackedInt(packed, scale, None, 4, out_features, in_features, group_size, codebook, tables)
+    return planes_linear(x, weight, bias)
+
+
+def codebook_linear_grad(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    tables: Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The gradient with respect to x of `codebook_linear`: grad [..., out] · W → [..., in]."""
+    weight = PackedInt(packed, scale, None, 4, out_features, in_features, group_size, codebook, tables)
+    return matmul(grad, planes.dequantize(weight, product_dtype(grad)))
 
 
 def nf4_linear(
@@ -167,10 +204,6 @@ def nf4_linear(
     nested = nested_absmax, nested_codebook, offset
     weight = PackedCodebook(packed, absmax, codebook, *nested, out_features, in_features, block_size)
     weight.check()
-    if on_triton(x):
-        from llmq_kernels.triton import nf4
-
-        return _by_rows(x, weight, bias, nf4.linear)
     return _by_rows(x, weight, bias, nf4_cpu.linear if x.device.type == "cpu" else _nf4_anywhere)
 
 
@@ -190,10 +223,6 @@ def nf4_linear_grad(
     nested = nested_absmax, nested_codebook, offset
     weight = PackedCodebook(packed, absmax, codebook, *nested, out_features, in_features, block_size)
     dtype = product_dtype(grad)
-    if on_triton(grad):
-        from llmq_kernels.triton import nf4
-
-        return matmul(grad, nf4.dequantize(weight, dtype))
     return matmul(grad, nf4_cpu.dequantize(weight, dtype))
 
 
@@ -300,6 +329,8 @@ for _function in (
     int_linear_grad,
     int_grouped,
     int_grouped_grad,
+    codebook_linear,
+    codebook_linear_grad,
     nf4_linear,
     nf4_linear_grad,
     int8_linear,

@@ -115,6 +115,7 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
         scale.dtype,
         None if zero is None else (zero.shape, zero.dtype),
         None if bias is None else bias.dtype,
+        None if weight.tables is None or weight.codebook is None else (weight.tables.shape, weight.codebook.shape),
     )
     run = _PREPARED.get(kind)
     if run is None:
@@ -156,7 +157,7 @@ def _prepare(x: Tensor, weight: PackedInt, bucket: int) -> Run:
 
     found = gpu.gpu_of(x.device)
     sizes = weight.bits, bucket or 2 * MOST, weight.out_features, weight.in_features, weight.group_size
-    config = tables.choose(found, *sizes, weight.zero is not None, x.dtype)
+    config = tables.choose(found, *sizes, weight.zero is not None, x.dtype, weight.codebook is not None)
     return prepared(config, weight, found.backend)
 
 
@@ -207,7 +208,10 @@ def _slabs(weight: PackedInt, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
     for rows in products.row_slabs(weight.out_features, weight.in_features, WORKSPACE // dtype.itemsize):
         zero = None if weight.zero is None else weight.zero[:, rows]
         packed, scale, count = weight.packed[rows], weight.scale[:, rows], rows.stop - rows.start
-        yield rows, dequantize(replace(weight, packed=packed, scale=scale, zero=zero, out_features=count), dtype)
+        part = replace(weight, packed=packed, scale=scale, zero=zero, out_features=count)
+        if weight.codebook is not None and len(weight.codebook) > 1:
+            part = replace(part, codebook=weight.codebook[rows], tables=None)
+        yield rows, dequantize(part, dtype)
 
 
 def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
@@ -233,6 +237,11 @@ def check_planes(weight: PackedInt) -> None:
     check("scale", weight.scale, FLOATS, (-(-in_features // weight.group_size), out_features))
     if weight.zero is not None:
         check("zero", weight.zero, torch.int8, tuple(weight.scale.shape))
+    if weight.codebook is not None:
+        rows = 1 if len(weight.codebook) == 1 else out_features
+        check("codebook", weight.codebook, torch.float32, (rows, 16))
+        if weight.tables is not None:
+            check("tables", weight.tables, torch.int32, (len(HALF), 8, rows))
 
 
 def check_contiguous(weight: PackedInt) -> None:

@@ -147,6 +147,18 @@ def nf4_linear(
     return linear(x, nf4_dequantize(packed, absmax, codebook, out_features, x.shape[-1], block_size), bias)
 
 
+def codebook_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias for codes of codebooks: W[r, i] = codebook[r, code[r, i]] · scale[r, i // group].
+
+    x: float [..., in]; codes: uint8 [out, in] of 0 … 15; scale: float [out, groups], groups of ceil(in/groups) inputs;
+    codebook: float32 [1, 16], or [out, 16] with one for each row. Returns [..., out] in x's dtype.
+    """
+    entries = codebook.to(torch.float32).expand(codes.shape[0], 16).gather(1, codes.to(torch.int64))
+    group = -(-codes.shape[1] // scale.shape[1])
+    weight = entries * scale.to(torch.float32).repeat_interleave(group, 1)[:, : codes.shape[1]]
+    return linear(x, weight, bias)
+
+
 def levels_dequantize(packed: Tensor, levels: Tensor, n: int) -> Tensor:
     """The weight of codes with a codebook for each row: W[r, i] = levels[r, code[r, i]], float32 [out, n].
 

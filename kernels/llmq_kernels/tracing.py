@@ -35,6 +35,12 @@ torch.library.define(
     "(Tensor grad, Tensor packed, Tensor scale, Tensor? zero, Tensor offs, int bits, int out_features, "
     "int in_features, int group_size, str layout) -> Tensor",
 )
+_CODEBOOK = (
+    "Tensor packed, Tensor scale, Tensor codebook, Tensor tables{bias}, int out_features, int in_features, "
+    "int group_size"
+)
+torch.library.define("llmq::codebook_linear", f"(Tensor x, {_CODEBOOK.format(bias=_BIAS)}) -> Tensor")
+torch.library.define("llmq::codebook_linear_grad", f"(Tensor grad, {_CODEBOOK.format(bias='')}) -> Tensor")
 torch.library.define("llmq::nf4_linear", f"(Tensor x, {_NF4.format(bias=_BIAS)}) -> Tensor")
 torch.library.define("llmq::nf4_linear_grad", f"(Tensor grad, {_NF4.format(bias='')}) -> Tensor")
 torch.library.define(
@@ -79,6 +85,16 @@ def _int_grouped_fake(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | N
 def _int_grouped_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
     *_, in_features, _, _ = weight
     return grad.new_empty(grad.shape[0], in_features)
+
+
+def _codebook_linear_fake(x: Tensor, *weight: Any) -> Tensor:
+    *_, bias, out_features, in_features, _ = weight
+    return _linear_fake(x, out_features, in_features, bias)
+
+
+def _codebook_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
+    *_, in_features, _ = weight
+    return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 def _nf4_linear_fake(x: Tensor, *weight: Any) -> Tensor:
@@ -151,6 +167,19 @@ def _int_grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x_grad, *(None,) * (5 + len(ctx.rest)))
 
 
+def _codebook_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, codebook, tables, bias, *rest = inputs
+    _refuse_weight_gradient(scale=scale, codebook=codebook)
+    ctx.save_for_backward(packed, scale, codebook, tables)
+    ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+
+
+def _codebook_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[0]
+    x_grad = torch.ops.llmq.codebook_linear_grad(grad, *ctx.saved_tensors, *ctx.rest) if needed else None
+    return (x_grad, *(None,) * 4, _bias_grad(ctx, grad, 5), None, None, None)
+
+
 def _nf4_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, *rest = inputs
     _refuse_weight_gradient(absmax=absmax, codebook=codebook)
@@ -215,6 +244,11 @@ def _refuse_weight_gradient(**tensors: Tensor) -> None:
 
 torch.library.register_autograd("llmq::int_linear", _int_linear_backward, setup_context=_int_linear_setup)
 torch.library.register_autograd("llmq::int_grouped", _int_grouped_backward, setup_context=_int_grouped_setup)
+torch.library.register_autograd(
+    "llmq::codebook_linear", _codebook_linear_backward, setup_context=_codebook_linear_setup
+)
+torch.library.register_fake("llmq::codebook_linear", _codebook_linear_fake)
+torch.library.register_fake("llmq::codebook_linear_grad", _codebook_linear_grad_fake)
 torch.library.register_autograd("llmq::nf4_linear", _nf4_linear_backward, setup_context=_nf4_linear_setup)
 torch.library.register_autograd("llmq::int8_linear", _int8_linear_backward, setup_context=_int8_linear_setup)
 torch.library.register_autograd("llmq::levels_linear", _levels_linear_backward, setup_context=_levels_linear_setup)

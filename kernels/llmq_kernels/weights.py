@@ -22,6 +22,10 @@ class PackedInt:
     """Integer codes [out, in] of 2, 3, 4 or 8 bits with a scale and optionally a zero point for each group of a row.
 
     packed, scale, zero: in the layout's form (`layouts`), on one device. The weight is (code − zero) · scale.
+
+    codebook, tables: only in the layout "planes", of 4-bit codes that count the entries of a codebook: float32 [1, 16],
+    or [out, 16] with one for each row, and the same as kernels read it (`codebooks.tables_of`). The weight is then
+    codebook[code] · scale.
     """
 
     packed: Tensor
@@ -31,6 +35,8 @@ class PackedInt:
     out_features: int
     in_features: int
     group_size: int
+    codebook: Tensor | None = None
+    tables: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, VectorsWeight, Weight
-from llmq_kernels import layouts, planes
+from llmq_kernels import codebooks, layouts, planes
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.ops import planes_linear
-from llmq_kernels.weights import PackedInt
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 HALF = {torch.bfloat16, torch.float16}
 
@@ -197,13 +197,39 @@ class CodebookLinear(QuantLinear):
     def __init__(self, weight: CodebookWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight.out_features, weight.in_features, bias, dtype)
         self.offset, self.block_size = weight.offset, weight.block_size
+        self.nested = weight.nested_absmax is not None
         self.register_buffer("qweight", weight.packed)
         for name in ("absmax", "codebook", "nested_absmax", "nested_codebook"):
             self.register_buffer(name, getattr(weight, name))
         self.settle()
 
+    def settle(self) -> None:
+        """On a GPU, stored blocks become what the kernels of integers read, where blocks divide rows."""
+        super().settle()
+        device = self.qweight.device
+        if self.layout == "blocks" and codebooks.usable(device, self.dtype, self.in_features, self.block_size):
+            self.look_up()
+
+    def look_up(self) -> None:
+        """Pack for the kernels of integers, which look codes up."""
+        nested = self.nested_absmax, self.nested_codebook, self.offset
+        sizes = self.out_features, self.in_features, self.block_size
+        hold(self, codebooks.of_blocks(PackedCodebook(self.qweight, self.absmax, self.codebook, *nested, *sizes)))
+        for name in ("absmax", "nested_absmax", "nested_codebook"):
+            del self._buffers[name]
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See QuantLinear."""
+        return held_back(self, device, dtype)
+
+    def fresh(self) -> list[Tensor]:
+        """See QuantLinear."""
+        return [self.qweight] if self.layout == "planes" else []
+
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
+        if self.layout == "planes":
+            return look_up(self, x)
         weight = (self.qweight, self.absmax, self.codebook, self.nested_absmax, self.nested_codebook, self.offset)
         y: Tensor = torch.ops.llmq.nf4_linear(
             x, *weight, self.bias, self.out_features, self.in_features, self.block_size
@@ -212,7 +238,7 @@ class CodebookLinear(QuantLinear):
 
     def extra_repr(self) -> str:
         """The text that print shows."""
-        double = "" if self.nested_absmax is None else ", double-quantized"
+        double = ", double-quantized" if self.nested else ""
         return f"{super().extra_repr()}, bits=4, group={self.block_size}{double}"
 
 
@@ -256,19 +282,34 @@ class LevelsLinear(QuantLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
+        if self.layout == "planes":
+            return look_up(self, x)
         y: Tensor = torch.ops.llmq.levels_linear(
             x, self.qweight, self.levels, self.bias, self.out_features, self.in_features
         )
         return y
 
     def settle(self) -> None:
-        """There is one operator, for all devices."""
-        elsewhere = self.qweight.device.type not in ("cpu", "meta")
-        self.notes = {"levels": "there is no GPU kernel for levels of each row"} if elsewhere else {}
+        """On a GPU, levels become what the kernels of integers read."""
+        super().settle()
+        if self.layout == "rows" and codebooks.usable(
+            self.qweight.device, self.dtype, self.in_features, self.in_features
+        ):
+            self.look_up()
+
+    def look_up(self) -> None:
+        """Pack for the kernels of integers, which look codes up."""
+        hold(self, codebooks.of_levels(PackedLevels(self.qweight, self.levels, self.out_features, self.in_features)))
+        del self._buffers["levels"]
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See QuantLinear."""
+        return held_back(self, device, dtype)
 
     def fresh(self) -> list[Tensor]:
         """See QuantLinear."""
-        return [self.qweight, self.levels]
+        levels = self._buffers.get("levels", self._buffers.get("codebook"))
+        return [self.qweight, *([] if levels is None else [levels])]
 
     def extra_repr(self) -> str:
         """The text that print shows."""
@@ -309,6 +350,33 @@ class VectorsLinear(QuantLinear):
         """The text that print shows."""
         size = self.in_features // self.scale.shape[0]
         return f"{super().extra_repr()}, {self.table.shape[-1]} weights in a byte, group={size}"
+
+
+def hold(layer: QuantLinear, packed: PackedInt) -> None:
+    """Make a weight of codebooks the buffers of a layer, which looks its codes up from then on."""
+    layer.layout = "planes"
+    buffers = {"qweight": packed.packed, "scale": packed.scale, "codebook": packed.codebook, "tables": packed.tables}
+    for name, tensor in buffers.items():
+        layer.register_buffer(name, tensor)
+
+
+def look_up(layer: Any, x: Tensor) -> Tensor:
+    """The product of a layer that `hold` has packed."""
+    buffers, sizes = layer._buffers, (layer.out_features, layer.in_features)
+    weight = buffers["qweight"], buffers["scale"], buffers["codebook"], buffers["tables"]
+    group = -(-layer.in_features // weight[1].shape[0])
+    if planes.direct(x):
+        packed, scale, *table = weight
+        return planes_linear(x, PackedInt(packed, scale, None, 4, *sizes, group, *table), layer.bias)
+    y: Tensor = torch.ops.llmq.codebook_linear(x, *weight, layer.bias, *sizes, group)
+    return y
+
+
+def held_back(layer: QuantLinear, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a layer that may be packed for the kernels of integers cannot be moved, or None."""
+    if layer.layout != "planes" or device.type == layer.qweight.device.type and {dtype, layer.dtype} <= HALF:
+        return None
+    return f"its weight is packed as {layer.layout} for {layer.dtype}"
 
 
 def quant_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:

@@ -50,6 +50,8 @@ def step(line: str, registers: dict[str, np.ndarray]) -> None:
     values = [operand(source, registers, floats) for source in sources]
     if name == "shr.b32":
         result = values[0] >> values[1]
+    elif name == "prmt.b32":
+        result = permuted(*values)
     elif name == "and.b32":
         result = values[0] & values[1]
     elif name == "mov.b32":
@@ -69,6 +71,17 @@ def step(line: str, registers: dict[str, np.ndarray]) -> None:
     registers[target] = result
 
 
+def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Four bytes of eight. A nibble above seven would repeat a sign, which the kernels do not use."""
+    eight = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selector.shape), dtype=np.uint32)
+    for byte in range(4):
+        nibble = (selector >> 4 * byte).astype(np.uint64) & np.uint64(15)
+        assert (nibble < 8).all()
+        result |= (eight >> nibble * np.uint64(8) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * byte)
+    return result
+
+
 def run(assembly: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     """The output registers of a block of PTX for arrays of input registers (uint32)."""
     registers = {f"${outputs + number}": value for number, value in enumerate(inputs)}
@@ -85,10 +98,21 @@ def create_inline_asm(
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    assert pack == 2 and len(types) == 1
+    assert pack == 2
     shape = values[0].data.shape
-    pairs = [np.ascontiguousarray(value.data).reshape(-1).view(np.uint32) for value in values]
+    pairs = []
+    for value in values:
+        flat = np.ascontiguousarray(value.data).reshape(-1).view(np.uint32)
+        pairs += [flat[0::2], flat[1::2]] if value.data.dtype.itemsize == 4 else [flat]
     results = run(assembly, pairs, constraints.count("="))
+    if len(types) > 1:
+        several = [TensorHandle(np.ascontiguousarray(one).view(np.int16).reshape(shape), tl.int16) for one in results]
+
+        class Calls:
+            def get_result(self, number: int) -> Any:
+                return several[number]
+
+        return Calls()
     if len(results) == 2:
         found = TensorHandle(np.stack(results, axis=-1).reshape(shape).view(np.float32), tl.float32)
     else:

@@ -90,17 +90,13 @@ def test_other_layouts_are_the_same_operator(layout: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.slow
-def test_nf4_and_int8_on_triton_are_the_same_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_on_triton_is_the_same_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: True)
     x = torch.randn(2, 3, 128).bfloat16().requires_grad_()
-    code = nf4(12, 128, True)
-    torch.library.opcheck(torch.ops.llmq.nf4_linear.default, (x, *code, None, 12, 128, 64))
     weight = torch.randint(-128, 128, (12, 128), dtype=torch.int8)
     scale = torch.rand(12, 1)
     torch.library.opcheck(torch.ops.llmq.int8_linear.default, (x, weight, scale, None, None))
     with torch.no_grad():
-        got = torch.ops.llmq.nf4_linear(x, *code, None, 12, 128, 64)
-        torch.testing.assert_close(got, reference.nf4_linear(x, *code, None, 12, 64), rtol=2e-2, atol=0.2)
         got = torch.ops.llmq.int8_linear(x, weight, scale, None, None)
         torch.testing.assert_close(got, reference.int8_linear(x, weight, scale))
 

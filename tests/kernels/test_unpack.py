@@ -14,7 +14,16 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.unpack import half_codes, position, single_codes, sixteenth, slices
+from llmq_kernels.codebooks import tables_of
+from llmq_kernels.triton.unpack import (
+    half_codes,
+    position,
+    single_codes,
+    sixteenth,
+    slices,
+    spread_tables,
+    table_codes,
+)
 from tests.kernels import ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +96,27 @@ def test_codes_in_float32(bits: int, backend: str) -> None:
     for place in places(bits):
         singles[(1,)](tensor(words), out, bits, place, backend)
         assert (out.cpu().numpy() == (words >> place & (2 * half - 1)).astype(np.int64) - half).all()
+
+
+@triton.jit
+def looked_up(words, tables, out, BACKEND: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    t8 = spread_tables(tables, tl.zeros([SIZE], tl.int32), at >= 0, 1, False, [SIZE, 1])
+    values = table_codes(tl.load(words + at)[:, None], t8, out.dtype.element_ty, BACKEND)
+    for j in tl.static_range(4):
+        tl.store(out + j * SIZE + at[:, None], values[j])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_of_a_codebook(dtype: torch.dtype, backend: str) -> None:
+    words, codebook = every_word(4), torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    tables = tables_of(codebook)[[torch.bfloat16, torch.float16].index(dtype)]
+    out = torch.empty(4, 65536, dtype=dtype, device=DEVICE)
+    looked_up[(1,)](tensor(words), tables.to(DEVICE), out, backend)
+    for j in range(4):
+        codes = torch.from_numpy((words >> 4 * j & 15).astype(np.int64))
+        assert torch.equal(out[j].cpu(), codebook[0].to(dtype)[codes])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,6 +23,7 @@ def dequantize_kernel(
     packed,
     scale,
     zero,
+    codebook,
     y,
     N,
     K,
@@ -32,10 +33,14 @@ def dequantize_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """y [N, K] = (codes − zero) · scale. packed: int16 [N, tiles · words]; scale, zero: [groups, N], strided."""
+    """y [N, K] = (codes − zero) · scale, or codebook[codes] · scale, of float32 [N, 16] with PER_ROW, else [16].
+
+    packed: int16 [N, tiles · words]; scale, zero: [groups, N], strided.
+    """
     SLICES: tl.constexpr = slices(BITS)
     WORDS_OF_TILE: tl.constexpr = words(BITS)
     # One axis: the others hold 65,535 programs, fewer than the stacked rows of many experts need.
@@ -50,7 +55,11 @@ def dequantize_kernel(
     z_run = per_group(zero, tile, n, row, stride, groups, GROUP, SLICES, RUN)
     for j in tl.static_range(SLICES):
         w = slice_words(tile_words, BITS, j, BACKEND)
-        value = single_codes(w, BITS, position(BITS, j), BACKEND)
+        if codebook is not None:
+            code = (w.to(tl.int32) >> position(BITS, j)) & 15
+            value = tl.load(codebook + code + (n * 16 * PER_ROW)[:, None], mask=row[:, None], other=0.0)
+        else:
+            value = single_codes(w, BITS, position(BITS, j), BACKEND)
         if zero is not None:
             value -= z_run[j // RUN].to(tl.float32)[:, None]
         value *= s_run[j // RUN].to(tl.float32)[:, None]
@@ -64,7 +73,8 @@ def build(weight: PackedInt, y: Tensor, backend: str) -> Launch:
     n, k = y.shape
     tiles = weight.packed.shape[1] // WORDS[bits]
     group, run = run_length(bits, weight.group_size, k)
-    arguments = (weight.packed, scale, weight.zero, y, n, k, scale.stride(0), tiles, scale.shape[0])
-    constexprs = {"BITS": bits, "GROUP": group, "RUN": run, "BLOCK_N": ROWS, "BACKEND": backend}
+    arguments = (weight.packed, scale, weight.zero, weight.codebook, y, n, k, scale.stride(0), tiles, scale.shape[0])
+    per_row = weight.codebook is not None and weight.codebook.shape[0] > 1
+    constexprs = {"BITS": bits, "GROUP": group, "RUN": run, "PER_ROW": per_row, "BLOCK_N": ROWS, "BACKEND": backend}
     options = {"num_warps": 2, "enable_fp_fusion": True}
     return Launch(dequantize_kernel, (tiles * -(-n // ROWS),), arguments, constexprs, options)

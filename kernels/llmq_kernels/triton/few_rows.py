@@ -26,6 +26,8 @@ from llmq_kernels.triton.unpack import (
     position,
     slice_words,
     slices,
+    spread_tables,
+    table_codes,
     words,
 )
 
@@ -36,6 +38,7 @@ def few_rows_kernel(
     packed,
     scale,
     zero,
+    tables,
     bias,
     y,
     M,
@@ -51,12 +54,14 @@ def few_rows_kernel(
     WARPS_K: tl.constexpr,
     PROGRAMS_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PER_ROW: tl.constexpr,
     PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables: int32 [8, N] with PER_ROW, else
+    [8], a codebook of 4-bit codes, or None. RUN: slices that always share a group.
     EVEN_K: all tiles are full, and WARPS_K divides their number.
     """
     follow(PDL)
@@ -93,6 +98,9 @@ def few_rows_kernel(
         else:
             w_mask = row[None, :, None] & (first + warp < tiles)[:, None, None]
         tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
+        if tables is not None:
+            t8 = spread_tables(tables, n_2d, row_2d, N, PER_ROW, [WARPS_K, BLOCK_N, 32])
+            values = table_codes(tile_words[0], t8, DTYPE, BACKEND)
         run = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             if EVEN_K:
@@ -101,7 +109,10 @@ def few_rows_kernel(
                 inside = ((first + warp) * (SLICES * 32))[:, None] + j * 32 + t[None, :] < K
                 x_mask = column & inside[:, :, None]
             xs = tl.load(x_at + (first * (SLICES * 32) + j * 32), mask=x_mask, other=0.0)
-            w = slice_words(tile_words, BITS, j, BACKEND)
+            if tables is not None:
+                codes = values[j]
+            else:
+                w = slice_words(tile_words, BITS, j, BACKEND)
             if zero is None:
                 z = None
             else:
@@ -110,7 +121,8 @@ def few_rows_kernel(
                 else:
                     z = one_group(zero, tile, j, n_2d, row_2d, N, groups, GROUP, SLICES)
                 z = tl.broadcast_to(z.to(tl.float32)[:, :, None], [WARPS_K, BLOCK_N, 32])
-            codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
+            if tables is None:
+                codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
             run = product(codes, xs, run, BACKEND)
             if (j + 1) % RUN == 0:
                 if AHEAD:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from llmq_kernels.planes import TILE, WORDS
+from llmq_kernels.planes import HALF, TILE, WORDS
 from llmq_kernels.triton import sums
 from llmq_kernels.triton.config import Config, run_length
 from llmq_kernels.triton.few_rows import few_rows_kernel
@@ -42,13 +42,18 @@ class Product:
         split = config.programs_k > 1
         out = x.new_empty((config.programs_k, m, n), dtype=torch.float32) if split else y
         grid = (self.across, 1 if config.family == "one_row" else -(-m // config.block_m), config.programs_k)
-        tensors = (x, weight.packed, weight.scale, weight.zero, bias, out)
+        tensors = (x, weight.packed, weight.scale, weight.zero, tables_for(x, weight), bias, out)
         with on(x.device):
             self.product(grid, tensors, m, lambda: build(config, m, x, weight, bias, out, backend))
             if split:
                 summed = (out, bias, y)
                 self.sum((self.sums_across, m, 1), summed, m, lambda: sums.build(*summed, config.pdl, backend))
         return y
+
+
+def tables_for(x: Tensor, weight: PackedInt) -> Tensor | None:
+    """A codebook as kernels read it, in x's dtype."""
+    return None if weight.tables is None else weight.tables[HALF.index(x.dtype)]
 
 
 def build(config: Config, m: int, x: Tensor, weight: PackedInt, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
@@ -62,6 +67,7 @@ def build(config: Config, m: int, x: Tensor, weight: PackedInt, bias: Tensor | N
         "RUN": run,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "PER_ROW": weight.tables is not None and weight.tables.shape[2] > 1,
         "PDL": config.pdl,
         "BACKEND": backend,
     }
@@ -80,5 +86,6 @@ def build(config: Config, m: int, x: Tensor, weight: PackedInt, bias: Tensor | N
             prescale = config.prescale and weight.scale.dtype == x.dtype
             constexprs["PRESCALE"] = prescale
             constexprs["DOT"] = min(4, TILE[bits] // 32 if prescale else run)
-    arguments = (x, weight.packed, weight.scale, weight.zero, bias, y, m, n, k, tiles, weight.scale.shape[0])
+    tables, groups = tables_for(x, weight), weight.scale.shape[0]
+    arguments = (x, weight.packed, weight.scale, weight.zero, tables, bias, y, m, n, k, tiles, groups)
     return Launch(KERNELS[config.family], grid, arguments, constexprs, config.options(backend))

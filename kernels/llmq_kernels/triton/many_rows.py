@@ -26,6 +26,8 @@ from llmq_kernels.triton.unpack import (
     side_by_side,
     slice_words,
     slices,
+    spread_tables,
+    table_codes,
     words,
 )
 
@@ -36,6 +38,7 @@ def many_rows_kernel(
     packed,
     scale,
     zero,
+    tables,
     bias,
     y,
     M,
@@ -52,13 +55,14 @@ def many_rows_kernel(
     EVEN_K: tl.constexpr,
     PRESCALE: tl.constexpr,
     DOT: tl.constexpr,
+    PER_ROW: tl.constexpr,
     PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]. RUN: slices that always share a group; DOT:
-    slices of a dot, which without PRESCALE share one.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables: as in `few_rows`. RUN: slices that
+    always share a group; DOT: slices of a dot, which without PRESCALE share one.
     """
     follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -87,6 +91,9 @@ def many_rows_kernel(
             s_next = per_group(scale, tile + 1, n, row, N, groups, GROUP, SLICES, RUN)
         z_run = per_group(zero, tile, n, row, N, groups, GROUP, SLICES, RUN)
         tile_words = load_words(w_at + tile * WORDS, row[:, None], BITS)
+        if tables is not None:
+            t8 = spread_tables(tables, n, row, N, PER_ROW, [BLOCK_N, 32])
+            values = table_codes(tile_words[0], t8, DTYPE, BACKEND)
         for d in tl.static_range(SLICES // DOT):
             k = (tile * SLICES + d * DOT) * 32
             if EVEN_K:
@@ -99,8 +106,11 @@ def many_rows_kernel(
                     z = None
                 else:
                     z = tl.broadcast_to(z_run[j // RUN].to(tl.float32)[:, None], [BLOCK_N, 32])
-                w = slice_words(tile_words, BITS, j, BACKEND)
-                codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
+                if tables is not None:
+                    codes = values[j]
+                else:
+                    w = slice_words(tile_words, BITS, j, BACKEND)
+                    codes = half_codes(w, z, BITS, position(BITS, j), DTYPE, BACKEND)
                 if PRESCALE:
                     s = tl.broadcast_to(s_run[j // RUN].to(DTYPE)[:, None], [BLOCK_N, 32])
                     codes = scaled(codes, s, BACKEND)

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import follow, rounded
-from llmq_kernels.triton.unpack import load_words, position, single_codes, slice_words, slices, words
+from llmq_kernels.triton.unpack import (
+    load_words,
+    position,
+    single_codes,
+    slice_words,
+    slices,
+    spread_tables,
+    table_codes,
+    words,
+)
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "groups"])
@@ -19,6 +28,7 @@ def one_row_kernel(
     packed,
     scale,
     zero,
+    tables,
     bias,
     y,
     M,
@@ -32,10 +42,14 @@ def one_row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
+    PER_ROW: tl.constexpr,
     PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """y [M, N], M ≤ BLOCK_M. x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]."""
+    """y [M, N], M ≤ BLOCK_M.
+
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables: as in `few_rows`.
+    """
     follow(PDL)
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
@@ -52,14 +66,20 @@ def one_row_kernel(
         w_mask = row[:, None] & (first + at // 32 < tiles)[None, :]
         tile_words = load_words(w_at + first * WORDS, w_mask, BITS)
         run = tl.zeros([BLOCK_M, BLOCK_N, TILES * 32], dtype=tl.float32)
+        if tables is not None:
+            t8 = spread_tables(tables, n, row, N, PER_ROW, [BLOCK_N, TILES * 32])
+            values = table_codes(tile_words[0], t8, x.dtype.element_ty, BACKEND)
         if zero is not None:
             sums = tl.zeros([BLOCK_M, 1, TILES * 32], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             offset = first * (SLICES * 32) + j * 32
             x_mask = (m < M)[:, None, None] & (offset + at // 32 * (SLICES * 32) + at % 32 < K)[None, None, :]
             xs = tl.load(x_at + offset, mask=x_mask, other=0.0).to(tl.float32)
-            w = slice_words(tile_words, BITS, j, BACKEND)
-            run += single_codes(w, BITS, position(BITS, j), BACKEND)[None, :, :] * xs
+            if tables is not None:
+                codes = values[j].to(tl.float32)
+            else:
+                codes = single_codes(slice_words(tile_words, BITS, j, BACKEND), BITS, position(BITS, j), BACKEND)
+            run += codes[None, :, :] * xs
             if zero is not None:
                 sums += xs
             if (j + 1) % RUN == 0:

@@ -15,8 +15,10 @@ MOST_SPLIT = 8
 
 
 @functools.lru_cache(maxsize=4096)
-def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int) -> Config:
-    """A configuration for any GPU, by an estimate that was not measured.
+def rule(
+    gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int, codebook: bool = False
+) -> Config:
+    """A configuration for any GPU, by an estimate that was not measured. codebook: codes count entries of one.
 
     One row, if unpacking is cheap enough: no tensor cores. Few rows: K divided among eight warps of a program. More
     rows: a fused product, up to four blocks of rows. Beyond that the weight is dequantized once, which is cheaper than
@@ -35,12 +37,15 @@ def rule(gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group
     refused = gpu.backend != "hip" and (short or bits in (2, 3) and gpu.tensor_memory)
     hopper = bits == 4 and gpu.target == "cuda:90"
     few = 32 if refused or bits == 4 and group_size >= 64 and not hopper else 16 if bits in (4, 8) else 8
+    few = min(few, 16) if codebook else few
     if m <= few and gpu.backend != "hip":
-        return _few_rows(gpu, bits, m, out_features, in_features, group_size)
+        return _few_rows(gpu, bits, m, out_features, in_features, group_size, codebook)
     widest = 32 if bits in (2, 3) or gpu.backend == "hip" else 128 if hopper else 64
+    if codebook:  # its tables take registers, of which Hopper's products leave more
+        widest = min(widest, 64 if hopper else 32)
     if refused or m > 4 * widest:
         return Config("dense")
-    config = _many_rows(gpu, bits, m, out_features, in_features, group_size, widest)
+    config = _many_rows(gpu, bits, m, out_features, in_features, group_size, widest, hopper or not codebook)
     # Dots whose sums go into the next are what Triton before 3.9 gets wrong there (issue 10821).
     return Config("dense") if config.prescale and gpu.tensor_memory else config
 
@@ -52,11 +57,11 @@ def _one_row(gpu: Gpu, bits: int, group_size: int) -> Config:
     return Config("one_row", rows, 1, 8 * warps, warps=warps, registers=registers, pdl=gpu.pdl)
 
 
-def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> Config:
+def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, codebook: bool) -> Config:
     block_m, warps = power(m, 8) if bits in (4, 8) else 8, 8
     # 64 rows read x half as often: if K fills whole tiles, and programs suffice: two for each multiprocessor, which fit
     # up to 8 rows of x, or else six warps.
-    most = {4: 16, 8: 8}.get(bits, 0)
+    most = 0 if codebook else {4: 16, 8: 8}.get(bits, 0)  # codebooks of 64 rows spill
     enough = 2 * BUSY * gpu.processors if block_m == 8 else 6 * gpu.processors / warps
     whole = k % (warps * TILE[bits]) == 0 and -(-n // 64) >= enough
     rows = 64 if whole and block_m <= most else 16 if bits == 3 else 32
@@ -71,11 +76,11 @@ def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int) -> C
     return Config("few_rows", rows, block_m, warps=warps, stages=stages, registers=registers, pdl=gpu.pdl)
 
 
-def _many_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: int) -> Config:
+def _many_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, widest: int, tall: bool) -> Config:
     whole = k % TILE[bits] == 0 and gpu.backend != "hip"
     block_m = min(widest, power(m, 32)) if whole else min(widest, 64)
     columns, busy = -(-m // block_m), BUSY * gpu.processors
-    rows = 128 if whole and bits == 4 and -(-n // 128) * columns * _splits(bits, k) >= busy else 64
+    rows = 128 if whole and bits == 4 and tall and -(-n // 128) * columns * _splits(bits, k) >= busy else 64
     programs, programs_k = -(-n // rows) * columns, 1
     while whole and programs_k < _splits(bits, k) and programs * programs_k < busy:
         programs_k *= 2

@@ -27,16 +27,29 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def choose(
-    gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int, zeros: bool, dtype: torch.dtype
+    gpu: Gpu,
+    bits: int,
+    m: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    zeros: bool,
+    dtype: torch.dtype,
+    codebook: bool = False,
 ) -> Config:
     """How to run x [m, in] · Wᵀ: measured for this shape by the user or before shipping, else by the rule.
 
-    zeros: whether the weight has zero points; dtype: x's. What another version of Triton was measured with is left out.
+    zeros: whether the weight has zero points; dtype: x's; codebook: whether codes count entries of one, which no table
+    has. What another version of Triton was measured with is left out.
     """
     measured = table(gpu.name)
     rows = bucket(m)
-    name = key(bits, rows, out_features, in_features, group_size, zeros, dtype) if measured and rows else ""
-    return measured.get(name) or rule(gpu, bits, m, out_features, in_features, group_size)
+    name = (
+        key(bits, rows, out_features, in_features, group_size, zeros, dtype)
+        if measured and rows and not codebook
+        else ""
+    )
+    return measured.get(name) or rule(gpu, bits, m, out_features, in_features, group_size, codebook)
 
 
 def bucket(m: int) -> int:

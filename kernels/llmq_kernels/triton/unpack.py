@@ -288,3 +288,95 @@ def side_by_side(parts, COUNT: tl.constexpr):
     else:
         whole = parts[0]
     return whole
+
+
+@triton.jit
+def spread_tables(tables, n, row, N, PER_ROW: tl.constexpr, SHAPE: tl.constexpr):
+    """The eight registers of each row's codebook (`codebooks.tables_of`) for every word of a tile, int32 SHAPE.
+
+    tables: [8, N] with PER_ROW, else [8]; n and row: [rows], or [1, rows].
+    """
+    found = ()
+    for r in tl.static_range(8):
+        at = tables + r * N + n if PER_ROW else tables + r + n * 0
+        one = tl.load(at, mask=row, other=0)
+        found = found + (tl.broadcast_to(tl.expand_dims(one, -1), SHAPE),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def table_codes(w, t, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
+    """The four slices of 4-bit codes of a tile as values of a codebook, as a tuple in DTYPE.
+
+    w: int16; t: from `spread_tables`, in w's shape.
+    """
+    if BACKEND == "cuda":
+        found = _permuted(w, t)
+        values = (
+            found[0].to(DTYPE, bitcast=True),
+            found[1].to(DTYPE, bitcast=True),
+            found[2].to(DTYPE, bitcast=True),
+            found[3].to(DTYPE, bitcast=True),
+        )
+    else:
+        values = (
+            _entry(w, t, 0).to(DTYPE, bitcast=True),
+            _entry(w, t, 4).to(DTYPE, bitcast=True),
+            _entry(w, t, 8).to(DTYPE, bitcast=True),
+            _entry(w, t, 12).to(DTYPE, bitcast=True),
+        )
+    return values
+
+
+@triton.jit
+def _entry(w, t, POS: tl.constexpr):
+    """The 16 bits of the entry of the code at POS: bytes from the registers of low and of high bytes."""
+    code = (w.to(tl.int32) >> POS) & 15
+    low = tl.where(code < 8, tl.where(code < 4, t[0], t[1]), tl.where(code < 12, t[2], t[3]))
+    high = tl.where(code < 8, tl.where(code < 4, t[4], t[5]), tl.where(code < 12, t[6], t[7]))
+    shift = (code & 3) * 8
+    return (((low >> shift) & 255) | (((high >> shift) & 255) << 8)).to(tl.int16)
+
+
+@triton.jit
+def _permuted(w, t):
+    """The same by byte permutations: three instructions a code, all four codes of two neighbouring words at once.
+
+    A permutation's selector has four nibbles: the codes of one word, without their top bits, select four bytes of eight
+    entries; the top bits then select between two such results. Low and high bytes are put together last.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 s, h, u, v, a, b, l0, h0, l1, h1, p, q, r, z;
+        and.b32 s, $4, 0x77777777;
+        shr.b32 u, $4, 1;
+        lop3.b32 h, u, 0x44444444, 0x32103210, 0xEA;
+        shr.b32 u, s, 16;
+        shr.b32 v, h, 16;
+        prmt.b32 a, $5, $7, s;
+        prmt.b32 b, $9, $11, s;
+        prmt.b32 l0, a, b, h;
+        prmt.b32 a, $13, $15, s;
+        prmt.b32 b, $17, $19, s;
+        prmt.b32 h0, a, b, h;
+        prmt.b32 a, $5, $7, u;
+        prmt.b32 b, $9, $11, u;
+        prmt.b32 l1, a, b, v;
+        prmt.b32 a, $13, $15, u;
+        prmt.b32 b, $17, $19, u;
+        prmt.b32 h1, a, b, v;
+        prmt.b32 p, l0, h0, 0x5140;
+        prmt.b32 q, l0, h0, 0x7362;
+        prmt.b32 r, l1, h1, 0x5140;
+        prmt.b32 z, l1, h1, 0x7362;
+        prmt.b32 $0, p, r, 0x5410;
+        prmt.b32 $1, p, r, 0x7632;
+        prmt.b32 $2, q, z, 0x5410;
+        prmt.b32 $3, q, z, 0x7632;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [w, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+        is_pure=True,
+        pack=2,
+    )

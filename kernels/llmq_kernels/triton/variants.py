@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, int8, integers, nf4, sums
+from llmq_kernels.triton import dequantize, int8, integers, sums
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
 from llmq_kernels.triton.rule import rule
 from llmq_kernels.triton.tables import BUCKETS
-from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8
+from llmq_kernels.weights import PackedInt, PackedInt8
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows and columns of typical weights: narrow and wide; K fills all tiles, those of some bit widths, or of none.
@@ -40,8 +40,8 @@ def variants() -> Iterator[Variant]:
     for gpu in KNOWN:
         yield from _integers(gpu)
         yield from _dequantize(gpu)
+        yield from _codebooks(gpu)
         yield from _sums(gpu)
-        yield from _nf4(gpu)
         yield from _int8(gpu)
 
 
@@ -54,6 +54,12 @@ def _planes(bits: int, n: int, k: int, group_size: int, zero: bool, dtype: torch
     packed = _meta(torch.int16, n, -(-k // TILE[bits]) * WORDS[bits])
     zeros = _meta(torch.int8, groups, n) if zero else None
     return PackedInt(packed, _meta(dtype, groups, n), zeros, bits, n, k, group_size)
+
+
+def _looked_up(weight: PackedInt, codebooks: int) -> PackedInt:
+    scale = _meta(torch.float32, *weight.scale.shape)
+    entries, tables = _meta(torch.float32, codebooks, 16), _meta(torch.int32, 2, 8, codebooks)
+    return replace(weight, scale=scale, codebook=entries, tables=tables)
 
 
 def choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int]]:
@@ -86,10 +92,16 @@ def product(
     dtype: torch.dtype,
     backend: str,
     biased: bool = False,
+    codebooks: int = 0,
 ) -> Launch:
-    """The launch of a product of m rows by a weight [n, k] with a configuration, on the meta device."""
+    """The launch of a product of m rows by a weight [n, k] with a configuration, on the meta device.
+
+    codebooks: of a weight of codebook entries, 1 or n.
+    """
     y = _meta(dtype, m, n) if config.programs_k == 1 else _meta(torch.float32, config.programs_k, m, n)
     weight = _planes(bits, n, k, group_size, zeros, dtype)
+    if codebooks:
+        weight = _looked_up(weight, codebooks)
     bias = _meta(dtype, n) if biased else None
     return integers.build(config, m, _meta(dtype, m, k), weight, bias, y, backend)
 
@@ -108,11 +120,35 @@ def _integers(gpu: Gpu) -> Iterator[Variant]:
             yield Variant(name, gpu.target, made)
 
 
+def _codebooks(gpu: Gpu) -> Iterator[Variant]:
+    """What products of codebooks launch: one with a magnitude for every 64 values (NF4), and one for each row."""
+    seen = set()
+    for (n, k), m, label, per_row in itertools.product(SHAPES, BUCKETS, HALF, (False, True)):
+        group = k if per_row else 64
+        config = rule(gpu, 4, m, n, k, group, True)
+        config = replace(config, programs_k=min(config.programs_k, 2))
+        if config.family == "dense" or k % group:
+            continue
+        made = product(config, 4, m, n, k, group, False, HALF[label], gpu.backend, True, n if per_row else 1)
+        code = f"{made.constexprs} {made.options}"
+        name = (
+            f"codebook {config.family} {label} {config.block_n}x{config.block_m} {'of rows' if per_row else 'of all'}"
+        )
+        flags = f"programs_k {config.programs_k} even_k {made.constexprs.get('EVEN_K')} warps {config.warps}"
+        if (label, code) not in seen:
+            seen.add((label, code))
+            yield Variant(f"{name} {flags} stages {config.stages}", gpu.target, made)
+
+
 def _dequantize(gpu: Gpu) -> Iterator[Variant]:
     for bits, group_size in itertools.product(TILE, (128, 32)):
         weight = _planes(bits, 4096, 4096, group_size, True, torch.bfloat16)
         made = dequantize.build(weight, _meta(torch.bfloat16, 4096, 4096), gpu.backend)
         yield Variant(f"dequantize {bits} bits group {group_size} zero", gpu.target, made)
+    for rows in (1, 4096):
+        weight = _looked_up(_planes(4, 4096, 4096, 64, False, torch.bfloat16), rows)
+        made = dequantize.build(weight, _meta(torch.bfloat16, 4096, 4096), gpu.backend)
+        yield Variant(f"dequantize {'one codebook' if rows == 1 else 'codebooks of rows'}", gpu.target, made)
 
 
 def _sums(gpu: Gpu) -> Iterator[Variant]:
@@ -120,44 +156,6 @@ def _sums(gpu: Gpu) -> Iterator[Variant]:
         parts, bias = _meta(torch.float32, programs_k, 8, 4096), _meta(torch.bfloat16, 4096)
         made = sums.build(parts, bias, _meta(torch.bfloat16, 8, 4096), gpu.pdl, gpu.backend)
         yield Variant(f"sum {programs_k}", gpu.target, made)
-
-
-def _codebook(n: int, k: int, nested: bool) -> PackedCodebook:
-    blocks = n * k // 64
-    absmax = _meta(torch.uint8 if nested else torch.float32, blocks)
-    scales = _meta(torch.float32, -(-blocks // 256)) if nested else None
-    levels = _meta(torch.float32, 256) if nested else None
-    packed, codebook = _meta(torch.uint8, n * k // 2), _meta(torch.float32, 16)
-    return PackedCodebook(packed, absmax, codebook, scales, levels, 0.5, n, k, 64)
-
-
-def _nf4(gpu: Gpu) -> Iterator[Variant]:
-    for nested in (False, True):
-        kind = "nested" if nested else "plain"
-        # Rows of whole blocks, and rows that end in half a block.
-        for (label, dtype), k in itertools.product(HALF.items(), (4096, 4128)):
-            title = f"{kind} {label} {'whole' if k == 4096 else 'ragged'}"
-            for m, n in itertools.product((1, 2, 3, 4), (1024, 4096)):
-                config = nf4.choose(gpu, m, n, k)
-                made = nf4.build(
-                    config,
-                    _meta(dtype, m, k),
-                    _codebook(n, k, nested),
-                    _meta(dtype, n),
-                    _meta(dtype, m, n),
-                    gpu.backend,
-                )
-                yield Variant(f"nf4 one_row {title} rows {m} tile {config.block_n}", gpu.target, made)
-            # Numbers of rows for which no kernel is specialized.
-            for m, programs_k in itertools.product((15, 31, 63), (1, 4)):
-                config = replace(nf4.choose(gpu, m, 4096, k), programs_k=programs_k)
-                y = _meta(dtype, m, 4096) if programs_k == 1 else _meta(torch.float32, programs_k, m, 4096)
-                weight, bias = _codebook(4096, k, nested), _meta(dtype, 4096)
-                made = nf4.build(config, _meta(dtype, m, k), weight, bias, y, gpu.backend)
-                yield Variant(f"nf4 many_rows {title} rows {m} programs_k {programs_k}", gpu.target, made)
-        for label, dtype in (HALF | {"fp32": torch.float32}).items():
-            made = nf4.build_dequantize(_codebook(4096, 4096, nested), _meta(dtype, 4096, 4096), gpu.backend)
-            yield Variant(f"nf4 dequantize {kind} {label}", gpu.target, made)
 
 
 def _int8(gpu: Gpu) -> Iterator[Variant]:

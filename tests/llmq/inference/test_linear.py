@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import llmq
-from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, Weight
-from llmq.inference.linear import IntLinear, quant_linear
+from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, Weight
+from llmq.inference import linear
+from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear, quant_linear
 from llmq.inference.transformers_hook import use_kernels
-from llmq_kernels import backend, layouts
+from llmq_kernels import backend, codebooks, layouts
 from tests.llmq.inference.test_transformers_hook import apart, layers
 from tests.llmq.written import Case, config, gptq, save
 
@@ -109,6 +111,64 @@ def test_planes_serve_both_half_precisions(monkeypatch: pytest.MonkeyPatch) -> N
     model.to("meta")
 
 
+def test_an_operator_is_called_only_where_it_does_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager inference calls the kernels directly; gradients, and dispatch modes, need the operator."""
+    pytest.importorskip("triton")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    monkeypatch.setattr(layouts, "NAMES", (layouts.DENSE_BITS,))
+    layer = quant_linear(weights()[0], torch.ones(32), torch.bfloat16)
+    monkeypatch.undo()
+    assert isinstance(layer, IntLinear)
+    as_planes(layer)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    real, calls = linear.planes_linear, []
+    monkeypatch.setattr(linear, "planes_linear", lambda *given: calls.append(1) or real(*given))
+    y = layer(x)
+    assert calls == [1]
+    with Seen():
+        assert torch.equal(layer(x), y)
+    assert calls == [1] and any("int_linear" in name for name in names)
+    x.requires_grad_()
+    assert torch.equal(layer(x), y)
+    layer(x).sum().backward()
+    assert calls == [1] and x.grad is not None
+    # A buffer that was replaced is noticed.
+    layer.register_buffer("scale", layer.scale * 2)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "levels"])
+def test_codebooks_as_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up by the kernels of integers, in Triton's interpreter: what the plain operators give."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    words = torch.randint(-(1 << 31), 1 << 31, (32, 8), dtype=torch.int64).to(torch.int32)
+    weight = weights()[1] if kind == "blocks" else LevelsWeight(words, torch.randn(32, 16), 4, 64)
+    layer = quant_linear(weight, torch.ones(32), torch.bfloat16)
+    assert isinstance(layer, CodebookLinear | LevelsLinear)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = layer(x).float()
+    monkeypatch.setattr(codebooks, "usable", lambda *_: True)
+    layer = quant_linear(weight, torch.ones(32), torch.bfloat16)
+    assert layer.layout == "planes" and "planes" in str(layer)
+    assert apart(layer(x).float(), wanted) < 1e-2
+    x.requires_grad_()
+    assert apart(layer(x).detach().float(), wanted) < 1e-2
+    layer.to(torch.float16)
+    assert apart(layer(x.detach().half()).float(), wanted) < 1e-2
+    with pytest.raises(llmq.LlmqError, match="packed as planes"):
+        layer.to(torch.float32)
+
+
 @pytest.mark.parametrize(
     "dtype, installed, reason",
     [
@@ -123,6 +183,7 @@ def test_plain_operator_on_a_gpu_is_noted(
     """Codebooks and int8, which have no layouts to choose from; on a CPU they have kernels of their own."""
     monkeypatch.setattr(backend, "_installed", lambda: installed)
     monkeypatch.setattr(backend, "_too_old", lambda device: None)
+    monkeypatch.setattr(codebooks, "usable", lambda *_: False)  # fake tensors cannot be packed
     for weight in weights()[1:]:
         assert not quant_linear(weight, None, dtype).notes
     stored = [(weight, {n: t for n, t in vars(weight).items() if isinstance(t, torch.Tensor)}) for weight in weights()]
