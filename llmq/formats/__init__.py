@@ -58,7 +58,9 @@ def read_by_stock(method: str | None, section: Mapping[str, Any]) -> bool:
 def packed_for_kernels(method: str | None, section: Mapping[str, Any]) -> bool:
     """Whether the format that llmq could dequantize such a folder by has a reader for llmq's kernels, which runs it."""
     known = next((module for module in having("dequantizes") if module.dequantizes(method, section)), None)
-    return hasattr(known, "READERS") and (not hasattr(known, "runs_packed") or bool(known.runs_packed(section)))
+    if known is None or not hasattr(known, "READERS"):
+        return False
+    return not hasattr(known, "runs_packed") or bool(known.runs_packed(section))
 
 
 def method_of(section: Mapping[str, Any]) -> str | None:
