@@ -165,6 +165,7 @@ def test_quality_is_measured_on_any_grid(script: Any) -> None:
     assert quality.parse_scheme("fp8:8gc") == Scheme(8, None, grid="fp8")
     assert quality.parse_scheme("3g64a") == Scheme(3, 64, False)
     assert quality.parse_scheme("4gcp") == Scheme(4, None, scales="pow2")
+    assert quality.parse_scheme("ternary:2g64l") == Scheme(2, 64, grid="ternary", packing="llmq")
     nf4 = quality.parse_scheme("nf4")
     assert quality.rounds("awq+gptq", nf4) and quality.rounds("nf4", nf4) and not quality.rounds("nf4", Scheme())
 

@@ -208,6 +208,7 @@ EXCUSED = {
     "cli/adapters": "options to one call each; tests/llmq/adapters and tests/end_to_end call the commands",
     "cli/app": "options to one call each; tests/end_to_end calls the commands",
     "cli/evaluate": "options to one call each; tests/eval calls the commands",
+    "cli/export": "options to one call; tests/llmq/export has what it calls",
     "cli/push": "options to one call; tests/llmq/test_push.py has what it calls",
     "cli/tune": "options to one call each; tests/kernels/test_tune.py has what it calls",
 }

@@ -31,7 +31,7 @@ from llmq.data.calibration import Windows
 from llmq.data.files import ENDINGS
 from llmq.data.opened import suffix
 from llmq.data.tokens import encode
-from llmq.export import write_plain
+from llmq.export.dense import write_plain
 from llmq.inference.pretrained import load_tokenizer
 from llmq.machine import check_device
 from llmq.planning.memory import check_writable

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmq.allocation.goal import Goal
-from llmq.cli import adapters, evaluate, push, tune
+from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
 from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
@@ -163,7 +163,7 @@ def generate(
 
 evaluate.add(app)
 adapters.add(app, with_recipe, explained)
-app.command()(push.export)
+app.command()(export.export)
 app.command()(push.push)
 app.command()(tune.tune)
 

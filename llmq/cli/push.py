@@ -1,4 +1,4 @@
-"""`llmq push` and `llmq export`: their options, and what they print. app.py adds them to its own commands."""
+"""`llmq push`: its options, and what it prints. app.py adds it to its own commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llmq.cli.options import Out, Trust, err_console, explained
+from llmq.cli.options import err_console, explained
 
 out_console = Console()
 
@@ -34,22 +34,3 @@ def push(
             err_console.print("interrupted; the same command resumes the upload, and finished files are not sent again")
             raise typer.Exit(130) from None
         out_console.print(f"[bold]{escape(str(folder))}[/] is at {escape(url)}", highlight=False, soft_wrap=True)
-
-
-def export(
-    folder: Annotated[str, typer.Argument(help="A quantized folder, or a hub id (org/name).")],
-    out: Out,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Write the dense model that a quantized folder stands for, for tools that do not read its format.
-
-    Also called simulated quantization: the weights have the quantized values, in the dtype of the model, and its full
-    size. If the run is killed, the same command resumes it.
-    """
-    with explained():
-        from llmq.export import export as write
-        from llmq.report.progress import Bars
-
-        with Bars(err_console) as bars:
-            write(folder, out, trust_remote_code=trust_remote_code, watch=bars)
-        out_console.print(f"written: {escape(str(out))}", highlight=False, soft_wrap=True)

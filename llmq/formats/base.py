@@ -17,8 +17,8 @@ parts are optional:
   initialization may read, in the place of those with packed weights;
 - OWN: whether only llmq reads the format;
 - loaded_bytes(shape, scheme, dtype): the bytes of a weight on llmq's kernels, where they are not those of integers;
-- refuse_experts(scheme): why stock transformers could not load a mixture's experts of a scheme, or None; without it
-  there are none that it loads;
+- refuse_experts(scheme): why stock transformers, or llmq for an OWN format, could not load a mixture's experts of a
+  scheme, or None; without it there are none that are loaded;
 - claims(section): whether a configuration without `quant_method` is of this format;
 - COMPANIONS, SCALES, inspect: descriptions of weights, for `llmq inspect` (`inspection`). A key of COMPANIONS that
   begins with '_' ends a tensor's name without a dot. What `inspect` cannot be sure of, it raises as Unclear;

@@ -291,7 +291,10 @@ def scheme(row: Row) -> str:
 
 
 def recipes(console: Console, found: Sequence[tuple[str, Recipe, str, Measured]]) -> None:
-    """A row for each preset: its name, what it does, what it measured, its advice; and what the measurements are."""
+    """A row for each preset: its name, what it does, what it measured, its advice; what the measurements are; what to
+    choose by hardware."""
+    from llmq.recipe.presets import HARDWARE
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("methods, scheme")
@@ -304,10 +307,14 @@ def recipes(console: Console, found: Sequence[tuple[str, Recipe, str, Measured]]
     console.print(table)
     console.print(
         "\nKL: to the unquantized model, in nats, lower is better. Time: of quantizing, as a multiple of w4a16-gptq's. "
-        "Measured on a model of 8.4 M parameters, with 128 windows of 512 tokens (docs/benchmarks.md).",
+        "Measured on a model of 8.4 M parameters, with 128 windows of 512 tokens (docs/benchmarks.md).\n",
         style="dim",
         highlight=False,
     )
+    grid = Table.grid(padding=(0, 2))
+    for where, what in HARDWARE.items():
+        grid.add_row(escape(where), escape(what))
+    console.print(grid, highlight=False)
 
 
 def methods(console: Console, found: Sequence[Description]) -> None:

@@ -99,6 +99,11 @@ def _told(scheme: Scheme) -> dict[str, Any]:
     return {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
 
 
+def refuse_experts(scheme: Scheme) -> str | None:
+    """None: llmq reads a mixture's experts that are stored one by one as it reads any weight."""
+    return None
+
+
 def title(schemes: Collection[Scheme]) -> str:
     """See `Format.title`."""
     return "llmq codebooks"
@@ -108,7 +113,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     sentence = (
         "only llmq reads it (llmq.load packed; `llmq eval` and `llmq generate`): no standard format holds its codes; "
-        "stock transformers refuses the folder; `llmq export` makes it dense for other tools"
+        "stock transformers refuses the folder; `llmq export --to dense` writes it for other tools"
     )
     return [Loader(sentence, code="llmq", warn=True)]
 

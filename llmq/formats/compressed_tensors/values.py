@@ -1,4 +1,4 @@
-"""Folders of integers, and of 6-bit floats, read as the dense model that they stand for: for `llmq export`.
+"""Folders of integers, and of 6-bit floats, read as the dense model that they stand for: for `llmq export --to dense`.
 
 `formats.fp8` reads those of other floats. The tensors decide; config.json must agree.
 """

@@ -15,6 +15,16 @@ FOLDER = Path(__file__).parent
 ABOUT = ("advice", "measured")
 """Keys that do not belong to the recipe."""
 
+HARDWARE = {
+    "Blackwell": "--recipe w4a16-nvfp4",
+    "MI350": "--recipe w4a16-mxfp4",
+    "Hopper, Ada": "--recipe w4a16-gptq, or fp8",
+    "older GPUs": "--recipe w4a16-gptq",
+    "CPU": "--recipe w4a16-gptq --group-size 32",
+    "smallest": "--method vq --bits 2 --group-size 4 (--bits 1 --group-size 8), or --grid ternary --packing llmq",
+}
+"""What to choose by hardware, as options of `llmq quantize`."""
+
 
 @dataclass(frozen=True)
 class Measured:

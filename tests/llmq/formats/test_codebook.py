@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.export import export
+from llmq.export.dense import export_dense
 from llmq.formats import codebook
 from llmq.formats.codebook import learned
 from llmq.formats.dequantized import open_source
@@ -21,7 +21,9 @@ from llmq.formats.inspection import inspect_folder
 from llmq.grids.scheme import Scheme
 from llmq.inference.linear import QuantLinear
 from llmq.inference.pretrained import load_model
+from llmq.inference.stack import StackedLinear
 from llmq.report.terminal import scheme
+from tests.llmq import mixtures
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -119,7 +121,7 @@ def test_a_folder_of_all_kinds(mixed: Path, tmp_path: Path) -> None:
     """Stock refuses it; what llmq.load computes packed, and dense, is what the exported folder gives in stock."""
     with pytest.raises(Exception, match="llmq-codebook"):
         AutoModelForCausalLM.from_pretrained(mixed)
-    export(str(mixed), tmp_path / "dense")
+    export_dense(str(mixed), tmp_path / "dense")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     packed = llmq.load(mixed, device_map="cpu", dtype="float32")
     kinds = [type(module).__name__ for _, module in packed.named_modules() if isinstance(module, QuantLinear)]
@@ -154,7 +156,7 @@ def test_config_and_tensors_must_agree(mixed: Path, tmp_path: Path, key: str, va
     (mine,) = (group for group in groups if group["weights"]["grid"] == "ternary")
     mine["weights"][key] = value
     (out / "config.json").write_text(json.dumps(config))
-    for read in (lambda: open_source(out), lambda: load_model(out), lambda: export(str(out), tmp_path / "dense")):
+    for read in (lambda: open_source(out), lambda: load_model(out), lambda: export_dense(str(out), tmp_path / "dense")):
         with pytest.raises(LlmqError, match=rf"weight_trits does not fit: .*{told}"):
             read()
     with pytest.raises(LlmqError, match=rf"{out}"):
@@ -173,3 +175,17 @@ def test_damaged_codes_are_refused_when_they_are_read(mixed: Path, tmp_path: Pat
         open_source(out).read(name.replace("weight_trits", "weight"))
     with pytest.raises(LlmqError, match="a byte is 250"):
         llmq.load(out, device_map="cpu")
+
+
+def test_experts_stay_packed(tmp_path: Path) -> None:
+    """Each as any weight; stock refuses the folder."""
+    source = mixtures.write("qwen3_moe", tmp_path / "source")
+    llmq.quantize(str(source), tmp_path / "out", llmq.Recipe(methods=("rtn",), scheme=TERNARY), ids=IDS + 10)
+    export_dense(str(tmp_path / "out"), tmp_path / "dense")
+    packed = llmq.load(tmp_path / "out", device_map="cpu")
+    stacks = [module for module in packed.modules() if isinstance(module, StackedLinear)]
+    assert stacks and not any(stack.groups() for stack in stacks)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(packed(IDS + 10).logits, stock(IDS + 10).logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(Exception, match="llmq-codebook"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

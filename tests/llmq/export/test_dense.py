@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import llmq
 from llmq.checkpoint.sink import Sink
 from llmq.errors import LlmqError
-from llmq.export import export
+from llmq.export.dense import export_dense
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import apart
@@ -67,7 +67,7 @@ def test_stock_gives_the_logits_of_the_quantized_folder(
     # Folders that stock transformers reads for llmq.load are read in bfloat16.
     dtype = torch.bfloat16 if scheme.rules.layout else torch.float32
     out = quantized(sources[dtype], tmp_path / "out", scheme)
-    export(str(out), tmp_path / "dense")
+    export_dense(str(out), tmp_path / "dense")
     names = {name for file in sources[dtype].glob("*.safetensors") for name in load_file(file)}
     stored = {k: v for file in (tmp_path / "dense").glob("*.safetensors") for k, v in load_file(file).items()}
     assert stored.keys() == names and {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -86,8 +86,8 @@ def test_a_killed_export_resumes(
     sources: dict[torch.dtype, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = quantized(sources[torch.float32], tmp_path / "out", Scheme(2, 32, grid="ternary", packing="llmq"))
-    monkeypatch.setattr("llmq.export.UNIT_BYTES", 1 << 14)
-    export(str(out), tmp_path / "whole")
+    monkeypatch.setattr("llmq.export.dense.UNIT_BYTES", 1 << 14)
+    export_dense(str(out), tmp_path / "whole")
     commit, done = Sink.commit, []
 
     def killed(sink: Sink, unit: str, *rest: object) -> None:
@@ -98,9 +98,9 @@ def test_a_killed_export_resumes(
 
     monkeypatch.setattr(Sink, "commit", killed)
     with pytest.raises(KeyboardInterrupt):
-        export(str(out), tmp_path / "broken")
+        export_dense(str(out), tmp_path / "broken")
     monkeypatch.setattr(Sink, "commit", commit)
-    export(str(out), tmp_path / "broken")
+    export_dense(str(out), tmp_path / "broken")
     ends = (".safetensors", ".json")
     one, other = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.suffix in ends}
@@ -111,7 +111,7 @@ def test_a_killed_export_resumes(
 
 def test_what_is_not_exported(sources: dict[torch.dtype, Path], tmp_path: Path) -> None:
     source = sources[torch.float32]
-    refused(lambda: export(str(source), tmp_path / "a"), str(source), "is not quantized")
+    refused(lambda: export_dense(str(source), tmp_path / "a"), str(source), "is not quantized")
     out = quantized(sources[torch.float32], tmp_path / "out", Scheme(4, 32))
     config = json.loads((out / "config.json").read_text())
     wrong = (({"quant_method": "gptq"}, "quantized with gptq"), ({"format": "llmq-x"}, "packed one by one"))
@@ -119,5 +119,5 @@ def test_what_is_not_exported(sources: dict[torch.dtype, Path], tmp_path: Path) 
         changed = config | {"quantization_config": config["quantization_config"] | changes}
         (out / "config.json").write_text(json.dumps(changed))
         with pytest.raises(LlmqError, match=f"{out}.*{told}"):
-            export(str(out), tmp_path / "b")
+            export_dense(str(out), tmp_path / "b")
     assert not (tmp_path / "b").exists()

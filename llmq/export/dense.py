@@ -22,7 +22,7 @@ from llmq.watch import Silent, Watch
 UNIT_BYTES = 2**28
 
 
-def export(folder: str, out: str | Path, *, trust_remote_code: bool = False, watch: Watch | None = None) -> None:
+def export_dense(folder: str, out: str | Path, *, trust_remote_code: bool = False, watch: Watch | None = None) -> None:
     """Write the dense model that a quantized folder (or hub id) stands for to `out`, in the dtype of its config.json.
 
     One tensor is dequantized at a time, and a shard of up to 256 MiB is in memory; a killed run resumes. Rounding of
@@ -32,14 +32,12 @@ def export(folder: str, out: str | Path, *, trust_remote_code: bool = False, wat
     check_writable(out)
     refuse_foreign(out)
     source = open_dense(hub.resolve(folder, trust_remote_code=trust_remote_code), trust_remote_code)
-    card = (
-        f"# {out.absolute().name}\n\nThe values of {folder}, dequantized by `llmq export`: it is no smaller for it.\n"
-    )
-    write_plain(source, out, watch, "Exporting", {CARD: card})
+    told = f"The values of {folder}, dequantized by `llmq export --to dense`, in the full size."
+    write_plain(source, out, watch, "Exporting", {CARD: f"# {out.absolute().name}\n\n{told}\n"})
 
 
 def open_dense(folder: Path, trust_remote_code: bool = False) -> Source:
-    """A quantized folder whose weights are dequantized when they are read. Raises LlmqError as `export` does."""
+    """A quantized folder whose weights are dequantized when they are read. Raises LlmqError as `export_dense` does."""
     base = FolderSource(folder, trust_remote_code, quantized_ok=True)
     method, section = section_of(folder, base.config)
     if method is None:

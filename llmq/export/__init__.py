@@ -1,0 +1,1 @@
+"""Finished folders in the formats of other programs."""
