@@ -206,3 +206,21 @@ def test_a_table_of_variants_has_each_difference_to_the_first(script: Any) -> No
     ]
     lines = list(experts.by_tokens(results, "3g64", ["gptq", "gptq:all", "rtn"]))
     assert lines[2:] == ["| 0–0 | 2 | 0.1000 | 0.2000 | 0.8000 |", "| 48–127 | 2 | 0.4000 | 0.2000 | 0.2000 |"]
+
+
+def test_several_runs_of_quantize_are_one_table_with_ratios_to_the_first(script: Any) -> None:
+    bench = script("bench_quantize")
+    report = {"bits_per_weight": 4.1, "source_bytes": 1 << 31, "bytes": 1 << 29, "predicted_memory": 3 << 30}
+    runs = [
+        bench.Run("--method gptq", 20.0, 30.0, 2 << 30, report),
+        bench.Run("--method vq", 50.0, 90.0, 4 << 30, report),
+    ]
+    told = bench.told(runs[1], 5.0)
+    assert (
+        told.startswith("--method vq: 50 s, 10.0 x reading 2.00 GiB")
+        and "peak 4.00 GiB, predicted 3.00 (-25 %)" in told
+    )
+    columns = [list(column.cells) for column in bench.table(runs).columns]
+    assert (
+        columns[0] == ["--method gptq", "--method vq"] and columns[3] == ["30", "90"] and columns[4] == ["1.00", "3.00"]
+    )

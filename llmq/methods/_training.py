@@ -1,18 +1,18 @@
-"""Gradient descent on the rounded weights of one block: the steps that signround and block_qat share."""
+"""Gradient descent on the rounded weights of one block: the steps that signround, block_qat and codebooks share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.base import Quantized, QuantizedWeight, rounding_of
 
 # One batch in HELD_OUT is held out to choose the best iterate; iterates are compared LOOKS times.
 HELD_OUT = 8
@@ -28,7 +28,7 @@ class Learned(Protocol):
     def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """One step against ∂L/∂ŵ [out, in]."""
 
-    def quantized(self) -> QuantizedWeight:
+    def quantized(self) -> Quantized:
         """The current quantized weight."""
 
 
@@ -42,7 +42,7 @@ class Training:
     def __init__(
         self,
         block: Block,
-        make: Callable[[QuantizedWeight, WeightState], Learned],
+        make: Callable[[Any, WeightState], Learned],
         *,
         iterations: int,
         minibatch: int,
@@ -55,8 +55,7 @@ class Training:
         self.learned: list[tuple[WeightState, Learned]] = []
         for state in block.weights.values():
             if state.quantized is not None:
-                start = rounding_of(state.scheme.rules).reopen(state.quantized)
-                self.learned.append((state, make(start, state)))
+                self.learned.append((state, make(self.opened(state.quantized), state)))
         self.generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
         count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
@@ -84,14 +83,23 @@ class Training:
         if best is not None:
             self.put(best)
 
-    def found(self) -> list[QuantizedWeight]:
+    def found(self) -> list[Quantized]:
         """The current weights."""
         return [learned.quantized() for _, learned in self.learned]
 
-    def put(self, found: list[QuantizedWeight]) -> None:
+    def put(self, found: list[Quantized]) -> None:
         """Write weights to the block's states."""
         for (state, _), q in zip(self.learned, found, strict=True):
-            self.block.set_quantized(state.parameter, rounding_of(state.scheme.rules).finish(q, self.block.scale_dtype))
+            self.block.set_quantized(state.parameter, self.closed(q))
+
+    def opened(self, quantized: Quantized) -> Quantized:
+        """A block's weight in the form in which it is learned."""
+        return rounding_of(quantized.scheme.rules).reopen(quantized)
+
+    def closed(self, learned: Quantized) -> Quantized:
+        """The inverse of `opened`."""
+        assert isinstance(learned, QuantizedWeight)
+        return rounding_of(learned.scheme.rules).finish(learned, self.block.scale_dtype)
 
     @contextmanager
     def learning(self) -> Iterator[None]:

@@ -83,8 +83,9 @@ class Method:
     computed from the unquantized model's hidden states instead of the quantized model's. logits: for a refinement,
     whether `Block.loss` and `Block.error` of the last block are the divergence of the model's logits, where what
     follows that block can be run. correct: for a quantizer, 'held-out' or 'full' if it shall get weights that are
-    corrected for the errors of those quantized before (see `methods._correction`). scheme: the method's default scheme,
-    as in a recipe.
+    corrected for the errors of those quantized before (see `methods._correction`). vectors: for a refinement, whether
+    it is for grids that round vectors of weights together, and for these alone. scheme: the method's default scheme, as
+    in a recipe.
     """
 
     transform_needs: tuple[type[Statistic], ...] = ()
@@ -93,6 +94,7 @@ class Method:
     float_target: bool = False
     logits: bool = False
     correct: str = "none"
+    vectors: bool = False
     scheme: ClassVar[dict[str, Any]] = {}
 
     def transform(self, block: Block) -> str | None:

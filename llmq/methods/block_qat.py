@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import Quantized, QuantizedWeight
 from llmq.methods._training import Training, check_steps
 from llmq.methods.base import Method
 from llmq.numerics.straight_through import Adam, TrainedWeight
@@ -112,7 +112,7 @@ class _Training(Training):
                 if state.input_id in self.best_clips:
                     self.block.set_input_scale(state.parameter, self.best_clips[state.input_id])
 
-    def found(self) -> list[QuantizedWeight]:
+    def found(self) -> list[Quantized]:
         """See `Training.found`."""
         self.best_clips = {number: clip.detach().clone() for number, (clip, _, _) in self.clips.items()}
         return super().found()

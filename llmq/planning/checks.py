@@ -117,15 +117,23 @@ def check_patterns(recipe: Recipe, items: list[WeightPlan]) -> None:
 
 
 def check_vectors(items: list[WeightPlan], pipeline: Pipeline) -> None:
-    """Raises LlmqError if a method that treats weights one by one is to work on a grid that rounds several together."""
-    together = sorted({str(i.scheme) for i in items if i.scheme is not None and i.scheme.rules.vector_code})
+    """Raises LlmqError if a method that treats weights one by one is to work on a grid that rounds several together, or
+    the other way round."""
+    schemes = {i.scheme for i in items if i.scheme is not None}
     others = [method for method in pipeline.all if method is not pipeline.quantizer]
-    if together and others:
-        listed = ", ".join(type(method).__name__.lower() for method in others)
-        raise LlmqError(
-            f"{listed}: it is for weights that are rounded one by one, and {together[0]} rounds several together: "
-            "leave it out"
-        )
+    for together in (True, False):
+        mine = sorted(str(scheme) for scheme in schemes if bool(scheme.rules.vector_code) is together)
+        listed = ", ".join(type(method).__name__.lower() for method in others if method.vectors is not together)
+        if mine and listed and together:
+            raise LlmqError(
+                f"{listed}: it is for weights that are rounded one by one, and {mine[0]} rounds several together: "
+                "leave it out"
+            )
+        if mine and listed:
+            raise LlmqError(
+                f"{listed}: it is for weights that are rounded several together, and {mine[0]} rounds them one by one: "
+                "leave it out, or quantize by --method vq"
+            )
 
 
 def check_weights(items: list[WeightPlan], recipe: Recipe, quantizer: Method, tp: int) -> None:

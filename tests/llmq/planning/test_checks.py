@@ -71,6 +71,9 @@ def test_what_treats_weights_one_by_one_is_refused_beside_vectors() -> None:
     for names in (("awq", "vq"), ("vq", "signround"), ("vq", "distill")):
         told = refused(lambda names=names: check_vectors(items, methods.make(Recipe(methods=names))))
         assert "2-bit vq g8 rounds several together" in told
+    tuned = methods.make(Recipe(methods=("vq", "codebooks")))
+    check_vectors(items, tuned)
+    assert "rounds them one by one" in refused(lambda: check_vectors([item("a", scheme=FOUR)], tuned), "--method vq")
 
 
 def test_offending_weights_are_named_once_with_all_their_blocks() -> None:
