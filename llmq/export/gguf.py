@@ -141,13 +141,21 @@ def export_gguf(
             rows = _verify(folder, old, file.read(made), planned, spans)
             os.replace(made, out)
     except OSError as error:
-        full = ": free some, or give another disk with --work DIR" if error.errno == errno.ENOSPC else ""
+        way = ": free some there; temporary files go to another disk with --work DIR"
+        full = way if error.errno == errno.ENOSPC else ""
         raise LlmqError(f"cannot write {error.filename or out}: {error.strerror}{full}") from error
     used = {weight for one in planned if one.found is not None for weight in one.found.weights.tolist()}
-    changed = [weight for at, weight in enumerate(folder.weights) if at not in used]
+    left = [weight for at, weight in enumerate(folder.weights) if at not in used]
+    changed = [weight for weight in left if not _twin(folder, weight, index, used)]
     warnings = [CHANGED.format(", ".join(changed))] if changed else []
     warnings += [SPLIT.format(name)] if named else []
     return Exported(out, out.stat().st_size, tuple(rows), tuple(warnings))
+
+
+def _twin(folder: QuantizedFolder, name: str, index: RowIndex, used: set[int]) -> bool:
+    """Whether a weight has the rows of another one, which was taken for it."""
+    found = index.find(folder.weight(name).dequantize(folder.dtype)[:1])
+    return found is not None and int(found.weights[0]) in used
 
 
 def _check_disk(folder: QuantizedFolder, work: Path) -> None:
@@ -160,7 +168,7 @@ def _check_disk(folder: QuantizedFolder, work: Path) -> None:
     need, free = 2 * size, shutil.disk_usage(work).free
     if need > free:
         raise LlmqError(
-            f"the export needs {need / 2**30:.1f} GiB for temporary files, and {work} has {free / 2**30:.1f}: free "
+            f"the export needs {need / 2**20:,.0f} MiB for temporary files, and {work} has {free / 2**20:,.0f}: free "
             "some, or give another disk with --work DIR"
         )
 
@@ -182,19 +190,21 @@ def write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Sp
         places.update(dict.fromkeys(shard, file_name))
         shard.clear()
 
-    for name in [*folder.weights, *folder.others]:
-        if name in folder.weights[len(spans) : len(spans) + 1]:
-            weight = folder.weight(name)
-            spans.append(blocks.span(weight))
-            if not blocks.fitting(spans[-1]):
-                raise LlmqError(f"{folder.path}: {name} cannot be written as GGUF: {blocks.refusal(spans[-1])}")
-            value = weight.dequantize(folder.dtype)
-            index.add(value)
-        else:
-            value = folder.source.read(name)
+    def add(name: str, value: Tensor) -> None:
         shard[name] = value
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
             flush()
+
+    for name in folder.weights:
+        weight = folder.weight(name)
+        spans.append(blocks.span(weight))
+        if not blocks.fitting(spans[-1]):
+            raise LlmqError(f"{folder.path}: {name} cannot be written as GGUF: {blocks.refusal(spans[-1])}")
+        value = weight.dequantize(folder.dtype)
+        index.add(value)
+        add(name, value)
+    for name in folder.others:
+        add(name, folder.source.read(name))
     flush()
     for name, source in folder.source.aux_files().items():
         (dense / name).parent.mkdir(exist_ok=True)
@@ -259,7 +269,9 @@ def _choose(
     if prefer is not None and prefer.upper() in common:
         common = [prefer.upper()]
     for kind in common:
-        factors = {blocks.tensor_scale(kind, folder.weight(folder.weights[part])) for part in parts}
+        if kind not in blocks.SCALED:
+            return kind, None
+        factors = {blocks.tensor_scale(folder.weight(folder.weights[part])) for part in parts}
         if len(factors) == 1:
             return kind, factors.pop()
     return None, None

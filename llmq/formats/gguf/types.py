@@ -63,13 +63,11 @@ TYPES = {
         BlockType("MXFP4", 39, 32, 17, 4, "float", file_type=38),
         BlockType("NVFP4", 40, 64, 36, 4, "float", file_type=39),
         # Of other tools alone.
-        BlockType("Q8_1", 9, 32, 36, 8),
         BlockType("Q2_K", 10, 256, 84, 2),
         BlockType("Q3_K", 11, 256, 110, 3),
         BlockType("Q4_K", 12, 256, 144, 4),
         BlockType("Q5_K", 13, 256, 176, 5),
         BlockType("Q6_K", 14, 256, 210, 6),
-        BlockType("Q8_K", 15, 256, 292, 8),
         BlockType("IQ2_XXS", 16, 256, 66, 2),
         BlockType("IQ2_XS", 17, 256, 74, 2),
         BlockType("IQ3_XXS", 18, 256, 98, 3),

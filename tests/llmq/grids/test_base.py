@@ -28,6 +28,7 @@ SCHEMES = [
     Scheme(4, 32, grid="log"),
     Scheme(4, 32, grid="apot"),
     Scheme(4, 32, scales="pow2"),
+    Scheme(4, 32, scales="float16"),
     Scheme(3, 32, False, scales="pow2"),
 ]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)

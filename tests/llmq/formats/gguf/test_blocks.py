@@ -99,7 +99,7 @@ def test_blocks_value_by_value(scheme: Scheme, low: int | None, high: int | None
     each = [bytes(block.tolist()) for block in packed.view(-1, kind.nbytes)]
     found = torch.tensor([decode(name, block) for block in each]).view(3, 512)
     assert torch.equal(unpack(name, packed), found)
-    found *= blocks.tensor_scale(name, weight) or 1.0
+    found *= blocks.tensor_scale(weight) if name in blocks.SCALED else 1.0
     wanted = weight.dequantize(torch.float32)
     if name in blocks.AFFINE and weight.zero is not None:
         # A half of the last place of m, which is at most 2^bits − 1 scales.
