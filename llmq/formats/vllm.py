@@ -29,7 +29,7 @@ def cache_told(cache: Cache) -> str:
     version = f"vLLM {table()['vllm']}"
     if cache.heads:
         return (
-            f"{version} keeps them so by itself, on GPUs with FlashAttention 3 or newer, from its source (not run there; "
+            f"{version} keeps them so by itself, on GPUs with FlashAttention 3 or newer, from its source (not run; "
             "its CPU kernel takes the largest scale of a layer)"
         )
     return (
