@@ -74,8 +74,9 @@ float16, four rows of 256 random tokens, the log-probabilities are 0.0096 (rms) 
 scales that rounds *towards zero*, and 0.110 from one that rounds to nearest, as the scales are meant for; that
 changes them by 0.035. vLLM's CPU kernel does the same to the unquantized model with scales of 1 (0.0099 and 0.108),
 so on a CPU an fp8 cache costs about three times what it should (0.103 from an unrounded cache). It needs AVX-512 or
-AMX there, and heads of a multiple of 32 numbers. `fp8-head` is from vLLM's source: its FlashAttention 3 backend alone
-takes a scale for each head.
+AMX there, and heads of a multiple of 32 numbers. `fp8-head` loads there with a scale for each head, and gives the
+very log-probabilities of `fp8`: the CPU kernel takes the largest. On GPUs, from vLLM's source, only the
+FlashAttention backend takes scales of heads, from its version 3 on.
 """
 FUSED = """
 ## Weights that vLLM fuses

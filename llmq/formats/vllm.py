@@ -28,7 +28,10 @@ def cache_told(cache: Cache) -> str:
     """What vLLM does with a folder that has a rounded cache, in a clause."""
     version = f"vLLM {table()['vllm']}"
     if cache.heads:
-        return f"{version} keeps them so by itself with FlashAttention 3 or newer, from its source (not run)"
+        return (
+            f"{version} keeps them so by itself, on GPUs with FlashAttention 3 or newer, from its source (not run; "
+            "its CPU kernel takes the largest scale of a layer)"
+        )
     return (
         f"{version} keeps them so by itself, with the stored scales (loaded and run on the CPU, whose kernel rounds "
         "towards zero and so loses more)"
