@@ -118,7 +118,7 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
                 "grid": word,
                 "bits": width,
                 "group_size": group or "channel",
-                "symmetric": True,
+                "symmetric": not rules.minima,
             }
             found.append(changed_scheme(made, base, f"--candidates {word}"))
         elif (match := _INTEGER.fullmatch(word)) is not None:

@@ -54,7 +54,10 @@ class Grid:
     arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales: the same with scales that
     are powers of two, or that float16 holds, '' if there is none; format: the module under `formats/` that stores
     it; layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers
-    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight.
+    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight. span: the inputs whose
+    scales are found together, as they are multiples of one number; 0 if each group has its own; minima: whether every
+    group has a zero point that is no whole number; ragged: the grid of weights whose width `span` does not divide, ''
+    for none.
     """
 
     name: str
@@ -77,16 +80,20 @@ class Grid:
     half_scales: str = ""
     read_as: str = ""
     learned: bool = False
+    span: int = 0
+    minima: bool = False
+    ragged: str = ""
     vector_code: int = 0
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
         sizes = not self.group_sizes or group_size in self.group_sizes
         uneven = bool(self.vector_code) and bits * (group_size or 0) % self.vector_code != 0
-        if bits in self.bits and sizes and (symmetric or self.zero_points) and not uneven:
+        even = not symmetric if self.minima else symmetric or self.zero_points
+        if bits in self.bits and sizes and even and not uneven:
             return None
         parts = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
-        parts += [] if self.zero_points else ["symmetric"]
+        parts += ["asymmetric"] if self.minima else [] if self.zero_points else ["symmetric"]
         if self.group_sizes == (None,):
             parts.append("group size 'channel'")
         elif self.group_sizes:
@@ -107,6 +114,9 @@ MX_INPUTS = {4: Inputs(-6.0, 6.0, 6.0, 32, DYNAMIC), 6: MXFP8_INPUTS, 8: MXFP8_I
 """compressed-tensors and servers have no inputs of 6 bits."""
 NVFP4_INPUTS = Inputs(-2688.0, 2688.0, 2688.0, 16, ("static",), ("minmax", "percentile"))
 """6 times the largest scale of a group, 448; other ranges judge single values, without their groups."""
+
+K_QUANTS = ((2, 16, "q4_0"), (3, 16, "q4_0"), (4, 32, "q5_0"), (5, 32, "q5_0"), (6, 16, "q8_0"))
+"""Bits, group size, and the grid for other widths, each as llama.cpp has it, but for types that llmq has not."""
 
 GRIDS = {
     grid.name: grid
@@ -210,6 +220,32 @@ GRIDS = {
                 read_as="int",
             )
             for name, levels in (("ternary", 3), ("binary", 2))
+        ),
+        *(
+            Grid(
+                name=f"q{bits}_k",
+                label=f"q{bits}_k",
+                bits=(bits,),
+                rounding="llmq.grids.kquants:KQuant",
+                format="ggml",
+                group_sizes=(group,),
+                layout=f"Q{bits}_K",
+                span=256,
+                minima=bits in (2, 4, 5),
+                ragged=ragged,
+            )
+            for bits, group, ragged in K_QUANTS
+        ),
+        *(
+            Grid(
+                name=f"q{bits}_0",
+                label=f"q{bits}_0",
+                bits=(bits,),
+                rounding="llmq.grids.kquants:BlockInteger",
+                format="ggml",
+                group_sizes=(32,),
+            )
+            for bits in (4, 5, 8)
         ),
     )
 }

@@ -84,7 +84,7 @@ def half_quadratic(
         scale[rows] = torch.where(live, found * unit, scale[rows].unsqueeze(-1)).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[rows] = solver.zero.squeeze(-1).to(torch.int8)
-    if rounding.settle(scale, scheme)[1] is not None:
+    if rounding.settle(scale, zero, scheme)[2] is not None:
         return rounded_on(weight, scale, zero, scheme)
     return QuantizedWeight(codes, scale, zero, scheme)
 
