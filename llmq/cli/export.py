@@ -14,16 +14,23 @@ from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
     from llmq.export.gguf import Exported
+    from llmq.export.rewrite import Rewritten
 
-TARGETS = ("gguf",)
+TARGETS = ("gguf", "mlx", "gptq", "awq")
 GGUF = "GGUF"
 out_console = Console()
 
 
 def export(
     folder: Annotated[str, typer.Argument(help="A folder that llmq quantize wrote, or a hub id of one.")],
-    to: Annotated[str, typer.Option(help="gguf: for llama.cpp, Ollama, LM Studio.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf: a file for llama.cpp, Ollama, LM Studio; mlx: a folder for Macs (mlx-lm, LM Studio); gptq, "
+            "awq: folders for older runtimes."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file (gguf) or folder to write.")],
     llama_cpp: Annotated[
         Path | None,
         typer.Option(
@@ -68,10 +75,22 @@ def export(
         if to not in TARGETS:
             raise LlmqError(f"--to {to}: choose from {', '.join(TARGETS)}")
         from llmq.checkpoint.hub import resolve
+
+        path = resolve(folder, trust_remote_code=trust_remote_code)
+        if to != "gguf":
+            given = {"--llama-cpp": llama_cpp, "--prefer": prefer, "--pre-tokenizer": pre_tokenizer, "--work": work}
+            alone = [name for name, value in given.items() if value is not None]
+            alone += ["--embedding"] if embedding != "keep" else []
+            if alone:
+                raise LlmqError(f"{', '.join(alone)}: only for --to gguf")
+            from llmq.export.rewrite import rewrite
+
+            _show_folder(rewrite(path, out, to, trust_remote_code))
+            return
         from llmq.export.gguf import export_gguf
 
         done = export_gguf(
-            resolve(folder, trust_remote_code=trust_remote_code),
+            path,
             out,
             llama_cpp=llama_cpp,
             embedding=embedding,
@@ -81,6 +100,17 @@ def export(
             trust_remote_code=trust_remote_code,
         )
         _show(done)
+
+
+def _show_folder(done: Rewritten) -> None:
+    """What was written, and what of it is not as in the folder."""
+    exact = "every number as in the folder"
+    worst = f"differs by at most {done.worst:.1g} of the largest number" if done.worst else exact
+    lines = [f"{count:5} weights with {scheme}" for scheme, count in done.schemes.items()]
+    lines += [f"{len(done.dense):5} not quantized in the folder: {', '.join(done.dense)}"] if done.dense else []
+    lines.append(f"{done.path}: {done.nbytes / 2**20:.1f} MiB, read back and compared: {worst}")
+    for line in lines:
+        out_console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _show(done: Exported) -> None:

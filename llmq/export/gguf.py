@@ -10,6 +10,7 @@ memory at a time: rows are looked up in a first pass over the converted file, an
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.files import put
+from llmq.checkpoint.files import INDEX, put
 from llmq.checkpoint.tensors import encode as encode_tensors
 from llmq.errors import LlmqError
 from llmq.export import converter
@@ -125,7 +126,7 @@ def export_gguf(
         ):
             # The converter names a model after its folder.
             dense, converted = Path(inside) / folder.path.resolve().name, Path(inside) / "converted.gguf"
-            index, spans = _write_dense(folder, dense)
+            index, spans = write_dense(folder, dense)
             named = converter.convert(script, dense, converted, folder.dtype, name)
             shutil.rmtree(dense)
             old = file.read(converted)
@@ -164,8 +165,8 @@ def _check_disk(folder: QuantizedFolder, work: Path) -> None:
         )
 
 
-def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Span]]:
-    """Write the folder dequantized; returns the rows of its weights, and what types each needs.
+def write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Span]]:
+    """Write the folder dequantized, in its `dtype`; returns the rows of its weights, and what types each needs.
 
     Raises LlmqError for a weight that no type holds.
     """
@@ -173,13 +174,12 @@ def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[S
     index = RowIndex()
     spans: list[Span] = []
     shard: dict[str, Tensor] = {}
-    count = 0
+    places: dict[str, str] = {}
 
     def flush() -> None:
-        nonlocal count
-        count += 1
-        target = dense / f"model-{count:05}.safetensors"
-        put(target, encode_tensors(shard)[1], dense / "partial")
+        file_name = f"model-{len(set(places.values())) + 1:05}.safetensors"
+        put(dense / file_name, encode_tensors(shard)[1], dense / "partial")
+        places.update(dict.fromkeys(shard, file_name))
         shard.clear()
 
     for name in [*folder.weights, *folder.others]:
@@ -200,6 +200,7 @@ def _write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[S
         (dense / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, dense / name)
     (dense / "config.json").write_text(folder.config_text, encoding="utf-8")
+    (dense / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
     return index, spans
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.tensors import TensorInfo
-from llmq.formats.gptq import layout_of, refusal_of_values, settings
+from llmq.errors import LlmqError
+from llmq.formats.gptq import half_scales, layout_of, refusal_of_values, settings
 from llmq.formats.packing import pack_codes, packed_width
 from llmq.formats.plain import FLOATS, Configuration, Entry, IntWeight, none_if_zero, part_of_rows
+from llmq.grids.base import QuantizedWeight
 
 CODES, ZEROS, SCALES_NAME = "qweight", "qzeros", "scales"
 FORMATS = ("gemm", "auto_round:auto_awq", "auto_round:awq")
@@ -86,6 +88,30 @@ def _columns(words: Tensor) -> Tensor:
     shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device) * 4
     nibbles = (words.unsqueeze(-1) >> shifts).bitwise_and_(15).sub_(8)
     return nibbles.to(torch.int8).flatten(1)
+
+
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a 4-bit weight, by suffix; scales are float16, as its kernels have them.
+
+    Raises LlmqError, without the weight's name, for another grid or number of outputs.
+    """
+    scheme, rows = weight.scheme, len(weight.codes)
+    if scheme.rules.layout or scheme.bits != 4:
+        raise LlmqError(f"AWQ folders hold integers of 4 bits, not {scheme}")
+    if rows % 8:
+        raise LlmqError(f"AWQ packs eight outputs in a word, which do not divide {rows}: --keep the weight")
+    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
+    return {
+        CODES: _words(weight.codes.t()),
+        ZEROS: _words(zero.t()),
+        SCALES_NAME: half_scales(weight).t().contiguous(),
+    }
+
+
+def _words(codes: Tensor) -> Tensor:
+    """The inverse of `_columns`."""
+    order = torch.tensor(NIBBLES).argsort()
+    return pack_codes(codes.reshape(len(codes), -1, 8)[..., order].flatten(1).contiguous(), 4)
 
 
 READERS = {"awq": AWQReader, "auto-round": AWQReader}

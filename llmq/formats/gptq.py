@@ -22,8 +22,9 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError, first_line
 from llmq.formats.base import Row, Unclear, check_named, dtype_name, inputs_per_scale, outputs_beside, whole
-from llmq.formats.packing import packed_width, unpack_codes
+from llmq.formats.packing import pack_codes, packed_width, unpack_codes
 from llmq.formats.plain import BITS, FLOATS, Configuration, Entry, IntWeight, in_groups, mapping, none_if_zero
+from llmq.grids.base import QuantizedWeight, rounding_of
 
 CODES, ZEROS, SCALES_NAME, GROUPS = "qweight", "qzeros", "scales", "g_idx"
 FORMATS = {
@@ -214,6 +215,38 @@ def _widths(parts: Mapping[str, TensorInfo], out: int) -> dict[int, int]:
         elif zeros is not None and words.shape[1] == across:
             found[bits] = words.shape[0]
     return found
+
+
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a weight of integers, by suffix, in AutoGPTQ's first layout: zero points are stored minus 1.
+
+    Scales are float16, as its kernels have them. Raises LlmqError, without the weight's name, if they do not hold it.
+    """
+    scheme, (rows, width) = weight.scheme, weight.codes.shape
+    if scheme.rules.layout or scheme.bits not in BITS:
+        raise LlmqError(f"GPTQ folders hold integers of {', '.join(map(str, BITS))} bits, not {scheme}")
+    if width * scheme.bits % 32 or rows * scheme.bits % 32:
+        raise LlmqError(f"GPTQ's words of 32 bits do not divide a weight [{rows}, {width}]: --keep it")
+    codes = rounding_of(scheme.rules).decode(weight.codes, scheme).to(torch.int8)
+    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
+    if bool((zero == scheme.qmin).any()):
+        raise LlmqError(
+            "GPTQ's first layout does not hold a zero point at the lowest code: --to awq, or quantize with --symmetric"
+        )
+    group = torch.arange(width, dtype=torch.int32) // (width // weight.scale.shape[1])
+    return {
+        CODES: pack_codes(codes, scheme.bits).t().contiguous(),
+        ZEROS: pack_codes((zero - 1).t().contiguous(), scheme.bits),
+        SCALES_NAME: half_scales(weight).t().contiguous(),
+        GROUPS: group,
+    }
+
+
+def half_scales(weight: QuantizedWeight) -> Tensor:
+    """The scales of a weight in float16. Raises LlmqError, without its name, if one is too large."""
+    if float(weight.scale.abs().amax()) > torch.finfo(torch.float16).max:
+        raise LlmqError("a scale is too large for float16: --keep the weight")
+    return weight.scale.to(torch.float16)
 
 
 LAYOUTS = {*FORMATS, "gemm", "ipex", "auto_round:auto_awq", "auto_round:awq"}

@@ -34,9 +34,18 @@ def test_gguf(llmq: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("LLMQ_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     for given, told in (
-        (("--to", "tar", "-o", out), "--to tar: choose from gguf"),
+        (("--to", "tar", "-o", out), "--to tar: choose from gguf, mlx, gptq, awq"),
         (("--to", "gguf", "-o", out), "--to gguf needs llama.cpp's converter"),
         (("--to", "gguf", "-o", out, "--embedding", "q4"), "--embedding 'q4' is not known: choose from keep, q8_0"),
     ):
         done = llmq("export", folder, *given)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_folders(llmq: Run, folder: Path, tmp_path: Path) -> None:
+    done = llmq("export", folder, "--to", "mlx", "-o", tmp_path / "mlx")
+    assert done.returncode == 0, done.stderr
+    assert "21 weights with group_size 32 bits 4 mode affine" in done.stdout and "every number as in" in done.stdout
+    assert "2 not quantized in the folder: lm_head.weight, model.embed_tokens.weight" in done.stdout
+    done = llmq("export", folder, "--to", "awq", "-o", tmp_path / "awq", "--prefer", "q8_0")
+    assert done.returncode == 2 and "--prefer: only for --to gguf" in done.stderr
