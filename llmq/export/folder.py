@@ -52,7 +52,9 @@ class QuantizedFolder:
         self._parts = {
             f"{stem}.weight": {part: f"{stem}.{part}" for part in PARTS if f"{stem}.{part}" in names} for stem in stems
         }
-        self.weights = [name for name in sorted(self._parts) if {PACKED, WEIGHT, ggml.BLOCKS} & self._parts[name].keys()]
+        self.weights = [
+            name for name in sorted(self._parts) if {PACKED, WEIGHT, ggml.BLOCKS} & self._parts[name].keys()
+        ]
         if not self.weights:
             raise LlmqError(f"{path}: config.json names {method}, but no weight has scales: download it again")
         taken = {stored for name in self.weights for stored in self._parts[name].values()}

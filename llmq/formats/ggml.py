@@ -1,8 +1,8 @@
 """llmq's own folder of llama.cpp's blocks, which `llmq export --to gguf` puts into a GGUF file as they are.
 
-No standard of transformers' has scales of two levels. As in `codebook`, the configuration is compressed-tensors' with a
-`format` that only llmq knows, so stock transformers refuses the folder. A weight [out, in] is stored as `weight_blocks`,
-uint8 [out, bytes of a row], in the type that its grid's name says; llmq reads it dense.
+No standard of transformers' has scales of two levels. As in `codebook`, the configuration is compressed-tensors' with
+a `format` that only llmq knows, so stock transformers refuses the folder. A weight [out, in] is stored as
+`weight_blocks`, uint8 [out, bytes of a row], in the type that its grid's name says; llmq reads it dense.
 """
 
 from __future__ import annotations
@@ -183,7 +183,5 @@ def inspect(
     if scheme is None:
         raise Unclear("blocks whose type config.json does not say")
     info = parts[BLOCKS]
-    name, shape = f"{module}.weight", shape_of(info, scheme)
-    return Row(
-        name, shape, scheme.grid, scheme.bits, scheme.group_size, scheme.symmetric, None, info.nbytes, "uint8"
-    )
+    name, shape, kind = f"{module}.weight", shape_of(info, scheme), kind_of(scheme)
+    return Row(name, shape, kind.name, scheme.bits, scheme.group_size, scheme.symmetric, None, info.nbytes, kind.name)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,10 +43,10 @@ class QuantizedWeight:
     """A weight [out, in] on a grid: w ≈ (point − zero) · scale, with groups along the input axis.
 
     codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: [out, groups]
-    in the grid's `zero_dtype`, in the range of the codes, or None when symmetric; notes: fallbacks used, for the report; input_scale:
-    float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead of `scale`, if the
-    grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if the grid learns
-    them (codes are then their indices).
+    in the grid's `zero_dtype`, in the range of the codes, or None when symmetric; notes: fallbacks used, for the
+    report; input_scale: float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead
+    of `scale`, if the grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if
+    the grid learns them (codes are then their indices).
     """
 
     codes: Tensor
@@ -76,6 +76,19 @@ class QuantizedWeight:
             points = rounding.part(part).decode(self.codes[part], self.scheme)
             weight[part] = dequantize(points, self.scale[part], zero)
         return weight
+
+
+class Units(NamedTuple):
+    """Of what each group's scale, and its zero point times its scale, are whole multiples, which a solver may change.
+
+    scale: float32 [out, groups]; limits: of its multiples, 0 left out; minimum: the same of zero points, None
+    where there are none; highest: of its multiples, which begin at 0.
+    """
+
+    scale: Tensor
+    limits: tuple[int, int]
+    minimum: Tensor | None
+    highest: int
 
 
 class Rounding(ABC):
@@ -157,6 +170,10 @@ class Rounding(ABC):
     def settle(self, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None, Any]:
         """The scales and zero points as read back from disk, and what is stored in their place (None: themselves)."""
         return scale, zero, None
+
+    def units(self, weight: QuantizedWeight) -> Units | None:
+        """Of what the scales of a weight are multiples, where that is how they are stored."""
+        return None
 
     def round(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None

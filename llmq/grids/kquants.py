@@ -4,10 +4,10 @@
     w ≈ d · s · q                    3 bits: s from −32 to 31; 6 bits: from −128 to 127; q signed; groups of 16
     w ≈ d · s · q − e · m            2 bits: s, m up to 15, groups of 16; 4 and 5 bits: up to 63, groups of 32; q from 0
 
-(ggml-common.h, block_q2_K to block_q6_K.) For a solver these are scales d · s and zero points e · m / (d · s), which are
-no whole numbers here. Both are found for the 256 inputs together: first the best of each group by itself; then, of some
-float16 numbers, the one with whose multiples the error is the least; then the neighbours of each multiple, and both
-float16 numbers by least squares, as long as the error falls. No result is worse than that of 'minmax'.
+(ggml-common.h, block_q2_K to block_q6_K.) For a solver these are scales d · s and zero points e · m / (d · s), which
+are no whole numbers here. Both are found for the 256 inputs together: first the best of each group by itself; then, of
+some float16 numbers, the one with whose multiples the error is the least; then the neighbours of each multiple, and
+both float16 numbers by least squares, as long as the error falls. No result is worse than that of 'minmax'.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import READ, Quantized, QuantizedWeight, check_range, parts, weights_of
+from llmq.grids.base import READ, Quantized, QuantizedWeight, Units, check_range, parts, weights_of
 from llmq.grids.half_scales import HalfInteger
 from llmq.grids.integer import Integer
 from llmq.grids.ranges import find_range
@@ -139,6 +139,19 @@ class KQuant(Integer):
         assert lowest is not None
         return settled, lowest / settled, found
 
+    def units(self, weight: QuantizedWeight) -> Units | None:
+        """See `Rounding.units`."""
+        if not isinstance(weight.stored_scale, Levels):
+            return None
+        d, e = weight.stored_scale.d, weight.stored_scale.e
+        count = weight.scale.shape[1] // d.shape[1]
+        scale, minimum = (
+            None if unit is None else unit.to(torch.float32).repeat_interleave(count, 1) for unit in (d, e)
+        )
+        assert scale is not None
+        limits = MULTIPLES[weight.scheme.bits]
+        return Units(scale, limits, minimum, limits[1])
+
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> KWeight:
         """See `Rounding.finish`. Raises LlmqError if the two levels of its scales are missing."""
         if not isinstance(weight.stored_scale, Levels):
@@ -190,7 +203,7 @@ class _Blocks:
 
     def __init__(self, weight: Tensor, shares: Tensor, scheme: Scheme) -> None:
         blocks = shares.shape[1]
-        self.weight = weight.unflatten(1, (blocks, -1))
+        self.weight = torch.unflatten(weight, 1, (blocks, -1))
         self.shares = shares.reshape(1, *self.weight.shape[1:])
         self.scheme, self.limits = scheme, MULTIPLES[scheme.bits]
         self.ends = (scheme.qmin, scheme.qmax) if scheme.symmetric else (0, 2**scheme.bits - 1)
@@ -275,7 +288,8 @@ class _Blocks:
 
     def _points(self, scale: Tensor, minimum: Tensor) -> Tensor:
         """The codes of every weight, as float32."""
-        return ((self.weight + minimum) / scale).round_().clamp_(*self.ends)
+        lowest, highest = self.ends
+        return ((self.weight + minimum) / scale).round_().clamp_(lowest, highest)
 
     def _error(self, scale: Tensor, minimum: Tensor) -> Tensor:
         """Σ share · (w − ŵ)² of each group [rows, blocks, groups, 1]."""

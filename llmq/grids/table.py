@@ -54,10 +54,10 @@ class Grid:
     arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales: the same with scales that
     are powers of two, or that float16 holds, '' if there is none; format: the module under `formats/` that stores
     it; layout: the format's name for how it is stored, if it has a layout of its own; read_as: the grid that readers
-    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight. span: the inputs whose
-    scales are found together, as they are multiples of one number; 0 if each group has its own; minima: whether every
-    group has a zero point that is no whole number; ragged: the grid of weights whose width `span` does not divide, ''
-    for none.
+    take its codes for, '' for itself; learned: whether the levels of each row are found for the weight. span: the
+    inputs whose scales are found together, as they are multiples of one number; 0 if each group has its own; minima:
+    whether every group has a zero point that is no whole number; ragged: the grid of weights whose width `span` does
+    not divide, '' for none.
     """
 
     name: str

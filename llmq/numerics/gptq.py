@@ -278,10 +278,11 @@ class _Columns:
         compensated weights. number: of the inputs that they have."""
         here = slice(column, column + self.span)
         # The order of inputs within a group does not matter, that of groups does.
-        inside = self.order is None or self.span == self.size
-        place = slice(None) if inside else torch.argsort(self.order[here])
-        current = self.columns[here][place].t().contiguous()
-        importance = self.importance[here][place]
+        columns, importance = self.columns[here], self.importance[here]
+        if self.order is not None and self.span > self.size:
+            place = torch.argsort(self.order[here])
+            columns, importance = columns[place], importance[place]
+        current = columns.t().contiguous()
         scale, zero = self.rounding.find_scale(current, self.scheme, self.range_method, importance, self.scale_dtype)
         count = self.span // self.size
         groups = slice(number * count, (number + 1) * count)

@@ -1,7 +1,7 @@
 """The bytes of K-quants' blocks of 256 weights, from the parts of a weight and back.
 
-ggml-common.h has the blocks, ggml-quants.c the order of their bits (dequantize_row_q2_K …). d and e are float16; s and m
-are the multiples of them of each group.
+ggml-common.h has the blocks, ggml-quants.c the order of their bits (dequantize_row_q2_K …). d and e are float16; s and
+m are the multiples of them of each group.
 
 | type | bytes of a block, in order |
 |---|---|
@@ -12,8 +12,8 @@ are the multiples of them of each group.
 | Q6_K | 128: four bits of codes + 32; 64: two more bits; 16: s, signed; d |
 
 Q3_K's codes are stored + 4. Two bits of codes: byte j of 32 has those of values j, j + 32, j + 64 and j + 96, for each
-half of a block. Four bits: byte j of 32 has values j and j + 32, for each quarter; in Q6_K byte j of 64 has values j and
-j + 64, for each half. Single bits: bit i of byte j of 32 is of value 32 · i + j.
+half of a block. Four bits: byte j of 32 has values j and j + 32, for each quarter; in Q6_K byte j of 64 has values j
+and j + 64, for each half. Single bits: bit i of byte j of 32 is of value 32 · i + j.
 """
 
 from __future__ import annotations
@@ -101,23 +101,23 @@ def _joined(codes: Tensor, step: int) -> Tensor:
 
 
 def _nibbles(codes: Tensor, size: int) -> Tensor:
-    return _joined(codes.unflatten(-1, (-1, 2, size)), 4).flatten(2)
+    return _joined(torch.unflatten(codes, -1, (-1, 2, size)), 4).flatten(2)
 
 
 def _of_nibbles(data: Tensor, size: int) -> Tensor:
-    return (data.unflatten(-1, (-1, 1, size)) >> _shifts(4) & 15).flatten(2)
+    return (torch.unflatten(data, -1, (-1, 1, size)) >> _shifts(4) & 15).flatten(2)
 
 
 def _crumbs(codes: Tensor) -> Tensor:
-    return _joined(codes.unflatten(-1, (2, 4, 32)), 2).flatten(2)
+    return _joined(torch.unflatten(codes, -1, (2, 4, 32)), 2).flatten(2)
 
 
 def _of_crumbs(data: Tensor) -> Tensor:
-    return (data.unflatten(-1, (2, 1, 32)) >> _shifts(2) & 3).flatten(2)
+    return (torch.unflatten(data, -1, (2, 1, 32)) >> _shifts(2) & 3).flatten(2)
 
 
 def _single(bits: Tensor) -> Tensor:
-    return _joined(bits.unflatten(-1, (8, 32)), 1)
+    return _joined(torch.unflatten(bits, -1, (8, 32)), 1)
 
 
 def _of_single(data: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def _of_single(data: Tensor) -> Tensor:
 
 
 def _sixes_of_16(numbers: Tensor) -> Tensor:
-    """16 numbers of six bits in 12 bytes: low halves of j and j + 8 in byte j, high bits of j, j + 4 … in byte 8 + j."""
+    """16 numbers of six bits in 12 bytes: low bits of j and j + 8 in byte j, high bits of j, j + 4 … in byte 8 + j."""
     low, high = numbers & 15, numbers >> 4
-    return torch.cat([_nibbles(low, 8), _joined(high.unflatten(-1, (4, 4)), 2)], dim=-1)
+    return torch.cat([_nibbles(low, 8), _joined(torch.unflatten(high, -1, (4, 4)), 2)], dim=-1)
 
 
 def _of_sixes_of_16(data: Tensor) -> Tensor:
