@@ -107,15 +107,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/exports"))
     parser.add_argument("--only", help="cases whose line begins so")
     args = parser.parse_args()
-    if args.what == "mlx":
-        check_mlx(mlx(args.folder), args.only)
-        return
-    python, source = llama(args.folder)
     # For the processes that run the converter, and for transformers' reader here.
     path = beside(args.folder)
     os.environ["PYTHONPATH"] = path
     sys.path += path.split(os.pathsep)
     torch.set_num_threads(1)
+    if args.what == "mlx":
+        check_mlx(mlx(args.folder), args.only)
+        return
+    python, source = llama(args.folder)
     if args.what == "gguf":
         check_gguf(python, source, args.only)
     else:
@@ -162,8 +162,8 @@ def one_gguf(
 
 def check_mlx(python: Path, only: str | None) -> None:
     """A line for each case."""
-    print("| model | scheme | weights differ by | logits differ by | their standard deviation |")
-    print("|---|---|---|---|---|")
+    print("| model | scheme | weights differ by | logits differ by | unquantized there | their standard deviation |")
+    print("|---|---|---|---|---|---|")
     for name, scheme, options in MLX_CASES:
         told = f"{scheme}{', others by name' if options else ''}"
         if only is not None and not f"{name} {told}".startswith(only):
@@ -176,9 +176,10 @@ def check_mlx(python: Path, only: str | None) -> None:
             done = rewrite(inside / "quantized", inside / "mlx", "mlx")
             ids, logits = reference(inside / "quantized", inside / "dense")
             np.savez(inside / "reference.npz", tokens=ids.numpy(), logits=logits.numpy())
-            (found,) = run(python, inside / "reference.npz", inside / "mlx", worker=MLX_WORKER)
-        ran = found.get("refused") or f"{found['away']:.1g} | {found['spread']:.2g}"
-        print(f"| {name} | {told} | {done.worst:.1g} | {ran} |", flush=True)
+            found = [*run(python, inside / "reference.npz", inside / "mlx", inside / "dense", worker=MLX_WORKER)]
+        ran = [line.get("refused") or f"{line['away']:.1g}" for line in found] or ["died"]
+        cells = [name, told, f"{done.worst:.1g}", *(ran * 2)[:2], f"{logits.std():.2g}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def reference(quantized: Path, dense: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,7 +91,8 @@ def loads_dense(scheme: Scheme) -> bool:
     """Whether a folder with a weight of this scheme is made dense when it is loaded: by stock transformers, which alone
     reads some layouts, or by llmq, which has no kernel for vectors and for llama.cpp's blocks."""
     rules = scheme.rules
-    return bool(rules.vector_code) or rules.format == "ggml" or (rules.format == "compressed_tensors" and bool(rules.layout))
+    alone = bool(rules.vector_code) or rules.format == "ggml"
+    return alone or (rules.format == "compressed_tensors" and bool(rules.layout))
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

@@ -32,7 +32,7 @@ from llmq.export.rows import Found, Numbers, RowIndex
 from llmq.formats.gguf import blocks, file
 from llmq.formats.gguf.blocks import Span
 from llmq.formats.gguf.file import Contents, Held, New
-from llmq.formats.gguf.types import DTYPES, TYPES
+from llmq.formats.gguf.types import TYPES
 from llmq.validate import check_choice
 
 CHUNK = 1 << 26
@@ -56,7 +56,7 @@ SPLIT = (
 @dataclass(frozen=True)
 class Row:
     """One tensor of the written file. bits: of the codes that it was made of, None if it is not quantized; worst: the
-    largest difference to the dequantized weight, relative to its largest number; why: it is as it is, or ''."""
+    largest difference to the dequantized weights, relative to their largest number; why: it is as it is, or ''."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,16 +138,24 @@ def export_gguf(
                 file.encode(old, news, file.most_common(news), _data(folder, old, planned)),
                 Path(beside) / "partial",
             )
-            rows = _verify(old, file.read(made), planned, spans)
+            rows = _verify(folder, old, file.read(made), planned, spans)
             os.replace(made, out)
     except OSError as error:
-        full = ": free some, or give another disk with --work DIR" if error.errno == errno.ENOSPC else ""
+        way = ": free some there; temporary files go to another disk with --work DIR"
+        full = way if error.errno == errno.ENOSPC else ""
         raise LlmqError(f"cannot write {error.filename or out}: {error.strerror}{full}") from error
     used = {weight for one in planned if one.found is not None for weight in one.found.weights.tolist()}
-    changed = [weight for at, weight in enumerate(folder.weights) if at not in used]
+    left = [weight for at, weight in enumerate(folder.weights) if at not in used]
+    changed = [weight for weight in left if not _twin(folder, weight, index, used)]
     warnings = [CHANGED.format(", ".join(changed))] if changed else []
     warnings += [SPLIT.format(name)] if named else []
     return Exported(out, out.stat().st_size, tuple(rows), tuple(warnings))
+
+
+def _twin(folder: QuantizedFolder, name: str, index: RowIndex, used: set[int]) -> bool:
+    """Whether a weight has the rows of another one, which was taken for it."""
+    found = index.find(folder.weight(name).dequantize(folder.dtype)[:1])
+    return found is not None and int(found.weights[0]) in used
 
 
 def _check_disk(folder: QuantizedFolder, work: Path) -> None:
@@ -160,7 +168,7 @@ def _check_disk(folder: QuantizedFolder, work: Path) -> None:
     need, free = 2 * size, shutil.disk_usage(work).free
     if need > free:
         raise LlmqError(
-            f"the export needs {need / 2**30:.1f} GiB for temporary files, and {work} has {free / 2**30:.1f}: free "
+            f"the export needs {need / 2**20:,.0f} MiB for temporary files, and {work} has {free / 2**20:,.0f}: free "
             "some, or give another disk with --work DIR"
         )
 
@@ -182,19 +190,21 @@ def write_dense(folder: QuantizedFolder, dense: Path) -> tuple[RowIndex, list[Sp
         places.update(dict.fromkeys(shard, file_name))
         shard.clear()
 
-    for name in [*folder.weights, *folder.others]:
-        if name in folder.weights[len(spans) : len(spans) + 1]:
-            weight = folder.weight(name)
-            spans.append(blocks.span(weight))
-            if not blocks.fitting(spans[-1]):
-                raise LlmqError(f"{folder.path}: {name} cannot be written as GGUF: {blocks.refusal(spans[-1])}")
-            value = weight.dequantize(folder.dtype)
-            index.add(value)
-        else:
-            value = folder.source.read(name)
+    def add(name: str, value: Tensor) -> None:
         shard[name] = value
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
             flush()
+
+    for name in folder.weights:
+        weight = folder.weight(name)
+        spans.append(blocks.span(weight))
+        if not blocks.fitting(spans[-1]):
+            raise LlmqError(f"{folder.path}: {name} cannot be written as GGUF: {blocks.refusal(spans[-1])}")
+        value = weight.dequantize(folder.dtype)
+        index.add(value)
+        add(name, value)
+    for name in folder.others:
+        add(name, folder.source.read(name))
     flush()
     for name, source in folder.source.aux_files().items():
         (dense / name).parent.mkdir(exist_ok=True)
@@ -259,7 +269,9 @@ def _choose(
     if prefer is not None and prefer.upper() in common:
         common = [prefer.upper()]
     for kind in common:
-        factors = {blocks.tensor_scale(kind, folder.weight(folder.weights[part])) for part in parts}
+        if kind not in blocks.SCALED:
+            return kind, None
+        factors = {blocks.tensor_scale(folder.weight(folder.weights[part])) for part in parts}
         if len(factors) == 1:
             return kind, factors.pop()
     return None, None
@@ -293,7 +305,9 @@ def _bytes(folder: QuantizedFolder, old: Contents, one: _Planned) -> Iterator[Te
     yield made
 
 
-def _verify(old: Contents, new: Contents, planned: Sequence[_Planned], spans: Sequence[Span]) -> list[Row]:
+def _verify(
+    folder: QuantizedFolder, old: Contents, new: Contents, planned: Sequence[_Planned], spans: Sequence[Span]
+) -> list[Row]:
     """The rows of the report, from the written file: what it decodes to is what the converter wrote.
 
     Raises LlmqError if it is not.
@@ -304,23 +318,38 @@ def _verify(old: Contents, new: Contents, planned: Sequence[_Planned], spans: Se
         held, bits, worst = written[one.new.name], None, 0.0
         if one.found is not None:
             bits = max(spans[part].bits for part in set(one.found.weights.tolist()))
-            worst = _difference(old, new, one, held)
-            if not worst < FAR:
+            away = _from_converter(old, new, one, held)
+            worst = _from_folder(folder, new, one, held)
+            if not max(away, worst) < FAR:
                 raise LlmqError(
-                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {worst:.2g} of its "
+                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {away:.2g} of its "
                     "largest number): nothing was written; please report this as a bug of llmq"
                 )
         rows.append(Row(held.name, held.shape, held.kind.name, held.nbytes, bits, worst, one.why))
     return rows
 
 
-def _difference(old: Contents, new: Contents, one: _Planned, held: Held) -> float:
+def _decoded(new: Contents, one: _Planned, held: Held, start: int, stop: int) -> Tensor:
+    """Rows of a written tensor, float32."""
+    return blocks.unpack(held.kind.name, new.read(held, start, stop)) * (one.factor or 1.0)
+
+
+def _from_converter(old: Contents, new: Contents, one: _Planned, held: Held) -> float:
     """The largest difference of a written tensor to the converter's, relative to its largest number."""
     largest = worst = 0.0
     for start, stop in _steps(one.old):
-        wanted = old.read(one.old, start, stop)
-        got = blocks.unpack(held.kind.name, new.read(held, start, stop)) * (one.factor or 1.0)
-        # In the dtype that the converter was given: what that cannot tell apart is the same.
-        away = (got.to(DTYPES[one.old.kind.name]).float() - wanted.float()).abs()
-        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.float().abs().amax()))
+        wanted = old.read(one.old, start, stop).float()
+        away = (_decoded(new, one, held, start, stop) - wanted).abs_()
+        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.abs().amax()))
+    return worst / largest if largest else worst
+
+
+def _from_folder(folder: QuantizedFolder, new: Contents, one: _Planned, held: Held) -> float:
+    """The same to the dequantized weights in float32, which the converter's dtype may round."""
+    largest = worst = 0.0
+    for part, here, rows in one.found.parts() if one.found is not None else ():
+        wanted = folder.weight(folder.weights[part]).dequantize(torch.float32)[rows]
+        first = int(here.amin())
+        away = (_decoded(new, one, held, first, int(here.amax()) + 1)[here - first] - wanted).abs_()
+        worst, largest = max(worst, float(away.amax())), max(largest, float(wanted.abs().amax()))
     return worst / largest if largest else worst

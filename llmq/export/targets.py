@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _gptq_config(folder: QuantizedFolder, told: Mapping[str, Told]) -> dict[str,
         "lm_head": False,
         "checkpoint_format": "gptq",
         # gptqmodel's and vLLM's list of modules that are not quantized.
-        "dynamic": {f"-:{module}": {} for module in _plain(folder)},
+        "dynamic": {f"-:{re.escape(module)}$": {} for module in _plain(folder)},
     }
     return {"quantization_config": section}
 

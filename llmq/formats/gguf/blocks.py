@@ -39,6 +39,8 @@ SYMMETRIC = TERNARY | {"Q2_0": (-1, 2), "Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_
 AFFINE = ("Q4_1", "Q5_1")
 FLOATS = {"MXFP4": 32, "NVFP4": 16}
 """Types of FP4 codes → the values that share a scale."""
+SCALED = ("NVFP4",)
+"""Types that have a scale of the whole tensor beside them."""
 K_QUANTS = {grid.layout: grid for grid in GRIDS.values() if grid.layout in TYPES}
 """Types of two levels of scales → the grids that alone fill them."""
 ORDER = ("TQ1_0", "TQ2_0", "Q2_0", "MXFP4", "Q4_0", "NVFP4", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_QUANTS)
@@ -205,9 +207,10 @@ def _pack_floats(name: str, weight: QuantizedWeight) -> Tensor:
     return torch.cat([stored.view(rows, blocks, -1), codes], dim=-1).view(rows, -1)
 
 
-def tensor_scale(name: str, weight: QuantizedWeight | KWeight) -> float | None:
-    """What a whole tensor of the type is multiplied by besides, or None where there is no such number."""
-    return float(1 / weight.stored_scale) if isinstance(weight, QuantizedWeight) and name == "NVFP4" else None
+def tensor_scale(weight: QuantizedWeight | KWeight) -> float:
+    """What a whole tensor of a type in SCALED is multiplied by besides."""
+    assert isinstance(weight, QuantizedWeight)
+    return float(1 / weight.stored_scale)
 
 
 def round_q8(dense: Tensor) -> Tensor:

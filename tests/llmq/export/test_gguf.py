@@ -162,7 +162,7 @@ def test_what_is_refused(
     with pytest.raises(LlmqError, match="--work .*: there is no such folder"):
         export_gguf(path, out, llama_cpp=converter, work=tmp_path / "none")
     free = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
-    with monkeypatch.context() as patch, pytest.raises(LlmqError, match="for temporary files, and .* has 0.0: free"):
+    with monkeypatch.context() as patch, pytest.raises(LlmqError, match="MiB for temporary files, and .* has 0: free"):
         patch.setattr(shutil, "disk_usage", lambda _: free)
         export_gguf(path, out, llama_cpp=converter)
     assert not [*tmp_path.iterdir()]

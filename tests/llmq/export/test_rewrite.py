@@ -80,7 +80,7 @@ def test_folders(quantized: Quantize, tmp_path: Path, to: str, scheme: Scheme, t
     left = [row.name for row in inspect_folder(out).rows if row.bits is None and "proj" in row.name]
     assert left == ["model.layers.1.mlp.up_proj.weight"] and not inspect_folder(out).unknown
     if to == "gptq":
-        assert section["dynamic"] == {"-:model.layers.1.mlp.up_proj": {}}
+        assert section["dynamic"] == {r"-:model\.layers\.1\.mlp\.up_proj$": {}}
     if to == "awq":
         assert section["modules_to_not_convert"] == ["model.layers.1.mlp.up_proj"]
 
@@ -138,3 +138,16 @@ def test_nothing_is_half_written(quantized: Quantize, tmp_path: Path, monkeypatc
     assert [found.name for found in tmp_path.iterdir()] == ["out"] and not [*out.iterdir()]
     rewrite(path, out, "awq")
     assert (out / "config.json").exists()
+
+
+def test_the_same_logits(quantized: Quantize, tmp_path: Path) -> None:
+    """By llmq's readers of GPTQ and AWQ, which read other tools' folders, and transformers' own configurations."""
+    path, ids = quantized(Scheme(4, 32)), torch.arange(32)[None]
+    found = []
+    for to in ("", "gptq", "awq"):
+        folder = path if not to else rewrite(path, tmp_path / to, to).path
+        with torch.no_grad():
+            found.append(llmq.load(folder, dtype="float32")(ids).logits)
+    torch.testing.assert_close(found[1], found[2], rtol=0, atol=0)
+    # Scales of a model in float32 are rounded to float16.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)

@@ -25,6 +25,7 @@ SCHEMES = [
     Scheme(2, 32, grid="ternary"),
     Scheme(2, 32, grid="binary"),
     Scheme(4, 32, scales="pow2"),
+    Scheme(4, 32, scales="float16"),
     Scheme(3, 32, False, scales="pow2"),
 ]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -16,6 +16,8 @@ from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.grids.table import K_QUANTS
 from llmq.methods.distill import Distill
 from llmq.methods.hqq import HQQ
+from llmq.numerics.learned_rounding import LearnedWeight
+from llmq.numerics.straight_through import TrainedWeight
 
 SCHEMES = [changed_scheme({"grid": f"q{bits}_k"}, Scheme(), "") for bits, _, _ in K_QUANTS]
 EVERY = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -125,6 +127,21 @@ def test_any_scales_settle_on_near_multiples(scheme: Scheme) -> None:
     if zero is not None and moved is not None and back is not None:
         assert float((moved * settled - zero * scale).abs().max()) <= 4.5 / limit
         assert torch.equal(same.minimum(), stored.minimum()) and torch.equal(back, moved)
+
+
+@pytest.mark.parametrize("kind", [LearnedWeight, TrainedWeight])
+@pytest.mark.parametrize("scheme", SCHEMES[1:3], ids=str)
+def test_codes_are_learned_between_scales_that_stay(kind: type[LearnedWeight | TrainedWeight], scheme: Scheme) -> None:
+    w, rounding = weight(7, 2, 256), rounding_of(scheme.rules)
+    start = rounded(w, scheme)
+    learned, value = kind(rounding.reopen(start), w), torch.empty(2, 256)
+    learned.value(value)
+    assert torch.allclose(value, start.dequantize(torch.float32), atol=1e-7)
+    learned.step(torch.randn(2, 256, generator=torch.Generator().manual_seed(1)), 1.0, 0.1)
+    found = rounding.finish(learned.quantized(), torch.bfloat16)
+    assert found.levels is start.levels and not torch.equal(found.codes, start.codes)
+    learned.value(value)
+    assert torch.allclose(value, found.dequantize(torch.float32), atol=1e-7)
 
 
 def test_points_are_added_to_zero_points_before_they_are_rounded() -> None:

@@ -17,6 +17,7 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(8, None, grid="fp8", activations=Activations(False, "mse")), "fp8 channel, static (mse) activations"),
         (Scheme(4, 64, grid="nf4", double_quant=True), "nf4 g64 double-quantized"),
         (Scheme(3, None, False, scales="pow2"), "3-bit channel asymmetric, pow2 scales"),
+        (Scheme(4, 32, scales="float16"), "4-bit g32 symmetric, float16 scales"),
         (Scheme(2, 64, grid="ternary"), "ternary g64"),
         (Scheme(4, 32, grid="mxfp4", activations=Activations()), "mxfp4 g32, dynamic activations"),
         (Scheme(8, 128, grid="fp8-block"), "fp8 block g128"),
@@ -36,6 +37,9 @@ def test_powers_of_two_do_not_follow_to_a_grid_without_them() -> None:
     four = Scheme(scales="pow2")
     assert changed_scheme({"grid": "fp8"}, four, "here") == Scheme(8, None, grid="fp8")
     assert changed_scheme({"bits": 3}, four, "here") == Scheme(3, scales="pow2")
+    half = Scheme(scales="float16")
+    assert changed_scheme({"bits": 3}, half, "here").scales == "float16"
+    assert changed_scheme({"grid": "ternary"}, half, "here") == Scheme(2, grid="ternary")
     assert (four.rules.ranges, Scheme().rules.name, four.rules.name) == (("minmax", "mse", "weighted"), "int", "int")
 
 
@@ -66,6 +70,7 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ({"double_quant": True}, "here: double_quant is for grid 'nf4' only"),
         ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
         ({"scales": "pow2", "grid": "ternary"}, "here: scales that are powers of two (pow2) are for grid 'int' only"),
+        ({"scales": "float16", "grid": "ternary"}, "here: scales in float16 are for grid 'int' only, not 'ternary'"),
         ({"grid": "binary", "bits": 3}, "here: grid 'binary' is 2 bits, symmetric"),
         (
             {"grid": "nf4", "group_size": 64, "activations": "dynamic"},

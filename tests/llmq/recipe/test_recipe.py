@@ -28,7 +28,7 @@ schemes = (
         st.integers(2, 8),
         st.sampled_from([None, 16, 32, 64, 128]),
         st.booleans(),
-        scales=st.sampled_from(["free", "pow2"]),
+        scales=st.sampled_from(["free", "pow2", "float16"]),
     )
     | st.builds(Scheme, st.just(2), st.sampled_from([None, 64]), grid=st.sampled_from(["ternary", "binary"]))
     | eight_bit

@@ -24,7 +24,8 @@ def test_sizes() -> None:
 
 def test_the_package_has_the_same() -> None:
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed; sizes are tested above")
-    for known in gguf.GGMLQuantizationType:
+    # Q8_1 and Q8_K are of rounded inputs, and in no file.
+    for known in set(gguf.GGMLQuantizationType) - {gguf.GGMLQuantizationType.Q8_1, gguf.GGMLQuantizationType.Q8_K}:
         mine = of_number(int(known), known.name)
         assert (mine.name, (mine.values, mine.nbytes)) == (known.name, gguf.GGML_QUANT_SIZES[known])
     files = {known.name.removeprefix("MOSTLY_"): int(known) for known in gguf.LlamaFileType}
