@@ -88,6 +88,9 @@ OWN = (
     ("Q4_K_M", None),
     ("Q3_K_M", None),
     ("Q2_K", "q2_0"),
+    ("Q4_K_S pure", "q4_k"),
+    ("Q3_K_S pure", "q3_k"),
+    ("Q2_K pure", "q2_k"),
 )
 """llama.cpp's types, and the preset of ours that is told beside them."""
 WINDOWS, WINDOW = 24, 256

@@ -18,6 +18,7 @@ import llama_cpp
 import llama_cpp.llama as inner
 import numpy as np
 
+PURE = " pure"
 FLOAT32, BFLOAT16 = 0, 30
 """ggml's numbers of types."""
 original = llama_cpp.llama_model_default_params
@@ -86,10 +87,12 @@ def divergence(base: str, tokens: str, files: list[str]) -> None:
 
 
 def quantize(file: str, out: str, kind: str, importance: str | None) -> None:
-    """See the module. The embeddings stay in bfloat16, as in the files that these are compared with."""
+    """See the module. The embeddings stay in bfloat16, as in the files that these are compared with. kind: a type, or
+    one and ' pure': all other matrices are then of that type, without llama.cpp's own choice of larger ones."""
     wanted = llama_cpp.llama_model_quantize_default_params()
     wanted.nthread = 1
-    wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.removesuffix(PURE)}")
+    wanted.pure = kind.endswith(PURE)
     wanted.token_embedding_type = wanted.output_tensor_type = BFLOAT16
     stored = dict(np.load(importance)) if importance else {}
     entries = (Importance * (len(stored) + 1))()

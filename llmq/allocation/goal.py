@@ -108,7 +108,7 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
     for word in (part.strip() for part in text.split(",")):
         if word in ("16", "none"):
             found.append(None)
-        elif word in GRIDS and word != base.grid:
+        elif word in GRIDS:
             rules = GRIDS[word]
             group = base.group_size if not rules.group_sizes or base.group_size in rules.group_sizes else None
             if group is None and rules.group_sizes and None not in rules.group_sizes:
@@ -118,7 +118,7 @@ def parse_candidates(text: str, base: Scheme) -> tuple[Scheme | None, ...]:
                 "grid": word,
                 "bits": width,
                 "group_size": group or "channel",
-                "symmetric": True,
+                "symmetric": not rules.minima,
             }
             found.append(changed_scheme(made, base, f"--candidates {word}"))
         elif (match := _INTEGER.fullmatch(word)) is not None:

@@ -89,12 +89,12 @@ def weight_bytes(
 
 
 def loads_dense(scheme: Scheme) -> bool:
-    """Whether a folder with a weight of this scheme is made dense when it is loaded, by stock transformers, which alone
-    reads some layouts."""
+    """Whether a folder with a weight of this scheme is made dense when it is loaded: by stock transformers, which alone
+    reads some layouts, or by llmq, which has no kernel for llama.cpp's blocks."""
     rules, inputs = scheme.rules, scheme.activations
     if inputs is not None and inputs.grid:
         return True
-    return rules.format == "compressed_tensors" and bool(rules.layout)
+    return rules.format == "ggml" or (rules.format == "compressed_tensors" and bool(rules.layout))
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

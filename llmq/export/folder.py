@@ -11,17 +11,18 @@ import torch
 
 from llmq.checkpoint.source import FolderSource
 from llmq.errors import LlmqError
-from llmq.formats import codebook, compressed_tensors
+from llmq.formats import codebook, compressed_tensors, ggml
 from llmq.formats.compressed_tensors.inspect import scheme_of
 from llmq.formats.inspection import section_of
 from llmq.grids.base import QuantizedWeight
+from llmq.grids.kquants import KWeight
 from llmq.grids.scheme import Scheme
 from llmq.validate import made
 
 PACKED, WEIGHT, SCALE, ZERO = "weight_packed", "weight", "weight_scale", "weight_zero_point"
 ORDER, GLOBAL = "weight_g_idx", "weight_global_scale"
 PARTS = (
-    *(PACKED, WEIGHT),
+    *(PACKED, WEIGHT, ggml.BLOCKS),
     *(SCALE, ZERO, ORDER, GLOBAL, "weight_shape"),
     *("input_scale", "input_zero_point", "input_global_scale"),
 )
@@ -31,7 +32,7 @@ AGAIN = "quantize the model again with llmq (an integer grid, or --grid mxfp4), 
 
 
 class QuantizedFolder:
-    """A folder in compressed-tensors' layouts of integers and FP4, by llmq or others.
+    """A folder in compressed-tensors' layouts of integers and FP4, by llmq or others, or of llama.cpp's blocks.
 
     weights: names, with '.weight', of those that are stored as codes; others: all tensors that belong to none. dtype:
     of most of the others. Raises LlmqError if it is no such folder, or holds weights that cannot be read so.
@@ -47,15 +48,19 @@ class QuantizedFolder:
             raise LlmqError(f"{path} is in the format of {method}, which llmq cannot export: {AGAIN}")
         names = set(self.source.names())
         stems = {name.removesuffix(f".{SCALE}") for name in names if name.endswith(f".{SCALE}")}
+        stems |= {name.removesuffix(f".{ggml.BLOCKS}") for name in names if name.endswith(f".{ggml.BLOCKS}")}
         self._parts = {
             f"{stem}.weight": {part: f"{stem}.{part}" for part in PARTS if f"{stem}.{part}" in names} for stem in stems
         }
-        self.weights = [name for name in sorted(self._parts) if {PACKED, WEIGHT} & self._parts[name].keys()]
+        self.weights = [
+            name for name in sorted(self._parts) if {PACKED, WEIGHT, ggml.BLOCKS} & self._parts[name].keys()
+        ]
         if not self.weights:
             raise LlmqError(f"{path}: config.json names {method}, but no weight has scales: download it again")
         taken = {stored for name in self.weights for stored in self._parts[name].values()}
         self.others = [name for name in self.source.names() if name not in taken]
-        self._schemes = {name: self._scheme(name) for name in self.weights}
+        told = ggml.schemes_of(self.section) if ggml.dequantizes(method, self.section) else {}
+        self._schemes = {name: told.get(name.removesuffix(".weight")) or self._scheme(name) for name in self.weights}
         self.dtype = self._dtype()
 
     @property
@@ -72,10 +77,12 @@ class QuantizedFolder:
         """The scheme of a weight's codes; inputs that a server would round are left out."""
         return self._schemes[name]
 
-    def weight(self, name: str) -> QuantizedWeight:
+    def weight(self, name: str) -> QuantizedWeight | KWeight:
         """A weight's codes and scales. Raises LlmqError if its tensors do not fit together."""
         tensors = {part: self.source.read(stored) for part, stored in self._parts[name].items()}
         scheme = self._schemes[name]
+        if ggml.BLOCKS in tensors:
+            return ggml.unpack(tensors, scheme)
         if PACKED not in tensors and tensors[WEIGHT].dtype == torch.int8:
             rows, width = tensors[WEIGHT].shape
             scale = tensors[SCALE]
@@ -93,6 +100,8 @@ class QuantizedFolder:
     def shape(self, name: str) -> tuple[int, int]:
         """[out, in] of a weight."""
         parts = self._parts[name]
+        if ggml.BLOCKS in parts:
+            return ggml.shape_of(self.source.info(parts[ggml.BLOCKS]), self._schemes[name])
         rows, words = self.source.info(parts.get(PACKED, parts.get(WEIGHT, ""))).shape
         if PACKED not in parts:
             return rows, words
@@ -103,6 +112,8 @@ class QuantizedFolder:
     def _scheme(self, name: str) -> Scheme:
         """See `scheme`. Raises LlmqError for weights that no export reads."""
         parts = self._parts[name]
+        if ggml.BLOCKS in parts:
+            raise LlmqError(f"{self._where(name)} is stored as blocks of a type that config.json does not say: {AGAIN}")
         codes = self.source.info(parts.get(PACKED) or parts[WEIGHT])
         told = scheme_of(self.path, name.removesuffix(".weight"), self.section)
         if len(codes.shape) != 2:

@@ -22,6 +22,7 @@ from llmq.errors import LlmqError
 from llmq.export.folder import QuantizedFolder
 from llmq.export.targets import TARGETS, Target, Told
 from llmq.formats.inspection import Alike, inspect_folder
+from llmq.grids.base import QuantizedWeight
 from llmq.validate import made
 
 SHARD = 1 << 28
@@ -90,6 +91,8 @@ def _write(folder: QuantizedFolder, out: Path, target: Target) -> dict[str, Told
 
     for name in folder.weights:
         weight, where = folder.weight(name), f"{folder.path}: {name}"
+        if not isinstance(weight, QuantizedWeight):
+            raise LlmqError(f"{where} is {weight.scheme}, which only GGUF has: export it to gguf")
         told[name] = made(lambda weight=weight: target.told(weight), where)  # type: ignore[misc]
         tensors = made(lambda weight=weight, one=told[name]: target.pack(weight, one), where)  # type: ignore[misc]
         shard |= {f"{name.removesuffix('weight')}{suffix}": tensor for suffix, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ class Quantized(Protocol):
 class QuantizedWeight:
     """A weight [out, in] on a grid: w ≈ (point − zero) · scale, with groups along the input axis.
 
-    codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: int8 [out,
-    groups] in the range of the codes, or None when symmetric; notes: fallbacks used, for the report; input_scale:
-    float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead of `scale`, if the
-    grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if the grid learns
-    them (codes are then their indices).
+    codes: [out, in] in the grid's `code_dtype`; scale: [out, groups], in the dtype it is stored in; zero: [out, groups]
+    in the grid's `zero_dtype`, in the range of the codes, or None when symmetric; notes: fallbacks used, for the
+    report; input_scale: float32 [1], if the input is rounded with a static scale; stored_scale: what is stored instead
+    of `scale`, if the grid stores scales as codes; levels: float32 [out, points], the ascending points of each row, if
+    the grid learns them (codes are then their indices).
     """
 
     codes: Tensor
@@ -78,18 +78,33 @@ class QuantizedWeight:
         return weight
 
 
+class Units(NamedTuple):
+    """Of what each group's scale, and its zero point times its scale, are whole multiples, which a solver may change.
+
+    scale: float32 [out, groups]; limits: of its multiples, 0 left out; minimum: the same of zero points, None
+    where there are none; highest: of its multiples, which begin at 0.
+    """
+
+    scale: Tensor
+    limits: tuple[int, int]
+    minimum: Tensor | None
+    highest: int
+
+
 class Rounding(ABC):
     """A grid's arithmetic: one class in each grid's file. It has no state, but for the levels of a weight's rows where
     a grid learns them: `fitted` finds them, `on` takes those of a quantized weight, and the first axis of every tensor
     is then that of the rows.
 
     A *point* is a value of the grid, float32; a *code* is the stored form of a point, one byte each. The `scaled` value
-    of a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model; even:
+    of a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model;
+    zero_dtype: of zero points, which are whole numbers but where a grid stores something else in their place; even:
     whether the levels are evenly spaced.
     """
 
     code_dtype: torch.dtype = torch.uint8
     scale_dtype: torch.dtype | None = None
+    zero_dtype: torch.dtype = torch.int8
     even: bool = False
 
     @abstractmethod
@@ -115,7 +130,8 @@ class Rounding(ABC):
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """The scale of every group in its stored dtype, [out, groups], and its zero point, int8 [out, groups] or None.
+        """The scale of every group in its stored dtype, [out, groups], and its zero point, [out, groups] in the
+        grid's `zero_dtype`, or None.
 
         weight: any float [out, in]; method: one of the grid's ranges; importance: float [in], for 'weighted'. Raises
         LlmqError if the method is unknown, the group size does not divide the inputs, or the weight is not finite.
@@ -151,9 +167,13 @@ class Rounding(ABC):
         """
         return storable(scale, dtype, unit)
 
-    def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Any]:
-        """The scales as read back from disk, and what is stored in their place (None: the scales themselves)."""
-        return scale, None
+    def settle(self, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None, Any]:
+        """The scales and zero points as read back from disk, and what is stored in their place (None: themselves)."""
+        return scale, zero, None
+
+    def units(self, weight: QuantizedWeight) -> Units | None:
+        """Of what the scales of a weight are multiples, where that is how they are stored."""
+        return None
 
     def round(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None
@@ -229,7 +249,7 @@ def rounded_on(
     levels: Tensor | None = None,
 ) -> QuantizedWeight:
     """A weight [out, in] rounded to nearest with given scales [out, groups], zero points, and levels of its rows."""
-    scale, stored = rounding_of(scheme.rules).settle(scale, scheme)
+    scale, zero, stored = rounding_of(scheme.rules).settle(scale, zero, scheme)
     codes = round_to_grid(weight, scale, zero, scheme, levels)
     return QuantizedWeight(codes, scale, zero, scheme, notes, stored_scale=stored, levels=levels)
 
@@ -239,7 +259,7 @@ def round_to_grid(
 ) -> Tensor:
     """The code of each element's nearest point.
 
-    weight: any float [out, in]; scale: [out, groups]; zero: int8 [out, groups] or None; levels: of each row, where the
+    weight: any float [out, in]; scale: [out, groups]; zero: [out, groups] or None; levels: of each row, where the
     grid learns them. Returns codes [out, in].
     """
     rounding = rounding_of(scheme.rules).on(levels)

@@ -34,10 +34,10 @@ class Float8Block(Float8):
             found.append(find_float8_scale(blocks.flatten(1), method, scale_dtype, mine).t())
         return spread(torch.cat(found), len(weight), scheme), None
 
-    def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    def settle(self, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None, Tensor]:
         """See `Rounding.settle`: of scales that differ within a block the largest, at which nothing is clipped anew."""
         stored = torch.cat([band.amax(0, keepdim=True) for band in _bands(scale, scheme)])
-        return spread(stored, len(scale), scheme), stored
+        return spread(stored, len(scale), scheme), zero, stored
 
 
 def _bands(value: Tensor, scheme: Scheme) -> list[Tensor]:

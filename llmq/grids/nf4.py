@@ -101,12 +101,12 @@ class NF4(Codebook):
         """See `Rounding.levels`: bitsandbytes' own 16."""
         return tables(device)[0]
 
-    def settle(self, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Nested | None]:
+    def settle(self, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None, Nested | None]:
         """See `Rounding.settle`: with double quantization, the scales after quantization, and their codes."""
         if not scheme.double_quant:
-            return scale, None
+            return scale, zero, None
         codes, nested = double_quantize(scale.flatten())
-        return nested.read(codes).view_as(scale), replace(nested, codes=codes)
+        return nested.read(codes).view_as(scale), zero, replace(nested, codes=codes)
 
     def round(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None

@@ -193,6 +193,8 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
         for key, allowed in (("bits", find(grid).bits), ("group_size", find(grid).group_sizes)):
             if len(allowed) == 1:
                 values.setdefault(key, allowed[0])
+        if find(grid).minima != base.rules.minima:
+            values.setdefault("symmetric", not find(grid).minima)
     if "activations" in values:
         values["activations"] = _activations(values["activations"], f"{where}: activations")
     return made(lambda: replace(base, **values), where)

@@ -58,7 +58,9 @@ class Grid:
     same with scales that are powers of two, or that float16 holds, '' if there is none; format: the module under
     `formats/` that stores it; layout: the format's name for how it is stored, if it has a layout of its own; read_as:
     the grid that readers take its codes for, '' for itself; learned: whether the levels of each row are found for the
-    weight.
+    weight. span: the inputs whose scales are found together, as they are multiples of one number; 0 if each group has
+    its own; minima: whether every group has a zero point that is no whole number; ragged: the grid of weights whose
+    width `span` does not divide, '' for none.
     """
 
     name: str
@@ -82,6 +84,9 @@ class Grid:
     half_scales: str = ""
     read_as: str = ""
     learned: bool = False
+    span: int = 0
+    minima: bool = False
+    ragged: str = ""
     vector_code: int = 0
     own: tuple[str, float] | None = None
 
@@ -89,10 +94,11 @@ class Grid:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
         sizes = not self.group_sizes or group_size in self.group_sizes
         uneven = bool(self.vector_code) and bits * (group_size or 0) % self.vector_code != 0
-        if bits in self.bits and sizes and (symmetric or self.zero_points) and not uneven:
+        even = not symmetric if self.minima else symmetric or self.zero_points
+        if bits in self.bits and sizes and even and not uneven:
             return None
         parts = [f"{self.bits[0]}{f' to {self.bits[-1]}' if len(self.bits) > 1 else ''} bits"]
-        parts += [] if self.zero_points else ["symmetric"]
+        parts += ["asymmetric"] if self.minima else [] if self.zero_points else ["symmetric"]
         if self.group_sizes == (None,):
             parts.append("group size 'channel'")
         elif self.group_sizes:
@@ -122,6 +128,9 @@ W4A8_INPUTS = {
 """compressed-tensors' presets W4AFP8 and MXFP4xFP8."""
 NVFP4_INPUTS = Inputs(-2688.0, 2688.0, 2688.0, 16, ("static",), ("minmax", "percentile"))
 """6 times the largest scale of a group, 448; other ranges judge single values, without their groups."""
+
+K_QUANTS = ((2, 16, "q4_0"), (3, 16, "q4_0"), (4, 32, "q5_0"), (5, 32, "q5_0"), (6, 16, "q8_0"))
+"""Bits, group size, and the grid for other widths, each as llama.cpp has it, but for types that llmq has not."""
 
 GRIDS = {
     grid.name: grid
@@ -238,6 +247,32 @@ GRIDS = {
                 own=("codebook", bits),
             )
             for name, levels, bits in (("ternary", 3, 1.6), ("binary", 2, 1.0))
+        ),
+        *(
+            Grid(
+                name=f"q{bits}_k",
+                label=f"q{bits}_k",
+                bits=(bits,),
+                rounding="llmq.grids.kquants:KQuant",
+                format="ggml",
+                group_sizes=(group,),
+                layout=f"Q{bits}_K",
+                span=256,
+                minima=bits in (2, 4, 5),
+                ragged=ragged,
+            )
+            for bits, group, ragged in K_QUANTS
+        ),
+        *(
+            Grid(
+                name=f"q{bits}_0",
+                label=f"q{bits}_0",
+                bits=(bits,),
+                rounding="llmq.grids.kquants:BlockInteger",
+                format="ggml",
+                group_sizes=(32,),
+            )
+            for bits in (4, 5, 8)
         ),
     )
 }

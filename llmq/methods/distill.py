@@ -109,7 +109,7 @@ class Distill(Method):
 
     def refusal(self, scheme: Scheme) -> str | None:
         """See `Method.refusal`: scales must be able to move."""
-        if scheme.double_quant:
+        if scheme.double_quant or scheme.rules.span:
             return f"it trains scales, and those of {scheme} are quantized themselves and cannot move"
         return None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.grids.base import Quantized, rounding_of
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import FIXED
+from llmq.grids.table import FIXED, GRIDS
 from llmq.methods._correction import HOW
 from llmq.methods.base import Method, Stats
 from llmq.numerics.hqq import check_options, half_quadratic
@@ -39,4 +39,4 @@ class HQQ(Method):
 
     def grids(self) -> tuple[str, ...]:
         """See `Method.grids`."""
-        return FIXED
+        return tuple(name for name in FIXED if not GRIDS[name].span)

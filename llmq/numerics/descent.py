@@ -17,14 +17,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.grids.base import QuantizedWeight
+from llmq.grids.base import QuantizedWeight, Units
 from llmq.numerics.levels import refit
 
 
 def improve(
     q: QuantizedWeight, weight: Tensor, hessian: Tensor, *, sweeps: int, damping: float = 0.01, block_size: int = 128
 ) -> QuantizedWeight:
-    """Lower tr((W − Ŵ) H (W − Ŵ)ᵀ) by changing scales and codes of `q`; zero points are fixed.
+    """Lower tr((W − Ŵ) H (W − Ŵ)ᵀ) by changing scales and codes of `q`; zero points are fixed, but where minima are
+    stored in their place.
 
     weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: damping · mean(diag H) is added to
     its diagonal during the call; sweeps: the number of visits to every group. Returns a new weight, with the same
@@ -55,6 +56,7 @@ class _Descent:
         self.scale = q.scale.to(torch.float32).t().contiguous()
         self.zero = None if q.zero is None else q.zero.to(torch.float32).t().contiguous()
         self.curvature = hessian.diagonal()
+        self.units = self.rounding.units(q)
 
     def run(self, sweeps: int, block_size: int) -> QuantizedWeight:
         """Visit every group `sweeps` times."""
@@ -75,7 +77,12 @@ class _Descent:
                     self._move(part, self._recode(part.start, part.stop, self.gradient[part].clone()))
         self._relevel()
         scale = self.scale.t().to(self.q.scale.dtype).contiguous()
-        return replace(self.q, codes=self._codes(), scale=scale, levels=self.rounding.learned)
+        q = replace(self.q, codes=self._codes(), scale=scale, levels=self.rounding.learned)
+        if self.units is None:
+            return q
+        zero = None if self.zero is None else self.zero.t().contiguous()
+        scale, zero, stored = self.rounding.settle(scale, zero, q.scheme)
+        return replace(q, scale=scale, zero=zero, stored_scale=stored)
 
     def _codes(self) -> Tensor:
         """The current codes [out, in]."""
@@ -98,6 +105,8 @@ class _Descent:
     def _rescale(self, start: int) -> Tensor:
         """Set the best scale, given its codes, of the group that begins at a column; returns the change of Ŵ."""
         group, part = start // self.size, slice(start, start + self.size)
+        if self.units is not None:
+            return self._remultiply(group, part, self.units)
         if self.q.stored_scale is not None or self.rounding.learned is not None:  # fixed; levels have moved
             return torch.zeros_like(self.points[part])
         levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
@@ -111,6 +120,38 @@ class _Descent:
         change = torch.where(fine & (change * (2 * slope - change * bend) > 0), change, 0.0)
         self.scale[group] += change
         return levels * change
+
+    def _remultiply(self, group: int, part: slice, units: Units) -> Tensor:
+        """`_rescale` where scales are whole multiples: the best of three next to the best real number, each with the
+        best multiple for its minimum. Changes of the scale by a and the minimum by −b change Ŵ by a · points + b."""
+        points, hessian, gradient = self.points[part], self.hessian[part, part], self.gradient[part]
+        unit, old = units.scale[:, group], self.scale[group]
+        bends = hessian @ points
+        slope, bend = (points * gradient).sum(0), (points * bends).sum(0)
+        best = slope / bend
+        if units.minimum is not None and self.zero is not None:
+            low, step = self.zero[group] * old, units.minimum[:, group]
+            pull, across, flat = gradient.sum(0), bends.sum(0), hessian.sum()
+            best = (flat * slope - across * pull) / (bend * flat - across.square())
+        best = torch.where(torch.isfinite(best), best, 0.0)
+        most, change, lift = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old)
+        for aside in (0, 1, -1):
+            whole = ((old + best) / unit).round_().add_(aside).clamp_(*units.limits)
+            a = torch.where(whole == 0, aside or 1, whole) * unit - old
+            b = torch.zeros_like(a)
+            gain = a * (2 * slope - a * bend)
+            if units.minimum is not None and self.zero is not None:
+                wanted = (low - (pull - a * across) / flat) / step
+                b = low - wanted.nan_to_num_(0, 0, 0).round_().clamp_(0, units.highest) * step
+                gain = gain + b * (2 * (pull - a * across) - b * flat)
+            better = gain > most
+            most, change, lift = (
+                torch.where(better, new, kept) for new, kept in ((gain, most), (a, change), (b, lift))
+            )
+        self.scale[group] += change
+        if self.zero is not None:
+            self.zero[group] = (low - lift) / self.scale[group]
+        return points * change + lift
 
     def _recode(self, start: int, stop: int, gradient: Tensor) -> Tensor:
         """Set the best code of each column in [start, stop), one after another; returns the change of Ŵ.

@@ -99,7 +99,7 @@ def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
     falling = torch.argsort(diagonal, descending=True, stable=True)
     if act_order == "static" or scheme.group_size is None:
         return falling
-    groups = diagonal.view(-1, scheme.group_size)
+    groups = diagonal.view(-1, scheme.rules.span or scheme.group_size)
     columns = torch.arange(len(diagonal), device=diagonal.device).view_as(groups)
     inside = columns.gather(1, torch.argsort(groups, dim=1, descending=True, stable=True))
     return inside[torch.argsort(groups.sum(1), descending=True, stable=True)].flatten()
@@ -194,6 +194,7 @@ class _Columns:
         self.weight, self.importance, self.scale_dtype = weight, importance, scale_dtype
         rows, self.width = weight.shape
         self.size = scheme.group_size or self.width
+        self.span = scheme.rules.span or self.size
         ordered = weight.t() if order is None else weight.t()[order]
         self.columns = torch.empty(self.width, rows, device=weight.device).copy_(ordered)
         self.rounding = rounding_of(scheme.rules).fitted(
@@ -203,7 +204,8 @@ class _Columns:
         kept = self.rounding.scale_dtype or scale_dtype
         self.scale = torch.empty(rows, self.width // self.size, dtype=kept, device=weight.device)
         self.stored_scale: Any = None
-        self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=torch.int8, device=weight.device)
+        kept = self.rounding.zero_dtype
+        self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=kept, device=weight.device)
         self.ranged = False
 
     def range_all(self) -> None:
@@ -211,7 +213,7 @@ class _Columns:
         scale, self.zero = self.rounding.find_scale(
             self.weight, self.scheme, self.range_method, self._of_inputs(self.importance), self.scale_dtype
         )
-        self.scale, self.stored_scale = self.rounding.settle(scale, self.scheme)
+        self.scale, self.zero, self.stored_scale = self.rounding.settle(scale, self.zero, self.scheme)
         self.ranged = True
 
     def _of_inputs(self, values: Tensor) -> Tensor:
@@ -232,17 +234,17 @@ class _Columns:
             codes.view(torch.uint8).index_copy_(0, self.order, self.codes.view(torch.uint8))
         codes = codes.t().contiguous()
         if not self.ranged:
-            self.scale, self.stored_scale = self.rounding.settle(self.scale, self.scheme)
+            self.scale, self.zero, self.stored_scale = self.rounding.settle(self.scale, self.zero, self.scheme)
         found = QuantizedWeight(codes, self.scale, self.zero, self.scheme, stored_scale=self.stored_scale)
         return replace(found, levels=self.rounding.learned)
 
     def _bounds(self, block_size: int) -> list[int]:
         """The boundaries of blocks; without an order at group boundaries, so that ranges see all earlier updates."""
-        if self.ranged or self.size <= block_size:
-            step = block_size if self.ranged else block_size // self.size * self.size
+        if self.ranged or self.span <= block_size:
+            step = block_size if self.ranged else block_size // self.span * self.span
             return [*range(0, self.width, step), self.width]
-        groups = range(0, self.width, self.size)
-        return [*(group + inside for group in groups for inside in range(0, self.size, block_size)), self.width]
+        groups = range(0, self.width, self.span)
+        return [*(group + inside for group in groups for inside in range(0, self.span, block_size)), self.width]
 
     def _block(self, start: int, stop: int) -> Tensor:
         """Round columns [start, stop) with compensation for those before; returns w − ŵ [stop − start, out]."""
@@ -255,8 +257,8 @@ class _Columns:
         held = -1
         for k, column in enumerate(where):
             group = column // self.size
-            if not self.ranged and (start + k) % self.size == 0:
-                self._range(group, block[k:], start + k)
+            if not self.ranged and (start + k) % self.span == 0:
+                self._range(column // self.span, start + k)
             if group != held:
                 held = group
                 scale = self.scale[:, group].to(torch.float32)
@@ -271,11 +273,19 @@ class _Columns:
         self.codes[start:stop] = rounding.encode(points.t().contiguous(), self.scheme).t()
         return errors
 
-    def _range(self, group: int, block: Tensor, column: int) -> None:
-        """Find the range of the group that begins at `column`, from its compensated weights."""
-        current = self.columns[column : column + self.size].t().contiguous()
-        importance = self.importance[column : column + self.size]
+    def _range(self, number: int, column: int) -> None:
+        """Find the ranges of the groups that are found together, the first of which begins at `column`, from their
+        compensated weights. number: of the inputs that they have."""
+        here = slice(column, column + self.span)
+        # The order of inputs within a group does not matter, that of groups does.
+        columns, importance = self.columns[here], self.importance[here]
+        if self.order is not None and self.span > self.size:
+            place = torch.argsort(self.order[here])
+            columns, importance = columns[place], importance[place]
+        current = columns.t().contiguous()
         scale, zero = self.rounding.find_scale(current, self.scheme, self.range_method, importance, self.scale_dtype)
-        self.scale[:, group] = scale[:, 0]
+        count = self.span // self.size
+        groups = slice(number * count, (number + 1) * count)
+        self.scale[:, groups] = scale
         if self.zero is not None and zero is not None:
-            self.zero[:, group] = zero[:, 0]
+            self.zero[:, groups] = zero

@@ -74,7 +74,7 @@ def half_quadratic(
             _solve(blocks.flatten(1), mine, None, scheme, scale_dtype, *options)
             scale[band] = mine.t()
         return rounded_on(weight, scale, zero, scheme)
-    if rounding.settle(scale, scheme)[1] is not None:
+    if rounding.settle(scale, zero, scheme)[2] is not None:
         return rounded_on(weight, scale, zero, scheme)
     return QuantizedWeight(codes, scale, zero, scheme)
 

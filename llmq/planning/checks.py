@@ -14,6 +14,7 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
@@ -222,5 +223,9 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     schemes = {i.scheme for i in items if i.scheme is not None}
     if found := uneven(items):
         warnings.append(f"{told_uneven(found)}; transformers reads it")
+    for other, span in sorted({(grid.ragged, grid.span) for grid in GRIDS.values() if grid.ragged}):
+        odd = [i for i in items if i.scheme and i.scheme.grid == other and i.shape[1] % span]
+        if odd:
+            warnings.append(f"blocks of {span} inputs do not divide the width of {_name_all(odd)}: rounded as {other}")
     warnings += [loader.sentence for loader in formats.loaders(schemes, bool(apart(items))) if loader.warn]
     return warnings

@@ -18,7 +18,7 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.discovery.reasons import Kind, Reason
 from llmq.discovery.view import View
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.recipe.recipe import Recipe
 
 SMALLEST_GROUP = 16
@@ -153,7 +153,10 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
     if any(matches(pattern, item.name) for pattern in recipe.keep):
         return replace(item, reason=BY_USER)
     rows, width = item.shape
-    group, widths = scheme.step, widths or (width,)
+    widths = widths or (width,)
+    if scheme.rules.ragged and recipe.ragged != "keep" and any(w % scheme.rules.span for w in (width, *widths)):
+        scheme = changed_scheme({"grid": scheme.rules.ragged}, scheme, item.name)
+    group = scheme.rules.span or scheme.step
     ragged = [w for w in (width, *widths) if group and w % group]
     if group and ragged:
         if recipe.ragged == "error" or (one_size(scheme) and recipe.ragged != "keep"):

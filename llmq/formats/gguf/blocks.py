@@ -26,8 +26,12 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.formats.gguf.types import TYPES
+from llmq.formats.gguf import kquants
+from llmq.formats.gguf.types import TYPES, BlockType
 from llmq.grids.base import QuantizedWeight, rounding_of
+from llmq.grids.kquants import KWeight
+from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS
 
 TERNARY = {"TQ1_0": (-1, 1), "TQ2_0": (-1, 1)}
 SYMMETRIC = TERNARY | {"Q2_0": (-1, 2), "Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
@@ -37,8 +41,10 @@ FLOATS = {"MXFP4": 32, "NVFP4": 16}
 """Types of FP4 codes → the values that share a scale."""
 SCALED = ("NVFP4",)
 """Types that have a scale of the whole tensor beside them."""
-ORDER = ("TQ1_0", "TQ2_0", "Q2_0", "MXFP4", "Q4_0", "NVFP4", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""All types that are written, smallest first."""
+K_QUANTS = {grid.layout: grid for grid in GRIDS.values() if grid.layout in TYPES}
+"""Types of two levels of scales → the grids that alone fill them."""
+ORDER = ("TQ1_0", "TQ2_0", "Q2_0", "MXFP4", "Q4_0", "NVFP4", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_QUANTS)
+"""All types that are written, smallest first, but for K-quants, which hold no other's codes."""
 HALF = torch.finfo(torch.float16)
 THREES = (81, 27, 9, 3, 1)
 
@@ -58,8 +64,11 @@ class Span:
     layout: str = ""
 
 
-def span(weight: QuantizedWeight) -> Span:
+def span(weight: QuantizedWeight | KWeight) -> Span:
     """What a weight needs of a type."""
+    if isinstance(weight, KWeight):
+        rules = weight.scheme.rules
+        return Span(weight.codes.shape[1], rules.span, 0, 0, weight.scheme.bits, rules.layout)
     width, layout = weight.codes.shape[1], weight.scheme.rules.layout
     group = width // weight.scale.shape[1]
     if layout:
@@ -84,6 +93,8 @@ def fitting(need: Span) -> list[str]:
 def _holds(name: str, need: Span) -> bool:
     if need.width % TYPES[name].values:
         return False
+    if name in K_QUANTS:
+        return need.layout == name
     if name in FLOATS:
         return need.layout == f"{name.lower()}-pack-quantized" and need.group == FLOATS[name]
     if need.layout or need.group % TYPES[name].values:
@@ -106,12 +117,14 @@ def refusal(need: Span) -> str:
     return f"no GGUF type holds {need.bits} bits with zero points: {again}, or use --symmetric"
 
 
-def pack(name: str, weight: QuantizedWeight) -> Tensor:
+def pack(name: str, weight: QuantizedWeight | KWeight) -> Tensor:
     """The blocks of a weight [out, in] that the type holds: uint8 [out, bytes of a row].
 
     Raises LlmqError if a scale is too large for float16.
     """
     kind, (rows, width) = TYPES[name], weight.codes.shape
+    if isinstance(weight, KWeight):
+        return kquants.pack(weight)
     if name in FLOATS:
         return _pack_floats(name, weight)
     blocks = width // kind.values
@@ -194,8 +207,9 @@ def _pack_floats(name: str, weight: QuantizedWeight) -> Tensor:
     return torch.cat([stored.view(rows, blocks, -1), codes], dim=-1).view(rows, -1)
 
 
-def tensor_scale(weight: QuantizedWeight) -> float:
+def tensor_scale(weight: QuantizedWeight | KWeight) -> float:
     """What a whole tensor of a type in SCALED is multiplied by besides."""
+    assert isinstance(weight, QuantizedWeight)
     return float(1 / weight.stored_scale)
 
 
@@ -219,6 +233,8 @@ def unpack(name: str, blocks: Tensor) -> Tensor:
     kind, rows = TYPES[name], len(blocks)
     if name not in ORDER:
         raise LlmqError(f"llmq does not read GGUF tensors of type {name}")
+    if name in K_QUANTS:
+        return kquants.unpack(blocks, scheme_of(name)).dequantize(torch.float32)
     data = blocks.view(rows, -1, kind.nbytes)
     if name in FLOATS:
         return _unpack_floats(name, data).view(rows, -1)
@@ -237,6 +253,17 @@ def unpack(name: str, blocks: Tensor) -> Tensor:
     found = codes.to(torch.float32)
     made = (found + SYMMETRIC[name][0]) * first if lowest is None else found * first + lowest
     return made.view(rows, -1)
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme whose weights K-quants of a type are."""
+    rules = K_QUANTS[name]
+    return Scheme(rules.bits[0], rules.group_sizes[0], not rules.minima, rules.name)
+
+
+def scales(blocks: Tensor, kind: BlockType) -> Tensor:
+    """The float16 numbers that blocks begin with, uint8 [rows, bytes of a row] → float32 [rows, blocks]."""
+    return _numbers(blocks.view(len(blocks), -1, kind.nbytes)[..., :2]).squeeze(-1)
 
 
 def _numbers(data: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The types of GGUF tensors: their numbers, and the bytes of a block. From llama.cpp's ggml.h and ggml-common.h.
 
-A block has so many values of a row, and the numbers that they share. Types whose blocks only llama.cpp makes (K-quants
-and others) have their sizes here, for `llmq inspect`.
+A block has so many values of a row, and the numbers that they share. Types whose blocks only llama.cpp makes have their
+sizes here, for `llmq inspect`.
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ TYPES = {
         BlockType("Q2_0", 42, 64, 18, 2, file_type=41),
         BlockType("MXFP4", 39, 32, 17, 4, "float", file_type=38),
         BlockType("NVFP4", 40, 64, 36, 4, "float", file_type=39),
+        BlockType("Q2_K", 10, 256, 84, 2, file_type=10),
+        BlockType("Q3_K", 11, 256, 110, 3, file_type=11),
+        BlockType("Q4_K", 12, 256, 144, 4, file_type=14),
+        BlockType("Q5_K", 13, 256, 176, 5, file_type=16),
+        BlockType("Q6_K", 14, 256, 210, 6, file_type=18),
         # Of other tools alone.
-        BlockType("Q2_K", 10, 256, 84, 2),
-        BlockType("Q3_K", 11, 256, 110, 3),
-        BlockType("Q4_K", 12, 256, 144, 4),
-        BlockType("Q5_K", 13, 256, 176, 5),
-        BlockType("Q6_K", 14, 256, 210, 6),
+        BlockType("Q8_1", 9, 32, 36, 8),
+        BlockType("Q8_K", 15, 256, 292, 8),
         BlockType("IQ2_XXS", 16, 256, 66, 2),
         BlockType("IQ2_XS", 17, 256, 74, 2),
         BlockType("IQ3_XXS", 18, 256, 98, 3),

@@ -23,6 +23,8 @@ def test_candidates() -> None:
     )
     assert parse_candidates("fp8,4,4", Scheme(4, 128)) == (Scheme(8, None, grid="fp8"), Scheme(4, 128))
     assert parse_candidates("nf4", Scheme(4, 64)) == (Scheme(4, 64, grid="nf4"),)
+    mixed = parse_candidates("q2_k,q4_k,q6_k", Scheme(4, 32, False, "q4_k"))
+    assert [(one.symmetric, one.group_size) for one in mixed if one] == [(False, 16), (False, 32), (True, 16)]
     rounding = Scheme(8, None, activations=Activations())
     assert parse_candidates("4g128", rounding) == (Scheme(4, 128),)
 

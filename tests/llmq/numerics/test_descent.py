@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight, round_to_grid, rounded_on, rounding_of
+from llmq.grids.kquants import MULTIPLES
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.descent import improve
@@ -60,6 +63,29 @@ def test_scales_stay_those_that_the_grid_can_store(scheme: Scheme) -> None:
     assert torch.equal(rounding.storable(better.scale, torch.float32), better.scale)
     assert scheme.grid == "mxfp4" or not torch.equal(better.scale, q.scale)
     assert bool((losses(weight, better, hessian) <= losses(weight, q, hessian)).all())
+
+
+@pytest.mark.parametrize("scheme", [Scheme(2, 16, False, "q2_k"), Scheme(3, 16, grid="q3_k")], ids=str)
+def test_scales_that_are_multiples_move_to_others(scheme: Scheme) -> None:
+    weight, hessian = problem(1, 512)
+    rounding = rounding_of(scheme.rules)
+    q = rounded_on(weight, *rounding.find_scale(weight, scheme, "minmax", None, torch.bfloat16), scheme)
+    better = improve(q, weight, hessian, sweeps=2, damping=0.0)
+    before, after = (one.stored_scale for one in (q, better))
+    assert torch.equal(after.d, before.d) and not torch.equal(after.whole, before.whole)
+    lowest, highest = MULTIPLES[scheme.bits]
+    assert lowest <= int(after.whole.min()) and int(after.whole.max()) <= highest and bool((after.whole != 0).all())
+    if before.e is not None:
+        assert torch.equal(after.e, before.e) and not torch.equal(after.lowest, before.lowest)
+        assert int(after.lowest.min()) >= 0 and int(after.lowest.max()) <= highest
+    stored = rounding.finish(better, torch.bfloat16).dequantize(torch.float32)
+    assert torch.allclose(stored, better.dequantize(torch.float32), atol=1e-6)
+    assert bool((losses(weight, better, hessian) <= losses(weight, q, hessian)).all())
+    # After gptq, what moves ends below what is fixed.
+    solved = solve(weight, hessian, scheme, act_order="grouped", sweeps=0)
+    fixed = improve(replace(solved, stored_scale=()), weight, hessian, sweeps=2)
+    moved = improve(solved, weight, hessian, sweeps=2)
+    assert float(losses(weight, moved, hessian).sum()) < 0.99 * float(losses(weight, fixed, hessian).sum())
 
 
 def test_it_ends_where_no_single_code_helps() -> None:

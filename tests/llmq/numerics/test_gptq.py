@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight, round_to_grid
+from llmq.grids.base import QuantizedWeight, round_to_grid, rounding_of
 from llmq.grids.ranges import find_range
 from llmq.grids.scheme import Scheme
 from llmq.numerics.gptq import ACT_ORDERS, factorize, solve
@@ -237,3 +237,22 @@ def test_refusals() -> None:
         solve(weight, hessian, Scheme(4, 8), act_order="group")
     with pytest.raises(LlmqError, match=r"needs a Hessian \[32, 32\]"):
         solve(weight, hessian[:16, :16], Scheme(4, 8))
+
+
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
+def test_scales_that_are_found_together_are_those_of_their_own_groups(act_order: str) -> None:
+    scheme = Scheme(4, 32, False, "q4_k")
+    weight, hessian = problem(4, 3, 512, correlated=True)
+    rounding = rounding_of(scheme.rules)
+    q = solve(weight, hessian, scheme, act_order=act_order, range_method="minmax")
+    found, _ = rounding.find_scale(weight, scheme, "minmax", None, torch.float32)
+    heavier = int(hessian.diagonal().view(2, 256).sum(1).argmax()) if act_order == "grouped" else 0
+    first = slice(8 * heavier, 8 * heavier + 8)
+    assert torch.equal(q.scale[:, first], found[:, first])
+    # The others are those of the compensated weights.
+    assert torch.equal(q.scale, found) == (act_order == "static")
+    plain = rounding.round(weight, scheme, torch.float32, "weighted", hessian.diagonal()).dequantize(torch.float32)
+    error = (weight - plain).double()
+    swept = solve(weight, hessian, scheme, act_order=act_order, sweeps=2).dequantize(torch.float32).double() - weight
+    losses = [float(((one @ hessian.double()) * one).sum()) for one in (swept, error)]
+    assert losses[0] < 0.7 * losses[1]

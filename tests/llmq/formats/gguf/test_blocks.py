@@ -133,8 +133,8 @@ def test_scales_that_float16_lacks() -> None:
     large = QuantizedWeight(weight.codes, weight.scale * 2.0**25, None, weight.scheme)
     with pytest.raises(LlmqError, match="too large for float16, as GGUF has them: --keep the weight"):
         pack("Q4_0", large)
-    with pytest.raises(LlmqError, match="does not read GGUF tensors of type Q4_K"):
-        unpack("Q4_K", torch.zeros(1, 144, dtype=torch.uint8))
+    with pytest.raises(LlmqError, match="does not read GGUF tensors of type Q8_K"):
+        unpack("Q8_K", torch.zeros(1, 292, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
