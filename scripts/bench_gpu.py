@@ -32,8 +32,8 @@ def chosen(shape: tuple[int, int], rows: int, kind: dict[str, Any], device: torc
     """
     if device.type != "cuda":
         return {}
+    from llmq_kernels.triton import compile as compiling
     from llmq_kernels.triton import tables
-    from llmq_kernels.triton.compile import compile_launch
     from llmq_kernels.triton.gpu import gpu_of
     from llmq_kernels.triton.variants import product
 
@@ -42,7 +42,7 @@ def chosen(shape: tuple[int, int], rows: int, kind: dict[str, Any], device: torc
     config = tables.choose(gpu, *sizes, kind["asymmetric"], dtype)
     if config.family == "dense":
         return {"config": asdict(config)}
-    made = compile_launch(product(config, *sizes, kind["asymmetric"], dtype, gpu.backend), gpu.target)
+    made = compiling.warm(product(config, *sizes, kind["asymmetric"], dtype, gpu.backend))
     nvidia = gpu.backend == "cuda"
     used = compile_kernels.nvidia(made.asm["cubin"]) if nvidia else compile_kernels.amd(made.asm["amdgcn"])
     return {"config": asdict(config), "registers": used["registers"], "shared": made.metadata.shared}

@@ -103,7 +103,8 @@ def jobs(targets: tuple[str, ...], match: str, sample: bool, half: bool = False)
             yield number
             continue
         constexprs = variant.launch.constexprs
-        kind = f"{kernel_name(variant)} {constexprs.get('BITS')} {constexprs.get('GROUP')}"
+        first = variant.name.partition(" ")[0]
+        kind = f"{first} {kernel_name(variant)} {constexprs.get('BITS')} {constexprs.get('GROUP')}"
         size = constexprs.get("BLOCK_M", 1) * constexprs.get("BLOCK_N", 1)
         best = kept.get((kind, variant.target))
         if best is None or size > best[0]:

@@ -64,7 +64,7 @@ def steps(out: Path) -> dict[str, tuple[Step, ...]]:
     decode = (PYTHON, str(SCRIPTS / "bench_decode.py"), "--random", "8b", "--layers", "4", "--compile")
     first = (
         Step("facts", 15, (PYTHON, WORKER, "facts"), (PYTHON, WORKER, "facts", "--rehearse"), True),
-        Step("right", 90, (PYTHON, WORKER, "right"), (PYTHON, WORKER, "right", "--rehearse"), True),
+        Step("right", 110, (PYTHON, WORKER, "right"), (PYTHON, WORKER, "right", "--rehearse"), True),
         Step("tests", 100, (*pytest, "-n", str(JOBS), "-k", "not sample_of"), (*pytest[:3], *some, *pytest[4:])),
         Step("speed", 150, (*bench, "--shapes", "8192", "--minutes", "2.2", *operators), (*bench, *tiny)),
         Step("host", 60, (PYTHON, WORKER, "host"), (PYTHON, WORKER, "host", "--rehearse")),

@@ -137,6 +137,8 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[tuple[float, Config]]:
     """Microseconds and configuration of every candidate that runs and is right; else as `fastest`."""
+    from triton.errors import TritonError
+
     reason = planes.refusal(device, dtype, bits, out, width, group_size)
     if reason is not None:
         raise ValueError(f"[{out}, {width}] of {bits} bits in groups of {group_size}: {reason}")
@@ -162,8 +164,9 @@ def measure(
                 )
                 continue
             times.append((seconds(x, weights, config, gpu.backend) * 1e6, config))
-        except (RuntimeError, ValueError, TypeError):  # too much shared memory, or a tile that triton cannot compile
-            torch.cuda.synchronize(device)
+        except (TritonError, RuntimeError, ValueError, TypeError):  # it does not fit, or triton cannot compile it
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
     return times
 
 
@@ -243,13 +246,16 @@ def compile_all(launches: Iterable[tuple[Config, int, int, int, int, int, bool, 
 
 
 def _fails(gpu: Gpu, one: tuple[Config, int, int, int, int, int, bool, str]) -> bool:
-    from llmq_kernels.triton.compile import compile_launch
+    from llmq_kernels.triton.compile import compile_launch, warm
     from llmq_kernels.triton.variants import product
 
     config, bits, m, out, width, group_size, zeros, dtype = one
     try:
         launch = product(config, bits, m, out, width, group_size, zeros, getattr(torch, dtype), gpu.backend)
-        compile_launch(launch, gpu.target)
+        if torch.cuda.is_available():
+            warm(launch)
+        else:
+            compile_launch(launch, gpu.target)
     except Exception:  # noqa: BLE001  (a compiler may raise anything; the measurement skips what it cannot compile)
         return True
     return False

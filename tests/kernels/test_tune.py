@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from llmq_kernels import planes, tune
 from llmq_kernels.triton import gpu as gpus
 from llmq_kernels.triton import tables
@@ -77,18 +79,21 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
 
 
 def test_a_configuration_with_wrong_results_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However fast it is; the others are held to the product of the dequantized weight."""
+    """However fast it is, and what does not fit the GPU; the others are held to the dequantized weight's product."""
     gpu = gpus.INTERPRETER
+    unfit = Config("one_row", 8, 1, 8, warps=1)
     right, wrong = Config("one_row", 4, 1, 8, warps=1), Config("one_row", 2, 1, 8, warps=1)
     real, fast = planes.run, {right: 2.0, wrong: 1.0, Config("dense"): 3.0}
 
     def run(*arguments: Any) -> torch.Tensor:
+        if arguments[3] == unfit:
+            raise OutOfResources(300000, 232448, "shared memory")
         return real(*arguments) * (1.5 if arguments[3] == wrong else 1)
 
     monkeypatch.setattr(planes, "run", run)
     monkeypatch.setattr(planes, "refusal", lambda *_: None)
     monkeypatch.setattr(tune, "BEYOND_CACHE", 1)
-    monkeypatch.setattr(tune, "candidates", lambda *_: iter(fast))
+    monkeypatch.setattr(tune, "candidates", lambda *_: iter([unfit, *fast]))
     monkeypatch.setattr(tune, "seconds", lambda *arguments: fast[arguments[2]])
     with pytest.warns(UserWarning, match=r"wrong results on interpreter \(relative error 0\.5\).*block_n=2"):
         microseconds, config = tune.fastest(gpu, torch.device("cpu"), 4, 1, 32, 256, 128)

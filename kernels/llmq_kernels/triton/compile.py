@@ -1,4 +1,4 @@
-"""Compiles a launch for a GPU that need not be there: what the launcher would compile, so its cache has it then."""
+"""Compiles a launch without launching it: for a GPU that is not here, or into the cache of the one that is."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def compile_launch(made: Launch, target: str) -> Any:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=gpu, options=dict(made.options))
+
+
+def warm(made: Launch) -> Any:
+    """Compile for the current GPU what its launcher will look for in Triton's cache; tensors may be on the meta device.
+
+    `compile_launch` makes the same code, but under another name. Raises what Triton raises.
+    """
+    return made.kernel.warmup(*made.arguments, grid=made.grid, **made.constexprs, **made.options)
 
 
 def type_of(value: Any) -> str | None:

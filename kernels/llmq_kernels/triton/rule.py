@@ -31,10 +31,12 @@ def rule(
     if m == 1 and (bits == 8 or not gpu.wide):
         return _one_row(gpu, bits, group_size)
     # With more than four groups per tile, a fused product of many rows spills. With 2 and 3 bits a tile has so many
-    # dots that tensor memory may not hold their sums: Triton then compiles to a trap.
+    # dots that tensor memory may not hold their sums: Triton then compiles to a trap. With 3 bits, only Hopper's
+    # registers hold them.
     run = run_length(bits, group_size, in_features)[1]
     short = TILE[bits] > 4 * 32 * run
-    refused = gpu.backend != "hip" and (short or bits in (2, 3) and gpu.tensor_memory)
+    crowded = bits in (2, 3) and gpu.tensor_memory or bits == 3 and gpu.target != "cuda:90"
+    refused = gpu.backend != "hip" and (short or crowded)
     hopper = bits == 4 and gpu.target == "cuda:90"
     few = 32 if refused or bits == 4 and group_size >= 64 and not hopper else 16 if bits in (4, 8) else 8
     few = min(few, 16) if codebook else few
