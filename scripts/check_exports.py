@@ -39,7 +39,7 @@ from llmq.export.gguf import Exported, export_gguf, write_dense
 from llmq.export.rewrite import rewrite
 from llmq.export.rows import RowIndex
 from llmq.formats.gguf import file
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.recipe import presets
 from llmq.recipe.recipe import Calibration, Recipe
 
@@ -68,6 +68,8 @@ CASES: list[tuple[str, Scheme, dict[str, Any]]] = [
     ("llama", Scheme(2, 256, grid="ternary"), {"prefer": "tq2_0"}),
     ("llama", Scheme(4, 32, grid="mxfp4"), {}),
     ("llama", Scheme(4, 16, grid="nvfp4"), {}),
+    *(("llama", changed_scheme({"grid": f"q{bits}_k"}, FOUR, ""), {}) for bits in (2, 3, 4, 5, 6)),
+    ("demo", changed_scheme({"grid": "q4_k"}, FOUR, ""), {}),
     ("llama", FOUR, {"embedding": "q8_0"}),
 ]
 MLX_CASES: list[tuple[str, Scheme, dict[str, Any]]] = [
