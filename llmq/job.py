@@ -109,7 +109,7 @@ def _made(
     made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored)
     # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
     section = config(made)["quantization_config"]
-    if made.cache is not None:
+    if made.cache is not None and not made.served:
         models = [made.model, *([] if made.named is None else [made.named.model])]
         made.cache = check_stock(made.cache, made.recipe, models, section)
     check_named_class(made, section)

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -122,10 +123,16 @@ def perform(step: Step, out: Path, rehearse: bool) -> tuple[str, float]:
     with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         try:
             limit = 600 if rehearse else step.seconds
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit)
+            # A session of its own, so that what it has started ends with it, and is not timed beside the next step.
+            running = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            code = running.wait(timeout=limit)
         except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
             return f"stopped after {limit} s", time.monotonic() - began
-    state = "ok" if done.returncode == 0 else f"failed ({done.returncode}): {last_line(out / f'{step.name}.log')}"
+    state = "ok" if code == 0 else f"failed ({code}): {last_line(out / f'{step.name}.log')}"
     return state, time.monotonic() - began
 
 

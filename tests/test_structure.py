@@ -64,7 +64,7 @@ GROUPS = (
     {"checkpoint", "discovery", "grids"},
     {"recipe", "numerics", "formats", "block"},
     {"data", "methods", "inference"},
-    {"planning", "training", "export"},
+    {"planning", "training"},
     {"report"},
     {"streaming", "push", "export"},
     {"allocation"},

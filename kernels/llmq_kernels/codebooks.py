@@ -20,7 +20,7 @@ from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 def refusal(device: torch.device, dtype: torch.dtype, in_features: int, block_size: int) -> str | None:
     """Why the Triton kernels do not support such a weight, or None. block_size: of values that share a magnitude."""
-    if block_size < in_features and in_features % block_size:
+    if in_features % block_size:
         return f"blocks of {block_size} do not divide rows of {in_features}"
     return planes.refusal(device, dtype, 4, 1, in_features, block_size)
 

@@ -47,13 +47,18 @@ def refusal(
     device: torch.device, dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> str | None:
     """Why the Triton kernels do not support such a weight, or None."""
+    return unsupported(dtype, bits, in_features, group_size) or triton_refusal(device)
+
+
+def unsupported(dtype: torch.dtype, bits: int, in_features: int, group_size: int) -> str | None:
+    """The same on any device."""
     if dtype not in HALF:
         return f"inputs must be bfloat16 or float16, not {dtype}"
     if bits not in TILE:
         return f"codes must have 2, 3, 4 or 8 bits, not {bits}"
     if group_size < 1 or (group_size % 32 and group_size < in_features):
         return f"groups must be multiples of 32 or whole rows, not {group_size} of {in_features}"
-    return triton_refusal(device)
+    return None
 
 
 def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
@@ -130,15 +135,18 @@ Run = Callable[[Tensor, PackedInt, Tensor | None], Tensor]
 _PREPARED: dict[tuple[object, ...], Run] = {}
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a product with x needs none of what a torch operator adds: gradients, tracing, modes, transforms.
+def direct(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a product with x, to which a bias is added, needs none of what a torch operator adds: gradients, tracing,
+    modes, transforms.
 
     Dispatching an operator of eleven arguments takes longer than all else that a product does before its launch.
     """
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
         or type(x) is not Tensor
-        or x.requires_grad
+        or (x.requires_grad or (bias is not None and bias.requires_grad))
         and torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

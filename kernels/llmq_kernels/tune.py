@@ -76,6 +76,11 @@ def tune(
         measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
     kind = getattr(torch, dtype)
     products = [(shape, b, g, m) for shape in shapes for b in bits for g in group_sizes for m in rows]
+    for (_, width), b, g, m in products:
+        if why := planes.unsupported(kind, b, width, g):
+            raise ValueError(why)
+        if not tables.bucket(m):
+            raise ValueError(f"{m} rows: tables end at {tables.BUCKETS[-1]}, above which the dense product is taken")
     named = [
         (one, tables.key(one[1], tables.bucket(one[3]), *one[0], one[2], zeros, kind))
         for one in products

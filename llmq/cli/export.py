@@ -128,6 +128,8 @@ def _show_folder(done: Rewritten) -> None:
     lines.append(f"{done.path}: {done.nbytes / 2**20:.1f} MiB, read back and compared: {worst}")
     for line in lines:
         out_console.print(escape(line), highlight=False, soft_wrap=True)
+    for warning in done.warnings:
+        out_console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def _show(done: Exported) -> None:

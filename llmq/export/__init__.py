@@ -1,1 +1,1 @@
-"""Finished folders in the formats of other programs: llama.cpp (GGUF), Apple's MLX, and older runtimes (GPTQ, AWQ)."""
+"""Finished folders in the formats of other programs: GGUF, MLX, GPTQ, AWQ, or dense."""

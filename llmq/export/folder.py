@@ -13,7 +13,9 @@ from llmq.checkpoint.source import FolderSource
 from llmq.errors import LlmqError
 from llmq.formats import codebook, compressed_tensors, ggml
 from llmq.formats.compressed_tensors.inspect import scheme_of
+from llmq.formats.dequantized import cache_scales, unquantized
 from llmq.formats.inspection import section_of
+from llmq.formats.stacks import unmarked
 from llmq.grids.base import QuantizedWeight
 from llmq.grids.kquants import KWeight
 from llmq.grids.scheme import Scheme
@@ -28,6 +30,8 @@ PARTS = (
 )
 """Suffixes of the tensors of a weight."""
 METHOD = "compressed-tensors"
+INPUTS = "the folder says that inputs are rounded, too: that is not exported, only its weights are"
+CACHE = "the folder has scales of keys and values: they are not exported"
 AGAIN = "quantize the model again with llmq (an integer grid, or --grid mxfp4), and export that folder"
 
 
@@ -45,7 +49,13 @@ class QuantizedFolder:
         if method is None:
             raise LlmqError(f"{path} is not quantized: give a folder that llmq quantize wrote")
         if method != METHOD or self.section.get("format") == codebook.FORMAT:
-            raise LlmqError(f"{path} is in the format of {method}, which llmq cannot export: {AGAIN}")
+            told = self.section["format"] if method == METHOD else method
+            raise LlmqError(f"{path} is in the format of {told}: export it --to dense, or {AGAIN}")
+        if not ggml.dequantizes(method, self.section) and unmarked(self.section)[1]:
+            raise LlmqError(
+                f"{path} has experts packed one by one where its model has one tensor for all, which no other tool "
+                "reads: llmq.load runs it; to export, quantize without --loader llmq"
+            )
         names = set(self.source.names())
         stems = {name.removesuffix(f".{SCALE}") for name in names if name.endswith(f".{SCALE}")}
         stems |= {name.removesuffix(f".{ggml.BLOCKS}") for name in names if name.endswith(f".{ggml.BLOCKS}")}
@@ -58,6 +68,12 @@ class QuantizedFolder:
         if not self.weights:
             raise LlmqError(f"{path}: config.json names {method}, but no weight has scales: download it again")
         taken = {stored for name in self.weights for stored in self._parts[name].values()}
+        # Other programs round keys and values in their own ways.
+        cached = cache_scales(self.source)
+        taken |= set(cached)
+        self.warnings = [CACHE] if cached else []
+        if any(group.get("input_activations") for group in (self.section.get("config_groups") or {}).values()):
+            self.warnings.append(INPUTS)
         self.others = [name for name in self.source.names() if name not in taken]
         told = ggml.schemes_of(self.section) if ggml.dequantizes(method, self.section) else {}
         self._schemes = {name: told.get(name.removesuffix(".weight")) or self._scheme(name) for name in self.weights}
@@ -66,7 +82,7 @@ class QuantizedFolder:
     @property
     def config(self) -> dict[str, Any]:
         """config.json without what says how the weights are stored."""
-        return {key: value for key, value in self.source.config.items() if key != "quantization_config"}
+        return unquantized(self.source.config)
 
     @property
     def config_text(self) -> str:

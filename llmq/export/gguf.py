@@ -113,6 +113,8 @@ def export_gguf(
     if prefer is not None and prefer.upper() not in blocks.ORDER:
         raise LlmqError(f"--prefer {prefer}: choose from {', '.join(name.lower() for name in blocks.ORDER)}")
     check_choice("--embedding", embedding, EMBEDDINGS)
+    if out.is_file() and not file.is_gguf(out):
+        raise LlmqError(f"-o {out} is there already, and is no GGUF file: give another name")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise LlmqError(f"-o {out}: give the path of a file, as in model.gguf, in a folder that exists")
     script = converter.find(llama_cpp)
@@ -147,7 +149,8 @@ def export_gguf(
     used = {weight for one in planned if one.found is not None for weight in one.found.weights.tolist()}
     left = [weight for at, weight in enumerate(folder.weights) if at not in used]
     changed = [weight for weight in left if not _twin(folder, weight, index, used)]
-    warnings = [CHANGED.format(", ".join(changed))] if changed else []
+    warnings = list(folder.warnings)
+    warnings += [CHANGED.format(", ".join(changed))] if changed else []
     warnings += [SPLIT.format(name)] if named else []
     return Exported(out, out.stat().st_size, tuple(rows), tuple(warnings))
 

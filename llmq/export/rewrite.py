@@ -33,13 +33,15 @@ FAR = 2.0**-7
 @dataclass(frozen=True)
 class Rewritten:
     """A written folder. schemes: what its configuration says of weights, in words → how many; dense: the matrices that
-    are not quantized; worst: the largest difference of a weight to the folder's, relative to its largest number."""
+    are not quantized; worst: the largest difference of a weight to the folder's, relative to its largest number;
+    warnings: what of the folder is not exported."""
 
     path: Path
     nbytes: int
     schemes: dict[str, int]
     dense: tuple[str, ...]
     worst: float
+    warnings: tuple[str, ...]
 
 
 def rewrite(path: Path, out: Path, to: str, trust_remote_code: bool = False) -> Rewritten:
@@ -54,7 +56,11 @@ def rewrite(path: Path, out: Path, to: str, trust_remote_code: bool = False) -> 
         raise LlmqError(f"-o {out} is there already: give the name of a new folder")
     if not out.parent.is_dir():
         raise LlmqError(f"-o {out}: there is no folder {out.parent}")
-    joined = [line.name for line in inspect_folder(path).lines if isinstance(line, Alike)]
+    joined = [
+        line.name
+        for line in inspect_folder(path).lines
+        if isinstance(line, Alike) and any(row.bits for row in line.rows)
+    ]
     if joined:
         raise LlmqError(
             f"{path}: programs for {target.name} join the experts of {joined[0]} while they load them, and leave out "
@@ -73,7 +79,7 @@ def rewrite(path: Path, out: Path, to: str, trust_remote_code: bool = False) -> 
     words = Counter(" ".join(f"{key} {value}" for key, value in one.items()) for one in told.values())
     dense = tuple(name for name in folder.others if len(folder.source.info(name).shape) > 1)
     size = sum(file.stat().st_size for file in out.iterdir())
-    return Rewritten(out, size, dict(words.most_common()), dense, worst)
+    return Rewritten(out, size, dict(words.most_common()), dense, worst, tuple(folder.warnings))
 
 
 def _write(folder: QuantizedFolder, out: Path, target: Target) -> dict[str, Told]:

@@ -75,7 +75,7 @@ def _gptq_config(folder: QuantizedFolder, told: Mapping[str, Told]) -> dict[str,
         "desc_act": False,
         "true_sequential": True,
         "damp_percent": 0.05,
-        "lm_head": False,
+        "lm_head": bool(_outside(told)),
         "checkpoint_format": "gptq",
         # gptqmodel's and vLLM's list of modules that are not quantized.
         "dynamic": {f"-:{re.escape(module)}$": {} for module in _plain(folder)},
@@ -85,6 +85,11 @@ def _gptq_config(folder: QuantizedFolder, told: Mapping[str, Told]) -> dict[str,
 
 def _awq_config(folder: QuantizedFolder, told: Mapping[str, Told]) -> dict[str, Any]:
     bits, group, _ = _one(folder, told, "AWQ")
+    if outside := _outside(told):
+        raise LlmqError(
+            f"{folder.path}: loaders of AWQ leave what is outside the decoder's blocks unquantized, as {outside[0]}: "
+            "export to mlx or gguf, or quantize without --include"
+        )
     section = {
         "quant_method": "awq",
         "bits": bits,
@@ -97,16 +102,17 @@ def _awq_config(folder: QuantizedFolder, told: Mapping[str, Told]) -> dict[str, 
 
 
 def _plain(folder: QuantizedFolder) -> list[str]:
-    """Matrices that are not quantized inside the parents of some that are: without the embeddings, which loaders of
-    these formats leave alone."""
-    parents = {name.removesuffix(".weight").rpartition(".")[0] for name in folder.weights}
+    """The modules whose matrix is not quantized: what is not in such a list, loaders take for quantized."""
     return [
         module
         for name in folder.others
-        if (module := name.removesuffix(".weight")) != name
-        and len(folder.source.info(name).shape) == 2
-        and module.rpartition(".")[0] in parents
+        if (module := name.removesuffix(".weight")) != name and len(folder.source.info(name).shape) == 2
     ]
+
+
+def _outside(told: Mapping[str, Told]) -> list[str]:
+    """The quantized weights that are in no numbered list of blocks, such as that of the output embedding."""
+    return [name for name in told if not re.search(r"\.\d+\.", name)]
 
 
 def _of_kernels(weight: IntWeight) -> Tensor:

@@ -27,6 +27,7 @@ from llmq.formats.inspection import section_of
 
 SECTIONS = ("quantization_config", "compression_config", "quantization")
 DENSE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHED = ("k_scale", "v_scale")
 CHUNK = 1 << 22
 """The most numbers that are dequantized at a time, so that a float32 copy of a whole weight is never made."""
 
@@ -56,10 +57,10 @@ class Dequantized(Wrapped):
     def __init__(self, base: Source, method: str, coded: list[Coded], dtype: torch.dtype) -> None:
         super().__init__(base)
         self.dtype = dtype
-        self.config = _unquantized(base.config)
+        self.config = unquantized(base.config)
         self.coded = {weight.name: weight for weight in coded}
         codes = {weight.parts[0]: weight.name for weight in coded}
-        dropped = list(dict.fromkeys(name for weight in coded for name in weight.dropped))
+        dropped = list(dict.fromkeys([*(name for weight in coded for name in weight.dropped), *cache_scales(base)]))
         hidden = {name for weight in coded for name in weight.parts[1:]} | set(dropped)
         # A weight stands where its codes do.
         self._names = [codes.get(name, name) for name in base.names() if name not in hidden]
@@ -139,10 +140,19 @@ def _format(method: str | None, section: Mapping[str, Any]) -> Any:
     return next((known for known in formats.having("dequantizes") if known.dequantizes(method, section)), None)
 
 
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+def cache_scales(source: Source) -> list[str]:
+    """The scales of the keys and values of a folder whose config.json says that they are rounded."""
+    parts = (source.config, *(value for value in source.config.values() if isinstance(value, Mapping)))
+    sections = [part.get(name) for part in parts for name in SECTIONS]
+    if not any(isinstance(section, Mapping) and section.get("kv_cache_scheme") for section in sections):
+        return []
+    return [name for name in source.names() if name.rpartition(".")[2] in CACHED]
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without its quantization section, which may be that of a model inside it."""
     kept = {key: value for key, value in config.items() if key not in SECTIONS}
-    return {key: _unquantized(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {key: unquantized(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:

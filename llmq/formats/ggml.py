@@ -103,6 +103,11 @@ def title(schemes: Collection[Scheme]) -> str:
     return "llama.cpp's blocks"
 
 
+def refuse_experts(scheme: Scheme) -> str | None:
+    """See `Format`: experts that are stored one by one are read as any weight."""
+    return None
+
+
 def loaders(schemes: Collection[Scheme]) -> list[Loader]:
     """See `Format.loaders`."""
     sentence = (
@@ -116,10 +121,11 @@ def schemes_of(section: Mapping[str, Any]) -> dict[str, Scheme]:
     """Module → its scheme, by config.json. Raises LlmqError for a grid that is not known."""
     found: dict[str, Scheme] = {}
     for group in (section.get("config_groups") or {}).values():
-        name = str(group["weights"]["grid"])
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        name = str(weights.get("grid")) if isinstance(weights, Mapping) else "nothing"
         if name not in GRIDS or GRIDS[name].format != __name__.rpartition(".")[2]:
             raise LlmqError(f"config.json: weights are {name!r}, which this llmq does not know in {FORMAT} folders")
-        found |= dict.fromkeys(group["targets"], changed_scheme({"grid": name}, Scheme(), "config.json"))
+        found |= dict.fromkeys(group.get("targets") or (), changed_scheme({"grid": name}, Scheme(), "config.json"))
     return found
 
 

@@ -141,7 +141,7 @@ class IntLinear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
         x = x if self.order is None else x.index_select(-1, self.order)
-        if self.layout == "planes" and planes.direct(x):
+        if self.layout == "planes" and planes.direct(x, self.bias):
             return planes_linear(x, self._packed(), self.bias)
         y: Tensor = torch.ops.llmq.int_linear(
             x, self.qweight, self.scale, self.zero, self.bias, *self.sizes(), self.layout
@@ -152,7 +152,7 @@ class IntLinear(QuantLinear):
         """The weight as one value, made again when a buffer was replaced."""
         buffers, held = self._buffers, self._held
         packed, scale = buffers["qweight"], buffers["scale"]
-        if held is None or held.packed is not packed or held.scale is not scale:
+        if held is None or held.packed is not packed or held.scale is not scale or held.zero is not buffers["zero"]:
             held = self._held = PackedInt(self.qweight, self.scale, self.zero, *self.sizes())
         return held
 
@@ -207,8 +207,13 @@ class CodebookLinear(QuantLinear):
         """On a GPU, stored blocks become what the kernels of integers read, where blocks divide rows."""
         super().settle()
         device = self.qweight.device
-        if self.layout == "blocks" and codebooks.usable(device, self.dtype, self.in_features, self.block_size):
+        if self.layout != "blocks" or device.type in ("cpu", "meta"):
+            return
+        if codebooks.usable(device, self.dtype, self.in_features, self.block_size):
             self.look_up()
+        elif triton_refusal(device) is None:
+            why = codebooks.refusal(device, self.dtype, self.in_features, self.block_size)
+            self.notes = {"planes": why} if why else {}
 
     def look_up(self) -> None:
         """Pack for the kernels of integers, which look codes up."""
@@ -365,7 +370,7 @@ def look_up(layer: Any, x: Tensor) -> Tensor:
     buffers, sizes = layer._buffers, (layer.out_features, layer.in_features)
     weight = buffers["qweight"], buffers["scale"], buffers["codebook"], buffers["tables"]
     group = -(-layer.in_features // weight[1].shape[0])
-    if planes.direct(x):
+    if planes.direct(x, layer.bias):
         packed, scale, *table = weight
         return planes_linear(x, PackedInt(packed, scale, None, 4, *sizes, group, *table), layer.bias)
     y: Tensor = torch.ops.llmq.codebook_linear(x, *weight, layer.bias, *sizes, group)

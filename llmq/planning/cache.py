@@ -36,12 +36,12 @@ class KeysPlan:
 @dataclass(frozen=True)
 class CachePlan:
     """cache: how keys and values are rounded; modules: that keep them, in order; without: the paths of blocks that keep
-    none; stock: how many of the modules stock transformers rounds too."""
+    none; stock: how many of the modules stock transformers rounds too, None if it was not asked."""
 
     cache: Cache
     modules: tuple[KeysPlan, ...]
     without: tuple[str, ...] = ()
-    stock: int = 0
+    stock: int | None = None
 
     def of(self, block: int) -> list[KeysPlan]:
         """The modules of a block."""
@@ -59,11 +59,16 @@ class CachePlan:
     def loader(self) -> Loader:
         """What is known of the tools that may read the folder, of its cache."""
         where = f"keys and values of {len(self.modules)} layers in {self.cache.told}"
-        own = f"stock transformers computes with them rounded in {self.stock} of these layers, and saves no memory"
+        own = "stock transformers was not asked"
+        if self.stock is not None:
+            own = f"stock transformers computes with them rounded in {self.stock} of these layers, and saves no memory"
         if self.cache.grid == "int":
             return Loader(f"{where}: not for vLLM, which has no int8 cache with stored scales; {own}", warn=True)
         served = formats.vllm.cache_told(self.cache)
-        return Loader(f"{where}: {served}; {own}; llmq.load keeps them as they are", tried=not self.cache.heads)
+        return Loader(
+            f"{where}: {served}; {own}; llmq.load keeps them as they are where it runs the weights",
+            tried=not self.cache.heads,
+        )
 
 
 def check_cache(recipe: Recipe, items: Sequence[WeightPlan]) -> None:
@@ -75,12 +80,12 @@ def check_cache(recipe: Recipe, items: Sequence[WeightPlan]) -> None:
     told = formats.cache_refusal({item.scheme for item in items if item.scheme is not None})
     if told is not None:
         raise LlmqError(f"--kv-cache {recipe.kv_cache}: {told}")
-    if recipe.cache.grid == "int" and recipe.loader == "any":
+    if recipe.cache.grid == "int" and recipe.loader in ("any", "vllm"):
         raise LlmqError(
             f"--kv-cache {recipe.kv_cache}: vLLM refuses a folder with stored scales for an int8 cache. Ways out: "
             f"--kv-cache {str(recipe.cache).replace('int8', 'fp8')}; no --kv-cache, and vLLM's own option "
-            "--kv-cache-dtype int8_per_token_head, which needs no scales; or --loader transformers, for a folder that "
-            "vLLM is not to load"
+            "--kv-cache-dtype int8_per_token_head, which needs no scales; or --loader transformers (or llmq), for "
+            "a folder that vLLM is not to load"
         )
 
 

@@ -139,7 +139,8 @@ class Plan:
         if self.stacked:
             return [ALONE]
         if self.served:
-            return [served.loader(self.schemes), formats.vllm.loader(self.schemes)]
+            found = [served.loader(self.schemes), formats.vllm.loader(self.schemes)]
+            return found if self.cache is None else [*found, self.cache.loader]
         if not self.blocks:
             dense = loads_dense(self.model, self.weights, self.dtype)
             return [DENSE] if dense else formats.of(next(iter(self.schemes))).loaders(self.schemes)

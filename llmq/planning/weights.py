@@ -163,7 +163,7 @@ def schemed(item: WeightPlan, recipe: Recipe, dtype: torch.dtype, widths: Sequen
             return replace(item, scheme=scheme)
         if recipe.ragged == "keep":
             whose = f"its width {width}" if ragged[0] == width else f"the width {ragged[0]} of others of its expert"
-            sentence = f"group size {group} does not divide {whose}"
+            sentence = f"{'block' if scheme.rules.span else 'group'} size {group} does not divide {whose}"
             return replace(item, reason=Reason(Kind.INDIVISIBLE, sentence))
         scheme = replace(scheme, group_size=_smaller(gcd(*widths), group) if recipe.ragged == "smaller" else None)
     return replace(item, scheme=scheme, after=stored_bytes((rows, width), scheme, dtype))

@@ -113,7 +113,21 @@ def test_what_bitsandbytes_stores(nested: bool) -> None:
         made = planes.dequantize(codebooks.of_blocks(stored), torch.bfloat16).cpu()
         assert torch.equal(made, functional.dequantize_4bit(packed, state).to(torch.bfloat16))
     assert "do not divide" in str(codebooks.refusal(DEVICE, torch.bfloat16, 96, 64))
+    assert "do not divide" in str(codebooks.refusal(DEVICE, torch.bfloat16, 32, 64))
     assert codebooks.refusal(DEVICE, torch.bfloat16, 192, 64) is None
+
+
+def test_what_needs_the_operator() -> None:
+    x, bias = torch.zeros(1, 4), torch.zeros(4, requires_grad=True)
+    assert planes.direct(x) and planes.direct(x, bias.detach())
+    assert not planes.direct(x, bias) and not planes.direct(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert planes.direct(x, bias)
+    with torch.autograd.forward_ad.dual_level():
+        assert not planes.direct(torch.autograd.forward_ad.make_dual(x, x))
+    seen = []
+    torch.jit.trace(lambda one: seen.append(planes.direct(one)) or one + 1, (x,), check_trace=False)
+    assert seen == [False]
 
 
 def test_levels_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmq_kernels import int4pack, layouts, nf4_cpu, ops, products, reference
+from llmq_kernels import codebooks, int4pack, layouts, nf4_cpu, ops, products, reference
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.weights import PackedCodebook, PackedInt
 from tests.kernels.weights import plain
@@ -113,13 +113,15 @@ def test_codebooks(processor: Flushing) -> None:
     check(processor, lambda grad: ops.nf4_linear_grad(grad, *weight, *sizes), dense.t(), (1, 5))
 
 
-def test_codebooks_beyond_the_fused_kernel(processor: Flushing) -> None:
+def test_codebooks_beyond_the_fused_kernel(processor: Flushing, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available() or triton_refusal(torch.device("cpu")) is not None:
         pytest.skip("Triton is not interpreted here")
-    from llmq_kernels.triton import nf4
+    from llmq_kernels.triton import config, tables
 
+    monkeypatch.setattr(tables, "choose", lambda *_: config.Config("dense"))
     weight, dense = codebook()
-    check(processor, lambda x: nf4.linear(x, PackedCodebook(*weight, OUT, WIDTH, 64), None), dense, (nf4.FUSED + 1,))
+    packed = codebooks.of_blocks(PackedCodebook(*weight, OUT, WIDTH, 64))
+    check(processor, lambda x: ops.planes_linear(x, packed, None), dense, (1, 5, 60))
 
 
 def test_the_gradient_of_8_bits(processor: Flushing) -> None:

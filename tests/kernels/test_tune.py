@@ -75,6 +75,9 @@ def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.Mon
     assert {one[2] for one in compiled[0]} == {1, 2, 4} and {one[2] for one in compiled[1]} == {2, 4}
     assert path == tables.user_table(gpu.name)
     assert tables.choose(gpu, 4, 3, 256, 512, 128, False, torch.bfloat16) == best
+    for wrong, told in (({"bits": [5]}, "not 5"), ({"group_sizes": [48]}, "not 48"), ({"rows": [2048]}, "end at 1024")):
+        with pytest.raises(ValueError, match=told):
+            tune.tune([(256, 512)], **wrong)  # type: ignore[arg-type]
     tables.table.cache_clear()
 
 

@@ -71,8 +71,10 @@ class Repeated:
             return
         if self.compiled is None:
             made = make()
-            self.compiled = start(made)
+            compiled = start(made)
             self.rest = (*made.arguments[len(tensors) + 1 :], *made.rest)
+            # Last: another thread may launch from here on.
+            self.compiled = compiled
             return
         run = self.runs[number] = self.compiled[grid]
         run(*tensors, number, *self.rest)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError, first_line
+from llmq.grids.base import storable
 from llmq.grids.cache import Cache
 
 KEY, VALUE = "k_scale", "v_scale"
@@ -27,10 +28,10 @@ def scale_shape(cache: Cache, heads: int) -> tuple[int, ...]:
 
 
 def stored(module: str, cache: Cache, keys: Tensor, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a module: name → scale. keys, values: a scale for each head, or one, float32."""
+    """The tensors of a module: name → scale, never 0. keys, values: a scale for each head, or one, float32."""
     parts = {KEY: keys, VALUE: values}
     return {
-        f"{module}.{name}": scale.reshape(scale_shape(cache, scale.numel())).to("cpu", dtype)
+        f"{module}.{name}": storable(scale, dtype).reshape(scale_shape(cache, scale.numel())).to("cpu", dtype)
         for name, scale in parts.items()
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ import llmq
 from llmq.checkpoint.sink import Sink
 from llmq.errors import LlmqError
 from llmq.export.dense import export_dense
+from llmq.export.folder import QuantizedFolder
 from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Recipe
 from tests.llmq.blocks import apart
+from tests.llmq.grids.peers import known_to_compressed_tensors
 from tests.llmq.refusal import refused
 
 IDS = torch.arange(24).view(2, 12)
@@ -49,8 +52,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
     return {dtype: made / str(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
-def quantized(source: Path, out: Path, scheme: Scheme) -> Path:
-    llmq.quantize(str(source), out, Recipe(methods=("rtn",), scheme=scheme), ids=IDS)
+def quantized(source: Path, out: Path, scheme: Scheme, **more: Any) -> Path:
+    llmq.quantize(str(source), out, Recipe(methods=("rtn",), scheme=scheme, **more), ids=IDS)
     return out
 
 
@@ -64,6 +67,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 def test_stock_gives_the_logits_of_the_quantized_folder(
     scheme: Scheme, sources: dict[torch.dtype, Path], tmp_path: Path
 ) -> None:
+    known_to_compressed_tensors(scheme)
     # Folders that stock transformers reads for llmq.load are read in bfloat16.
     dtype = torch.bfloat16 if scheme.rules.layout else torch.float32
     out = quantized(sources[dtype], tmp_path / "out", scheme)
@@ -107,6 +111,15 @@ def test_a_killed_export_resumes(
         for name in ("whole", "broken")
     )
     assert len(one) > 4 and one == other
+
+
+def test_scales_of_a_rounded_cache_are_left_out(sources: dict[torch.dtype, Path], tmp_path: Path) -> None:
+    out = quantized(sources[torch.float32], tmp_path / "out", Scheme(4, 32), kv_cache="fp8")
+    export_dense(str(out), tmp_path / "dense")
+    for folder, count in ((out, 2), (tmp_path / "dense", 0)):
+        names = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+        assert sum(name.endswith((".k_scale", ".v_scale")) for name in names) == count
+    assert not any("_scale" in name and "self_attn.k_s" in name for name in QuantizedFolder(out).others)
 
 
 def test_what_is_not_exported(sources: dict[torch.dtype, Path], tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_parts_of_two_schemes_get_a_type_that_holds_both(quantized: Quantize, co
         (Scheme(4, 16), "groups of 16 are no multiple of 32, as GGUF's blocks need: quantize again with --recipe gguf"),
         (Scheme(8, 32, False), "no GGUF type holds 8 bits with zero points"),
         (Scheme(grid="fp8", bits=8, group_size=None), "is float8_e4m3fn with scales, which llmq cannot export"),
-        (Scheme(grid="kmeans", group_size=None), "is in the format of compressed-tensors, which llmq cannot export"),
-        (Scheme(grid="nf4", group_size=64), "is in the format of bitsandbytes, which llmq cannot export"),
+        (Scheme(grid="kmeans", group_size=None), "is in the format of llmq-codebook: export it --to dense"),
+        (Scheme(grid="nf4", group_size=64), "is in the format of bitsandbytes: export it --to dense"),
     ],
     ids=str,
 )
@@ -173,6 +173,9 @@ def test_a_full_disk_and_a_wrong_block(
 ) -> None:
     path, out = quantized(Scheme(4, 32)), tmp_path / "model.gguf"
     out.write_text("before")
+    with pytest.raises(LlmqError, match="is there already, and is no GGUF file"):
+        export_gguf(path, out, llama_cpp=converter)
+    out.write_text("GGUF before")
     original = gguf.put
 
     def full(target: Path, *given: object) -> str:
@@ -187,4 +190,4 @@ def test_a_full_disk_and_a_wrong_block(
     with monkeypatch.context() as patch, pytest.raises(LlmqError, match="is not what it was made of"):
         patch.setattr(blocks, "pack", lambda *given: right(*given).roll(1, 0))
         export_gguf(path, out, llama_cpp=converter)
-    assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"] and out.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"] and out.read_text() == "GGUF before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 import llmq
 from llmq.errors import LlmqError
 from llmq.export import rewrite as module
-from llmq.export.folder import QuantizedFolder
+from llmq.export.folder import INPUTS, QuantizedFolder
 from llmq.export.rewrite import rewrite
 from llmq.export.targets import TARGETS
 from llmq.formats.inspection import inspect_folder
-from llmq.grids.scheme import Scheme
+from llmq.grids.scheme import Activations, Scheme
 from llmq.recipe.recipe import Calibration, Recipe
 
 Quantize = Callable[..., Path]
@@ -59,7 +60,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_folders(quantized: Quantize, tmp_path: Path, to: str, scheme: Scheme, told: dict[str, Any]) -> None:
-    path, out = quantized(scheme, keep=("*.1.mlp.up_proj",), loader="transformers"), tmp_path / to
+    path, out = quantized(scheme, keep=("*.1.mlp.*",), loader="transformers"), tmp_path / to
     done = rewrite(path, out, to)
     config = json.loads((out / "config.json").read_text())
     section = config["quantization"] if to == "mlx" else config["quantization_config"]
@@ -78,11 +79,13 @@ def test_folders(quantized: Quantize, tmp_path: Path, to: str, scheme: Scheme, t
         assert torch.allclose(found, folder.weight(name).dequantize(torch.float32), rtol=2.0**-10, atol=1e-4)
     assert torch.equal(stored["lm_head.weight"], folder.source.read("lm_head.weight"))
     left = [row.name for row in inspect_folder(out).rows if row.bits is None and "proj" in row.name]
-    assert left == ["model.layers.1.mlp.up_proj.weight"] and not inspect_folder(out).unknown
+    kept = [f"model.layers.1.mlp.{part}_proj" for part in ("down", "gate", "up")]
+    assert sorted(left) == [f"{module}.weight" for module in kept] and not inspect_folder(out).unknown
+    # A whole module may be left alone; loaders convert what is not listed.
     if to == "gptq":
-        assert section["dynamic"] == {r"-:model\.layers\.1\.mlp\.up_proj$": {}}
+        assert {f"-:{re.escape(module)}$" for module in kept} <= section["dynamic"].keys() and not section["lm_head"]
     if to == "awq":
-        assert section["modules_to_not_convert"] == ["model.layers.1.mlp.up_proj"]
+        assert {*kept, "lm_head"} <= {*section["modules_to_not_convert"]}
 
 
 def test_settings_of_each_module(quantized: Quantize, tmp_path: Path) -> None:
@@ -112,6 +115,14 @@ def test_what_a_format_does_not_hold(quantized: Quantize, tmp_path: Path, to: st
         rewrite(path, tmp_path / "out", to)
     assert str(error.value).startswith(f"{path}: model.layers.0.") and told in str(error.value)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_quantized_head_and_rounded_inputs(quantized: Quantize, tmp_path: Path) -> None:
+    path = quantized(Scheme(8, None, activations=Activations()), include=("lm_head",))
+    assert rewrite(path, tmp_path / "gptq", "gptq").warnings == (INPUTS,)
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["lm_head"]
+    with pytest.raises(LlmqError, match="outside the decoder's blocks"):
+        rewrite(quantized(Scheme(4, 32, False), include=("lm_head",)), tmp_path / "awq", "awq")
 
 
 def test_nothing_is_half_written(quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

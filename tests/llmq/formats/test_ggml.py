@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.export.dense import export_dense
 from llmq.export.folder import QuantizedFolder
 from llmq.export.gguf import export_gguf
 from llmq.export.rewrite import rewrite
@@ -24,6 +25,7 @@ from llmq.grids.base import QuantizedWeight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme, changed_scheme
 from llmq.recipe.recipe import Calibration, Recipe
+from tests.architectures import tiny
 from tests.conftest import write_tiny_model
 from tests.llmq.export import fake_converter
 
@@ -154,3 +156,18 @@ def test_what_cannot_be_stored_is_refused() -> None:
     assert ggml.splits((512, 512), scheme, 4, False)
     with pytest.raises(LlmqError, match="nothing is quantized"):
         ggml.config({}, [], torch.bfloat16)
+
+
+def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
+    source = tiny.make("qwen3_moe", tmp_path / "source")
+    recipe = llmq.Recipe(methods=("rtn",), scheme=Scheme(4, 32, grid="q4_0"))
+    report = llmq.quantize(str(source), tmp_path / "out", recipe, ids=tiny.tokens(4, 32, seed=2))
+    assert any(".experts." in row.name for row in report.quantized)
+    export_dense(str(tmp_path / "out"), tmp_path / "dense")
+    models = [
+        llmq.load(tmp_path / "out", dtype="float32", device_map="cpu"),
+        *(AutoModelForCausalLM.from_pretrained(folder, dtype="float32") for folder in (tmp_path / "dense", source)),
+    ]
+    with torch.no_grad():
+        found, wanted, before = (model(tiny.tokens()).logits for model in models)
+    assert torch.equal(found, wanted) and 1e-3 < float((found - before).norm() / before.norm()) < 1

@@ -32,6 +32,7 @@ def test_rounding_to_nearest_needs_text_then(tiny_model: Path) -> None:
 def test_int8_is_for_those_who_name_the_loader(tiny_model: Path) -> None:
     words = ("vLLM refuses", "--kv-cache fp8-head", "int8_per_token_head", "--loader transformers")
     refused(lambda: make(tiny_model, kv_cache="int8-head"), *words)
+    refused(lambda: make(tiny_model, kv_cache="int8", loader="vllm"), "vLLM refuses")
     made = make(tiny_model, kv_cache="int8-head", loader="transformers")
     assert made.loaders[-1].warn and "not for vLLM" in made.loaders[-1].sentence
 

@@ -52,3 +52,8 @@ def test_a_folder_that_is_unpacked_while_loading_has_no_rounded_cache() -> None:
 def test_what_stock_would_not_load_is_refused() -> None:
     with tiny.quiet():
         refused(lambda: rounded_by_stock(tiny.model("opt").to("meta"), section(Cache("fp8"))), "OPTForCausalLM")
+
+
+def test_a_head_of_small_values_keeps_a_scale() -> None:
+    made = stored("a", Cache("fp8", True), torch.tensor([1e-9, 1.0]), torch.tensor([0.0, 1.0]), torch.float16)
+    assert all(bool((scale > 0).all()) for scale in made.values())
