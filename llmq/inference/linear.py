@@ -207,13 +207,11 @@ class CodebookLinear(QuantLinear):
         """On a GPU, stored blocks become what the kernels of integers read, where blocks divide rows."""
         super().settle()
         device = self.qweight.device
-        if self.layout != "blocks" or device.type in ("cpu", "meta"):
-            return
-        if codebooks.usable(device, self.dtype, self.in_features, self.block_size):
+        if self.layout == "blocks" and codebooks.usable(device, self.dtype, self.in_features, self.block_size):
             self.look_up()
-        elif triton_refusal(device) is None:
-            why = codebooks.refusal(device, self.dtype, self.in_features, self.block_size)
-            self.notes = {"planes": why} if why else {}
+        elif self.layout == "blocks" and device.type not in ("cpu", "meta") and self.in_features % self.block_size:
+            why = f"blocks of {self.block_size} do not divide rows of {self.in_features}: plain torch runs it"
+            self.notes = {"planes": why} | self.notes
 
     def look_up(self) -> None:
         """Pack for the kernels of integers, which look codes up."""
