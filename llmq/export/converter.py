@@ -73,16 +73,20 @@ def convert(script: Path, folder: Path, out: Path, dtype: torch.dtype, name: str
     done = subprocess.run([sys.executable, *started], capture_output=True, text=True, env=environment, errors="replace")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode or not out.is_file():
-        raise LlmqError(_told(script, folder, lines))
+        raise LlmqError(_told(script, folder, lines, name))
     return name is not None and any(UNKNOWN in line for line in lines)
 
 
-def _told(script: Path, folder: Path, lines: list[str]) -> str:
-    """Why the converter failed, and the way out, from what it wrote."""
+def _told(script: Path, folder: Path, lines: list[str], name: str | None) -> str:
+    """Why the converter failed, and the way out, from what it wrote. name: of the splitting, as it was told."""
     text = "\n".join(lines)
     if missing := re.findall(r"No module named '([\w.]+)'", text):
         return f"{script} needs {missing[0]}: pip install {missing[0].partition('.')[0]}"
-    if UNKNOWN in text:
+    # A name that was told is warned of, too, so only the last line says why it stopped.
+    stopped = bool(lines) and UNKNOWN in lines[-1]
+    if stopped and name is not None:
+        return f"{script} does not know the tokenizer of {folder.name}, and is too old to be told: get a newer one"
+    if stopped:
         return (
             f"{script} does not know the tokenizer of {folder.name}: give llama.cpp's name for how it splits text with "
             "--pre-tokenizer (gpt-2 …: those that follow 'tokenizer_pre ==' in llama.cpp's source)"

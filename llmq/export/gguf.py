@@ -226,11 +226,12 @@ def _plan(
         same = New(held.name, held.shape, held.kind)
         found = _look_up(old, held, index, {span.width for span in spans})
         if found is None:
-            if embedding != "keep" and held.name in ENDS and held.shape[-1] % 32 == 0:
-                planned.append(_Planned(held, New(held.name, held.shape, TYPES["Q8_0"]), why="rounded to Q8_0"))
+            if embedding == "keep" or held.name not in ENDS:
+                planned.append(_Planned(held, same, why="not quantized in the folder" if len(held.shape) > 1 else ""))
+            elif held.shape[-1] % TYPES["Q8_0"].values:
+                planned.append(_Planned(held, same, why=f"Q8_0 has no rows of {held.shape[-1]} numbers, so it stays"))
             else:
-                why = "not quantized in the folder" if len(held.shape) > 1 else ""
-                planned.append(_Planned(held, same, why=why))
+                planned.append(_Planned(held, New(held.name, held.shape, TYPES["Q8_0"]), why="rounded to Q8_0"))
             continue
         parts = dict.fromkeys(found.weights.tolist())
         kind, factor = _choose(folder, [*parts], spans, prefer)
@@ -323,9 +324,9 @@ def _verify(
             bits = max(spans[part].bits for part in set(one.found.weights.tolist()))
             away = _from_converter(old, new, one, held)
             worst = _from_folder(folder, new, one, held)
-            if not max(away, worst) < FAR:
+            if not (most := max(away, worst)) < FAR:
                 raise LlmqError(
-                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {away:.2g} of its "
+                    f"{one.new.name} as {held.kind.name} is not what it was made of (differs by {most:.2g} of its "
                     "largest number): nothing was written; please report this as a bug of llmq"
                 )
         rows.append(Row(held.name, held.shape, held.kind.name, held.nbytes, bits, worst, one.why))

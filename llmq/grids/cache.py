@@ -24,6 +24,11 @@ class Cache:
         return next(name for name, grid in GRIDS.items() if grid == self.grid) + (HEADS if self.heads else "")
 
     @property
+    def integers(self) -> bool:
+        """Whether the values are whole numbers, times the scale."""
+        return self.grid == "int"
+
+    @property
     def told(self) -> str:
         """In words."""
         return f"{str(self).removesuffix(HEADS)}, a scale {'for each head' if self.heads else 'per layer'}"

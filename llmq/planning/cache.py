@@ -62,7 +62,7 @@ class CachePlan:
         own = "stock transformers was not asked"
         if self.stock is not None:
             own = f"stock transformers computes with them rounded in {self.stock} of these layers, and saves no memory"
-        if self.cache.grid == "int":
+        if self.cache.integers:
             return Loader(f"{where}: not for vLLM, which has no int8 cache with stored scales; {own}", warn=True)
         served = formats.vllm.cache_told(self.cache)
         return Loader(
@@ -80,7 +80,7 @@ def check_cache(recipe: Recipe, items: Sequence[WeightPlan]) -> None:
     told = formats.cache_refusal({item.scheme for item in items if item.scheme is not None})
     if told is not None:
         raise LlmqError(f"--kv-cache {recipe.kv_cache}: {told}")
-    if recipe.cache.grid == "int" and recipe.loader in ("any", "vllm"):
+    if recipe.cache.integers and recipe.loader in ("any", "vllm"):
         raise LlmqError(
             f"--kv-cache {recipe.kv_cache}: vLLM refuses a folder with stored scales for an int8 cache. Ways out: "
             f"--kv-cache {str(recipe.cache).replace('int8', 'fp8')}; no --kv-cache, and vLLM's own option "

@@ -14,7 +14,6 @@ from llmq.discovery.named import Named
 from llmq.discovery.names import Links
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
-from llmq.grids.table import GRIDS
 from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
@@ -213,7 +212,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
 
 
-def warnings(items: list[WeightPlan]) -> list[str]:
+def warnings(items: list[WeightPlan], recipe: Recipe) -> list[str]:
     """Warnings for the user, a sentence each."""
     warnings = []
     inside = [i for i in items if i.block is not None]
@@ -223,7 +222,8 @@ def warnings(items: list[WeightPlan]) -> list[str]:
     schemes = {i.scheme for i in items if i.scheme is not None}
     if found := uneven(items):
         warnings.append(f"{told_uneven(found)}; transformers reads it")
-    for other, span in sorted({(grid.ragged, grid.span) for grid in GRIDS.values() if grid.ragged}):
+    wanted = [recipe.scheme.rules, *(scheme.rules for _, scheme in recipe.overrides if scheme is not None)]
+    for other, span in sorted({(grid.ragged, grid.span) for grid in wanted if grid.ragged}):
         odd = [i for i in items if i.scheme and i.scheme.grid == other and i.shape[1] % span]
         if odd:
             warnings.append(f"blocks of {span} inputs do not divide the width of {_name_all(odd)}: rounded as {other}")

@@ -97,7 +97,7 @@ def make_plan(
     warned += [] if plan.cache is None else told_without(plan.cache)
     warned += set_tail(plan)
     warned += checks.missing_processor(source)
-    plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items), *_joined_warnings(plan)]
+    plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items, recipe), *_joined_warnings(plan)]
     plan.budget = budget(plan, device, between)
     if (tail := check_tuning(plan)) is not None:
         plan.budget = with_tuning(plan, tail, plan.budget, between, device)

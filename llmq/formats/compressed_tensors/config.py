@@ -82,11 +82,10 @@ def config_of(groups: Groups, ignore: Iterable[str]) -> dict[str, Any]:
 def with_cache(section: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     """A `quantization_config` that says how keys and values are rounded; their scales are k_scale and v_scale beside
     the weights of the module that keeps them."""
-    fp8 = cache.grid != "int"
     return dict(section) | {
         "kv_cache_scheme": {
             "num_bits": 8,
-            "type": "float" if fp8 else "int",
+            "type": "int" if cache.integers else "float",
             "symmetric": True,
             "strategy": "attn_head" if cache.heads else "tensor",
             "group_size": None,

@@ -71,6 +71,18 @@ def test_its_complaints(tmp_path: Path, said: str, told: str) -> None:
         converter.convert(script(tmp_path, said), tmp_path, tmp_path / "out", torch.float32, None)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("BPE pre-tokenizer was not recognized - update", "is too old to be told: get a newer"),
+        ("BPE pre-tokenizer was not recognized!\nKeyError: 7", "failed on the dequantized"),
+    ],
+)
+def test_its_complaints_when_it_was_told_how_text_is_split(tmp_path: Path, said: str, told: str) -> None:
+    with pytest.raises(LlmqError, match=told):
+        converter.convert(script(tmp_path, said), tmp_path, tmp_path / "out", torch.float32, "gpt-2")
+
+
 def test_how_a_tokenizer_splits(tmp_path: Path) -> None:
     assert converter.splitting(tmp_path) is None
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -141,21 +141,21 @@ def test_a_checkpoint_that_belongs_to_another_model(tiny_model: Path) -> None:
 
 
 def test_fused_weights_apart_are_warned_of_where_only_transformers_is_to_load_them() -> None:
-    (said,) = warnings([item("x.0.k", (8, 8), FOUR), item("x.0.q", (8, 8), EIGHT)])
+    (said,) = warnings([item("x.0.k", (8, 8), FOUR), item("x.0.q", (8, 8), EIGHT)], Recipe())
     assert said.startswith("not for vLLM")
-    assert not warnings([item("x.0.k", (8, 8), FOUR), item("x.0.down", (8, 8), EIGHT, input_id=1)])
+    assert not warnings([item("x.0.k", (8, 8), FOUR), item("x.0.down", (8, 8), EIGHT, input_id=1)], Recipe())
 
 
 def test_little_that_is_quantized_is_warned_of() -> None:
     head = item("head", (800, 8), reason=Reason(Kind.OUTSIDE, "outside"), block=None)
-    assert not warnings([item("a", (90, 8), FOUR), item("b", (10, 8), reason=UNUSED), head])
-    (said,) = warnings([item("a", (85, 8), FOUR), item("b", (15, 8), reason=UNUSED), head])
+    assert not warnings([item("a", (90, 8), FOUR), item("b", (10, 8), reason=UNUSED), head], Recipe())
+    (said,) = warnings([item("a", (85, 8), FOUR), item("b", (15, 8), reason=UNUSED), head], Recipe())
     assert said.startswith("only 85% of the blocks' weights are quantized")
 
 
 def test_loaders_that_fail_are_warned_of() -> None:
     mixed = [item("a", scheme=Scheme(4, 32, False)), item("b", scheme=EIGHT, input_id=1)]
-    assert any("transformers" in line for line in warnings(mixed)) and not warnings(mixed[1:])
+    assert any("transformers" in line for line in warnings(mixed, Recipe())) and not warnings(mixed[1:], Recipe())
 
 
 def emu3(folder: Path) -> Path:
