@@ -28,11 +28,12 @@ def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("instructions", [True, False])
-def test_products_are_exact(rows: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("instructions", "one_by_one"), [(True, 1), (True, 7), (False, 0)])
+def test_products_are_exact(rows: int, instructions: bool, one_by_one: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if instructions and not int8_cpu._has_instructions():
         pytest.skip("this processor has no instructions for it")
     monkeypatch.setattr(int8_cpu, "_has_instructions", lambda: instructions)
+    monkeypatch.setattr(int8_cpu, "_one_by_one", lambda: one_by_one)
     for out, width in ((5, 77), (33, 2500), (130, 4096)):
         codes = torch.full((rows, width), -128, dtype=torch.int8)
         codes[0] = torch.randint(-128, 128, (width,), dtype=torch.int8)
@@ -98,6 +99,26 @@ def test_is_the_float64_product_of_what_was_rounded(rows: int, dtype: torch.dtyp
     exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t() + bias.double()
     assert y.dtype == dtype
     assert torch.allclose(y.double(), exact.to(dtype).double(), rtol=3 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("static", [None, 0.013])
+def test_some_rows_and_values_at_a_time_are_the_same_as_all(
+    static: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, scale = draw(70, 33, 300, torch.bfloat16)
+    stored = PackedInt8(weight, scale, None if static is None else torch.tensor([static]))
+    bias = torch.randn(33)
+    whole = int8_cpu.linear(x, stored, bias)
+    monkeypatch.setattr(int8_cpu, "ROWS", 16)
+    monkeypatch.setattr(int8_cpu, "SLAB", 900)
+    assert torch.equal(int8_cpu.linear(x, stored, bias), whole)
+    assert int8_cpu.linear(x[:0], stored, bias).shape == (0, 33)
+
+
+def test_how_many_rows_one_by_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {1: 2.0, int8_cpu.MULTIPLE: 7.0}
+    monkeypatch.setattr(int8_cpu, "fastest", lambda product, x, weights: seconds[len(x)])
+    assert int8_cpu._one_by_one.__wrapped__() == 3
 
 
 def test_refuses_sums_that_might_overflow() -> None:
