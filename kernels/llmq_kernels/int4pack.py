@@ -7,7 +7,8 @@ bytes into a slab that stays in cache, laid out as the right operand of torch's 
 
 The operator packs blocks of output rows, [block, in, block/2] bytes, each byte two codes of one input; the number of
 rows per block, and which two rows share a byte, depend on torch's build and on the CPU. Both are found once per process
-by packing known codes (`packing`); other orders are refused.
+by packing known codes (`packing`); other orders are refused. Codes are taken apart by whole words, which leaves the two
+rows of a byte side by side in a slab; what is multiplied with it is put in order at the end.
 
 Codes of 2 and 3 bits are stored as 4-bit codes, of which they are a subset. If the operator does not support the group
 size (channel, 96 …), scales are repeated for a smaller one that it supports.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -26,18 +28,19 @@ from torch import Tensor
 from llmq_kernels.checks import FLOATS, check
 from llmq_kernels.dense_bits import unpack
 from llmq_kernels.products import product_dtype, row_slabs
+from llmq_kernels.timing import COPIES, PROBE, fastest
 from llmq_kernels.weights import PackedInt
 
 OPERATOR_GROUPS = (256, 128, 64, 32)
 
-# Up to this many rows the operator is faster than slabs. It costs 1.5 ms per four rows at 4096 x 4096; slabs cost a
-# fixed 10 ms and torch's matmul. Both take the same time at 48 rows for 4096 x 4096, 14336 x 4096 and 4096 x 14336:
-# CPU time of one thread, AMD EPYC (Zen 4, avx512_bf16, no AMX), torch 2.13. So do experts' weights, many of them one
-# after the other: 48 rows for 1536 x 2048, 48 to 64 for 2048 x 768.
-OPERATOR_ROWS = 48
+# The operator is measured against slabs at these rows; beyond MOST it is slower everywhere, up to FEWEST it is faster.
+FEWEST, MOST = 8, 96
 
-# Elements of a slab: the fastest of 2^18 … 2^22 from 16 to 512 rows, measured as above.
-SLAB = 1 << 20
+# Elements of a slab: large enough that calls cost little, small enough to stay in cache.
+SLAB = 1 << 19
+# Bytes of x up to which blocks of a slab are multiplied one by one, each reading x again from a core's own cache; with
+# more, several side by side.
+OWN_CACHE, MANY = 1 << 21, 1 << 20
 # Codes packed at a time: 16 MiB as int32.
 PACKED_AT_ONCE = 1 << 22
 
@@ -58,48 +61,53 @@ def packing() -> Packing | None:
         for halves in (True, False):
             how = Packing(block, halves)
             try:
-                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how).contiguous(), 1)
+                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             except (AttributeError, NotImplementedError, RuntimeError):
                 return None
-            if torch.equal(_codes(packed.view(-1, 32, block // 2)), codes.t().to(torch.int8)):
+            found = _codes(packed.view(-1, 32, block // 2), side_by_side=True).view(32, -1)
+            if torch.equal(_in_order(found.to(torch.int16), how), codes.t().to(torch.int16)):
                 return how
     return None
 
 
-def _spread(rows: Tensor, how: Packing) -> Tensor:
-    """Rows [rows, …] reordered so that neighbours share a byte of the operator's packing."""
-    if not how.halves:
-        return rows
-    return rows.view(-1, how.block // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _gather(columns: Tensor, how: Packing) -> Tensor:
-    """Columns [n, rows] from the operator's order back to their own: the inverse of `_spread`."""
+def _beside(columns: Tensor, how: Packing) -> Tensor:
+    """Columns [n, rows] as slabs have them: the two of a byte side by side."""
     if not how.halves:
         return columns
-    return (
-        columns.view(len(columns), columns.shape[1] // how.block, 2, how.block // 2)
-        .transpose(2, 3)
-        .reshape(columns.shape)
-    )
+    return columns.view(len(columns), -1, 2, how.block // 2).transpose(2, 3).reshape(columns.shape)
 
 
-def _codes(packed: Tensor, space: Tensor | None = None) -> Tensor:
-    """The codes 0…15 of whole blocks. packed: u8 [blocks, in, block/2]. Returns int8 [in, blocks·block].
+def _in_order(columns: Tensor, how: Packing) -> Tensor:
+    """The inverse of `_beside`, for dtypes of 16 and 32 bits: a word of two columns is taken apart."""
+    if not how.halves or not columns.numel():
+        return columns
+    number, twice = (torch.int16, torch.int32) if columns.element_size() == 2 else (torch.int32, torch.int64)
+    words = columns.view(twice).view(len(columns), -1, how.block // 2)
+    found = torch.empty_like(columns)
+    halves = found.view(number).view(len(columns), -1, 2, how.block // 2)
+    halves[:, :, 0].copy_(words)
+    halves[:, :, 1].copy_(words >> (8 * columns.element_size()))
+    return found
 
-    Uses passes over contiguous memory, which torch vectorizes; it does not for short rows.
-    space: a buffer, int16 [2, at least packed.numel()].
+
+def _codes(packed: Tensor, space: Tensor | None = None, side_by_side: bool = False) -> Tensor:
+    """The codes 0…15 of whole blocks. packed: u8 [blocks, in, block/2]. Returns int8 [blocks, in, block], or with
+    `side_by_side` [in, blocks, block], which takes longer; the two of a byte side by side.
+
+    Uses passes over whole words, which torch vectorizes. space: a buffer, int16 [2, at least packed.numel()].
     """
     blocks, n, half = packed.shape
-    codes, shifted = (
-        packed.new_empty(2, packed.numel(), dtype=torch.int16) if space is None else space[:, : packed.numel()]
-    )
-    codes.view(n, blocks, half).copy_(packed.transpose(0, 1))
-    torch.bitwise_left_shift(codes, 4, out=shifted)
-    codes |= shifted
-    codes &= 0x0F0F
-    in_bytes: Tensor = codes.view(torch.int8)
-    return in_bytes.view(n, blocks * half * 2)
+    space = packed.new_empty(2, packed.numel(), dtype=torch.int16) if space is None else space[:, : packed.numel()]
+    first, second = space
+    if side_by_side:
+        first.view(n, blocks, half).copy_(packed.transpose(0, 1))
+    else:
+        first.copy_(packed.view(-1))
+    words = first.view(torch.int64)
+    words |= torch.bitwise_left_shift(words, 4, out=second.view(torch.int64))
+    words &= 0x0F0F0F0F0F0F0F0F
+    in_bytes: Tensor = first.view(torch.int8)
+    return in_bytes.view((n, blocks, half * 2) if side_by_side else (blocks, n, half * 2))
 
 
 def _group(in_features: int, group_size: int) -> int | None:
@@ -131,10 +139,9 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
     """The plain form, packed for torch's operator, a few rows at a time.
 
     With `rows` = out rounded up to whole blocks and g the operator's group, packed is u8 [rows, in/2]; scale
-    [in/g, rows, …], in the operator's order of rows: for bfloat16 the operator's pairs of scale and −zero·scale,
-    rounded to bfloat16; for other dtypes, which do not use the operator, float32 scales only; zero int8 [in/g, rows],
-    in the weight's order of rows, or None. Raises ValueError if `refusal` gives a reason, or the shapes do not fit
-    together.
+    [in/g, rows, …]: for bfloat16 the operator's pairs of scale and −zero·scale, rounded to bfloat16; for other dtypes,
+    which do not use the operator, float32 scales only; zero int8 [in/g, rows], or None. Raises ValueError
+    if `refusal` gives a reason, or the shapes do not fit together.
     """
     words, scale, zero, bits = plain.packed, plain.scale, plain.zero, plain.bits
     out, in_features, group_size = plain.out_features, plain.in_features, plain.group_size
@@ -153,14 +160,14 @@ def pack(plain: PackedInt, dtype: torch.dtype) -> PackedInt:
         codes = unpack(words[some], bits, in_features).add_(8).to(torch.int32)
         if len(codes) < some.stop - some.start:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, some.stop - some.start - len(codes)), value=8)
-        packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_spread(codes, how), 1)
+        packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     of_group = torch.arange(in_features // group, device=words.device) * group // group_size
     pairs = dtype == torch.bfloat16
     terms = words.new_zeros(rows, groups, 1 + pairs, dtype=dtype if pairs else torch.float32)
     terms[:out, :, 0] = scale
     if zero is not None and pairs:
         terms[:out, :, 1] = -zero.float() * terms[:out, :, 0].float()
-    terms = _spread(terms, how).transpose(0, 1)[of_group].contiguous()
+    terms = terms.transpose(0, 1)[of_group].contiguous()
     zeros = None
     if zero is not None:
         zeros = zero.new_zeros(rows, groups)
@@ -185,28 +192,65 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     scale, in_features = weight.scale, weight.in_features
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [rows, {in_features}], not {[*x.shape]}")
-    of_operator = x.dtype == scale.dtype == torch.bfloat16 and scale.shape[2] == 2
-    if of_operator and x.shape[0] <= OPERATOR_ROWS and _operator_is_fast():
-        group = in_features // scale.shape[0]
-        packed = weight.packed
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scale.contiguous())
-        y = _gather(y, _known())
+    of_operator = x.dtype == scale.dtype == torch.bfloat16 and scale.shape[2] == 2 and _operator_is_fast()
+    if of_operator and (x.shape[0] <= FEWEST or x.shape[0] <= MOST and x.shape[0] <= _operator_rows()):
+        y = _by_operator(x, weight)
     else:
-        dtype = product_dtype(x)
-        y, wide = x.new_empty(x.shape[0], weight.packed.shape[0], dtype=dtype), x.to(dtype)
-        for rows, values in _slabs(blocks, scale, weight.zero, dtype):
-            torch.mm(wide, values, out=y[:, rows])
-    y = y[:, : weight.out_features]
+        y = _by_slabs(x, weight, blocks)
+    if y.shape[1] > weight.out_features:
+        y = y[:, : weight.out_features]
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
+
+
+def _by_operator(x: Tensor, weight: PackedInt) -> Tensor:
+    """x · Wᵀ [M, rows] by torch's operator."""
+    scale = weight.scale.contiguous()
+    group = weight.in_features // len(scale)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight.packed, group, scale)
+    return y
+
+
+def _by_slabs(x: Tensor, weight: PackedInt, blocks: Tensor) -> Tensor:
+    """x · Wᵀ [M, rows] in the dtype of the product."""
+    dtype = product_dtype(x)
+    y, wide = x.new_empty(x.shape[0], weight.packed.shape[0], dtype=dtype), x.to(dtype)
+    for rows, values in _slabs(blocks, weight.scale, weight.zero, dtype, wide.nbytes > OWN_CACHE):
+        torch.mm(wide, values, out=y[:, rows])
+    return _in_order(y, _known())
+
+
+@cache
+def _operator_rows() -> int:
+    """The rows for which operator and slabs take the same time on this processor, by timing them at a few.
+
+    Both are linear in rows: the operator from nothing, slabs from the time of dequantizing.
+    """
+    bits, group, (out, width) = 4, OPERATOR_GROUPS[1], PROBE
+    words = torch.zeros(out, width * bits // 32, dtype=torch.int32, device="cpu")
+    scale = torch.ones(out, width // group, dtype=torch.bfloat16, device="cpu")
+    weight = pack(PackedInt(words, scale, None, bits, out, width, group), torch.bfloat16)
+    copies = torch.stack([weight.packed] * COPIES)
+    few, many = (torch.ones(rows, width, dtype=torch.bfloat16, device="cpu") for rows in (2 * FEWEST, MOST))
+
+    def slabs(x: Tensor, packed: Tensor) -> Tensor:
+        one = replace(weight, packed=packed)
+        return _by_slabs(x, one, _check(one))
+
+    a_row = fastest(lambda x, packed: _by_operator(x, replace(weight, packed=packed)), few, copies) / len(few)
+    at_few, at_many = fastest(slabs, few, copies), fastest(slabs, many, copies)
+    a_row_more = (at_many - at_few) / (len(many) - len(few))
+    if a_row <= a_row_more:
+        return MOST
+    return int((at_few - a_row_more * len(few)) / (a_row - a_row_more))
 
 
 def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
     """A weight from `pack`, dequantized to [out, in] in `dtype`."""
-    blocks = _check(weight)
+    blocks, how = _check(weight), _known()
     dense = weight.packed.new_empty(weight.out_features, weight.in_features, dtype=dtype)
     for rows, slab in _slabs(blocks, weight.scale, weight.zero, dtype):
         part = dense[rows]
-        part.copy_(slab.t()[: len(part)])
+        part.copy_(_in_order(slab, how).t()[: len(part)])
     return dense
 
 
@@ -241,30 +285,52 @@ def _known() -> Packing:
     return how
 
 
-def _slabs(blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yields a few blocks of rows at a time: their slice and their values [in, rows], which the next one overwrites.
+def _slabs(
+    blocks: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, side_by_side: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields a block of rows, or with `side_by_side` several, at a time: their slice and their values [in, rows], in
+    the order of `_beside`, which the next ones overwrite.
 
     Values are scaled in float32 and rounded once, as torch's rounding to bfloat16 is slow.
     """
     how = _known()
     count, n, half = blocks.shape
-    groups = scale.shape[0]
-    factors = _gather(scale[:, :, 0].float(), how)
-    step = max(1, SLAB // (n * how.block))
-    exact = blocks.new_empty(n * min(step, count) * how.block, dtype=torch.float32)
+    width, groups = how.block, scale.shape[0]
+    factors = _by_block(scale[:, :, 0].to(torch.float32), how)
+    shifts = None if zero is None else _by_block(zero, how) + 8
+    step = min(max(1, (MANY if side_by_side else SLAB) // (n * width)), count)
+    exact = blocks.new_empty(n * step * width, dtype=torch.float32)
     rounded = exact if dtype == torch.float32 else torch.empty_like(exact, dtype=dtype)
-    space = blocks.new_empty(2, exact.numel() // 2, dtype=torch.int16)
+    space = blocks.new_empty(2, n * step * half, dtype=torch.int16)
     for start in range(0, count, step):
-        codes = _codes(blocks[start : start + step], space)
-        rows = slice(start * how.block, start * how.block + codes.shape[1])
-        by_group = codes.view(groups, -1, codes.shape[1])
-        by_group -= 8 if zero is None else zero[:, None, rows] + 8
+        some = slice(start, min(start + step, count))
+        codes = _codes(blocks[some], space, side_by_side)
+        factor, shift = factors[some], None if shifts is None else shifts[some]
+        if side_by_side:
+            factor, shift = _turned(factor), None if shift is None else _turned(shift)
+        by_group = codes.view(*factor.shape[:-2], n // groups, factor.shape[-1])
+        by_group -= 8 if shift is None else shift
         values = exact[: codes.numel()].view(by_group.shape)
         values.copy_(by_group)
-        values *= factors[:, None, rows]
+        values *= factor
         if dtype != torch.float32:
             rounded[: codes.numel()].copy_(exact[: codes.numel()])
-        yield rows, rounded[: codes.numel()].view(codes.shape)
+        whole = rounded[: codes.numel()]
+        if side_by_side:
+            yield slice(some.start * width, some.stop * width), whole.view(n, -1)
+        else:
+            for at, block in enumerate(whole.view(-1, n, width), start):
+                yield slice(at * width, (at + 1) * width), block
+
+
+def _by_block(terms: Tensor, how: Packing) -> Tensor:
+    """Terms [groups, rows] of groups and rows as [blocks, groups, 1, block], in the order of `_beside`."""
+    return _beside(terms, how).view(len(terms), -1, 1, how.block).transpose(0, 1).contiguous()
+
+
+def _turned(terms: Tensor) -> Tensor:
+    """Terms of `_by_block` as [groups, 1, rows]."""
+    return terms.permute(1, 2, 0, 3).reshape(terms.shape[1], 1, -1)
 
 
 @cache

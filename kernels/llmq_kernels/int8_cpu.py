@@ -40,10 +40,10 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     for start in range(0, len(x), ROWS):
         some, result = x[start : start + ROWS], y[start : start + ROWS]
         codes, x_scale = torch.empty_like(some, dtype=torch.int8), some.new_empty(len(some), 1, dtype=torch.float32)
-        for rows in row_slabs(*some.shape, SLAB):
+        for rows in row_slabs(len(some), x.shape[1], SLAB):
             codes[rows], x_scale[rows] = round_input(some[rows], weight.input_scale)
         sums = multiply(codes, weight.packed)
-        for rows in row_slabs(*sums.shape, SLAB):
+        for rows in row_slabs(len(sums), weight.out_features, SLAB):
             part = sums[rows].to(torch.float32).mul_(x_scale[rows]).mul_(factors)
             result[rows] = part if bias is None else part.add_(bias)
     return y

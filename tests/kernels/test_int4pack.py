@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,12 +121,32 @@ def test_any_number_of_outputs_and_any_multiple_of_32_inputs(out: int, n: int, g
         check_product(got, x, exact, shifts(scale, zero, n, group))
 
 
-def test_many_slabs_are_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own_cache", [0, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_slabs_are_the_same_as_one(own_cache: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     words, scale, zero, exact = weight(4, 320, 256, 64, False)
-    packed = int4pack.pack(PackedInt(words, scale, zero, 4, len(words), 256, 64), torch.float32)
-    monkeypatch.setattr(int4pack, "SLAB", 2 * 256 * 64)
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
-    assert error(int4pack.linear(x, packed, None), x.double() @ exact.t()) < 1e-6
+    packed = int4pack.pack(PackedInt(words, scale, zero, 4, len(words), 256, 64), dtype)
+    for name, value in (("SLAB", 2 * 256 * 64), ("MANY", 3 * 256 * 64), ("OWN_CACHE", own_cache), ("MOST", 0)):
+        monkeypatch.setattr(int4pack, name, value)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_product(int4pack.linear(x, packed, None), x, exact, shifts(scale, zero, 256, 64))
+
+
+@pytest.mark.parametrize(("a_row", "more", "expected"), [(4.0, 2.0, 30), (1.0, 2.0, int4pack.MOST)])
+def test_where_slabs_become_faster_is_measured(
+    a_row: float, more: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator takes a_row for each row, slabs 60 and `more` for each."""
+    taken: list[float] = []
+    monkeypatch.setattr(int4pack, "_by_operator", lambda x, weight: taken.append(a_row * len(x)))
+    monkeypatch.setattr(int4pack, "_by_slabs", lambda x, weight, blocks: taken.append(60 + more * len(x)))
+
+    def fastest(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Tensor) -> float:
+        product(x, weights[0])
+        return taken[-1]
+
+    monkeypatch.setattr(int4pack, "fastest", fastest)
+    assert int4pack._operator_rows.__wrapped__() == expected
 
 
 def test_float32_scales_are_kept_for_float16_that_could_not_hold_them() -> None:
