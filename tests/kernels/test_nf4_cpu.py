@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ def test_linear_and_dequantize_are_those_of_the_weight(
     out: int, n: int, block: int, nested: bool, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nf4_cpu, "SLAB", slab)
+    monkeypatch.setattr(nf4_cpu, "SLAB_OF_FOURS", slab)
     stored, exact = weight(out, n, block, nested)
     generator = torch.Generator().manual_seed(0)
     bias = torch.randn(out, generator=generator).to(dtype)
@@ -54,6 +57,24 @@ def test_linear_and_dequantize_are_those_of_the_weight(
         expected = x.double() @ exact.t() + bias.double()
         assert got.dtype == dtype and got.shape == (rows, out)
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_fours_are_as_good_as_pairs(size: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of any size, and many: each value is off by half a unit of bfloat16 and an eighth of that."""
+    stored, exact = weight(96, 128, 64, True)
+    stored, exact = replace(stored, codebook=stored.codebook * size), exact * size
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert nf4_cpu._has_fours(stored)
+    got = torch.cat([slab.clone() for _, slab in nf4_cpu._slabs_of_fours(stored)])
+    assert ((got.double() - exact).abs() <= 2.0**-8 * 1.13 * exact.abs()).all()
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = x.double() @ exact.t()
+    for slabs in (True, False):
+        monkeypatch.setattr(nf4_cpu, "_has_fours", lambda stored, slabs=slabs: slabs)
+        off = (nf4_cpu.linear(x, stored, None).double() - expected).norm() / expected.norm()
+        assert off < 3e-3
 
 
 def test_the_layout_is_that_of_bitsandbytes() -> None:
