@@ -163,6 +163,29 @@ def llmq_nf4(weight: Weight) -> Prepared | str:
     return Prepared(tensors, bind, product(made.dequantize(weight.dtype)))
 
 
+def llmq_nf4_int8(weight: Weight) -> Prepared | str:
+    """NF4 rounded to 8-bit integers, which `llmq.load(…, codebooks="int8")` makes of it on a CPU."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return "on a CPU in bfloat16 only"
+    import llmq_kernels.ops  # noqa: F401
+    from llmq.grids.nf4 import quantize_nf4
+    from llmq.grids.scheme import Scheme
+    from llmq_kernels import layouts, rounded
+    from llmq_kernels.weights import PackedCodebook
+
+    made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4"))
+    rows, width = weight.shape
+    stored = PackedCodebook(made.packed.view(-1), made.absmax, made.codebook, None, None, 0.0, rows, width, 64)
+    plain = rounded.of_blocks(stored)
+    name, _ = layouts.choose(weight.device, weight.dtype, 8, rows, width, 64)
+    packed = layouts.pack(name, plain.packed, plain.scale, None, 8, width, 64, weight.dtype)
+
+    def bind(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Operator:
+        return lambda x: torch.ops.llmq.int_linear(x, codes, scale, zero, None, 8, rows, width, 64, name)
+
+    return Prepared(packed, bind, product(made.dequantize(weight.dtype)), name)
+
+
 def llmq_int8(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.int8_linear: inputs rounded to 8 bits per token, one scale per output."""
     import llmq_kernels.ops  # noqa: F401
@@ -252,6 +275,7 @@ OPERATORS: dict[str, Callable[[Weight], Prepared | str]] = {
     BASE: torch_dense,
     "llmq int": llmq_int,
     "llmq nf4": llmq_nf4,
+    "llmq nf4 int8": llmq_nf4_int8,
     "llmq int8": llmq_int8,
     "torch int4": torch_int4,
     "bitsandbytes nf4": bitsandbytes_nf4,

@@ -110,10 +110,9 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     groups, out, group = weight.packed.shape
     y = x.new_zeros(len(x), out, dtype=torch.float32)
     if len(x):
-        for part, codes, scale in zip(
-            x.view(-1, groups, group).transpose(0, 1), weight.packed, weight.scale, strict=True
-        ):
-            y += torch.ops.aten._weight_int8pack_mm(part.contiguous(), codes, scale)
+        parts = x.view(-1, groups, group).transpose(0, 1).contiguous().unbind()
+        for part, codes, scale in zip(parts, weight.packed.unbind(), weight.scale.unbind(), strict=True):
+            y += torch.ops.aten._weight_int8pack_mm(part, codes, scale).to(torch.float32)
     return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -41,17 +41,29 @@ SCALES = (".weight_scale", ".weight_scale_inv")
 _one_at_a_time = threading.RLock()
 
 
-def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+def load(
+    model: str | Path,
+    *,
+    device_map: Any = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    codebooks: str = "exact",
+) -> Any:
     """Load a model folder or hub id on llmq's kernels, in evaluation mode; unquantized weights are loaded as they are.
 
     device_map: as from_pretrained takes it: 'auto', 'cpu', 'cuda' …; dtype: auto (the checkpoint's own), float32,
-    bfloat16 or float16. No global state is changed. Raises LlmqError if the folder is not a model, or its tensors and
-    its config.json contradict each other.
+    bfloat16 or float16. codebooks: 'int8' makes weights of 4-bit codebooks (NF4, FP4, kmeans) 8-bit integers where a
+    CPU runs them in bfloat16: faster for one token at a time, at twice the memory, with weights off by about .5 %. No
+    global state is changed. Raises LlmqError if the folder is not a model, or its tensors and its config.json
+    contradict each other.
     """
     from llmq.checkpoint.hub import resolve
+    from llmq.inference.rounded import round_codebooks
 
+    if codebooks not in ("exact", "int8"):
+        raise LlmqError(f"codebooks must be exact or int8, not {codebooks!r}")
     folder = resolve(str(model), trust_remote_code=trust_remote_code)
-    return load_model(
+    found = load_model(
         folder,
         dtype=dtype,
         device=device_map,
@@ -60,6 +72,9 @@ def load(model: str | Path, *, device_map: Any = "auto", dtype: str = "auto", tr
         kernels=True,
         generates=False,
     )
+    if codebooks == "int8":
+        round_codebooks(found)
+    return found
 
 
 def load_model(
