@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llmq_kernels.grouped_int_linear.route import Routing
+    from llmq_kernels.weights import PackedInt
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,17 +28,24 @@ def check_input(x: Tensor, out_features: int, in_features: int, bias: Tensor | N
         check_device(x, bias, "bias")
 
 
-def check_grouped(
-    x: Tensor, packed: Tensor, bias: Tensor | None, offs: Tensor, out_features: int, in_features: int
-) -> None:
-    """Check the input of a grouped product as `check_input` does, biases [E, out] and offsets int32 [E]."""
-    check_input(x, out_features, in_features, None)
+def check_routed(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing) -> None:
+    """Check the input of a product with stacked weights as `check_input` does, biases [E, out] and the routing."""
+    check_input(x, weight.out_features, weight.in_features, None)
     if x.dim() != 2:
-        raise ValueError(f"a grouped product takes rows [S, {in_features}], not {[*x.shape]}")
-    check("offs", offs, torch.int32, (packed.shape[0],))
-    check_device(x, offs, "offs")
+        raise ValueError(f"a grouped product takes rows [S, {weight.in_features}], not {[*x.shape]}")
+    if weight.packed.dim() < 3:
+        raise ValueError(f"stacked weights are [E, …] with an axis for experts, not {[*weight.packed.shape]}")
+    experts, offs, chosen = weight.packed.shape[0], routing.offs, routing.chosen
+    if (offs is None) == (chosen is None):
+        raise ValueError("give offs of sorted rows, or chosen experts, and not both")
+    if offs is not None:
+        check("offs", offs, torch.int32, (experts,))
+        check_device(x, offs, "offs")
+    if chosen is not None:
+        check("chosen", chosen, (torch.int32, torch.int64), (x.shape[0], chosen.shape[-1] if chosen.dim() else 1))
+        check_device(x, chosen, "chosen")
     if bias is not None:
-        check("bias", bias, FLOATS, (packed.shape[0], out_features))
+        check("bias", bias, FLOATS, (experts, weight.out_features))
         check_device(x, bias, "bias")
 
 

@@ -7,21 +7,20 @@ low-bit base needs. `reference` defines each operator, and every backend is test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+import llmq_kernels.grouped_int_linear.operator
 import llmq_kernels.tracing  # noqa: F401  (defines the operators)
 from llmq_kernels import int8_cpu, layouts, levels_cpu, nf4_cpu, planes, reference, vectors_cpu
 from llmq_kernels.backend import on_triton
-from llmq_kernels.checks import FLOATS, check, check_device, check_grouped, check_input
+from llmq_kernels.checks import FLOATS, check, check_device, check_input
 from llmq_kernels.dense_bits import SLAB
 from llmq_kernels.products import matmul, product_dtype, row_slabs
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8, PackedLevels, PackedVectors
-
-ROWS, FEW_ROWS = 16, 48
 
 Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedLevels, PackedVectors)
 
@@ -71,82 +70,6 @@ def int_linear_grad(
     """The gradient with respect to x of `int_linear`: grad [..., out] · W → [..., in]."""
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size)
     return matmul(grad, layouts.layout(layout).dequantize(weight, product_dtype(grad)))
-
-
-def int_grouped(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    offs: Tensor,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    """x · Wᵀ + bias for integer weights of E experts, each as in `int_linear`, stacked along a first axis.
-
-    x: float [S, in], sorted by expert; offs: int32 [E], where each expert's rows end; bias: [E, out]. Returns [S, out]
-    in x's dtype; rows beyond the last offset are zero. Raises TypeError or ValueError if an argument does not fit.
-    """
-    check_grouped(x, packed, bias, offs, out_features, in_features)
-    check_device(x, packed, "the weight")
-    check_device(x, scale, "scale")
-    linear, x = layouts.layout(layout).linear, x.contiguous()
-    y = x.new_zeros(x.shape[0], out_features)
-    for expert, rows in _rows_of(offs, len(x)):
-        weight = _expert(expert, packed, scale, zero, bits, out_features, in_features, group_size)
-        some = x[rows]
-        y[rows] = linear(_whole(some), weight, None if bias is None else bias[expert])[: len(some)]
-    return y
-
-
-def _whole(x: Tensor) -> Tensor:
-    """On a CPU, many rows with zeros below them, up to a multiple of ROWS.
-
-    oneDNN keeps what it compiles for each number of rows, about half a MiB for a product: of experts, up to 1024.
-    """
-    more = -len(x) % ROWS if x.device.type == "cpu" and len(x) > FEW_ROWS else 0
-    return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
-
-
-def int_grouped_grad(
-    grad: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    offs: Tensor,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    """The gradient with respect to x of `int_grouped`: each row of grad [S, out] by its expert's W → [S, in]."""
-    dequantize, x_grad = layouts.layout(layout).dequantize, grad.new_zeros(grad.shape[0], in_features)
-    for expert, rows in _rows_of(offs, len(grad)):
-        weight = _expert(expert, packed, scale, zero, bits, out_features, in_features, group_size)
-        x_grad[rows] = matmul(grad[rows], dequantize(weight, product_dtype(grad)))
-    return x_grad
-
-
-def _expert(index: int, packed: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> PackedInt:
-    bits, out_features, in_features, group_size = sizes
-    tensors = packed[index], scale[index], None if zero is None else zero[index]
-    return PackedInt(*tensors, bits, out_features, in_features, group_size)
-
-
-def _rows_of(offs: Tensor, count: int) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which. Raises ValueError unless offsets ascend to at most `count`."""
-    start = 0
-    for expert, end in enumerate(offs.tolist()):
-        if not start <= end <= count:
-            raise ValueError(f"offs must ascend from 0 to at most {count} rows, but {end} follows {start}")
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
 
 
 def codebook_linear(
@@ -327,8 +250,6 @@ def _int8_anywhere(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor
 for _function in (
     int_linear,
     int_linear_grad,
-    int_grouped,
-    int_grouped_grad,
     codebook_linear,
     codebook_linear_grad,
     nf4_linear,

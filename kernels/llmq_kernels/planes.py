@@ -27,6 +27,9 @@ from torch import Tensor
 from llmq_kernels import products, reference
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.checks import FLOATS, check, check_sizes
+from llmq_kernels.grouped_int_linear import by_expert
+from llmq_kernels.grouped_int_linear import dense as grouped
+from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:
@@ -96,16 +99,19 @@ def interleave(codes: Tensor, bits: int) -> Tensor:
     return (((whole + 0x8000) & 0xFFFF) - 0x8000).to(torch.int16)
 
 
-def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x [..., in], contiguous → [..., out] in x's dtype, by the kernel that `tables.choose` selects."""
+def linear(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | None = None) -> Tensor:
+    """x [..., in], contiguous → [..., out] in x's dtype, by the kernel that `tables.choose` selects.
+
+    routing: of rows x [S, in] among stacked experts; biases are then [E, out].
+    """
     if x.dtype not in HALF:
         check_planes(weight)
-        return dense(x, weight, bias)
+        return dense(x, weight, bias, routing)
     packed, scale, zero = weight.packed, weight.scale, weight.zero
-    m = x.numel() // weight.in_features
+    m = x.numel() // weight.in_features if routing is None else routing.rows(x)
     if m == 0:
-        return x.new_empty(*x.shape[:-1], weight.out_features)
-    bucket = 1 << (m - 1).bit_length() if m <= MOST else 0
+        return x.new_empty(*(x.shape[:-1] if routing is None else (0,)), weight.out_features)
+    bucket = 1 << (m - 1).bit_length() if m <= MOST or routing is not None else 0
     kind = (
         x.device,
         x.dtype,
@@ -121,17 +127,18 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
         None if zero is None else (zero.shape, zero.dtype),
         None if bias is None else bias.dtype,
         None if weight.tables is None or weight.codebook is None else (weight.tables.shape, weight.codebook.shape),
+        None if routing is None else routing.kind,
     )
     run = _PREPARED.get(kind)
     if run is None:
         check_planes(weight)
-        run = _PREPARED[kind] = _prepare(x, weight, bucket)
+        run = _PREPARED[kind] = _prepare(x, weight, bucket, routing)
     if not (packed.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())):
         check_contiguous(weight)
-    return run(x, weight, bias)
+    return run(x, weight, bias, routing)
 
 
-Run = Callable[[Tensor, PackedInt, Tensor | None], Tensor]
+Run = Callable[[Tensor, PackedInt, Tensor | None, Routing | None], Tensor]
 _PREPARED: dict[tuple[object, ...], Run] = {}
 
 
@@ -159,13 +166,18 @@ def forget() -> None:
     _PREPARED.clear()
 
 
-def _prepare(x: Tensor, weight: PackedInt, bucket: int) -> Run:
+def _prepare(x: Tensor, weight: PackedInt, bucket: int, routing: Routing | None) -> Run:
     """How to multiply so many rows by weights of that kind: `bucket` rows, a power of two, or 0 for more than MOST."""
-    from llmq_kernels.triton import gpu, tables
+    from llmq_kernels.triton import gpu, rule, tables
 
-    found = gpu.gpu_of(x.device)
-    sizes = weight.bits, bucket or 2 * MOST, weight.out_features, weight.in_features, weight.group_size
-    config = tables.choose(found, *sizes, weight.zero is not None, x.dtype, weight.codebook is not None)
+    found, codebook = gpu.gpu_of(x.device), weight.codebook is not None
+    sizes = weight.out_features, weight.in_features, weight.group_size
+    if routing is None:
+        bits, rows = weight.bits, bucket or 2 * MOST
+        config = tables.choose(found, bits, rows, *sizes, weight.zero is not None, x.dtype, codebook)
+    else:
+        experts, pairs = len(weight.packed), routing.offs is None
+        config = rule.routed_rule(found, weight.bits, bucket, experts, *sizes, codebook, pairs)
     return prepared(config, weight, found.backend)
 
 
@@ -181,15 +193,15 @@ def prepared(config: Config, weight: PackedInt, backend: str) -> Run:
     product = integers.Product(config, weight.out_features, backend)
     fits: list[bool] = []
 
-    def run(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | None) -> Tensor:
         if fits:
-            return product(x, weight, bias) if fits[0] else dense(x, weight, bias)
+            return product(x, weight, bias, routing) if fits[0] else dense(x, weight, bias, routing)
         try:
-            y = product(x, weight, bias)
+            y = product(x, weight, bias, routing)
         except integers.UNFIT as error:
             log.warning("%s does not fit %s: products with a dense copy instead (%s)", config, x.device, error)
             fits.append(False)
-            return dense(x, weight, bias)
+            return dense(x, weight, bias, routing)
         fits.append(True)
         return y
 
@@ -205,51 +217,67 @@ def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backe
     return integers.Product(config, weight.out_features, backend)(x, weight, bias)
 
 
-def dense(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
+def dense(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | None = None) -> Tensor:
     """x [..., in] · Wᵀ + bias by torch's own product with a dense copy of W, or of rows of it in WORKSPACE bytes."""
+    if routing is not None and grouped.usable(x, weight.in_features):
+        dtype = products.product_dtype(x)
+        return grouped.linear(x, lambda offs: _slabs(weight, dtype, offs), weight, bias, routing)
+    if routing is not None:
+        return by_expert.linear(x, weight, bias, routing, dense)
     rows = x.reshape(-1, weight.in_features)
     y = products.by_slabs(rows, _slabs(weight, products.product_dtype(x)), bias, weight.out_features)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
-def _slabs(weight: PackedInt, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for rows in products.row_slabs(weight.out_features, weight.in_features, WORKSPACE // dtype.itemsize):
-        zero = None if weight.zero is None else weight.zero[:, rows]
-        packed, scale, count = weight.packed[rows], weight.scale[:, rows], rows.stop - rows.start
-        part = replace(weight, packed=packed, scale=scale, zero=zero, out_features=count)
-        if weight.codebook is not None and len(weight.codebook) > 1:
-            part = replace(part, codebook=weight.codebook[rows], tables=None)
-        yield rows, dequantize(part, dtype)
+def _slabs(weight: PackedInt, dtype: torch.dtype, offs: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of the weight at a time, of stacked experts the same of all, and their values; offs: see `build`."""
+    width = weight.in_features * (len(weight.packed) if weight.packed.dim() == 3 else 1)
+    for rows in products.row_slabs(weight.out_features, width, WORKSPACE // dtype.itemsize):
+        zero = None if weight.zero is None else weight.zero[..., rows]
+        packed, scale = weight.packed[..., rows, :], weight.scale[..., rows]
+        part = replace(weight, packed=packed, scale=scale, zero=zero, out_features=rows.stop - rows.start)
+        if weight.codebook is not None:
+            per_row = weight.codebook.shape[-2] > 1
+            codebook = weight.codebook[..., rows, :] if per_row else weight.codebook
+            part = replace(part, codebook=codebook, tables=None)
+        yield rows, dequantize(part, dtype, offs)
 
 
-def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+def dequantize(weight: PackedInt, dtype: torch.dtype, offs: Tensor | None = None) -> Tensor:
+    """The weight [out, in], computed in float32 and rounded once to `dtype`.
+
+    Of stacked experts [E, out, in]; with offs int32 [E], where each expert's rows of an input end, the values of
+    experts without rows are undefined.
+    """
     check_planes(weight)
     from llmq_kernels.triton import gpu
     from llmq_kernels.triton.dequantize import build
     from llmq_kernels.triton.launch import launch
 
-    y = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
-    launch(y.device, build(weight, y, gpu.gpu_of(y.device).backend))
+    packed = weight.packed
+    y = torch.empty(*packed.shape[:-2], weight.out_features, weight.in_features, dtype=dtype, device=packed.device)
+    launch(y.device, build(weight, y, gpu.gpu_of(y.device).backend, offs))
     return y
 
 
 def check_planes(weight: PackedInt) -> None:
-    """Raises TypeError or ValueError unless the tensors are as `pack` returns them; kernels would read past their end.
+    """Raises TypeError or ValueError unless the tensors are as `pack` returns them, or stacked such; kernels would read
+    past their end.
 
-    scale and zero may be column slices of larger tensors.
+    They may be slices of rows of larger tensors.
     """
     bits, out_features, in_features = weight.bits, weight.out_features, weight.in_features
     check_sizes(bits, weight.group_size)
-    check("packed", weight.packed, torch.int16, (out_features, -(-in_features // TILE[bits]) * WORDS[bits]))
-    check("scale", weight.scale, FLOATS, (-(-in_features // weight.group_size), out_features))
+    stack = tuple(weight.packed.shape[:-2])[:1]
+    check("packed", weight.packed, torch.int16, (*stack, out_features, -(-in_features // TILE[bits]) * WORDS[bits]))
+    check("scale", weight.scale, FLOATS, (*stack, -(-in_features // weight.group_size), out_features))
     if weight.zero is not None:
         check("zero", weight.zero, torch.int8, tuple(weight.scale.shape))
     if weight.codebook is not None:
-        rows = 1 if len(weight.codebook) == 1 else out_features
-        check("codebook", weight.codebook, torch.float32, (rows, 16))
+        rows = 1 if weight.codebook.shape[-2] == 1 else out_features
+        check("codebook", weight.codebook, torch.float32, (*stack, rows, 16))
         if weight.tables is not None:
-            check("tables", weight.tables, torch.int32, (len(HALF), 8, rows))
+            check("tables", weight.tables, torch.int32, (*stack, len(HALF), 8, rows))
 
 
 def check_contiguous(weight: PackedInt) -> None:

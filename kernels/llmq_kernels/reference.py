@@ -78,29 +78,6 @@ def int_linear(
     return linear(x, weight, bias)
 
 
-def int_grouped(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    offs: Tensor,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """`int_linear` with another weight for each range of rows: those of expert e end at offs[e], the rest is zero.
-
-    x: float [S, n]; words, scale, zero and bias: as in `int_linear`, stacked along a first axis [E, …]; offs: int [E].
-    Returns [S, out] in x's dtype.
-    """
-    y, start = x.new_zeros(x.shape[0], words.shape[1]), 0
-    for e, end in enumerate(offs.tolist()):
-        weight = words[e], scale[e], None if zero is None else zero[e], None if bias is None else bias[e]
-        y[start:end] = int_linear(x[start:end], *weight, bits, group_size)
-        start = end
-    return y
-
-
 def nf4_absmax(
     absmax: Tensor, nested_absmax: Tensor | None, nested_codebook: Tensor | None, offset: float = 0.0
 ) -> Tensor:

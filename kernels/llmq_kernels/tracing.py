@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq_kernels.checks import check_grouped, check_input
+from llmq_kernels.checks import check_input
 
 _INT = (
     "Tensor packed, Tensor scale, Tensor? zero{bias}, int bits, int out_features, int in_features, int group_size, "
@@ -25,16 +25,6 @@ _BIAS = ", Tensor? bias"
 
 torch.library.define("llmq::int_linear", f"(Tensor x, {_INT.format(bias=_BIAS)}) -> Tensor")
 torch.library.define("llmq::int_linear_grad", f"(Tensor grad, {_INT.format(bias='')}) -> Tensor")
-torch.library.define(
-    "llmq::int_grouped",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor offs, int bits, int out_features, "
-    "int in_features, int group_size, str layout) -> Tensor",
-)
-torch.library.define(
-    "llmq::int_grouped_grad",
-    "(Tensor grad, Tensor packed, Tensor scale, Tensor? zero, Tensor offs, int bits, int out_features, "
-    "int in_features, int group_size, str layout) -> Tensor",
-)
 _CODEBOOK = (
     "Tensor packed, Tensor scale, Tensor codebook, Tensor tables{bias}, int out_features, int in_features, "
     "int group_size"
@@ -74,17 +64,6 @@ def _int_linear_fake(x: Tensor, *weight: Any) -> Tensor:
 def _int_linear_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
     _, _, _, _, _, in_features, _, _ = weight
     return grad.new_empty(*grad.shape[:-1], in_features)
-
-
-def _int_grouped_fake(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
-    bias, offs, _, out_features, in_features, _, _ = rest
-    check_grouped(x, packed, bias, offs, out_features, in_features)
-    return x.new_empty(x.shape[0], out_features)
-
-
-def _int_grouped_grad_fake(grad: Tensor, *weight: Any) -> Tensor:
-    *_, in_features, _, _ = weight
-    return grad.new_empty(grad.shape[0], in_features)
 
 
 def _codebook_linear_fake(x: Tensor, *weight: Any) -> Tensor:
@@ -143,7 +122,7 @@ def _linear_fake(x: Tensor, out_features: int, in_features: int, bias: Tensor | 
 
 def _int_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, scale, zero, bias, *rest = inputs
-    _refuse_weight_gradient(scale=scale)
+    refuse_weight_gradient(scale=scale)
     ctx.save_for_backward(packed, scale, zero)
     ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
 
@@ -153,23 +132,9 @@ def _int_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x_grad, None, None, None, _bias_grad(ctx, grad, 4), *(None for _ in ctx.rest))
 
 
-def _int_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scale, zero, bias, offs, *rest = inputs
-    _refuse_weight_gradient(scale=scale)
-    if bias is not None and bias.requires_grad:
-        raise NotImplementedError("the biases of packed experts are frozen: train an adapter on top of them instead")
-    ctx.save_for_backward(packed, scale, zero, offs)
-    ctx.rest = rest
-
-
-def _int_grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x_grad = torch.ops.llmq.int_grouped_grad(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
-    return (x_grad, *(None,) * (5 + len(ctx.rest)))
-
-
 def _codebook_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, scale, codebook, tables, bias, *rest = inputs
-    _refuse_weight_gradient(scale=scale, codebook=codebook)
+    refuse_weight_gradient(scale=scale, codebook=codebook)
     ctx.save_for_backward(packed, scale, codebook, tables)
     ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
 
@@ -182,7 +147,7 @@ def _codebook_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 def _nf4_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, absmax, codebook, nested_absmax, nested_codebook, offset, bias, *rest = inputs
-    _refuse_weight_gradient(absmax=absmax, codebook=codebook)
+    refuse_weight_gradient(absmax=absmax, codebook=codebook)
     ctx.save_for_backward(packed, absmax, codebook, nested_absmax, nested_codebook)
     ctx.rest, ctx.bias_dtype = (offset, *rest), None if bias is None else bias.dtype
 
@@ -194,7 +159,7 @@ def _nf4_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _int8_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, scale, _, bias = inputs
-    _refuse_weight_gradient(scale=scale)
+    refuse_weight_gradient(scale=scale)
     ctx.save_for_backward(weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -206,7 +171,7 @@ def _int8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _levels_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, levels, bias, *rest = inputs
-    _refuse_weight_gradient(levels=levels)
+    refuse_weight_gradient(levels=levels)
     ctx.save_for_backward(packed, levels)
     ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
 
@@ -218,7 +183,7 @@ def _levels_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 def _vectors_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, table, scale, bias, *rest = inputs
-    _refuse_weight_gradient(table=table, scale=scale)
+    refuse_weight_gradient(table=table, scale=scale)
     ctx.save_for_backward(packed, table, scale)
     ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
 
@@ -236,14 +201,14 @@ def _bias_grad(ctx: Any, grad: Tensor, at: int) -> Tensor | None:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
 
 
-def _refuse_weight_gradient(**tensors: Tensor) -> None:
+def refuse_weight_gradient(**tensors: Tensor) -> None:
+    """Raises NotImplementedError, by their names, for tensors of a weight that want a gradient."""
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise NotImplementedError(f"{name} of a low-bit weight is frozen: train an adapter on top of it instead")
 
 
 torch.library.register_autograd("llmq::int_linear", _int_linear_backward, setup_context=_int_linear_setup)
-torch.library.register_autograd("llmq::int_grouped", _int_grouped_backward, setup_context=_int_grouped_setup)
 torch.library.register_autograd(
     "llmq::codebook_linear", _codebook_linear_backward, setup_context=_codebook_linear_setup
 )
@@ -259,8 +224,6 @@ torch.library.register_fake("llmq::vectors_linear", _vectors_linear_fake)
 torch.library.register_fake("llmq::vectors_linear_grad", _vectors_linear_grad_fake)
 torch.library.register_fake("llmq::int_linear", _int_linear_fake)
 torch.library.register_fake("llmq::int_linear_grad", _int_linear_grad_fake)
-torch.library.register_fake("llmq::int_grouped", _int_grouped_fake)
-torch.library.register_fake("llmq::int_grouped_grad", _int_grouped_grad_fake)
 torch.library.register_fake("llmq::nf4_linear", _nf4_linear_fake)
 torch.library.register_fake("llmq::nf4_linear_grad", _nf4_linear_grad_fake)
 torch.library.register_fake("llmq::int8_linear", _int8_linear_fake)

@@ -26,6 +26,8 @@ class PackedInt:
     codebook, tables: only in the layout "planes", of 4-bit codes that count the entries of a codebook: float32 [1, 16],
     or [out, 16] with one for each row, and the same as kernels read it (`codebooks.tables_of`). The weight is then
     codebook[code] · scale.
+
+    Of stacked experts, every tensor has an axis more, the first, and the sizes are those of one expert.
     """
 
     packed: Tensor

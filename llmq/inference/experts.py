@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmq.inference.stack import PackedStack
+from llmq_kernels.grouped_int_linear.route import Routing, sort, unsorted
 
 NAME = "llmq"
 """The name of `grouped` among transformers' implementations of experts."""
@@ -34,7 +35,7 @@ def _orders(experts: nn.Module) -> list[tuple[str, str]]:
     """
     stacks = {name: child for name, child in experts.named_children() if isinstance(child, PackedStack)}
     others = [p for p in experts.parameters(recurse=False) if p.dim() >= 3]
-    if len(stacks) != 2 or others or not all(stack.groups() for stack in stacks.values()):
+    if len(stacks) != 2 or others or not all(stack.routes() for stack in stacks.values()):
         return []
     found = []
     for first, second in (tuple(stacks), tuple(stacks)[::-1]):
@@ -58,18 +59,23 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     names = fitting[0]
     first, second = (getattr(experts, name) for name in names)
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
-    chosen = top_k_index.size(-1)
-    numbers, order = torch.sort(top_k_index.reshape(-1))
-    every = torch.arange(len(first), device=numbers.device, dtype=numbers.dtype)
-    offsets = torch.searchsorted(numbers, every, right=True)
-    inner = first.sorted_product(hidden_states[order // chosen], offsets, biases[0])
+    tokens, choices = top_k_index.shape
+    if unsorted(tokens, choices, len(first)):
+        x, order, routings = hidden_states, None, (Routing(chosen=top_k_index), Routing(chosen=top_k_index.view(-1, 1)))
+        weights = top_k_weights.reshape(-1)
+    else:
+        order, offsets = sort(top_k_index, len(first))
+        x, routings = hidden_states[order // choices], (Routing(offsets),) * 2
+        weights = top_k_weights.reshape(-1)[order]
+    inner = first.routed_product(x, routings[0], biases[0])
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = second.sorted_product(inner, offsets, biases[1])
+    outer = second.routed_product(inner, routings[1], biases[1])
     if getattr(experts, "has_post_expert_norm", False):  # older transformers have none
         outer = experts.post_expert_norm(outer)
-    outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return cast(Tensor, outer[back].view(*top_k_index.shape, outer.shape[-1]).sum(1).to(hidden_states.dtype))
+    outer = outer * weights.unsqueeze(-1)
+    if order is not None:
+        outer = outer[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
+    return cast(Tensor, outer.view(*top_k_index.shape, outer.shape[-1]).sum(1).to(hidden_states.dtype))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, grouped)

@@ -367,12 +367,17 @@ def look_up(layer: Any, x: Tensor) -> Tensor:
     """The product of a layer that `hold` has packed."""
     buffers, sizes = layer._buffers, (layer.out_features, layer.in_features)
     weight = buffers["qweight"], buffers["scale"], buffers["codebook"], buffers["tables"]
-    group = -(-layer.in_features // weight[1].shape[0])
+    _, group = looked_up(layer)
     if planes.direct(x, layer.bias):
         packed, scale, *table = weight
         return planes_linear(x, PackedInt(packed, scale, None, 4, *sizes, group, *table), layer.bias)
     y: Tensor = torch.ops.llmq.codebook_linear(x, *weight, layer.bias, *sizes, group)
     return y
+
+
+def looked_up(layer: Any) -> tuple[int, int]:
+    """Bits and group size of a layer that `hold` has packed."""
+    return 4, -(-layer.in_features // layer.scale.shape[0])
 
 
 def held_back(layer: QuantLinear, device: torch.device, dtype: torch.dtype) -> str | None:

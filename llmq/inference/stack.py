@@ -16,7 +16,11 @@ from torch.nn import functional
 
 from llmq.errors import LlmqError
 from llmq.formats.plain import IntWeight, Weight
-from llmq.inference.linear import IntLinear, QuantLinear, apply, quant_linear
+from llmq.inference.linear import IntLinear, QuantLinear, apply, looked_up, quant_linear
+from llmq_kernels import planes
+from llmq_kernels.grouped_int_linear.operator import routed_linear
+from llmq_kernels.grouped_int_linear.route import Routing
+from llmq_kernels.weights import PackedInt
 
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -57,17 +61,24 @@ class StackedLinear(nn.Module):
         layer.__dict__ = like.__dict__ | {"_buffers": buffers}
         return layer
 
-    def grouped(self, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-        """x [S, in], sorted by expert, whose rows end at offsets int32 [E]; bias [E, out]. Returns [S, out]."""
-        like = cast(IntLinear, self._like[0])
-        y: Tensor = torch.ops.llmq.int_grouped(
-            x, self.qweight, self.scale, self._buffers.get("zero"), bias, offsets, *like.sizes(), like.layout
+    def routed(self, x: Tensor, routing: Routing, bias: Tensor | None) -> Tensor:
+        """x [S, in], whose rows are routed to the experts: [routing.rows(x), out]. bias: [E, out]."""
+        like, buffers = self._like[0], self._buffers
+        bits, group = (like.bits, like.group_size) if isinstance(like, IntLinear) else looked_up(like)
+        sizes = bits, like.out_features, like.in_features, group
+        weight = self.get_buffer("qweight"), self.get_buffer("scale"), buffers.get("zero")
+        table = buffers.get("codebook"), buffers.get("tables")
+        if like.layout == "planes" and planes.direct(x, bias):
+            return routed_linear(x, PackedInt(*weight, *sizes, *table), bias, routing, like.layout)
+        y: Tensor = torch.ops.llmq.grouped_int_linear(
+            x, *weight, bias, routing.offs, routing.chosen, *sizes, like.layout, *table
         )
         return y
 
-    def groups(self) -> bool:
-        """Whether `grouped` can run it: integer weights whose inputs are in order."""
-        return isinstance(self._like[0], IntLinear) and self._buffers.get("order") is None
+    def routes(self) -> bool:
+        """Whether `routed` can run it: integer weights whose inputs are in order, or what the same kernels look up."""
+        like = self._like[0]
+        return like.layout == "planes" or isinstance(like, IntLinear) if self._buffers.get("order") is None else False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLinear:
         """Implements .to() and similar, as QuantLinear does."""
@@ -128,9 +139,8 @@ class PackedStack(nn.Module):
 
         bias: [E, out]. Rows beyond the last offset give zeros.
         """
-        if self.groups():
-            wide = x.to(self.dtype)
-            return self._first().grouped(wide, offsets.to(torch.int32), bias).to(x.dtype)
+        if self.routes():
+            return self.routed_product(x, Routing(offsets.to(torch.int32)), bias)
         y = x.new_zeros(len(x), self.sizes()[0])
         start = 0
         for index, end in enumerate(offsets.tolist()):
@@ -139,9 +149,13 @@ class PackedStack(nn.Module):
             start = end
         return y
 
-    def groups(self) -> bool:
-        """Whether one operator multiplies sorted rows."""
-        return len(self.parts) == 1 and self._first().groups()
+    def routed_product(self, x: Tensor, routing: Routing, bias: Tensor | None = None) -> Tensor:
+        """x [S, in], whose rows are routed to the experts: [routing.rows(x), out], in one operator. bias: [E, out]."""
+        return self._first().routed(x.to(self.dtype), routing, bias).to(x.dtype)
+
+    def routes(self) -> bool:
+        """Whether one operator multiplies routed rows."""
+        return len(self.parts) == 1 and self._first().routes()
 
     def sizes(self) -> tuple[int, int]:
         """Outputs and inputs of an expert's matrix."""

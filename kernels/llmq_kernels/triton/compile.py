@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from llmq_kernels.triton.launch import Launch
 
 POINTED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "uint8": "u8", "int16": "i16"}
-POINTED |= {"int32": "i32"}
+POINTED |= {"int32": "i32", "int64": "i64"}
 
 
 def compile_launch(made: Launch, target: str) -> Any:

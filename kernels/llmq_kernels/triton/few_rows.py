@@ -9,6 +9,8 @@ rows, and the partial sums are added at the end, within the program. So a weight
 single launch, without partial sums in memory. PROGRAMS_K > 1 divides K among programs too; `sums` then adds their
 results in a fixed order.
 
+With `routes`, a program's rows are those of one expert of stacked weights (`routes`).
+
 Sums are float32; codes are exact; a group's sum is multiplied by its scale, so there is one rounding in all. Scales are
 loaded one step before they are used: they are too narrow for asynchronous copies, and Triton does not pipeline a loop
 that carries a value over more than one step. With more than four groups per tile there are no registers for that.
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import follow, product, rounded
+from llmq_kernels.triton.routes import of_expert, route
 from llmq_kernels.triton.unpack import (
     half_codes,
     load_words,
@@ -32,7 +35,7 @@ from llmq_kernels.triton.unpack import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "groups"])
+@triton.jit(do_not_specialize=["M", "tiles", "groups", "experts", "choices"])
 def few_rows_kernel(
     x,
     packed,
@@ -40,12 +43,15 @@ def few_rows_kernel(
     zero,
     tables,
     bias,
+    routes,
     y,
     M,
     N,
     K,
     tiles,
     groups,
+    experts,
+    choices,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -55,6 +61,7 @@ def few_rows_kernel(
     PROGRAMS_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PER_ROW: tl.constexpr,
+    PAIRS: tl.constexpr,
     PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
@@ -63,13 +70,24 @@ def few_rows_kernel(
     x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables: int32 [8, N] with PER_ROW, else
     [8], a codebook of 4-bit codes, or None. RUN: slices that always share a group.
     EVEN_K: all tiles are full, and WARPS_K divides their number.
+    routes: None, or what `route` reads; packed, scale, zero, tables and bias are then those of all experts, stacked.
     """
     follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if routes is None:
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        x_row = m
+        used = m < M
+    else:
+        expert, some, x_row, m, used = route(routes, experts, choices, BLOCK_M, PAIRS)
+        packed = of_expert(packed, expert, N, tiles * WORDS)
+        scale = of_expert(scale, expert, N, groups)
+        zero = of_expert(zero, expert, N, groups)
+        tables = of_expert(tables, expert, N if PER_ROW else 1, 16)
+        bias = of_expert(bias, expert, N, 1)
     section = tl.program_id(2)
     warp = tl.arange(0, WARPS_K)
     t = tl.arange(0, 32)
@@ -77,11 +95,13 @@ def few_rows_kernel(
     row_2d = row[None, :]
     n_2d = n[None, :]
     w_at = packed + n.to(tl.int64)[None, :, None] * (tiles * WORDS) + warp[:, None, None] * WORDS + t[None, None, :]
-    x_at = x + m.to(tl.int64)[None, None, :] * K + warp[:, None, None] * (SLICES * 32) + t[None, :, None]
-    column = (m < M)[None, None, :]
+    x_at = x + x_row.to(tl.int64)[None, None, :] * K + warp[:, None, None] * (SLICES * 32) + t[None, :, None]
+    column = used[None, None, :]
     steps = tl.cdiv(tiles, WARPS_K)
     begin = steps * section // PROGRAMS_K * WARPS_K
     end = steps * (section + 1) // PROGRAMS_K * WARPS_K
+    if routes is not None:
+        end = tl.where(some, end, begin)
     total = tl.zeros([WARPS_K, BLOCK_N, BLOCK_M], dtype=tl.float32)
     AHEAD: tl.constexpr = SLICES // RUN <= 4
     if AHEAD:
@@ -137,6 +157,9 @@ def few_rows_kernel(
             z_run = z_next
     out = tl.sum(total, axis=0)
     if PROGRAMS_K == 1 and bias is not None:
-        out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
+        if routes is None:
+            out += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
+        else:
+            out += tl.load(bias + n, mask=n < tl.where(some, N, 0), other=0.0).to(tl.float32)[:, None]
     y_at = y + (section * M + m).to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_at, rounded(out, y.dtype.element_ty, BACKEND), mask=row[:, None] & (m < M)[None, :])
+    tl.store(y_at, rounded(out, y.dtype.element_ty, BACKEND), mask=row[:, None] & used[None, :])

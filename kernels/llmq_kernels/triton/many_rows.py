@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton.arithmetic import follow, product, rounded, scaled
+from llmq_kernels.triton.routes import of_expert, route
 from llmq_kernels.triton.unpack import (
     half_codes,
     load_words,
@@ -32,7 +33,7 @@ from llmq_kernels.triton.unpack import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "groups"])
+@triton.jit(do_not_specialize=["M", "tiles", "groups", "experts", "choices"])
 def many_rows_kernel(
     x,
     packed,
@@ -40,12 +41,15 @@ def many_rows_kernel(
     zero,
     tables,
     bias,
+    routes,
     y,
     M,
     N,
     K,
     tiles,
     groups,
+    experts,
+    choices,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -56,29 +60,42 @@ def many_rows_kernel(
     PRESCALE: tl.constexpr,
     DOT: tl.constexpr,
     PER_ROW: tl.constexpr,
+    PAIRS: tl.constexpr,
     PDL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """y [M, N], or with PROGRAMS_K > 1 its float32 parts [PROGRAMS_K, M, N].
 
-    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables: as in `few_rows`. RUN: slices that
-    always share a group; DOT: slices of a dot, which without PRESCALE share one.
+    x: [M, K]; packed: int16 [N, tiles · words]; scale, zero: [groups, N]; tables, routes: as in `few_rows`. RUN: slices
+    that always share a group; DOT: slices of a dot, which without PRESCALE share one.
     """
     follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
     SLICES: tl.constexpr = slices(BITS)
     WORDS: tl.constexpr = words(BITS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if routes is None:
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        x_row = m
+        used = m < M
+    else:
+        expert, some, x_row, m, used = route(routes, experts, choices, BLOCK_M, PAIRS)
+        packed = of_expert(packed, expert, N, tiles * WORDS)
+        scale = of_expert(scale, expert, N, groups)
+        zero = of_expert(zero, expert, N, groups)
+        tables = of_expert(tables, expert, N if PER_ROW else 1, 16)
+        bias = of_expert(bias, expert, N, 1)
     part = tl.program_id(2)
     k_dot = tl.arange(0, DOT * 32)
     t = tl.arange(0, 32)
     row = n < N
     w_at = packed + n.to(tl.int64)[:, None] * (tiles * WORDS) + t[None, :]
-    x_at = x + m.to(tl.int64)[None, :] * K + k_dot[:, None]
-    column = (m < M)[None, :]
+    x_at = x + x_row.to(tl.int64)[None, :] * K + k_dot[:, None]
+    column = used[None, :]
     first = tiles * part // PROGRAMS_K
     last = tiles * (part + 1) // PROGRAMS_K
+    if routes is not None:
+        last = tl.where(some, last, first)
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     if PRESCALE:
         one = tl.where(M > 0, 1.0, 0.0)
@@ -126,5 +143,8 @@ def many_rows_kernel(
     y_at = y + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     if PROGRAMS_K == 1:
         if bias is not None:
-            total += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
+            if routes is None:
+                total += tl.load(bias + n, mask=row, other=0.0).to(tl.float32)[:, None]
+            else:
+                total += tl.load(bias + n, mask=n < tl.where(some, N, 0), other=0.0).to(tl.float32)[:, None]
     tl.store(y_at, rounded(total, y.dtype.element_ty, BACKEND), mask=row[:, None] & column)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from llmq_kernels.planes import TILE, WORDS
 from llmq_kernels.triton.config import Config, power, run_length
@@ -50,6 +51,30 @@ def rule(
     config = _many_rows(gpu, bits, m, out_features, in_features, group_size, widest, hopper or not codebook)
     # Dots whose sums go into the next are what Triton before 3.9 gets wrong there (issue 10821).
     return Config("dense") if config.prescale and gpu.tensor_memory else config
+
+
+@functools.lru_cache(maxsize=4096)
+def routed_rule(
+    gpu: Gpu,
+    bits: int,
+    m: int,
+    experts: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    codebook: bool = False,
+    pairs: bool = False,
+) -> Config:
+    """A configuration for m rows that are routed to stacked experts, sorted, or in pairs, each for itself; as `rule`.
+
+    Blocks of sorted rows have room for twice the rows of an expert, if all had as many, so that most experts are one
+    block; where a product of so many rows would dequantize one weight, all of them are. The programs of all experts run
+    at once, so none share K.
+    """
+    active = min(m, experts)
+    rows = 1 if pairs else 2 * -(-m // active)
+    config = rule(gpu, bits, rows, out_features * active, in_features, group_size, codebook)
+    return replace(config, programs_k=1)
 
 
 def _one_row(gpu: Gpu, bits: int, group_size: int) -> Config:

@@ -8,22 +8,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, int8, integers, sums
+from llmq_kernels.triton import dequantize, int8, integers, routes, sums
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
-from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.rule import routed_rule, rule
 from llmq_kernels.triton.tables import BUCKETS
 from llmq_kernels.weights import PackedInt, PackedInt8
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows and columns of typical weights: narrow and wide; K fills all tiles, those of some bit widths, or of none.
 SHAPES = tuple(itertools.product((96, 1024, 4096, 8192, 28672), (160, 2048, 4096, 11008, 14336)))
+
+
+# Of experts: rows that are routed to them; how many there are, and the shapes of their matrices.
+ROUTED = tuple(1 << i for i in range(4, 16))
+EXPERTS = tuple(itertools.product((8, 128), ((96, 160), (768, 2048), (2048, 768), (28672, 4096), (4096, 14336))))
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ def variants() -> Iterator[Variant]:
         yield from _integers(gpu)
         yield from _dequantize(gpu)
         yield from _codebooks(gpu)
+        yield from _routed(gpu)
         yield from _sums(gpu)
         yield from _int8(gpu)
 
@@ -60,6 +68,14 @@ def _looked_up(weight: PackedInt, codebooks: int) -> PackedInt:
     scale = _meta(torch.float32, *weight.scale.shape)
     entries, tables = _meta(torch.float32, codebooks, 16), _meta(torch.int32, 2, 8, codebooks)
     return replace(weight, scale=scale, codebook=entries, tables=tables)
+
+
+def _stacked(weight: PackedInt, experts: int) -> PackedInt:
+    made: dict[str, Any] = {}
+    for name in ("packed", "scale", "zero", "codebook", "tables"):
+        one = getattr(weight, name)
+        made[name] = None if one is None else _meta(one.dtype, experts, *one.shape)
+    return replace(weight, **made)
 
 
 def choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int]]:
@@ -140,11 +156,68 @@ def _codebooks(gpu: Gpu) -> Iterator[Variant]:
             yield Variant(f"{name} {flags} stages {config.stages}", gpu.target, made)
 
 
+def routed_choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int, int, bool]]:
+    """As `choices`, of stacked experts: configuration, bits, rows, experts, shape [n, k], group size, pairs or not."""
+    seen = set()
+    for bits, group_size, (experts, (n, k)), m in itertools.product(TILE, (128, 32), EXPERTS, (8, *ROUTED)):
+        pairs = m == 8
+        config = routed_rule(gpu, bits, m, experts, n, k, group_size, False, pairs)
+        side_by_side = config.warps if config.family == "few_rows" else 1
+        even = config.family != "one_row" and k % (TILE[bits] * side_by_side) == 0
+        kind = bits, group_size, even, pairs, config
+        if config.family != "dense" and kind not in seen:
+            seen.add(kind)
+            yield config, bits, m, experts, n, k, group_size, pairs
+
+
+def routed(
+    config: Config, bits: int, m: int, experts: int, n: int, k: int, group_size: int, pairs: bool, zeros: bool,
+    dtype: torch.dtype, backend: str, codebooks: int = 0,
+) -> Launch:  # fmt: skip
+    """As `product`, the launch of a product of m rows that are routed to stacked experts, with biases."""
+    one = _planes(bits, n, k, group_size, zeros, dtype)
+    weight = _stacked(_looked_up(one, codebooks) if codebooks else one, experts)
+    if pairs:
+        routing, listed = Routing(chosen=_meta(torch.int64, 1, m)), _meta(torch.int64, m)
+    else:
+        routing, listed = Routing(_meta(torch.int32, experts)), _meta(torch.int32, m, 3)
+    x, y = _meta(dtype, m // routing.choices, k), _meta(dtype, m, n)
+    return integers.build(config, m, x, weight, _meta(dtype, experts, n), y, backend, routing, listed)
+
+
+def _routed(gpu: Gpu) -> Iterator[Variant]:
+    """Products of experts, with zero points in bfloat16 and without in float16: each of them is in `_integers`, too."""
+    common = {"BITS", "GROUP", "RUN", "BLOCK_M", "BLOCK_N", "BACKEND", "PER_ROW", "PROGRAMS_K"}
+    for config, bits, m, experts, n, k, group_size, pairs in routed_choices(gpu):
+        for (label, dtype), zero in zip(HALF.items(), (True, False), strict=True):
+            made = routed(config, bits, m, experts, n, k, group_size, pairs, zero, dtype, gpu.backend)
+            flags = "".join(f" {name.lower()} {value}" for name, value in made.constexprs.items() if name not in common)
+            kind = f"{label}{' zero' if zero else ''} {config.block_n}x{config.block_m}{flags}"
+            name = f"experts {config.family} {bits} bits group {made.constexprs['GROUP']} {kind}"
+            free = " free" if "maxnreg" in made.options else ""
+            yield Variant(f"{name} warps {config.warps} stages {config.stages}{free}", gpu.target, made)
+    for per_row, pairs in itertools.product((False, True), (False, True)):
+        n, k, m = 2048, 768, 8 if pairs else 128
+        group = k if per_row else 64
+        config = routed_rule(gpu, 4, m, 128, n, k, group, True, pairs)
+        codebooks = n if per_row else 1
+        made = routed(config, 4, m, 128, n, k, group, pairs, False, torch.bfloat16, gpu.backend, codebooks)
+        name = f"experts codebook {config.family} {'of rows' if per_row else 'of all'}{' pairs' if pairs else ''}"
+        yield Variant(name, gpu.target, made)
+    for block_m, experts in ((8, 8), (128, 256)):
+        blocks = _meta(torch.int32, 128, 3)
+        made = routes.build(_meta(torch.int32, experts), blocks, 1000, block_m, gpu.pdl, gpu.backend)
+        yield Variant(f"experts blocks of {block_m}, {experts} experts", gpu.target, made)
+
+
 def _dequantize(gpu: Gpu) -> Iterator[Variant]:
     for bits, group_size in itertools.product(TILE, (128, 32)):
         weight = _planes(bits, 4096, 4096, group_size, True, torch.bfloat16)
         made = dequantize.build(weight, _meta(torch.bfloat16, 4096, 4096), gpu.backend)
         yield Variant(f"dequantize {bits} bits group {group_size} zero", gpu.target, made)
+    weight = _stacked(weight, 8)
+    made = dequantize.build(weight, _meta(torch.bfloat16, 8, 4096, 4096), gpu.backend, _meta(torch.int32, 8))
+    yield Variant(f"dequantize experts of {weight.bits} bits", gpu.target, made)
     for rows in (1, 4096):
         weight = _looked_up(_planes(4, 4096, 4096, 64, False, torch.bfloat16), rows)
         made = dequantize.build(weight, _meta(torch.bfloat16, 4096, 4096), gpu.backend)

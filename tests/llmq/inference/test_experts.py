@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import llmq
 from llmq.inference.experts import NAME, grouped, use_packed
 from llmq.inference.stack import PackedStack, packed_stack
+from llmq_kernels import layouts
 from tests.architectures import tiny
 from tests.llmq.inference.test_stack import values, weight
 from tests.llmq.packed_mixtures import mixture
@@ -21,11 +22,12 @@ from tests.llmq.written import Case
 EXPERTS, WIDTH = 3, 64
 
 
-def stack(name: str, out: int, seed: int, width: int = WIDTH, **options: Any) -> tuple[PackedStack, Tensor]:
+def stack(
+    name: str, out: int, seed: int, width: int = WIDTH, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[PackedStack, Tensor]:
     made = [weight(seed + e, out, width=width, **options) for e in range(EXPERTS)]
-    return packed_stack(name, (EXPERTS, out, width), False, [[w] for w in made], torch.float32, "f"), torch.stack(
-        [values(w) for w in made]
-    )
+    dense = torch.stack([values(w) for w in made])
+    return packed_stack(name, (EXPERTS, out, width), False, [[w] for w in made], dtype, "f"), dense
 
 
 class Config:
@@ -165,10 +167,13 @@ def test_other_implementations(folder: Path) -> None:
     model = llmq.load(folder, device_map="cpu", dtype="float32")
     x = tiny.tokens()
     with torch.inference_mode():
-        wanted = model(x).logits
-        for name in ("eager", "grouped_mm", NAME):
+        model.set_experts_implementation("eager")
+        wanted, one = model(x).logits, model(x[:1, :1]).logits
+        for name in ("grouped_mm", NAME):
             model.set_experts_implementation(name)
             torch.testing.assert_close(model(x).logits, wanted, rtol=1e-4, atol=1e-5)
+            # One token: pairs of it and its experts, which nothing sorts.
+            torch.testing.assert_close(model(x[:1, :1]).logits, one, rtol=1e-4, atol=1e-5)
         model.set_experts_implementation("batched_mm")
         refused(lambda: model(x), "is packed", "set_experts_implementation")
 
@@ -200,3 +205,21 @@ def test_adapters_on_attention_are_trained_through_packed_experts(folder: Path) 
         llmq.load(folder, device_map="cpu", dtype="float32"), peft.LoraConfig(r=4, target_modules="all-linear")
     )
     assert not [n for n, _ in every.named_parameters() if "lora" in n and "experts" in n], "stacks are no linear layers"
+
+
+@pytest.mark.parametrize("rows", [7, 1])
+def test_the_kernels_of_gpus(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter: many rows, which are sorted, and one, which is not, as in a CPU's own layout."""
+    pytest.importorskip("triton")
+    x, choices, weights = routed(rows)
+    x, weights, found = x.bfloat16(), weights.bfloat16(), []
+    usual = layouts.choose
+    for layout in (None, "planes"):
+        if layout:
+            monkeypatch.setattr(layouts, "choose", lambda *a: ("planes", {}) if a[1] == torch.bfloat16 else usual(*a))
+        parts = (stack("up", 2 * WIDTH, 0, dtype=torch.bfloat16)[0], stack("down", WIDTH, 9, dtype=torch.bfloat16)[0])
+        experts = Experts(*parts, True)
+        assert (parts[0]._first()._like[0].layout == "planes") == bool(layout)
+        use_packed(experts)
+        found.append(experts(x, choices, weights).float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02 * float(found[0].abs().max()))

@@ -170,7 +170,7 @@ def test_experts_differ_only_in_zero_points_and_order() -> None:
     x: Any = torch.randn(5, WIDTH)
     for e, one in enumerate(experts):
         same(functional.linear(x, packed[e]), x @ values(one).t())  # type: ignore[arg-type]
-    assert not packed.groups()
+    assert not packed.routes()
     with pytest.raises(LlmqError, match="stored alike"):
         packed_stack("m", (2, OUT, WIDTH), False, [[weight(0)], [weight(1, bits=8)]], torch.float32, "file")
     with pytest.raises(LlmqError, match="stored alike"):
