@@ -90,12 +90,15 @@ OWN = (
     ("Q4_K_M", None),
     ("Q3_K_M", None),
     ("Q2_K", "q2_0"),
+    ("Q6_K pure", "q6_k"),
+    ("Q5_K_S pure", "q5_k"),
     ("Q4_K_S pure", "q4_k"),
     ("Q3_K_S pure", "q3_k"),
     ("Q2_K pure", "q2_k"),
 )
 """llama.cpp's types, and the preset of ours that is told beside them."""
 WINDOWS, WINDOW = 24, 256
+DEQUANTIZED = "ALL_F32"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -126,8 +129,8 @@ def main() -> None:
 
 def check_gguf(python: Path, source: Path, only: str | None) -> None:
     """A line for each case."""
-    print("| model | scheme | written as | differs by | rms in llama.cpp | unquantized there | transformers |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | scheme | written as | differs by | rms in llama.cpp | its own file | unquantized | transformers |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, scheme, options in CASES:
         told = " ".join([str(scheme), *(f"--{key} {value}" for key, value in options.items())])
         if only is None or f"{name} {told}".startswith(only):
@@ -152,14 +155,33 @@ def one_gguf(
     converter.convert(converter.find(source), dense, inside / "dense.gguf", torch.float32, converter.splitting(dense))
     known = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     np.savez(inside / "reference.npz", tokens=ids.numpy(), logprob=known.numpy())
-    found = [*run(python, "compare", inside / "reference.npz", inside / "made.gguf", inside / "dense.gguf")]
-    ran = [line.get("refused") or f"{line['rms']:.4f}" for line in found] or ["died"]
+    ran = [distance(python, inside / "reference.npz", inside / name) for name in ("made.gguf", "dense.gguf")]
     read = by_transformers(inside / "made.gguf", ids, logits)
     if not read[0].isdigit():
         # Whether it would read the converter's own file.
         other = by_transformers(inside / "dense.gguf", ids, logits)
         read = "fails on llama.cpp's own file too" if other == read else read
-    return (kinds(done), worst(done), *(ran * 2)[:2], read)
+    own = floor(python, inside, kinds(done).partition(",")[0], inside / "reference.npz")
+    return (kinds(done), worst(done), ran[0], own, ran[1], read)
+
+
+def distance(python: Path, reference: Path, path: Path) -> str:
+    """The rms between the log-probabilities that a GGUF file has in llama.cpp and the reference's, of its tokens."""
+    found = [*run(python, "compare", reference, path)]
+    return found[0].get("refused") or f"{found[0]['rms']:.4f}" if found else "died"
+
+
+def floor(python: Path, inside: Path, kind: str, tokens: Path) -> str:
+    """The same distance between the file that llama.cpp itself makes of the same weights in the same type, and its
+    dequantized weights, both in llama.cpp: what rounding inputs costs there."""
+    own, plain = inside / "own.gguf", inside / "own-plain.gguf"
+    small = "_S" if kind in ("Q3_K", "Q4_K", "Q5_K") else ""
+    for source, made, to in ((inside / "dense.gguf", own, f"{kind}{small} pure"), (own, plain, DEQUANTIZED)):
+        found = [*run(python, "quantize", source, made, to)]
+        if not found or found[0]["failed"]:
+            return "makes none"
+    [*run(python, "refer", plain, tokens)]
+    return distance(python, tokens, own)
 
 
 def check_mlx(python: Path, only: str | None) -> None:

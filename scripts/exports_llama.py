@@ -1,7 +1,8 @@
 """Runs GGUF files in llama.cpp (llama-cpp-python), in the environment that `exports_environment.py` makes.
 
 `compare REFERENCE.npz FILE…`: log-probabilities of its tokens against its own. `divergence BASE.gguf TOKENS.npz FILE…`:
-KL of the files' distributions to those of BASE, over all tokens. `quantize IN.gguf OUT.gguf TYPE [IMPORTANCE.npz]`:
+KL of the files' distributions to those of BASE, over all tokens. `refer FILE REFERENCE.npz`: the file's
+log-probabilities take the place of the reference's. `quantize IN.gguf OUT.gguf TYPE [IMPORTANCE.npz]`:
 llama.cpp's own quantization, with an importance for each input of a tensor. Prints a JSON line for each file. Without
 llama.cpp's repacked weight buffers, which crashed here, with its own files too.
 """
@@ -68,6 +69,14 @@ def compare(reference: str, files: list[str]) -> None:
         say(file, rms=float(np.sqrt((away**2).mean())), largest=float(np.abs(away).max()))
 
 
+def refer(file: str, reference: str) -> None:
+    """See the module."""
+    rows = np.load(reference)["tokens"]
+    model = Model(file, rows.shape[1])
+    found = [model.log_probabilities(row)[np.arange(len(row) - 1), row[1:]] for row in rows]
+    np.savez(reference, tokens=rows, logprob=np.array(found))
+
+
 def divergence(base: str, tokens: str, files: list[str]) -> None:
     """See the module."""
     rows = np.load(tokens)["tokens"]
@@ -88,12 +97,14 @@ def divergence(base: str, tokens: str, files: list[str]) -> None:
 
 def quantize(file: str, out: str, kind: str, importance: str | None) -> None:
     """See the module. The embeddings stay in bfloat16, as in the files that these are compared with. kind: a type, or
-    one and ' pure': all other matrices are then of that type, without llama.cpp's own choice of larger ones."""
+    one and ' pure': all other matrices are then of that type, without llama.cpp's own choice of larger ones; ALL_F32
+    dequantizes."""
     wanted = llama_cpp.llama_model_quantize_default_params()
     wanted.nthread = 1
-    wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.removesuffix(PURE)}")
-    wanted.pure = kind.endswith(PURE)
-    wanted.token_embedding_type = wanted.output_tensor_type = BFLOAT16
+    plain = kind == "ALL_F32"
+    wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'' if plain else 'MOSTLY_'}{kind.removesuffix(PURE)}")
+    wanted.pure, wanted.allow_requantize = kind.endswith(PURE), plain
+    wanted.token_embedding_type = wanted.output_tensor_type = FLOAT32 if plain else BFLOAT16
     stored = dict(np.load(importance)) if importance else {}
     entries = (Importance * (len(stored) + 1))()
     for entry, (name, values) in zip(entries, stored.items(), strict=False):
@@ -126,6 +137,8 @@ if __name__ == "__main__":
     kind, first, *rest = sys.argv[1:]
     if kind == "compare":
         compare(first, rest)
+    elif kind == "refer":
+        refer(first, rest[0])
     elif kind == "quantize":
         quantize(first, rest[0], rest[1], rest[2] if len(rest) > 2 else None)
     else:
