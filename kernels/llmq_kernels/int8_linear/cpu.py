@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from llmq_kernels.reference import steps
+from llmq_kernels.int8_linear.reference import steps
 from llmq_kernels.weights import PackedInt8
 
 # Up to this many rows, one by one is faster: measured on 1024 and 4096 outputs, in docs/benchmarks.md.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import products
-from llmq_kernels.reference import nf4_absmax
+from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook
 
 SLAB = 1 << 20
