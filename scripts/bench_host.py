@@ -75,7 +75,8 @@ def fake_gpu() -> None:
             raise NotImplementedError
 
     driver.set_active(Fake())
-    from llmq_kernels import backend, layouts, planes
+    from llmq_kernels import backend
+    from llmq_kernels.int_linear import layouts, planes
     from llmq_kernels.triton import gpu
 
     gpu.gpu_of = lambda _: gpu.KNOWN[2]

@@ -118,7 +118,7 @@ def llmq_int(weight: Weight) -> Prepared | str:
     """torch.ops.llmq.int_linear, in the layout that llmq chooses."""
     import llmq_kernels.ops  # noqa: F401
     from llmq.formats.packing import pack_codes
-    from llmq_kernels import layouts
+    from llmq_kernels.int_linear import layouts
 
     (rows, width), bits, group = weight.shape, weight.bits, weight.group_size
     name, _ = layouts.choose(weight.device, weight.dtype, bits, rows, width, group)
@@ -136,7 +136,7 @@ def llmq_nf4(weight: Weight) -> Prepared | str:
     import llmq_kernels.ops  # noqa: F401
     from llmq.grids.nf4 import quantize_nf4
     from llmq.grids.scheme import Scheme
-    from llmq_kernels import codebooks
+    from llmq_kernels.codebook_linear import codebooks
     from llmq_kernels.weights import PackedCodebook
 
     made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4", double_quant=True))

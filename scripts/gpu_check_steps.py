@@ -70,7 +70,7 @@ def right() -> int:
 
 
 def _weight(shape: tuple[int, int], kind: tuple[int, int, bool, str], device: torch.device) -> Any:
-    from llmq_kernels import planes
+    from llmq_kernels.int_linear import planes
     from llmq_kernels.weights import PackedInt
 
     bits, group, zeros, name = kind
@@ -88,7 +88,7 @@ def _weight(shape: tuple[int, int], kind: tuple[int, int, bool, str], device: to
 
 def _right(job: tuple[tuple[int, int], int, tuple[int, int, bool, str]]) -> str:
     """What is wrong with a product, or nothing. Memory that outputs get is filled with NaN before."""
-    from llmq_kernels import planes
+    from llmq_kernels.int_linear import planes
     from llmq_kernels.triton import gpu, tables
 
     shape, rows, kind = job
@@ -231,7 +231,7 @@ def profile() -> int:
     """torch's profiler on the chosen kernels at 1, 64 and 256 rows."""
     from torch.profiler import ProfilerActivity
 
-    from llmq_kernels import planes
+    from llmq_kernels.int_linear import planes
 
     shape = SHAPES[0]
     weight = _weight(shape, KINDS[0], DEVICE)
@@ -256,7 +256,8 @@ def races() -> int:
         print("= compute-sanitizer is not installed here")
         return 0
     code = (
-        "import sys; sys.argv.append('x'); import gpu_check_steps as s; from llmq_kernels import planes; import torch\n"
+        "import sys; sys.argv.append('x'); import gpu_check_steps as s; import torch\n"
+        "from llmq_kernels.int_linear import planes\n"
         "w = s._weight((512, 1024), s.KINDS[0], s.DEVICE)\n"
         "for m in (1, 16, 64, 128): planes.linear(torch.randn(m, 1024, device='cuda').bfloat16(), w, None)\n"
         "torch.cuda.synchronize()"

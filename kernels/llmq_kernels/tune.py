@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmq_kernels import planes
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.int_linear import planes
 from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:

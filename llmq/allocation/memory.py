@@ -25,7 +25,7 @@ from llmq.grids.scheme import Scheme
 from llmq.machine import size
 from llmq.planning.types import Plan
 from llmq.planning.weights import WeightPlan, matches, stored_bytes
-from llmq_kernels import layouts, planes
+from llmq_kernels.int_linear import layouts, planes
 
 Runtime = Literal["llmq", "vllm"]
 MIB = 1 << 20

@@ -1,6 +1,7 @@
-"""Pack integer codes into a dense little-endian bit stream, and back; `llmq_kernels.reference` describes the layout.
+"""Pack integer codes into a dense little-endian bit stream, and back.
 
-It is the bit stream of compressed-tensors' pack-quantized format; tests compare the two bit for bit.
+`llmq_kernels.int_linear.reference` describes it. It is that of compressed-tensors' pack-quantized format; tests compare
+the two bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq_kernels.reference import lane_mask, unpack_codes
+from llmq_kernels.int_linear.reference import lane_mask, unpack_codes
 
 __all__ = ["pack_codes", "pack_columns", "packed_width", "unpack_codes", "unpack_columns"]
 

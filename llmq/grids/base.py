@@ -15,7 +15,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import Grid
-from llmq_kernels.reference import dequantize
+from llmq_kernels.int_linear.reference import dequantize
 
 CHUNK = 1 << 17
 """Elements processed at a time, so that temporaries fit the processor's cache."""

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import llmq_kernels.ops  # noqa: F401  (registers the operators)
 from llmq.errors import LlmqError
 from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeight, VectorsWeight, Weight
-from llmq_kernels import codebooks, layouts, planes
 from llmq_kernels.backend import triton_refusal
-from llmq_kernels.ops import planes_linear
+from llmq_kernels.codebook_linear import codebooks
+from llmq_kernels.int_linear import layouts, planes
+from llmq_kernels.int_linear.operator import planes_linear
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 HALF = {torch.bfloat16, torch.float16}
@@ -367,17 +369,12 @@ def look_up(layer: Any, x: Tensor) -> Tensor:
     """The product of a layer that `hold` has packed."""
     buffers, sizes = layer._buffers, (layer.out_features, layer.in_features)
     weight = buffers["qweight"], buffers["scale"], buffers["codebook"], buffers["tables"]
-    _, group = looked_up(layer)
+    group = -(-layer.in_features // weight[1].shape[0])
     if planes.direct(x, layer.bias):
         packed, scale, *table = weight
         return planes_linear(x, PackedInt(packed, scale, None, 4, *sizes, group, *table), layer.bias)
     y: Tensor = torch.ops.llmq.codebook_linear(x, *weight, layer.bias, *sizes, group)
     return y
-
-
-def looked_up(layer: Any) -> tuple[int, int]:
-    """Bits and group size of a layer that `hold` has packed."""
-    return 4, -(-layer.in_features // layer.scale.shape[0])
 
 
 def held_back(layer: QuantLinear, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from llmq.errors import LlmqError
 from llmq.formats.plain import IntWeight, Weight
-from llmq.inference.linear import IntLinear, QuantLinear, apply, looked_up, quant_linear
-from llmq_kernels import planes
+from llmq.inference.linear import IntLinear, QuantLinear, apply, quant_linear
 from llmq_kernels.grouped_int_linear.operator import routed_linear
 from llmq_kernels.grouped_int_linear.route import Routing
+from llmq_kernels.int_linear import planes
 from llmq_kernels.weights import PackedInt
 
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
@@ -64,9 +64,9 @@ class StackedLinear(nn.Module):
     def routed(self, x: Tensor, routing: Routing, bias: Tensor | None) -> Tensor:
         """x [S, in], whose rows are routed to the experts: [routing.rows(x), out]. bias: [E, out]."""
         like, buffers = self._like[0], self._buffers
-        bits, group = (like.bits, like.group_size) if isinstance(like, IntLinear) else looked_up(like)
-        sizes = bits, like.out_features, like.in_features, group
         weight = self.get_buffer("qweight"), self.get_buffer("scale"), buffers.get("zero")
+        looked_up = 4, like.out_features, like.in_features, -(-like.in_features // weight[1].shape[-2])
+        sizes = like.sizes() if isinstance(like, IntLinear) else looked_up
         table = buffers.get("codebook"), buffers.get("tables")
         if like.layout == "planes" and planes.direct(x, bias):
             return routed_linear(x, PackedInt(*weight, *sizes, *table), bias, routing, like.layout)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import layouts
 from llmq_kernels.grouped_int_linear import reference
 from llmq_kernels.grouped_int_linear.route import Routing, sort, unsorted
-from llmq_kernels.layouts import DENSE_BITS
+from llmq_kernels.int_linear import layouts
+from llmq_kernels.int_linear.layouts import DENSE_BITS
 from tests.kernels.weights import Plain, plain, tolerance
 
 EXPERTS, OUT, WIDTH, GROUP = 5, 12, 128, 32

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq_kernels import int4pack
+from llmq_kernels.int_linear import int4pack
 from llmq_kernels.weights import PackedInt
 
 CPU = torch.device("cpu")
@@ -232,7 +232,7 @@ def test_tensors_that_disagree_are_refused() -> None:
 
 CAPABILITY = """
 import torch
-from llmq_kernels import int4pack
+from llmq_kernels.int_linear import int4pack
 from llmq_kernels.weights import PackedInt
 torch.manual_seed(0)
 words = torch.randint(-2**31, 2**31 - 1, (72, 16)).to(torch.int32)
@@ -255,7 +255,7 @@ print(int4pack.packing(), int4pack._operator_is_fast())
 def test_other_cpus_pack_otherwise_and_give_the_same(capability: str) -> None:
     """ATen's code for lesser CPUs, which packs in another order; oneDNN's too, which then knows no 16-bit matmul."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    environment["PYTHONPATH"] = str(Path(int4pack.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(int4pack.__file__).parents[2])
     run = subprocess.run([sys.executable, "-c", CAPABILITY], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Packing(block=" in run.stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmq.grids.activations import round_per_token, round_static
-from llmq_kernels import int8_cpu
+from llmq_kernels.int8_linear import cpu as int8_cpu
 from llmq_kernels.weights import PackedInt8
 
 ROWS = (1, 2, 3, 4, 5, 17, 130)
@@ -61,7 +61,7 @@ def test_products_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
 EXACT = """
 import torch
-from llmq_kernels import int8_cpu
+from llmq_kernels.int8_linear import cpu as int8_cpu
 weight = torch.randint(0, 2, (70, 4096)).mul_(255).sub_(128).to(torch.int8)
 for rows in (1, 3, 17, 130):
     codes = torch.randint(0, 2, (rows, 4096)).mul_(255).sub_(128).to(torch.int8)
@@ -74,7 +74,7 @@ for rows in (1, 3, 17, 130):
 @pytest.mark.parametrize("onednn", ["AVX512_CORE", "AVX2"])
 def test_products_are_exact_on_lesser_processors(capability: str, onednn: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
-    environment["PYTHONPATH"] = str(Path(int8_cpu.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(int8_cpu.__file__).parents[2])
     run = subprocess.run([sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmq_kernels import dense_bits, int8pack
+from llmq_kernels.int_linear import dense_bits, int8pack
 from llmq_kernels.weights import PackedInt
 from tests.kernels.test_int4pack import CPU, check_product, error, shifts, weight
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import levels_cpu, reference
+from llmq_kernels.levels_linear import cpu as levels_cpu
+from llmq_kernels.levels_linear import reference as levels_reference
 from llmq_kernels.weights import PackedLevels
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -24,7 +25,7 @@ def packed(out: int, width: int) -> tuple[Tensor, Tensor]:
 def test_the_operator_is_its_twin(out: int, width: int, dtype: torch.dtype) -> None:
     codes, levels = packed(out, width)
     bias = torch.randn(out).to(dtype)
-    dense = reference.levels_dequantize(codes, levels, width)
+    dense = levels_reference.levels_dequantize(codes, levels, width)
     for row, column in ((0, 0), (out - 1, width - 1), (out // 2, width // 2)):
         byte = int(codes[row, column // 2])
         assert dense[row, column] == levels[row, byte >> 4 if column % 2 else byte & 15]
@@ -33,7 +34,7 @@ def test_the_operator_is_its_twin(out: int, width: int, dtype: torch.dtype) -> N
     for shape in ((1, width), (2, 5, width)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         got = torch.ops.llmq.levels_linear(x, codes, levels, bias, out, width)
-        torch.testing.assert_close(got, reference.levels_linear(x, codes, levels, bias), rtol=2e-2, atol=0.5)
+        torch.testing.assert_close(got, levels_reference.levels_linear(x, codes, levels, bias), rtol=2e-2, atol=0.5)
         exact = x.double() @ dense.double().t() + bias.double()
         size = x.double().abs() @ dense.double().abs().t() + 1
         assert ((got.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * size).all()
@@ -44,7 +45,7 @@ def test_gradients_and_tracing() -> None:
     x = torch.randn(2, 3, 66, requires_grad=True)
     bias = torch.randn(12, requires_grad=True)
     torch.library.opcheck(torch.ops.llmq.levels_linear.default, (x, codes, levels, bias, 12, 66), test_utils=CHECKS)
-    dense = reference.levels_dequantize(codes, levels, 66)
+    dense = levels_reference.levels_dequantize(codes, levels, 66)
     torch.ops.llmq.levels_linear(x, codes, levels, bias, 12, 66).sum().backward()
     assert x.grad is not None and bias.grad is not None
     torch.testing.assert_close(x.grad, dense.sum(0).expand_as(x))

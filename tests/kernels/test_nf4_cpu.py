@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq_kernels import nf4_cpu
+from llmq_kernels.nf4_linear import cpu as nf4_cpu
 from llmq_kernels.weights import PackedCodebook
 
 

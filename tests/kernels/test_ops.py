@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import layouts, reference
 from llmq_kernels.checks import check_device
-from llmq_kernels.layouts import DENSE_BITS
+from llmq_kernels.int8_linear import reference as int8_reference
+from llmq_kernels.int_linear import layouts, reference
+from llmq_kernels.int_linear.layouts import DENSE_BITS
+from llmq_kernels.nf4_linear import reference as nf4_reference
 from tests.kernels.weights import Plain, plain, tolerance
 
 GROUPS = [32, 64, 128, 200]
@@ -91,14 +93,14 @@ def test_other_layouts_are_the_same_operator(layout: str, dtype: torch.dtype) ->
 
 @pytest.mark.slow
 def test_int8_on_triton_is_the_same_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: True)
+    monkeypatch.setattr("llmq_kernels.int8_linear.operator.on_triton", lambda x: True)
     x = torch.randn(2, 3, 128).bfloat16().requires_grad_()
     weight = torch.randint(-128, 128, (12, 128), dtype=torch.int8)
     scale = torch.rand(12, 1)
     torch.library.opcheck(torch.ops.llmq.int8_linear.default, (x, weight, scale, None, None))
     with torch.no_grad():
         got = torch.ops.llmq.int8_linear(x, weight, scale, None, None)
-        torch.testing.assert_close(got, reference.int8_linear(x, weight, scale))
+        torch.testing.assert_close(got, int8_reference.int8_linear(x, weight, scale))
 
 
 def test_nothing_chooses_the_interpreter() -> None:
@@ -129,11 +131,11 @@ def test_gradients_are_those_of_autograd_through_the_twin() -> None:
         ),
         (
             lambda x, b: torch.ops.llmq.nf4_linear(x, *code, b, 7, 96, 64),
-            lambda x, b: reference.nf4_linear(x, *code, b, 7, 64),
+            lambda x, b: nf4_reference.nf4_linear(x, *code, b, 7, 64),
         ),
         (
             lambda x, b: torch.ops.llmq.int8_linear(x, codes, scale, None, b),
-            lambda x, b: reference.int8_linear(x, codes, scale, None, b),
+            lambda x, b: int8_reference.int8_linear(x, codes, scale, None, b),
         ),
     ]
     for operator, twin in pairs:
@@ -238,7 +240,7 @@ def test_a_weight_that_does_not_fit_itself_is_an_error(layout: str) -> None:
 def test_what_is_no_number_stays_none(
     input_scale: Tensor | None, triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmq_kernels.ops.on_triton", lambda x: triton)
+    monkeypatch.setattr("llmq_kernels.int8_linear.operator.on_triton", lambda x: triton)
     x = torch.randn(3, 64).bfloat16()
     x[1, 5] = torch.nan
     y = torch.ops.llmq.int8_linear(x, torch.ones(8, 64, dtype=torch.int8), torch.rand(8, 1), input_scale, None)

@@ -11,7 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import codebooks, planes, reference
+from llmq_kernels.codebook_linear import codebooks
+from llmq_kernels.codebook_linear import reference as codebook_reference
+from llmq_kernels.int_linear import planes
+from llmq_kernels.levels_linear import reference as levels_reference
 from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
@@ -94,7 +97,7 @@ def test_the_twin_and_gradients() -> None:
     codes = (
         torch.stack([weight.packed.view(12, -1, 32) >> 4 * j & 15 for j in range(4)], 2).view(12, -1).to(torch.uint8)
     )
-    twin = reference.codebook_linear(x.detach(), codes, weight.scale.t(), weight.codebook, None)
+    twin = codebook_reference.codebook_linear(x.detach(), codes, weight.scale.t(), weight.codebook, None)
     assert ((y - twin).double().abs() <= 2 * tolerance(x.detach().cpu().view(6, 128), dense).view(2, 3, 12)).all()
     y.sum().backward()
     assert x.grad is not None and bias.grad is not None and (bias.grad == 6).all()
@@ -136,4 +139,6 @@ def test_levels_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = torch.randint(0, 256, (7, 33), dtype=torch.uint8, generator=generator)
     levels = torch.randn(7, 16, generator=generator)
     weight = codebooks.of_levels(PackedLevels(packed.to(DEVICE), levels.to(DEVICE), 7, 65))
-    assert torch.equal(planes.dequantize(weight, torch.float32).cpu(), reference.levels_dequantize(packed, levels, 65))
+    assert torch.equal(
+        planes.dequantize(weight, torch.float32).cpu(), levels_reference.levels_dequantize(packed, levels, 65)
+    )

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmq_kernels import codebooks, int4pack, layouts, nf4_cpu, ops, products, reference
+import llmq_kernels.ops  # noqa: F401
+from llmq_kernels import products
 from llmq_kernels.backend import triton_refusal
+from llmq_kernels.codebook_linear import codebooks
+from llmq_kernels.int8_linear.operator import int8_linear_grad
+from llmq_kernels.int_linear import int4pack, layouts, reference
+from llmq_kernels.int_linear import operator as int_linear
+from llmq_kernels.nf4_linear import cpu as nf4_cpu
+from llmq_kernels.nf4_linear import operator as nf4_linear
+from llmq_kernels.nf4_linear import reference as nf4_reference
 from llmq_kernels.weights import PackedCodebook, PackedInt
 from tests.kernels.weights import plain
 
@@ -84,8 +92,8 @@ def test_integers(layout: str, processor: Flushing, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tables, "choose", lambda *_: config.Config("dense"))
     packed = layouts.pack(layout, weight.words, weight.scale, weight.zero, 4, WIDTH, GROUP, torch.float16)
     rest = (4, OUT, WIDTH, GROUP, layout)
-    check(processor, lambda x: ops.int_linear(x, *packed, None, *rest), weight.dense, (1, 5, 60))
-    check(processor, lambda grad: ops.int_linear_grad(grad, *packed, *rest), weight.dense.t(), (1, 5))
+    check(processor, lambda x: int_linear.int_linear(x, *packed, None, *rest), weight.dense, (1, 5, 60))
+    check(processor, lambda grad: int_linear.int_linear_grad(grad, *packed, *rest), weight.dense.t(), (1, 5))
 
 
 def test_the_twin(processor: Flushing) -> None:
@@ -107,10 +115,10 @@ def codebook() -> tuple[tuple[Any, ...], Tensor]:
 def test_codebooks(processor: Flushing) -> None:
     weight, dense = codebook()
     sizes = (OUT, WIDTH, 64)
-    check(processor, lambda x: ops.nf4_linear(x, *weight, None, *sizes), dense, (1, 5, 60))
+    check(processor, lambda x: nf4_linear.nf4_linear(x, *weight, None, *sizes), dense, (1, 5, 60))
     check(processor, lambda x: nf4_cpu.linear(x, PackedCodebook(*weight, *sizes), None), dense, (1, 5, 60))
-    check(processor, lambda x: reference.nf4_linear(x, *weight, None, OUT, 64), dense, (1, 5, 60))
-    check(processor, lambda grad: ops.nf4_linear_grad(grad, *weight, *sizes), dense.t(), (1, 5))
+    check(processor, lambda x: nf4_reference.nf4_linear(x, *weight, None, OUT, 64), dense, (1, 5, 60))
+    check(processor, lambda grad: nf4_linear.nf4_linear_grad(grad, *weight, *sizes), dense.t(), (1, 5))
 
 
 def test_codebooks_beyond_the_fused_kernel(processor: Flushing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,14 +129,14 @@ def test_codebooks_beyond_the_fused_kernel(processor: Flushing, monkeypatch: pyt
     monkeypatch.setattr(tables, "choose", lambda *_: config.Config("dense"))
     weight, dense = codebook()
     packed = codebooks.of_blocks(PackedCodebook(*weight, OUT, WIDTH, 64))
-    check(processor, lambda x: ops.planes_linear(x, packed, None), dense, (1, 5, 60))
+    check(processor, lambda x: int_linear.planes_linear(x, packed, None), dense, (1, 5, 60))
 
 
 def test_the_gradient_of_8_bits(processor: Flushing) -> None:
     codes = torch.randint(-128, 128, (OUT, WIDTH), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(OUT, 1) * 1e-7
     dense = codes.double() * scale.double()
-    check(processor, lambda grad: ops.int8_linear_grad(grad, codes, scale), dense.t(), (1, 5))
+    check(processor, lambda grad: int8_linear_grad(grad, codes, scale), dense.t(), (1, 5))
 
 
 def test_what_the_processor_would_have_made_of_it(processor: Flushing) -> None:

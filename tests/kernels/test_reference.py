@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmq_kernels.reference import dequantize, int8_linear, int_linear, round_input, unpack_codes
+from llmq_kernels.int8_linear.reference import int8_linear, round_input
+from llmq_kernels.int_linear.reference import dequantize, int_linear, unpack_codes
 from tests.kernels.weights import tolerance
 
 

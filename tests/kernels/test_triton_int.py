@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from llmq_kernels import layouts, planes, reference
+from llmq_kernels.int_linear import layouts, planes, reference
 from llmq_kernels.triton import launch as launching
 from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmq.grids.activations import round_per_token, round_static
-from llmq_kernels import int8_cpu
+from llmq_kernels.int8_linear import cpu as int8_cpu
 from llmq_kernels.weights import PackedInt8
 
 pytest.importorskip("triton")
-from llmq_kernels.triton import int8  # noqa: E402  (triton is imported here)
+from llmq_kernels.int8_linear import triton as int8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATIC = [None, 0.013]

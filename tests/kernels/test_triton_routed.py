@@ -12,11 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import codebooks, layouts, planes
+from llmq_kernels.codebook_linear import codebooks
+from llmq_kernels.codebook_linear.reference import codebook_linear
 from llmq_kernels.grouped_int_linear import reference
 from llmq_kernels.grouped_int_linear.route import Routing
-from llmq_kernels.reference import codebook_linear
-from llmq_kernels.triton import gpu, integers, routes, rule
+from llmq_kernels.int_linear import layouts, planes
+from llmq_kernels.int_linear import triton as integers
+from llmq_kernels.triton import gpu, routes, rule
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.launch import launch
 from llmq_kernels.weights import PackedInt

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from llmq_kernels import planes, tune
+from llmq_kernels import tune
+from llmq_kernels.int_linear import planes
 from llmq_kernels.triton import gpu as gpus
 from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from llmq_kernels.codebooks import tables_of
+from llmq_kernels.codebook_linear.codebooks import tables_of
 from llmq_kernels.triton.unpack import (
     half_codes,
     position,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-import pkgutil
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from llmq_kernels import planes
-from llmq_kernels import triton as package
-from llmq_kernels.triton import integers, tables
+import llmq_kernels as package
+from llmq_kernels.int_linear import planes
+from llmq_kernels.int_linear import triton as integers
+from llmq_kernels.triton import tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN
 from llmq_kernels.triton.launch import Launch
-from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.rule import routed_rule, rule
 from llmq_kernels.triton.unpack import slices, words
-from llmq_kernels.triton.variants import SHAPES, variants
+from llmq_kernels.triton.variants import SHAPES, Variant, routed, variants
 from llmq_kernels.weights import PackedInt
+
+
+@functools.cache
+def every() -> tuple[Variant, ...]:
+    """All variants, made once."""
+    return tuple(variants())
 
 
 def parameters(kernel: Any) -> list[str]:
@@ -31,7 +39,7 @@ def parameters(kernel: Any) -> list[str]:
 
 def test_every_argument_of_every_kernel_is_given_once() -> None:
     seen = set()
-    for variant in variants():
+    for variant in every():
         made = variant.launch
         names = parameters(made.kernel)
         assert set(names[len(made.arguments) :]) == set(made.constexprs), variant.name
@@ -60,12 +68,24 @@ def code_of(made: Launch) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("gpu", [gpu for gpu in KNOWN if gpu.backend == "cuda"], ids=lambda gpu: gpu.name)
 def test_what_the_rule_chooses_is_compiled(gpu: Any) -> None:
-    compiled = {code_of(one.launch) for one in variants() if one.target == gpu.target}
+    compiled = {code_of(one.launch) for one in every() if one.target == gpu.target}
     for bits in planes.TILE:
         for n, k in SHAPES:
             for m in (*tables.BUCKETS, 3, 100):
                 config = rule(gpu, bits, m, n, k, 128)
                 assert config.family == "dense" or machine_code(config, bits, 128, k) in compiled, (bits, n, k, m)
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in KNOWN if gpu.backend == "cuda"], ids=lambda gpu: gpu.name)
+def test_what_the_rule_chooses_for_experts_is_compiled(gpu: Any) -> None:
+    found = [one for one in every() if one.target == gpu.target and one.name.startswith("experts")]
+    compiled, shapes = {code_of(one.launch) for one in found}, ((2816, 2048), (7168, 4096))
+    for bits, experts, (n, k), m in itertools.product(planes.TILE, (8, 60), shapes, (6, 40, 3000)):
+        for pairs in (True, False):
+            config = routed_rule(gpu, bits, m, experts, n, k, 128, False, pairs)
+            if config.family != "dense":
+                made = routed(config, bits, m, experts, n, k, 128, pairs, True, torch.bfloat16, gpu.backend)
+                assert code_of(made) in compiled, (bits, experts, n, k, m, pairs)
 
 
 @pytest.mark.parametrize("bits", planes.TILE)
@@ -92,9 +112,8 @@ def test_a_launch_gives_the_kernel_everything(monkeypatch: pytest.MonkeyPatch) -
 def test_no_kernel_is_forgotten() -> None:
     """Every function of the package that is named as a kernel is among the variants, so that it is compiled."""
     named = set()
-    for module in pkgutil.iter_modules(package.__path__):
-        file = Path(package.__path__[0]) / f"{module.name}.py"
+    for file in Path(package.__path__[0]).rglob("*.py"):
         found = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
         jitted = [node.name for node in found if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)]
         named |= {name for name in jitted if name.endswith("_kernel")}
-    assert named == {one.launch.kernel.fn.__name__ for one in variants()}
+    assert named == {one.launch.kernel.fn.__name__ for one in every()}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import llmq_kernels.ops  # noqa: F401
-from llmq_kernels import reference, vectors_cpu
+from llmq_kernels.vectors_linear import cpu as vectors_cpu
+from llmq_kernels.vectors_linear import reference as vectors_reference
 from llmq_kernels.weights import PackedVectors
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -29,7 +30,7 @@ SHAPES = [(1, 1, 1, 5, 1), (7, 33, 1, 5, 1), (33, 128, 2, 5, 1), (300, 4100, 4, 
 def test_the_operator_is_its_twin(out: int, width: int, groups: int, n: int, books: int, dtype: torch.dtype) -> None:
     codes, table, scale = packed(out, width, groups, n, books)
     bias = torch.randn(out).to(dtype)
-    dense = reference.vectors_dequantize(codes, table, scale, width)
+    dense = vectors_reference.vectors_dequantize(codes, table, scale, width)
     size = width // groups
     for row, column in ((0, 0), (out - 1, width - 1), (out // 2, width // 2)):
         group, within = divmod(column, size)
@@ -40,7 +41,9 @@ def test_the_operator_is_its_twin(out: int, width: int, groups: int, n: int, boo
     for shape in ((1, width), (3, width), (2, 5, width)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         got = torch.ops.llmq.vectors_linear(x, codes, table, scale, bias, out, width)
-        torch.testing.assert_close(got, reference.vectors_linear(x, codes, table, scale, bias), rtol=2e-2, atol=0.5)
+        torch.testing.assert_close(
+            got, vectors_reference.vectors_linear(x, codes, table, scale, bias), rtol=2e-2, atol=0.5
+        )
         exact = x.double() @ dense.double().t() + bias.double()
         bound = x.double().abs() @ dense.double().abs().t() + 1
         assert got.dtype == dtype and ((got.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * bound).all()
@@ -52,7 +55,7 @@ def test_gradients_and_tracing() -> None:
     bias = torch.randn(12, requires_grad=True)
     operator = torch.ops.llmq.vectors_linear
     torch.library.opcheck(operator.default, (x, codes, table, scale, bias, 12, 66), test_utils=CHECKS)
-    dense = reference.vectors_dequantize(codes, table, scale, 66)
+    dense = vectors_reference.vectors_dequantize(codes, table, scale, 66)
     operator(x, codes, table, scale, bias, 12, 66).sum().backward()
     assert x.grad is not None and bias.grad is not None
     torch.testing.assert_close(x.grad, dense.sum(0).expand_as(x))

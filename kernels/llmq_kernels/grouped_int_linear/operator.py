@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq_kernels import layouts, planes
 from llmq_kernels.checks import check_device, check_routed
+from llmq_kernels.common import refuse_weight_gradient
 from llmq_kernels.grouped_int_linear import by_expert
 from llmq_kernels.grouped_int_linear.route import Routing
-from llmq_kernels.tracing import refuse_weight_gradient
+from llmq_kernels.int_linear import layouts, planes
 from llmq_kernels.weights import PackedInt
 
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero"

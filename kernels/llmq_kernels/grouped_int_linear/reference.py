@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmq_kernels.grouped_int_linear.route import Routing
-from llmq_kernels.reference import int_linear
+from llmq_kernels.int_linear.reference import int_linear
 
 
 def grouped_int_linear(

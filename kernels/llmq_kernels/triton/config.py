@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal
 
-from llmq_kernels.planes import TILE
+from llmq_kernels.int_linear.planes import TILE
 
 Family = Literal["one_row", "few_rows", "many_rows", "dense"]
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.planes import WORDS
+from llmq_kernels.int_linear.planes import WORDS
 from llmq_kernels.triton.arithmetic import rounded
 from llmq_kernels.triton.config import run_length
 from llmq_kernels.triton.launch import Launch

@@ -17,7 +17,7 @@ from llmq_kernels.triton.config import power
 from llmq_kernels.triton.launch import Launch
 
 # Blocks whose entries one program of `blocks_kernel` writes; entries are padded to a multiple.
-ENTRIES = 32
+ENTRIES = 8
 
 
 @triton.jit(do_not_specialize=["S", "experts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from llmq_kernels.planes import TILE, WORDS
+from llmq_kernels.int_linear.planes import TILE, WORDS
 from llmq_kernels.triton.config import Config, power, run_length
 from llmq_kernels.triton.gpu import Gpu
 
@@ -73,6 +73,8 @@ def routed_rule(
     """
     active = min(m, experts)
     rows = 1 if pairs else 2 * -(-m // active)
+    if pairs and group_size < 64 and gpu.backend == "cuda":
+        rows = 2  # no tensor cores: an expert's addresses take registers, of which groups so small leave none
     config = rule(gpu, bits, rows, out_features * active, in_features, group_size, codebook)
     return replace(config, programs_k=1)
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.grouped_int_linear.route import Routing
-from llmq_kernels.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, int8, integers, routes, sums
+from llmq_kernels.int8_linear import triton as int8
+from llmq_kernels.int_linear import triton as integers
+from llmq_kernels.int_linear.planes import TILE, WORDS
+from llmq_kernels.triton import dequantize, routes, sums
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch

@@ -23,7 +23,7 @@ from llmq.formats.compressed_tensors.read import GROUPS, PackedLayer
 from llmq.formats.dequantized import Coded, damaged
 from llmq.formats.packing import packed_width
 from llmq.grids.scheme import Scheme
-from llmq_kernels import dense_bits
+from llmq_kernels.int_linear import dense_bits
 from llmq_kernels.weights import PackedInt
 
 SIX = Scheme(6, 32, grid="mxfp6")

@@ -20,7 +20,7 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.inference.linear import QuantLinear
 from llmq.planning.weights import stored_bytes
 from llmq.recipe.recipe import Recipe
-from llmq_kernels import layouts
+from llmq_kernels.int_linear import layouts
 from tests.architectures.tiny import make
 from tests.conftest import write_tiny_model
 

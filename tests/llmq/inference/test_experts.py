@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import llmq
 from llmq.inference.experts import NAME, grouped, use_packed
 from llmq.inference.stack import PackedStack, packed_stack
-from llmq_kernels import layouts
+from llmq_kernels.int_linear import layouts
 from tests.architectures import tiny
 from tests.llmq.inference.test_stack import values, weight
 from tests.llmq.packed_mixtures import mixture

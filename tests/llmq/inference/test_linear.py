@@ -18,7 +18,9 @@ from llmq.formats.plain import CodebookWeight, Int8Weight, IntWeight, LevelsWeig
 from llmq.inference import linear
 from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear, quant_linear
 from llmq.inference.transformers_hook import use_kernels
-from llmq_kernels import backend, codebooks, layouts
+from llmq_kernels import backend
+from llmq_kernels.codebook_linear import codebooks
+from llmq_kernels.int_linear import layouts
 from tests.llmq.inference.test_transformers_hook import apart, layers
 from tests.llmq.written import Case, config, gptq, save
 

@@ -18,7 +18,7 @@ from llmq.formats.gptq import GPTQReader
 from llmq.inference.linear import IntLinear
 from llmq.inference.pretrained import load_model
 from llmq.inference.transformers_hook import use_kernels
-from llmq_kernels import layouts
+from llmq_kernels.int_linear import layouts
 from tests.llmq.written import Case, Tensors, edit, linears, save, tiny, write
 
 CASES = [

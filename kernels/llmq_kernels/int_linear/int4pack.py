@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import FLOATS, check
-from llmq_kernels.dense_bits import unpack
+from llmq_kernels.int_linear.dense_bits import unpack
 from llmq_kernels.products import product_dtype, row_slabs
 from llmq_kernels.timing import COPIES, PROBE, fastest
 from llmq_kernels.weights import PackedInt

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import products
-from llmq_kernels.reference import nf4_absmax
+from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook
 
 SLAB, SLAB_OF_FOURS = 1 << 20, 1 << 19

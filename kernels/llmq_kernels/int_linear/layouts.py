@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import check_device
-from llmq_kernels.dense_bits import check_plain
+from llmq_kernels.int_linear.dense_bits import check_plain
 from llmq_kernels.weights import PackedInt
 
 DENSE_BITS = "dense_bits"
@@ -58,7 +58,7 @@ def layout(name: str) -> Layout:
 
 @functools.cache
 def _module(name: str) -> Layout:
-    return cast(Layout, importlib.import_module(f"llmq_kernels.{name}"))
+    return cast(Layout, importlib.import_module(f"llmq_kernels.int_linear.{name}"))
 
 
 def choose(

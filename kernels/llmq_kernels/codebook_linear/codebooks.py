@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from llmq_kernels import planes, products
+from llmq_kernels import products
 from llmq_kernels.backend import triton_refusal
-from llmq_kernels.reference import nf4_absmax
+from llmq_kernels.int_linear import planes
+from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from llmq_kernels.grouped_int_linear.route import Routing
-from llmq_kernels.planes import HALF, TILE, WORDS
+from llmq_kernels.int_linear.planes import HALF, TILE, WORDS
 from llmq_kernels.triton import routes, sums
 from llmq_kernels.triton.config import Config, run_length
 from llmq_kernels.triton.few_rows import few_rows_kernel

@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
+from llmq_kernels.int8_linear.reference import steps
 from llmq_kernels.products import row_slabs
-from llmq_kernels.reference import steps
 from llmq_kernels.timing import COPIES, PROBE, fastest
 from llmq_kernels.weights import PackedInt8
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.checks import check
-from llmq_kernels.dense_bits import unpack
+from llmq_kernels.int_linear.dense_bits import unpack
 from llmq_kernels.products import by_slabs, product_dtype, row_slabs, whole
 from llmq_kernels.weights import PackedInt
 

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmq_kernels import products, reference
+from llmq_kernels import products
 from llmq_kernels.backend import triton_refusal
 from llmq_kernels.checks import FLOATS, check, check_sizes
 from llmq_kernels.grouped_int_linear import by_expert
 from llmq_kernels.grouped_int_linear import dense as grouped
 from llmq_kernels.grouped_int_linear.route import Routing
+from llmq_kernels.int_linear import reference
 from llmq_kernels.weights import PackedInt
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def prepared(config: Config, weight: PackedInt, backend: str) -> Run:
     """
     if config.family == "dense":
         return dense
-    from llmq_kernels.triton import integers
+    from llmq_kernels.int_linear import triton as integers
 
     product = integers.Product(config, weight.out_features, backend)
     fits: list[bool] = []
@@ -212,7 +213,7 @@ def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backe
     """x · Wᵀ + bias with a given configuration, once. Raises what Triton raises if it cannot run."""
     if config.family == "dense":
         return dense(x, weight, bias)
-    from llmq_kernels.triton import integers
+    from llmq_kernels.int_linear import triton as integers
 
     return integers.Product(config, weight.out_features, backend)(x, weight, bias)
 

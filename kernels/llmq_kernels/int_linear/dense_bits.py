@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llmq_kernels import products, reference
+from llmq_kernels import products
 from llmq_kernels.checks import FLOATS, check, check_sizes
+from llmq_kernels.int_linear import reference
 from llmq_kernels.weights import PackedInt
 
 SLAB = 1 << 20

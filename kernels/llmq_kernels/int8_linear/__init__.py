@@ -1,0 +1,1 @@
+"""`torch.ops.llmq.int8_linear`: 8-bit weights and inputs."""

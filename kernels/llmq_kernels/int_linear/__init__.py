@@ -1,0 +1,1 @@
+"""`torch.ops.llmq.int_linear`: integer weights."""

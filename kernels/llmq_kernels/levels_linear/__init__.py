@@ -1,0 +1,1 @@
+"""`torch.ops.llmq.levels_linear`: a codebook for each row."""

@@ -1,0 +1,1 @@
+"""`torch.ops.llmq.nf4_linear`: NF4 and FP4."""

@@ -1,0 +1,1 @@
+"""`torch.ops.llmq.vectors_linear`: bytes that select vectors."""
