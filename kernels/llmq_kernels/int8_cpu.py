@@ -84,7 +84,7 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def multiply(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes [M, in] · weight [out, in]ᵀ, both int8. Returns exact integers [M, out], int32 or float64, of any strides."""
+    """codes [M, in] · weight [out, in]ᵀ, both int8. Returns exact integers [M, out], int32 or float64, in any order."""
     return _by_integers(codes, weight) if _has_instructions() else _by_float32(codes, weight)
 
 
