@@ -170,7 +170,8 @@ def llmq_nf4_int8(weight: Weight) -> Prepared | str:
     import llmq_kernels.ops  # noqa: F401
     from llmq.grids.nf4 import quantize_nf4
     from llmq.grids.scheme import Scheme
-    from llmq_kernels import layouts, rounded
+    from llmq_kernels import rounded
+    from llmq_kernels.int_linear import layouts
     from llmq_kernels.weights import PackedCodebook
 
     made = quantize_nf4(weight.dense.to(weight.dtype), Scheme(4, 64, grid="nf4"))

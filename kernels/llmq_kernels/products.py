@@ -14,6 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+OWN_CACHE = 1 << 21
+"""Bytes of inputs, read again for every slab, that a core keeps in its own cache. With more, slabs are larger."""
+
 Slabs = Iterable[tuple[slice, Tensor]]
 """A weight, some rows at a time: their slice and their values [rows, in], which the next may overwrite."""
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.products import row_slabs
-from llmq_kernels.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 LARGEST = 127

@@ -8,7 +8,8 @@ from torch import nn
 
 from llmq.formats.plain import IntWeight
 from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear, QuantLinear
-from llmq_kernels import int8pack, rounded
+from llmq_kernels import rounded
+from llmq_kernels.int_linear import int8pack
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 

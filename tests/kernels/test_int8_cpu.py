@@ -12,6 +12,7 @@ import torch
 
 from llmq.grids.activations import round_per_token, round_static
 from llmq_kernels.int8_linear import cpu as int8_cpu
+from llmq_kernels.int_linear import int8pack
 from llmq_kernels.weights import PackedInt8
 
 ROWS = (1, 2, 3, 4, 5, 17, 130)
@@ -33,7 +34,7 @@ def test_products_are_exact(rows: int, instructions: bool, one_by_one: int, monk
     if instructions and not int8_cpu._has_instructions():
         pytest.skip("this processor has no instructions for it")
     monkeypatch.setattr(int8_cpu, "_has_instructions", lambda: instructions)
-    monkeypatch.setattr(int8_cpu, "_one_by_one", lambda: one_by_one)
+    monkeypatch.setattr(int8_cpu, "_times", lambda: int8_cpu.Times(1.0, 0.0, one_by_one + 0.5))
     for out, width in ((5, 77), (33, 2500), (130, 4096)):
         codes = torch.full((rows, width), -128, dtype=torch.int8)
         codes[0] = torch.randint(-128, 128, (width,), dtype=torch.int8)
@@ -115,10 +116,33 @@ def test_some_rows_and_values_at_a_time_are_the_same_as_all(
     assert int8_cpu.linear(x[:0], stored, bias).shape == (0, 33)
 
 
-def test_how_many_rows_one_by_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {1: 2.0, int8_cpu.MULTIPLE: 7.0}
-    monkeypatch.setattr(int8_cpu, "fastest", lambda product, x, weights: seconds[len(x)])
-    assert int8_cpu._one_by_one.__wrapped__() == 3
+def test_what_is_fastest_for_few_rows_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_cpu, "fastest", lambda product, x, weights: (product.__name__, len(x), len(weights)))
+    measured = int8_cpu._times.__wrapped__()
+    assert measured.one[:2] == ("_each", 1) and measured.multiple[:2] == ("_turned", int8_cpu.MULTIPLE)
+    monkeypatch.setattr(int8_cpu, "_has_instructions", lambda: True)
+    monkeypatch.setattr(int8pack, "operator_is_fast", lambda: True)
+    monkeypatch.setattr(int8_cpu, "_times", lambda: int8_cpu.Times(1.0, 2.5, 3.0))
+    assert [rows for rows in range(9) if int8_cpu._operator_is_fastest(rows, 64)] == [3, 4]
+    assert not int8_cpu._operator_is_fastest(3, 80)
+    monkeypatch.setattr(int8_cpu, "_times", lambda: int8_cpu.Times(1.0, 3.5, 3.0))
+    assert not int8_cpu._operator_is_fastest(4, 64)
+
+
+@pytest.mark.skipif(not int8pack.operator_is_fast(), reason="torch has no fast 8-bit operator here")
+@pytest.mark.parametrize("rows", [2, 4])
+def test_few_rows_of_bfloat16_are_rounded_twice_at_most(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, scale = draw(rows, 130, 4096, torch.bfloat16)
+    stored, bias = PackedInt8(weight, scale, None), torch.randn(130)
+    monkeypatch.setattr(int8_cpu, "_operator_is_fastest", lambda rows, width: False)
+    once = int8_cpu.linear(x, stored, None)
+    monkeypatch.setattr(int8_cpu, "_operator_is_fastest", lambda rows, width: True)
+    twice = int8_cpu.linear(x, stored, None)
+    assert not torch.equal(once, twice)
+    codes, x_scale = int8_cpu.round_input(x, None)
+    exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t()
+    assert ((twice.double() - exact).abs() <= 2.0**-7 * (1 + 2.0**-8) * exact.abs()).all()
+    assert torch.allclose(int8_cpu.linear(x, stored, bias), (exact + bias).bfloat16(), rtol=2**-6, atol=1e-4)
 
 
 def test_refuses_sums_that_might_overflow() -> None:

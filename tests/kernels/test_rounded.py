@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmq_kernels import reference, rounded
+from llmq_kernels import rounded
+from llmq_kernels.int_linear import reference
+from llmq_kernels.levels_linear.reference import levels_dequantize
+from llmq_kernels.nf4_linear.reference import nf4_absmax, nf4_dequantize
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
 NF4 = torch.tensor(
@@ -43,9 +46,9 @@ def test_blocks(nested: bool) -> None:
         more = torch.ones(1), torch.rand(256, generator=generator), 0.25
     weight = PackedCodebook(packed, absmax, NF4, *more, out, width, block)
     plain = rounded.of_blocks(weight)
-    scale = reference.nf4_absmax(absmax, *more)
+    scale = nf4_absmax(absmax, *more)
     steps, length = rounded.whole_steps(NF4.view(1, 16))
-    expected = reference.nf4_dequantize(packed, scale, (steps * length).view(-1), out, width, block)
+    expected = nf4_dequantize(packed, scale, (steps * length).view(-1), out, width, block)
     torch.testing.assert_close(dense(plain), expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="do not divide"):
         rounded.of_blocks(PackedCodebook(packed, absmax, NF4, *more, out * 2, width // 2, block))
@@ -57,5 +60,5 @@ def test_levels(width: int) -> None:
     packed = torch.randint(0, 256, (9, -(-width // 2)), dtype=torch.uint8, generator=generator)
     levels = torch.randn(9, 16, generator=generator)
     steps, length = rounded.whole_steps(levels)
-    expected = reference.levels_dequantize(packed, steps * length, width)
+    expected = levels_dequantize(packed, steps * length, width)
     torch.testing.assert_close(dense(rounded.of_levels(PackedLevels(packed, levels, 9, width))), expected)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmq_kernels.checks import FLOATS, check
 from llmq_kernels.int_linear.dense_bits import unpack
-from llmq_kernels.products import product_dtype, row_slabs
+from llmq_kernels.products import OWN_CACHE, product_dtype, row_slabs
 from llmq_kernels.timing import COPIES, PROBE, fastest
 from llmq_kernels.weights import PackedInt
 
@@ -36,11 +36,9 @@ OPERATOR_GROUPS = (256, 128, 64, 32)
 # The operator is measured against slabs at these rows; beyond MOST it is slower everywhere, up to FEWEST it is faster.
 FEWEST, MOST = 8, 96
 
-# Elements of a slab: large enough that calls cost little, small enough to stay in cache.
-SLAB = 1 << 19
-# Bytes of x up to which blocks of a slab are multiplied one by one, each reading x again from a core's own cache; with
-# more, several side by side.
-OWN_CACHE, MANY = 1 << 21, 1 << 20
+# Elements of a slab: large enough that calls cost little, small enough to stay in cache. Its blocks are multiplied one
+# by one, or side by side if x, which each reads again, is larger than OWN_CACHE.
+SLAB, MANY = 1 << 19, 1 << 21
 # Codes packed at a time: 16 MiB as int32.
 PACKED_AT_ONCE = 1 << 22
 

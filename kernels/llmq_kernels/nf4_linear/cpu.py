@@ -18,13 +18,15 @@ from llmq_kernels import products
 from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook
 
-SLAB, SLAB_OF_FOURS = 1 << 20, 1 << 19
+SLAB = 1 << 20
+SLAB_OF_FOURS, MANY = 1 << 19, 1 << 21
 
 
 def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias. x: float [M, in]. Returns [M, out] in x's dtype."""
     of_fours = products.product_dtype(x) == torch.bfloat16 and _has_fours(weight)
-    slabs = _slabs_of_fours(weight) if of_fours else _slabs(weight)
+    size = SLAB_OF_FOURS if x.nbytes <= products.OWN_CACHE else MANY
+    slabs = _slabs_of_fours(weight, size) if of_fours else _slabs(weight)
     return products.by_slabs(x, slabs, bias, weight.out_features)
 
 
@@ -63,8 +65,8 @@ def _has_fours(weight: PackedCodebook) -> bool:
     return size % weight.block_size == 0 and weight.block_size % 4 == 0 and weight.packed.storage_offset() % 2 == 0
 
 
-def _slabs_of_fours(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
-    """Yields some rows at a time: their slice and their weight in bfloat16, which the next overwrites.
+def _slabs_of_fours(weight: PackedCodebook, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yields some rows of `size` values at a time: their slice and weight in bfloat16, which the next overwrites.
 
     Entries are looked up in float16, as shares of the largest, and scaled in float32.
     """
@@ -73,7 +75,7 @@ def _slabs_of_fours(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
     table = _table_of_fours(weight.codebook / peak)
     absmax = nf4_absmax(weight.absmax, weight.nested_absmax, weight.nested_codebook, weight.offset) * peak
     aligned = block_size // math.gcd(in_features, block_size)
-    rows = min(products.slab_rows(in_features, SLAB_OF_FOURS, aligned), weight.out_features)
+    rows = min(products.slab_rows(in_features, size, aligned), weight.out_features)
     # index_select is faster, but runs on one thread.
     alone = torch.get_num_threads() == 1
     index = torch.empty(rows * in_features // 4, dtype=torch.int32 if alone else torch.int64, device=device)
@@ -81,7 +83,7 @@ def _slabs_of_fours(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
     exact = torch.empty(rows * in_features, dtype=torch.float32, device=device)
     rounded = torch.empty(rows * in_features, dtype=torch.bfloat16, device=device)
     words = weight.packed.view(torch.uint16)
-    for part in products.row_slabs(weight.out_features, in_features, SLAB_OF_FOURS, aligned):
+    for part in products.row_slabs(weight.out_features, in_features, size, aligned):
         start, count = part.start * in_features, (part.stop - part.start) * in_features
         some = index[: count // 4].copy_(words[start // 4 : (start + count) // 4])
         fours = found[: count // 4]

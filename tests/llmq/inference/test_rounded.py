@@ -12,7 +12,7 @@ import llmq
 from llmq.formats.plain import LevelsWeight
 from llmq.inference.linear import CodebookLinear, IntLinear, quant_linear
 from llmq.inference.rounded import round_codebooks
-from llmq_kernels import int8pack
+from llmq_kernels.int_linear import int8pack
 from tests.llmq.inference.test_linear import apart, weights
 
 
