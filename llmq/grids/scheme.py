@@ -53,8 +53,8 @@ class Scheme:
     (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
     runs; None is no rounding. scales: 'free'; 'pow2' for powers of two, those of inputs too where they are static; or
-    'float16' for what float16 holds, in a model of any dtype. packing: 'standard', or 'llmq' for the fewest bits on
-    disk, in a folder that only llmq reads.
+    'float16' for what float16 holds, in a model of any dtype. packing: 'standard', or 'llmq' for a folder that
+    only llmq reads: the fewest bits, and experts of any kind.
     """
 
     bits: int = 4

@@ -1,9 +1,10 @@
-"""llmq's own folder: codes that are indices of levels, which are those of each row (`learned`) or of a grid (`fixed`).
+"""llmq's own folder: codes that are indices of levels, which are those of each row (`learned`) or of a grid (`fixed`),
+or of the entries of codebooks (`vectors`).
 
 No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
 the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
 its error names the format (`llmq-codebook`; vLLM 0.32 refuses its key `grid`). `restored` is the configuration as
-llmq's reader sees it. Beside what `learned` and `fixed` describe, every weight [out, in] has a `weight_shape`.
+llmq's reader sees it. Beside what those files describe, every weight [out, in] has a `weight_shape`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name, whole
-from llmq.formats.codebook import fixed, learned
+from llmq.formats.codebook import fixed, learned, vectors
 from llmq.formats.codebook.fixed import SCALE, TRITS, Fixed, FixedLayer
 from llmq.formats.codebook.learned import CODES, LEVELS, SHAPE, Learned, LearnedLayer
+from llmq.formats.codebook.vectors import BOOKS, VECTORS, Vectors, VectorsLayer
 from llmq.formats.dequantized import Coded, damaged, pieces
 from llmq.formats.plain import Configuration
-from llmq.grids.base import QuantizedWeight
+from llmq.formats.stacks import unmarked
+from llmq.grids.base import Quantized
 from llmq.grids.scheme import Scheme
 
-SUFFIXES = (CODES, TRITS, LEVELS, SCALE, SHAPE)
+SUFFIXES = (CODES, TRITS, VECTORS, LEVELS, BOOKS, SCALE, SHAPE)
 FORMAT, METHOD = "llmq-codebook", "llmq"
 WIDTHS = {1, 2, 3, 4}
 ONE_SCHEME = False
@@ -39,12 +42,12 @@ def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec
     return _layout(scheme).spec(shape, scheme, scale_dtype)
 
 
-def pack(q: QuantizedWeight) -> dict[str, Tensor]:
+def pack(q: Any) -> dict[str, Tensor]:
     """See `Format.pack`."""
     return _layout(q.scheme).pack(q)
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
     """See `Format.unpack`."""
     kind = _layout(scheme)
     held = tensors.get(LEVELS if scheme.rules.learned else SCALE)
@@ -73,7 +76,11 @@ def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool)
 def loaded_bytes(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> int:
     """The bytes of a weight [out, in] on llmq's kernels; dtype: of the model."""
     rows, width = shape
-    return learned.nbytes(rows, width) if scheme.rules.learned else fixed.nbytes(rows, width, scheme, dtype)
+    if scheme.rules.learned:
+        return learned.nbytes(rows, width)
+    if scheme.rules.vector_code:
+        return vectors.nbytes(rows, width, scheme, dtype)
+    return fixed.nbytes(rows, width, scheme, dtype)
 
 
 def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -95,12 +102,18 @@ def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[st
 
 def _told(scheme: Scheme) -> dict[str, Any]:
     """What config.json says of the weights of a scheme."""
-    bits = scheme.bits if scheme.rules.learned else fixed.bits_of(len(fixed.levels_of(scheme)))
+    whole = scheme.rules.learned or scheme.rules.vector_code
+    bits = scheme.bits if whole else fixed.bits_of(len(fixed.levels_of(scheme)))
     return {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
 
 
 def refuse_experts(scheme: Scheme) -> str | None:
     """None: llmq reads a mixture's experts that are stored one by one as it reads any weight."""
+    return None
+
+
+def refuse_stacks(scheme: Scheme) -> str | None:
+    """None: so are those that llmq stores one by one."""
     return None
 
 
@@ -119,8 +132,12 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
 
 
 def restored(section: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration of a folder of this format with `quant_method` as llmq's readers know it; None for others."""
-    return {**section, "quant_method": METHOD} if section.get("format") == FORMAT else None
+    """The configuration of a folder of this format with `quant_method` as llmq's readers know it; None for others.
+
+    `alone` in it: whether experts are stored under names of llmq's own (`stacks`).
+    """
+    plain, alone = (section, False) if section.get("format") == FORMAT else unmarked(section)
+    return {**plain, "quant_method": METHOD, "alone": alone} if plain.get("format") == FORMAT else None
 
 
 def said(groups: Any) -> dict[str, tuple[int, int]]:
@@ -152,9 +169,9 @@ class CodebookReader:
 
     def layer(
         self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
-    ) -> LearnedLayer | FixedLayer | None:
+    ) -> LearnedLayer | FixedLayer | VectorsLayer | None:
         """See `plain.Reader.layer`."""
-        info = next((stored[suffix] for suffix in (CODES, TRITS, LEVELS) if suffix in stored), None)
+        info = next((stored[suffix] for suffix in (CODES, TRITS, VECTORS, LEVELS, BOOKS) if suffix in stored), None)
         if info is None:
             return None
         # The name in the file: a class may have another prefix than the one that was quantized.
@@ -162,6 +179,10 @@ class CodebookReader:
         if told is None:
             raise LlmqError(f"{info.file}: config.json says that {name} is not quantized, but {info.name} is stored")
         bits, group = told
+        if info.name.endswith((VECTORS, BOOKS)):
+            if not group or shape[1] % group or bits * group % vectors.BITS:
+                raise LlmqError(f"{info.file}: {name} has {shape[1]} inputs, and config.json says groups of {group}")
+            return VectorsLayer(shape, bits * group // vectors.BITS, group)
         levels = stored.get(LEVELS)
         if SCALE not in stored and (levels is None or len(levels.shape) != 1):
             return LearnedLayer(shape, bits)
@@ -189,15 +210,15 @@ def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> lis
     return [
         _coded(source, stem, suffix, told, dtype, names)
         for stem, _, suffix in (name.rpartition(".") for name in source.names())
-        if suffix in (CODES, TRITS)
+        if suffix in (CODES, TRITS, VECTORS)
     ]
 
 
 def _coded(
     source: Source, stem: str, suffix: str, told: Mapping[str, tuple[int, int]], dtype: torch.dtype, names: set[str]
 ) -> Coded:
-    scaled = suffix == TRITS or f"{stem}.{SCALE}" in names
-    parts = (suffix, LEVELS, *((SCALE,) if scaled else ()), SHAPE)
+    scaled = suffix in (TRITS, VECTORS) or f"{stem}.{SCALE}" in names
+    parts = (suffix, BOOKS if suffix == VECTORS else LEVELS, *((SCALE,) if scaled else ()), SHAPE)
     missing = [f"{stem}.{part}" for part in parts if f"{stem}.{part}" not in names]
     first = f"{stem}.{suffix}"
     if missing:
@@ -213,7 +234,7 @@ def _coded(
     return Coded(name, weight.shape, tuple(f"{stem}.{part}" for part in parts), partial(_rows, weight, dtype))
 
 
-def _rows(weight: Learned | Fixed, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+def _rows(weight: Learned | Fixed | Vectors, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """Some rows of a stored weight. Raises LlmqError for codes that stand for no level."""
     value = torch.empty(stop - start, weight.shape[1], dtype=dtype)
     try:
@@ -224,9 +245,13 @@ def _rows(weight: Learned | Fixed, dtype: torch.dtype, start: int, stop: int) ->
     return value
 
 
-def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed:
+def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed | Vectors:
     """A weight, from its tensors. Raises Unclear if they do not fit each other."""
-    levels, shape = parts[LEVELS], parts[SHAPE]
+    shape = parts[SHAPE]
+    if VECTORS in parts and shape.shape == (2,):
+        rows, width = (int(n) for n in source.read(shape.name).tolist())
+        return vectors.found(source, parts, (rows, width))
+    levels = parts[LEVELS]
     if shape.shape != (2,) or len(levels.shape) != (1 if SCALE in parts else 2):
         raise Unclear(f"levels {[*levels.shape]} and shape {[*shape.shape]}")
     rows, width = (int(n) for n in source.read(shape.name).tolist())
@@ -235,36 +260,38 @@ def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed:
     return learned.found(source, parts, (rows, width))
 
 
-def _agree(weight: Learned | Fixed, told: tuple[int, int]) -> None:
+def _agree(weight: Learned | Fixed | Vectors, told: tuple[int, int]) -> None:
     """Raises Unclear if config.json says something else of a weight than its tensors do."""
     bits, group = told
     if weight.bits != bits:
-        raise Unclear(f"its levels are of {weight.bits} bits, and config.json says {bits} bits")
+        raise Unclear(f"its codes are of {weight.bits} bits, and config.json says {bits} bits")
     if weight.group != (0 if group == weight.shape[1] else group):
         one, other = (f"groups of {size}" if size else "one scale for each row" for size in (weight.group, group))
         raise Unclear(f"it has {one}, and config.json says {other}")
 
 
 class _Layout(Protocol):
-    """The interface of `learned` and `fixed`."""
+    """The interface of `learned`, `fixed` and `vectors`."""
 
     def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
 
-    def pack(self, q: QuantizedWeight) -> dict[str, Tensor]: ...
+    def pack(self, q: Any) -> dict[str, Tensor]: ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight: ...
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized: ...
 
     def splits(self, width: int, scheme: Scheme, parts: int) -> bool: ...
 
 
 def _layout(scheme: Scheme) -> _Layout:
     """The module that stores a scheme."""
+    if scheme.rules.vector_code:
+        return vectors
     return learned if scheme.rules.learned else fixed
 
 
 READERS = {METHOD: CodebookReader}
-COMPANIONS = {CODES: (LEVELS, SCALE, SHAPE), TRITS: (LEVELS, SCALE, SHAPE)}
-SCALES = (LEVELS,)
+COMPANIONS = {CODES: (LEVELS, SCALE, SHAPE), TRITS: (LEVELS, SCALE, SHAPE), VECTORS: (BOOKS, SCALE, SHAPE)}
+SCALES = (LEVELS, BOOKS)
 
 
 def inspect(
@@ -280,7 +307,8 @@ def inspect(
         _agree(weight, told)
     nbytes = sum(info.nbytes for info in parts.values())
     kind = dtype_name(source.info(weight.codes).dtype)
+    title = "vq" if isinstance(weight, Vectors) else "codebook"
     return Row(
-        f"{module}.weight", weight.shape, "codebook", weight.bits, weight.group, True, None, nbytes, kind,
+        f"{module}.weight", weight.shape, title, weight.bits, weight.group, True, None, nbytes, kind,
         holds=weight.holds,
     )  # fmt: skip

@@ -82,7 +82,7 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
         ({"scales": "pow2", "grid": "ternary"}, "here: scales that are powers of two (pow2) are for grid 'int' only"),
         ({"packing": "tight", "grid": "ternary"}, "here: packing 'tight' is not known: choose from standard, llmq"),
-        ({"packing": "llmq"}, "here: packing 'llmq' is for grid 'ternary', 'binary' only, not 'int'"),
+        ({"packing": "llmq"}, "here: packing 'llmq' is for grid 'vq', 'ternary', 'binary' only, not 'int'"),
         ({"scales": "float16", "grid": "ternary"}, "here: scales in float16 are for grid 'int' only, not 'ternary'"),
         ({"grid": "binary", "bits": 3}, "here: grid 'binary' is 2 bits, symmetric"),
         (
