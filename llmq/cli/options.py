@@ -68,6 +68,13 @@ Scales = Annotated[
         "so that a product with one is a shift; float16: they are what float16 holds, as GGUF stores them."
     ),
 ]
+LevelRows = Annotated[
+    int | None,
+    typer.Option(
+        help="Of grid kmeans: rows that share levels (default 1: each has its own); from 2 on, each row has a scale. "
+        "Levels take fewer bits so, which counts in small matrices."
+    ),
+]
 Packing = Annotated[
     str | None,
     typer.Option(
@@ -171,6 +178,7 @@ def recipe_options(
     activations: Activations = None,
     scales: Scales = None,
     packing: Packing = None,
+    level_rows: LevelRows = None,
     calib: Calib = None,
     column: Column = None,
     samples: Samples = None,
@@ -204,6 +212,7 @@ def recipe_options(
         "activations": activations,
         "scales": scales,
         "packing": packing,
+        "level_rows": level_rows,
     }
     calibration = {"text": calib, "column": column, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}

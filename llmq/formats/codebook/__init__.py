@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name, whole
 from llmq.formats.codebook import fixed, learned, vectors
-from llmq.formats.codebook.fixed import SCALE, TRITS, Fixed, FixedLayer
-from llmq.formats.codebook.learned import CODES, LEVELS, SHAPE, Learned, LearnedLayer
+from llmq.formats.codebook.fixed import TRITS, Fixed, FixedLayer
+from llmq.formats.codebook.learned import CODES, LEVELS, SCALE, SHAPE, Learned, LearnedLayer
 from llmq.formats.codebook.vectors import BOOKS, VECTORS, Vectors, VectorsLayer
 from llmq.formats.dequantized import Coded, damaged, pieces
 from llmq.formats.plain import Configuration
@@ -56,7 +56,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
     missing = [suffix for suffix in kind.spec((1, width), scheme, dtype) if suffix not in tensors]
     if missing:
         raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
-    rows, width = (int(n) for n in tensors[SHAPE].tolist())
+    rows, width = (int(n) for n in tensors[SHAPE][:2].tolist())
     for suffix, (wanted, shape) in kind.spec((rows, width), scheme, dtype).items():
         found = tensors[suffix]
         if found.dtype != wanted or tuple(found.shape) != shape:
@@ -70,7 +70,9 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
 def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
     """See `Format.splits`: along the inputs, every part must have whole words and groups."""
     size = shape[1 if row_parallel else 0]
-    return size % parts == 0 and (not row_parallel or _layout(scheme).splits(size, scheme, parts))
+    if size % parts:
+        return False
+    return _layout(scheme).splits(size, scheme, parts) if row_parallel else size // parts % scheme.level_rows == 0
 
 
 def loaded_bytes(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -104,7 +106,8 @@ def _told(scheme: Scheme) -> dict[str, Any]:
     """What config.json says of the weights of a scheme."""
     whole = scheme.rules.learned or scheme.rules.vector_code
     bits = scheme.bits if whole else fixed.bits_of(len(fixed.levels_of(scheme)))
-    return {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
+    told = {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
+    return told | ({"level_rows": scheme.level_rows} if scheme.level_rows > 1 else {})
 
 
 def refuse_experts(scheme: Scheme) -> str | None:
@@ -140,13 +143,23 @@ def restored(section: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**plain, "quant_method": METHOD, "alone": alone} if plain.get("format") == FORMAT else None
 
 
-def said(groups: Any) -> dict[str, tuple[int, int]]:
-    """Module → the bits of its codes and its group size (0: one for each row), as a config.json's groups say."""
-    found: dict[str, tuple[int, int]] = {}
+class Told(NamedTuple):
+    """What config.json says of a weight: the bits of its codes, its group size (0: one for each row), and how many rows
+    share levels."""
+
+    bits: int
+    group: int
+    together: int
+
+
+def said(groups: Any) -> dict[str, Told]:
+    """Module → what a config.json's groups say of it."""
+    found: dict[str, Told] = {}
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping) and (bits := whole(weights, "num_bits")) is not None:
-            found |= dict.fromkeys(group.get("targets") or (), (bits, whole(weights, "group_size") or 0))
+            told = Told(bits, whole(weights, "group_size") or 0, whole(weights, "level_rows") or 1)
+            found |= dict.fromkeys(group.get("targets") or (), told)
     return found
 
 
@@ -178,14 +191,14 @@ class CodebookReader:
         told = self.said.get(info.name.rpartition(".")[0], self.said.get(name))
         if told is None:
             raise LlmqError(f"{info.file}: config.json says that {name} is not quantized, but {info.name} is stored")
-        bits, group = told
+        bits, group, together = told
         if info.name.endswith((VECTORS, BOOKS)):
             if not group or shape[1] % group or bits * group % vectors.BITS:
                 raise LlmqError(f"{info.file}: {name} has {shape[1]} inputs, and config.json says groups of {group}")
             return VectorsLayer(shape, bits * group // vectors.BITS, group)
         levels = stored.get(LEVELS)
-        if SCALE not in stored and (levels is None or len(levels.shape) != 1):
-            return LearnedLayer(shape, bits)
+        if together > 1 or (SCALE not in stored and (levels is None or len(levels.shape) != 1)):
+            return LearnedLayer(shape, bits, together)
         count = levels.shape[0] if levels is not None and len(levels.shape) == 1 else 1 << bits
         if count < 2 or fixed.bits_of(count) != bits:
             raise LlmqError(f"{info.file}: {name} has {count} levels, and config.json says {bits} bits")
@@ -215,7 +228,7 @@ def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> lis
 
 
 def _coded(
-    source: Source, stem: str, suffix: str, told: Mapping[str, tuple[int, int]], dtype: torch.dtype, names: set[str]
+    source: Source, stem: str, suffix: str, told: Mapping[str, Told], dtype: torch.dtype, names: set[str]
 ) -> Coded:
     scaled = suffix in (TRITS, VECTORS) or f"{stem}.{SCALE}" in names
     parts = (suffix, BOOKS if suffix == VECTORS else LEVELS, *((SCALE,) if scaled else ()), SHAPE)
@@ -251,18 +264,22 @@ def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed 
     if VECTORS in parts and shape.shape == (2,):
         rows, width = (int(n) for n in source.read(shape.name).tolist())
         return vectors.found(source, parts, (rows, width))
-    levels = parts[LEVELS]
-    if shape.shape != (2,) or len(levels.shape) != (1 if SCALE in parts else 2):
+    levels, shared = parts[LEVELS], shape.shape == (3,)
+    learnt = shared or SCALE not in parts
+    if shape.shape not in ((2,), (3,)) or len(levels.shape) != (2 if learnt else 1):
         raise Unclear(f"levels {[*levels.shape]} and shape {[*shape.shape]}")
-    rows, width = (int(n) for n in source.read(shape.name).tolist())
-    if SCALE in parts:
-        return fixed.found(source, parts, (rows, width))
-    return learned.found(source, parts, (rows, width))
+    rows, width, *together = (int(n) for n in source.read(shape.name).tolist())
+    if learnt:
+        return learned.found(source, parts, (rows, width), *together)
+    return fixed.found(source, parts, (rows, width))
 
 
-def _agree(weight: Learned | Fixed | Vectors, told: tuple[int, int]) -> None:
+def _agree(weight: Learned | Fixed | Vectors, told: Told) -> None:
     """Raises Unclear if config.json says something else of a weight than its tensors do."""
-    bits, group = told
+    bits, group, rows = told
+    together = weight.together if isinstance(weight, Learned) else 1
+    if together != rows:
+        raise Unclear(f"levels of {together} rows, and config.json says {rows}")
     if weight.bits != bits:
         raise Unclear(f"its codes are of {weight.bits} bits, and config.json says {bits} bits")
     if weight.group != (0 if group == weight.shape[1] else group):

@@ -17,8 +17,7 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Spec, Unclear
-from llmq.formats.codebook.fixed import SCALE
-from llmq.formats.codebook.learned import SHAPE
+from llmq.formats.codebook.learned import SCALE, SHAPE
 from llmq.formats.plain import FLOATS, Entry, VectorsWeight
 from llmq.grids.scheme import Scheme
 from llmq.grids.vector_search import total
