@@ -66,14 +66,16 @@ def divergence(base: Any, other: Any, windows: Tensor, batch: int = 2) -> tuple[
 
 def parse_scheme(text: str) -> Scheme:
     """'4g128', '4g64a' (asymmetric), '4g64p' (powers of two as scales), '8gc' (per channel), 'nf4' (double quantized),
-    or a grid first: 'fp8:8gc', 'ternary:2g64l' (packed for llmq)."""
+    or a grid first: 'fp8:8gc', 'ternary:2g64l' (packed for llmq), 'kmeans:3gc/16' (levels of 16 rows)."""
     if text == "nf4":
         return Scheme(4, 64, grid="nf4", double_quant=True)
+    text, _, rows = text.partition("/")
     grid, _, sizes = text.rpartition(":")
     scales, packing = "pow2" if sizes.endswith("p") else "free", "llmq" if sizes.endswith("l") else "standard"
     bits, group = sizes.rstrip("pla").split("g")
     size = None if group == "c" else int(group)
-    return Scheme(int(bits), size, "a" not in sizes, grid or "int", scales=scales, packing=packing)
+    own = {"scales": scales, "packing": packing, "level_rows": int(rows or 1)}
+    return Scheme(int(bits), size, "a" not in sizes, grid or "int", **own)
 
 
 def rounds(method: str, scheme: Scheme) -> bool:

@@ -68,11 +68,19 @@ Scales = Annotated[
         "so that a product with one is a shift; float16: they are what float16 holds, as GGUF stores them."
     ),
 ]
+LevelRows = Annotated[
+    int | None,
+    typer.Option(
+        help="Of grid kmeans: rows that share levels (default 1: each has its own); from 2 on, each row has a scale. "
+        "Levels take fewer bits so, which counts in small matrices."
+    ),
+]
 Packing = Annotated[
     str | None,
     typer.Option(
         help="Of grids ternary and binary: standard (default) stores 2 bits, as stock transformers reads them; "
-        "llmq stores 1.6 bits (five codes in a byte) and 1 bit, in a folder that only llmq reads."
+        "llmq stores 1.6 bits (five codes in a byte) and 1 bit, in a folder that only llmq reads; of vq: llmq stores "
+        "experts, too, and other grids beside it."
     ),
 ]
 Calib = Annotated[
@@ -170,6 +178,7 @@ def recipe_options(
     activations: Activations = None,
     scales: Scales = None,
     packing: Packing = None,
+    level_rows: LevelRows = None,
     calib: Calib = None,
     column: Column = None,
     samples: Samples = None,
@@ -203,6 +212,7 @@ def recipe_options(
         "activations": activations,
         "scales": scales,
         "packing": packing,
+        "level_rows": level_rows,
     }
     calibration = {"text": calib, "column": column, "samples": samples, "seqlen": seqlen}
     data = presets.read(recipe) if recipe else {}

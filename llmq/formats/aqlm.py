@@ -109,6 +109,21 @@ def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[st
     }
 
 
+def refuse_experts(scheme: Scheme) -> str | None:
+    """Why transformers 5.23 could not load a mixture's experts: it replaces modules that are linear, and has one
+    parameter for all experts."""
+    return (
+        f"transformers does not find the codes of experts as {scheme} in an AQLM folder, and would fill the experts "
+        "with random numbers: use --packing llmq, for a folder that only llmq.load reads"
+    )
+
+
+def refuse_stacks(scheme: Scheme) -> str | None:
+    """Why `llmq.load` could not keep packed what was a stack of experts: such a folder has no place for a mark that
+    makes transformers refuse it."""
+    return f"an AQLM folder does not hold experts as {scheme}: use --packing llmq"
+
+
 def title(schemes: Collection[Scheme]) -> str:
     """See `Format.title`."""
     return "AQLM"

@@ -1,11 +1,13 @@
-"""Learned levels: every row of a weight has its own, found by weighted k-means.
+"""Learned levels: every row of a weight, or some rows together, have their own, found by weighted k-means.
 
 SqueezeLLM (Kim et al. 2023, arXiv:2306.07629, section 4.1): the levels of an output channel minimize Σ hᵢ (wᵢ − ŵᵢ)²,
 where hᵢ is the importance of input i. In one dimension clusters are intervals. The best clusters of whole bins of the
 sorted values are found by dynamic programming; bins are as wide as levels would be, if they were many: by the cube root
 of the values' density (Panter and Dite 1951). Lloyd's algorithm goes on from there.
 
-Levels are kept in units of a power of two for each row, so that they have its magnitude only when they are stored.
+Levels of one row are kept in units of a power of two, so that they have its magnitude only when they are stored. Rows
+that share levels have a scale each, their root mean square at first, which is stored beside them: what is clustered is
+the rows over their scales, and each value counts by the square of its row's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import Quantized, QuantizedWeight, Rounding, check_range
+from llmq.grids.base import Quantized, QuantizedWeight, Rounding, check_range, storable
 from llmq.grids.scheme import Scheme
 
 STEPS = 10
@@ -60,7 +62,9 @@ class KMeans(Rounding):
         shares = shares.clamp_min(1e-6 * float(shares.mean())) if float(shares.sum()) > 0 else torch.ones_like(shares)
         unit = torch.empty(rows, 1, dtype=scale_dtype, device=weight.device)
         levels = torch.empty(rows, 1 << scheme.bits, device=weight.device)
-        step = max(1, min(CHUNK // width, 4 * CHUNK // (min(width, BINS) + 1) ** 2))
+        if scheme.level_rows > 1:
+            return self._shared(weight, scheme, method, shares, unit, levels)
+        step = _rows_at_once(width)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             some = weight[part].to(torch.float32)
@@ -72,12 +76,39 @@ class KMeans(Rounding):
             levels[part] = (scaled / unit[part].to(torch.float32)).cummax(1).values
         return KMeans(levels, unit)
 
+    def _shared(
+        self, weight: Tensor, scheme: Scheme, method: str, shares: Tensor, unit: Tensor, levels: Tensor
+    ) -> KMeans:
+        """`fitted` for levels that rows share; unit, levels: where scales and levels go."""
+        rows, width = weight.shape
+        unit.copy_(_sizes(weight, unit.dtype))
+        together = min(scheme.level_rows, rows)
+        step, whole = _rows_at_once(width * together) * together, rows // together * together
+        starts = [*range(0, whole, step), *([whole] if whole < rows else [])]
+        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+            part, size = slice(start, stop), unit[start:stop].to(torch.float32)
+            tables = max(1, (stop - start) // together)
+            # The tables' largest scale is the unit of what their values count.
+            top = size.view(tables, -1, 1).amax(1, keepdim=True)
+            counts = (size.view(tables, -1, 1) / top).square() * shares
+            some = (weight[part].to(torch.float32) / size).view(tables, -1)
+            even = method == "minmax"
+            found = _uniform(some, scheme.bits) if even else _clusters(some, counts.flatten(1), scheme.bits)
+            found = found.cummax(1).values.to(unit.dtype).to(torch.float32)
+            levels[part] = found.repeat_interleave((stop - start) // tables, 0)
+        return KMeans(levels, unit)
+
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Rounding.find_scale`: powers of two, those of the levels if there are some."""
+        """See `Rounding.find_scale`: those of the levels if there are some; else powers of two, or where rows share
+        levels, roots of their mean squares."""
         check_range(method, scheme, weight.shape[1])
-        return (_units(weight.to(torch.float32), scale_dtype) if self._unit is None else self._unit), None
+        if self._unit is not None:
+            return self._unit, None
+        if scheme.level_rows > 1:
+            return _sizes(weight, scale_dtype), None
+        return _units(weight.to(torch.float32), scale_dtype), None
 
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
         """See `Rounding.levels`: of each row, [out, points]."""
@@ -98,8 +129,8 @@ class KMeans(Rounding):
         return self._points(codes.to(torch.int64).view(len(codes), -1)).view(codes.shape)
 
     def reach(self, scheme: Scheme) -> float:
-        """See `Rounding.reach`: levels lie within their row's unit, doubled."""
-        return 2.0
+        """See `Rounding.reach`: levels of one row lie within its unit, doubled."""
+        return 2.0 if scheme.level_rows == 1 else float(self._table().abs().amax())
 
     def ranks(self, scheme: Scheme) -> tuple[int, int]:
         """See `Rounding.ranks`."""
@@ -122,9 +153,12 @@ class KMeans(Rounding):
         return torch.where(step > 0, away / step, 0.0)
 
     def finish(self, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
-        """See `Rounding.finish`: levels as they are stored, in `dtype`, and scales of 1."""
+        """See `Rounding.finish`: levels as they are stored, in `dtype`; scales of 1, but where rows share levels."""
         if weight.levels is None:
             raise LlmqError(f"a {weight.scheme} weight needs the levels of its rows")
+        if weight.scheme.level_rows > 1:
+            levels = weight.levels.to(dtype).to(torch.float32)
+            return replace(weight, levels=levels, scale=storable(weight.scale.to(torch.float32), dtype).to(dtype))
         levels = (weight.levels * weight.scale.to(torch.float32)).to(dtype).to(torch.float32)
         return replace(weight, levels=levels, scale=torch.ones_like(weight.scale, dtype=dtype))
 
@@ -133,6 +167,8 @@ class KMeans(Rounding):
         stored = super().reopen(weight)
         if stored.levels is None:
             raise LlmqError(f"a {weight.scheme} weight needs the levels of its rows")
+        if weight.scheme.level_rows > 1:
+            return stored
         unit = _units(stored.levels, stored.scale.dtype)
         return replace(stored, levels=stored.levels / unit.to(torch.float32), scale=unit)
 
@@ -148,6 +184,18 @@ class KMeans(Rounding):
 
     def _points(self, index: Tensor) -> Tensor:
         return self._table().gather(1, index)
+
+
+def _rows_at_once(width: int) -> int:
+    """How many rows of so many values are clustered at a time."""
+    return max(1, min(CHUNK // width, 4 * CHUNK // (min(width, BINS) + 1) ** 2))
+
+
+def _sizes(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The root of each row's mean square [out, 1], as `dtype` holds it; not 0. Raises LlmqError."""
+    top = _units(weight.to(torch.float32), torch.float32)
+    mean = (weight.to(torch.float32) / top).square().mean(1, keepdim=True).sqrt()
+    return storable(mean * top, dtype).to(dtype)
 
 
 def _units(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,9 +214,12 @@ def _uniform(weight: Tensor, bits: int) -> Tensor:
 
 
 def _clusters(weight: Tensor, shares: Tensor, bits: int) -> Tensor:
-    """The levels of least Σ share · (w − level)² that were found, ascending, float32 [rows, 2^bits]."""
+    """The levels of least Σ share · (w − level)² that were found, ascending, float32 [rows, 2^bits].
+
+    shares: of the columns [in], or of every weight.
+    """
     ordered, order = weight.sort(1)
-    weights = shares[order]
+    weights = shares.expand_as(order).gather(1, order)
     levels = _best_of_bins(ordered, weights, _edges(ordered, weights), bits)
     for _ in range(STEPS):
         levels = _centroids(ordered, weights, levels)

@@ -39,7 +39,7 @@ class Minifloat(Rounding):
         magnitudes = _numbers(scheme.bits, points.device)[: 1 << (scheme.bits - 1)]
         # One less than a magnitude's own index would need equality; half-way bounds forgive rounding.
         bounds = (magnitudes[:-1] + magnitudes[1:]) / 2
-        codes = torch.bucketize(points.abs(), bounds, out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(points.abs().contiguous(), bounds, out_int32=True).to(torch.uint8)
         return codes.add_((points < 0).to(torch.uint8), alpha=1 << (scheme.bits - 1))
 
     def decode(self, codes: Tensor, scheme: Scheme) -> Tensor:

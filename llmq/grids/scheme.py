@@ -53,8 +53,9 @@ class Scheme:
     (nf4: elements of the flattened weight); None is one scale per output channel. symmetric: zero is 0 and not stored.
     double_quant: the scales are quantized to 8 bits too. activations: the rounding of the weight's input when the model
     runs; None is no rounding. scales: 'free'; 'pow2' for powers of two, those of inputs too where they are static; or
-    'float16' for what float16 holds, in a model of any dtype. packing: 'standard', or 'llmq' for the fewest bits on
-    disk, in a folder that only llmq reads.
+    'float16' for what float16 holds, in a model of any dtype. packing: 'standard', or 'llmq' for a folder that
+    only llmq reads: the fewest bits, and experts of any kind. level_rows: how many rows, from the first on, share the
+    levels of a grid that learns them; from two on, every row has a scale.
     """
 
     bits: int = 4
@@ -65,6 +66,7 @@ class Scheme:
     activations: Activations | None = None
     scales: str = "free"
     packing: str = "standard"
+    level_rows: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -83,6 +85,11 @@ class Scheme:
         if self.packing == "llmq" and not grid.own:
             having = ", ".join(map(repr, OWN))
             raise LlmqError(f"packing 'llmq' is for grid {having} only, not {self.grid!r}")
+        if self.level_rows < 1:
+            raise LlmqError(f"level_rows must be a whole number from 1 up, not {self.level_rows!r}")
+        if self.level_rows > 1 and not grid.learned:
+            having = ", ".join(repr(g.name) for g in GRIDS.values() if g.learned)
+            raise LlmqError(f"level_rows is for grid {having} only, not {self.grid!r}")
         if self.activations is not None and refusal is None:
             self._check_inputs(self.activations, grid)
         if self.double_quant and not grid.double_quant:
@@ -126,6 +133,7 @@ class Scheme:
             name += " symmetric" if self.symmetric else " asymmetric"
         name += " double-quantized" if self.double_quant else ""
         name += "" if self.scales == "free" else f", {self.scales} scales"
+        name += f", levels of {self.level_rows} rows" if self.level_rows > 1 else ""
         name += ", packed for llmq" if self.packing == "llmq" else ""
         return name + (f", {self.activations} activations" if self.activations else "")
 
@@ -188,6 +196,7 @@ def changed_scheme(data: Any, base: Scheme, where: str) -> Scheme:
         values = ({} if rules.double_quant else {"double_quant": False}) | values
         values = ({} if rules.name in SCALES.get(base.scales, ()) else {"scales": "free"}) | values
         values = ({} if rules.own else {"packing": "standard"}) | values
+        values = ({} if rules.learned else {"level_rows": 1}) | values
     if isinstance(grid, str) and "grid" in values:
         # What a grid has only one of need not be said.
         for key, allowed in (("bits", find(grid).bits), ("group_size", find(grid).group_sizes)):

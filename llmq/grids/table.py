@@ -53,9 +53,9 @@ class Grid:
     data; calibrated: the default if the importance of the inputs is known. inputs: the rounding of the weights' inputs,
     None for none; other_inputs: those that a scheme has to ask for by their grid. vector_code: the bits of a code that
     stands for all weights of a group, or for one of several vectors that are added; 0 if every weight has a code, and
-    is rounded by itself. own: the format that stores it for llmq alone, and the stored size of a code there, if that is
-    smaller. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales: the
-    same with scales that are powers of two, or that float16 holds, '' if there is none; format: the module under
+    is rounded by itself. own: the format that stores it for llmq alone, and the stored size of a code there, None if it
+    is the same. rounding: its arithmetic, as 'module:Class' (`base.rounding_of` loads it); power_scales, half_scales:
+    the same with scales that are powers of two, or that float16 holds, '' if there is none; format: the module under
     `formats/` that stores it; layout: the format's name for how it is stored, if it has a layout of its own; read_as:
     the grid that readers take its codes for, '' for itself; learned: whether the levels of each row are found for the
     weight. span: the inputs whose scales are found together, as they are multiples of one number; 0 if each group has
@@ -88,7 +88,7 @@ class Grid:
     minima: bool = False
     ragged: str = ""
     vector_code: int = 0
-    own: tuple[str, float] | None = None
+    own: tuple[str, float | None] | None = None
 
     def refusal(self, bits: int, group_size: int | None, symmetric: bool) -> str | None:
         """Why the grid does not allow these bits, group size and symmetry, in a sentence, or None."""
@@ -200,6 +200,7 @@ GRIDS = {
             group_sizes=(8, 4, 16),
             ranges=("mse", "weighted"),
             vector_code=8,
+            own=("codebook", None),
         ),
         *(
             Grid(
@@ -289,7 +290,7 @@ OWN = {
     for grid in GRIDS.values()
     if grid.own
 }
-"""The rows of the grids that llmq's own folder stores in fewer bits, for schemes that are packed so."""
+"""The rows of the grids that llmq's own folder stores in another way, for schemes that are packed so."""
 
 INPUT_GRIDS = tuple(dict.fromkeys(inputs.grid for grid in GRIDS.values() for inputs in grid.other_inputs))
 """The grids of inputs that a scheme may ask for."""

@@ -69,7 +69,7 @@ class VQ(Rounding):
         books = first_books(weight, scale, importance, scheme, scale_dtype)
         roots = importance.float().clamp_min(torch.finfo(torch.float32).tiny).sqrt().view(-1, 1, books.shape[2])
         codes = torch.empty(*_codes_shape(weight, scheme), dtype=torch.uint8, device=weight.device)
-        groups = (weight.float() / scale.float()[:, None]).view(len(weight), -1, books.shape[2])
+        groups = (weight.float() / scale.float()[:, None]).reshape(len(weight), -1, books.shape[2])
         for group, root in enumerate(roots):
             codes[:, group] = search(groups[:, group] * root, books.float() * root, BEAM).to(torch.uint8)
         return VQWeight(codes, books, scale, scheme)
@@ -131,7 +131,7 @@ def first_books(weight: Tensor, scale: Tensor, importance: Tensor, scheme: Schem
     count, entries, size = books_of(scheme)
     step = -(-weight.numel() // (size * SAMPLED))
     rows = scale[::step, None].float()
-    vectors = (weight[::step].float() / rows).view(-1, size)
+    vectors = (weight[::step].float() / rows).reshape(-1, size)
     share = importance.float() / importance.float().amax().clamp_min(torch.finfo(torch.float32).tiny)
     weights = ((rows / rows.amax()).square() * share).view(-1, size)
     books = torch.empty(count, entries, size, dtype=dtype, device=weight.device)

@@ -89,11 +89,15 @@ class _Descent:
         return self.rounding.encode(self.points.t().contiguous(), self.q.scheme)
 
     def _relevel(self) -> None:
-        """Set the best levels of each row, given its codes, where the grid learns them."""
+        """Set the best levels of each row, or of rows that share them, given codes, where the grid learns them."""
         if self.rounding.learned is None:
             return
-        codes, scale = self._codes(), self.scale.t()
-        levels = refit(codes, self.rounding.learned * scale, self.gradient, self.hessian, self.q.scale.dtype) / scale
+        codes, scale, together = self._codes(), self.scale.t(), self.q.scheme.level_rows
+        held, given = self.rounding.learned, (self.gradient, self.hessian, self.q.scale.dtype)
+        if together > 1:
+            levels = refit(codes, held, *given, scale, together)
+        else:
+            levels = refit(codes, held * scale, *given) / scale
         moved = levels.gather(1, codes.to(torch.int64)).t().contiguous()
         self.gradient.addmm_(self.hessian, (moved - self.points).mul_(self.scale), alpha=-1)
         self.points, self.rounding = moved, self.rounding.on(levels)
@@ -107,7 +111,8 @@ class _Descent:
         group, part = start // self.size, slice(start, start + self.size)
         if self.units is not None:
             return self._remultiply(group, part, self.units)
-        if self.q.stored_scale is not None or self.rounding.learned is not None:  # fixed; levels have moved
+        moved = self.rounding.learned is not None and self.q.scheme.level_rows == 1
+        if self.q.stored_scale is not None or moved:  # fixed; levels have moved
             return torch.zeros_like(self.points[part])
         levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels

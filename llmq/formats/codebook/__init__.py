@@ -1,16 +1,17 @@
-"""llmq's own folder: codes that are indices of levels, which are those of each row (`learned`) or of a grid (`fixed`).
+"""llmq's own folder: codes that are indices of levels, which are those of each row (`learned`) or of a grid (`fixed`),
+or of the entries of codebooks (`vectors`).
 
 No standard holds them. An unknown `quant_method` would make stock transformers fill the weights with random numbers, so
 the configuration is compressed-tensors' with a `format` that only llmq knows: transformers then refuses the folder, and
 its error names the format (`llmq-codebook`; vLLM 0.32 refuses its key `grid`). `restored` is the configuration as
-llmq's reader sees it. Beside what `learned` and `fixed` describe, every weight [out, in] has a `weight_shape`.
+llmq's reader sees it. Beside what those files describe, every weight [out, in] has a `weight_shape`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,17 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Groups, Loader, Row, Spec, Unclear, dtype_name, whole
-from llmq.formats.codebook import fixed, learned
-from llmq.formats.codebook.fixed import SCALE, TRITS, Fixed, FixedLayer
-from llmq.formats.codebook.learned import CODES, LEVELS, SHAPE, Learned, LearnedLayer
+from llmq.formats.codebook import fixed, learned, vectors
+from llmq.formats.codebook.fixed import TRITS, Fixed, FixedLayer
+from llmq.formats.codebook.learned import CODES, LEVELS, SCALE, SHAPE, Learned, LearnedLayer
+from llmq.formats.codebook.vectors import BOOKS, VECTORS, Vectors, VectorsLayer
 from llmq.formats.dequantized import Coded, damaged, pieces
 from llmq.formats.plain import Configuration
-from llmq.grids.base import QuantizedWeight
+from llmq.formats.stacks import unmarked
+from llmq.grids.base import Quantized
 from llmq.grids.scheme import Scheme
 
-SUFFIXES = (CODES, TRITS, LEVELS, SCALE, SHAPE)
+SUFFIXES = (CODES, TRITS, VECTORS, LEVELS, BOOKS, SCALE, SHAPE)
 FORMAT, METHOD = "llmq-codebook", "llmq"
 WIDTHS = {1, 2, 3, 4}
 ONE_SCHEME = False
@@ -39,12 +42,12 @@ def spec(shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec
     return _layout(scheme).spec(shape, scheme, scale_dtype)
 
 
-def pack(q: QuantizedWeight) -> dict[str, Tensor]:
+def pack(q: Any) -> dict[str, Tensor]:
     """See `Format.pack`."""
     return _layout(q.scheme).pack(q)
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
     """See `Format.unpack`."""
     kind = _layout(scheme)
     held = tensors.get(LEVELS if scheme.rules.learned else SCALE)
@@ -53,7 +56,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     missing = [suffix for suffix in kind.spec((1, width), scheme, dtype) if suffix not in tensors]
     if missing:
         raise LlmqError(f"a {scheme} weight needs {', '.join(missing)}, not in the checkpoint")
-    rows, width = (int(n) for n in tensors[SHAPE].tolist())
+    rows, width = (int(n) for n in tensors[SHAPE][:2].tolist())
     for suffix, (wanted, shape) in kind.spec((rows, width), scheme, dtype).items():
         found = tensors[suffix]
         if found.dtype != wanted or tuple(found.shape) != shape:
@@ -67,13 +70,19 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool) -> bool:
     """See `Format.splits`: along the inputs, every part must have whole words and groups."""
     size = shape[1 if row_parallel else 0]
-    return size % parts == 0 and (not row_parallel or _layout(scheme).splits(size, scheme, parts))
+    if size % parts:
+        return False
+    return _layout(scheme).splits(size, scheme, parts) if row_parallel else size // parts % scheme.level_rows == 0
 
 
 def loaded_bytes(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> int:
     """The bytes of a weight [out, in] on llmq's kernels; dtype: of the model."""
     rows, width = shape
-    return learned.nbytes(rows, width) if scheme.rules.learned else fixed.nbytes(rows, width, scheme, dtype)
+    if scheme.rules.learned:
+        return learned.nbytes(rows, width)
+    if scheme.rules.vector_code:
+        return vectors.nbytes(rows, width, scheme, dtype)
+    return fixed.nbytes(rows, width, scheme, dtype)
 
 
 def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -95,12 +104,19 @@ def config(groups: Groups, ignore: Iterable[str], dtype: torch.dtype) -> dict[st
 
 def _told(scheme: Scheme) -> dict[str, Any]:
     """What config.json says of the weights of a scheme."""
-    bits = scheme.bits if scheme.rules.learned else fixed.bits_of(len(fixed.levels_of(scheme)))
-    return {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
+    whole = scheme.rules.learned or scheme.rules.vector_code
+    bits = scheme.bits if whole else fixed.bits_of(len(fixed.levels_of(scheme)))
+    told = {"grid": scheme.grid, "num_bits": bits, "group_size": scheme.group_size}
+    return told | ({"level_rows": scheme.level_rows} if scheme.level_rows > 1 else {})
 
 
 def refuse_experts(scheme: Scheme) -> str | None:
     """None: llmq reads a mixture's experts that are stored one by one as it reads any weight."""
+    return None
+
+
+def refuse_stacks(scheme: Scheme) -> str | None:
+    """None: so are those that llmq stores one by one."""
     return None
 
 
@@ -119,17 +135,31 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
 
 
 def restored(section: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration of a folder of this format with `quant_method` as llmq's readers know it; None for others."""
-    return {**section, "quant_method": METHOD} if section.get("format") == FORMAT else None
+    """The configuration of a folder of this format with `quant_method` as llmq's readers know it; None for others.
+
+    `alone` in it: whether experts are stored under names of llmq's own (`stacks`).
+    """
+    plain, alone = (section, False) if section.get("format") == FORMAT else unmarked(section)
+    return {**plain, "quant_method": METHOD, "alone": alone} if plain.get("format") == FORMAT else None
 
 
-def said(groups: Any) -> dict[str, tuple[int, int]]:
-    """Module → the bits of its codes and its group size (0: one for each row), as a config.json's groups say."""
-    found: dict[str, tuple[int, int]] = {}
+class Told(NamedTuple):
+    """What config.json says of a weight: the bits of its codes, its group size (0: one for each row), and how many rows
+    share levels."""
+
+    bits: int
+    group: int
+    together: int
+
+
+def said(groups: Any) -> dict[str, Told]:
+    """Module → what a config.json's groups say of it."""
+    found: dict[str, Told] = {}
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping) and (bits := whole(weights, "num_bits")) is not None:
-            found |= dict.fromkeys(group.get("targets") or (), (bits, whole(weights, "group_size") or 0))
+            told = Told(bits, whole(weights, "group_size") or 0, whole(weights, "level_rows") or 1)
+            found |= dict.fromkeys(group.get("targets") or (), told)
     return found
 
 
@@ -152,19 +182,23 @@ class CodebookReader:
 
     def layer(
         self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
-    ) -> LearnedLayer | FixedLayer | None:
+    ) -> LearnedLayer | FixedLayer | VectorsLayer | None:
         """See `plain.Reader.layer`."""
-        info = next((stored[suffix] for suffix in (CODES, TRITS, LEVELS) if suffix in stored), None)
+        info = next((stored[suffix] for suffix in (CODES, TRITS, VECTORS, LEVELS, BOOKS) if suffix in stored), None)
         if info is None:
             return None
         # The name in the file: a class may have another prefix than the one that was quantized.
         told = self.said.get(info.name.rpartition(".")[0], self.said.get(name))
         if told is None:
             raise LlmqError(f"{info.file}: config.json says that {name} is not quantized, but {info.name} is stored")
-        bits, group = told
+        bits, group, together = told
+        if info.name.endswith((VECTORS, BOOKS)):
+            if not group or shape[1] % group or bits * group % vectors.BITS:
+                raise LlmqError(f"{info.file}: {name} has {shape[1]} inputs, and config.json says groups of {group}")
+            return VectorsLayer(shape, bits * group // vectors.BITS, group)
         levels = stored.get(LEVELS)
-        if SCALE not in stored and (levels is None or len(levels.shape) != 1):
-            return LearnedLayer(shape, bits)
+        if together > 1 or (SCALE not in stored and (levels is None or len(levels.shape) != 1)):
+            return LearnedLayer(shape, bits, together)
         count = levels.shape[0] if levels is not None and len(levels.shape) == 1 else 1 << bits
         if count < 2 or fixed.bits_of(count) != bits:
             raise LlmqError(f"{info.file}: {name} has {count} levels, and config.json says {bits} bits")
@@ -189,15 +223,15 @@ def coded(source: Source, section: Mapping[str, Any], dtype: torch.dtype) -> lis
     return [
         _coded(source, stem, suffix, told, dtype, names)
         for stem, _, suffix in (name.rpartition(".") for name in source.names())
-        if suffix in (CODES, TRITS)
+        if suffix in (CODES, TRITS, VECTORS)
     ]
 
 
 def _coded(
-    source: Source, stem: str, suffix: str, told: Mapping[str, tuple[int, int]], dtype: torch.dtype, names: set[str]
+    source: Source, stem: str, suffix: str, told: Mapping[str, Told], dtype: torch.dtype, names: set[str]
 ) -> Coded:
-    scaled = suffix == TRITS or f"{stem}.{SCALE}" in names
-    parts = (suffix, LEVELS, *((SCALE,) if scaled else ()), SHAPE)
+    scaled = suffix in (TRITS, VECTORS) or f"{stem}.{SCALE}" in names
+    parts = (suffix, BOOKS if suffix == VECTORS else LEVELS, *((SCALE,) if scaled else ()), SHAPE)
     missing = [f"{stem}.{part}" for part in parts if f"{stem}.{part}" not in names]
     first = f"{stem}.{suffix}"
     if missing:
@@ -213,7 +247,7 @@ def _coded(
     return Coded(name, weight.shape, tuple(f"{stem}.{part}" for part in parts), partial(_rows, weight, dtype))
 
 
-def _rows(weight: Learned | Fixed, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+def _rows(weight: Learned | Fixed | Vectors, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """Some rows of a stored weight. Raises LlmqError for codes that stand for no level."""
     value = torch.empty(stop - start, weight.shape[1], dtype=dtype)
     try:
@@ -224,47 +258,57 @@ def _rows(weight: Learned | Fixed, dtype: torch.dtype, start: int, stop: int) ->
     return value
 
 
-def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed:
+def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed | Vectors:
     """A weight, from its tensors. Raises Unclear if they do not fit each other."""
-    levels, shape = parts[LEVELS], parts[SHAPE]
-    if shape.shape != (2,) or len(levels.shape) != (1 if SCALE in parts else 2):
+    shape = parts[SHAPE]
+    if VECTORS in parts and shape.shape == (2,):
+        rows, width = (int(n) for n in source.read(shape.name).tolist())
+        return vectors.found(source, parts, (rows, width))
+    levels, shared = parts[LEVELS], shape.shape == (3,)
+    learnt = shared or SCALE not in parts
+    if shape.shape not in ((2,), (3,)) or len(levels.shape) != (2 if learnt else 1):
         raise Unclear(f"levels {[*levels.shape]} and shape {[*shape.shape]}")
-    rows, width = (int(n) for n in source.read(shape.name).tolist())
-    if SCALE in parts:
-        return fixed.found(source, parts, (rows, width))
-    return learned.found(source, parts, (rows, width))
+    rows, width, *together = (int(n) for n in source.read(shape.name).tolist())
+    if learnt:
+        return learned.found(source, parts, (rows, width), *together)
+    return fixed.found(source, parts, (rows, width))
 
 
-def _agree(weight: Learned | Fixed, told: tuple[int, int]) -> None:
+def _agree(weight: Learned | Fixed | Vectors, told: Told) -> None:
     """Raises Unclear if config.json says something else of a weight than its tensors do."""
-    bits, group = told
+    bits, group, rows = told
+    together = weight.together if isinstance(weight, Learned) else 1
+    if together != rows:
+        raise Unclear(f"levels of {together} rows, and config.json says {rows}")
     if weight.bits != bits:
-        raise Unclear(f"its levels are of {weight.bits} bits, and config.json says {bits} bits")
+        raise Unclear(f"its codes are of {weight.bits} bits, and config.json says {bits} bits")
     if weight.group != (0 if group == weight.shape[1] else group):
         one, other = (f"groups of {size}" if size else "one scale for each row" for size in (weight.group, group))
         raise Unclear(f"it has {one}, and config.json says {other}")
 
 
 class _Layout(Protocol):
-    """The interface of `learned` and `fixed`."""
+    """The interface of `learned`, `fixed` and `vectors`."""
 
     def spec(self, shape: Sequence[int], scheme: Scheme, scale_dtype: torch.dtype) -> Spec: ...
 
-    def pack(self, q: QuantizedWeight) -> dict[str, Tensor]: ...
+    def pack(self, q: Any) -> dict[str, Tensor]: ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight: ...
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized: ...
 
     def splits(self, width: int, scheme: Scheme, parts: int) -> bool: ...
 
 
 def _layout(scheme: Scheme) -> _Layout:
     """The module that stores a scheme."""
+    if scheme.rules.vector_code:
+        return vectors
     return learned if scheme.rules.learned else fixed
 
 
 READERS = {METHOD: CodebookReader}
-COMPANIONS = {CODES: (LEVELS, SCALE, SHAPE), TRITS: (LEVELS, SCALE, SHAPE)}
-SCALES = (LEVELS,)
+COMPANIONS = {CODES: (LEVELS, SCALE, SHAPE), TRITS: (LEVELS, SCALE, SHAPE), VECTORS: (BOOKS, SCALE, SHAPE)}
+SCALES = (LEVELS, BOOKS)
 
 
 def inspect(
@@ -280,7 +324,8 @@ def inspect(
         _agree(weight, told)
     nbytes = sum(info.nbytes for info in parts.values())
     kind = dtype_name(source.info(weight.codes).dtype)
+    title = "vq" if isinstance(weight, Vectors) else "codebook"
     return Row(
-        f"{module}.weight", weight.shape, "codebook", weight.bits, weight.group, True, None, nbytes, kind,
+        f"{module}.weight", weight.shape, title, weight.bits, weight.group, True, None, nbytes, kind,
         holds=weight.holds,
     )  # fmt: skip

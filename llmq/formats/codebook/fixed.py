@@ -20,14 +20,14 @@ from llmq.checkpoint.source import Source
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.base import Spec, Unclear
-from llmq.formats.codebook.learned import CODES, LEVELS, SHAPE
+from llmq.formats.codebook.learned import CODES, LEVELS, SCALE, SHAPE
 from llmq.formats.codebook.learned import indices as of_bits
 from llmq.formats.packing import pack_codes, packed_width
 from llmq.formats.plain import FLOATS, CodebookWeight, Entry, VectorsWeight, part_of_rows
 from llmq.grids.base import QuantizedWeight, check_range, rounding_of
 from llmq.grids.scheme import Scheme
 
-TRITS, SCALE = "weight_trits", "weight_scale"
+TRITS = "weight_trits"
 TRITS_IN_BYTE, BITS_IN_BYTE = 5, 8
 
 

@@ -88,8 +88,9 @@ def refuse_served(scheme: Scheme) -> str | None:
 
 def refuse_stacks(scheme: Scheme) -> str | None:
     """Why `llmq.load` could not keep packed what was a stack of experts, of a scheme, or None."""
-    if scheme.rules.layout:
-        return f"llmq does not keep experts as {scheme} packed: use --grid int"
+    if scheme.rules.layout and (layout_of(scheme) not in microscaled.FOURS or scheme.activations is not None):
+        inputs = "leave their inputs alone (--activations none)" if layout_of(scheme) in microscaled.FOURS else ""
+        return f"llmq does not keep experts as {scheme} packed: {inputs or 'use --grid int, mxfp4 or nvfp4'}"
     return None
 
 

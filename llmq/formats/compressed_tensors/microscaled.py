@@ -10,21 +10,26 @@ are divided by `weight_global_scale`. Rounded inputs store nothing, or, in NVFP4
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.packing import pack_codes, unpack_codes
+from llmq.formats.plain import CodebookWeight, Entry
 from llmq.grids.base import QuantizedWeight, check_range, rounding_of
 from llmq.grids.nvfp4 import divisor_of
 from llmq.grids.scheme import Scheme
+from llmq.grids.table import GRIDS
 
 PACKED, WEIGHT, SCALE, GLOBAL = "weight_packed", "weight", "weight_scale", "weight_global_scale"
 INPUT_GLOBAL = "input_global_scale"
 DIVIDED = ("nvfp4-pack-quantized",)
 """The layouts with a scale of scales."""
-FORMATS = (*DIVIDED, "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized")
+FOURS = (*DIVIDED, "mxfp4-pack-quantized")
+"""Those with codes of 4 bits, which look up e2m1's numbers: what stands for a stack of experts stays packed in them."""
+FORMATS = (*FOURS, "mxfp6-pack-quantized", "mxfp8-quantized")
 BIAS, MOST = 127, 254
 
 
@@ -117,3 +122,34 @@ def splits(shape: Sequence[int], scheme: Scheme, parts: int, row_parallel: bool)
 def _powers(exponents: Tensor) -> Tensor:
     """The powers of two of stored exponents, float32."""
     return torch.exp2(exponents.to(torch.float32) - BIAS)
+
+
+@dataclass(frozen=True)
+class FourBitLayer:
+    """The stored tensors of a weight with codes of 4 bits; see `plain.Layer`. group: of inputs that share a scale;
+    divided: whether scales are e4m3 and divided by one number, else they are exponents."""
+
+    shape: tuple[int, int]
+    group: int
+    divided: bool
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        rows, width = self.shape
+        scales = (rows, width // self.group)
+        entries = {PACKED: Entry((torch.uint8,), (rows, width // 2))}
+        if not self.divided:
+            return entries | {SCALE: Entry((torch.uint8,), scales)}
+        return entries | {SCALE: Entry((torch.float8_e4m3fn,), scales), GLOBAL: Entry((torch.float32,), (1,))}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> CodebookWeight:
+        """Raises LlmqError for a scale that is not a number."""
+        stored, packed = tensors[SCALE], tensors[PACKED]
+        scale = stored.to(torch.float32) / tensors[GLOBAL] if self.divided else _powers(stored)
+        if not bool(torch.isfinite(scale).all()) or (not self.divided and bool((stored > MOST).any())):
+            raise LlmqError(f"{SCALE} has values that are not finite")
+        rounding, codes = rounding_of(GRIDS["mxfp4"]), torch.arange(16, dtype=torch.uint8, device=packed.device)
+        table = rounding.decode(codes, Scheme(4, 32, grid="mxfp4")).to(torch.float32)
+        # The first code of a byte is in its low half here, and in the high one there.
+        turned = (packed << 4 | packed >> 4).view(-1)
+        return CodebookWeight(turned, scale.view(-1), table, None, None, 0.0, *self.shape, self.group)

@@ -1,4 +1,5 @@
-"""compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8.
+"""compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8; and of
+4-bit floats, where they stand for a stack of experts, which only llmq's kernels run.
 
 `packed` and `eight_bit` describe the layouts that llmq writes. The readers here also accept other writers' integer
 weights: zero points, activation order, one scale per tensor, 5 to 7 bits.
@@ -17,6 +18,7 @@ from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors.cache import KEY, VALUE
 from llmq.formats.compressed_tensors.eight_bit import INPUT_SCALE, WEIGHT
+from llmq.formats.compressed_tensors.microscaled import DIVIDED, FOURS, GLOBAL, FourBitLayer
 from llmq.formats.compressed_tensors.packed import PACKED, SCALE, SHAPE, ZERO
 from llmq.formats.packing import pack_codes, packed_width, unpack_columns
 from llmq.formats.plain import FLOATS, Configuration, Entry, Int8Weight, IntWeight, in_groups, none_if_zero, served
@@ -115,7 +117,7 @@ class CompressedTensorsReader:
 
     config: transformers' CompressedTensorsConfig; with `ordered`, the config groups whose weights need a g_idx."""
 
-    suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
+    suffixes = (PACKED, SCALE, GLOBAL, SHAPE, ZERO, GROUPS, INPUT_SCALE, WEIGHT, "bias")
     aside = (KEY, VALUE)
 
     def __init__(self, config: Configuration) -> None:
@@ -132,14 +134,17 @@ class CompressedTensorsReader:
         if not config.is_quantization_compressed:
             return "its weights are not stored quantized"
         for scheme in config.quantization_config.config_groups.values():
-            reason = _refusal(scheme, str(scheme.format or config.quantization_config.format))
+            form = str(scheme.format or config.quantization_config.format)
+            if getattr(config, "alone", False) and form in FOURS and scheme.input_activations is None:
+                continue
+            reason = _refusal(scheme, form)
             if reason is not None:
                 return reason
         return None
 
     def layer(
         self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
-    ) -> PackedLayer | Int8Layer | None:
+    ) -> PackedLayer | Int8Layer | FourBitLayer | None:
         scheme = self._scheme(name, module)
         info = next((stored[s] for s in (PACKED, SCALE) if s in stored), None)
         if scheme is None:
@@ -169,7 +174,13 @@ class CompressedTensorsReader:
             if not inputs.dynamic:
                 one = () if INPUT_SCALE in stored and stored[INPUT_SCALE].shape == () else (1,)
             return Int8Layer(shape, scales, one, zeros)
-        packed = str(scheme.format or self.config.format) in PACK
+        form = str(scheme.format or self.config.format)
+        if form in FOURS:
+            group_size = weights.group_size or width
+            if width % group_size:
+                raise LlmqError(f"{info.file}: {name} has {width} inputs, and config.json says groups of {group_size}")
+            return FourBitLayer(shape, group_size, form in DIVIDED)
+        packed = form in PACK
         ordered = GROUPS in stored or any(scheme is one for one in self.ordered)
         return PackedLayer(shape, weights.num_bits, group_size, weights.symmetric, packed, ordered, scales, zeros)
 

@@ -32,6 +32,10 @@ def test_nothing_given_is_the_default() -> None:
         ({"symmetric": False}, Recipe(scheme=Scheme(symmetric=False))),
         ({"grid": "ternary", "group_size": "64"}, Recipe(scheme=Scheme(2, 64, grid="ternary"))),
         ({"grid": "binary", "packing": "llmq"}, Recipe(scheme=Scheme(2, 128, grid="binary", packing="llmq"))),
+        (
+            {"grid": "kmeans", "bits": 3, "level_rows": 16},
+            Recipe(scheme=Scheme(3, None, grid="kmeans", level_rows=16)),
+        ),
         ({"bits": 3, "scales": "pow2"}, Recipe(scheme=Scheme(3, scales="pow2"))),
         ({"samples": 4, "seqlen": 64}, Recipe.from_dict({"calibration": {"samples": 4, "seqlen": 64}})),
         ({"seed": 0, "keep": ["a", "b"]}, Recipe(keep=("a", "b"))),

@@ -26,6 +26,7 @@ from llmq.report.terminal import scheme
 from tests.llmq import mixtures
 
 IDS = torch.arange(24).view(2, 12)
+SHARED = Scheme(4, None, grid="kmeans", level_rows=5)
 
 
 def folder(tmp_path: Path) -> Path:
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     recipe = llmq.Recipe(
         methods=("rtn",),
         scheme=Scheme(3, None, grid="kmeans"),
-        overrides=(("*down_proj", Scheme(4, None, grid="kmeans")),),
+        overrides=(("*down_proj", SHARED),),
     )
     llmq.quantize(str(tmp_path / "source"), tmp_path / "out", recipe)
     return tmp_path / "out"
@@ -61,9 +62,10 @@ def test_a_folder(tmp_path: Path) -> None:
     dense = LlamaForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     for name, module in dense.named_modules():
         if f"{name}.weight_codes" in tensors:
-            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in learned.SUFFIXES}
-            scheme = Scheme(4 if name.endswith("down_proj") else 3, None, grid="kmeans")
-            module.weight.data = codebook.unpack(stored, scheme).dequantize(torch.float32)
+            parts = (*learned.SUFFIXES, learned.SCALE)
+            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in parts if f"{name}.{suffix}" in tensors}
+            held = SHARED if name.endswith("down_proj") else Scheme(3, None, grid="kmeans")
+            module.weight.data = codebook.unpack(stored, held).dequantize(torch.float32)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 
     plain = load_model(out)  # as `llmq eval` opens it
@@ -75,9 +77,21 @@ def test_a_folder(tmp_path: Path) -> None:
     rows = {row.name: row for row in inspect_folder(out).rows if row.bits is not None}
     assert len(rows) == 14 and not inspect_folder(out).unknown
     assert {(row.kind, row.bits) for row in rows.values()} == {("codebook", 3), ("codebook", 4)}
+    assert scheme(rows[f"{stem}.weight"]) == "codebook4 channel (levels of 5 rows)"
+    assert tensors[f"{stem}.weight_levels"].shape == (7, 16) and tensors[f"{stem}.weight_scale"].shape == (32, 1)
 
     text = json.loads((out / "report.json").read_text())
     assert any("only llmq reads it" in warning for warning in text["warnings"])
+    config = (out / "config.json").read_text()
+    for rows_told, told in (
+        ('"level_rows": 6', "levels of 5 rows, and config.json says 6"),
+        ('"level_row": 5', "says 1"),
+    ):
+        (out / "config.json").write_text(config.replace('"level_rows": 5', rows_told))
+        with pytest.raises(LlmqError, match=rf"down_proj.weight_codes does not fit: .*{told}"):
+            open_source(out)
+        with pytest.raises(LlmqError, match="down_proj"):
+            llmq.load(out, device_map="cpu")
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:

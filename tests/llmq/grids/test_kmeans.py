@@ -33,6 +33,12 @@ def rounded(bits: int, value: Tensor, dtype: torch.dtype = torch.bfloat16, **res
     return q
 
 
+def shared(bits: int, rows: int, value: Tensor, dtype: torch.dtype = torch.bfloat16, **rest: object) -> QuantizedWeight:
+    q = round_to_nearest(value, Scheme(bits, None, grid="kmeans", level_rows=rows), dtype, **rest)  # type: ignore[arg-type]
+    assert isinstance(q, QuantizedWeight) and q.levels is not None
+    return q
+
+
 def optimum(row: Tensor, share: Tensor, count: int) -> float:
     """The least weighted squared error with `count` levels: clusters are intervals of the sorted values."""
     order = row.argsort()
@@ -61,6 +67,52 @@ def test_levels_are_near_the_optimum(bits: int) -> None:
 
 
 @BITS
+@pytest.mark.parametrize("width", [20, 96])
+def test_shared_levels_are_near_the_optimum_of_their_rows(bits: int, width: int) -> None:
+    """Rows over their root mean squares, each value counted by the square of that: two tables of 3 rows and of 2."""
+    value = weight(width=width)
+    share = torch.rand(width, generator=torch.Generator().manual_seed(1)) + 0.05
+    q = shared(bits, 3, value, torch.float32, range="weighted", importance=share)
+    assert q.levels is not None and torch.equal(q.levels[1], q.levels[0]) and torch.equal(q.levels[3], q.levels[4])
+    size = value.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(q.scale, size)
+    for rows in (slice(0, 3), slice(3, 5)):
+        counts = size[rows].square() / size[rows].square().amax() * share
+        least = optimum((value / size)[rows].flatten(), counts.flatten(), 1 << bits)
+        error = ((value - q.dequantize(torch.float32))[rows].double().square() * share).sum() / size[
+            rows
+        ].square().amax()
+        assert float(error) <= 1.02 * least
+
+
+@BITS
+def test_each_weight_takes_the_nearest_of_shared_levels(bits: int) -> None:
+    value = weight()
+    value[2] = 0
+    q = shared(bits, 4, value)
+    assert q.levels is not None and bool((q.levels.diff() >= 0).all())
+    assert torch.equal(q.levels.to(torch.bfloat16).float(), q.levels) and bool((q.scale > 0).all())
+    points = q.levels.double() * q.scale.double()
+    least = (value.double()[:, :, None] - points[:, None]).abs().amin(-1)
+    found = (value.double() - q.dequantize(torch.float32).double()).abs()
+    assert torch.allclose(found, least, rtol=1e-5, atol=1e-9)
+    assert float(q.dequantize(torch.float32)[2].abs().amax()) < 1e-36
+
+
+def test_every_shared_level_survives() -> None:
+    """Codes and their points, each level of each row, before and after they are opened again."""
+    q = shared(3, 2, weight(rows=4, width=64))
+    rounding = rounding_of(q.scheme.rules).on(q.levels)
+    codes = torch.arange(8, dtype=torch.uint8).repeat(4, 1)
+    points = rounding.decode(codes, q.scheme)
+    assert q.levels is not None and torch.equal(points, q.levels)
+    assert torch.equal(rounding.encode(points, q.scheme), codes)
+    again = rounding.finish(rounding.reopen(q), torch.bfloat16)
+    assert isinstance(again, QuantizedWeight) and again.levels is not None
+    assert torch.equal(again.levels, q.levels) and torch.equal(again.scale, q.scale)
+
+
+@BITS
 def test_each_weight_takes_the_nearest_level(bits: int) -> None:
     value = weight()
     q = rounded(bits, value)
@@ -81,9 +133,10 @@ def test_reopening_and_finishing_changes_nothing(bits: int) -> None:
     assert torch.equal(again.codes, q.codes) and torch.equal(again.levels, q.levels)
 
 
-def test_what_is_learned_starts_at_the_codes() -> None:
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_learned_starts_at_the_codes(rows: int) -> None:
     value = weight()
-    q = rounding_of(scheme_of(3).rules).reopen(rounded(3, value, torch.float32))
+    q = rounding_of(scheme_of(3).rules).reopen(shared(3, rows, value, torch.float32))
     dense = q.dequantize(torch.float32)
     assert torch.equal(positions(value, q).round().to(torch.uint8).flatten(1), q.codes)
     out = torch.empty_like(value)
@@ -95,8 +148,9 @@ def test_what_is_learned_starts_at_the_codes() -> None:
         assert torch.allclose(out, learned.quantized().dequantize(torch.float32)) and not torch.equal(out, dense)
 
 
-def test_factors_move_levels() -> None:
-    q = rounding_of(scheme_of(3).rules).reopen(rounded(3, weight(), torch.float32))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_factors_move_levels(rows: int) -> None:
+    q = rounding_of(scheme_of(3).rules).reopen(shared(3, rows, weight(), torch.float32))
     moved = scaled_by(q, torch.full((5, 1), 1.25))
     assert torch.allclose(moved.dequantize(torch.float32), 1.25 * q.dequantize(torch.float32))
     slope = torch.randn(5, 96, generator=torch.Generator().manual_seed(3))
@@ -113,8 +167,11 @@ def test_the_ends() -> None:
     for bad in (torch.nan, torch.inf):
         broken = torch.ones(2, 64)
         broken[1, 3] = bad
-        with pytest.raises(LlmqError, match="not finite"):
-            round_to_nearest(broken, scheme_of(4), torch.bfloat16)
+        for rows in (1, 2):
+            with pytest.raises(LlmqError, match="not finite"):
+                round_to_nearest(broken, Scheme(4, None, grid="kmeans", level_rows=rows), torch.bfloat16)
+    for value in (nothing, tiny):
+        assert torch.allclose(shared(2, 2, value, torch.float32).dequantize(torch.float32), value, atol=1e-38)
     with pytest.raises(LlmqError, match="not known before"):
         KMeans().levels(scheme_of(4), torch.device("cpu"))
     with pytest.raises(LlmqError, match="importance"):

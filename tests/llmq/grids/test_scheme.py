@@ -20,6 +20,7 @@ from llmq.grids.scheme import Activations, Scheme, changed_scheme
         (Scheme(4, 32, scales="float16"), "4-bit g32 symmetric, float16 scales"),
         (Scheme(2, 64, grid="ternary"), "ternary g64"),
         (Scheme(2, 64, grid="ternary", packing="llmq"), "ternary g64, packed for llmq"),
+        (Scheme(3, None, grid="kmeans", level_rows=16), "kmeans 3-bit channel, levels of 16 rows"),
         (Scheme(4, 32, grid="mxfp4", activations=Activations()), "mxfp4 g32, dynamic activations"),
         (Scheme(8, 128, grid="fp8-block"), "fp8 block g128"),
         (Scheme(activations=Activations(grid="fp8")), "4-bit g128 symmetric, dynamic fp8 activations"),
@@ -52,6 +53,12 @@ def test_packing_does_not_follow_to_a_grid_without_it() -> None:
     assert own.rules.rounding == Scheme(2, 64, grid="ternary").rules.rounding and own.rules.format == "codebook"
 
 
+def test_shared_levels_do_not_follow_to_a_grid_without_levels() -> None:
+    shared = Scheme(3, None, grid="kmeans", level_rows=4)
+    assert changed_scheme({"grid": "int"}, shared, "here") == Scheme(3, None)
+    assert changed_scheme({"bits": 2}, shared, "here") == Scheme(2, None, grid="kmeans", level_rows=4)
+
+
 def test_what_a_scheme_holds_and_what_readers_take_it_for() -> None:
     assert Scheme().told == "4-bit g128 symmetric"
     assert Scheme(2, 64, grid="ternary").told == "ternary g64 (1.58 bits of information, stored in 2)"
@@ -82,7 +89,9 @@ def test_what_a_grid_has_only_one_of_need_not_be_said() -> None:
         ({"scales": "pow3"}, "here: scales 'pow3' is not known: choose from free, pow2"),
         ({"scales": "pow2", "grid": "ternary"}, "here: scales that are powers of two (pow2) are for grid 'int' only"),
         ({"packing": "tight", "grid": "ternary"}, "here: packing 'tight' is not known: choose from standard, llmq"),
-        ({"packing": "llmq"}, "here: packing 'llmq' is for grid 'ternary', 'binary' only, not 'int'"),
+        ({"packing": "llmq"}, "here: packing 'llmq' is for grid 'vq', 'ternary', 'binary' only, not 'int'"),
+        ({"level_rows": 4}, "here: level_rows is for grid 'kmeans' only, not 'int'"),
+        ({"level_rows": 0}, "here: level_rows must be a whole number from 1 up, not 0"),
         ({"scales": "float16", "grid": "ternary"}, "here: scales in float16 are for grid 'int' only, not 'ternary'"),
         ({"grid": "binary", "bits": 3}, "here: grid 'binary' is 2 bits, symmetric"),
         (

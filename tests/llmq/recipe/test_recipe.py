@@ -37,6 +37,7 @@ schemes = (
         grid=st.sampled_from(["ternary", "binary"]),
         packing=st.sampled_from(["standard", "llmq"]),
     )
+    | st.builds(Scheme, st.integers(2, 4), st.none(), grid=st.just("kmeans"), level_rows=st.sampled_from([1, 4, 16]))
     | eight_bit
     | st.builds(Scheme, st.just(4), st.sampled_from([64, 128]), grid=st.just("nf4"), double_quant=st.booleans())
 )

@@ -16,12 +16,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.formats import stacks_refusal
 from llmq.formats.compressed_tensors import microscaled
 from llmq.formats.compressed_tensors.config import config_of, layout_of
+from llmq.formats.inspection import inspect_folder
 from llmq.grids.activations import round_input
 from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Activations, Scheme
+from llmq.inference.stack import StackedLinear
+from tests.llmq import mixtures
 from tests.llmq.grids.peers import known_to_compressed_tensors
 
 NV = Scheme(4, 16, grid="nvfp4")
@@ -208,3 +212,49 @@ def test_refusals() -> None:
         microscaled.unpack(tensors | {microscaled.SCALE: torch.ones(24, 3)}, NV)
     with pytest.raises(LlmqError, match="group size 16 does not divide"):
         microscaled.spec((8, 24), NV, torch.bfloat16)
+
+
+FOURS = [NV, Scheme(4, 32, grid="mxfp4")]
+
+
+@pytest.mark.parametrize("scheme", FOURS, ids=str)
+def test_four_bits_are_read_for_the_kernels_as_for_anything_else(scheme: Scheme) -> None:
+    q = rounded(scheme)
+    tensors = microscaled.pack(q)
+    layer = microscaled.FourBitLayer((24, 96), scheme.group_size or 0, microscaled.divided(scheme))
+    assert {s: (e.dtypes[0], e.shape) for s, e in layer.entries.items()} == microscaled.spec(
+        (24, 96), scheme, torch.bfloat16
+    )
+    plain = layer.read(tensors)
+    codes = torch.stack((plain.packed >> 4, plain.packed & 15), -1).view(-1)
+    value = plain.codebook[codes.long()].view(-1, plain.block_size) * plain.absmax[:, None]
+    assert torch.equal(value.view(24, 96), q.dequantize(torch.float32))
+    spoiled = tensors[microscaled.SCALE].clone()
+    spoiled.view(torch.uint8)[3, 1] = 127 if microscaled.divided(scheme) else 255
+    with pytest.raises(LlmqError, match="weight_scale has values that are not finite"):
+        layer.read(tensors | {microscaled.SCALE: spoiled})
+
+
+@pytest.mark.parametrize("scheme", FOURS, ids=str)
+def test_stacks_of_experts_stay_packed(scheme: Scheme, tmp_path: Path) -> None:
+    one = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    source = mixtures.write("gpt_oss", tmp_path / "source", num_local_experts=2, **one)
+    out, recipe = tmp_path / "out", llmq.Recipe(methods=("rtn",), scheme=scheme, loader="llmq")
+    report = llmq.quantize(str(source), out, recipe, ids=IDS + 10)
+    with pytest.raises(Exception, match=f"llmq-{layout_of(scheme)[:8]}"):
+        AutoModelForCausalLM.from_pretrained(out)
+    dense, _ = mixtures.load(source)
+    before = mixtures.logits(dense)
+    mixtures.put_quantized(dense.state_dict(), report, mixtures.stored(out))
+    packed = llmq.load(out, device_map="cpu", dtype="float32")
+    assert sum(isinstance(module, StackedLinear) for module in packed.modules()) == 2
+    torch.testing.assert_close(mixtures.logits(packed), mixtures.logits(dense), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(mixtures.logits(packed), before, atol=1e-2)
+    found = inspect_folder(out)
+    assert not found.unknown and {(row.kind, row.bits) for row in found.quantized} == {("float", 4)}
+
+
+def test_stacks_that_do_not_stay_packed_are_refused_with_a_way_out() -> None:
+    assert [stacks_refusal(scheme) for scheme in FOURS] == [None, None]
+    assert "use --grid int, mxfp4 or nvfp4" in (stacks_refusal(Scheme(8, 32, grid="mxfp8")) or "")
+    assert "--activations none" in (stacks_refusal(ROUNDED[1]) or "")
