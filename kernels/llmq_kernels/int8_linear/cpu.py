@@ -31,7 +31,7 @@ FEW = 4
 # Integers up to 2²⁴ are exact in float32, and so are sums of this many products of int8.
 EXACT = 1024
 # Rows of x in a product, and values at a time that are rounded before it and scaled after it, in cache.
-ROWS, SLAB = 1024, 1 << 19
+ROWS, SLAB = 1024, 1 << 18
 
 
 def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
@@ -46,24 +46,34 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(torch.float32)
     for start in range(0, len(x), ROWS):
         some, result = x[start : start + ROWS], y[start : start + ROWS]
-        codes, x_scale = torch.empty_like(some, dtype=torch.int8), some.new_empty(len(some), 1, dtype=torch.float32)
-        for rows in row_slabs(len(some), x.shape[1], SLAB):
-            codes[rows], x_scale[rows] = round_input(some[rows], weight.input_scale)
+        codes, x_scale = _round_in_cache(some, weight.input_scale)
         rounded = x.dtype == torch.bfloat16 and _operator_is_fastest(len(some), x.shape[1])
         sums = _by_operator(codes, weight.packed) if rounded else multiply(codes, weight.packed)
         _scale(sums, x_scale, factors, bias, result)
     return y
 
 
+def _round_in_cache(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`round_input`, some rows at a time, with scales in float32."""
+    if x.numel() <= SLAB:
+        codes, scale = round_input(x, input_scale)
+        return codes, scale.to(torch.float32)
+    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+    for rows in row_slabs(len(x), x.shape[1], SLAB):
+        codes[rows], scale[rows] = round_input(x[rows], input_scale)
+    return codes, scale
+
+
 def _scale(sums: Tensor, x_scale: Tensor, factors: Tensor, bias: Tensor | None, result: Tensor) -> None:
     """Write sums [M, out] · x_scale [M, 1] · factors [out] + bias [out] to result, in the order in which sums lie."""
-    turned = sums.stride(0) == 1 and len(sums) > 1
+    turned = sums.stride(0) == 1 and sums.numel() > SLAB
     if turned:
         sums, x_scale, factors = sums.t(), x_scale.t(), factors.unsqueeze(1)
         bias = None if bias is None else bias.unsqueeze(1)
     scaled = result.new_empty(sums.shape) if turned else result
-    for rows in row_slabs(len(sums), max(1, sums.shape[1]), SLAB):
-        part = sums[rows].to(torch.float32)
+    for rows in row_slabs(len(sums), sums.shape[1], SLAB):
+        some = sums[rows]
+        part = some.new_empty(some.shape, dtype=torch.float32).copy_(some)
         part.mul_(x_scale if turned else x_scale[rows]).mul_(factors[rows] if turned else factors)
         if bias is not None:
             part.add_(bias[rows] if turned else bias)
@@ -104,8 +114,9 @@ def _each(codes: Tensor, weight: Tensor) -> Tensor:
 def _turned(codes: Tensor, weight: Tensor) -> Tensor:
     """The product with the weight on the left."""
     rows = codes.shape[0]
-    whole = torch.nn.functional.pad(codes, (0, 0, 0, -rows % MULTIPLE))
-    return torch._int_mm(weight, whole.t()).t()[:rows]
+    if rows % MULTIPLE:
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, -rows % MULTIPLE))
+    return torch._int_mm(weight, codes.t()).t()[:rows]
 
 
 def _by_operator(codes: Tensor, weight: Tensor) -> Tensor:

@@ -214,7 +214,10 @@ def _by_slabs(x: Tensor, weight: PackedInt, blocks: Tensor) -> Tensor:
     y, wide = x.new_empty(x.shape[0], weight.packed.shape[0], dtype=dtype), x.to(dtype)
     for rows, values in _slabs(blocks, weight.scale, weight.zero, dtype, wide.nbytes > OWN_CACHE):
         torch.mm(wide, values, out=y[:, rows])
-    return _in_order(y, _known())
+    if _known().halves:
+        for some in row_slabs(len(y), y.shape[1], SLAB):
+            y[some] = _in_order(y[some], _known())
+    return y
 
 
 @cache
