@@ -89,21 +89,36 @@ class Moments:
 
     def update(self, apart: Apart) -> None:
         """Add tokens."""
-        rows = apart.rows.float()
-        for statistic in self.statistics.values():
-            statistic.update(apart.rows)
+        self.observe(apart)
+        width = apart.rows.shape[1]
         if apart.drift is not None:
             if self.drift is None:
-                self.drift = torch.zeros_like(self.hessian)
-            self.drift.addmm_(apart.drift.t(), rows)
+                self.drift = torch.zeros(width, width, device=apart.rows.device)
+            _add_product(self.drift, apart.drift, apart.rows)
         self.adding |= apart.adding
         for name, stream in apart.streams.items():
             if name not in self.streams:
-                self.streams[name] = torch.zeros(stream.shape[1], rows.shape[1], device=stream.device)
-            self.streams[name].addmm_(stream.t(), rows)
+                self.streams[name] = torch.zeros(stream.shape[1], width, device=stream.device)
+            _add_product(self.streams[name], stream, apart.rows)
+
+    def observe(self, apart: Apart) -> None:
+        """Add tokens to the statistics alone."""
+        for statistic in self.statistics.values():
+            statistic.update(apart.rows)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
         rows = slice(None) if outputs is None else outputs
         found = [] if self.drift is None else [state.value[rows].float() @ self.drift]
         return found + ([self.streams[state.parameter][rows]] if state.parameter in self.streams else [])
+
+
+def _add_product(total: Tensor, apart: Tensor, rows: Tensor) -> None:
+    """Add apartᵀ rows, in the precision that the model computes in, bfloat16 or float32.
+
+    A correction's own noise, of so many tokens, is larger than that of bfloat16; the Hessian's sums are always float32.
+    """
+    if rows.dtype == torch.bfloat16:
+        total += apart.to(torch.bfloat16).t() @ rows
+    else:
+        total.addmm_(apart.t(), rows.float())

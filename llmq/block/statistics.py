@@ -7,6 +7,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from llmq.block.gram import add_gram, mirror
+
 
 class Statistic(Protocol):
     """A statistic of a weight's input, constructed with the input's width and the device of its tensors.
@@ -68,24 +70,34 @@ class MeanSquare:
 class Hessian:
     """Σ x xᵀ of a weight's input: the Hessian of its output error up to a factor (Frantar et al., 2022, §3.1).
 
-    total: float32 [width, width]; count: tokens summed.
+    count: tokens summed.
     """
 
     QUADRATIC = True
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._whole = True
         self.count = 0
+
+    @property
+    def total(self) -> Tensor:
+        """Σ x xᵀ; only one of two equal sums is computed while tokens are added."""
+        if not self._whole:
+            mirror(self._sums)
+            self._whole = True
+        return self._sums
 
     def update(self, x: Tensor) -> None:
         """Add x [..., width], in any float dtype; products are summed in float32."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(rows.t(), rows)
+        add_gram(self._sums, rows)
+        self._whole = False
         self.count += rows.shape[0]
 
     def merge(self, other: Self) -> None:
         """Add the samples of another one of the same width."""
-        self.total += other.total.to(self.total.device)
+        self.total.add_(other.total.to(self._sums.device))
         self.count += other.count
 
     def blend(self, other: Self, alpha: float) -> None:

@@ -20,7 +20,7 @@ from llmq.numerics.correction import Fit, change, factor
 
 HOW = ("held-out", "full", "none")
 HELD_OUT = 8
-"""One window in this many has tokens that choose the strengths; they are added to the sums afterwards."""
+"""One window in this many has tokens that choose the strengths; of the sums, only statistics have them."""
 HELD_TOKENS = 2048
 """How many tokens choose them, at most."""
 UNCHOSEN = 0.5
@@ -58,14 +58,18 @@ def correct(
             moments.update(apart)
     lower = factor(moments.hessian, DAMPING) if held else None
     fits = [_Fitted(state, moments, lower) for state in states] if held else []
-    del lower
     for apart in held:
         for fitted in fits:
             fitted.update(apart)
-        moments.update(apart)
     usual = 1.0 if how == "full" else UNCHOSEN
     chosen = [fitted.strengths() for fitted in fits] or [(usual, usual)] * len(states)
-    return _solve(states, moments, chosen), moments.statistics
+    if not held and any(map(any, chosen)):
+        lower = factor(moments.hessian, DAMPING)
+    corrected = _solve(states, moments, lower, chosen)
+    del lower
+    for apart in held:
+        moments.observe(apart)
+    return corrected, moments.statistics
 
 
 def _held_out(block: Block, index: int, count: int) -> Tensor | None:
@@ -112,22 +116,30 @@ class _Fitted:
 
 
 def _solve(
-    states: Sequence[WeightState], moments: Moments, strengths: Sequence[tuple[float, float]]
+    states: Sequence[WeightState], moments: Moments, lower: Tensor | None, strengths: Sequence[tuple[float, float]]
 ) -> list[Corrected]:
-    lower = factor(moments.hessian, DAMPING) if any(map(any, strengths)) else None
+    # Multiplied from the right first, the drift is the same for all weights: cheaper if they have many outputs.
+    shared = None
+    if lower is not None and moments.drift is not None and any(by_input for by_input, _ in strengths):
+        wide = sum(len(state.value) for state in states) > 2 * len(moments.drift)
+        shared = change(moments.drift, lower) if wide else None
     made = []
     for state, (by_input, by_stream) in zip(states, strengths, strict=True):
         value = state.value.float()
         by_input = 0.0 if lower is None or moments.drift is None else by_input
         by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
-        term = (value @ moments.drift).mul_(by_input) if by_input and moments.drift is not None else None
+        term = None
+        if by_input and shared is None and moments.drift is not None:
+            term = (value @ moments.drift).mul_(by_input)
         if by_stream:
             more = by_stream * moments.streams[state.parameter]
             term = more if term is None else term.add_(more)
             del more
-        if lower is not None and term is not None:
-            found = change(term, lower)
-            del term
+        found = None if lower is None or term is None else change(term, lower)
+        del term
+        if by_input and shared is not None:
+            value = torch.addmm(value, value, shared, alpha=by_input)
+        if found is not None:
             value = value + found
         made.append(Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None)))
     return made

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.numerics.cholesky import invert_factor, solve
 
 STEPS = 8
 """Strengths are multiples of one part in this many."""
@@ -26,7 +27,7 @@ DAMPINGS = 4
 
 
 def factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """The Cholesky factor of Ĥ + λ, lower, float32 [in, in]; None if there is none, even with λ raised.
+    """The inverse of the Cholesky factor of Ĥ + λ, lower, float32 [in, in]; None without one, even with λ raised.
 
     hessian: float32 [in, in]; damping: λ as a fraction of mean(diag Ĥ), raised tenfold up to 4 times.
     """
@@ -37,16 +38,14 @@ def factor(hessian: Tensor, damping: float) -> Tensor | None:
     for attempt in range(DAMPINGS + 1):
         lower = hessian.clone()
         lower.diagonal().add_(mean * damping * 10**attempt)
-        info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if not int(info) and bool(torch.isfinite(lower.diagonal()).all()):
+        if invert_factor(lower):
             return lower
     return None
 
 
-def change(moment: Tensor, lower: Tensor) -> Tensor:
-    """M (Ĥ + λ)⁻¹, float32 [out, in], for a moment M [out, in] and the factor of Ĥ + λ."""
-    return torch.cholesky_solve(moment.t(), lower).t()
+def change(moment: Tensor, inverse: Tensor) -> Tensor:
+    """M (Ĥ + λ)⁻¹, float32 [out, in], for a moment M [out, in] and the result of `factor`."""
+    return solve(moment, inverse)
 
 
 class Fit:

@@ -6,8 +6,9 @@ value with all others fixed. The objective is the same, tr((W − Ŵ) H (W − �
 parabola in one unknown per row, so the objective never rises. (Coordinate descent on codes: Behdin et al. 2023,
 QuantEase, arXiv:2309.01885, §3; here scales are updated in the same sweep, in their stored dtype.)
 
-With G = (W − Ŵ) H, moving a row's Ŵ by δ along a direction d changes the objective by δ²·dᵀHd − 2δ·G·d. One sweep costs
-as much as one pass of GPTQ without the factorization.
+With G = (W − Ŵ) H, moving a row's Ŵ by δ along a direction d changes the objective by δ²·dᵀHd − 2δ·G·d. G of a group is
+computed on reaching it: long products run faster than updates of all of G by each group, and rounding does not add up.
+One sweep costs twice as much as one pass of GPTQ without the factorization.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight, Units
+from llmq.numerics.columns import compensate
 from llmq.numerics.levels import refit
 
 
@@ -29,7 +31,7 @@ def improve(
 
     weight: any float [out, in]; hessian: float32 [in, in], positive semidefinite: damping · mean(diag H) is added to
     its diagonal during the call; sweeps: the number of visits to every group. Returns a new weight, with the same
-    notes. Uses three float32 matrices of the weight's size.
+    notes. Uses two float32 matrices of the weight's size, with a single group three.
     """
     if sweeps < 1:
         return q
@@ -49,7 +51,8 @@ class _Descent:
         self.q, self.hessian = q, hessian
         self.size = q.codes.shape[1] // q.scale.shape[1]
         error = weight.to(torch.float32) - q.dequantize(torch.float32)
-        self.gradient = hessian @ error.t()
+        self.error = error.t().contiguous()
+        del error
         self.rounding = q.rounding
         points = self.rounding.decode(q.codes, q.scheme)
         self.points = torch.empty(points.t().shape, device=weight.device).copy_(points.t())
@@ -57,6 +60,9 @@ class _Descent:
         self.zero = None if q.zero is None else q.zero.to(torch.float32).t().contiguous()
         self.curvature = hessian.diagonal()
         self.units = self.rounding.units(q)
+        # Levels of each row move in the place of its scale.
+        fixed = q.stored_scale is not None or (self.rounding.learned is not None and q.scheme.level_rows == 1)
+        self._scales_move = self.units is not None or not fixed
 
     def run(self, sweeps: int, block_size: int) -> QuantizedWeight:
         """Visit every group `sweeps` times."""
@@ -65,16 +71,17 @@ class _Descent:
             self._relevel()
             for start in range(0, width, self.size):
                 group = slice(start, start + self.size)
-                shift = self._rescale(start)
                 if self.size <= block_size:
-                    # One large product updates the other groups' gradient for the changes of scale and codes together.
-                    local = self.gradient[group] - self.hessian[group, group] @ shift
-                    self._move(group, shift.add_(self._recode(start, start + self.size, local)))
+                    local = self.hessian[group] @ self.error
+                    shift = self._rescale(start, local)
+                    local.addmm_(self.hessian[group, group], shift, alpha=-1)
+                    self.error[group] -= shift.add_(self._recode(start, group.stop, local))
                     continue
-                self._move(group, shift)
-                for inside in range(start, start + self.size, block_size):
-                    part = slice(inside, min(inside + block_size, start + self.size))
-                    self._move(part, self._recode(part.start, part.stop, self.gradient[part].clone()))
+                if self._scales_move:
+                    self.error[group] -= self._rescale(start, self.hessian[group] @ self.error)
+                for inside in range(start, group.stop, block_size):
+                    part = slice(inside, min(inside + block_size, group.stop))
+                    self.error[part] -= self._recode(part.start, part.stop, self.hessian[part] @ self.error)
         self._relevel()
         scale = self.scale.t().to(self.q.scale.dtype).contiguous()
         q = replace(self.q, codes=self._codes(), scale=scale, levels=self.rounding.learned)
@@ -93,30 +100,29 @@ class _Descent:
         if self.rounding.learned is None:
             return
         codes, scale, together = self._codes(), self.scale.t(), self.q.scheme.level_rows
-        held, given = self.rounding.learned, (self.gradient, self.hessian, self.q.scale.dtype)
+        held, given = self.rounding.learned, (self.hessian @ self.error, self.hessian, self.q.scale.dtype)
         if together > 1:
             levels = refit(codes, held, *given, scale, together)
         else:
             levels = refit(codes, held * scale, *given) / scale
+        del given
         moved = levels.gather(1, codes.to(torch.int64)).t().contiguous()
-        self.gradient.addmm_(self.hessian, (moved - self.points).mul_(self.scale), alpha=-1)
+        self.error -= (moved - self.points).mul_(self.scale)
         self.points, self.rounding = moved, self.rounding.on(levels)
 
-    def _move(self, part: slice, shift: Tensor) -> None:
-        """Update the gradient for a change [columns, out] of Ŵ in some columns."""
-        self.gradient.addmm_(self.hessian[:, part], shift, alpha=-1)
+    def _rescale(self, start: int, gradient: Tensor) -> Tensor:
+        """Set the best scale, given its codes, of the group that begins at a column; returns the change of Ŵ.
 
-    def _rescale(self, start: int) -> Tensor:
-        """Set the best scale, given its codes, of the group that begins at a column; returns the change of Ŵ."""
+        gradient: float32 [size, out], G of the group's columns.
+        """
         group, part = start // self.size, slice(start, start + self.size)
+        if not self._scales_move:
+            return torch.zeros_like(gradient)
         if self.units is not None:
-            return self._remultiply(group, part, self.units)
-        moved = self.rounding.learned is not None and self.q.scheme.level_rows == 1
-        if self.q.stored_scale is not None or moved:  # fixed; levels have moved
-            return torch.zeros_like(self.points[part])
+            return self._remultiply(group, part, gradient, self.units)
         levels = self.points[part] if self.zero is None else self.points[part] - self.zero[group]
         bend = self.hessian[part, part] @ levels
-        slope = (levels * self.gradient[part]).sum(0)
+        slope = (levels * gradient).sum(0)
         bend = (levels * bend).sum(0)
         old = self.scale[group]
         best = old + slope / bend
@@ -126,10 +132,10 @@ class _Descent:
         self.scale[group] += change
         return levels * change
 
-    def _remultiply(self, group: int, part: slice, units: Units) -> Tensor:
+    def _remultiply(self, group: int, part: slice, gradient: Tensor, units: Units) -> Tensor:
         """`_rescale` where scales are whole multiples: the best of three next to the best real number, each with the
         best multiple for its minimum. Changes of the scale by a and the minimum by −b change Ŵ by a · points + b."""
-        points, hessian, gradient = self.points[part], self.hessian[part, part], self.gradient[part]
+        points, hessian = self.points[part], self.hessian[part, part]
         unit, old = units.scale[:, group], self.scale[group]
         bends = hessian @ points
         slope, bend = (points * gradient).sum(0), (points * bends).sum(0)
@@ -176,6 +182,5 @@ class _Descent:
             change = self.rounding.nearest(wanted, None, scheme).sub_(points)
             points += change
             torch.mul(change, scale, out=moved[k])
-            if k + 1 < stop - start:
-                gradient[k + 1 :].addr_(hessian[k, k + 1 :], moved[k], alpha=-1)
+            compensate(gradient, hessian, moved, k)
         return moved

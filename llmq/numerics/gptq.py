@@ -5,7 +5,7 @@ Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a layer with inputs x an
 
 The recursion needs the upper triangular U with UᵀU = H⁻¹ (the paper's §3.3, step 3). It is computed without inverting
 H: H = R Rᵀ with R upper triangular (a Cholesky factorization from the last row upwards), and U = R⁻¹, which costs half
-as much and is more accurate in float32. Then, for each column k,
+as much and is more accurate in float32 (see `cholesky`). Then, for each column k,
 
     ŵₖ = nearest grid point to wₖ,      wⱼ ← wⱼ − (wₖ − ŵₖ) U[k,j] / U[k,k]  for j > k,
 
@@ -23,6 +23,8 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight, check_range, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
+from llmq.numerics.cholesky import invert_factor
+from llmq.numerics.columns import compensate
 from llmq.numerics.descent import improve
 
 DAMPINGS = 4
@@ -122,10 +124,10 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Te
     amount = damping
     for attempt in range(DAMPINGS + 1):
         lower = _mirrored(hessian, mirror, dead, amount * mean)
-        if _cholesky(lower):
+        if invert_factor(lower):
             if attempt:
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
-            return _invert(lower), tuple(notes)
+            return _turn(lower), tuple(notes)
         amount = max(amount, 1e-3) * 10
     found = f"the Hessian was not positive definite with damping {amount / 10:g}"
     try:
@@ -138,8 +140,8 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Te
     values.clamp_(min=max(damping, 1e-3) * mean)
     notes.append(f"{found}: its eigenvalues were clipped")
     lower = (vectors * values) @ vectors.t()
-    if _cholesky(lower):
-        return _invert(lower), tuple(notes)
+    if invert_factor(lower):
+        return _turn(lower), tuple(notes)
     notes.append("clipping its eigenvalues did not help: rounded to nearest instead of GPTQ")
     return None, tuple(notes)
 
@@ -158,27 +160,24 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
     return copy
 
 
-def _invert(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, mirrored in both axes. Overwrites the matrix."""
-    out = torch.zeros_like(lower)
-    out.diagonal().fill_(1)
-    torch.linalg.solve_triangular(lower, out, upper=False, out=out)
-    for start in range(0, lower.shape[0], 256):
-        rows = out[start : start + 256]
-        stop = lower.shape[0] - start
-        lower[stop - rows.shape[0] : stop] = rows.flip(0, 1)
-    return lower
-
-
-def _cholesky(matrix: Tensor) -> bool:
-    """Replace a symmetric matrix by its lower Cholesky factor; False if it has none."""
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    return not int(info) and bool(torch.isfinite(matrix.diagonal()).all())
+def _turn(matrix: Tensor) -> Tensor:
+    """Reverse both axes of a square matrix, in place."""
+    size = len(matrix)
+    for start in range(0, size // 2, 256):
+        stop = min(start + 256, size // 2)
+        first = matrix[start:stop].flip(0, 1)
+        matrix[start:stop] = matrix[size - stop : size - start].flip(0, 1)
+        matrix[size - stop : size - start] = first
+    if size % 2:
+        matrix[size // 2] = matrix[size // 2].flip(0)
+    return matrix
 
 
 class _Columns:
-    """The column loop. Weights are transposed, [in, out] in processing order, so that a column is contiguous."""
+    """The column loop. Weights are transposed, [in, out] in processing order, so that a column is contiguous.
+
+    w − ŵ takes the place of columns that are finished.
+    """
 
     def __init__(
         self,
@@ -224,9 +223,16 @@ class _Columns:
         """Process all blocks of columns, left to right."""
         bounds = self._bounds(block_size)
         for start, stop in zip(bounds, bounds[1:], strict=False):
-            errors = self._block(start, stop)  # [stop − start, out]
-            if stop < self.width:
-                self.columns[stop:].addmm_(self.unit[start:stop, stop:].t(), errors, alpha=-1)
+            # What becomes of a block of columns for all before it, in one long product; a span of several blocks whose
+            # ranges are found on reaching it, when its first block is reached.
+            whole = not self.ranged and self.span > block_size
+            inside = start % self.span if whole else 0
+            end = start + self.span if whole and not inside else stop
+            before = slice(start - inside, start) if inside else slice(0, start)
+            if start > before.start:
+                unit = self.unit[before, start:end].t()
+                self.columns[start:end].addmm_(unit, self.columns[before], alpha=-1)
+            self.columns[start:stop] = self._block(start, stop)
         codes = self.codes
         if self.order is not None:
             # Copied as bytes, as codes of any dtype have one byte each.
@@ -268,8 +274,7 @@ class _Columns:
             points[k] = point
             value = (point if zero is None else point.sub_(zero)).mul_(scale)
             torch.sub(block[k], value, out=errors[k])
-            if k + 1 < len(where):
-                block[k + 1 :].addr_(unit[k, k + 1 :], errors[k], alpha=-1)
+            compensate(block, unit, errors, k)
         self.codes[start:stop] = rounding.encode(points.t().contiguous(), self.scheme).t()
         return errors
 

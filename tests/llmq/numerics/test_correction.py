@@ -92,8 +92,9 @@ def test_a_hessian_without_a_factor() -> None:
     assert factor(singular, DAMPING) is not None
     # Damping is raised until it has one.
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
-    lower = factor(indefinite, DAMPING)
-    assert lower is not None
+    inverse = factor(indefinite, DAMPING)
+    assert inverse is not None
+    lower = torch.linalg.inv(inverse)
     added = (lower @ lower.t() - indefinite).diagonal()
     torch.testing.assert_close(added, torch.full((4,), 0.7), rtol=1e-5, atol=1e-5)
 

@@ -188,7 +188,7 @@ def test_a_diagonal_that_no_inputs_give_is_not_descended(entry: float) -> None:
 
 
 def test_rounding_to_nearest_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq.numerics.gptq._cholesky", lambda matrix: False)
+    monkeypatch.setattr("llmq.numerics.gptq.invert_factor", lambda matrix: False)
     weight, hessian = problem(6, 6, 32)
     q = solve(weight, hessian, Scheme(4, 8), range_method="mse")
     assert len(q.notes) == 2 and "clipped" in q.notes[0] and "rounded to nearest" in q.notes[1]
