@@ -5,13 +5,17 @@ The arithmetic is in `numerics.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import WeightState
+from llmq.block.passes import add
+from llmq.block.products import parts
 from llmq.block.statistics import Hessian, Statistic
 from llmq.discovery.addends import Seen
 
@@ -34,6 +38,10 @@ class Apart:
         """The same of some tokens, bool [tokens]."""
         streams = {name: stream[tokens] for name, stream in self.streams.items()}
         return Apart(self.rows[tokens], None if self.drift is None else self.drift[tokens], streams, self.adding)
+
+    def kept(self) -> Apart:
+        """The same on the CPU."""
+        return ranks.moved(self, "cpu")  # type: ignore[no-any-return]
 
     def wanted(self, state: WeightState, outputs: Tensor) -> Tensor | None:
         """The change of some of a weight's outputs that makes up for both, float32 [tokens, outputs]; None for none."""
@@ -87,23 +95,45 @@ class Moments:
         assert isinstance(hessian, Hessian)
         return hessian.total
 
-    def update(self, apart: Apart) -> None:
-        """Add tokens."""
-        rows = apart.rows.float()
-        for statistic in self.statistics.values():
-            statistic.update(apart.rows)
-        if apart.drift is not None:
-            if self.drift is None:
-                self.drift = torch.zeros_like(self.hessian)
-            self.drift.addmm_(apart.drift.t(), rows)
-        self.adding |= apart.adding
-        for name, stream in apart.streams.items():
+    def update(self, aparts: Sequence[Apart]) -> None:
+        """Add tokens: those of a hand of batches, of every rank."""
+        drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
+        if drifts and self.drift is None:
+            self.drift = torch.zeros_like(self.hessian)
+        streams = {name: apart.streams[name].shape[1] for apart in aparts for name in apart.streams}
+        for name, out in sorted(item for found in ranks.everyone(streams) for item in found.items()):
             if name not in self.streams:
-                self.streams[name] = torch.zeros(stream.shape[1], rows.shape[1], device=stream.device)
-            self.streams[name].addmm_(stream.t(), rows)
+                self.streams[name] = torch.zeros(out, self.hessian.shape[1], device=self.hessian.device)
+        adding = frozenset[str]().union(*(apart.adding for apart in aparts))
+        self.adding = self.adding.union(*ranks.everyone(adding))
+        for statistic in self.statistics.values():
+            add(statistic, None, [apart.rows for apart in aparts], self.hessian.device)
+        sums: list[tuple[Tensor, Callable[[], object]]] = []
+        if self.drift is not None:
+            sums += [(total, partial(_add_drift, total, part, aparts)) for total, part in parts(self.drift)]
+        for name, stream in sorted(self.streams.items()):
+            sums += [(total, partial(_add_stream, total, part, aparts, name)) for total, part in parts(stream)]
+        ranks.relay(sums)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
         rows = slice(None) if outputs is None else outputs
         found = [] if self.drift is None else [state.value[rows].float() @ self.drift]
         return found + ([self.streams[state.parameter][rows]] if state.parameter in self.streams else [])
+
+
+def _add_drift(total: Tensor, part: slice, aparts: Sequence[Apart]) -> None:
+    for apart in aparts:
+        if apart.drift is not None:
+            _add_products(total, apart.drift[:, part], apart.rows)
+
+
+def _add_stream(total: Tensor, part: slice, aparts: Sequence[Apart], name: str) -> None:
+    for apart in aparts:
+        if name in apart.streams:
+            _add_products(total, apart.streams[name][:, part], apart.rows)
+
+
+def _add_products(total: Tensor, left: Tensor, rows: Tensor) -> None:
+    """Add Σ l xᵀ over tokens to a sum."""
+    total.addmm_(left.to(total.device).t(), rows.to(total.device, torch.float32))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import Block, WeightState
-from llmq.block.chains import Both, Chains
+from llmq.block.chains import Chains
 from llmq.block.moments import Apart, Moments, compare
 from llmq.block.statistics import Statistic
 from llmq.numerics.correction import Fit, change, factor
@@ -39,41 +41,67 @@ class Corrected:
 
 
 def correct(
-    block: Block, states: Sequence[WeightState], chains: Chains, needs: Iterable[type[Statistic]], how: str
-) -> tuple[list[Corrected], dict[type[Statistic], Statistic]]:
+    block: Block,
+    states: Sequence[WeightState],
+    chains: Chains,
+    needs: Iterable[type[Statistic]],
+    how: str,
+    mine: Sequence[bool] | None = None,
+) -> tuple[list[Corrected | None], dict[type[Statistic], Statistic]]:
     """The corrected weights of a stage, and the statistics of its inputs in the quantized chain: those in `needs`.
 
-    how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1.
+    how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1; mine: the
+    weights that this rank quantizes, by default all: the others' are not computed.
     """
-    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[Apart]()
-    counts: Both | None = None
-    for index in range(len(block.inputs)):
-        exact, found, counts = chains.see(states, index, counts)
-        if found[0].inputs:
-            apart = compare(states, exact, found, not block.partial)
-            tokens = _held_out(block, index, len(apart.rows)) if how == "held-out" else None
-            if tokens is not None and bool(tokens.any()):
-                held.append(apart.of(tokens))
-                apart = apart.of(~tokens)
-            moments.update(apart)
-    lower = factor(moments.hessian, DAMPING) if held else None
-    fits = [_Fitted(state, moments, lower) for state in states] if held else []
-    del lower
-    for apart in held:
-        for fitted in fits:
-            fitted.update(apart)
-        moments.update(apart)
+    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
+    windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
+    places = ranks.mine(len(windows))
+    for hand in ranks.hands(len(block.inputs)):
+        kept = list[Apart]()
+        held.append([])
+        for index in hand:
+            exact, found, counts = chains.see(states, index, counts)
+            if found[0].inputs:
+                apart = compare(states, exact, found, not block.partial)
+                tokens = _held_out(windows, places[index], len(apart.rows)) if how == "held-out" else None
+                if tokens is not None and bool(tokens.any()):
+                    tokens = tokens.to(block.device)
+                    held[-1].append(apart.of(tokens))
+                    apart = apart.of(~tokens)
+                if ranks.size() == 1:
+                    moments.update([apart])
+                else:
+                    kept.append(apart.kept())
+        if ranks.size() > 1:
+            moments.update(kept)
     usual = 1.0 if how == "full" else UNCHOSEN
-    chosen = [fitted.strengths() for fitted in fits] or [(usual, usual)] * len(states)
-    return _solve(states, moments, chosen), moments.statistics
+    chosen = [(usual, usual)] * len(states)
+    if any(ranks.everyone(any(held))):
+        chosen = _strengths(states, moments, held)
+        for hand_held in held:
+            moments.update(hand_held)
+    return _solve(states, [True] * len(states) if mine is None else mine, moments, chosen), moments.statistics
 
 
-def _held_out(block: Block, index: int, count: int) -> Tensor | None:
+def _strengths(
+    states: Sequence[WeightState], moments: Moments, held: Sequence[Sequence[Apart]]
+) -> list[tuple[float, float]]:
+    """The strengths of each weight of a stage. held: tokens that are not in the sums, of each hand of batches."""
+    lower = factor(moments.hessian, DAMPING)
+    fits = [_Fitted(state, moments, lower) for state in states]
+    del lower
+
+    for aparts in held:
+        for fitted in fits:
+            ranks.relay_state(vars(fitted.fit), partial(fitted.add, aparts), torch.device("cpu"))
+    return [fitted.strengths() for fitted in fits]
+
+
+def _held_out(sizes: Sequence[int], index: int, count: int) -> Tensor | None:
     """Which of a batch's tokens, bool [count], are kept back: evenly spread over every eighth window, or the last one.
 
-    None if there is one window, or the tokens are not those of the batch's windows.
+    sizes: the windows of every batch. None if there is one window, or the tokens are not those of the batch's windows.
     """
-    sizes = [len(hidden) for hidden in block.inputs]
     windows, first = sum(sizes), sum(sizes[:index])
     if windows == 1 or count % sizes[index]:
         return None
@@ -83,7 +111,7 @@ def _held_out(block: Block, index: int, count: int) -> Tensor | None:
     tokens = torch.zeros(sizes[index], length, dtype=torch.bool)
     for window in set(chosen).intersection(range(first, first + sizes[index])):
         tokens[window - first, taken] = True
-    return tokens.flatten().to(block.device)
+    return tokens.flatten()
 
 
 class _Fitted:
@@ -97,12 +125,13 @@ class _Fitted:
         self.by_input = moments.drift is not None
         self.fit = Fit(len(self.changes))
 
-    def update(self, apart: Apart) -> None:
+    def add(self, aparts: Iterable[Apart]) -> None:
         """Add tokens."""
-        wanted = apart.wanted(self.state, self.outputs)
-        if self.changes and wanted is not None:
-            rows = apart.rows.float()
-            self.fit.update([rows @ one.t() for one in self.changes], wanted)
+        for apart in aparts:
+            wanted = apart.wanted(self.state, self.outputs)
+            if self.changes and wanted is not None:
+                rows = apart.rows.float()
+                self.fit.update([rows @ one.t() for one in self.changes], wanted)
 
     def strengths(self) -> tuple[float, float]:
         """The strengths of least error on these tokens, for the input and for the stream; 0 for what is not there."""
@@ -112,22 +141,27 @@ class _Fitted:
 
 
 def _solve(
-    states: Sequence[WeightState], moments: Moments, strengths: Sequence[tuple[float, float]]
-) -> list[Corrected]:
-    lower = factor(moments.hessian, DAMPING) if any(map(any, strengths)) else None
-    made = []
-    for state, (by_input, by_stream) in zip(states, strengths, strict=True):
-        value = state.value.float()
-        by_input = 0.0 if lower is None or moments.drift is None else by_input
-        by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
-        term = (value @ moments.drift).mul_(by_input) if by_input and moments.drift is not None else None
-        if by_stream:
-            more = by_stream * moments.streams[state.parameter]
-            term = more if term is None else term.add_(more)
-            del more
-        if lower is not None and term is not None:
-            found = change(term, lower)
-            del term
-            value = value + found
-        made.append(Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None)))
-    return made
+    states: Sequence[WeightState], mine: Sequence[bool], moments: Moments, strengths: Sequence[tuple[float, float]]
+) -> list[Corrected | None]:
+    todo = [any(by) for by, own in zip(strengths, mine, strict=True) if own]
+    lower = factor(moments.hessian, DAMPING) if any(todo) else None
+    return [
+        _solved(state, moments, lower, *by) if own else None
+        for state, by, own in zip(states, strengths, mine, strict=True)
+    ]
+
+
+def _solved(state: WeightState, moments: Moments, lower: Tensor | None, by_input: float, by_stream: float) -> Corrected:
+    value = state.value.float()
+    by_input = 0.0 if lower is None or moments.drift is None else by_input
+    by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
+    term = (value @ moments.drift).mul_(by_input) if by_input and moments.drift is not None else None
+    if by_stream:
+        more = by_stream * moments.streams[state.parameter]
+        term = more if term is None else term.add_(more)
+        del more
+    if lower is not None and term is not None:
+        found = change(term, lower)
+        del term
+        value = value + found
+    return Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None))
