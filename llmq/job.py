@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import formats, methods
+from llmq import formats, methods, ranks
 from llmq.allocation import allocate, chunks
 from llmq.allocation.goal import Goal
 from llmq.allocation.windows import extra
 from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import CARD, RECIPE, REPORT
-from llmq.checkpoint.sink import Sink
+from llmq.checkpoint.follower import open_sink
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
@@ -31,6 +31,7 @@ from llmq.formats.stacks import marked
 from llmq.grids.scheme import Scheme
 from llmq.machine import check_device
 from llmq.planning.cache import check_stock
+from llmq.planning.checks import check_ranks
 from llmq.planning.memory import check_room, check_writable
 from llmq.planning.named_class import check_named_class
 from llmq.planning.outside import head_of, loads_dense
@@ -65,7 +66,9 @@ def plan(
     for what the budget leaves alone. ids: calibration windows [samples, tokens] of token ids in place of the recipe's
     text.
     """
-    made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
+    with ranks.failing_together():
+        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
+        check_ranks(made, chosen=goal is None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
         chunks.files(made, goal.fit)
@@ -88,6 +91,7 @@ def _made(
     """A plan. held: whether some windows of the text are kept back; scored: whether windows are needed in any case, of
     which some are kept back."""
     recipe = recipe or Recipe()
+    device = ranks.own_device(device)
     check_device(device)
     methods.make(recipe)
     folder = None if out is None else Path(out)
@@ -151,34 +155,39 @@ def quantize(
         trust_remote_code=trust_remote_code,
         watch=watch,
     )
-    chosen = None if goal is None else allocate.choose_bits(made, goal, torch.device(device), watch)
+    where = torch.device(ranks.own_device(device))
+    chosen = None if goal is None else allocate.choose_bits(made, goal, where, watch)
     if chosen is not None:
         made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, held=True)
-    with Sink.open(
-        out, fingerprint(made, device), units=len(rest(made)) + sum(len(block.units) for block in made.blocks)
-    ) as sink:
+    told = fingerprint(made, device)
+    ranks.agree(told | {"threads": torch.get_num_threads(), "command": str(out.absolute())}, "run")
+    with open_sink(out, told, units=len(rest(made)) + sum(len(block.units) for block in made.blocks)) as sink:
         for note in sink.notes:
             watch.note(note)
         if sink.finished:
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
-        stream.run(made, sink, torch.device(device), watch)
+        stream.run(made, sink, where, watch)
         described = config(made)
+        # On all ranks: what it asks of other libraries, they may tell each other.
         check_named_class(made, described["quantization_config"], sink)
+        if not ranks.first():
+            sink.finish({}, {}, {})
+            return Report.load(out)
         # A local model is recorded by its absolute path, so that the report can be used from any working directory.
         name = str(Path(model).absolute()) if Path(model).exists() else model
         if command is None:
             command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code)
         report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes, command)
         if chosen is not None:
-            report.chosen = allocate.measured(chosen, made, sink, torch.device(device), watch)
-        told = {
+            report.chosen = allocate.measured(chosen, made, sink, where, watch)
+        files = {
             **({} if chosen is None else {RECIPE: chosen.recipe.to_yaml(), **chunks.files(made, chosen.goal.fit)}),
             REPORT: report.to_json(),
             PAGE: report_page(report),
             CARD: card.model_card(report, made.source.folder),
         }
-        sink.finish(described, made.source.aux_files(), told)
+        sink.finish(described, made.source.aux_files(), files)
     return report
 
 

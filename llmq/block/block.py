@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq import ranks
 from llmq.block.attempt import Attempt
 from llmq.block.loss import chunk_of, divergence, relative_loss
 from llmq.block.loss import relative_error as relative_error
+from llmq.block.passes import collected
 from llmq.block.statistics import Inputs, Statistic
 from llmq.discovery.addends import Seen
 from llmq.discovery.calls import Call, of_length
-from llmq.discovery.inputs import Takes, at_products, collect
+from llmq.discovery.inputs import Takes, at_products
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
 from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
 from llmq.grids.activations import round_input, stored_scale
-from llmq.grids.base import Quantized, QuantizedWeight
+from llmq.grids.base import Quantized, with_input_scale
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
@@ -126,19 +128,21 @@ class Block:
 
     def outputs(self) -> list[Tensor]:
         """The block's current output for every batch, on the CPU, in the model's dtype."""
-        return [self.output(i).to(h) for i, h in enumerate(self.inputs)]
+        return [self._output(i) for i in range(len(self.inputs))]
+
+    def _output(self, index: int) -> Tensor:
+        return self.output(index).to(self.inputs[index])
 
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """One pass of the current block: returns its outputs, and replaces the statistics of every distinct input."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
-        fed: dict[View, list[Takes]] = {}
+        fed: dict[View, list[Statistic]] = {}
         for state in self.weights.values():
             if state.input_id not in held:
                 held[state.input_id] = {need: need(state.value.shape[1], self.device) for need in needs}
-                fed[state.view] = [self.feeding(one) for one in held[state.input_id].values()]
+                fed[state.view] = list(held[state.input_id].values())
             state.statistics = held[state.input_id]
-        with collect(self.module, fed):
-            return self.outputs()
+        return collected(self.module, self._output, len(self.inputs), fed, self.feeding, self.device)
 
     def feeding(self, statistic: Statistic) -> Takes:
         """What the inputs of a weight are passed to, for a statistic of them."""
@@ -195,9 +199,10 @@ class Block:
             with self.rounding():
                 if self.by_logits:
                     with torch.no_grad():
-                        self._error = sum(float(self.loss(i, self.output(i))) for i in batches) / len(batches)
+                        losses = ranks.gather(float(self.loss(i, self.output(i))) for i in batches)
+                    self._error = sum(losses) / len(losses)
                 else:
-                    self._error = relative_error(map(self.output, batches), self.target)
+                    self._error = relative_error(map(self.output, batches), self.target, batches=True)
         return self._error
 
     def loss(self, index: int, output: Tensor) -> Tensor:
@@ -235,8 +240,8 @@ class Block:
                 missing.setdefault(state.input_id, (histogram, state.view, []))[2].append((state, kind.range))
         if not missing:
             return
-        with collect(self.module, {view: [histogram] for histogram, view, _ in missing.values()}):
-            self.outputs()
+        histograms = {view: [histogram] for histogram, view, _ in missing.values()}
+        collected(self.module, self._output, len(self.inputs), histograms, None, self.device)
         for histogram, _, fed in missing.values():
             for state, method in fed:
                 found = find_activation_scale(histogram, method, state.scheme.grid)
@@ -391,10 +396,3 @@ def rounded_inputs(
     some = any(state.scheme.activations is not None for state in states)
     with at_products(module, {state.view: rounding(state) for state in states} if some else {}):
         yield
-
-
-def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
-    """The weight with the static scale of its input, which is stored with it."""
-    if scale is None or not isinstance(quantized, QuantizedWeight):
-        return quantized
-    return replace(quantized, input_scale=scale)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import Block, WeightState, rounded_inputs
 from llmq.discovery.addends import Counts, Seen, see
 from llmq.discovery.calls import of_length
@@ -32,10 +33,12 @@ def stages(block: Block) -> list[list[WeightState]]:
 
     What this batch does not use comes last.
     """
-    states = list(block.weights.values())
-    with rounded_inputs(block.module, states):
-        seen, _ = see(block.module, [state.view for state in states], lambda: block.output(0))
-    used = {state.parameter: (not one.inputs, one.first) for state, one in zip(states, seen, strict=True)}
+    states, used = list(block.weights.values()), dict[str, tuple[bool, int]]()
+    if ranks.rank() == 0:
+        with rounded_inputs(block.module, states):
+            seen, _ = see(block.module, [state.view for state in states], lambda: block.output(0))
+        used = {state.parameter: (not one.inputs, one.first) for state, one in zip(states, seen, strict=True)}
+    used = ranks.tell(used)
     found: dict[int, list[WeightState]] = {}
     for state in sorted(states, key=lambda state: used[state.parameter]):
         found.setdefault(state.input_id, []).append(state)

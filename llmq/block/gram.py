@@ -5,14 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 STRIP = 512
-"""The columns that are computed at once: from the diagonal on downwards."""
+"""The rows of a sum that are computed at once: up to the diagonal."""
 
 
-def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add RᵀR to the lower triangle of `total` [n, n], and something to some of what is above; rows: [rows, n]."""
-    for start in range(0, len(total), STRIP):
-        strip = slice(start, start + STRIP)
-        total[start:, strip].addmm_(rows[:, start:].t(), rows[:, strip])
+def add_gram(total: Tensor, rows: Tensor, part: slice) -> None:
+    """Add to some rows of RᵀR, up to the diagonal, and something to some of what is above.
+
+    total: float32 [part, n], the sum's rows of `part`; rows: R [rows, n].
+    """
+    for start in range(part.start, part.stop, STRIP):
+        stop = min(start + STRIP, part.stop)
+        strip = total[start - part.start : stop - part.start, :stop]
+        strip.addmm_(rows[:, start:stop].t(), rows[:, :stop])
 
 
 def mirror(total: Tensor) -> None:

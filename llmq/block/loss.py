@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq import ranks
+
 CHUNK = 1 << 21
 # Lower bound of a token's size in the loss, as a fraction of the mean size.
 FLOOR = 0.01
@@ -16,15 +18,28 @@ LOGITS = 1 << 22
 """Logits at a time: a chunk's take this many float32 numbers, a few times over."""
 
 
-def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
-    """‖values − targets‖ / ‖targets‖ over all tensors, computed a few rows at a time."""
+def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor], *, batches: bool = False) -> float:
+    """‖values − targets‖ / ‖targets‖ over all tensors, computed a few rows at a time.
+
+    batches: whether there is one tensor for each batch, so that those of all ranks count.
+    """
+    found = [_squares(value, target) for value, target in zip(values, targets, strict=True)]
     apart = whole = 0.0
-    for value, target in zip(values, targets, strict=True):
-        for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
-            exact = t.to(v.device, torch.float32)
-            apart += float(torch.linalg.vector_norm(v.float() - exact)) ** 2
-            whole += float(torch.linalg.vector_norm(exact)) ** 2
+    for squares in ranks.gather(found) if batches else found:
+        for one, other in squares:
+            apart += one
+            whole += other
     return math.sqrt(apart / whole) if whole else math.sqrt(apart)
+
+
+def _squares(value: Tensor, target: Tensor) -> list[tuple[float, float]]:
+    """‖value − target‖² and ‖target‖² of some rows after the other."""
+    found = []
+    for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
+        exact = t.to(v.device, torch.float32)
+        apart, whole = torch.linalg.vector_norm(v.float() - exact), torch.linalg.vector_norm(exact)
+        found.append((float(apart) ** 2, float(whole) ** 2))
+    return found
 
 
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:

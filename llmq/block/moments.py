@@ -5,13 +5,17 @@ The arithmetic is in `numerics.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import WeightState
+from llmq.block.passes import add
+from llmq.block.products import parts
 from llmq.block.statistics import Hessian, Statistic
 from llmq.discovery.addends import Seen
 
@@ -34,6 +38,10 @@ class Apart:
         """The same of some tokens, bool [tokens]."""
         streams = {name: stream[tokens] for name, stream in self.streams.items()}
         return Apart(self.rows[tokens], None if self.drift is None else self.drift[tokens], streams, self.adding)
+
+    def kept(self) -> Apart:
+        """The same on the CPU."""
+        return ranks.moved(self, "cpu")  # type: ignore[no-any-return]
 
     def wanted(self, state: WeightState, outputs: Tensor) -> Tensor | None:
         """The change of some of a weight's outputs that makes up for both, float32 [tokens, outputs]; None for none."""
@@ -75,6 +83,7 @@ class Moments:
 
     def __init__(self, width: int, needs: Iterable[type[Statistic]], device: torch.device) -> None:
         kinds: list[type[Statistic]] = [Hessian, *(need for need in needs if need is not Hessian)]
+        self.width, self.device = width, device
         self.statistics = {kind: kind(width, device) for kind in kinds}
         self.drift: Tensor | None = None
         self.streams: dict[str, Tensor] = {}
@@ -87,24 +96,30 @@ class Moments:
         assert isinstance(hessian, Hessian)
         return hessian.total
 
-    def update(self, apart: Apart) -> None:
-        """Add tokens."""
-        self.observe(apart)
-        width = apart.rows.shape[1]
-        if apart.drift is not None:
-            if self.drift is None:
-                self.drift = torch.zeros(width, width, device=apart.rows.device)
-            _add_product(self.drift, apart.drift, apart.rows)
-        self.adding |= apart.adding
-        for name, stream in apart.streams.items():
+    def update(self, aparts: Sequence[Apart]) -> None:
+        """Add tokens: those of a hand of batches, of every rank."""
+        self.observe(aparts)
+        width, device = self.width, self.device
+        drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
+        if drifts and self.drift is None:
+            self.drift = torch.zeros(width, width, device=device)
+        streams = {name: apart.streams[name].shape[1] for apart in aparts for name in apart.streams}
+        for name, out in sorted(item for found in ranks.everyone(streams) for item in found.items()):
             if name not in self.streams:
-                self.streams[name] = torch.zeros(stream.shape[1], width, device=stream.device)
-            _add_product(self.streams[name], stream, apart.rows)
+                self.streams[name] = torch.zeros(out, width, device=device)
+        adding = frozenset[str]().union(*(apart.adding for apart in aparts))
+        self.adding = self.adding.union(*ranks.everyone(adding))
+        sums: list[tuple[Tensor, Callable[[], object]]] = []
+        if self.drift is not None:
+            sums += [(total, partial(_add_drift, total, part, aparts)) for total, part in parts(self.drift)]
+        for name, stream in sorted(self.streams.items()):
+            sums += [(total, partial(_add_stream, total, part, aparts, name)) for total, part in parts(stream)]
+        ranks.relay(sums)
 
-    def observe(self, apart: Apart) -> None:
-        """Add tokens to the statistics alone."""
+    def observe(self, aparts: Sequence[Apart]) -> None:
+        """Add tokens to the statistics alone: those of a hand of batches, of every rank."""
         for statistic in self.statistics.values():
-            statistic.update(apart.rows)
+            add(statistic, None, [apart.rows for apart in aparts], self.device)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
@@ -113,12 +128,25 @@ class Moments:
         return found + ([self.streams[state.parameter][rows]] if state.parameter in self.streams else [])
 
 
-def _add_product(total: Tensor, apart: Tensor, rows: Tensor) -> None:
-    """Add apartᵀ rows, in the precision that the model computes in, bfloat16 or float32.
+def _add_drift(total: Tensor, part: slice, aparts: Sequence[Apart]) -> None:
+    for apart in aparts:
+        if apart.drift is not None:
+            _add_products(total, apart.drift[:, part], apart.rows)
+
+
+def _add_stream(total: Tensor, part: slice, aparts: Sequence[Apart], name: str) -> None:
+    for apart in aparts:
+        if name in apart.streams:
+            _add_products(total, apart.streams[name][:, part], apart.rows)
+
+
+def _add_products(total: Tensor, left: Tensor, rows: Tensor) -> None:
+    """Add Σ l xᵀ over tokens to a sum, in the precision that the model computes in, bfloat16 or float32.
 
     A correction's own noise, of so many tokens, is larger than that of bfloat16; the Hessian's sums are always float32.
     """
+    left, rows = left.to(total.device), rows.to(total.device)
     if rows.dtype == torch.bfloat16:
-        total += apart.to(torch.bfloat16).t() @ rows
+        total += left.to(torch.bfloat16).t() @ rows
     else:
-        total.addmm_(apart.t(), rows.float())
+        total.addmm_(left.t(), rows.float())

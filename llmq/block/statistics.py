@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from llmq.block.gram import add_gram, mirror
+from llmq.block.products import parts
+from llmq.discovery.inputs import Takes
 
 
 class Statistic(Protocol):
@@ -16,6 +18,8 @@ class Statistic(Protocol):
     `blend(other, alpha)` is optional: it replaces the mean over samples by α times it and (1 − α) times that of another
     one of the same kind and width, and leaves `other` and the number of samples unchanged. Routed experts need it.
     QUADRATIC, if true, says that it sums squares and products of inputs, which a row of weight w scales by w².
+    `sums()` is optional too, for statistics that take long: what can be updated one after the other instead of the
+    whole, each with its own tensor `total`; the whole has a `count` besides. Ranks then work on them side by side.
     """
 
     def __init__(self, width: int, device: torch.device) -> None: ...
@@ -91,9 +95,15 @@ class Hessian:
     def update(self, x: Tensor) -> None:
         """Add x [..., width], in any float dtype; products are summed in float32."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        add_gram(self._sums, rows)
+        for total, part in parts(self._sums):
+            add_gram(total, rows, part)
         self._whole = False
         self.count += rows.shape[0]
+
+    def sums(self) -> list[Takes]:
+        """See `Statistic`; they are to be updated."""
+        self._whole = False
+        return [_Rows(self, total, part) for total, part in parts(self._sums)]
 
     def merge(self, other: Self) -> None:
         """Add the samples of another one of the same width."""
@@ -109,6 +119,20 @@ class Hessian:
     def nbytes(cls, width: int) -> int:
         """The memory of its tensors, in bytes."""
         return 4 * width * width
+
+
+class _Rows:
+    """Some rows of a Hessian's sum; the first of them counts the tokens."""
+
+    def __init__(self, hessian: Hessian, total: Tensor, part: slice) -> None:
+        self.hessian, self.total, self.part = hessian, total, part
+
+    def update(self, x: Tensor) -> None:
+        """Add x [..., width]."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        add_gram(self.total, rows, self.part)
+        if not self.part.start:
+            self.hessian.count += rows.shape[0]
 
 
 class Inputs:

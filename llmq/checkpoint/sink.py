@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from llmq import ranks
 from llmq.checkpoint.claim import FINGERPRINT, STATE, compare, refuse_foreign, take_lock
 from llmq.checkpoint.files import INDEX, PARTIAL, put, sync_folder, write_all
 from llmq.checkpoint.journal import JOURNAL, WAITING, install, listed, parse, pieces_of, sound
@@ -273,8 +274,14 @@ class Sink:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._journal, before)
             raise self._failed("the journal", len(line), error) from error
+        self._take(line)
+        ranks.tell(line)
+
+    def _take(self, line: bytes) -> None:
+        """Note a line of the journal."""
+        entry = json.loads(line)
         if "unit" in entry:
-            self._note(json.loads(line))
+            self._note(entry)
         else:
             self.finished = True
 

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq import ranks
 from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
-from llmq.cli.options import Device, Model, Out, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli.launch import launch
+from llmq.cli.options import Device, Model, Out, Ranks, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
 from llmq.recipe.recipe import Recipe
 
@@ -62,6 +64,7 @@ def quantize(
     goal: Goal | None,
     tp: Tp = 1,
     device: Device = "cpu",
+    count: Ranks = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -69,10 +72,15 @@ def quantize(
 
     Processes one decoder block at a time. If the run is killed, the same command resumes it.
     """
+    if count > 1 and ranks.asked() == 1:
+        raise typer.Exit(launch(count, sys.argv[1:]))
     from llmq import job
     from llmq.report import terminal
     from llmq.report.progress import Bars
 
+    ranks.start()
+    for console in (out_console, err_console):
+        console.quiet = not ranks.first()
     with Bars(err_console) as bars:
         made = job.plan(
             model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
@@ -90,6 +98,7 @@ def quantize(
         err_console.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")
         raise typer.Exit(130) from None
     terminal.report(out_console, report)
+    ranks.stop()
 
 
 @app.command()
@@ -179,4 +188,6 @@ app.command()(tune.tune)
 def main() -> None:
     """Entry point of the console script."""
     settle()
+    if ranks.asked() > 1 and sys.argv[1:2] != ["quantize"]:
+        sys.exit("error: of llmq's commands only `llmq quantize` works with several ranks")
     sys.exit(app())

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq import ranks
 from llmq.errors import LlmqError
 from llmq.grids.cache import CACHES
 from llmq.grids.table import GRIDS
@@ -30,6 +31,15 @@ Model = Annotated[str, typer.Argument(help="A folder (config.json, safetensors),
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write. The same command resumes a broken run.")]
 Tp = Annotated[int, typer.Option(min=1, help="Refuse shapes that tensor parallelism over this many GPUs cannot split.")]
 Device = Annotated[str, typer.Option(help="Where a block is computed: cpu, cuda, cuda:1 …")]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        "--ranks",
+        min=1,
+        help="Quantize by this many processes on this machine; on several, start the command by torchrun. The bytes "
+        "are those of one process with as many threads.",
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
 
 Method = Annotated[
@@ -158,11 +168,17 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random. Defau
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn an LlmqError into its message and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn an LlmqError into its message and exit code 2, and Ctrl-C into exit code 130.
+
+    Of several ranks the one that failed says so, and rank 0 what all failed by.
+    """
     try:
         yield
     except LlmqError as error:
-        err_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        common, lost = isinstance(error, ranks.Common), isinstance(error, ranks.Lost)
+        if ranks.first() if common else not (lost and ranks.launched()):
+            who = "" if ranks.size() == 1 or common or lost else f"{ranks.name()}: "
+            err_console.print(f"[bold red]error:[/] {escape(who + str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err_console.print("interrupted")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -230,6 +230,13 @@ class Rounding(ABC):
         step = (levels[other] - levels[rank]).abs()
         # Beyond the last level there is no step: the distance counts as 0.
         return torch.where(step > 0, away / step, 0.0)
+
+
+def with_input_scale(quantized: Quantized, scale: Tensor | None) -> Quantized:
+    """The weight with the static scale of its input, which is stored with it."""
+    if scale is None or not isinstance(quantized, QuantizedWeight):
+        return quantized
+    return replace(quantized, input_scale=scale)
 
 
 @cache

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import Block, WeightState
-from llmq.block.chains import Both, Chains
+from llmq.block.chains import Chains
 from llmq.block.moments import Apart, Moments, compare
 from llmq.block.statistics import Statistic
 from llmq.numerics.correction import Fit, change, factor
@@ -39,45 +41,72 @@ class Corrected:
 
 
 def correct(
-    block: Block, states: Sequence[WeightState], chains: Chains, needs: Iterable[type[Statistic]], how: str
-) -> tuple[list[Corrected], dict[type[Statistic], Statistic]]:
+    block: Block,
+    states: Sequence[WeightState],
+    chains: Chains,
+    needs: Iterable[type[Statistic]],
+    how: str,
+    mine: Sequence[bool] | None = None,
+) -> tuple[list[Corrected | None], dict[type[Statistic], Statistic]]:
     """The corrected weights of a stage, and the statistics of its inputs in the quantized chain: those in `needs`.
 
-    how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1.
+    how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1; mine: the
+    weights that this rank quantizes, by default all: the others' are not computed.
     """
-    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[Apart]()
-    counts: Both | None = None
-    for index in range(len(block.inputs)):
-        exact, found, counts = chains.see(states, index, counts)
-        if found[0].inputs:
-            apart = compare(states, exact, found, not block.partial)
-            tokens = _held_out(block, index, len(apart.rows)) if how == "held-out" else None
-            if tokens is not None and bool(tokens.any()):
-                held.append(apart.of(tokens))
-                apart = apart.of(~tokens)
-            moments.update(apart)
-    lower = factor(moments.hessian, DAMPING) if held else None
-    fits = [_Fitted(state, moments, lower) for state in states] if held else []
-    for apart in held:
-        for fitted in fits:
-            fitted.update(apart)
+    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
+    windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
+    places = ranks.mine(len(windows))
+    for hand in ranks.hands(len(block.inputs)):
+        kept = list[Apart]()
+        held.append([])
+        for index in hand:
+            exact, found, counts = chains.see(states, index, counts)
+            if found[0].inputs:
+                apart = compare(states, exact, found, not block.partial)
+                tokens = _held_out(windows, places[index], len(apart.rows)) if how == "held-out" else None
+                if tokens is not None and bool(tokens.any()):
+                    tokens = tokens.to(block.device)
+                    held[-1].append(apart.of(tokens))
+                    apart = apart.of(~tokens)
+                if ranks.size() == 1:
+                    moments.update([apart])
+                else:
+                    kept.append(apart.kept())
+        if ranks.size() > 1:
+            moments.update(kept)
     usual = 1.0 if how == "full" else UNCHOSEN
-    chosen = [fitted.strengths() for fitted in fits] or [(usual, usual)] * len(states)
-    if not held and any(map(any, chosen)):
+    chosen, lower = [(usual, usual)] * len(states), None
+    fitted = any(ranks.everyone(any(held)))
+    if fitted:
         lower = factor(moments.hessian, DAMPING)
-    corrected = _solve(states, moments, lower, chosen)
+        chosen = _strengths(states, moments, lower, held)
+    mine = [True] * len(states) if mine is None else mine
+    if not fitted and any(any(by) for by, own in zip(chosen, mine, strict=True) if own):
+        lower = factor(moments.hessian, DAMPING)
+    corrected = _solve(states, mine, moments, lower, chosen)
     del lower
-    for apart in held:
-        moments.observe(apart)
+    if fitted:
+        for aparts in held:
+            moments.observe(aparts)
     return corrected, moments.statistics
 
 
-def _held_out(block: Block, index: int, count: int) -> Tensor | None:
+def _strengths(
+    states: Sequence[WeightState], moments: Moments, lower: Tensor | None, held: Sequence[Sequence[Apart]]
+) -> list[tuple[float, float]]:
+    """The strengths of each weight of a stage. held: tokens that are not in the sums, of each hand of batches."""
+    fits = [_Fitted(state, moments, lower) for state in states]
+    for aparts in held:
+        for fitted in fits:
+            ranks.relay_state(vars(fitted.fit), partial(fitted.add, aparts), torch.device("cpu"))
+    return [fitted.strengths() for fitted in fits]
+
+
+def _held_out(sizes: Sequence[int], index: int, count: int) -> Tensor | None:
     """Which of a batch's tokens, bool [count], are kept back: evenly spread over every eighth window, or the last one.
 
-    None if there is one window, or the tokens are not those of the batch's windows.
+    sizes: the windows of every batch. None if there is one window, or the tokens are not those of the batch's windows.
     """
-    sizes = [len(hidden) for hidden in block.inputs]
     windows, first = sum(sizes), sum(sizes[:index])
     if windows == 1 or count % sizes[index]:
         return None
@@ -87,7 +116,7 @@ def _held_out(block: Block, index: int, count: int) -> Tensor | None:
     tokens = torch.zeros(sizes[index], length, dtype=torch.bool)
     for window in set(chosen).intersection(range(first, first + sizes[index])):
         tokens[window - first, taken] = True
-    return tokens.flatten().to(block.device)
+    return tokens.flatten()
 
 
 class _Fitted:
@@ -101,12 +130,13 @@ class _Fitted:
         self.by_input = moments.drift is not None
         self.fit = Fit(len(self.changes))
 
-    def update(self, apart: Apart) -> None:
+    def add(self, aparts: Iterable[Apart]) -> None:
         """Add tokens."""
-        wanted = apart.wanted(self.state, self.outputs)
-        if self.changes and wanted is not None:
-            rows = apart.rows.float()
-            self.fit.update([rows @ one.t() for one in self.changes], wanted)
+        for apart in aparts:
+            wanted = apart.wanted(self.state, self.outputs)
+            if self.changes and wanted is not None:
+                rows = apart.rows.float()
+                self.fit.update([rows @ one.t() for one in self.changes], wanted)
 
     def strengths(self) -> tuple[float, float]:
         """The strengths of least error on these tokens, for the input and for the stream; 0 for what is not there."""
@@ -116,30 +146,41 @@ class _Fitted:
 
 
 def _solve(
-    states: Sequence[WeightState], moments: Moments, lower: Tensor | None, strengths: Sequence[tuple[float, float]]
-) -> list[Corrected]:
+    states: Sequence[WeightState],
+    mine: Sequence[bool],
+    moments: Moments,
+    lower: Tensor | None,
+    strengths: Sequence[tuple[float, float]],
+) -> list[Corrected | None]:
     # Multiplied from the right first, the drift is the same for all weights: cheaper if they have many outputs.
-    shared = None
-    if lower is not None and moments.drift is not None and any(by_input for by_input, _ in strengths):
-        wide = sum(len(state.value) for state in states) > 2 * len(moments.drift)
-        shared = change(moments.drift, lower) if wide else None
-    made = []
-    for state, (by_input, by_stream) in zip(states, strengths, strict=True):
-        value = state.value.float()
-        by_input = 0.0 if lower is None or moments.drift is None else by_input
-        by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
-        term = None
-        if by_input and shared is None and moments.drift is not None:
-            term = (value @ moments.drift).mul_(by_input)
-        if by_stream:
-            more = by_stream * moments.streams[state.parameter]
-            term = more if term is None else term.add_(more)
-            del more
-        found = None if lower is None or term is None else change(term, lower)
-        del term
-        if by_input and shared is not None:
-            value = torch.addmm(value, value, shared, alpha=by_input)
-        if found is not None:
-            value = value + found
-        made.append(Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None)))
-    return made
+    drift, shared = moments.drift, None
+    wide = drift is not None and sum(len(state.value) for state in states) > 2 * len(drift)
+    used = any(by_input for (by_input, _), own in zip(strengths, mine, strict=True) if own)
+    if lower is not None and drift is not None and wide and used:
+        shared = change(drift, lower)
+    return [
+        _solved(state, moments, lower, shared, *by) if own else None
+        for state, by, own in zip(states, strengths, mine, strict=True)
+    ]
+
+
+def _solved(
+    state: WeightState, moments: Moments, lower: Tensor | None, shared: Tensor | None, by_input: float, by_stream: float
+) -> Corrected:
+    value = state.value.float()
+    by_input = 0.0 if lower is None or moments.drift is None else by_input
+    by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
+    term = None
+    if by_input and shared is None and moments.drift is not None:
+        term = (value @ moments.drift).mul_(by_input)
+    if by_stream:
+        more = by_stream * moments.streams[state.parameter]
+        term = more if term is None else term.add_(more)
+        del more
+    found = None if lower is None or term is None else change(term, lower)
+    del term
+    if by_input and shared is not None:
+        value = torch.addmm(value, value, shared, alpha=by_input)
+    if found is not None:
+        value = value + found
+    return Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None))

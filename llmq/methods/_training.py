@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import Block, WeightState
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, QuantizedWeight, rounding_of
@@ -57,7 +58,9 @@ class Training:
             if state.quantized is not None:
                 self.learned.append((state, make(self.opened(state.quantized), state)))
         self.generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(block.inputs), generator=self.generator).tolist()
+        self.sizes = ranks.gather(len(hidden) for hidden in block.inputs)
+        self.places = {batch: place for place, batch in enumerate(ranks.mine(len(self.sizes)))}
+        order = torch.randperm(len(self.sizes), generator=self.generator).tolist()
         count = math.ceil(len(order) / HELD_OUT) if len(order) > 1 else 0
         self.held, self.train = order[:count] or order, order[count:]
 
@@ -68,7 +71,7 @@ class Training:
         with self.learning():
             least, best = self._held_out(), None
             queue: list[int] = []
-            size = min(len(self.train), max(1, self.minibatch // self.block.inputs[0].shape[0]))
+            size = min(len(self.train), max(1, self.minibatch // self.sizes[0]))
             for step in range(self.iterations):
                 # Linear decay: these sum to 1 over all steps.
                 share = 2 * (self.iterations - step) / (self.iterations * (self.iterations + 1))
@@ -121,22 +124,42 @@ class Training:
         self.clear_gradients()
 
     def add_gradients(self, batches: list[int]) -> None:
-        """Add the gradients of some batches' losses to those of the block's parameters."""
-        for index in batches:
-            self._loss(index).backward()  # type: ignore[no-untyped-call]
+        """Set the gradients of the block's parameters to the sums of those of some batches' losses, in this order."""
+        if ranks.size() == 1:
+            for batch in batches:
+                self._loss(batch).backward()  # type: ignore[no-untyped-call]
+            return
+        leaves, found = self.leaves(), dict[int, list[Tensor | None]]()
+        for batch in self.places.keys() & set(batches):
+            self._loss(batch).backward()  # type: ignore[no-untyped-call]
+            found[batch] = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+        for place, leaf in enumerate(leaves):
+            mine = {batch: one for batch, every in found.items() if (one := every[place]) is not None}
+            having = set[int]().union(*ranks.everyone(set(mine)))
+            if ordered := [batch for batch in batches if batch in having]:
+                leaf.grad = ranks.total(torch.empty_like(leaf), mine, ordered)
+
+    def leaves(self) -> list[Tensor]:
+        """What has a gradient."""
+        names = dict.fromkeys(state.view.parameter for state, _ in self.learned)
+        return [self.block.module.get_parameter(name) for name in names]
 
     def clear_gradients(self) -> None:
         """Free the gradients of the learned parameters."""
         for state, _ in self.learned:
             self.block.module.get_parameter(state.view.parameter).grad = None
 
-    def _loss(self, index: int) -> Tensor:
-        block = self.block
+    def _loss(self, batch: int) -> Tensor:
+        block, index = self.block, self.places[batch]
         return block.loss(index, block.calls[index].run(block.module, block.inputs[index].to(block.device)))
 
     def _held_out(self) -> float:
         with torch.no_grad():
-            return sum(float(self._loss(index)) for index in self.held)
+            mine = {batch: float(self._loss(batch)) for batch in self.held if batch in self.places}
+        found = {batch: loss for one in ranks.everyone(mine) for batch, loss in one.items()}
+        return sum(found[batch] for batch in self.held)
 
 
 def check_steps(iterations: int, minibatch: int, reach: float, scale_reach: float, last: str) -> None:

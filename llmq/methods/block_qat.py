@@ -117,6 +117,10 @@ class _Training(Training):
         self.best_clips = {number: clip.detach().clone() for number, (clip, _, _) in self.clips.items()}
         return super().found()
 
+    def leaves(self) -> list[Tensor]:
+        """See `Training.leaves`."""
+        return [*super().leaves(), *(clip for clip, _, _ in self.clips.values())]
+
     def descend(self, batches: list[int], share: float) -> None:
         """See `Training.descend`."""
         if self.method.estimator == "mix":

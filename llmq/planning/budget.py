@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from llmq import ranks
 from llmq.block.chains import ROOM
 from llmq.block.statistics import Hessian, Statistic
 from llmq.methods._correction import HELD_OUT, HELD_TOKENS
@@ -14,6 +15,9 @@ from llmq.planning.parts import codes
 from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
+
+KEPT = 2**30
+"""The most bytes of what weights show that a rank keeps, until it is its turn to add to the sums of all ranks."""
 
 
 def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
@@ -50,12 +54,15 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         loads.append(_outside_load(plan, outside))
     saved = sum(i.before - i.after for i in plan.weights if i.scheme is not None)
     samples, seqlen = plan.ids.shape
-    return predict(
+    # Each rank has its share of the windows, and keeps some of what their weights show.
+    hands = -(-len(plan.batches) // ranks.size())
+    kept = min(max(KEPT, kept_bytes(plan)), hands * kept_bytes(plan)) if ranks.size() > 1 else 0
+    found = predict(
         plan.model,
         inside,
         plan.structure.outside,
         plan.dtype,
-        (samples, seqlen),
+        (min(samples, hands * plan.batch), seqlen),
         plan.batch,
         loads,
         plan.source.total_bytes - saved,
@@ -64,6 +71,7 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         between=between,
         stacks=[f"{b.name}.{name}" for b in plan.blocks if b.parts is not None for name in b.parts.parameters],
     )
+    return replace(found, memory=found.memory + kept)
 
 
 def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
@@ -113,6 +121,20 @@ def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
     streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
     shown = plan.ids.numel() * plan.dtype.itemsize * (widths + streams)
     return stays + (shown if shown <= ROOM else 0), before
+
+
+def kept_bytes(plan: Plan) -> int:
+    """The bytes that a rank keeps of a batch until it is added to the sums of all ranks: the inputs of all weights of a
+    block, or of a stage of those that are corrected in order, how far they are apart, and the streams."""
+    size, tokens, most = plan.dtype.itemsize, plan.batch * plan.ids.shape[1], 1
+    for block in plan.blocks:
+        widths = {item.input_id: item.shape[1] for item in block.weights.values()}
+        outs = dict.fromkeys(widths, 0)
+        for item in block.weights.values():
+            outs[item.input_id] += item.shape[0] if item.shape[0] == hidden_width(plan.model) else 0
+        stages = [(size + 4) * width + 4 * outs[number] for number, width in widths.items()]
+        most = max(most, size * sum(widths.values()), *(stages if plan.pipeline.corrects else [0]))
+    return tokens * most
 
 
 def _workspace(plan: Plan, items: list[WeightPlan]) -> int:

@@ -7,7 +7,7 @@ from math import prod
 
 from torch import nn
 
-from llmq import formats
+from llmq import formats, ranks
 from llmq.checkpoint.source import Source
 from llmq.discovery.architecture import not_causal, suggested
 from llmq.discovery.named import Named
@@ -18,6 +18,7 @@ from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
 from llmq.planning.served import told_uneven, uneven
+from llmq.planning.types import Plan
 from llmq.planning.weights import WeightPlan, matches, one_size
 from llmq.recipe.recipe import Recipe
 
@@ -210,6 +211,24 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+
+
+def check_ranks(plan: Plan, *, chosen: bool = True) -> None:
+    """Raises LlmqError if several ranks are to do what only one process can.
+
+    chosen: whether the bits of each weight are chosen already.
+    """
+    if ranks.size() == 1:
+        return
+    recipe, alone = "+".join(plan.recipe.methods), "quantize by one process (without --ranks or torchrun)"
+    if plan.pipeline.tuner is not None:
+        name = plan.recipe.methods[-1]
+        raise LlmqError(f"method {recipe!r}: {name} does not work with several ranks yet: {alone}, or leave {name} out")
+    if not chosen:
+        raise LlmqError(
+            f"a budget for the bits is shared out by one process: {alone}, or give --recipe the recipe.yaml that such "
+            "a run has written"
+        )
 
 
 def warnings(items: list[WeightPlan], recipe: Recipe) -> list[str]:

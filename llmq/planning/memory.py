@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import nn
 
+from llmq import ranks
 from llmq.errors import LlmqError
 from llmq.machine import existing, size
 
@@ -114,11 +115,12 @@ def hidden_width(model: nn.Module) -> int:
 
 def check_room(budget: Budget, out: Path | None, device: str) -> None:
     """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run."""
-    have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    have = psutil.virtual_memory().available // ranks.on_this_machine() + psutil.Process().memory_info().rss
     if budget.memory > have:
         raise LlmqError(
             f"this run needs about {size(budget.memory)} of memory and {size(have)} are free. "
             "Ways out: fewer --samples or a shorter --seqlen, --method rtn, or a machine with more memory"
+            + (", or fewer ranks" if ranks.on_this_machine() > 1 else "")
         )
     if torch.device(device).type == "cuda" and budget.device_memory > torch.cuda.mem_get_info(device)[0]:
         raise LlmqError(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from llmq import formats
-from llmq.block.block import with_input_scale
 from llmq.errors import LlmqError, first_line
-from llmq.grids.base import Quantized
+from llmq.grids.base import Quantized, with_input_scale
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.methods.base import Method

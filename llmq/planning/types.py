@@ -173,6 +173,11 @@ class Plan:
         return max(1, BATCH_TOKENS // self.ids.shape[1])
 
     @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The windows of each forward pass, int64 [at most `batch`, tokens]."""
+        return torch.split(self.ids, self.batch)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, scales and zero points included."""
         chosen = [i for i in self.weights if i.scheme is not None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.discovery.keys import at_keys
 from llmq.formats.compressed_tensors.cache import KEY, VALUE, stored
 from llmq.grids.activations import cache_scale
@@ -28,6 +29,13 @@ class Largest:
         self.found[module] = torch.maximum(old[0], new[0]), torch.maximum(old[1], new[1])
         return keys, values
 
+    def merge(self, every: Sequence[dict[str, tuple[Tensor, Tensor]]]) -> None:
+        """Count what other ranks saw."""
+        for found in every:
+            for module, (keys, values) in found.items():
+                old = self.found.get(module, (keys, values))
+                self.found[module] = torch.maximum(old[0], keys), torch.maximum(old[1], values)
+
 
 @contextmanager
 def largest(plan: Plan, block: BlockPlan) -> Iterator[Largest]:
@@ -37,6 +45,8 @@ def largest(plan: Plan, block: BlockPlan) -> Iterator[Largest]:
     inside = [replace(one.keys, module=_within(block, one.keys.module)) for one in mine]
     with at_keys(block.module, inside, seen.see, plan.model.config):
         yield seen
+    if inside:
+        seen.merge(ranks.everyone(seen.found))
 
 
 def scales(plan: Plan, block: BlockPlan, seen: Largest) -> dict[str, Tensor]:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.block import Block, WeightState, rounded_inputs
 from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
 from llmq.block.group import GroupBlock
+from llmq.block.passes import add
 from llmq.block.statistics import Statistic
 from llmq.discovery.calls import Call, States
 from llmq.discovery.experts import Expert, Routed, instead
@@ -52,7 +55,7 @@ def without_experts(block: BlockPlan) -> Iterator[None]:
 
 
 def entering(block: BlockPlan, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[Routed]:
-    """What enters the experts of a filled block for each batch, on the CPU."""
+    """What enters the experts of a filled block for each batch, on the CPU; of the batches of all ranks."""
     assert block.experts is not None
     found: list[Routed] = []
 
@@ -64,17 +67,18 @@ def entering(block: BlockPlan, hidden: list[Tensor], calls: list[Call], device: 
         for states, call in zip(hidden, calls, strict=True):
             with suppress(_Reached):
                 call.run(block.module, states.to(device))
-    return found
+    return ranks.gather(found)
 
 
 def outputs(
     block: BlockPlan, hidden: list[Tensor], calls: list[Call], sums: Sequence[Tensor], device: torch.device
 ) -> list[States]:
     """What the block hands to later ones for each batch, on the CPU, with the experts' output given: sums per batch,
-    float32."""
+    of all ranks, float32."""
     assert block.experts is not None
     found = []
-    for states, call, total in zip(hidden, calls, sums, strict=True):
+    mine = [sums[batch] for batch in ranks.mine(len(sums))]
+    for states, call, total in zip(hidden, calls, mine, strict=True):
 
         def give(routed: Routed, total: Tensor = total) -> Tensor:
             return total.to(routed.rows)
@@ -161,8 +165,12 @@ def unrounded(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tenso
     """The output of the unquantized experts for what enters them, read one after the other."""
     assert block.experts is not None
     sums = Sums(routed)
-    for expert in range(block.experts.info.count):
-        sums.add(expert, run(io.fill_expert(block, expert), sums.rows(expert), io.device))
+
+    def work(expert: int) -> Tensor:
+        return run(io.fill_expert(block, expert), sums.rows(expert), io.device)
+
+    for expert, output in ranks.spread(range(block.experts.info.count), work):
+        sums.add(expert, output)
     return sums.totals
 
 
@@ -170,15 +178,15 @@ def restored(io: BlockIO, block: BlockPlan, routed: list[Routed]) -> list[Tensor
     """The output of the written experts for what enters them, read back one after the other."""
     assert block.experts is not None
     sums = Sums(routed)
-    for expert in range(block.experts.info.count):
-        _add_written(io, block, expert, sums)
+    for expert, output in ranks.spread(range(block.experts.info.count), partial(_run_written, io, block, sums)):
+        sums.add(expert, output)
     return sums.totals
 
 
-def _add_written(io: BlockIO, block: BlockPlan, expert: int, sums: Sums) -> None:
+def _run_written(io: BlockIO, block: BlockPlan, sums: Sums, expert: int) -> Tensor:
     module, states = io.restore_expert(block, expert)
     with rounded_inputs(module, states):
-        sums.add(expert, run(module, sums.rows(expert), io.device))
+        return run(module, sums.rows(expert), io.device)
 
 
 def quantize_experts(
@@ -190,29 +198,44 @@ def quantize_experts(
     quantized. Returns the unquantized experts' output for the first, and the quantized ones' for the second.
     """
     assert block.experts is not None
-    target, result = Sums(wanted), Sums(given)
+    target, result, planned = Sums(wanted), Sums(given), block.experts
     statistics = _statistics(io, given)
     for group in block.experts.groups:
         done = group.unit in io.sink.done
-        rows: list[dict[str, Any]] = []
-        log: list[dict[str, Any]] = []
-        tensors: dict[str, Tensor] = {}
-        for expert in range(group.begin, group.end):
+
+        def work(expert: int, done: bool = done) -> _Result:
             module = io.fill_expert(block, expert)
-            target.add(expert, run(module, target.rows(expert), io.device))
+            before = run(module, target.rows(expert), io.device)
             if done:
-                _add_written(io, block, expert, result)
-                continue
-            mine = _quantize(io, block, expert, module, result, statistics)
-            more, packed = pack_weights(block, mine, block.experts.weights[expert])
-            rows += [row | _told(io, mine, row["notes"]) for row in more]
-            log += [asdict(replace(attempt, expert=expert)) for attempt in mine.log]
-            tensors |= packed
+                return _Result(before, _run_written(io, block, result, expert))
+            mine, after = _quantize(io, block, expert, module, result, statistics)
+            rows, packed = pack_weights(block, mine, planned.weights[expert])
+            log = [asdict(replace(attempt, expert=expert)) for attempt in mine.log]
+            return _Result(before, after, [row | _told(io, mine, row["notes"]) for row in rows], log, packed)
+
+        every = _Result()
+        for expert, one in ranks.spread(range(group.begin, group.end), work):
+            target.add(expert, one.before)
+            result.add(expert, one.after)
+            every.rows += one.rows
+            every.log += one.log
+            every.tensors |= one.tensors
         if not done:
-            io.sink.commit(group.unit, tensors, {"weights": rows, "log": log})
+            io.sink.commit(group.unit, every.tensors, {"weights": every.rows, "log": every.log})
             give_back()
         watch.step(f"{group.unit}{' were already done' if done else ''}")
     return target.totals, result.totals
+
+
+@dataclass
+class _Result:
+    """What comes of an expert: its outputs, unquantized and quantized; unless it was there, its rows, log, tensors."""
+
+    before: Tensor = field(default_factory=lambda: torch.empty(0))
+    after: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _told(io: BlockIO, mine: ExpertBlock, notes: tuple[str, ...]) -> dict[str, Any]:
@@ -229,7 +252,8 @@ def _quantize(
     module: Expert,
     result: Sums,
     statistics: dict[type[Statistic], Statistic],
-) -> ExpertBlock:
+) -> tuple[ExpertBlock, Tensor]:
+    """An expert after it was quantized, and its outputs."""
     assert block.experts is not None
     info, planned, rows = block.experts.info, block.experts.weights[expert], result.rows(expert)
     mine = ExpertBlock(
@@ -249,10 +273,9 @@ def _quantize(
         mine.target = mine.observe(io.plan.pipeline.first)
         steps.quantize(mine, io.plan.pipeline)
         with rounded_inputs(module, mine.weights.values()):
-            result.add(expert, run(module, rows, io.device))
+            return mine, run(module, rows, io.device)
     except LlmqError as problem:
         raise LlmqError(f"{block.name}.{info.module}, expert {expert}: {problem}") from problem
-    return mine
 
 
 def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Statistic]:
@@ -260,9 +283,10 @@ def _statistics(io: BlockIO, routed: list[Routed]) -> dict[type[Statistic], Stat
     needed = io.plan.pipeline.passes if io.plan.recipe.route == "own" else ()
     kinds = dict.fromkeys(need for needs in needed for need in needs if hasattr(need, "blend"))
     made = {kind: kind(routed[0].rows.shape[1], io.device) for kind in kinds}
-    for one in made.values():
-        for batch in routed:
-            one.update(batch.rows.to(io.device))
+    mine = [routed[batch].rows for batch in ranks.mine(len(routed))]
+    for hand in ranks.hands(len(mine)):
+        for one in made.values():
+            add(one, None, [mine[i] for i in hand], io.device)
     return made
 
 

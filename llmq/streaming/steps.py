@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from llmq import ranks
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
@@ -66,7 +68,7 @@ def judge(block: Block, quantizer: Method, used: list[Method], plain: float, flo
     plain: the block's error without the transforms; float_output: its unrounded output without transforms, which they
     must not change.
     """
-    moved = relative_error(block.outputs(), float_output)
+    moved = relative_error(block.outputs(), float_output, batches=True)
     if moved > INVARIANCE:
         why = f"the block's unrounded output changed by {moved:.1e}"
         block.log.append(Attempt(name(*used), None, plain, None, Outcome.UNDONE, why=why))
@@ -120,12 +122,16 @@ def round_weights(block: Block, quantizer: Method) -> None:
         return
     if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
         block.observe(quantizer.quantize_needs)
-    last = {state.input_id: state for state in block.weights.values()}
+    states = list(block.weights.values())
+    last = {state.input_id: state for state in states}
     block.calibrate_inputs()
-    for state in block.weights.values():
-        round_weight(block, quantizer, state, state.value.detach(), state.statistics)
+    owners = share(states)
+    for state, owner in zip(states, owners, strict=True):
+        if owner == ranks.rank():
+            round_weight(block, quantizer, state, state.value.detach(), state.statistics)
         if last[state.input_id] is state:
             state.statistics.clear()
+    exchange(block, states, owners)
 
 
 def round_in_order(block: Block, quantizer: Method) -> None:
@@ -133,13 +139,33 @@ def round_in_order(block: Block, quantizer: Method) -> None:
     block.calibrate_inputs()
     chains = Chains(block)
     for states in stages(block):
-        corrected, statistics = correct(block, states, chains, quantizer.quantize_needs, quantizer.correct)
+        owners = share(states)
+        mine = [owner == ranks.rank() for owner in owners]
+        corrected, statistics = correct(block, states, chains, quantizer.quantize_needs, quantizer.correct, mine)
         for state in states:
-            found = corrected.pop(0)
-            round_weight(block, quantizer, state, found.value, statistics)
-            state.correction = found.strengths
+            if (found := corrected.pop(0)) is not None:
+                round_weight(block, quantizer, state, found.value, statistics)
+                state.correction = found.strengths
+            del found
+        exchange(block, states, owners)
         chains.round(states)
     block.shown = None
+
+
+def share(states: Sequence[WeightState]) -> list[int]:
+    """Which rank quantizes each weight, by about what that takes."""
+    return ranks.share([rows * width * width for rows, width in (state.value.shape for state in states)])
+
+
+def exchange(block: Block, states: Sequence[WeightState], owners: Sequence[int]) -> None:
+    """Let all ranks have the result of each weight, from the one that quantized it."""
+    if ranks.size() == 1:
+        return
+    for state, owner in zip(states, owners, strict=True):
+        found = (state.quantized, state.correction, state.seconds)
+        quantized, state.correction, state.seconds = ranks.tell(found, owner, block.device)
+        assert quantized is not None
+        block.set_quantized(state.parameter, quantized)
 
 
 def round_weight(block: Block, quantizer: Method, state: WeightState, value: Tensor, statistics: Stats) -> None:

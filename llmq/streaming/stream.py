@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq import ranks
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error, rounded_inputs
 from llmq.block.chains import run_unquantized
@@ -25,6 +26,7 @@ from llmq.discovery.parameters import empty
 from llmq.discovery.tail import Tail
 from llmq.errors import LlmqError
 from llmq.machine import device_memory, give_back, peak_memory, resident_memory
+from llmq.planning.budget import KEPT, kept_bytes
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.streaming import keys, mixture, steps
 from llmq.streaming.block_io import BlockIO, pack_weights, rest
@@ -47,6 +49,7 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
     if not plan.blocks:
         verify_rest(io, watch)
         return
+    ranks.deal(len(plan.batches), max(1, KEPT // kept_bytes(plan)))
     recording = record_calls(io, watch)
     states, recording.hidden = recording.states(), recording.hidden[:1]
     first = states if plan.pipeline.tuner is not None else []
@@ -104,8 +107,8 @@ def quantize_block(
     with mixture.without_experts(planned), io.tail(planned) as tail:
         block.tail = tail_for(block, tail)
         steps.quantize(block, pipeline)
-    rows, tensors = pack_weights(planned, block)
-    tensors |= io.untouched(planned, block.changed)
+    rows, tensors = pack_weights(planned, block) if ranks.first() else ([], {})
+    tensors |= io.untouched(planned, block.changed) if ranks.first() else {}
     weights = list(block.weights.values())
     if planned.parts is not None:
         with rounded_inputs(block.module, block.weights.values()):
@@ -124,13 +127,15 @@ def quantize_block(
     check_output(
         planned.name, output, "after quantization, although it was before: exclude its worst weights with --keep"
     )
-    error = relative_error(hidden_of(output), hidden_of(target))
-    payload = {"weights": rows, "error": error, "signature": output_signature(output[0].hidden)}
+    error = relative_error(hidden_of(output), hidden_of(target), batches=True)
+    zero = not any(ranks.everyone(any(bool(one.hidden.any()) for one in target)))
+    payload = {"weights": rows, "error": error}
+    payload |= {"signature": output_signature(output[0].hidden)} if ranks.first() else {}
     if planned.experts is not None:
         payload |= {"routing": routing}
     if scales:
         payload |= {"cache": keys.told(scales)}
-    if not any(bool(t.hidden.any()) for t in target):
+    if zero:
         payload |= {"zero": True}
     payload |= {"log": [asdict(attempt) for attempt in block.log], "seconds": round(time.perf_counter() - began, 3)}
     payload |= {"memory": resident_memory(), "peak": peak_memory()}
@@ -145,10 +150,14 @@ def tail_for(block: Block, tail: Tail | None) -> Tail | None:
     """What follows the last block, if it can be run on the block's target token by token; else the log says why not."""
     if tail is None:
         return None
+    why = None
     try:
-        tail.check(block.target[0][:1].to(block.device, torch.float32))
+        if ranks.first():
+            tail.check(block.target[0][:1].to(block.device, torch.float32))
     except LlmqError as problem:
-        block.log.append(Attempt("logits", None, None, None, Outcome.SKIPPED, why=str(problem)))
+        why = str(problem)
+    if (why := ranks.tell(why)) is not None:
+        block.log.append(Attempt("logits", None, None, None, Outcome.SKIPPED, why=why))
         return None
     return tail
 
@@ -187,7 +196,8 @@ def teach(
 def replay(io: BlockIO, block: BlockPlan, states: list[States], recording: Recording) -> list[States]:
     """The output of a written block, after comparing it with the output that the block had in memory."""
     output = rerun(io, block, states, recording)
-    check_signature(io.sink.done[block.unit], output[0].hidden, block.name)
+    if ranks.first():
+        check_signature(io.sink.done[block.unit], output[0].hidden, block.name)
     give_back()
     return output
 
@@ -208,15 +218,18 @@ def rerun(io: BlockIO, block: BlockPlan, states: list[States], recording: Record
 def record_calls(io: BlockReader, watch: Watch, batches: Sequence[Tensor] | None = None) -> Recording:
     """Each block's own call for every batch of calibration windows, and the first block's input; on the CPU.
 
-    batches: token ids [windows, tokens] in place of the plan's.
+    batches: token ids [windows, tokens] in place of this rank's of the plan's.
     """
     plan, model = io.plan, io.plan.model
+    if batches is None:
+        batches = [plan.batches[i] for i in ranks.mine(len(plan.batches))]
+    if not batches:
+        return Recording()
     first = plan.blocks[0]
     mine = [f"{first.name}.{n}" for n, _ in first.module.named_parameters() if n not in first.streamed]
     needed = [*sorted(plan.structure.outside), *mine]
     for name in needed:
         io.load(name, torch.device("cpu"))
-    batches = list(torch.split(plan.ids, plan.batch) if batches is None else batches)
     watch.stage("Recording calls", len(batches))
     with of_length("the model", batches[0].shape[1]), mixture.without_experts(first):
         recording = record(model, [block.module for block in plan.blocks], _ticking(batches, watch))
@@ -225,7 +238,7 @@ def record_calls(io: BlockReader, watch: Watch, batches: Sequence[Tensor] | None
     return recording
 
 
-def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
+def _ticking(batches: Sequence[Tensor], watch: Watch) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         watch.step("")
@@ -233,7 +246,7 @@ def _ticking(batches: list[Tensor], watch: Watch) -> Iterator[Tensor]:
 
 def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[States]:
     """What the block hands to later ones for each batch, on the CPU, in the model's dtype."""
-    with torch.no_grad(), of_length("a block", hidden[0].shape[-2]):
+    with torch.no_grad(), of_length("a block", hidden[0].shape[-2] if hidden else 0):
         return [call.step(block, h, device) for h, call in zip(hidden, calls, strict=True)]
 
 
@@ -251,7 +264,7 @@ def copy_rest(io: BlockIO, watch: Watch) -> None:
         if unit not in io.sink.done:
             tensors: dict[str, Tensor] = {}
             rows, signatures = [], {}
-            for name in names:
+            for name in names if ranks.first() else ():
                 if name in outside:
                     row, packed, values = io.round_outside(outside[name])
                     tensors |= packed
@@ -290,18 +303,24 @@ def check_signature(payload: Mapping[str, Any], hidden: Tensor, name: str) -> No
 
 
 def verify(io: BlockIO, recording: Recording, watch: Watch) -> None:
-    """Read back every written block and compare its output on the first batch with the one it had in memory."""
+    """Read back every written block and compare its output on the first batch with the one it had in memory.
+
+    The rank that has this batch does it.
+    """
+    if not ranks.first():
+        return
     states = recording.states()[:1]
     watch.stage("Verifying", len(io.plan.blocks))
-    for block in io.plan.blocks:
-        states = replay(io, block, states, recording)
-        watch.step("")
+    with ranks.alone():
+        for block in io.plan.blocks:
+            states = replay(io, block, states, recording)
+            watch.step("")
 
 
 def verify_rest(io: BlockIO, watch: Watch) -> None:
     """Read back every quantized weight outside the blocks and compare it with the one in memory."""
     outside = io.plan.outside
-    if not outside:
+    if not outside or not ranks.first():
         return
     watch.stage("Verifying what is outside the blocks", len(outside))
     for unit in rest(io.plan):

@@ -56,9 +56,9 @@ def test_sums_in_parts_are_the_sums_of_all() -> None:
     apart = compare([one], [exact], [found], True)
     first = torch.arange(TOKENS) % 3 == 0
     whole, parts = (Moments(WIDTH, (), torch.device("cpu")) for _ in range(2))
-    whole.update(apart)
-    parts.update(apart.of(first))
-    parts.update(apart.of(~first))
+    whole.update([apart])
+    parts.update([apart.of(first)])
+    parts.update([apart.of(~first)])
     x = found.rows
     for moments in (whole, parts):
         torch.testing.assert_close(moments.hessian, x.t() @ x)
