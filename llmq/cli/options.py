@@ -90,7 +90,7 @@ Packing = Annotated[
     typer.Option(
         help="Of grids ternary and binary: standard (default) stores 2 bits, as stock transformers reads them; "
         "llmq stores 1.6 bits (five codes in a byte) and 1 bit, in a folder that only llmq reads; of vq: llmq stores "
-        "experts, too, and other grids beside it."
+        "experts, too, and several widths in one folder."
     ),
 ]
 Calib = Annotated[

@@ -81,17 +81,18 @@ class KMeans(Rounding):
     ) -> KMeans:
         """`fitted` for levels that rows share; unit, levels: where scales and levels go."""
         rows, width = weight.shape
-        unit.copy_(_sizes(weight, unit.dtype))
         together = min(scheme.level_rows, rows)
         step, whole = _rows_at_once(width * together) * together, rows // together * together
         starts = [*range(0, whole, step), *([whole] if whole < rows else [])]
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-            part, size = slice(start, stop), unit[start:stop].to(torch.float32)
+            part, some = slice(start, stop), weight[start:stop].to(torch.float32)
+            unit[part] = _sizes(some, unit.dtype)
+            size = unit[part].to(torch.float32)
             tables = max(1, (stop - start) // together)
             # The tables' largest scale is the unit of what their values count.
             top = size.view(tables, -1, 1).amax(1, keepdim=True)
             counts = (size.view(tables, -1, 1) / top).square() * shares
-            some = (weight[part].to(torch.float32) / size).view(tables, -1)
+            some = (some / size).reshape(tables, -1)
             even = method == "minmax"
             found = _uniform(some, scheme.bits) if even else _clusters(some, counts.flatten(1), scheme.bits)
             found = found.cummax(1).values.to(unit.dtype).to(torch.float32)
@@ -107,7 +108,7 @@ class KMeans(Rounding):
         if self._unit is not None:
             return self._unit, None
         if scheme.level_rows > 1:
-            return _sizes(weight, scale_dtype), None
+            return _sizes(weight.to(torch.float32), scale_dtype), None
         return _units(weight.to(torch.float32), scale_dtype), None
 
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:
@@ -192,9 +193,10 @@ def _rows_at_once(width: int) -> int:
 
 
 def _sizes(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The root of each row's mean square [out, 1], as `dtype` holds it; not 0. Raises LlmqError."""
-    top = _units(weight.to(torch.float32), torch.float32)
-    mean = (weight.to(torch.float32) / top).square().mean(1, keepdim=True).sqrt()
+    """The root of the mean square of each row of a float32 weight [out, 1], as `dtype` holds it; not 0. Raises
+    LlmqError."""
+    top = _units(weight, torch.float32)
+    mean = (weight / top).square().mean(1, keepdim=True).sqrt()
     return storable(mean * top, dtype).to(dtype)
 
 

@@ -264,6 +264,8 @@ def _stored(source: Source, parts: Mapping[str, TensorInfo]) -> Learned | Fixed 
     if VECTORS in parts and shape.shape == (2,):
         rows, width = (int(n) for n in source.read(shape.name).tolist())
         return vectors.found(source, parts, (rows, width))
+    if LEVELS not in parts:
+        raise Unclear(f"{LEVELS} is missing")
     levels, shared = parts[LEVELS], shape.shape == (3,)
     learnt = shared or SCALE not in parts
     if shape.shape not in ((2,), (3,)) or len(levels.shape) != (2 if learnt else 1):
