@@ -1,7 +1,7 @@
 """Microseconds of CPU that a layer costs before its kernel runs, without a GPU: Triton launches into nothing.
 
-    python scripts/bench_host.py                       llmq's IntLinear and nn.Linear, in turns
-    python scripts/bench_host.py --against /tmp/old    the same for another checkout, in turns with this one
+    python scripts/bench_host.py                       llmq's IntLinear, a stack of experts and nn.Linear, in turns
+    python scripts/bench_host.py --against /tmp/old    the same for another checkout, by its own script, in turns
 
 Kernels are compiled for an H100 and given to a launcher that returns at once, so what is timed is all that Python and
 torch do for a call: the module, checks, the operator, Triton's launcher. nn.Linear is timed with one input and one
@@ -121,7 +121,28 @@ def layers(device: str) -> dict[str, float]:
                 found[f"IntLinear, {name}, {rows} rows"] = microseconds(lambda layer=layer, x=x: layer(x))
                 if device == "cuda":
                     torch.cuda.synchronize()
+        found |= experts(device)
     return found
+
+
+def experts(device: str) -> dict[str, float]:
+    """Microseconds of a product of a stack of packed experts: pairs of one token, and sorted rows."""
+    import torch
+
+    from llmq.formats.plain import IntWeight
+    from llmq.inference.stack import packed_stack
+    from llmq_kernels.grouped_int_linear.route import Routing
+
+    count, n, k, group = 16, 768, 2048, 128
+    words = torch.zeros(n, k // 8, dtype=torch.int32, device=device)
+    scale = torch.full((n, k // group), 0.01, dtype=torch.bfloat16, device=device)
+    weights = [[IntWeight(words, scale, None, 4, k, group)] for _ in range(count)]
+    stack = packed_stack("experts", (count, n, k), False, weights, torch.bfloat16, "")
+    one, many = (torch.zeros(rows, k, dtype=torch.bfloat16, device=device) for rows in (1, 64))
+    pairs = Routing(chosen=torch.arange(8, device=device).view(1, 8))
+    rows = Routing(torch.arange(4, 4 * count + 1, 4, dtype=torch.int32, device=device))
+    found = {"experts, 8 pairs of a token": microseconds(lambda: stack.routed_product(one, pairs))}
+    return found | {"experts, 64 sorted rows": microseconds(lambda: stack.routed_product(many, rows))}
 
 
 def main() -> None:
@@ -142,7 +163,7 @@ def main() -> None:
             paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "eval"))
             environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
             environment |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--worker", "--device", args.device]
+            command = [sys.executable, str(root / "scripts" / Path(__file__).name), "--worker", "--device", args.device]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
@@ -150,7 +171,9 @@ def main() -> None:
                 told[name].setdefault(key, []).append(value)
     print(f"{'µs a call, least of ' + str(args.rounds):36}" + "".join(f"{name:>10}" for name in roots))
     for key in told["here"]:
-        print(f"{key:36}" + "".join(f"{min(told[name][key]):10.1f}" for name in roots))
+        # A checkout of before may not have all.
+        cells = (f"{min(told[name][key]):.1f}" if key in told[name] else "-" for name in roots)
+        print(f"{key:36}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The first minutes on a GPU: is it right, how fast is it, what should be tuned; one command per ten minutes.
 
     python scripts/gpu_check.py --out $OUT                first ten minutes: right, tests, speed, host, candidates
-    python scripts/gpu_check.py --out $OUT --call second  then: a profile, a race check, decoding, quantizing
+    python scripts/gpu_check.py --out $OUT --call second  then: experts, a profile, a race check, decoding, quantizing
     python scripts/gpu_check.py --out $OUT --rehearse     without a GPU: every step runs, or says why it cannot
 
 Every step is a process of its own with a time limit; what it prints goes to OUT/<step>.log, what it measures to files
@@ -73,10 +73,11 @@ def steps(out: Path) -> dict[str, tuple[Step, ...]]:
     )
     second = (
         Step("facts", 15, (PYTHON, WORKER, "facts"), (PYTHON, WORKER, "facts", "--rehearse"), True),
+        Step("experts", 90, (PYTHON, WORKER, "experts"), (PYTHON, WORKER, "experts", "--rehearse")),
         Step("profile", 60, (PYTHON, WORKER, "profile"), (PYTHON, WORKER, "profile", "--rehearse")),
         Step("races", 90, (PYTHON, WORKER, "races"), "compute-sanitizer watches a GPU"),
-        Step("decode", 200, (*decode, "--device", "cuda"), "a random 8B model does not fit this machine"),
-        Step("quantize", 200, (PYTHON, WORKER, "quantize"), "an 8B shape takes minutes of a GPU, hours of a processor"),
+        Step("decode", 160, (*decode, "--device", "cuda"), "a random 8B model does not fit this machine"),
+        Step("quantize", 160, (PYTHON, WORKER, "quantize"), "an 8B shape takes minutes of a GPU, hours of a processor"),
     )
     return {"first": first, "second": second}
 

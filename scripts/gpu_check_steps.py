@@ -227,6 +227,74 @@ def candidates() -> int:
     return 0
 
 
+def experts() -> int:
+    """Products of stacked experts against float32 ones, a graph of one with another routing, and how fast they are."""
+    from dataclasses import replace
+
+    from llmq_kernels.grouped_int_linear.route import Routing, sort
+    from llmq_kernels.int_linear import planes
+
+    count, shape, choices = (3, SHAPES[1], 2) if REHEARSE else (64, (1536, 2048), 8)
+    ones = [_weight(shape, KINDS[0], DEVICE) for _ in range(count)]
+    parts = {name: torch.stack([getattr(one, name) for one in ones]) for name in ("packed", "scale")}
+    weight, dtype = replace(ones[0], **parts), getattr(torch, KINDS[0][3])
+    dense = planes.dequantize(weight, torch.float32)
+    generator, wrong = torch.Generator(DEVICE).manual_seed(0), 0
+
+    def draw(tokens: int) -> tuple[Tensor, Tensor]:
+        scores = torch.rand(tokens, count, device=DEVICE, generator=generator)
+        return torch.randn(tokens, shape[1], device=DEVICE, generator=generator).to(dtype), scores.topk(choices).indices
+
+    def gap(y: Tensor, x: Tensor, expert: Tensor) -> float:
+        wanted = torch.zeros(y.shape, device=DEVICE)
+        for e in range(count):
+            wanted[expert == e] = x[expert == e].float() @ dense[e].t()
+        return float((y.float() - wanted).norm() / wanted.norm())
+
+    for tokens in (1, 7) if REHEARSE else (1, 4, 32, 256, 2048, 16384):
+        x, chosen = draw(tokens)
+        order, offs = sort(chosen, count)
+        rows, expert = x[order // choices], chosen.view(-1)[order]
+        pairs = planes.linear(x, weight, None, Routing(chosen=chosen)) if tokens <= 32 else None
+        gaps = [gap(planes.linear(rows, weight, None, Routing(offs)), rows, expert)]
+        gaps += [] if pairs is None else [gap(pairs[order], rows, expert)]
+        wrong += sum(not one <= 0.02 for one in gaps)
+        line = f"= {tokens} tokens, {choices} of {count} experts: off by {', '.join(f'{one:.2g}' for one in gaps)}"
+        if not REHEARSE:
+            half = dense.to(dtype).transpose(1, 2)
+            times = {"sorted": _wall(lambda r=rows, o=offs: planes.linear(r, weight, None, Routing(o)), 50)}
+            if pairs is not None:
+                times["pairs"] = _wall(lambda x=x, c=chosen: planes.linear(x, weight, None, Routing(chosen=c)), 50)
+            times["dense"] = _wall(lambda r=rows, o=offs, h=half: torch._grouped_mm(r, h, offs=o), 50)
+            line += "; µs " + ", ".join(f"{name} {time:.1f}" for name, time in times.items())
+        print(line)
+    if not REHEARSE:
+        wrong += _other_routing(weight, draw, gap, count, choices)
+    print(f"= {wrong} wrong")
+    return 2 if wrong else 0
+
+
+def _other_routing(weight: Any, draw: Any, gap: Any, count: int, choices: int) -> int:
+    """Whether a captured product is wrong once its rows are routed otherwise."""
+    from llmq_kernels.grouped_int_linear.route import Routing, sort
+    from llmq_kernels.int_linear import planes
+
+    (x, chosen), (other, again) = draw(32), draw(32)
+    order, offs = sort(chosen, count)
+    rows, graph = x[order // choices].clone(), torch.cuda.CUDAGraph()
+    planes.linear(rows, weight, None, Routing(offs))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = planes.linear(rows, weight, None, Routing(offs))
+    order, ends = sort(again, count)
+    rows.copy_(other[order // choices])
+    offs.copy_(ends)
+    graph.replay()
+    off = gap(y, rows, again.view(-1)[order])
+    print(f"= a graph with another routing: off by {off:.2g}")
+    return int(not off <= 0.02)
+
+
 def profile() -> int:
     """torch's profiler on the chosen kernels at 1, 64 and 256 rows."""
     from torch.profiler import ProfilerActivity
@@ -278,5 +346,5 @@ def quantize() -> int:
 
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
-    names = {one.__name__: one for one in (facts, right, host, candidates, profile, races, quantize)}
+    names = {one.__name__: one for one in (facts, right, host, candidates, experts, profile, races, quantize)}
     sys.exit(names[sys.argv[1]]())

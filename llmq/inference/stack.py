@@ -64,7 +64,7 @@ class StackedLinear(nn.Module):
     def routed(self, x: Tensor, routing: Routing, bias: Tensor | None) -> Tensor:
         """x [S, in], whose rows are routed to the experts: [routing.rows(x), out]. bias: [E, out]."""
         like, buffers = self._like[0], self._buffers
-        weight = self.get_buffer("qweight"), self.get_buffer("scale"), buffers.get("zero")
+        weight = cast(Tensor, buffers["qweight"]), cast(Tensor, buffers["scale"]), buffers.get("zero")
         looked_up = 4, like.out_features, like.in_features, -(-like.in_features // weight[1].shape[-2])
         sizes = like.sizes() if isinstance(like, IntLinear) else looked_up
         table = buffers.get("codebook"), buffers.get("tables")

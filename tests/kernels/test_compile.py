@@ -26,7 +26,7 @@ def test_a_sample_of_every_kernel(tmp_path: Path) -> None:
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
     script, found = ROOT / "scripts" / "compile_kernels.py", tmp_path / "found.jsonl"
     match = r"^[dfmo]\w+ 4 bits group 128 (bf16 )?zero|^codebook (few|many)_rows bf16|^int8 product"
-    match += r"|^experts (blocks|(few_rows|many_rows) 4 bits group 128 bf16 zero (64x8 .*pairs True|128x128))"
+    match += r"|^experts (blocks|(few_rows|many_rows) 4 bits group 128 bf16 zero (64x8 pdl True .*pairs True|128x128))"
     targets = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
     command = [sys.executable, str(script), "--sample", "--match", match, "--keep", str(found), "--targets", *targets]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
