@@ -60,6 +60,13 @@ def slab_rows(width: int, most: int, multiple: int = 1) -> int:
     return max(1, most // (width * multiple)) * multiple
 
 
+def slab_size(x: Tensor, width: int) -> int:
+    """The values of a slab of rows of `width` that is multiplied with x: few, which stay in cache, but 64 rows, as
+    products with fewer are slow; more if x itself does not stay in cache.
+    """
+    return max(1 << 19, 64 * width) if x.nbytes <= OWN_CACHE else max(1 << 21, 256 * width)
+
+
 def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) -> Tensor:
     """`linear` for x [M, in] with a weight [out, in] given some rows at a time."""
     dtype = product_dtype(x)
