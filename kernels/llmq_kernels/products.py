@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-OWN_CACHE = 1 << 21
+OWN_CACHE = 1 << 20
 """Bytes of inputs, read again for every slab, that a core keeps in its own cache. With more, slabs are larger."""
 
 Slabs = Iterable[tuple[slice, Tensor]]
