@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-OWN_CACHE = 1 << 21
+OWN_CACHE = 1 << 20
 """Bytes of inputs, read again for every slab, that a core keeps in its own cache. With more, slabs are larger."""
 
 Slabs = Iterable[tuple[slice, Tensor]]
@@ -58,6 +58,13 @@ def row_slabs(rows: int, width: int, most: int, multiple: int = 1) -> Iterator[s
 def slab_rows(width: int, most: int, multiple: int = 1) -> int:
     """The number of rows in a slice of `row_slabs`; the last may have fewer."""
     return max(1, most // (width * multiple)) * multiple
+
+
+def slab_size(x: Tensor, width: int) -> int:
+    """The values of a slab of rows of `width` that is multiplied with x: few, which stay in cache, but 64 rows, as
+    products with fewer are slow; more if x itself does not stay in cache.
+    """
+    return max(1 << 19, 64 * width) if x.nbytes <= OWN_CACHE else max(1 << 21, 256 * width)
 
 
 def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) -> Tensor:

@@ -58,6 +58,7 @@ def test_many_slabs_are_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None
     words, scale, zero, exact = weight(8, 50, 256, 64, False)
     packed = int8pack.pack(PackedInt(words, scale, zero, 8, 50, 256, 64), BF16)
     monkeypatch.setattr(int8pack, "SLAB", 7 * 256)
+    monkeypatch.setattr(int8pack, "slab_size", lambda x, width: 7 * 256)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
     assert error(int8pack.linear(x, packed, None), x.double() @ exact.t()) < 1e-6
     assert torch.equal(int8pack.dequantize(packed, torch.float32).double(), exact)

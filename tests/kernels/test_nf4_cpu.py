@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq_kernels import products
 from llmq_kernels.nf4_linear import cpu as nf4_cpu
 from llmq_kernels.weights import PackedCodebook
 
@@ -43,9 +44,7 @@ def test_linear_and_dequantize_are_those_of_the_weight(
     out: int, n: int, block: int, nested: bool, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nf4_cpu, "SLAB", slab)
-    monkeypatch.setattr(nf4_cpu, "SLAB_OF_FOURS", slab)
-    monkeypatch.setattr(nf4_cpu, "MANY", 2 * slab)
-    monkeypatch.setattr(nf4_cpu, "LEAST", 1)
+    monkeypatch.setattr(products, "slab_size", lambda x, width: slab)
     stored, exact = weight(out, n, block, nested)
     generator = torch.Generator().manual_seed(0)
     bias = torch.randn(out, generator=generator).to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmq_kernels.checks import check
 from llmq_kernels.int_linear.dense_bits import unpack
-from llmq_kernels.products import by_slabs, product_dtype, row_slabs, whole
+from llmq_kernels.products import by_slabs, product_dtype, row_slabs, slab_size, whole
 from llmq_kernels.weights import PackedInt
 
 MULTIPLE = 32
@@ -106,7 +106,8 @@ def linear(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"x must be [rows, {weight.in_features}], not {[*x.shape]}")
     if x.dtype != torch.bfloat16 or weight.zero is not None or len(x) > _operator_rows(weight):
-        return by_slabs(x, _slabs(weight, product_dtype(x)), bias, weight.out_features)
+        slabs = _slabs(weight, product_dtype(x), slab_size(x, weight.in_features))
+        return by_slabs(x, slabs, bias, weight.out_features)
     groups, out, group = weight.packed.shape
     y = x.new_zeros(len(x), out, dtype=torch.float32)
     if len(x):
@@ -124,7 +125,7 @@ def dequantize(weight: PackedInt, dtype: torch.dtype) -> Tensor:
     """A weight from `pack`, dequantized to [out, in] in `dtype`."""
     _check(weight)
     shape = weight.out_features, weight.in_features
-    return whole(_slabs(weight, dtype), shape, dtype, weight.packed.device)
+    return whole(_slabs(weight, dtype, SLAB), shape, dtype, weight.packed.device)
 
 
 def _check(weight: PackedInt) -> None:
@@ -142,15 +143,15 @@ def _check(weight: PackedInt) -> None:
         )
 
 
-def _slabs(weight: PackedInt, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _slabs(weight: PackedInt, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields some rows at a time: their slice, and their values [rows, in] in `dtype`, which the next one overwrites.
 
     Values are scaled in float32 and rounded once, as torch's rounding to bfloat16 is slow.
     """
     groups, out, group = weight.packed.shape
-    exact = weight.packed.new_empty(max(1, SLAB // (groups * group)) * groups * group, dtype=torch.float32)
+    exact = weight.packed.new_empty(max(1, size // (groups * group)) * groups * group, dtype=torch.float32)
     turned = torch.empty_like(exact, dtype=dtype)
-    for rows in row_slabs(out, groups * group, SLAB):
+    for rows in row_slabs(out, groups * group, size):
         codes = weight.packed[:, rows]
         values = exact[: codes.numel()].view(codes.shape)
         values.copy_(codes)

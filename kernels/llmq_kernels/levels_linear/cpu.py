@@ -18,22 +18,23 @@ SLAB = 1 << 20
 
 def linear(x: Tensor, weight: PackedLevels, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias. x: float [M, in]. Returns [M, out] in x's dtype."""
-    return products.by_slabs(x, _slabs(weight), bias, weight.out_features)
+    slabs = _slabs(weight, products.slab_size(x, weight.in_features))
+    return products.by_slabs(x, slabs, bias, weight.out_features)
 
 
 def dequantize(weight: PackedLevels, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`."""
-    return products.whole(_slabs(weight), (weight.out_features, weight.in_features), dtype, weight.packed.device)
+    return products.whole(_slabs(weight, SLAB), (weight.out_features, weight.in_features), dtype, weight.packed.device)
 
 
-def _slabs(weight: PackedLevels) -> Iterator[tuple[slice, Tensor]]:
+def _slabs(weight: PackedLevels, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields some rows at a time: their slice and their float32 weight, which the next overwrites."""
-    rows = products.slab_rows(weight.in_features, SLAB)
+    rows = products.slab_rows(weight.in_features, size)
     rows = min(rows, weight.out_features)
     index = torch.empty(rows, weight.packed.shape[1], dtype=torch.int64, device=weight.packed.device)
     pairs = torch.empty(rows, 16, 16, 2, device=weight.packed.device)
     found = torch.empty(index.shape, dtype=torch.float64, device=weight.packed.device)
-    for part in products.row_slabs(weight.out_features, weight.in_features, SLAB):
+    for part in products.row_slabs(weight.out_features, weight.in_features, size):
         count, levels = part.stop - part.start, weight.levels[part]
         index[:count].copy_(weight.packed[part])
         # The first code of a byte is its low half.

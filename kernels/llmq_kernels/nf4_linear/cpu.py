@@ -19,16 +19,12 @@ from llmq_kernels.nf4_linear.reference import nf4_absmax
 from llmq_kernels.weights import PackedCodebook
 
 SLAB = 1 << 20
-SLAB_OF_FOURS, MANY = 1 << 19, 1 << 21
-LEAST = 64
-"""Rows of a slab: products with fewer are slow."""
 
 
 def linear(x: Tensor, weight: PackedCodebook, bias: Tensor | None) -> Tensor:
     """x · Wᵀ + bias. x: float [M, in]. Returns [M, out] in x's dtype."""
     of_fours = products.product_dtype(x) == torch.bfloat16 and _has_fours(weight)
-    size = SLAB_OF_FOURS if x.nbytes <= products.OWN_CACHE else MANY
-    slabs = _slabs_of_fours(weight, max(size, LEAST * weight.in_features)) if of_fours else _slabs(weight)
+    slabs = _slabs_of_fours(weight, products.slab_size(x, weight.in_features)) if of_fours else _slabs(weight)
     return products.by_slabs(x, slabs, bias, weight.out_features)
 
 
