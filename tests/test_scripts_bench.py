@@ -224,3 +224,31 @@ def test_several_runs_of_quantize_are_one_table_with_ratios_to_the_first(script:
     assert (
         columns[0] == ["--method gptq", "--method vq"] and columns[3] == ["30", "90"] and columns[4] == ["1.00", "3.00"]
     )
+
+
+def test_every_stage_is_timed_and_time_belongs_to_the_innermost(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, bench = script("stages"), script("bench_quantize")
+    clock, now = stages.Clock(), [0.0]
+    monkeypatch.setattr(clock, "_now", lambda: (now[0], 2 * now[0]))
+    clock.last = (0.0, 0.0)
+
+    def spend(seconds: float, *inner: Any) -> None:
+        now[0] += seconds
+        for call in inner:
+            call()
+
+    forward = clock.timed(lambda: spend(3, clock.timed(lambda: spend(2), "statistics")), "forward")
+    forward()
+    clock.timed(lambda: spend(1, forward), "verify")()
+    now[0] += 4
+    clock.settle()
+    assert clock.times == {"rest": [4, 8], "forward": [3, 6], "statistics": [2, 4], "verify": [6, 12]}
+    run = bench.Run("--method gptq", 20.0, 30.0, 2 << 30, {}, {"read": (1.0, 2.0)})
+    assert [list(column.cells) for column in bench.stage_table([run]).columns] == [["--method gptq"], ["2.0"]]
+    # What is wrapped exists, and is found where the product looks it up.
+    for place in stages.STAGES:
+        module, _, path = place.partition(":")
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert callable(found)

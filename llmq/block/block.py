@@ -7,7 +7,7 @@ to the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmq.discovery.calls import Call, of_length
 from llmq.discovery.inputs import Takes, at_products
 from llmq.discovery.pairs import LINEAR, NORM, Pair
 from llmq.discovery.parameters import assign
+from llmq.discovery.replay import Replay
 from llmq.discovery.tail import Tail
 from llmq.discovery.view import View, put
 from llmq.grids.activations import round_input, stored_scale
@@ -110,6 +111,7 @@ class Block:
         self.module, self.inputs, self.calls, self.pairs = module, inputs, calls, list(pairs)
         self.unquantized, self.partial = unquantized, partial
         self.shown: list[dict[str, Seen]] | None = None
+        self.replays: list[Replay] | None = None
         self.weights = {state.parameter: state for state in states}
         self.scale_dtype = scale_dtype
         self.device = device or torch.device("cpu")
@@ -175,6 +177,11 @@ class Block:
         finally:
             for name, value in before.items():
                 assign(self.module, name, value)
+
+    def replayed(self, index: int) -> AbstractContextManager[object]:
+        """Within the context, a run of batch `index` with all weights rounded in place does not repeat what their
+        corrections computed last."""
+        return nullcontext() if self.replays is None else self.replays[index]
 
     def round_in_place(self) -> None:
         """Replace all of the block's weights by their results, which must all exist."""
@@ -265,14 +272,14 @@ class Block:
                     assign(self.module, name, parameter.data)
                 for name, state in states.items():
                     vars(self.weights[name]).update(vars(state))
-                self.changed, self._error, self.shown = changed, error, None
+                self.changed, self._error, self.shown, self.replays = changed, error, None, None
 
     def set(self, name: str, value: Tensor) -> None:
         """Give a weight (by its `View.name`, [out, in]) or another parameter (as stored) a value of the same shape.
 
         Weights to be quantized keep the value in float32, without rounding it to the model's dtype.
         """
-        state, self.shown = self.weights.get(name), None
+        state, self.shown, self.replays = self.weights.get(name), None, None
         if state is not None:
             self._write(state.view, value)
             _revalue(state, value)

@@ -19,6 +19,7 @@ from llmq.block.block import Block, WeightState, rounded_inputs
 from llmq.discovery.addends import Counts, Seen, see
 from llmq.discovery.calls import of_length
 from llmq.discovery.parameters import assign
+from llmq.discovery.replay import Replay
 from llmq.discovery.view import put
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ Both = tuple[Counts | None, Counts | None]
 """The counts of a run of each chain."""
 ROOM = 2**30
 """The most bytes of what weights of an unquantized block show that are kept; else its runs are repeated."""
+REPLAYED = 2**29
+"""The most bytes that are kept of all runs of the quantized block; what is not is computed again in the next."""
 
 
 def stages(block: Block) -> list[list[WeightState]]:
@@ -93,11 +96,18 @@ class Chains:
         names = dict.fromkeys(state.view.parameter for state in block.weights.values())
         self.unrounded = {name: block.module.get_parameter(name).data for name in names}
         self.rounded = dict(self.unrounded)
+        self.changing = {state.parameter: state.view for state in block.weights.values()}
+        block.replays = [Replay(REPLAYED // len(block.inputs)) for _ in block.inputs]
         if block.shown is None:
             run_unquantized(block, self._unquantized, whole=False)
 
     def round(self, states: Iterable[WeightState]) -> None:
-        """Round weights that are quantized by now."""
+        """Round weights that are quantized by now; what they showed is not needed any more."""
+        states = list(states)
+        for state in states:
+            del self.changing[state.parameter]
+            for shown in self.block.shown or ():
+                shown.pop(state.parameter, None)
         self._use(self.rounded)
         put(self.block.module, ((state.view, state.result()) for state in states))
         self.rounded = {name: self.block.module.get_parameter(name).data for name in self.unrounded}
@@ -117,8 +127,10 @@ class Chains:
                 exact, first = see(block.module, views, lambda: self._unquantized(index), first)
             self._use(self.rounded)
             try:
+                replay = None if block.replays is None else block.replays[index]
+                changing = [*self.changing.values()]
                 with rounded_inputs(block.module, block.weights.values()):
-                    found, second = see(block.module, views, lambda: self._quantized(index), second)
+                    found, second = see(block.module, views, lambda: self._quantized(index), second, replay, changing)
             finally:
                 self._use(self.unrounded)
         return exact, found, (first, second)

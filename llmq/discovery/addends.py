@@ -9,7 +9,7 @@ as an MLP beside attention that reads the same input, is not known yet when the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmq.discovery.inputs import at_products
 from llmq.discovery.matmuls import PRODUCTS, flat
+from llmq.discovery.replay import Replay
 from llmq.discovery.view import View
 
 _TENSOR = torch.Tensor
@@ -86,11 +87,17 @@ class Counts:
 
 
 def see(
-    module: nn.Module, views: Sequence[View], run: Callable[[], object], until: Counts | None = None
+    module: nn.Module,
+    views: Sequence[View],
+    run: Callable[[], object],
+    until: Counts | None = None,
+    replay: Replay | None = None,
+    changing: Sequence[View] = (),
 ) -> tuple[list[Seen], Counts]:
     """Run a block, and see its weights' inputs and what their outputs are added to; returns both, and their counts.
 
-    until: the counts of an earlier run, at which this one is broken off.
+    until: the counts of an earlier run, at which this one is broken off; replay: what earlier runs with these inputs
+    gave; changing: the weights that have other values in the next one.
     """
     seen = [Seen() for _ in views]
 
@@ -100,7 +107,9 @@ def see(
 
     following = _Following(check)
     takes = {view: _take(one, following) for view, one in zip(views, seen, strict=True)}
-    with suppress(_Reached), following, at_products(module, takes):
+    kept = nullcontext() if replay is None else replay
+    closing = {} if replay is None else {view: _closing(replay) for view in changing}
+    with suppress(_Reached), kept, following, at_products(module, takes), at_products(module, closing):
         run()
     return seen, _counts(seen)
 
@@ -111,6 +120,13 @@ class _Reached(Exception):
 
 def _counts(seen: Sequence[Seen]) -> Counts:
     return Counts(tuple(len(one.inputs) for one in seen), tuple(len(one.addends) for one in seen))
+
+
+def _closing(replay: Replay) -> Callable[[Tensor], None]:
+    def take(x: Tensor) -> None:
+        replay.close()
+
+    return take
 
 
 def _take(seen: Seen, following: _Following) -> Callable[[Tensor], None]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 
 from llmq import ranks
-from llmq.block.chains import ROOM
+from llmq.block.chains import REPLAYED, ROOM
 from llmq.block.statistics import Hessian, Statistic
 from llmq.methods._correction import HELD_OUT, HELD_TOKENS
 from llmq.planning.experts import ExpertsPlan
@@ -120,7 +120,9 @@ def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
     widths = sum(stage[0].shape[1] for stage in stages.values())
     streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
     shown = plan.ids.numel() * plan.dtype.itemsize * (widths + streams)
-    return stays + (shown if shown <= ROOM else 0), before
+    # The outputs of products, and of attention.
+    replayed = plan.ids.numel() * plan.dtype.itemsize * (sum(i.shape[0] for i in items) + hidden_width(plan.model))
+    return stays + (shown if shown <= ROOM else 0) + min(replayed, REPLAYED), before
 
 
 def kept_bytes(plan: Plan) -> int:

@@ -32,6 +32,8 @@ def quantize(block: Block, pipeline: Pipeline) -> None:
         transform(block, pipeline)
     else:
         round_weights(block, pipeline.quantizer)
+    if pipeline.refiners:
+        block.replays = None
     for method in pipeline.refiners:
         refine(block, method)
     join(block)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -110,13 +111,16 @@ def quantize_block(
     rows, tensors = pack_weights(planned, block) if ranks.first() else ([], {})
     tensors |= io.untouched(planned, block.changed) if ranks.first() else {}
     weights = list(block.weights.values())
+    if planned.parts is not None or planned.experts is not None:
+        block.replays = None  # Experts have other values, or are not run with the block.
     if planned.parts is not None:
         with rounded_inputs(block.module, block.weights.values()):
             weights += mixture.quantize_parts(io, planned, block, watch)
     with keys.largest(io.plan, planned) as seen:
         if planned.experts is None:
             with rounded_inputs(block.module, weights):
-                output = forward(block.module, block.inputs, block.calls, io.device)
+                output = forward(block.module, block.inputs, block.calls, io.device, block.replayed)
+                block.replays = None
         else:
             output, sums, routing = mixture.quantize_rest(io, planned, block, before, watch)
     scales = keys.scales(io.plan, planned, seen)
@@ -244,10 +248,23 @@ def _ticking(batches: Sequence[Tensor], watch: Watch) -> Iterator[Tensor]:
         watch.step("")
 
 
-def forward(block: nn.Module, hidden: list[Tensor], calls: list[Call], device: torch.device) -> list[States]:
-    """What the block hands to later ones for each batch, on the CPU, in the model's dtype."""
+def forward(
+    block: nn.Module,
+    hidden: list[Tensor],
+    calls: list[Call],
+    device: torch.device,
+    within: Callable[[int], AbstractContextManager[object]] = lambda index: nullcontext(),
+) -> list[States]:
+    """What the block hands to later ones for each batch, on the CPU, in the model's dtype.
+
+    within: the context in which a batch is run.
+    """
+    outputs = []
     with torch.no_grad(), of_length("a block", hidden[0].shape[-2] if hidden else 0):
-        return [call.step(block, h, device) for h, call in zip(hidden, calls, strict=True)]
+        for index, (h, call) in enumerate(zip(hidden, calls, strict=True)):
+            with within(index):
+                outputs.append(call.step(block, h, device))
+    return outputs
 
 
 def check_output(name: str, output: list[States], when: str) -> None:

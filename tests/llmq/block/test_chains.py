@@ -123,3 +123,25 @@ def test_what_was_kept_is_dropped_when_the_block_changes() -> None:
     with block.trial():
         run_unquantized(block, lambda i: block.output(i))
     assert block.shown is None
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+def test_a_run_of_the_rounded_block_does_not_repeat_products(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "REPLAYED", room)
+    block = opened()
+    kept = Chains(block)
+    for stage in stages(block):
+        for index in range(3):
+            kept.see(stage, index, None)
+        for state in stage:
+            block.set_quantized(state.parameter, round_to_nearest(state.value, state.scheme, torch.float32))
+        kept.round(stage)
+    block.round_in_place()
+    assert block.replays is not None
+    for index in range(3):
+        assert len(block.replays[index].kept) == (1 if room else 0)
+        with block.replayed(index):
+            found = block.output(index)
+        assert torch.equal(found, block.output(index))
+    block.set("out.weight", block.get("out.weight"))
+    assert block.replays is None
