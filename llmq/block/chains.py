@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from llmq import ranks
-from llmq.block.block import Block, WeightState, rounded_inputs
+from llmq.block.block import Block
+from llmq.block.state import WeightState, rounded_inputs
 from llmq.discovery.addends import Counts, Seen, see
 from llmq.discovery.calls import of_length
 from llmq.discovery.parameters import assign

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from llmq import ranks
-from llmq.block.block import Block, WeightState, rounded_inputs
+from llmq.block.block import Block
 from llmq.block.expert import CHUNK_ROWS, OTHERS, ExpertBlock
 from llmq.block.group import GroupBlock
 from llmq.block.passes import add
+from llmq.block.state import WeightState, rounded_inputs
 from llmq.block.statistics import Statistic
 from llmq.discovery.calls import Call, States
 from llmq.discovery.experts import Expert, Routed, instead

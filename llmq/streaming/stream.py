@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from llmq import ranks
 from llmq.block.attempt import Attempt, Outcome
-from llmq.block.block import Block, relative_error, rounded_inputs
+from llmq.block.block import Block, relative_error
 from llmq.block.chains import run_unquantized
+from llmq.block.state import rounded_inputs
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
 from llmq.discovery.calls import Call, Recording, States, of_length, record

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq import formats
-from llmq.block.block import WeightState, rounded_inputs
 from llmq.block.siblings import siblings
+from llmq.block.state import WeightState, rounded_inputs
 from llmq.discovery.calls import Call, Recording, States, of_length
 from llmq.discovery.parameters import assign, empty
 from llmq.errors import LlmqError

@@ -19,7 +19,8 @@ from llmq.allocation.judge import judging
 from llmq.allocation.scores import Scoring
 from llmq.allocation.scores._linear import ratio, squared_error
 from llmq.allocation.snapshot import Snapshot
-from llmq.block.block import Block, WeightState, rounded_inputs
+from llmq.block.block import Block
+from llmq.block.state import WeightState, rounded_inputs
 from llmq.discovery.calls import Call, Recording, States
 from llmq.discovery.parameters import assign
 from llmq.discovery.view import View, put

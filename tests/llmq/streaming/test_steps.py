@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmq.block.attempt import Attempt, Outcome
-from llmq.block.block import Block, rounded_inputs
+from llmq.block.block import Block
+from llmq.block.state import rounded_inputs
 from llmq.block.statistics import Hessian, Inputs
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized
