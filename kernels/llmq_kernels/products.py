@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-OWN_CACHE = 1 << 20
-"""Bytes of inputs, read again for every slab, that a core keeps in its own cache. With more, slabs are larger."""
+NARROW = 128
+"""Rows of x up to which slabs are narrow: reading x again for each then costs less than a slab outside the cache."""
 
 Slabs = Iterable[tuple[slice, Tensor]]
 """A weight, some rows at a time: their slice and their values [rows, in], which the next may overwrite."""
@@ -62,9 +62,9 @@ def slab_rows(width: int, most: int, multiple: int = 1) -> int:
 
 def slab_size(x: Tensor, width: int) -> int:
     """The values of a slab of rows of `width` that is multiplied with x: few, which stay in cache, but 64 rows, as
-    products with fewer are slow; more if x itself does not stay in cache.
+    products with fewer are slow; more if x has many.
     """
-    return max(1 << 19, 64 * width) if x.nbytes <= OWN_CACHE else max(1 << 21, 256 * width)
+    return max(1 << 19, 64 * width) if len(x) <= NARROW else max(1 << 21, 256 * width)
 
 
 def by_slabs(x: Tensor, slabs: Slabs, bias: Tensor | None, out_features: int) -> Tensor:

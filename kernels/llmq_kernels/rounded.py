@@ -75,7 +75,7 @@ def whole_steps(codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plain(codes: Iterable[tuple[slice, Tensor]], scale: Tensor, width: int, group_size: int) -> PackedInt:
     """The plain form of int8 codes and their scales [out, groups], float32."""
-    words = torch.zeros(len(scale), -(-width // 4) * 4, dtype=torch.uint8)
+    words = torch.zeros(len(scale), -(-width // 4) * 4, dtype=torch.uint8, device=scale.device)
     for rows, part in codes:
         words[rows, :width] = part.view(torch.uint8) ^ 128
     return PackedInt(words.view(torch.int32), scale, None, 8, len(scale), width, group_size)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmq_kernels.checks import FLOATS, check
 from llmq_kernels.int_linear.dense_bits import unpack
-from llmq_kernels.products import OWN_CACHE, product_dtype, row_slabs
+from llmq_kernels.products import NARROW, product_dtype, row_slabs
 from llmq_kernels.timing import COPIES, PROBE, fastest
 from llmq_kernels.weights import PackedInt
 
@@ -37,7 +37,7 @@ OPERATOR_GROUPS = (256, 128, 64, 32)
 FEWEST, MOST = 8, 96
 
 # Elements of a slab: large enough that calls cost little, small enough to stay in cache. Its blocks are multiplied one
-# by one, or side by side if x, which each reads again, is larger than OWN_CACHE.
+# by one, or side by side if x, which each reads again, has more than NARROW rows.
 SLAB, MANY = 1 << 19, 1 << 21
 # Codes packed at a time: 16 MiB as int32.
 PACKED_AT_ONCE = 1 << 22
@@ -212,7 +212,7 @@ def _by_slabs(x: Tensor, weight: PackedInt, blocks: Tensor) -> Tensor:
     """x · Wᵀ [M, rows] in the dtype of the product."""
     dtype = product_dtype(x)
     y, wide = x.new_empty(x.shape[0], weight.packed.shape[0], dtype=dtype), x.to(dtype)
-    for rows, values in _slabs(blocks, weight.scale, weight.zero, dtype, wide.nbytes > OWN_CACHE):
+    for rows, values in _slabs(blocks, weight.scale, weight.zero, dtype, len(x) > NARROW):
         torch.mm(wide, values, out=y[:, rows])
     if _known().halves:
         for some in row_slabs(len(y), y.shape[1], SLAB):
