@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmq.errors import LlmqError, first_line
+from llmq.machine import has_cuda
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def _connected() -> ModuleType:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if has_cuda() and dist.is_nccl_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as problem:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmq import methods
+from llmq import methods, ranks
 from llmq.checkpoint.source import FolderSource, shapes
 from llmq.discovery import blocks as discover
 from llmq.discovery.names import link
@@ -17,7 +19,7 @@ from llmq.discovery.reasons import Kind, Reason
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.methods.rtn import RTN
-from llmq.planning.checks import check_patterns, check_sources, check_vectors, check_weights, warnings
+from llmq.planning.checks import check_patterns, check_ranks, check_sources, check_vectors, check_weights, warnings
 from llmq.planning.weights import BY_USER, WeightPlan
 from llmq.recipe.recipe import Recipe
 from tests.architectures import tiny
@@ -193,3 +195,12 @@ def test_a_class_that_is_no_causal_one_is_named(kind: str, named: str, tmp_path:
 
     getattr(transformers, named)(tiny.config(kind)).save_pretrained(tmp_path / "m")
     assert "incomplete" not in refused(lambda: make(tmp_path / "m"), f"{named}, which is no causal language model")
+
+
+def test_several_ranks_choose_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = SimpleNamespace(recipe=SimpleNamespace(methods=("gptq",)), pipeline=SimpleNamespace(tuner=None))
+    check_ranks(made, chosen=False)
+    monkeypatch.setattr(ranks._group, "size", 2)
+    check_ranks(made)
+    with pytest.raises(LlmqError, match=r"one process \(without --ranks.*recipe\.yaml"):
+        check_ranks(made, chosen=False)

@@ -19,6 +19,7 @@ from llmq.grids.cache import Cache
 from llmq.grids.scheme import Scheme
 from llmq.inference.cache import simulate, stored_scales
 from llmq.recipe.recipe import Recipe
+from llmq.streaming.keys import Largest
 from tests.architectures import tiny
 from tests.end_to_end.test_resume import digests
 
@@ -120,3 +121,9 @@ def test_a_broken_run_writes_the_same_bytes(
     assert again.cache == llmq.Report.load(tmp_path / "out").cache
     told = json.loads((tmp_path / "broken" / "report.json").read_text())["cache"]
     assert {f"{name}.k_scale" for name in told["scales"]} <= scales(tmp_path / "broken").keys()
+
+
+def test_the_largest_of_several_ranks_count() -> None:
+    mine = Largest({"a": (torch.tensor([1.0, 5.0]), torch.tensor([2.0]))})
+    mine.merge([{"a": (torch.tensor([3.0, 4.0]), torch.tensor([1.0]))}, {"b": (torch.ones(1), torch.zeros(1))}])
+    assert [one.tolist() for one in mine.found["a"]] == [[3.0, 5.0], [2.0]] and mine.found["b"][0].item() == 1
