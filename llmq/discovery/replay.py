@@ -32,7 +32,7 @@ class Replay(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self.place, self.open = 0, True
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def close(self) -> None:
