@@ -1,4 +1,4 @@
-"""Levels of each row on a CPU: both codes of a byte are looked up at once, as in `nf4_cpu`, in a table of each row.
+"""Levels of each row on a CPU: both codes of a byte are looked up at once, as in `nf4_linear`, in a table of each row.
 
 A row's table of 256 pairs of float32 costs 256 values to make, and saves splitting a byte for every two weights.
 """
