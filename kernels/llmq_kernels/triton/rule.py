@@ -80,8 +80,8 @@ def routed_rule(
 
 
 def _one_row(gpu: Gpu, bits: int, group_size: int) -> Config:
-    # A warp processes 8 tiles of a row at a time: 4096 codes of 3 bits, 1024 of 4.
-    warps, rows = (1, 2) if bits == 3 else (4, 4)
+    # A warp processes 8 tiles of a row: 4096 codes of 3 bits, 1024 of 4. Four rows of 2 bits spill in small groups.
+    warps, rows = (1, 2) if bits == 3 else (4, 2) if bits == 2 and group_size < 64 else (4, 4)
     registers = None if group_size >= 64 else 255
     return Config("one_row", rows, 1, 8 * warps, warps=warps, registers=registers, pdl=gpu.pdl)
 
