@@ -10,9 +10,9 @@ With --each, one run after the other, as a table: of one block through each quan
     python scripts/bench_quantize.py /tmp/block -o /tmp/out --samples 8 --seqlen 256 \\
         --each "--method gptq" "--method gptq --grid nvfp4" "--method vq --bits 2 --group-size 8"
 
-With --stages, the processor seconds of each stage of every run as well (scripts/stages.py): reading, forward passes, the
-sums of statistics, corrections, factoring, solving (columns), sweeps, range search, packing, writing, verification, and
-the rest, which is mostly imports, the plan, reading the text and reports.
+With --stages, the processor seconds of each stage of every run as well (scripts/stages.py): reading, forward passes,
+the sums of statistics, corrections, factoring, solving (columns), sweeps, range search, packing, writing,
+verification and the rest, which is mostly imports, the plan, reading the text and reports.
 
 Everything else goes to `llmq quantize`; OUT is deleted before and after a run. The peak is the largest resident size
 of the process, processor seconds are those of all its threads, and ratios compare these with the first run's. Prints

@@ -89,7 +89,8 @@ class Moments:
 
     def update(self, apart: Apart) -> None:
         """Add tokens."""
-        self.observe(apart)
+        for statistic in self.statistics.values():
+            statistic.update(apart.rows)
         width = apart.rows.shape[1]
         if apart.drift is not None:
             if self.drift is None:
@@ -100,11 +101,6 @@ class Moments:
             if name not in self.streams:
                 self.streams[name] = torch.zeros(stream.shape[1], width, device=stream.device)
             _add_product(self.streams[name], stream, apart.rows)
-
-    def observe(self, apart: Apart) -> None:
-        """Add tokens to the statistics alone."""
-        for statistic in self.statistics.values():
-            statistic.update(apart.rows)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
