@@ -7,7 +7,7 @@ to the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,8 +111,7 @@ class Block:
         self.shown: list[dict[str, Seen]] | None = None
         self.replays: list[Replay] | None = None
         self.weights = {state.parameter: state for state in states}
-        self.scale_dtype = scale_dtype
-        self.device = device or torch.device("cpu")
+        self.scale_dtype, self.device = scale_dtype, device or torch.device("cpu")
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
         self.log: list[Attempt] = []
@@ -173,11 +172,6 @@ class Block:
         finally:
             for name, value in before.items():
                 assign(self.module, name, value)
-
-    def replayed(self, index: int) -> AbstractContextManager[object]:
-        """Within the context, a run of batch `index` with all weights rounded in place does not repeat what their
-        corrections computed last."""
-        return nullcontext() if self.replays is None else self.replays[index]
 
     def round_in_place(self) -> None:
         """Replace all of the block's weights by their results, which must all exist."""
