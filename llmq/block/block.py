@@ -163,8 +163,7 @@ class Block:
 
         straight_through: gradients ignore the rounding of inputs.
         """
-        names = [state.view.parameter for state in self.weights.values()]
-        before = {name: self.module.get_parameter(name).data for name in names}
+        before = {(n := w.view.parameter): self.module.get_parameter(n).data for w in self.weights.values()}
         try:
             put(self.module, ((state.view, self._rounded(state)) for state in self.weights.values()))
             with rounded_inputs(self.module, self.weights.values(), straight_through=straight_through):

@@ -87,8 +87,7 @@ def _nbytes(shown: dict[str, Seen]) -> int:
 
 
 def replayed(block: Block, index: int) -> AbstractContextManager[object]:
-    """Within the context, a run of batch `index` with all weights rounded in place does not repeat what their corrections
-    computed last."""
+    """Within the context, a run of batch `index` goes on from what corrections computed, if all weights are rounded."""
     return nullcontext() if block.replays is None else block.replays[index]
 
 
