@@ -7,7 +7,7 @@ to the plan.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,8 +75,7 @@ class Block:
         self.shown: list[dict[str, Seen]] | None = None
         self.replays: list[Replay] | None = None
         self.weights = {state.parameter: state for state in states}
-        self.scale_dtype = scale_dtype
-        self.device = device or torch.device("cpu")
+        self.scale_dtype, self.device = scale_dtype, device or torch.device("cpu")
         self.target: list[Tensor] = []
         self.changed: set[str] = set()
         self.log: list[Attempt] = []
@@ -130,8 +129,7 @@ class Block:
 
         straight_through: gradients ignore the rounding of inputs.
         """
-        names = [state.view.parameter for state in self.weights.values()]
-        before = {name: self.module.get_parameter(name).data for name in names}
+        before = {(n := w.view.parameter): self.module.get_parameter(n).data for w in self.weights.values()}
         try:
             put(self.module, ((state.view, self._rounded(state)) for state in self.weights.values()))
             with rounded_inputs(self.module, self.weights.values(), straight_through=straight_through):
@@ -139,11 +137,6 @@ class Block:
         finally:
             for name, value in before.items():
                 assign(self.module, name, value)
-
-    def replayed(self, index: int) -> AbstractContextManager[object]:
-        """Within the context, a run of batch `index` with all weights rounded in place does not repeat what their
-        corrections computed last."""
-        return nullcontext() if self.replays is None else self.replays[index]
 
     def round_in_place(self) -> None:
         """Replace all of the block's weights by their results, which must all exist."""

@@ -7,6 +7,7 @@ all that is wanted was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -87,6 +88,11 @@ def _kept(states: Sequence[WeightState], seen: Sequence[Seen]) -> dict[str, Seen
 def _nbytes(shown: dict[str, Seen]) -> int:
     kept = {id(x): x.nbytes for one in shown.values() for x in (*one.inputs, *one.addends)}
     return sum(kept.values())
+
+
+def replayed(block: Block, index: int) -> AbstractContextManager[object]:
+    """Within the context, a run of batch `index` goes on from what corrections computed, if all weights are rounded."""
+    return nullcontext() if block.replays is None else block.replays[index]
 
 
 class Chains:

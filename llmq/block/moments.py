@@ -98,7 +98,8 @@ class Moments:
 
     def update(self, aparts: Sequence[Apart]) -> None:
         """Add tokens: those of a hand of batches, of every rank."""
-        self.observe(aparts)
+        for statistic in self.statistics.values():
+            add(statistic, None, [apart.rows for apart in aparts], self.device)
         width, device = self.width, self.device
         drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
         if drifts and self.drift is None:
@@ -115,11 +116,6 @@ class Moments:
         for name, stream in sorted(self.streams.items()):
             sums += [(total, partial(_add_stream, total, part, aparts, name)) for total, part in parts(stream)]
         ranks.relay(sums)
-
-    def observe(self, aparts: Sequence[Apart]) -> None:
-        """Add tokens to the statistics alone: those of a hand of batches, of every rank."""
-        for statistic in self.statistics.values():
-            add(statistic, None, [apart.rows for apart in aparts], self.device)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""

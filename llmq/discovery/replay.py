@@ -32,8 +32,8 @@ class Replay(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self.place, self.open = 0, True
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+        entered: Self = super().__enter__()  # type: ignore[no-untyped-call]
+        return entered
 
     def close(self) -> None:
         """Nothing from here on is kept in this run: it depends on what later runs have other values of."""

@@ -22,7 +22,7 @@ from llmq.numerics.correction import Fit, change, factor
 
 HOW = ("held-out", "full", "none")
 HELD_OUT = 8
-"""One window in this many has tokens that choose the strengths; of the sums, only statistics have them."""
+"""One window in this many has tokens that choose the strengths; they are added to the sums afterwards."""
 HELD_TOKENS = 2048
 """How many tokens choose them, at most."""
 UNCHOSEN = 0.5
@@ -75,26 +75,24 @@ def correct(
         if ranks.size() > 1:
             moments.update(kept)
     usual = 1.0 if how == "full" else UNCHOSEN
-    chosen, lower = [(usual, usual)] * len(states), None
-    fitted = any(ranks.everyone(any(held)))
-    if fitted:
-        lower = factor(moments.hessian, DAMPING)
-        chosen = _strengths(states, moments, lower, held)
-    mine = [True] * len(states) if mine is None else mine
-    if not fitted and any(any(by) for by, own in zip(chosen, mine, strict=True) if own):
-        lower = factor(moments.hessian, DAMPING)
-    corrected = _solve(states, mine, moments, lower, chosen)
-    del lower
-    if fitted:
+    chosen = [(usual, usual)] * len(states)
+    if any(ranks.everyone(any(held))):
+        chosen = _strengths(states, moments, held)
+        # Without the tokens held back in it, the correction is worse: KL + 2 % with 32 windows.
         for aparts in held:
-            moments.observe(aparts)
+            moments.update(aparts)
+    mine = [True] * len(states) if mine is None else mine
+    wanted = any(any(by) for by, own in zip(chosen, mine, strict=True) if own)
+    lower = factor(moments.hessian, DAMPING) if wanted else None
+    corrected = _solve(states, mine, moments, lower, chosen)
     return corrected, moments.statistics
 
 
 def _strengths(
-    states: Sequence[WeightState], moments: Moments, lower: Tensor | None, held: Sequence[Sequence[Apart]]
+    states: Sequence[WeightState], moments: Moments, held: Sequence[Sequence[Apart]]
 ) -> list[tuple[float, float]]:
     """The strengths of each weight of a stage. held: tokens that are not in the sums, of each hand of batches."""
+    lower = factor(moments.hessian, DAMPING)
     fits = [_Fitted(state, moments, lower) for state in states]
     for aparts in held:
         for fitted in fits:

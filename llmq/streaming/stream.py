@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmq import ranks
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error
-from llmq.block.chains import run_unquantized
+from llmq.block.chains import replayed, run_unquantized
 from llmq.block.state import rounded_inputs
 from llmq.checkpoint.sink import Sink
 from llmq.checkpoint.source import check_finite
@@ -120,7 +120,7 @@ def quantize_block(
     with keys.largest(io.plan, planned) as seen:
         if planned.experts is None:
             with rounded_inputs(block.module, weights):
-                output = forward(block.module, block.inputs, block.calls, io.device, block.replayed)
+                output = forward(block.module, block.inputs, block.calls, io.device, partial(replayed, block))
                 block.replays = None
         else:
             output, sums, routing = mixture.quantize_rest(io, planned, block, before, watch)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmq.block import chains
 from llmq.block.block import Block, WeightState
-from llmq.block.chains import Chains, run_unquantized, stages
+from llmq.block.chains import Chains, replayed, run_unquantized, stages
 from llmq.discovery.calls import Call
 from llmq.discovery.view import View
 from llmq.grids.nearest import round_to_nearest
@@ -140,7 +140,7 @@ def test_a_run_of_the_rounded_block_does_not_repeat_products(room: int, monkeypa
     assert block.replays is not None
     for index in range(3):
         assert len(block.replays[index].kept) == (1 if room else 0)
-        with block.replayed(index):
+        with replayed(block, index):
             found = block.output(index)
         assert torch.equal(found, block.output(index))
     block.set("out.weight", block.get("out.weight"))
