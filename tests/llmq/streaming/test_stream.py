@@ -73,7 +73,7 @@ def test_an_output_that_overflows_is_named(tiny_model: Path, tmp_path: Path, mon
         seen.append(block)
         if len(seen) == 2:
             block.module.get_parameter("mlp.up_proj.weight").data.fill_(float("inf"))
-            block.replays = None  # they are of the weights before
+            block.replays = None  # What was computed before does not have it.
 
     monkeypatch.setattr(steps, "quantize", huge)
     refused(lambda: llmq.quantize(str(tiny_model), tmp_path / "out", RECIPE, ids=IDS), "layers.1", "after quantization")
