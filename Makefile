@@ -13,11 +13,9 @@ TEST_TOOLS := hypothesis pytest pytest-timeout pytest-xdist
 # Two halves of the tests, of which who is done first takes over some: a module's tests, and what it makes for them, stay
 # together, and nobody waits at the end.
 PYTEST := -m pytest -n 2 --dist worksteal
-# Those that run torch and Python's own library alone, which are the same in both environments.
-SAME := $(addprefix tests/,test_structure.py $(addprefix llmq/,allocation block methods numerics) \
-  $(patsubst %,llmq/grids/test_%.py,base clusters estimators float8 histogram integer kmeans \
-  power_scales scheme table ternary binary vector_search) \
-  $(patsubst %,kernels/test_%.py,int4pack int8_cpu int_grouped levels_cpu processors reference))
+# What meets other packages: models, folders and text as they come from them. All else is tested with the newest alone.
+MEETING := $(addprefix tests/,architectures end_to_end eval kernels/test_triton_int.py \
+  $(addprefix llmq/,adapters checkpoint cli data discovery formats inference))
 
 .PHONY: install demo test quick slow coverage oldest lint format clean
 
@@ -42,10 +40,10 @@ test: $(STAMP)
 	$(BIN)/python $(PYTEST)
 
 # The fast lane with the oldest versions that pyproject.toml promises. torch is the same: of an older one only builds
-# with gigabytes of CUDA are to be had. Left out: what runs nothing else (SAME); a test that makes the newest transformers look older; zamba2, whose
-# tiny configuration transformers 5.16 itself cannot run; one of `llmq tune`, which numpy 2.0's warnings disturb.
+# with gigabytes of CUDA are to be had. Left out: a test that makes the newest transformers look older; zamba2, whose tiny
+# configuration transformers 5.16 itself cannot run; one of `llmq tune`, which numpy 2.0's warnings disturb.
 oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(SAME:%=--ignore=%) \
+	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(MEETING) \
 	  -k "not (as_older_transformers or zamba2 or aria_text or wrong_results)"
 
 $(OLDEST)/.installed: $(OLDEST)/.dependencies pyproject.toml

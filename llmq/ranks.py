@@ -57,9 +57,15 @@ class _Group:
 _group = _Group()
 
 
+STARTERS = (PARENT, "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
+"""Environment variables of what starts ranks; others set RANK and WORLD_SIZE too, for programs of their own."""
+
+
 def asked() -> int:
     """How many ranks this process was started as one of (torchrun's WORLD_SIZE); 1 for one process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    number, count = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    started = any(variable in os.environ for variable in STARTERS)
+    return int(count) if started and number.isdecimal() and count.isdecimal() else 1
 
 
 def launched() -> bool:

@@ -35,6 +35,8 @@ def check_routed(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Rou
         raise ValueError(f"a grouped product takes rows [S, {weight.in_features}], not {[*x.shape]}")
     if weight.packed.dim() < 3:
         raise ValueError(f"stacked weights are [E, …] with an axis for experts, not {[*weight.packed.shape]}")
+    if (weight.codebook is None) != (weight.tables is None):
+        raise ValueError("a codebook and its tables are given together, or neither")
     experts, offs, chosen = weight.packed.shape[0], routing.offs, routing.chosen
     if (offs is None) == (chosen is None):
         raise ValueError("give offs of sorted rows, or chosen experts, and not both")

@@ -137,12 +137,5 @@ def _add_stream(total: Tensor, part: slice, aparts: Sequence[Apart], name: str) 
 
 
 def _add_products(total: Tensor, left: Tensor, rows: Tensor) -> None:
-    """Add Σ l xᵀ over tokens to a sum, in the precision that the model computes in, bfloat16 or float32.
-
-    A correction's own noise, of so many tokens, is larger than that of bfloat16; the Hessian's sums are always float32.
-    """
-    left, rows = left.to(total.device), rows.to(total.device)
-    if rows.dtype == torch.bfloat16:
-        total += left.to(torch.bfloat16).t() @ rows
-    else:
-        total.addmm_(left.t(), rows.float())
+    """Add Σ l xᵀ over tokens to a sum. In bfloat16 it would be faster, but KL rises by 1 % (books8m, 4 bits)."""
+    total.addmm_(left.to(total.device).t(), rows.to(total.device, torch.float32))

@@ -17,6 +17,7 @@ from llmq.cli.goals import with_goal
 from llmq.cli.launch import launch
 from llmq.cli.options import Device, Model, Out, Ranks, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
+from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
@@ -74,14 +75,17 @@ def quantize(
     """
     if count > 1 and ranks.asked() == 1:
         raise typer.Exit(launch(count, sys.argv[1:]))
+    if count > 1 and count != ranks.asked():
+        raise LlmqError(f"--ranks {count}, but torchrun started {ranks.asked()} ranks: leave --ranks out")
     from llmq import job
     from llmq.report import terminal
     from llmq.report.progress import Bars
 
     ranks.start()
-    for console in (out_console, err_console):
-        console.quiet = not ranks.first()
-    with Bars(err_console) as bars:
+    # One rank reports and draws bars; what makes another one fail, that one says.
+    out_console.quiet = not ranks.first()
+    drawn = err_console if ranks.first() else Console(quiet=True)
+    with Bars(drawn) as bars:
         made = job.plan(
             model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
         )
@@ -90,12 +94,12 @@ def quantize(
         return
     terminal.summary(out_console, made)
     try:
-        with Bars(err_console) as bars:
+        with Bars(drawn) as bars:
             report = job.quantize(
                 model, out, goal=goal, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
             )
     except KeyboardInterrupt:
-        err_console.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")
+        drawn.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")
         raise typer.Exit(130) from None
     terminal.report(out_console, report)
     ranks.stop()
@@ -188,6 +192,10 @@ app.command()(tune.tune)
 def main() -> None:
     """Entry point of the console script."""
     settle()
-    if ranks.asked() > 1 and sys.argv[1:2] != ["quantize"]:
-        sys.exit("error: of llmq's commands only `llmq quantize` works with several ranks")
+    others = sys.argv[1:2] and not sys.argv[1].startswith("-") and sys.argv[1] != "quantize"
+    if ranks.asked() > 1 and others and not {"-h", "--help"}.intersection(sys.argv):
+        sys.exit(
+            f"error: of llmq's commands only `llmq quantize` works with several ranks, and {ranks.asked()} were "
+            "started (the environment variables RANK and WORLD_SIZE): start one process"
+        )
     sys.exit(app())

@@ -27,7 +27,9 @@ def launch(count: int, words: Sequence[str]) -> int:
     threads = str(max(1, (os.cpu_count() or 1) // count))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     shared |= {"LOCAL_WORLD_SIZE": str(count), ranks.PARENT: str(os.getpid())}
-    environment = {"OMP_NUM_THREADS": threads} | dict(os.environ) | shared
+    # What a torchrun around this process has said of its own ranks does not hold for these.
+    others = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC_", "GROUP_"))}
+    environment = {"OMP_NUM_THREADS": threads} | others | shared
     processes = []
     try:
         for number in map(str, range(count)):

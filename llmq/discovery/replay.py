@@ -43,7 +43,7 @@ class Replay(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in KEPT:
+        if func not in KEPT or torch.is_inference_mode_enabled():
             return func(*args, **kwargs)
         place, self.place = self.place, self.place + 1
         if place < len(self.kept):

@@ -61,7 +61,11 @@ def grouped(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
     tokens, choices = top_k_index.shape
     if unsorted(tokens, choices, len(first)):
-        x, order, routings = hidden_states, None, (Routing(chosen=top_k_index), Routing(chosen=top_k_index.view(-1, 1)))
+        x, order, routings = (
+            hidden_states,
+            None,
+            (Routing(chosen=top_k_index), Routing(chosen=top_k_index.reshape(-1, 1))),
+        )
         weights = top_k_weights.reshape(-1)
     else:
         order, offsets = sort(top_k_index, len(first))

@@ -143,6 +143,9 @@ def test_few_rows_of_bfloat16_are_rounded_twice_at_most(rows: int, monkeypatch: 
     exact = (codes.double() * x_scale.double()) @ (weight.double() * scale.double()).t()
     assert ((twice.double() - exact).abs() <= 2.0**-7 * (1 + 2.0**-8) * exact.abs()).all()
     assert torch.allclose(int8_cpu.linear(x, stored, bias), (exact + bias).bfloat16(), rtol=2**-6, atol=1e-4)
+    # Of a weight that is not whole in memory torch's operator makes an error.
+    strided = torch.empty(260, 4096, dtype=torch.int8)[::2].copy_(weight)
+    assert torch.equal(int8_cpu.linear(x, PackedInt8(strided, scale, None), None), once)
 
 
 def test_refuses_sums_that_might_overflow() -> None:

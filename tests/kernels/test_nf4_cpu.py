@@ -78,6 +78,14 @@ def test_fours_are_as_good_as_pairs(size: float, threads: int, monkeypatch: pyte
         assert off < 3e-3
 
 
+def test_codes_that_do_not_lie_in_one_piece() -> None:
+    stored, dense = weight(8, 128, 64, False)
+    apart = torch.empty(2 * len(stored.packed), dtype=torch.uint8)[::2].copy_(stored.packed)
+    x = torch.eye(128).bfloat16()
+    got = nf4_cpu.linear(x, replace(stored, packed=apart), None)
+    assert torch.equal(got, nf4_cpu.linear(x, stored, None)) or torch.allclose(got.double(), dense.t(), rtol=2**-7)
+
+
 def test_the_layout_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     dense = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,21 @@ def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     planes.forget()
 
 
+def test_a_slice_of_a_wider_choice() -> None:
+    """Kernels read what they are given as it lies in memory: the operator hands them whole tensors."""
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    made = [plain(32, 64, 4, 64, seed=e) for e in range(8)]
+    packed = [layouts.pack("planes", w.words, w.scale, w.zero, 4, 64, 64, x.dtype) for w in made]
+    codes, scale = (torch.stack([one[i] for one in packed]).to(DEVICE) for i in (0, 1))
+    top = torch.tensor([[3, 1, 7, 0], [5, 2, 6, 4]], device=DEVICE)[:, :2]
+    rest = (4, 32, 64, 64, "planes")
+    found = torch.ops.llmq.grouped_int_linear(x, codes, scale, None, None, None, top, *rest)
+    whole = torch.ops.llmq.grouped_int_linear(x, codes, scale, None, None, None, top.contiguous(), *rest)
+    assert torch.equal(found, whole)
+    exact = torch.stack([made[e].dense @ x[i].double().cpu() for i, e in ((0, 3), (0, 1), (1, 5), (1, 2))])
+    torch.testing.assert_close(found.double().cpu(), exact, rtol=2e-2, atol=2e-2)
+
+
 def ends(*counts: int) -> Routing:
     """Sorted rows, so many of each expert."""
     return Routing(torch.tensor(counts).cumsum(0).to(torch.int32))

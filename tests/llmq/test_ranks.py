@@ -34,6 +34,25 @@ def test_one_process_has_everything_and_waits_for_nobody() -> None:
     assert ranks.own_device("cuda") == "cuda" and ranks.on_this_machine() == 1
 
 
+@pytest.mark.parametrize(
+    ("told", "count"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4"}, 1),  # as other launchers set them
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"RANK": "0", "WORLD_SIZE": "x", "LOCAL_WORLD_SIZE": "4"}, 1),
+        ({"RANK": "", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1),
+    ],
+)
+def test_ranks_are_those_that_were_started_as_such(
+    told: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*ranks.STARTERS, "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.asked() == count
+
+
 @pytest.mark.parametrize(("count", "hand"), [(2, 9), (3, 2), (4, 1)])
 def test_sums_over_ranks_have_the_bytes_of_one_process(count: int, hand: int) -> None:
     order = [3, 0, 6, 5, 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmq_kernels.checks import check_device, check_routed
 from llmq_kernels.common import refuse_weight_gradient
 from llmq_kernels.grouped_int_linear import by_expert
-from llmq_kernels.grouped_int_linear.route import Routing
+from llmq_kernels.grouped_int_linear.route import Routing, sort, unsorted
 from llmq_kernels.int_linear import layouts, planes
 from llmq_kernels.weights import PackedInt
 
@@ -46,7 +46,8 @@ def grouped_int_linear(
     offset, and of experts that there are not, are zero. bias: float [E, out]. codebook, tables: as in `PackedInt`.
 
     Raises TypeError or ValueError if an argument does not fit; on a CPU also if offsets do not ascend to at most S. On
-    a GPU nothing waits for them, and offsets that do not ascend give wrong rows.
+    a GPU nothing waits for them (but gradients, and products of many rows in float16), and offsets that do not ascend
+    give wrong rows.
     """
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size, codebook, tables)
     return routed_linear(x, weight, bias, Routing(offs, chosen), layout)
@@ -57,9 +58,19 @@ def routed_linear(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Ro
     check_routed(x, weight, bias, routing)
     check_device(x, weight.packed, "the weight")
     check_device(x, weight.scale, "scale")
-    x = x.contiguous()
+    for name in ("zero", "codebook", "tables"):
+        if (tensor := getattr(weight, name)) is not None:
+            check_device(x, tensor, name)
+    # Kernels read all of them as they lie in memory.
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    routing = routing.contiguous()
     if layout == "planes":
-        return planes.linear(x, weight, bias, routing)
+        if routing.chosen is None or unsorted(*routing.chosen.shape, len(weight.packed)):
+            return planes.linear(x, weight, bias, routing)
+        # One program for each pair would read an expert again and again, and a grid has room for 65,535.
+        order, ends = sort(routing.chosen, len(weight.packed))
+        found = planes.linear(x[order // routing.choices], weight, bias, Routing(ends))
+        return torch.empty_like(found).index_copy_(0, order, found)
     return by_expert.linear(x, weight, bias, routing, layouts.layout(layout).linear)
 
 

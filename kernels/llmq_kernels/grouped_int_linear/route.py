@@ -20,6 +20,10 @@ class Routing:
     offs: Tensor | None = None
     chosen: Tensor | None = None
 
+    def contiguous(self) -> Routing:
+        """The same, in memory one after the other: a slice of a wider choice is not."""
+        return Routing(*(None if part is None else part.contiguous() for part in (self.offs, self.chosen)))
+
     def rows(self, x: Tensor) -> int:
         """Of the product with x [S, in]."""
         return x.shape[0] if self.chosen is None else self.chosen.numel()

@@ -44,10 +44,12 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape[0], weight.out_features)
     factors = weight.scale.to(torch.float32).view(-1)
     bias = None if bias is None else bias.to(torch.float32)
+    # Torch's operator takes whole weights only.
+    whole = x.dtype == torch.bfloat16 and weight.packed.is_contiguous()
+    rounded = whole and _operator_is_fastest(len(x), x.shape[1])
     for start in range(0, len(x), ROWS):
         some, result = x[start : start + ROWS], y[start : start + ROWS]
         codes, x_scale = _round_in_cache(some, weight.input_scale)
-        rounded = x.dtype == torch.bfloat16 and _operator_is_fastest(len(some), x.shape[1])
         sums = _by_operator(codes, weight.packed) if rounded else multiply(codes, weight.packed)
         _scale(sums, x_scale, factors, bias, result)
     return y

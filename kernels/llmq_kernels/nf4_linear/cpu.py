@@ -60,7 +60,8 @@ def _slabs(weight: PackedCodebook) -> Iterator[tuple[slice, Tensor]]:
 def _has_fours(weight: PackedCodebook) -> bool:
     """Whether four codes that follow each other are always two whole bytes of one block."""
     size = weight.out_features * weight.in_features
-    return size % weight.block_size == 0 and weight.block_size % 4 == 0 and weight.packed.storage_offset() % 2 == 0
+    whole = weight.packed.is_contiguous() and weight.packed.storage_offset() % 2 == 0
+    return whole and size % weight.block_size == 0 and weight.block_size % 4 == 0
 
 
 def _slabs_of_fours(weight: PackedCodebook, size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from llmq import job, ranks
 from llmq.cli import launch
+from llmq.cli.app import app
+from llmq.errors import LlmqError
 
 SCRIPT = "import os, sys, time; rank = os.environ['RANK']; "
 
@@ -34,3 +39,20 @@ def test_a_killed_rank_stops_all_with_its_name(capsys: pytest.CaptureFixture[str
 def test_the_code_of_a_rank_that_failed_is_returned(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.launch(2, [SCRIPT + "rank == '0' and sys.exit(2); time.sleep(600)"]) == 2
     assert not capsys.readouterr().err
+
+
+def test_another_rank_says_what_it_fails_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LlmqError("a weight of its own is damaged")
+
+    monkeypatch.setattr(ranks, "start", lambda: None)
+    monkeypatch.setattr(ranks, "first", lambda: False)
+    monkeypatch.setattr(job, "plan", fail)
+    found = CliRunner().invoke(app, ["quantize", "demo", "-o", str(tmp_path / "out")])
+    assert found.exit_code == 2 and "a weight of its own is damaged" in found.output
+
+
+def test_what_a_torchrun_around_says_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "COMMAND", (sys.executable, "-S", "-c"))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert launch.launch(1, [SCRIPT + "sys.exit('TORCHELASTIC_USE_AGENT_STORE' in os.environ)"]) == 0

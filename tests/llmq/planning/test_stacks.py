@@ -78,8 +78,8 @@ def test_experts_stored_singly_are_for_everyone_with_any_loader(tmp_path: Path) 
 
 def test_schemes_that_llmq_does_not_keep_packed_are_refused(rows: Path, columns: Path) -> None:
     for model in (rows, columns):
-        for scheme in (Scheme(8, None, grid="fp8"), Scheme(4, 32, grid="nf4")):
-            refused(partial(plan, model, scheme), "use --grid int, or --keep experts")
+        refused(partial(plan, model, Scheme(8, None, grid="fp8")), "use --grid int, mxfp4 or nvfp4, or --keep experts")
+        refused(partial(plan, model, Scheme(4, 32, grid="nf4")), "use --grid int, or --keep experts")
         several = partial(plan, model, overrides=(("re:experts\\.2\\.", Scheme(8, 16)),))
         refused(several, "experts with different schemes")
 
