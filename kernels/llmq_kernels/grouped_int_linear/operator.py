@@ -65,7 +65,7 @@ def routed_linear(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Ro
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     routing = routing.contiguous()
     if layout == "planes":
-        if routing.chosen is None or unsorted(*routing.chosen.shape, len(weight.packed)):
+        if routing.chosen is None or unsorted(len(routing.chosen), routing.choices, len(weight.packed)):
             return planes.linear(x, weight, bias, routing)
         # One program for each pair would read an expert again and again, and a grid has room for 65,535.
         order, ends = sort(routing.chosen, len(weight.packed))
