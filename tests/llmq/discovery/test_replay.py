@@ -81,3 +81,17 @@ def test_what_does_not_fit_or_was_changed_in_place_is_computed_again() -> None:
             assert torch.equal(found, run(module, x, None, "d")[0])
             computed.append(products)
         assert computed == wanted
+
+
+def test_a_run_that_takes_another_way_computes_its_own() -> None:
+    """Another product, or one of another shape, stands where a kept one did."""
+    x, weight, replay = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), Replay(1 << 20)
+    with torch.no_grad():
+        with replay:
+            first = torch.nn.functional.linear(x, weight)
+        with replay:
+            assert torch.nn.functional.linear(x, weight) is first
+        with replay:
+            torch.testing.assert_close(torch.matmul(x, weight), x @ weight)
+        with replay:
+            assert torch.nn.functional.linear(x[:2], weight).shape == (2, WIDTH)
