@@ -139,8 +139,7 @@ def loaders(schemes: Collection[Scheme]) -> list[Loader]:
 
 def loaded_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
     """Bytes of a weight on llmq's kernels; dtype: of scales."""
-    (rows, width), (count, entries, size) = shape, books_of(scheme)
-    return rows * (width // size) * count + 4 * count * entries * size + rows * dtype.itemsize
+    return VectorsWeight.nbytes(*shape, books_of(scheme), dtype)
 
 
 @dataclass(frozen=True)

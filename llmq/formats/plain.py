@@ -102,6 +102,12 @@ class VectorsWeight:
     scale: Tensor
     in_features: int
 
+    @staticmethod
+    def nbytes(rows: int, width: int, books: tuple[int, int, int], dtype: torch.dtype) -> int:
+        """Bytes of a weight with one group to a row. books: codebooks, entries, n; dtype: of scales."""
+        count, entries, size = books
+        return rows * (width // size) * count + 4 * count * entries * size + rows * dtype.itemsize
+
 
 Weight = IntWeight | CodebookWeight | Int8Weight | LevelsWeight | VectorsWeight
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 
 from llmq.formats.plain import IntWeight
 from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear, QuantLinear
+from llmq.inference.stack import StackedLinear
 from llmq_kernels import rounded
 from llmq_kernels.int_linear import int8pack
 from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 
+log = logging.getLogger(__name__)
+
 
 def round_codebooks(model: nn.Module) -> int:
     """Replace the layers of 4-bit codebooks that are on a CPU, where torch's 8-bit operator takes them. Returns how
-    many.
+    many; what stays as it is, is logged.
     """
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, CodebookLinear | LevelsLinear)]
+    stacks = (part.at(0) for part in model.modules() if isinstance(part, StackedLinear))
+    experts = sum(isinstance(layer, CodebookLinear | LevelsLinear) for layer in stacks)
     count = 0
     for name, layer in found:
         weight = _rounded(layer)
@@ -25,6 +31,12 @@ def round_codebooks(model: nn.Module) -> int:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, weight)
             count += 1
+    if left := len(found) - count:
+        log.warning(
+            "%d of %d weights stay codebooks: int8 is for a CPU, bfloat16 and widths of whole blocks", left, len(found)
+        )
+    if experts:
+        log.warning("%d stacks of experts stay codebooks: int8 is for other weights", experts)
     return count
 
 

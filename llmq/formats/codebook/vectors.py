@@ -65,8 +65,7 @@ def splits(width: int, scheme: Scheme, parts: int) -> bool:
 
 def nbytes(rows: int, width: int, scheme: Scheme, dtype: torch.dtype) -> int:
     """Bytes of a weight on llmq's kernels, where codebooks are float32; dtype: of scales."""
-    count, entries, size = books_of(scheme)
-    return rows * (width // size) * count + 4 * count * entries * size + rows * dtype.itemsize
+    return VectorsWeight.nbytes(rows, width, books_of(scheme), dtype)
 
 
 @dataclass(frozen=True)
