@@ -19,6 +19,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.claim import refuse_foreign
 from llmq.checkpoint.files import CARD, RECIPE, REPORT
 from llmq.checkpoint.follower import open_sink
+from llmq.checkpoint.remote import open_remote
 from llmq.checkpoint.source import Source
 from llmq.checkpoint.strangers import of_tokenizer
 from llmq.data.calibration import Windows, windows
@@ -58,6 +59,7 @@ def plan(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
+    stream_hub: bool = False,
     watch: Watch | None = None,
 ) -> Plan:
     """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
@@ -67,7 +69,7 @@ def plan(
     text.
     """
     with ranks.failing_together():
-        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
+        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, stream_hub, scored=goal is not None)
         check_ranks(made, chosen=goal is None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
@@ -84,6 +86,7 @@ def _made(
     device: str,
     ids: Tensor | None,
     trust_remote_code: bool,
+    stream_hub: bool,
     *,
     held: bool = False,
     scored: bool = False,
@@ -98,7 +101,11 @@ def _made(
     if folder is not None:
         check_writable(folder)
         refuse_foreign(folder)
-    source = open_source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
+    if stream_hub:
+        found, store = open_remote(model, trust_remote_code=trust_remote_code)
+        source = open_source(found, trust_remote_code, store)
+    else:
+        source = open_source(hub.resolve(model, trust_remote_code=trust_remote_code), trust_remote_code)
 
     def wanted(longest: int | None) -> Windows:
         more = extra(min(recipe.calibration.seqlen, longest or recipe.calibration.seqlen)) if held or scored else 0
@@ -130,6 +137,7 @@ def quantize(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
+    stream_hub: bool = False,
     watch: Watch | None = None,
     made: Plan | None = None,
     command: str | None = None,
@@ -153,12 +161,13 @@ def quantize(
         device=device,
         ids=ids,
         trust_remote_code=trust_remote_code,
+        stream_hub=stream_hub,
         watch=watch,
     )
     where = torch.device(ranks.own_device(device))
     chosen = None if goal is None else allocate.choose_bits(made, goal, where, watch)
     if chosen is not None:
-        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, held=True)
+        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, stream_hub, held=True)
     told = fingerprint(made, device)
     ranks.agree(told | {"threads": torch.get_num_threads(), "command": str(out.absolute())}, "run")
     with open_sink(out, told, units=len(rest(made)) + sum(len(block.units) for block in made.blocks)) as sink:
@@ -177,7 +186,7 @@ def quantize(
         # A local model is recorded by its absolute path, so that the report can be used from any working directory.
         name = str(Path(model).absolute()) if Path(model).exists() else model
         if command is None:
-            command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code)
+            command = "" if ids is not None else repeat(model, out, device, tp, trust_remote_code, stream_hub)
         report = make_report(made, name, out, sink.done, time.perf_counter() - began, sink.total_bytes, command)
         if chosen is not None:
             report.chosen = allocate.measured(chosen, made, sink, where, watch)
@@ -191,12 +200,13 @@ def quantize(
     return report
 
 
-def repeat(model: str, out: Path, device: str, tp: int, trust_remote_code: bool) -> str:
+def repeat(model: str, out: Path, device: str, tp: int, trust_remote_code: bool, stream_hub: bool) -> str:
     """The command line that runs the same job, with its recipe in a file `recipe.yaml`."""
     words = ["llmq", "quantize", model, "-o", str(out), "--recipe", "recipe.yaml"]
     words += ["--device", device] if device != "cpu" else []
     words += ["--tp", str(tp)] if tp != 1 else []
-    return shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
+    words += ["--trust-remote-code"] if trust_remote_code else []
+    return shlex.join([*words, *(["--stream-hub"] if stream_hub else [])])
 
 
 def config(made: Plan) -> dict[str, Any]:

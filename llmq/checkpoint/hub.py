@@ -137,7 +137,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         info = repository(name, "model", revision=revision, token=token)
@@ -149,12 +149,26 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
         except Exception:
             raise unreachable from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    weights = _weights(name, sizes)
-    if weights is None:
-        index = _retried(lambda: hf_hub_download(name, INDEX, revision=info.sha, token=token), name)
-        weights = _indexed(name, Path(index), sizes)
-    wanted = [*weights, *(file for file in sizes if _carried(file, trust_remote_code) or _beside(file, sizes))]
-    _check_disk(name, info.sha, {file: sizes[file] for file in wanted})
+    weights = _shards(name, info.sha, sizes, token)
+    return _snapshot(name, info.sha, revision, token, sizes, [*weights, *_others(sizes, trust_remote_code)])
+
+
+def without_weights(name: str, info: ModelInfo, token: str | None, trust_remote_code: bool) -> tuple[Path, list[str]]:
+    """A folder with all files that `resolve` fetches but the weights, and the names of those. Raises as resolve."""
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    weights = _shards(name, info.sha, sizes, token)
+    others = _others(sizes, trust_remote_code)
+    wanted = [*(file for file in weights if file == INDEX), *others]
+    return _snapshot(name, info.sha, info.sha, token, sizes, wanted), [file for file in weights if file != INDEX]
+
+
+def _snapshot(
+    name: str, commit: str | None, revision: str | None, token: str | None, sizes: dict[str, int], wanted: list[str]
+) -> Path:
+    """The cache's folder of a repository, with the wanted files in it."""
+    from huggingface_hub import snapshot_download
+
+    _check_disk(name, commit, {file: sizes[file] for file in wanted})
     # The pattern language has no escape but brackets; names with brackets do not occur among these files.
     return Path(
         _retried(
@@ -162,6 +176,22 @@ def _fetch(name: str, revision: str | None, token: str | None, trust_remote_code
             name,
         )
     )
+
+
+def _shards(name: str, commit: str | None, sizes: dict[str, int], token: str | None) -> list[str]:
+    """The weight files to fetch, with their index."""
+    from huggingface_hub import hf_hub_download
+
+    weights = _weights(name, sizes)
+    if weights is None:
+        index = _retried(lambda: hf_hub_download(name, INDEX, revision=commit, token=token), name)
+        weights = _indexed(name, Path(index), sizes)
+    return weights
+
+
+def _others(sizes: dict[str, int], trust_remote_code: bool) -> list[str]:
+    """The files to fetch that are no weights of the model."""
+    return [file for file in sizes if _carried(file, trust_remote_code) or _beside(file, sizes)]
 
 
 def _weights(name: str, files: dict[str, int]) -> list[str] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from llmq.checkpoint import strangers
 from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along, modules_beside, named_templates
+from llmq.checkpoint.store import LOCAL, Store
 from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
 # Not copied: these files describe the source's own weights, which is wrong for the quantized ones.
 _LEFT = {"config.json", "params.json", "adapter_config.json", *QUANTIZED, REPORT}
 _CARRIED_MAX = 128 << 20
-_CHUNK = 4096
-_CHUNKS = 64
+_SIDE_BY_SIDE = 8
 
 
 class Source(Protocol):
@@ -71,9 +73,9 @@ class FolderSource:
     weights are pickles or missing; a shard is missing, truncated, too long or damaged; the index names a tensor that
     its shard lacks; the model is already quantized (unless quantized_ok, or what that returns for its config.json)
     or needs code of its own (unless trust_remote_code).
-    """
 
-    warnings: tuple[str, ...] = ()
+    store: where the weights are, if not in the folder.
+    """
 
     def __init__(
         self,
@@ -81,8 +83,10 @@ class FolderSource:
         trust_remote_code: bool = False,
         *,
         quantized_ok: bool | Callable[[dict[str, Any]], bool] = False,
+        store: Store = LOCAL,
     ) -> None:
         self.folder = Path(folder)
+        self.store = store
         self.trust_remote_code = trust_remote_code
         self.index: Path | None = None
         try:
@@ -109,10 +113,11 @@ class FolderSource:
             shards = [self.folder / name for name in sorted(set(weight_map.values()))]
         self.shards: list[Path] = shards
         self._infos = self._headers(weight_map)
+        self.warnings: tuple[str, ...] = self.store.told(self.total_bytes)
 
     def _single(self) -> list[Path] | None:
         """The one weights file, or None where an index names several."""
-        if (self.folder / SINGLE).exists():
+        if self.store.size(self.folder / SINGLE) is not None:
             return [self.folder / SINGLE]
         if (self.folder / INDEX).exists():
             return None
@@ -141,12 +146,15 @@ class FolderSource:
         infos: dict[str, TensorInfo] = {}
         listed = set(weight_map.values())
         for shard in self.shards:
-            if not shard.is_file():
+            if self.store.size(shard) is None:
                 raise LlmqError(f"shard {shard.name}, named by {self.index}, is missing: download it again")
-            here = {given for given in listed if self.folder / given == shard}
-            for name, info in read_header(shard).items():
-                if name not in weight_map or weight_map[name] in here:
-                    infos[name] = info
+        with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+            headers = pool.map(partial(read_header, store=self.store), self.shards)
+            for shard, header in zip(self.shards, headers, strict=True):
+                here = {given for given in listed if self.folder / given == shard}
+                for name, info in header.items():
+                    if name not in weight_map or weight_map[name] in here:
+                        infos[name] = info
         for name, shard_name in weight_map.items():
             if name not in infos:
                 raise LlmqError(
@@ -168,11 +176,11 @@ class FolderSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, in newly allocated memory. Raises LlmqError if the file cannot be read."""
-        return read_tensor(self._infos[name])
+        return read_tensor(self._infos[name], self.store)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start…stop−1 of a tensor, without reading the others. Raises as read, and IndexError out of range."""
-        return read_rows(self._infos[name], start, stop)
+        return read_rows(self._infos[name], start, stop, self.store)
 
     @property
     def total_bytes(self) -> int:
@@ -200,9 +208,9 @@ class FolderSource:
     def fingerprint(self) -> str:
         """A hash that identifies the checkpoint, without reading all of it.
 
-        It covers config.json, the index, and each shard's name, size, header and 64 evenly spaced samples of 4 KiB
-        (with the first and last bytes). Checkpoints that differ only in a few weights may have the same hash. Raises
-        LlmqError if a file cannot be read.
+        It covers config.json, the index, and each shard's name, size, and what its store has for its contents
+        (`Store.proof`). Checkpoints on disk that differ only in a few weights may have the same hash. Raises LlmqError
+        if a file cannot be read.
         """
         digest = hashlib.sha256()
 
@@ -214,16 +222,8 @@ class FolderSource:
             add(b"" if path is None else _read_bytes(path))
         for shard in self.shards:
             try:
-                with shard.open("rb") as file:
-                    size = shard.stat().st_size
-                    header = file.read(8)
-                    header += file.read(int.from_bytes(header, "little"))
-                    for part in (shard.name.encode(), str(size).encode(), header):
-                        add(part)
-                    last = max(size - _CHUNK, len(header))
-                    for step in range(_CHUNKS):
-                        file.seek(len(header) + (last - len(header)) * step // (_CHUNKS - 1))
-                        add(file.read(_CHUNK))
+                for part in (shard.name.encode(), str(self.store.size(shard)).encode(), *self.store.proof(shard)):
+                    add(part)
             except OSError as error:
                 raise LlmqError(f"cannot read {shard}: {error.strerror}") from error
         return digest.hexdigest()

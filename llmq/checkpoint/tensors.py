@@ -8,6 +8,7 @@ end.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import strangers
+from llmq.checkpoint.store import LOCAL, Store
 from llmq.errors import LlmqError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -46,6 +48,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER = 100_000_000  # the format's own limit; keeps a garbage length from being read as one
 _PIECE = 1 << 24  # bytes per write and hash
+_START = 1 << 16  # bytes that hold most headers, so that one read gets them
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,27 @@ class TensorInfo:
         return self.end - self.begin
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, store: Store = LOCAL) -> dict[str, TensorInfo]:
     """The tensors of one file, in the order of their bytes.
 
     Raises LlmqError, naming the file and if possible the tensor, if the file cannot be read, is not safetensors,
     is longer or shorter than its header says, or its header contradicts itself.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            # A real length is far below 2^32: its last four bytes are 0.
-            if any(start[4:]) and (told := strangers.of_file(path)):
-                raise LlmqError(f"{path} is {told}")
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or 8 + length > size:
-                raise _truncated(path, f"{size} bytes, shorter than its own header")
-            if length > _MAX_HEADER:
-                raise LlmqError(f"{path} is not a safetensors file: its first bytes are no header length")
-            raw = file.read(length)
+        size = store.size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        start = _bytes(path, 0, min(size, _START), store)
+        # A real length is far below 2^32: its last four bytes are 0.
+        if any(start[4:8]) and store is LOCAL and (told := strangers.of_file(path)):
+            raise LlmqError(f"{path} is {told}")
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or 8 + length > size:
+            raise _truncated(path, f"{size} bytes, shorter than its own header")
+        if length > _MAX_HEADER:
+            raise LlmqError(f"{path} is not a safetensors file: its first bytes are no header length")
+        raw = start[8 : 8 + length]
+        raw += _bytes(path, 8 + len(raw), length - len(raw), store)
     except OSError as error:
         raise LlmqError(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -108,6 +113,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} has {size - position} bytes after its last tensor; the file is damaged, download it again"
         )
     return {info.name: info for info in found}
+
+
+def _bytes(path: Path, begin: int, count: int, store: Store) -> bytes:
+    found = bytearray(count)
+    return bytes(found[: store.read(path, begin, memoryview(found))]) if count else b""
 
 
 def _truncated(path: Path, how: str) -> LlmqError:
@@ -143,39 +153,31 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
+def read_tensor(info: TensorInfo, store: Store = LOCAL) -> Tensor:
     """The tensor, in its own dtype, in freshly allocated memory. Raises LlmqError if the file changed or fails."""
-    return _read(info, info.begin, info.shape)
+    return _read(info, info.begin, info.shape, store)
 
 
-def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
+def read_rows(info: TensorInfo, start: int, stop: int, store: Store = LOCAL) -> Tensor:
     """Rows start…stop−1 of the first dimension. Raises as read_tensor, and IndexError out of range."""
     if not info.shape or not 0 <= start <= stop <= info.shape[0]:
         raise IndexError(f"rows {start}:{stop} of {info.name}, whose shape is {list(info.shape)}")
     row = info.nbytes // info.shape[0] if info.shape[0] else 0
-    return _read(info, info.begin + start * row, (stop - start, *info.shape[1:]))
+    return _read(info, info.begin + start * row, (stop - start, *info.shape[1:]), store)
 
 
-def _read(info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:
+def _read(info: TensorInfo, begin: int, shape: tuple[int, ...], store: Store) -> Tensor:
     nbytes = info.dtype.itemsize
     for size in shape:
         nbytes *= size
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     view: memoryview = buffer.numpy().data
-    done = 0
     try:
-        fd = os.open(info.file, os.O_RDONLY)
-        try:
-            while done < nbytes:
-                got = os.preadv(fd, [view[done:]], begin + done)
-                if got == 0:
-                    raise LlmqError(
-                        f"{info.file} became shorter while llmq was running: {info.name} cannot be read; "
-                        "restore the file and run the same command again"
-                    )
-                done += got
-        finally:
-            os.close(fd)
+        if store.read(info.file, begin, view) < nbytes:
+            raise LlmqError(
+                f"{info.file} became shorter while llmq was running: {info.name} cannot be read; "
+                "restore the file and run the same command again"
+            )
     except OSError as error:
         raise LlmqError(f"cannot read {info.name} from {info.file}: {error.strerror}") from error
     return buffer.view(info.dtype).reshape(shape)

@@ -15,7 +15,7 @@ from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
 from llmq.cli.launch import launch
-from llmq.cli.options import Device, Model, Out, Ranks, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli.options import Device, Model, Out, Ranks, StreamHub, Tp, Trust, err_console, explained, with_recipe
 from llmq.cli.surroundings import settle
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
@@ -42,6 +42,7 @@ def plan(
     tp: Tp = 1,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
+    stream_hub: StreamHub = False,
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
     from llmq import job
@@ -50,7 +51,15 @@ def plan(
 
     with Bars(err_console) as bars:
         made = job.plan(
-            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+            model,
+            chosen,
+            goal=goal,
+            out=out,
+            tp=tp,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            stream_hub=stream_hub,
+            watch=bars,
         )
     terminal.plan(out_console, made)
 
@@ -68,6 +77,7 @@ def quantize(
     count: Ranks = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
+    stream_hub: StreamHub = False,
 ) -> None:
     """Quantize a model into a folder that transformers and vLLM load directly, in the format of its grid.
 
@@ -87,7 +97,15 @@ def quantize(
     drawn = err_console if ranks.first() else Console(quiet=True)
     with Bars(drawn) as bars:
         made = job.plan(
-            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+            model,
+            chosen,
+            goal=goal,
+            out=out,
+            tp=tp,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            stream_hub=stream_hub,
+            watch=bars,
         )
     if dry_run:
         terminal.plan(out_console, made)
@@ -96,7 +114,15 @@ def quantize(
     try:
         with Bars(drawn) as bars:
             report = job.quantize(
-                model, out, goal=goal, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
+                model,
+                out,
+                goal=goal,
+                tp=tp,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                stream_hub=stream_hub,
+                watch=bars,
+                made=made,
             )
     except KeyboardInterrupt:
         drawn.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")

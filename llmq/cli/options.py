@@ -41,6 +41,13 @@ Ranks = Annotated[
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
+StreamHub = Annotated[
+    bool,
+    typer.Option(
+        "--stream-hub",
+        help="Read a hub model's weights over the network as they are needed, and never write them to a disk.",
+    ),
+]
 
 Method = Annotated[
     str | None,

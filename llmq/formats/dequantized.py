@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmq import formats
 from llmq.checkpoint.source import FolderSource, Source, Wrapped, check_finite
+from llmq.checkpoint.store import LOCAL, Store
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.errors import LlmqError
 from llmq.formats.inspection import section_of
@@ -115,13 +116,15 @@ class Dequantized(Wrapped):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
+def open_source(folder: Path, trust_remote_code: bool = False, store: Store = LOCAL) -> Source:
     """A model folder to quantize; one in a format that is dequantized on read is a `Dequantized`.
+
+    store: where its weights are.
 
     Raises LlmqError as FolderSource does, also for a model that is quantized in any other way; and if a weight's codes,
     scales and configuration contradict each other.
     """
-    base = FolderSource(folder, trust_remote_code, quantized_ok=partial(reads, folder))
+    base = FolderSource(folder, trust_remote_code, quantized_ok=partial(reads, folder), store=store)
     method, section = section_of(folder, base.config)
     known = _format(method, section)
     if known is None:

@@ -52,6 +52,10 @@ def test_by_hub_id(tiny_model: Path, tmp_path: Path) -> None:
         sizes = {name: len(data) for name, data in hub.datasets["org/texts"].files.items()}
         served = sum(size for name, size in hub.served.items() if name in sizes)
         assert served < sum(sizes.values()) / 4
+        streamed = quantize(server, "org/tiny", "-o", tmp_path / "streamed", "--calib", "org/texts", "--stream-hub")
+        assert streamed.returncode == 0, streamed.stderr
+        for file in out.glob("*.safetensors"):
+            assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
         for name, word in (("org/gated", "gated"), ("org/absent", "org/absent")):
             refused = quantize(server, name, "-o", tmp_path / "no", "--calib", "org/texts")
             assert refused.returncode == 2

@@ -1,11 +1,12 @@
 """A process of its own that talks to a hub: HF_ENDPOINT counts only where it is set before huggingface_hub is imported.
 
-Run as a script it answers JSON lines: {"do": "resolve", "push" or "windows", …} → {"value": …} or {"error": …, "text":
-…}.
+Run as a script it answers JSON lines: {"do": "resolve", "remote", "push" or "windows", …} → {"value": …}
+or {"error": …, "text": …}.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -50,11 +51,27 @@ class HubClient:
         return answer
 
 
+def _read_remotely(do: str, model: str, piece: int, rows: list[int] | None = None) -> dict[str, Any]:
+    """The sha256 of every tensor of a model that is read over the network, or of some of its rows."""
+    from llmq.checkpoint import remote
+    from llmq.checkpoint.source import FolderSource
+
+    remote.PIECE = piece
+    remote.time.sleep = lambda seconds: None  # type: ignore[attr-defined,assignment]
+    folder, store = remote.open_remote(model)
+    source = FolderSource(folder, store=store)
+    read = source.read if rows is None else lambda name: source.read_rows(name, *rows)
+    hashes = {name: hashlib.sha256(bytes(read(name).flatten().tolist())).hexdigest() for name in source.names()}
+    return {"hashes": hashes, "fingerprint": source.fingerprint(), "warnings": source.warnings, "folder": str(folder)}
+
+
 def _answer(question: dict[str, Any]) -> Any:
     if question["do"] == "resolve":
         from llmq.checkpoint.hub import resolve
 
         return str(resolve(question["model"], trust_remote_code=question.get("trust_remote_code", False)))
+    if question["do"] == "remote":
+        return _read_remotely(**question)
     if question["do"] == "push":
         from llmq.push import push
 
