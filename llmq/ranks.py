@@ -197,12 +197,11 @@ def gather(values: Iterable[T]) -> list[T]:
 
 
 def share(costs: Sequence[float]) -> list[int]:
-    """Which rank does each of some jobs: the dearest first, each to the rank with the least to do."""
-    load, owners = [0.0] * size(), [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        # Of equal loads the last rank: the first one also packs and writes.
-        owners[job] = min(reversed(range(size())), key=lambda number: load[number])
-        load[owners[job]] += costs[job]
+    """Which rank does each of some jobs: consecutive ones, of about the same cost in all."""
+    whole, before, owners = sum(costs), 0.0, []
+    for cost in costs:
+        owners.append(min(size() - 1, int((before + cost / 2) / whole * size())) if whole else 0)
+        before += cost
     return owners
 
 

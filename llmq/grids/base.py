@@ -78,6 +78,30 @@ class QuantizedWeight:
         return weight
 
 
+ROWS = 2048
+"""How many rows of a weight are rounded together on a CPU, where rows can be rounded apart."""
+
+
+def pieces(rows: int, scheme: Scheme, device: torch.device) -> list[slice]:
+    """The rows that are rounded together. What is computed of a piece has the same bytes wherever it is computed."""
+    step = ROWS if rounding_of(scheme.rules).apart and device.type == "cpu" else max(1, rows)
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """A weight whose rows were rounded apart, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
 class Units(NamedTuple):
     """Of what each group's scale, and its zero point times its scale, are whole multiples, which a solver may change.
 
@@ -99,13 +123,14 @@ class Rounding(ABC):
     A *point* is a value of the grid, float32; a *code* is the stored form of a point, one byte each. The `scaled` value
     of a weight is w / scale. code_dtype: of codes; scale_dtype: of scales, None for the dtype of the model;
     zero_dtype: of zero points, which are whole numbers but where a grid stores something else in their place; even:
-    whether the levels are evenly spaced.
+    whether the levels are evenly spaced; apart: whether rows of a weight can be rounded without the others.
     """
 
     code_dtype: torch.dtype = torch.uint8
     scale_dtype: torch.dtype | None = None
     zero_dtype: torch.dtype = torch.int8
     even: bool = False
+    apart: bool = True
 
     @abstractmethod
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:

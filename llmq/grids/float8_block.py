@@ -18,6 +18,8 @@ from llmq.grids.scheme import Scheme
 class Float8Block(Float8):
     """See `Rounding`. `stored_scale` of a weight has the scale of every block, [blocks of channels, groups]."""
 
+    apart = False
+
     def find_scale(
         self, weight: Tensor, scheme: Scheme, method: str, importance: Tensor | None, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:

@@ -31,6 +31,8 @@ class KMeans(Rounding):
     """See `Rounding`. levels: float32 [out, points] of a weight's rows, ascending, in units of their scale; unit: the
     scales that they were found with, [out, 1]."""
 
+    apart = False
+
     def __init__(self, levels: Tensor | None = None, unit: Tensor | None = None) -> None:
         self._levels, self._unit = levels, unit
         self._bounds = None if levels is None else (levels[:, :-1] + levels[:, 1:]) / 2

@@ -83,6 +83,7 @@ class KWeight:
 class KQuant(Integer):
     """See `Rounding`: scales and zero points are float32; `stored_scale` is the `Levels` that they are made of."""
 
+    apart = False
     scale_dtype = torch.float32
     zero_dtype = torch.float32
 

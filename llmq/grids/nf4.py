@@ -95,6 +95,7 @@ class NF4Weight:
 class NF4(Codebook):
     """See `Rounding`: scales are float32 for any model dtype, and 'minmax' is bitsandbytes' own rounding."""
 
+    apart = False
     scale_dtype = torch.float32
 
     def levels(self, scheme: Scheme, device: torch.device) -> Tensor:

@@ -36,6 +36,7 @@ FAR = "groups thousands of times smaller than the largest have the smallest scal
 class NVFP4(CoarseScales, Minifloat):
     """See `Rounding`. `stored_scale` of a finished weight is the scale of its scales, float32 [1]."""
 
+    apart = False
     mantissa = 3
     steps = (1, 2, 3, 4, 5, 6, -1, -2, -3, -4, -5)
 

@@ -53,6 +53,8 @@ class VQWeight:
 class VQ(Rounding):
     """See `Rounding`: single weights have no points, so all that asks for them is refused; `round` is all there is."""
 
+    apart = False
+
     def round(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, method: str, importance: Tensor | None
     ) -> VQWeight:

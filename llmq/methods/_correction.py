@@ -18,6 +18,7 @@ from llmq.block.block import Block, WeightState
 from llmq.block.chains import Chains
 from llmq.block.moments import Apart, Moments, compare
 from llmq.block.statistics import Statistic
+from llmq.grids.base import pieces
 from llmq.numerics.correction import Fit, change, factor
 
 HOW = ("held-out", "full", "none")
@@ -46,12 +47,12 @@ def correct(
     chains: Chains,
     needs: Iterable[type[Statistic]],
     how: str,
-    mine: Sequence[bool] | None = None,
+    mine: Sequence[slice | None] | None = None,
 ) -> tuple[list[Corrected | None], dict[type[Statistic], Statistic]]:
     """The corrected weights of a stage, and the statistics of its inputs in the quantized chain: those in `needs`.
 
     how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1; mine: the
-    weights that this rank quantizes, by default all: the others' are not computed.
+    rows of each weight that this rank quantizes, by default all: others are not computed.
     """
     moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
     windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
@@ -81,8 +82,8 @@ def correct(
         # Without the tokens held back in it, the correction is worse: KL + 2 % with 32 windows.
         for aparts in held:
             moments.update(aparts)
-    mine = [True] * len(states) if mine is None else mine
-    wanted = any(any(by) for by, own in zip(chosen, mine, strict=True) if own)
+    mine = [slice(0, len(state.value)) for state in states] if mine is None else mine
+    wanted = any(any(by) for by, own in zip(chosen, mine, strict=True) if own is not None)
     lower = factor(moments.hessian, DAMPING) if wanted else None
     corrected = _solve(states, mine, moments, lower, chosen)
     return corrected, moments.statistics
@@ -145,7 +146,7 @@ class _Fitted:
 
 def _solve(
     states: Sequence[WeightState],
-    mine: Sequence[bool],
+    mine: Sequence[slice | None],
     moments: Moments,
     lower: Tensor | None,
     strengths: Sequence[tuple[float, float]],
@@ -153,32 +154,42 @@ def _solve(
     # Multiplied from the right first, the drift is the same for all weights: cheaper if they have many outputs.
     drift, shared = moments.drift, None
     wide = drift is not None and sum(len(state.value) for state in states) > 2 * len(drift)
-    used = any(by_input for (by_input, _), own in zip(strengths, mine, strict=True) if own)
+    used = any(by_input for (by_input, _), own in zip(strengths, mine, strict=True) if own is not None)
     if lower is not None and drift is not None and wide and used:
         shared = change(drift, lower)
     return [
-        _solved(state, moments, lower, shared, *by) if own else None
+        _solved(state, own, moments, lower, shared, *by) if own is not None else None
         for state, by, own in zip(states, strengths, mine, strict=True)
     ]
 
 
 def _solved(
-    state: WeightState, moments: Moments, lower: Tensor | None, shared: Tensor | None, by_input: float, by_stream: float
+    state: WeightState,
+    own: slice,
+    moments: Moments,
+    lower: Tensor | None,
+    shared: Tensor | None,
+    by_input: float,
+    by_stream: float,
 ) -> Corrected:
-    value = state.value.float()
+    """The corrected rows `own` of a weight."""
     by_input = 0.0 if lower is None or moments.drift is None else by_input
     by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
-    term = None
-    if by_input and shared is None and moments.drift is not None:
-        term = (value @ moments.drift).mul_(by_input)
-    if by_stream:
-        more = by_stream * moments.streams[state.parameter]
-        term = more if term is None else term.add_(more)
-        del more
-    found = None if lower is None or term is None else change(term, lower)
-    del term
-    if by_input and shared is not None:
-        value = torch.addmm(value, value, shared, alpha=by_input)
-    if found is not None:
-        value = value + found
+    value = state.value[own].to(torch.float32, copy=True)
+    # Piece by piece, so that the bytes of a row do not depend on which others this rank has.
+    for piece in pieces(len(value), state.scheme, value.device):
+        rows = value[piece]
+        term = None
+        if by_input and shared is None and moments.drift is not None:
+            term = (rows @ moments.drift).mul_(by_input)
+        if by_stream:
+            more = by_stream * moments.streams[state.parameter][own][piece]
+            term = more if term is None else term.add_(more)
+            del more
+        found = None if lower is None or term is None else change(term, lower)
+        del term
+        if by_input and shared is not None:
+            rows += (rows @ shared).mul_(by_input)
+        if found is not None:
+            rows += found
     return Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None))

@@ -135,6 +135,11 @@ class Method:
         grids = self.grids()
         return None if scheme.grid in grids else f"it rounds to the grid {', '.join(grids)!r}, not to {scheme}"
 
+    def apart(self, scheme: Scheme) -> bool:
+        """Whether `quantize` may be given some pieces of a weight's rows (`grids.base.pieces`) without the others, with
+        the bytes that it returns for all: ranks then share the rows of a weight."""
+        return False
+
     def workspace(self, shape: tuple[int, ...]) -> int:
         """The memory in bytes for a weight of this shape, besides the weight and its statistics."""
         return 2 * math.prod(shape)

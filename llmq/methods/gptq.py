@@ -76,6 +76,10 @@ class GPTQ(Method):
         """See `Method.refusal`."""
         return super().refusal(scheme) or range_refusal(self.range, scheme)
 
+    def apart(self, scheme: Scheme) -> bool:
+        """See `Method.apart`."""
+        return rounding_of(scheme.rules).apart
+
     def workspace(self, shape: tuple[int, ...]) -> int:
         """Two more [in, in] matrices while factoring, then four of the weight's size, all float32."""
         rows, width = shape

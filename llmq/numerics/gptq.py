@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grids.base import QuantizedWeight, check_range, rounded_on, rounding_of
+from llmq.grids.base import QuantizedWeight, check_range, joined, pieces, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.numerics.cholesky import invert_factor
 from llmq.numerics.columns import compensate
@@ -59,7 +59,8 @@ def solve(
     is rounded to nearest; each is reported in `notes`. There are no sweeps after plain rounding, or if an input with
     diag H = 0 has nonzero entries in H: the objective then has no minimum, and descent may end far from the weight.
     Raises LlmqError for a weight or Hessian that is not finite, or unknown options. Besides the Hessian, two float32
-    [in, in] matrices are used, more when eigenvalues are clipped.
+    [in, in] matrices are used, more when eigenvalues are clipped. Where rows can be rounded apart, a CPU rounds them
+    some at a time (`pieces`).
     """
     rows, width = weight.shape
     check_range(range_method, scheme, width)
@@ -84,14 +85,19 @@ def solve(
     pivots = factor.diagonal() ** -2
     factor /= factor.diagonal().clone()[:, None]
     pivots[(diagonal if order is None else diagonal[order]) <= 0] = 0
-    solved = _Columns(weight, factor, order, scheme, range_method, pivots, scale_dtype)
-    if act_order == "static" or scheme.double_quant:
-        solved.range_all()
-    q = replace(solved.run(block_size), notes=notes)
-    del factor, solved
-    if notes or bool(hessian[diagonal <= 0].any()):
-        return q
-    return improve(q, weight, hessian, sweeps=sweeps, damping=damping, block_size=block_size)
+    rowwise = pieces(rows, scheme, weight.device)
+    found = []
+    for part in rowwise:
+        solved = _Columns(weight[part], factor, order, scheme, range_method, pivots, scale_dtype)
+        if act_order == "static" or scheme.double_quant:
+            solved.range_all()
+        found.append(replace(solved.run(block_size), notes=notes))
+        del solved
+    del factor
+    if not notes and not bool(hessian[diagonal <= 0].any()):
+        for n, part in enumerate(rowwise):
+            found[n] = improve(found[n], weight[part], hessian, sweeps=sweeps, damping=damping, block_size=block_size)
+    return joined(found)
 
 
 def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:

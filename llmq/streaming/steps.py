@@ -13,6 +13,7 @@ from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
 from llmq.block.siblings import join
 from llmq.errors import LlmqError
+from llmq.grids.base import Quantized, QuantizedWeight, joined, pieces
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
 from llmq.methods.base import Method, Stats
@@ -127,13 +128,13 @@ def round_weights(block: Block, quantizer: Method) -> None:
     states = list(block.weights.values())
     last = {state.input_id: state for state in states}
     block.calibrate_inputs()
-    owners = share(states)
-    for state, owner in zip(states, owners, strict=True):
-        if owner == ranks.rank():
-            round_weight(block, quantizer, state, state.value.detach(), state.statistics)
+    shares = share(states, quantizer)
+    for state, owners in zip(states, shares, strict=True):
+        if (rows := owners.get(ranks.rank())) is not None:
+            round_weight(block, quantizer, state, state.value[rows].detach(), state.statistics)
         if last[state.input_id] is state:
             state.statistics.clear()
-    exchange(block, states, owners)
+    exchange(block, states, shares)
 
 
 def round_in_order(block: Block, quantizer: Method) -> None:
@@ -141,37 +142,57 @@ def round_in_order(block: Block, quantizer: Method) -> None:
     block.calibrate_inputs()
     chains = Chains(block)
     for states in stages(block):
-        owners = share(states)
-        mine = [owner == ranks.rank() for owner in owners]
+        shares = share(states, quantizer)
+        mine = [owners.get(ranks.rank()) for owners in shares]
         corrected, statistics = correct(block, states, chains, quantizer.quantize_needs, quantizer.correct, mine)
         for state in states:
             if (found := corrected.pop(0)) is not None:
                 round_weight(block, quantizer, state, found.value, statistics)
                 state.correction = found.strengths
             del found
-        exchange(block, states, owners)
+        exchange(block, states, shares)
         chains.round(states)
     block.shown = None
 
 
-def share(states: Sequence[WeightState]) -> list[int]:
-    """Which rank quantizes each weight, by about what that takes."""
-    return ranks.share([rows * width * width for rows, width in (state.value.shape for state in states)])
+def share(states: Sequence[WeightState], quantizer: Method) -> list[dict[int, slice]]:
+    """Of each weight, which rank quantizes which rows, in their order: whole pieces of it, by about what that takes."""
+    jobs = []
+    for number, state in enumerate(states):
+        rows = len(state.value)
+        apart = quantizer.apart(state.scheme)
+        jobs += [
+            (number, piece) for piece in (pieces(rows, state.scheme, state.value.device) if apart else [slice(0, rows)])
+        ]
+    costs = [(piece.stop - piece.start) * states[number].value.shape[1] ** 2 for number, piece in jobs]
+    found: list[dict[int, slice]] = [{} for _ in states]
+    for (number, piece), owner in zip(jobs, ranks.share(costs), strict=True):
+        found[number][owner] = slice(found[number].get(owner, piece).start, piece.stop)
+    return found
 
 
-def exchange(block: Block, states: Sequence[WeightState], owners: Sequence[int]) -> None:
-    """Let all ranks have the result of each weight, from the one that quantized it."""
+def exchange(block: Block, states: Sequence[WeightState], shares: Sequence[dict[int, slice]]) -> None:
+    """Let all ranks have the result of each weight, from those that quantized its rows."""
     if ranks.size() == 1:
         return
-    for state, owner in zip(states, owners, strict=True):
+    for state, owners in zip(states, shares, strict=True):
         found = (state.quantized, state.correction, state.seconds)
-        quantized, state.correction, state.seconds = ranks.tell(found, owner, block.device)
-        assert quantized is not None
-        block.set_quantized(state.parameter, quantized)
+        told = [ranks.tell(found, owner, block.device) for owner in owners]
+        state.correction = told[0][1]
+        state.seconds = sum(seconds for _, _, seconds in told)
+        block.set_quantized(state.parameter, _joined([quantized for quantized, _, _ in told]))
+
+
+def _joined(parts: Sequence[Quantized | None]) -> Quantized:
+    """A weight of which ranks quantized some rows each."""
+    if len(parts) > 1:
+        return joined([part for part in parts if isinstance(part, QuantizedWeight)])
+    assert parts[0] is not None
+    return parts[0]
 
 
 def round_weight(block: Block, quantizer: Method, state: WeightState, value: Tensor, statistics: Stats) -> None:
-    """Quantize a weight, or what takes its place, [out, in]."""
+    """Quantize a weight, or what takes its place, or some of its rows, [out, in]."""
     began = time.perf_counter()
     try:
         found = quantizer.quantize(value, state.scheme, statistics, block.scale_dtype)

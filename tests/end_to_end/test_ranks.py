@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 import llmq
 from llmq import ranks
 from llmq.errors import LlmqError
@@ -32,7 +34,9 @@ def recipe(text: Path, methods: str, **options: object) -> Recipe:
     )
 
 
-def test_a_rank_is_killed_and_fewer_go_on(tmp_path: Path, text_file: Path) -> None:
+def test_a_rank_is_killed_and_fewer_go_on(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks share the rows of each weight."""
+    monkeypatch.setattr("llmq.grids.base.ROWS", 16)
     model, chosen = (
         write_tiny_model(tmp_path / "model", layers=2, hidden_size=32, intermediate_size=64),
         recipe(text_file, "gptq", sweeps=0),

@@ -132,13 +132,17 @@ def test_a_rank_that_ends_is_noticed_by_those_that_wait_for_it() -> None:
     assert str(ended) == "mine alone"
 
 
-def test_dear_jobs_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("costs", "most"), [([1.0] * 12, 4), ([5.0, 1.0, 4.0, 3.0, 3.0, 2.0], 7), ([9.0], 9), ([0.0, 0.0], 0)]
+)
+def test_each_rank_has_consecutive_jobs_of_about_the_same_cost(
+    monkeypatch: pytest.MonkeyPatch, costs: list[float], most: float
+) -> None:
     monkeypatch.setattr(ranks._group, "size", 3)
-    costs = [5.0, 1.0, 4.0, 3.0, 3.0, 2.0]
-    load = [0.0] * 3
-    for cost, owner in zip(costs, ranks.share(costs), strict=True):
+    owners, load = ranks.share(costs), [0.0] * 3
+    for cost, owner in zip(costs, owners, strict=True):
         load[owner] += cost
-    assert max(load) == 6
+    assert max(load) == most and owners == sorted(owners)
 
 
 def test_tensors_are_moved_wherever_they_are() -> None:

@@ -104,6 +104,16 @@ def test_strengths_come_from_tokens_that_are_added_to_the_sums_afterwards() -> N
     assert not torch.equal(held.value, stage[0].value) and not torch.equal(full.value, stage[0].value)
 
 
+def test_rows_of_a_weight_are_corrected_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmq.grids.base.ROWS", 2)
+    block = opened()
+    chains, stage = Chains(block), stages(block)[0]
+    (whole,), _ = correct(block, stage, chains, (Hessian,), "held-out")
+    (rows,), _ = correct(block, stage, chains, (Hessian,), "held-out", [slice(2, len(stage[0].value))])
+    assert torch.equal(rows.value, whole.value[2:]) and rows.strengths == whole.strengths
+    assert correct(block, stage, chains, (Hessian,), "held-out", [None])[0] == [None]
+
+
 def test_noise_is_not_followed() -> None:
     # Inputs that are apart at random tell nothing about those of other windows: nearly all of the fit is noise.
     block = opened(windows=16, tokens=2, apart=0.0)

@@ -256,3 +256,20 @@ def test_scales_that_are_found_together_are_those_of_their_own_groups(act_order:
     swept = solve(weight, hessian, scheme, act_order=act_order, sweeps=2).dequantize(torch.float32).double() - weight
     losses = [float(((one @ hessian.double()) * one).sum()) for one in (swept, error)]
     assert losses[0] < 0.7 * losses[1]
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 8), Scheme(3, 8, symmetric=False), Scheme(4, 16, grid="nvfp4")], ids=str)
+def test_pieces_of_rows_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
+    """Where rows can be rounded apart; what has one scale for all of a weight is in one piece."""
+    weight, hessian = problem(5, 21, 32)
+    whole = solve(weight, hessian, scheme, sweeps=1)
+    monkeypatch.setattr("llmq.grids.base.ROWS", 8)
+    found = solve(weight, hessian, scheme, sweeps=1)
+    assert found.codes.shape == (21, 32) and found.scale.shape == whole.scale.shape
+    if scheme.rules.name == "nvfp4":
+        assert torch.equal(found.codes, whole.codes)
+        return
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 21), slice(8, 21)):
+        alone = solve(weight[rows], hessian, scheme, sweeps=1)
+        assert torch.equal(alone.codes, found.codes[rows]) and torch.equal(alone.scale, found.scale[rows])
+    assert objective(weight, found, hessian) == pytest.approx(objective(weight, whole, hessian), rel=1e-2)
