@@ -43,6 +43,7 @@ from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import card
 from llmq.report.page import PAGE, report_page
 from llmq.report.report import Report, make_report, versions
+from llmq.spill import saving
 from llmq.streaming import stream
 from llmq.streaming.block_io import rest
 from llmq.watch import Silent, Watch
@@ -58,21 +59,23 @@ def plan(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
+    max_memory: int | None = None,
     watch: Watch | None = None,
 ) -> Plan:
     """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
 
     goal: the budget that bits will be chosen for; the plan is then that of the recipe's own scheme, which only counts
     for what the budget leaves alone. ids: calibration windows [samples, tokens] of token ids in place of the recipe's
-    text.
+    text. max_memory: the most bytes of memory that a process may take, by default what the machine has: where what is
+    planned first takes more, activations are put into files, and statistics are collected in passes.
     """
     with ranks.failing_together():
-        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, scored=goal is not None)
+        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, max_memory, scored=goal is not None)
         check_ranks(made, chosen=goal is None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
         chunks.files(made, goal.fit)
-        check_room(made.budget, None, device)
+        check_room(made.budget, None, device, max_memory)
     return made
 
 
@@ -84,6 +87,7 @@ def _made(
     device: str,
     ids: Tensor | None,
     trust_remote_code: bool,
+    max_memory: int | None,
     *,
     held: bool = False,
     scored: bool = False,
@@ -110,7 +114,7 @@ def _made(
             found = calibration_windows(source, asked, recipe.seed, longest)
         return found.apart(more) if more else found
 
-    made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored)
+    made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored, limit=max_memory)
     # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
     section = config(made)["quantization_config"]
     if made.cache is not None and not made.served:
@@ -130,6 +134,7 @@ def quantize(
     device: str = "cpu",
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
+    max_memory: int | None = None,
     watch: Watch | None = None,
     made: Plan | None = None,
     command: str | None = None,
@@ -153,12 +158,13 @@ def quantize(
         device=device,
         ids=ids,
         trust_remote_code=trust_remote_code,
+        max_memory=max_memory,
         watch=watch,
     )
     where = torch.device(ranks.own_device(device))
     chosen = None if goal is None else allocate.choose_bits(made, goal, where, watch)
     if chosen is not None:
-        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, held=True)
+        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, max_memory, held=True)
     told = fingerprint(made, device)
     ranks.agree(told | {"threads": torch.get_num_threads(), "command": str(out.absolute())}, "run")
     with open_sink(out, told, units=len(rest(made)) + sum(len(block.units) for block in made.blocks)) as sink:
@@ -167,7 +173,9 @@ def quantize(
         if sink.finished:
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
-        stream.run(made, sink, where, watch)
+        # Ranks have to collect statistics in the same passes.
+        with saving(max(ranks.everyone(made.saving)), sink.state_of("")):
+            stream.run(made, sink, where, watch)
         described = config(made)
         # On all ranks: what it asks of other libraries, they may tell each other.
         check_named_class(made, described["quantization_config"], sink)

@@ -18,6 +18,7 @@ from llmq.block.passes import add
 from llmq.block.products import parts
 from llmq.block.statistics import Hessian, Statistic
 from llmq.discovery.addends import Seen
+from llmq.spill import Saving, zeros
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Moments:
     """Sums over tokens for one stage.
 
     statistics: of the quantized chain's inputs, the Hessian Σ x̂ x̂ᵀ among them; drift: Σ (x − x̂) x̂ᵀ, float32 [in, in];
-    streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless it is zero.
+    drifts: whether there is any; streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless
+    it is zero.
     """
 
     def __init__(self, width: int, needs: Iterable[type[Statistic]], device: torch.device) -> None:
@@ -86,6 +88,7 @@ class Moments:
         self.width, self.device = width, device
         self.statistics = {kind: kind(width, device) for kind in kinds}
         self.drift: Tensor | None = None
+        self.drifts = False
         self.streams: dict[str, Tensor] = {}
         self.adding: frozenset[str] = frozenset()
 
@@ -98,16 +101,25 @@ class Moments:
 
     def update(self, aparts: Sequence[Apart]) -> None:
         """Add tokens: those of a hand of batches, of every rank."""
+        self.update_statistics(aparts)
+        self.update_differences(aparts)
+
+    def update_statistics(self, aparts: Sequence[Apart]) -> None:
+        """Add them to the statistics alone."""
         for statistic in self.statistics.values():
             add(statistic, None, [apart.rows for apart in aparts], self.device)
+
+    def update_differences(self, aparts: Sequence[Apart]) -> None:
+        """Add them to the sums of differences alone."""
         width, device = self.width, self.device
         drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
+        self.drifts |= drifts
         if drifts and self.drift is None:
-            self.drift = torch.zeros(width, width, device=device)
+            self.drift = zeros((width, width), torch.float32, device, Saving.PASSES)
         streams = {name: apart.streams[name].shape[1] for apart in aparts for name in apart.streams}
         for name, out in sorted(item for found in ranks.everyone(streams) for item in found.items()):
             if name not in self.streams:
-                self.streams[name] = torch.zeros(out, width, device=device)
+                self.streams[name] = zeros((out, width), torch.float32, device, Saving.PASSES)
         adding = frozenset[str]().union(*(apart.adding for apart in aparts))
         self.adding = self.adding.union(*ranks.everyone(adding))
         sums: list[tuple[Tensor, Callable[[], object]]] = []

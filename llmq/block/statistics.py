@@ -10,6 +10,7 @@ from torch import Tensor
 from llmq.block.gram import add_gram, mirror
 from llmq.block.products import parts
 from llmq.discovery.inputs import Takes
+from llmq.spill import Saving, zeros
 
 
 class Statistic(Protocol):
@@ -80,7 +81,7 @@ class Hessian:
     QUADRATIC = True
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._sums = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._sums = zeros((width, width), torch.float32, device, Saving.PASSES)
         self._whole = True
         self.count = 0
 

@@ -15,7 +15,19 @@ from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
 from llmq.cli.launch import launch
-from llmq.cli.options import Device, Model, Out, Ranks, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli.options import (
+    Device,
+    MaxMemory,
+    Model,
+    Out,
+    Ranks,
+    Tp,
+    Trust,
+    err_console,
+    explained,
+    parse_memory,
+    with_recipe,
+)
 from llmq.cli.surroundings import settle
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
@@ -41,6 +53,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Check this folder's disk as well.")] = None,
     tp: Tp = 1,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what [bold]quantize[/] would do to each weight, the memory and disk it needs, or why it would refuse."""
@@ -50,7 +63,15 @@ def plan(
 
     with Bars(err_console) as bars:
         made = job.plan(
-            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+            model,
+            chosen,
+            goal=goal,
+            out=out,
+            tp=tp,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            max_memory=parse_memory(max_memory),
+            watch=bars,
         )
     terminal.plan(out_console, made)
 
@@ -66,6 +87,7 @@ def quantize(
     tp: Tp = 1,
     device: Device = "cpu",
     count: Ranks = 1,
+    max_memory: MaxMemory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -85,9 +107,18 @@ def quantize(
     # One rank reports and draws bars; what makes another one fail, that one says.
     out_console.quiet = not ranks.first()
     drawn = err_console if ranks.first() else Console(quiet=True)
+    most = parse_memory(max_memory)
     with Bars(drawn) as bars:
         made = job.plan(
-            model, chosen, goal=goal, out=out, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars
+            model,
+            chosen,
+            goal=goal,
+            out=out,
+            tp=tp,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            max_memory=most,
+            watch=bars,
         )
     if dry_run:
         terminal.plan(out_console, made)
@@ -96,7 +127,15 @@ def quantize(
     try:
         with Bars(drawn) as bars:
             report = job.quantize(
-                model, out, goal=goal, tp=tp, device=device, trust_remote_code=trust_remote_code, watch=bars, made=made
+                model,
+                out,
+                goal=goal,
+                tp=tp,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                max_memory=most,
+                watch=bars,
+                made=made,
             )
     except KeyboardInterrupt:
         drawn.print(f"interrupted; finished blocks are kept in {out}: the same command resumes the run")

@@ -19,6 +19,7 @@ from llmq.block.chains import Chains
 from llmq.block.moments import Apart, Moments, compare
 from llmq.block.statistics import Statistic
 from llmq.numerics.correction import Fit, change, factor
+from llmq.spill import Saving, rest, saves
 
 HOW = ("held-out", "full", "none")
 HELD_OUT = 8
@@ -56,44 +57,89 @@ def correct(
     moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
     windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
     places = ranks.mine(len(windows))
-    for hand in ranks.hands(len(block.inputs)):
-        kept = list[Apart]()
-        held.append([])
-        for index in hand:
-            exact, found, counts = chains.see(states, index, counts)
-            if found[0].inputs:
-                apart = compare(states, exact, found, not block.partial)
-                tokens = _held_out(windows, places[index], len(apart.rows)) if how == "held-out" else None
-                if tokens is not None and bool(tokens.any()):
-                    tokens = tokens.to(block.device)
-                    held[-1].append(apart.of(tokens))
-                    apart = apart.of(~tokens)
-                if ranks.size() == 1:
-                    moments.update([apart])
-                else:
-                    kept.append(apart.kept())
-        if ranks.size() > 1:
-            moments.update(kept)
+    # With little memory, not all sums are in it at once: the block is run again for the others.
+    every = saves(Saving.PASSES)
+    for update in (moments.update_statistics, moments.update_differences) if every else (moments.update,):
+        first = not held
+        for hand in ranks.hands(len(block.inputs)):
+            kept = list[Apart]()
+            aside = list[Apart]()
+            for index in hand:
+                exact, found, counts = chains.see(states, index, counts)
+                if found[0].inputs:
+                    apart = compare(states, exact, found, not block.partial)
+                    tokens = _held_out(windows, places[index], len(apart.rows)) if how == "held-out" else None
+                    if tokens is not None and bool(tokens.any()):
+                        tokens = tokens.to(block.device)
+                        aside.append(apart.of(tokens))
+                        apart = apart.of(~tokens)
+                    if ranks.size() == 1:
+                        update([apart])
+                    else:
+                        kept.append(apart.kept())
+                    del apart
+                del exact, found
+            if ranks.size() > 1:
+                update(kept)
+            if first:
+                held.append(aside)
+        rest()
     usual = 1.0 if how == "full" else UNCHOSEN
-    chosen = [(usual, usual)] * len(states)
+    chosen, mine = [(usual, usual)] * len(states), [True] * len(states) if mine is None else mine
     if any(ranks.everyone(any(held))):
-        chosen = _strengths(states, moments, held)
+        by_input = moments.drift is not None
+        terms = [moments.terms(state, _outputs(state, moments)) for state in states]
         # Without the tokens held back in it, the correction is worse: KL + 2 % with 32 windows.
         for aparts in held:
-            moments.update(aparts)
-    mine = [True] * len(states) if mine is None else mine
+            moments.update_differences(aparts)
+        moved = _moved(states, mine, moments)
+        chosen = _strengths(states, moments, held, terms, by_input)
+        for aparts in held:
+            moments.update_statistics(aparts)
+        held.clear()
+    else:
+        moved = _moved(states, mine, moments)
     wanted = any(any(by) for by, own in zip(chosen, mine, strict=True) if own)
     lower = factor(moments.hessian, DAMPING) if wanted else None
-    corrected = _solve(states, mine, moments, lower, chosen)
+    corrected = _solve(states, mine, moments, lower, chosen, moved)
+    rest()
     return corrected, moments.statistics
 
 
+def _moved(states: Sequence[WeightState], mine: Sequence[bool], moments: Moments) -> list[Tensor | None]:
+    """What a stage's drift does to each weight that this rank quantizes, float32 [out, in]; the drift is freed.
+
+    None for weights with more outputs together than their input is wide: the drift is kept then, as it takes less.
+    """
+    drift = moments.drift
+    found = list[Tensor | None]([None] * len(states))
+    if drift is None or sum(len(state.value) for state in states) > 2 * len(drift):
+        return found
+    for place, state in enumerate(states):
+        if mine[place]:
+            found[place] = state.value.float() @ drift
+    moments.drift = None
+    rest()
+    return found
+
+
+def _outputs(state: WeightState, moments: Moments) -> Tensor:
+    """Some of a weight's outputs, which choose its strengths."""
+    rows = state.value.shape[0]
+    return torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.hessian.device).long()
+
+
 def _strengths(
-    states: Sequence[WeightState], moments: Moments, held: Sequence[Sequence[Apart]]
+    states: Sequence[WeightState],
+    moments: Moments,
+    held: Sequence[Sequence[Apart]],
+    terms: Sequence[list[Tensor]],
+    by_input: bool,
 ) -> list[tuple[float, float]]:
-    """The strengths of each weight of a stage. held: tokens that are not in the sums, of each hand of batches."""
+    """The strengths of each weight of a stage. held: tokens that are not in the statistics, of each hand of batches;
+    terms: of each weight, without them; by_input: whether the first is that of its input."""
     lower = factor(moments.hessian, DAMPING)
-    fits = [_Fitted(state, moments, lower) for state in states]
+    fits = [_Fitted(state, moments, lower, own, by_input) for state, own in zip(states, terms, strict=True)]
     for aparts in held:
         for fitted in fits:
             ranks.relay_state(vars(fitted.fit), partial(fitted.add, aparts), torch.device("cpu"))
@@ -120,12 +166,11 @@ def _held_out(sizes: Sequence[int], index: int, count: int) -> Tensor | None:
 class _Fitted:
     """The choice of a weight's strengths: what the terms of some of its outputs do to batches that are not in them."""
 
-    def __init__(self, state: WeightState, moments: Moments, lower: Tensor | None) -> None:
-        self.state, rows = state, state.value.shape[0]
-        self.outputs = torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.hessian.device).long()
-        terms = [] if lower is None else moments.terms(state, self.outputs)
-        self.changes = [change(term, lower) for term in terms if lower is not None]
-        self.by_input = moments.drift is not None
+    def __init__(
+        self, state: WeightState, moments: Moments, lower: Tensor | None, terms: Sequence[Tensor], by_input: bool
+    ) -> None:
+        self.state, self.outputs, self.by_input = state, _outputs(state, moments), by_input
+        self.changes = [] if lower is None else [change(term, lower) for term in terms]
         self.fit = Fit(len(self.changes))
 
     def add(self, aparts: Iterable[Apart]) -> None:
@@ -149,36 +194,44 @@ def _solve(
     moments: Moments,
     lower: Tensor | None,
     strengths: Sequence[tuple[float, float]],
+    moved: list[Tensor | None],
 ) -> list[Corrected | None]:
     # Multiplied from the right first, the drift is the same for all weights: cheaper if they have many outputs.
     drift, shared = moments.drift, None
-    wide = drift is not None and sum(len(state.value) for state in states) > 2 * len(drift)
     used = any(by_input for (by_input, _), own in zip(strengths, mine, strict=True) if own)
-    if lower is not None and drift is not None and wide and used:
+    if lower is not None and drift is not None and used:
         shared = change(drift, lower)
-    return [
-        _solved(state, moments, lower, shared, *by) if own else None
-        for state, by, own in zip(states, strengths, mine, strict=True)
-    ]
+    corrected: list[Corrected | None] = []
+    for state, by, own in zip(states, strengths, mine, strict=True):
+        term = moved.pop(0)
+        corrected.append(_solved(state, moments, lower, term, shared, *by) if own else None)
+        del term
+    return corrected
 
 
 def _solved(
-    state: WeightState, moments: Moments, lower: Tensor | None, shared: Tensor | None, by_input: float, by_stream: float
+    state: WeightState,
+    moments: Moments,
+    lower: Tensor | None,
+    moved: Tensor | None,
+    shared: Tensor | None,
+    by_input: float,
+    by_stream: float,
 ) -> Corrected:
-    value = state.value.float()
-    by_input = 0.0 if lower is None or moments.drift is None else by_input
+    by_input = 0.0 if lower is None or not moments.drifts else by_input
     by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
     term = None
-    if by_input and shared is None and moments.drift is not None:
-        term = (value @ moments.drift).mul_(by_input)
+    if by_input and moved is not None:
+        term = moved.mul_(by_input)
     if by_stream:
-        more = by_stream * moments.streams[state.parameter]
+        more = moments.streams.pop(state.parameter).mul_(by_stream)
         term = more if term is None else term.add_(more)
         del more
     found = None if lower is None or term is None else change(term, lower)
-    del term
+    del term, moved
+    value = state.value.float()
     if by_input and shared is not None:
         value = torch.addmm(value, value, shared, alpha=by_input)
     if found is not None:
-        value = value + found
+        value = found.add_(value)
     return Corrected(value, (by_input, by_stream if state.parameter in moments.adding else None))

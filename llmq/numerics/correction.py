@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.numerics.cholesky import invert_factor, solve
+from llmq.spill import rest_one
 
 STEPS = 8
 """Strengths are multiples of one part in this many."""
@@ -37,6 +38,7 @@ def factor(hessian: Tensor, damping: float) -> Tensor | None:
         return None
     for attempt in range(DAMPINGS + 1):
         lower = hessian.clone()
+        rest_one(hessian)
         lower.diagonal().add_(mean * damping * 10**attempt)
         if invert_factor(lower):
             return lower

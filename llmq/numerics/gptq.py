@@ -26,6 +26,7 @@ from llmq.grids.scheme import Scheme
 from llmq.numerics.cholesky import invert_factor
 from llmq.numerics.columns import compensate
 from llmq.numerics.descent import improve
+from llmq.spill import rest_one
 
 DAMPINGS = 4
 ACT_ORDERS = ("none", "static", "grouped")
@@ -67,9 +68,9 @@ def solve(
         raise LlmqError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
     if tuple(hessian.shape) != (width, width):
         raise LlmqError(f"a weight with {width} inputs needs a Hessian [{width}, {width}], not {[*hessian.shape]}")
-    if not bool(torch.isfinite(weight).all()):
+    if not _finite(weight):
         raise LlmqError("the weight holds values that are not finite")
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         raise LlmqError(
             "the Hessian holds values that are not finite: an activation overflowed on the calibration text"
         )
@@ -92,6 +93,11 @@ def solve(
     if notes or bool(hessian[diagonal <= 0].any()):
         return q
     return improve(q, weight, hessian, sweeps=sweeps, damping=damping, block_size=block_size)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, by the extremes alone, which are not if any value is not a number."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
@@ -124,6 +130,7 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Te
     amount = damping
     for attempt in range(DAMPINGS + 1):
         lower = _mirrored(hessian, mirror, dead, amount * mean)
+        rest_one(hessian)
         if invert_factor(lower):
             if attempt:
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")

@@ -15,13 +15,15 @@ from llmq.planning.parts import codes
 from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
+from llmq.spill import Saving
 
 KEPT = 2**30
 """The most bytes of what weights show that a rank keeps, until it is its turn to add to the sums of all ranks."""
 
 
-def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
-    """The peaks of a plan's run. between: the bytes of what goes from block to block for one window, if known."""
+def budget(plan: Plan, device: str, between: int | None = None, saving: Saving = Saving.NONE) -> Budget:
+    """The peaks of a plan's run. between: the bytes of what goes from block to block for one window, if known; saving:
+    what is done to need less memory."""
     size = plan.dtype.itemsize
     loads, inside = [], []
     for block in plan.blocks:

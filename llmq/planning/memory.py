@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -113,9 +114,24 @@ def hidden_width(model: nn.Module) -> int:
     return max((p.shape[-1] for p in entry.parameters()), default=1)
 
 
-def check_room(budget: Budget, out: Path | None, device: str) -> None:
-    """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run."""
+def host_memory(limit: int | None = None) -> int:
+    """The bytes that this process can have in the host's memory. limit: what it may have, if that is given."""
     have = psutil.virtual_memory().available // ranks.on_this_machine() + psutil.Process().memory_info().rss
+    return have if limit is None else min(have, limit)
+
+
+def check_room(budget: Budget, out: Path | None, device: str, limit: int | None = None) -> None:
+    """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run.
+
+    budget: with all that can be done to need less memory; limit: the most bytes in the host's that the run may take.
+    """
+    have = host_memory(limit)
+    if budget.memory > have and limit is not None and have == limit:
+        raise LlmqError(
+            f"--max-memory {size(limit)}: this run needs at least about {size(budget.memory)}, with hidden states in "
+            "files and statistics collected in passes. Ways out: --max-memory "
+            f"{ceil(budget.memory / 2**28) / 4:g}GiB, fewer --samples or a shorter --seqlen, or --method rtn"
+        )
     if budget.memory > have:
         raise LlmqError(
             f"this run needs about {size(budget.memory)} of memory and {size(have)} are free. "

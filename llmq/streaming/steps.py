@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -12,10 +12,12 @@ from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
 from llmq.block.siblings import join
+from llmq.block.statistics import Statistic
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
 from llmq.methods.base import Method, Stats
+from llmq.spill import Saving, keep_all, rest, saves
 
 INVARIANCE = 0.02
 LOGITS = "the divergence of the model's logits, in nats"
@@ -122,18 +124,40 @@ def round_weights(block: Block, quantizer: Method) -> None:
     if quantizer.correct != "none" and block.unquantized is not None:
         round_in_order(block, quantizer)
         return
-    if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
-        block.observe(quantizer.quantize_needs)
-    states = list(block.weights.values())
-    last = {state.input_id: state for state in states}
+    needs, states = quantizer.quantize_needs, list(block.weights.values())
+    missing = not all(set(needs) <= state.statistics.keys() for state in states)
+    some = block.in_passes and saves(Saving.PASSES)
+    if missing and not some:
+        block.observe(needs)
     block.calibrate_inputs()
-    owners = share(states)
-    for state, owner in zip(states, owners, strict=True):
-        if owner == ranks.rank():
-            round_weight(block, quantizer, state, state.value.detach(), state.statistics)
-        if last[state.input_id] is state:
-            state.statistics.clear()
-    exchange(block, states, owners)
+    owners = dict(zip(block.weights, share(states), strict=True))
+    for group in passes(states, needs) if missing and some else [states]:
+        if missing and some and needs:
+            block.observe_inputs(needs, group)
+        rest()
+        last = {state.input_id: state for state in group}
+        for state in group:
+            if owners[state.parameter] == ranks.rank():
+                round_weight(block, quantizer, state, state.value.detach(), state.statistics)
+            if last[state.input_id] is state:
+                state.statistics.clear()
+    exchange(block, states, list(owners.values()))
+
+
+def passes(states: Iterable[WeightState], needs: Sequence[type[Statistic]]) -> list[list[WeightState]]:
+    """Weights whose statistics are collected together: they take no more than those of the widest input."""
+    inputs: dict[int, list[WeightState]] = {}
+    for state in states:
+        inputs.setdefault(state.input_id, []).append(state)
+    sizes = {key: sum(need.nbytes(one[0].value.shape[1]) for need in needs) for key, one in inputs.items()}
+    found, room = list[list[WeightState]](), 0
+    for key, together in inputs.items():
+        if not found or sizes[key] > room:
+            found.append([])
+            room = max(sizes.values())
+        found[-1] += together
+        room -= sizes[key]
+    return found
 
 
 def round_in_order(block: Block, quantizer: Method) -> None:
@@ -177,5 +201,5 @@ def round_weight(block: Block, quantizer: Method, state: WeightState, value: Ten
         found = quantizer.quantize(value, state.scheme, statistics, block.scale_dtype)
     except LlmqError as problem:
         raise LlmqError(f"{state.name}.weight: {problem}") from problem
-    block.set_quantized(state.parameter, found)
+    block.set_quantized(state.parameter, keep_all(found, Saving.PASSES))
     state.seconds = time.perf_counter() - began
