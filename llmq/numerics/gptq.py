@@ -130,7 +130,6 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> tuple[Te
     amount = damping
     for attempt in range(DAMPINGS + 1):
         lower = _mirrored(hessian, mirror, dead, amount * mean)
-        rest_one(hessian)
         if invert_factor(lower):
             if attempt:
                 notes.append(f"the Hessian was not positive definite: damping raised from {damping:g} to {amount:g}")
@@ -158,6 +157,7 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
     copy = torch.empty(hessian.shape, device=hessian.device)
     for start in range(0, len(mirror), 256):
         copy[start : start + 256] = hessian[mirror[start : start + 256]][:, mirror]
+        rest_one(hessian)
     gone = dead[mirror]
     if bool(gone.any()):
         copy[gone] = 0
