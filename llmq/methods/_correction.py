@@ -16,16 +16,12 @@ from torch import Tensor
 from llmq import ranks
 from llmq.block.block import Block, WeightState
 from llmq.block.chains import Chains
-from llmq.block.moments import Apart, Moments, compare
+from llmq.block.moments import Apart, Moments, collect
 from llmq.block.statistics import Statistic
 from llmq.numerics.correction import Fit, change, factor
-from llmq.spill import Saving, rest, saves
+from llmq.spill import rest
 
 HOW = ("held-out", "full", "none")
-HELD_OUT = 8
-"""One window in this many has tokens that choose the strengths; they are added to the sums afterwards."""
-HELD_TOKENS = 2048
-"""How many tokens choose them, at most."""
 UNCHOSEN = 0.5
 """The strength if there is only one window."""
 SAMPLED = 256
@@ -54,36 +50,7 @@ def correct(
     how: 'held-out' chooses the strength of each term on tokens of every eighth window, 'full' is strength 1; mine: the
     weights that this rank quantizes, by default all: the others' are not computed.
     """
-    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
-    windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
-    places = ranks.mine(len(windows))
-    # With little memory, not all sums are in it at once: the block is run again for the others.
-    every = saves(Saving.PASSES)
-    for update in (moments.update_statistics, moments.update_differences) if every else (moments.update,):
-        first = not held
-        for hand in ranks.hands(len(block.inputs)):
-            kept = list[Apart]()
-            aside = list[Apart]()
-            for index in hand:
-                exact, found, counts = chains.see(states, index, counts)
-                if found[0].inputs:
-                    apart = compare(states, exact, found, not block.partial)
-                    tokens = _held_out(windows, places[index], len(apart.rows)) if how == "held-out" else None
-                    if tokens is not None and bool(tokens.any()):
-                        tokens = tokens.to(block.device)
-                        aside.append(apart.of(tokens))
-                        apart = apart.of(~tokens)
-                    if ranks.size() == 1:
-                        update([apart])
-                    else:
-                        kept.append(apart.kept())
-                    del apart
-                del exact, found
-            if ranks.size() > 1:
-                update(kept)
-            if first:
-                held.append(aside)
-        rest()
+    moments, held = collect(block, states, chains, needs, hold=how == "held-out")
     usual = 1.0 if how == "full" else UNCHOSEN
     chosen, mine = [(usual, usual)] * len(states), [True] * len(states) if mine is None else mine
     if any(ranks.everyone(any(held))):
@@ -144,23 +111,6 @@ def _strengths(
         for fitted in fits:
             ranks.relay_state(vars(fitted.fit), partial(fitted.add, aparts), torch.device("cpu"))
     return [fitted.strengths() for fitted in fits]
-
-
-def _held_out(sizes: Sequence[int], index: int, count: int) -> Tensor | None:
-    """Which of a batch's tokens, bool [count], are kept back: evenly spread over every eighth window, or the last one.
-
-    sizes: the windows of every batch. None if there is one window, or the tokens are not those of the batch's windows.
-    """
-    windows, first = sum(sizes), sum(sizes[:index])
-    if windows == 1 or count % sizes[index]:
-        return None
-    chosen = range(HELD_OUT - 1, windows, HELD_OUT) or range(windows - 1, windows)
-    length = count // sizes[index]
-    taken = torch.linspace(0, length - 1, min(length, max(1, HELD_TOKENS // len(chosen)))).long()
-    tokens = torch.zeros(sizes[index], length, dtype=torch.bool)
-    for window in set(chosen).intersection(range(first, first + sizes[index])):
-        tokens[window - first, taken] = True
-    return tokens.flatten()
 
 
 class _Fitted:

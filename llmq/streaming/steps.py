@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
 from llmq.block.siblings import join
-from llmq.block.statistics import Statistic
+from llmq.block.statistics import in_passes
 from llmq.errors import LlmqError
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
@@ -131,8 +131,10 @@ def round_weights(block: Block, quantizer: Method) -> None:
         block.observe(needs)
     block.calibrate_inputs()
     owners = dict(zip(block.weights, share(states), strict=True))
-    for group in passes(states, needs) if missing and some else [states]:
-        if missing and some and needs:
+    widths = {state.input_id: state.value.shape[1] for state in states}
+    for inputs in in_passes(widths, needs) if missing and some else [list(widths)]:
+        group = [state for state in states if state.input_id in inputs]
+        if missing and some:
             block.observe_inputs(needs, group)
         rest()
         last = {state.input_id: state for state in group}
@@ -142,22 +144,6 @@ def round_weights(block: Block, quantizer: Method) -> None:
             if last[state.input_id] is state:
                 state.statistics.clear()
     exchange(block, states, list(owners.values()))
-
-
-def passes(states: Iterable[WeightState], needs: Sequence[type[Statistic]]) -> list[list[WeightState]]:
-    """Weights whose statistics are collected together: they take no more than those of the widest input."""
-    inputs: dict[int, list[WeightState]] = {}
-    for state in states:
-        inputs.setdefault(state.input_id, []).append(state)
-    sizes = {key: sum(need.nbytes(one[0].value.shape[1]) for need in needs) for key, one in inputs.items()}
-    found, room = list[list[WeightState]](), 0
-    for key, together in inputs.items():
-        if not found or sizes[key] > room:
-            found.append([])
-            room = max(sizes.values())
-        found[-1] += together
-        room -= sizes[key]
-    return found
 
 
 def round_in_order(block: Block, quantizer: Method) -> None:
