@@ -40,7 +40,7 @@ def budget(plan: Plan, device: str, between: int | None = None, saving: Saving =
             _workspace(plan, mine),
         )
         if mine and not (plan.pipeline.transforms or plan.pipeline.refiners):
-            if saving >= Saving.PASSES:
+            if saving >= Saving.PASSES and device == "cpu":
                 load = resting(plan, mine, load, dense * size)
             elif plan.pipeline.corrects:
                 load = corrected(plan, mine, load, saving)

@@ -129,4 +129,4 @@ def resting(plan: Plan, items: list[WeightPlan], load: Load, block: int) -> Load
             (one.values if plan.pipeline.corrects else size * prod(one.shape))
             + quantizer.together(one.shape, one.sums),
         )
-    return Load(block, 0, 0, max(0, most - block), load.forward)
+    return Load(block, load.packed, 0, max(0, most - block - load.packed), load.forward)

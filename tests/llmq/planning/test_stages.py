@@ -66,7 +66,7 @@ def test_a_stage_that_rests(plan: Plan, wide: list[Any]) -> None:
     (stage,) = stages._stages(plan, wide)
     load = stages.resting(plan, wide, Load(5000, 10, 20, 30), block)
     most = max(block + stage.held + square + matrix + stage.batch, square + matrix + 18 * 64 * WIDE)
-    assert load == Load(block, 0, 0, most - block)
+    assert load == Load(block, 10, 0, most - block - 10)
     assert most < 2 * square
     assert stages.in_files(plan, wide, Saving.PASSES) > 2 * square
 
