@@ -93,7 +93,7 @@ def _moved(states: Sequence[WeightState], mine: Sequence[bool], moments: Moments
 def _outputs(state: WeightState, moments: Moments) -> Tensor:
     """Some of a weight's outputs, which choose its strengths."""
     rows = state.value.shape[0]
-    return torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.hessian.device).long()
+    return torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.device).long()
 
 
 def _strengths(
