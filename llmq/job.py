@@ -44,6 +44,7 @@ from llmq.recipe.recipe import Calibration, Recipe
 from llmq.report import card
 from llmq.report.page import PAGE, report_page
 from llmq.report.report import Report, make_report, versions
+from llmq.spill import saving
 from llmq.streaming import stream
 from llmq.streaming.block_io import rest
 from llmq.watch import Silent, Watch
@@ -60,21 +61,25 @@ def plan(
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
     stream_hub: bool = False,
+    max_memory: int | None = None,
     watch: Watch | None = None,
 ) -> Plan:
     """Check and size everything that `quantize` would do, without doing it. Raises LlmqError if `quantize` would.
 
     goal: the budget that bits will be chosen for; the plan is then that of the recipe's own scheme, which only counts
     for what the budget leaves alone. ids: calibration windows [samples, tokens] of token ids in place of the recipe's
-    text.
+    text. max_memory: the most bytes of memory that a process may take, by default what the machine has: where what is
+    planned first takes more, activations are put into files, and statistics are collected in passes.
     """
     with ranks.failing_together():
-        made = _made(model, recipe, out, tp, device, ids, trust_remote_code, stream_hub, scored=goal is not None)
+        made = _made(
+            model, recipe, out, tp, device, ids, trust_remote_code, stream_hub, max_memory, scored=goal is not None
+        )
         check_ranks(made, chosen=goal is None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
         chunks.files(made, goal.fit)
-        check_room(made.budget, None, device)
+        check_room(made.budget, None, device, max_memory)
     return made
 
 
@@ -87,6 +92,7 @@ def _made(
     ids: Tensor | None,
     trust_remote_code: bool,
     stream_hub: bool,
+    max_memory: int | None,
     *,
     held: bool = False,
     scored: bool = False,
@@ -117,7 +123,7 @@ def _made(
             found = calibration_windows(source, asked, recipe.seed, longest)
         return found.apart(more) if more else found
 
-    made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored)
+    made = make_plan(source, recipe, wanted, out=folder, tp=tp, device=device, scored=scored, limit=max_memory)
     # Refused now, not after the work: what the format's config cannot express, or a loader would not take.
     section = config(made)["quantization_config"]
     if made.cache is not None and not made.served:
@@ -138,6 +144,7 @@ def quantize(
     ids: Tensor | None = None,
     trust_remote_code: bool = False,
     stream_hub: bool = False,
+    max_memory: int | None = None,
     watch: Watch | None = None,
     made: Plan | None = None,
     command: str | None = None,
@@ -162,12 +169,13 @@ def quantize(
         ids=ids,
         trust_remote_code=trust_remote_code,
         stream_hub=stream_hub,
+        max_memory=max_memory,
         watch=watch,
     )
     where = torch.device(ranks.own_device(device))
     chosen = None if goal is None else allocate.choose_bits(made, goal, where, watch)
     if chosen is not None:
-        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, stream_hub, held=True)
+        made = _made(model, chosen.recipe, out, tp, device, ids, trust_remote_code, stream_hub, max_memory, held=True)
     told = fingerprint(made, device)
     ranks.agree(told | {"threads": torch.get_num_threads(), "command": str(out.absolute())}, "run")
     with open_sink(out, told, units=len(rest(made)) + sum(len(block.units) for block in made.blocks)) as sink:
@@ -176,7 +184,9 @@ def quantize(
         if sink.finished:
             watch.note(f"{out} is finished already: this is its report")
             return Report.load(out)
-        stream.run(made, sink, where, watch)
+        # Ranks have to collect statistics in the same passes.
+        with saving(max(ranks.everyone(made.saving)), sink.state_of("")):
+            stream.run(made, sink, where, watch)
         described = config(made)
         # On all ranks: what it asks of other libraries, they may tell each other.
         check_named_class(made, described["quantization_config"], sink)

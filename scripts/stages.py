@@ -32,7 +32,7 @@ STAGES = {
     "llmq.block.statistics:Hessian.update": "statistics",
     "llmq.block.statistics:Inputs.update": "statistics",
     "llmq.block.moments:Moments.update": "statistics",
-    "llmq.methods._correction:compare": "statistics",
+    "llmq.block.moments:compare": "statistics",
     "llmq.streaming.steps:correct": "correction",
     "llmq.streaming.steps:round_weight": "solve",
     "llmq.numerics.gptq:factorize": "factor",

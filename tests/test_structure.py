@@ -60,7 +60,7 @@ def test_imports_point_one_way(package: str) -> None:
 
 # Folders and files of llmq/, lowest first: each imports only what stands in earlier groups (docs/design.md, §2).
 GROUPS = (
-    {"errors", "validate", "machine", "ranks", "watch", "demo"},
+    {"errors", "validate", "machine", "ranks", "spill", "watch", "demo"},
     {"checkpoint", "discovery", "grids"},
     {"recipe", "numerics", "formats", "block"},
     {"data", "methods", "inference"},
@@ -72,7 +72,7 @@ GROUPS = (
     {"adapters"},
     {"cli"},
 )
-MOST_NAMES = 28
+MOST_NAMES = 29
 
 
 def module_name(file: Path) -> str:

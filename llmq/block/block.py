@@ -33,6 +33,7 @@ from llmq.grids.activations import stored_scale
 from llmq.grids.base import Quantized, with_input_scale
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
+from llmq.spill import Saving, keep
 
 
 @dataclass
@@ -56,6 +57,9 @@ class Block:
     scale pairs; scale_dtype: the stored dtype of scales; log: the methods' attempts, for the report; tail: of
     the last block, what the model does with its output, if the block may be judged by the logits.
     """
+
+    in_passes = True
+    """Whether the statistics of its weights can be collected for some of them after the other."""
 
     def __init__(
         self,
@@ -94,13 +98,17 @@ class Block:
         return [self._output(i) for i in range(len(self.inputs))]
 
     def _output(self, index: int) -> Tensor:
-        return self.output(index).to(self.inputs[index])
+        return keep(self.output(index).to(self.inputs[index]), Saving.STATES)
 
     def observe(self, needs: Iterable[type[Statistic]]) -> list[Tensor]:
         """One pass of the current block: returns its outputs, and replaces the statistics of every distinct input."""
+        return self.observe_inputs(needs, self.weights.values())
+
+    def observe_inputs(self, needs: Iterable[type[Statistic]], states: Iterable[WeightState]) -> list[Tensor]:
+        """The same for the inputs of some weights."""
         held: dict[int, dict[type[Statistic], Statistic]] = {}
         fed: dict[View, list[Statistic]] = {}
-        for state in self.weights.values():
+        for state in states:
             if state.input_id not in held:
                 held[state.input_id] = {need: need(state.value.shape[1], self.device) for need in needs}
                 fed[state.view] = list(held[state.input_id].values())

@@ -23,6 +23,7 @@ from llmq.discovery.calls import of_length
 from llmq.discovery.parameters import assign
 from llmq.discovery.replay import Replay
 from llmq.discovery.view import put
+from llmq.spill import Saving, keep, rest_one, saves
 
 T = TypeVar("T")
 Both = tuple[Counts | None, Counts | None]
@@ -76,13 +77,14 @@ def _keep(results: list[T], step: Callable[[int], T], index: int) -> None:
 
 def _kept(states: Sequence[WeightState], seen: Sequence[Seen]) -> dict[str, Seen]:
     """What weights show, on the CPU, by parameter; an input that several share is there once."""
-    inputs = {id(x): x.cpu() for one in seen for x in one.inputs}
-    return {
-        state.parameter: replace(
-            one, inputs=[inputs[id(x)] for x in one.inputs], addends=[addend.cpu() for addend in one.addends]
-        )
-        for state, one in zip(states, seen, strict=True)
-    }
+    distinct = {id(x): x for one in seen for x in one.inputs}
+    inputs = {key: keep(x.cpu(), Saving.STATES) for key, x in distinct.items()}
+
+    def with_addends(one: Seen) -> Seen:
+        addends = [keep(addend.cpu(), Saving.STATES) for addend in one.addends]
+        return replace(one, inputs=[inputs[id(x)] for x in one.inputs], addends=addends)
+
+    return {state.parameter: with_addends(one) for state, one in zip(states, seen, strict=True)}
 
 
 def _nbytes(shown: dict[str, Seen]) -> int:
@@ -104,7 +106,8 @@ class Chains:
         self.unrounded = {name: block.module.get_parameter(name).data for name in names}
         self.rounded = dict(self.unrounded)
         self.changing = {state.parameter: state.view for state in block.weights.values()}
-        block.replays = [Replay(REPLAYED // len(block.inputs)) for _ in block.inputs]
+        if not saves(Saving.PRODUCTS):
+            block.replays = [Replay(REPLAYED // len(block.inputs)) for _ in block.inputs]
         if block.shown is None:
             run_unquantized(block, self._unquantized, whole=False)
 
@@ -116,8 +119,11 @@ class Chains:
             for shown in self.block.shown or ():
                 shown.pop(state.parameter, None)
         self._use(self.rounded)
-        put(self.block.module, ((state.view, state.result()) for state in states))
-        self.rounded = {name: self.block.module.get_parameter(name).data for name in self.unrounded}
+        module = self.block.module
+        put(module, ((state.view, state.result()) for state in states))
+        for name in {state.view.parameter for state in states}:
+            assign(module, name, keep(module.get_parameter(name).data, Saving.PASSES))
+        self.rounded = {name: module.get_parameter(name).data for name in self.unrounded}
         self._use(self.unrounded)
 
     def see(self, states: Sequence[WeightState], index: int, until: Both | None) -> tuple[list[Seen], list[Seen], Both]:
@@ -152,4 +158,5 @@ class Chains:
 
     def _use(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
+            rest_one(self.block.module.get_parameter(name).data)
             assign(self.block.module, name, value)

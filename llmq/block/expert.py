@@ -37,6 +37,8 @@ class ExpertBlock(Block):
     its inputs, whoever chose it; its own then count as any others, so its alpha is 0.
     """
 
+    in_passes = False
+
     def __init__(
         self,
         module: nn.Module,

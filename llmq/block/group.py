@@ -22,6 +22,7 @@ class GroupBlock(Block):
     """A group of experts. tokens: how many rows each weight multiplied, by `View.name`, in the first `observe`."""
 
     tokens: dict[str, int] | None = None
+    in_passes = False
 
     def feeding(self, statistic: Statistic) -> Takes:
         """See `Block.feeding`: rows of zeros are left out, which stand for tokens that chose other experts."""

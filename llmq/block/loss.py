@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq import ranks
+from llmq.spill import Saving, rest
 
 CHUNK = 1 << 21
 # Lower bound of a token's size in the loss, as a fraction of the mean size.
@@ -24,6 +25,7 @@ def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor], *, batch
     batches: whether there is one tensor for each batch, so that those of all ranks count.
     """
     found = [_squares(value, target) for value, target in zip(values, targets, strict=True)]
+    rest(Saving.STATES)
     apart = whole = 0.0
     for squares in ranks.gather(found) if batches else found:
         for one, other in squares:
@@ -34,6 +36,7 @@ def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor], *, batch
 
 def _squares(value: Tensor, target: Tensor) -> list[tuple[float, float]]:
     """‖value − target‖² and ‖target‖² of some rows after the other."""
+    rest(Saving.STATES)
     found = []
     for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
         exact = t.to(v.device, torch.float32)

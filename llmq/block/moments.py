@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from llmq import ranks
-from llmq.block.block import WeightState
+from llmq.block.block import Block, WeightState
+from llmq.block.chains import Chains
 from llmq.block.passes import add
 from llmq.block.products import parts
 from llmq.block.statistics import Hessian, Statistic
 from llmq.discovery.addends import Seen
+from llmq.spill import Saving, rest, saves, zeros
+
+HELD_OUT = 8
+"""One window in this many has tokens that choose the strengths; they are added to the sums afterwards."""
+HELD_TOKENS = 2048
+"""How many tokens choose them, at most."""
 
 
 @dataclass
@@ -66,19 +73,23 @@ def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequenc
             adding.add(state.parameter)
             if (apart := _difference(r, now)) is not None:
                 streams[state.parameter] = apart
-    drift = _difference(exact[0].rows.float(), rows.float()) if exact[0].inputs else None
+    drift = _difference(exact[0].rows, rows) if exact[0].inputs else None
     return Apart(rows, drift, streams, frozenset(adding))
 
 
 def _difference(exact: Tensor, found: Tensor) -> Tensor | None:
-    return exact - found if exact.shape == found.shape and not torch.equal(exact, found) else None
+    """What two tensors of one shape differ by, float32; None if they do not, or have other shapes."""
+    if exact.shape != found.shape or torch.equal(exact, found.to(exact.dtype)):
+        return None
+    return exact.to(torch.float32, copy=True).sub_(found)
 
 
 class Moments:
     """Sums over tokens for one stage.
 
     statistics: of the quantized chain's inputs, the Hessian Σ x̂ x̂ᵀ among them; drift: Σ (x − x̂) x̂ᵀ, float32 [in, in];
-    streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless it is zero.
+    drifts: whether there is any; streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless
+    it is zero.
     """
 
     def __init__(self, width: int, needs: Iterable[type[Statistic]], device: torch.device) -> None:
@@ -86,6 +97,7 @@ class Moments:
         self.width, self.device = width, device
         self.statistics = {kind: kind(width, device) for kind in kinds}
         self.drift: Tensor | None = None
+        self.drifts = False
         self.streams: dict[str, Tensor] = {}
         self.adding: frozenset[str] = frozenset()
 
@@ -98,16 +110,25 @@ class Moments:
 
     def update(self, aparts: Sequence[Apart]) -> None:
         """Add tokens: those of a hand of batches, of every rank."""
+        self.update_statistics(aparts)
+        self.update_differences(aparts)
+
+    def update_statistics(self, aparts: Sequence[Apart]) -> None:
+        """Add them to the statistics alone."""
         for statistic in self.statistics.values():
             add(statistic, None, [apart.rows for apart in aparts], self.device)
+
+    def update_differences(self, aparts: Sequence[Apart]) -> None:
+        """Add them to the sums of differences alone."""
         width, device = self.width, self.device
         drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
+        self.drifts |= drifts
         if drifts and self.drift is None:
-            self.drift = torch.zeros(width, width, device=device)
+            self.drift = zeros((width, width), torch.float32, device, Saving.PASSES)
         streams = {name: apart.streams[name].shape[1] for apart in aparts for name in apart.streams}
         for name, out in sorted(item for found in ranks.everyone(streams) for item in found.items()):
             if name not in self.streams:
-                self.streams[name] = torch.zeros(out, width, device=device)
+                self.streams[name] = zeros((out, width), torch.float32, device, Saving.PASSES)
         adding = frozenset[str]().union(*(apart.adding for apart in aparts))
         self.adding = self.adding.union(*ranks.everyone(adding))
         sums: list[tuple[Tensor, Callable[[], object]]] = []
@@ -139,3 +160,61 @@ def _add_stream(total: Tensor, part: slice, aparts: Sequence[Apart], name: str) 
 def _add_products(total: Tensor, left: Tensor, rows: Tensor) -> None:
     """Add Σ l xᵀ over tokens to a sum. In bfloat16 it would be faster, but KL rises by 1 % (books8m, 4 bits)."""
     total.addmm_(left.to(total.device).t(), rows.to(total.device, torch.float32))
+
+
+def collect(
+    block: Block, states: Sequence[WeightState], chains: Chains, needs: Iterable[type[Statistic]], *, hold: bool
+) -> tuple[Moments, list[list[Apart]]]:
+    """The sums of a stage over all batches, and the tokens that are held back from them, of each hand of batches.
+
+    hold: whether some are, of every eighth window, or of the last one.
+    """
+    moments, held = Moments(states[0].value.shape[1], needs, block.device), list[list[Apart]]()
+    windows, counts = ranks.gather(len(hidden) for hidden in block.inputs), None
+    places = ranks.mine(len(windows))
+    # With little memory, not all sums are in it at once: the block is run again for the others.
+    every = saves(Saving.PASSES)
+    for update in (moments.update_statistics, moments.update_differences) if every else (moments.update,):
+        first = not held
+        for hand in ranks.hands(len(block.inputs)):
+            kept = list[Apart]()
+            aside = list[Apart]()
+            for index in hand:
+                exact, found, counts = chains.see(states, index, counts)
+                if found[0].inputs:
+                    apart = compare(states, exact, found, not block.partial)
+                    exact.clear()
+                    found.clear()
+                    tokens = _held_out(windows, places[index], len(apart.rows)) if hold else None
+                    if tokens is not None and bool(tokens.any()):
+                        tokens = tokens.to(block.device)
+                        aside.append(apart.of(tokens))
+                        apart = apart.of(~tokens)
+                    if ranks.size() == 1:
+                        update([apart])
+                    else:
+                        kept.append(apart.kept())
+                    del apart
+            if ranks.size() > 1:
+                update(kept)
+            if first:
+                held.append(aside)
+        rest()
+    return moments, held
+
+
+def _held_out(sizes: Sequence[int], index: int, count: int) -> Tensor | None:
+    """Which of a batch's tokens, bool [count], are kept back: evenly spread over every eighth window, or the last one.
+
+    sizes: the windows of every batch. None if there is one window, or the tokens are not those of the batch's windows.
+    """
+    windows, first = sum(sizes), sum(sizes[:index])
+    if windows == 1 or count % sizes[index]:
+        return None
+    chosen = range(HELD_OUT - 1, windows, HELD_OUT) or range(windows - 1, windows)
+    length = count // sizes[index]
+    taken = torch.linspace(0, length - 1, min(length, max(1, HELD_TOKENS // len(chosen)))).long()
+    tokens = torch.zeros(sizes[index], length, dtype=torch.bool)
+    for window in set(chosen).intersection(range(first, first + sizes[index])):
+        tokens[window - first, taken] = True
+    return tokens.flatten()

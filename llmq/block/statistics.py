@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from llmq.block.gram import add_gram, mirror
 from llmq.block.products import parts
 from llmq.discovery.inputs import Takes
+from llmq.spill import Saving, zeros
 
 
 class Statistic(Protocol):
@@ -33,6 +35,22 @@ class Statistic(Protocol):
     @classmethod
     def nbytes(cls, width: int) -> int:
         """The memory of its tensors, in bytes."""
+
+
+def in_passes(widths: Mapping[int, int], needs: Sequence[type[Statistic]]) -> list[list[int]]:
+    """Inputs, of which the width is given, in groups whose statistics take no more than those of the widest input.
+
+    Where memory is limited, those of a group are collected in one pass.
+    """
+    sizes = {key: sum(need.nbytes(width) for need in needs) for key, width in widths.items()}
+    found, room = list[list[int]](), 0
+    for key, nbytes in sizes.items():
+        if not found or nbytes > room:
+            found.append([])
+            room = max(sizes.values())
+        found[-1].append(key)
+        room -= nbytes
+    return found
 
 
 class MeanSquare:
@@ -80,7 +98,7 @@ class Hessian:
     QUADRATIC = True
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._sums = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._sums = zeros((width, width), torch.float32, device, Saving.PASSES)
         self._whole = True
         self.count = 0
 

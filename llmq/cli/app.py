@@ -15,7 +15,20 @@ from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
 from llmq.cli.launch import launch
-from llmq.cli.options import Device, Model, Out, Ranks, StreamHub, Tp, Trust, err_console, explained, with_recipe
+from llmq.cli.options import (
+    Device,
+    MaxMemory,
+    Model,
+    Out,
+    Ranks,
+    StreamHub,
+    Tp,
+    Trust,
+    err_console,
+    explained,
+    parse_memory,
+    with_recipe,
+)
 from llmq.cli.surroundings import settle
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
@@ -41,6 +54,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Check this folder's disk as well.")] = None,
     tp: Tp = 1,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     trust_remote_code: Trust = False,
     stream_hub: StreamHub = False,
 ) -> None:
@@ -59,6 +73,7 @@ def plan(
             device=device,
             trust_remote_code=trust_remote_code,
             stream_hub=stream_hub,
+            max_memory=parse_memory(max_memory),
             watch=bars,
         )
     terminal.plan(out_console, made)
@@ -75,6 +90,7 @@ def quantize(
     tp: Tp = 1,
     device: Device = "cpu",
     count: Ranks = 1,
+    max_memory: MaxMemory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     trust_remote_code: Trust = False,
     stream_hub: StreamHub = False,
@@ -95,6 +111,7 @@ def quantize(
     # One rank reports and draws bars; what makes another one fail, that one says.
     out_console.quiet = not ranks.first()
     drawn = err_console if ranks.first() else Console(quiet=True)
+    most = parse_memory(max_memory)
     with Bars(drawn) as bars:
         made = job.plan(
             model,
@@ -105,6 +122,7 @@ def quantize(
             device=device,
             trust_remote_code=trust_remote_code,
             stream_hub=stream_hub,
+            max_memory=most,
             watch=bars,
         )
     if dry_run:
@@ -121,6 +139,7 @@ def quantize(
                 device=device,
                 trust_remote_code=trust_remote_code,
                 stream_hub=stream_hub,
+                max_memory=most,
                 watch=bars,
                 made=made,
             )

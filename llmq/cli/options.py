@@ -22,6 +22,7 @@ from llmq import ranks
 from llmq.errors import LlmqError
 from llmq.grids.cache import CACHES
 from llmq.grids.table import GRIDS
+from llmq.machine import parse_size
 from llmq.recipe import catalog, presets
 from llmq.recipe.recipe import Recipe, parse_override
 
@@ -38,6 +39,15 @@ Ranks = Annotated[
         min=1,
         help="Quantize by this many processes on this machine; on several, start the command by torchrun. The bytes "
         "are those of one process with as many threads.",
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="The most memory that a process may take, such as 9GiB; by default what is free. Where a run would take "
+        "more, hidden states are put into files in OUT, and statistics are collected in several passes. That takes "
+        "longer; the bytes are the same.",
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Read it first.")]
@@ -272,6 +282,11 @@ def method_options() -> list[Parameter]:
         kind: Any = Annotated[option.kind | None, made]
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     return parameters
+
+
+def parse_memory(text: str | None) -> int | None:
+    """'9GiB' → bytes; None stays. Raises LlmqError."""
+    return None if text is None else parse_size(text, "--max-memory")
 
 
 def parse_group(text: str) -> int | str:

@@ -31,6 +31,7 @@ from llmq.discovery.handed import (
 from llmq.discovery.matmuls import flat
 from llmq.discovery.routers import follow_products
 from llmq.errors import LlmqError, first_line
+from llmq.spill import Saving, keep, rest
 
 
 @dataclass
@@ -85,7 +86,8 @@ class Call:
                 return self.handed[key]
             return to_device(find_handed(result, key), hidden.device)
 
-        return States(self.hidden(result).to(hidden), {key: left(key) for key in self.needed})
+        output = keep(self.hidden(result).to(hidden), Saving.STATES)
+        return States(output, {key: left(key) for key in self.needed})
 
     def result(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """All that the block returns for input `hidden`."""
@@ -93,6 +95,7 @@ class Call:
 
     def _ran(self, block: Callable[..., Any], hidden: Tensor) -> tuple[Any, dict[Handed | Store, Opened]]:
         device = hidden.device
+        rest(Saving.STATES)
         stores: dict[Handed | Store, Opened] = {}
 
         def ready(value: Any) -> Any:
@@ -280,7 +283,7 @@ def record(
                     raise Unreached(called, len(blocks))
                 raise LlmqError("the blocks are not called once each, in order")
             assert hidden is not None and results is not None
-            recording.hidden.append(hidden)
+            recording.hidden.append(keep(hidden, Saving.STATES))
             calls = [_cut(*results.marked(args, kwargs), hidden, results.element) for _, args, kwargs in seen]
             places = _mark_stores(calls, stores)
             recording.stores.append({place: before for place, (_, before) in places.items()})

@@ -144,6 +144,13 @@ class Method:
         """The memory in bytes for a weight of this shape, besides the weight and its statistics."""
         return 2 * math.prod(shape)
 
+    def together(self, shape: tuple[int, ...], statistics: int) -> int:
+        """The memory in bytes for a weight of this shape with its statistics, where they may rest in a file.
+
+        statistics: what they take while they do not.
+        """
+        return statistics + self.workspace(shape)
+
 
 def range_refusal(range: str | None, scheme: Scheme) -> str | None:
     """Why a scheme does not support a range method, or None."""

@@ -81,6 +81,16 @@ class GPTQ(Method):
         return rounding_of(scheme.rules).apart
 
     def workspace(self, shape: tuple[int, ...]) -> int:
-        """Two more [in, in] matrices while factoring, then four of the weight's size, all float32."""
+        """One more [in, in] matrix and one of the weight's size, then four of that, all float32; and codes."""
         rows, width = shape
-        return max(8 * width * width + 4 * rows * width, 4 * width * width + 16 * rows * width)
+        return max(4 * width * width + 5 * rows * width, self._swept(shape))
+
+    def together(self, shape: tuple[int, ...], statistics: int) -> int:
+        """See `Method.together`: the Hessian rests while its factor is used."""
+        rows, width = shape
+        return max(statistics, 4 * width * width + 5 * rows * width, statistics + self._swept(shape))
+
+    def _swept(self, shape: tuple[int, ...]) -> int:
+        """What sweeps take."""
+        rows, width = shape
+        return 18 * rows * width if self.sweeps else 0

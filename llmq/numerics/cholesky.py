@@ -23,7 +23,7 @@ STRIP = 512
 def invert_factor(matrix: Tensor) -> bool:
     """Replace a symmetric matrix A = L Lᵀ by L⁻¹, lower triangular; False if it has no factor, which leaves no result.
 
-    matrix: float32 [n, n], of which only the lower triangle is read. One quarter of its memory is used besides.
+    matrix: float32 [n, n], of which only the lower triangle is read. Besides, strips of it are used.
     """
     size = len(matrix)
     if size <= SMALL:
@@ -37,13 +37,13 @@ def invert_factor(matrix: Tensor) -> bool:
     first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
     if not invert_factor(first):
         return False
-    factor = times_upper(below, first)
+    times_upper(below, first, out=below)
     for start in range(0, len(second), STRIP):
         strip = slice(start, start + STRIP)
-        second[start:, strip].addmm_(factor[start:], factor[strip].t(), alpha=-1)
+        second[start:, strip].addmm_(below[start:], below[strip].t(), alpha=-1)
     if not invert_factor(second):
         return False
-    torch.neg(times_lower(factor, first), out=below)
+    times_lower(below, first, out=below).neg_()
     for stop in range(len(second), 0, -STRIP):
         strip = slice(max(0, stop - STRIP), stop)
         below[strip] = second[strip, :stop] @ below[:stop]
@@ -53,23 +53,25 @@ def invert_factor(matrix: Tensor) -> bool:
 
 def solve(rows: Tensor, inverse: Tensor) -> Tensor:
     """R (L Lᵀ)⁻¹ of rows R, float32 [rows, n], for L⁻¹ of `invert_factor`."""
-    return times_lower(times_upper(rows, inverse), inverse)
+    half = times_upper(rows, inverse)
+    return times_lower(half, inverse, out=half)
 
 
-def times_lower(rows: Tensor, lower: Tensor) -> Tensor:
-    """R X for a lower triangular X: [rows, n]."""
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+def times_lower(rows: Tensor, lower: Tensor, out: Tensor | None = None) -> Tensor:
+    """R X for a lower triangular X: [rows, n]. out: where to, which may be R itself."""
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
     for start in range(0, len(lower), STRIP):
         strip = slice(start, start + STRIP)
-        torch.mm(rows[:, start:], lower[start:, strip], out=out[:, strip])
+        # What is multiplied later has columns to the right of these.
+        out[:, strip] = rows[:, start:] @ lower[start:, strip]
     return out
 
 
-def times_upper(rows: Tensor, lower: Tensor) -> Tensor:
-    """R Xᵀ for a lower triangular X: [rows, n]."""
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    for start in range(0, len(lower), STRIP):
-        strip = slice(start, start + STRIP)
+def times_upper(rows: Tensor, lower: Tensor, out: Tensor | None = None) -> Tensor:
+    """R Xᵀ for a lower triangular X: [rows, n]. out: where to, which may be R itself."""
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
+    for start in reversed(range(0, len(lower), STRIP)):
         stop = min(start + STRIP, len(lower))
-        torch.mm(rows[:, :stop], lower[strip, :stop].t(), out=out[:, strip])
+        # What is multiplied later has columns to the left of these.
+        out[:, start:stop] = rows[:, :stop] @ lower[start:stop, :stop].t()
     return out

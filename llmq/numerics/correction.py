@@ -20,10 +20,13 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.numerics.cholesky import invert_factor, solve
+from llmq.spill import rest_one
 
 STEPS = 8
 """Strengths are multiples of one part in this many."""
 DAMPINGS = 4
+STRIP = 512
+"""The rows that are copied at once, so that a matrix and its copy need not be in memory together."""
 
 
 def factor(hessian: Tensor, damping: float) -> Tensor | None:
@@ -36,7 +39,11 @@ def factor(hessian: Tensor, damping: float) -> Tensor | None:
     if not mean > 0:
         return None
     for attempt in range(DAMPINGS + 1):
-        lower = hessian.clone()
+        lower = torch.empty_like(hessian)
+        for start in range(0, len(hessian), STRIP):
+            strip = slice(start, start + STRIP)
+            lower[strip] = hessian[strip]
+            rest_one(hessian[strip])
         lower.diagonal().add_(mean * damping * 10**attempt)
         if invert_factor(lower):
             return lower

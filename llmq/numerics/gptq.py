@@ -26,6 +26,7 @@ from llmq.grids.scheme import Scheme
 from llmq.numerics.cholesky import invert_factor
 from llmq.numerics.columns import compensate
 from llmq.numerics.descent import improve
+from llmq.spill import rest_one
 
 DAMPINGS = 4
 ACT_ORDERS = ("none", "static", "grouped")
@@ -68,9 +69,9 @@ def solve(
         raise LlmqError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
     if tuple(hessian.shape) != (width, width):
         raise LlmqError(f"a weight with {width} inputs needs a Hessian [{width}, {width}], not {[*hessian.shape]}")
-    if not bool(torch.isfinite(weight).all()):
+    if not _finite(weight):
         raise LlmqError("the weight holds values that are not finite")
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         raise LlmqError(
             "the Hessian holds values that are not finite: an activation overflowed on the calibration text"
         )
@@ -98,6 +99,11 @@ def solve(
         for n, part in enumerate(rowwise):
             found[n] = improve(found[n], weight[part], hessian, sweeps=sweeps, damping=damping, block_size=block_size)
     return joined(found)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, by the extremes alone, which are not if any value is not a number."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def _order(diagonal: Tensor, scheme: Scheme, act_order: str) -> Tensor | None:
@@ -157,6 +163,7 @@ def _mirrored(hessian: Tensor, mirror: Tensor, dead: Tensor, amount: float) -> T
     copy = torch.empty(hessian.shape, device=hessian.device)
     for start in range(0, len(mirror), 256):
         copy[start : start + 256] = hessian[mirror[start : start + 256]][:, mirror]
+        rest_one(hessian)
     gone = dead[mirror]
     if bool(gone.any()):
         copy[gone] = 0

@@ -6,22 +6,22 @@ from dataclasses import replace
 from math import prod
 
 from llmq import ranks
-from llmq.block.chains import REPLAYED, ROOM
-from llmq.block.statistics import Hessian, Statistic
-from llmq.methods._correction import HELD_OUT, HELD_TOKENS
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, hidden_width, predict
 from llmq.planning.parts import codes
+from llmq.planning.stages import corrected, in_files, resting
 from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
+from llmq.spill import Saving
 
 KEPT = 2**30
 """The most bytes of what weights show that a rank keeps, until it is its turn to add to the sums of all ranks."""
 
 
-def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
-    """The peaks of a plan's run. between: the bytes of what goes from block to block for one window, if known."""
+def budget(plan: Plan, device: str, between: int | None = None, saving: Saving = Saving.NONE) -> Budget:
+    """The peaks of a plan's run. between: the bytes of what goes from block to block for one window, if known; saving:
+    what is done to need less memory."""
     size = plan.dtype.itemsize
     loads, inside = [], []
     for block in plan.blocks:
@@ -33,13 +33,17 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         # The weights that are rounded already are there beside the unrounded ones.
         copies += numbers * size if plan.pipeline.corrects else 0
         dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
-        corrected, before = _correction(plan, mine)
         load = Load(
             dense * size + copies,
             sum(i.after for i in mine),
-            max(_statistics(plan, mine, corrected=plan.pipeline.corrects), corrected),
-            max(_workspace(plan, mine), before),
+            _statistics(plan, mine, saving, corrected=plan.pipeline.corrects),
+            _workspace(plan, mine),
         )
+        if mine and not (plan.pipeline.transforms or plan.pipeline.refiners):
+            if saving >= Saving.PASSES and device == "cpu":
+                load = resting(plan, mine, load, dense * size)
+            elif plan.pipeline.corrects:
+                load = corrected(plan, mine, load, saving)
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
         if block.experts is not None:
             # What enters the unquantized block's experts is kept from the start.
@@ -69,9 +73,11 @@ def budget(plan: Plan, device: str, between: int | None = None) -> Budget:
         device,
         chains=4 if plan.pipeline.float_target else 3,
         between=between,
+        saving=saving,
         stacks=[f"{b.name}.{name}" for b in plan.blocks if b.parts is not None for name in b.parts.parameters],
     )
-    return replace(found, memory=found.memory + kept)
+    files = max((in_files(plan, [*block.weights.values()], saving) for block in plan.blocks), default=0)
+    return replace(found, memory=found.memory + kept, files=found.files + files)
 
 
 def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
@@ -86,43 +92,19 @@ def _outside_load(plan: Plan, items: list[WeightPlan]) -> Load:
     )
 
 
-def _statistics(plan: Plan, items: list[WeightPlan], *, corrected: bool = False) -> int:
+def _statistics(plan: Plan, items: list[WeightPlan], saving: Saving = Saving.NONE, *, corrected: bool = False) -> int:
     """The bytes of the statistics of some weights: those of one pass are freed before the next pass.
 
     corrected: whether the weights are corrected, so that the quantizer's statistics are not collected in such a pass.
     """
     widths = {item.input_id: item.shape[1] for item in items}
-    passes = list(plan.pipeline.passes)
-    if corrected and plan.pipeline.quantizer.quantize_needs:
-        passes.remove(plan.pipeline.quantizer.quantize_needs)
-    return max((sum(need.nbytes(width) for need in needs for width in widths.values()) for needs in passes), default=0)
-
-
-def _correction(plan: Plan, items: list[WeightPlan]) -> tuple[int, int]:
-    """The bytes of the largest stage of weights with one input that are corrected together.
-
-    Of what stays while its weights are quantized, and of what is there before.
-    """
-    if not plan.pipeline.corrects:
-        return 0, 0
-    stages: dict[int, list[WeightPlan]] = {}
-    for item in items:
-        stages.setdefault(item.input_id, []).append(item)
-    needs: list[type[Statistic]] = [Hessian, *plan.pipeline.quantizer.quantize_needs]
-    needs = list(dict.fromkeys(needs))
-    stays = before = 0
-    for stage in stages.values():
-        width, outs = stage[0].shape[1], sum(item.shape[0] for item in stage)
-        stays = max(stays, sum(need.nbytes(width) for need in needs) + 4 * outs * width)
-        # The drift and a factor; a stream of each weight; one of them, its terms, their change, and a copy of it.
-        held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1) * 4 * (2 * width + outs)
-        before = max(before, 8 * width**2 + 4 * outs * width + 16 * max(prod(i.shape) for i in stage) + held)
-    widths = sum(stage[0].shape[1] for stage in stages.values())
-    streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
-    shown = plan.ids.numel() * plan.dtype.itemsize * (widths + streams)
-    # The outputs of products, and of attention.
-    replayed = plan.ids.numel() * plan.dtype.itemsize * (sum(i.shape[0] for i in items) + hidden_width(plan.model))
-    return stays + (shown if shown <= ROOM else 0) + min(replayed, REPLAYED), before
+    quantizer, found = plan.pipeline.quantizer.quantize_needs, [0]
+    for needs in plan.pipeline.passes:
+        sizes = [sum(need.nbytes(width) for need in needs) for width in widths.values()]
+        if needs == quantizer:
+            sizes = [] if corrected else [max(sizes, default=0)] if saving >= Saving.PASSES else sizes
+        found.append(sum(sizes))
+    return max(found)
 
 
 def kept_bytes(plan: Plan) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from torch import nn
 from llmq import ranks
 from llmq.errors import LlmqError
 from llmq.machine import existing, size
+from llmq.spill import Saving
 
 FORWARD_COPIES = 6
 ROUTED_COPIES = 2.5  # of the rows of all experts' products, at the widest of them
@@ -27,11 +29,13 @@ REST_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Budget:
-    """Predicted peaks in bytes: resident host memory, device memory (0 on the CPU), and the output folder."""
+    """Predicted peaks in bytes: resident host memory, device memory (0 on the CPU), the output folder, and what is in
+    files there while the run lasts, as it does not fit into memory."""
 
     memory: int
     device_memory: int
     disk: int
+    files: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ def predict(
     chains: int = 3,
     between: int | None = None,
     stacks: Collection[str] = (),
+    saving: Saving = Saving.NONE,
 ) -> Budget:
     """The peaks of a run. inside: the names of the blocks' parameters; outside: of others, those that a pass up to the
     last block reads; loads: of each block, one after the other; chains: the number of sets of hidden states (input,
     output and target; one more with a float target); between: the bytes of what goes from block to block for one
     window, hidden states and other values, if known; stacks: of the parameters, those that hold experts one below the
-    other, which tell no width.
+    other, which tell no width; saving: whether hidden states are in files, among what is done to need less memory.
 
     Without blocks, nothing runs. The activations (input, target and output of every window) are in host memory for any
     device.
@@ -93,7 +98,13 @@ def predict(
     hidden = hidden_width(model)
     if between is None:
         between = ids_shape[1] * hidden * dtype.itemsize
-    activations = chains * ids_shape[0] * between
+    activations, files = chains * ids_shape[0] * between, 0
+    if saving >= Saving.STATES:
+        # Those of a batch are in memory, and what is handed on beside them.
+        states = ids_shape[1] * hidden * dtype.itemsize
+        spilled = chains * max(0, ids_shape[0] - batch) * min(between, states)
+        activations -= spilled
+        files = spilled
     names = set(inside) - set(stacks)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)
@@ -103,8 +114,8 @@ def predict(
     )
     recording = embedding + loads[0].block + max(forward, loads[0].forward)
     if device == "cpu":
-        return Budget(now + activations + max(work, recording), 0, disk)
-    return Budget(now + activations + max(load.block + load.packed for load in loads) + recording, work, disk)
+        return Budget(now + activations + max(work, recording), 0, disk, files)
+    return Budget(now + activations + max(load.block + load.packed for load in loads) + recording, work, disk, files)
 
 
 def hidden_width(model: nn.Module) -> int:
@@ -113,9 +124,24 @@ def hidden_width(model: nn.Module) -> int:
     return max((p.shape[-1] for p in entry.parameters()), default=1)
 
 
-def check_room(budget: Budget, out: Path | None, device: str) -> None:
-    """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run."""
+def host_memory(limit: int | None = None) -> int:
+    """The bytes that this process can have in the host's memory. limit: what it may have, if that is given."""
     have = psutil.virtual_memory().available // ranks.on_this_machine() + psutil.Process().memory_info().rss
+    return have if limit is None else min(have, limit)
+
+
+def check_room(budget: Budget, out: Path | None, device: str, limit: int | None = None) -> None:
+    """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run.
+
+    budget: with all that can be done to need less memory; limit: the most bytes in the host's that the run may take.
+    """
+    have = host_memory(limit)
+    if budget.memory > have and limit is not None and have == limit:
+        raise LlmqError(
+            f"--max-memory {size(limit)}: this run needs at least about {size(budget.memory)}, with hidden states in "
+            "files and statistics collected in passes. Ways out: --max-memory "
+            f"{ceil(budget.memory / 2**28) / 4:g}GiB, fewer --samples or a shorter --seqlen, or --method rtn"
+        )
     if budget.memory > have:
         raise LlmqError(
             f"this run needs about {size(budget.memory)} of memory and {size(have)} are free. "
@@ -131,9 +157,10 @@ def check_room(budget: Budget, out: Path | None, device: str) -> None:
         return
     folder = existing(out)
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    if budget.disk > free:
+    if budget.disk + budget.files > free:
+        more = f", and what does not fit into memory {size(budget.files)} more," if budget.files else ""
         raise LlmqError(
-            f"{out}: the result needs {size(budget.disk)} on disk and {size(free)} are free; "
+            f"{out}: the result needs {size(budget.disk)}{more} on disk and {size(free)} are free; "
             "free some space or choose another output folder"
         )
 

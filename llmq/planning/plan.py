@@ -30,7 +30,7 @@ from llmq.planning.distill import check_tuning, with_tuning
 from llmq.planning.experts import check_experts, check_route, group, plan_experts
 from llmq.planning.fused import check_fused
 from llmq.planning.lengths import check_length, longest, tokens_to_check
-from llmq.planning.memory import check_room
+from llmq.planning.memory import check_room, host_memory
 from llmq.planning.numbers import check_numbers, main_dtype
 from llmq.planning.outside import check_class, check_outside, include_outside
 from llmq.planning.parts import group_parts, plan_parts
@@ -42,6 +42,7 @@ from llmq.planning.types import BlockPlan as BlockPlan
 from llmq.planning.types import Plan as Plan
 from llmq.planning.weights import plan_weights
 from llmq.recipe.recipe import Recipe
+from llmq.spill import Saving
 
 
 def make_plan(
@@ -53,9 +54,11 @@ def make_plan(
     tp: int = 1,
     device: str = "cpu",
     scored: bool = False,
+    limit: int | None = None,
 ) -> Plan:
     """Check everything and make the plan. `windows`: returns the calibration windows, given the model's maximum length
-    if it is known; `scored`: whether they are needed even if no method does, to score weights on.
+    if it is known; `scored`: whether they are needed even if no method does, to score weights on; `limit`: the most
+    memory in bytes that the run may take, by default what the machine has.
 
     Raises LlmqError with all weights that fail a check and the remedies.
     """
@@ -98,10 +101,15 @@ def make_plan(
     warned += set_tail(plan)
     warned += checks.missing_processor(source)
     plan.warnings = [*source.warnings, *warned, *found.notes, *checks.warnings(items, recipe), *_joined_warnings(plan)]
-    plan.budget = budget(plan, device, between)
-    if (tail := check_tuning(plan)) is not None:
-        plan.budget = with_tuning(plan, tail, plan.budget, between, device)
-    check_room(plan.budget, out, device)
+    tail = check_tuning(plan)
+    have = host_memory(limit)
+    for plan.saving in Saving:
+        plan.budget = budget(plan, device, between, plan.saving)
+        if tail is not None:
+            plan.budget = with_tuning(plan, tail, plan.budget, between, device)
+        if plan.budget.memory <= have:
+            break
+    check_room(plan.budget, out, device, limit)
     return plan
 
 

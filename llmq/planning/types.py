@@ -31,6 +31,7 @@ from llmq.planning.served import for_servers
 from llmq.planning.stacks import for_llmq_alone
 from llmq.planning.weights import WeightPlan
 from llmq.recipe.recipe import Recipe
+from llmq.spill import Saving
 
 BATCH_TOKENS = 2048
 DENSE = Loader(
@@ -100,8 +101,9 @@ class Plan:
 
     model: of the causal class; named: the class that config.json names, if that is another one; dtype: of the blocks'
     weights, in which the model runs and scales are stored; left_out: tensors of the checkpoint that are not written;
-    tail: what follows the last block, if a method learns from the logits; open: what the bits of the weights will be
-    chosen for, if they are not chosen yet; cache: what rounds keys and values, if the recipe wants that.
+    saving: what is done to need no more memory than there is; tail: what follows the last block, if a method learns
+    from the logits; open: what the bits of the weights will be chosen for, if they are not chosen yet; cache: what
+    rounds keys and values, if the recipe wants that.
     """
 
     source: Source
@@ -119,6 +121,7 @@ class Plan:
     blocks: list[BlockPlan] = field(default_factory=list)
     tail: Tail | None = None
     budget: Budget = field(default_factory=lambda: Budget(0, 0, 0))
+    saving: Saving = Saving.NONE
     warnings: list[str] = field(default_factory=list)
     open: Open | None = None
     cache: CachePlan | None = None

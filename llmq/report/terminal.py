@@ -16,6 +16,7 @@ from llmq.block.attempt import Outcome
 from llmq.machine import size
 from llmq.report.experts import experts_of, grouped, place, shapes
 from llmq.report.measured import digits
+from llmq.spill import Saving
 
 # For `llmq methods` and similar commands, which do not import torch.
 if TYPE_CHECKING:
@@ -104,11 +105,28 @@ def summary(console: Console, made: Plan) -> None:
     if made.calibration.first:
         grid.add_row("first window", escape(readable(made.calibration.first, console.encoding)))
     grid.add_row("needs", f"{size(made.budget.memory)} of memory{device}, {size(made.budget.disk)} of disk")
+    if made.saving:
+        grid.add_row("", escape(told_saving(made)))
     for index, loader in enumerate(made.loaders):
         grid.add_row("" if index else "loads", escape(loader.sentence))
     console.print(grid)
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+
+
+def told_saving(made: Plan) -> str:
+    """What is done so that the run fits into the memory that it may take, in a sentence."""
+    from llmq.planning.stages import most_passes
+
+    told = ["products of earlier runs of a block are not kept"]
+    if made.saving >= Saving.STATES:
+        told.append("hidden states are in files")
+    if made.saving >= Saving.PASSES:
+        count = most_passes(made)
+        told += [f"statistics are collected in up to {count} passes"] if count > 1 else []
+        told.append("weights and matrices that wait are in files")
+    files = f" ({size(made.budget.files)} more of disk while it runs)" if made.budget.files else ""
+    return f"so that it fits: {', '.join(told)}{files}"
 
 
 def readable(text: str, encoding: str) -> str:

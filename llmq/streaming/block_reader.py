@@ -18,6 +18,7 @@ from llmq.discovery.tail import Tail
 from llmq.errors import LlmqError
 from llmq.planning.plan import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
+from llmq.spill import Saving, keep
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class BlockReader:
         if not self.plan.links.tensors(name):
             raise LlmqError(f"{self.plan.source.folder}: the checkpoint has no tensor for {name}")
         value = self.plan.links.fill(name, self._shape(name), self._checked)
-        assign(self.plan.model, name, value.to(device or self.device))
+        assign(self.plan.model, name, keep(value.to(device or self.device), Saving.PASSES))
 
     def _checked(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint, a float one in the model's dtype. Raises LlmqError if it is not finite."""

@@ -12,11 +12,13 @@ from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, WeightState, relative_error
 from llmq.block.chains import Chains, stages
 from llmq.block.siblings import join
+from llmq.block.statistics import in_passes
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, QuantizedWeight, joined, pieces
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
 from llmq.methods.base import Method, Stats
+from llmq.spill import Saving, keep_all, rest, saves
 
 INVARIANCE = 0.02
 LOGITS = "the divergence of the model's logits, in nats"
@@ -123,18 +125,26 @@ def round_weights(block: Block, quantizer: Method) -> None:
     if quantizer.correct != "none" and block.unquantized is not None:
         round_in_order(block, quantizer)
         return
-    if not all(set(quantizer.quantize_needs) <= state.statistics.keys() for state in block.weights.values()):
-        block.observe(quantizer.quantize_needs)
-    states = list(block.weights.values())
-    last = {state.input_id: state for state in states}
+    needs, states = quantizer.quantize_needs, list(block.weights.values())
+    missing = not all(set(needs) <= state.statistics.keys() for state in states)
+    some = block.in_passes and saves(Saving.PASSES)
+    if missing and not some:
+        block.observe(needs)
     block.calibrate_inputs()
-    shares = share(states, quantizer)
-    for state, owners in zip(states, shares, strict=True):
-        if (rows := owners.get(ranks.rank())) is not None:
-            round_weight(block, quantizer, state, state.value[rows].detach(), state.statistics)
-        if last[state.input_id] is state:
-            state.statistics.clear()
-    exchange(block, states, shares)
+    shares = dict(zip(block.weights, share(states, quantizer), strict=True))
+    widths = {state.input_id: state.value.shape[1] for state in states}
+    for inputs in in_passes(widths, needs) if missing and some else [list(widths)]:
+        group = [state for state in states if state.input_id in inputs]
+        if missing and some:
+            block.observe_inputs(needs, group)
+        rest()
+        last = {state.input_id: state for state in group}
+        for state in group:
+            if (rows := shares[state.parameter].get(ranks.rank())) is not None:
+                round_weight(block, quantizer, state, state.value[rows].detach(), state.statistics)
+            if last[state.input_id] is state:
+                state.statistics.clear()
+    exchange(block, states, list(shares.values()))
 
 
 def round_in_order(block: Block, quantizer: Method) -> None:
@@ -180,7 +190,8 @@ def exchange(block: Block, states: Sequence[WeightState], shares: Sequence[dict[
         told = [ranks.tell(found, owner, block.device) for owner in owners]
         state.correction = told[0][1]
         state.seconds = sum(seconds for _, _, seconds in told)
-        block.set_quantized(state.parameter, _joined([quantized for quantized, _, _ in told]))
+        whole = _joined([quantized for quantized, _, _ in told])
+        block.set_quantized(state.parameter, keep_all(whole, Saving.PASSES))
 
 
 def _joined(parts: Sequence[Quantized | None]) -> Quantized:
@@ -198,5 +209,5 @@ def round_weight(block: Block, quantizer: Method, state: WeightState, value: Ten
         found = quantizer.quantize(value, state.scheme, statistics, block.scale_dtype)
     except LlmqError as problem:
         raise LlmqError(f"{state.name}.weight: {problem}") from problem
-    block.set_quantized(state.parameter, found)
+    block.set_quantized(state.parameter, keep_all(found, Saving.PASSES))
     state.seconds = time.perf_counter() - began

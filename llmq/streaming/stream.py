@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import ranks
+from llmq import ranks, spill
 from llmq.block.attempt import Attempt, Outcome
 from llmq.block.block import Block, relative_error
 from llmq.block.chains import replayed, run_unquantized
@@ -100,7 +100,8 @@ def quantize_block(
         if pipeline.corrects:
             target = run_unquantized(block, lambda index: calls[index].step(block.module, aim[index], io.device))
         else:
-            target = [States(h) for h in block.observe(pipeline.first)]
+            # Where statistics are collected in passes, this is not one of them.
+            target = [States(h) for h in block.observe(() if spill.saves(spill.Saving.PASSES) else pipeline.first)]
             check_output(planned.name, target, BEFORE)
             target = target if float_states is None else forward(block.module, aim, calls, io.device)
         check_output(planned.name, target, BEFORE)
@@ -111,6 +112,7 @@ def quantize_block(
         steps.quantize(block, pipeline)
     rows, tensors = pack_weights(planned, block) if ranks.first() else ([], {})
     tensors |= io.untouched(planned, block.changed) if ranks.first() else {}
+    spill.rest()
     weights = list(block.weights.values())
     if planned.parts is not None or planned.experts is not None:
         block.replays = None  # Experts have other values, or are not run with the block.
@@ -270,8 +272,10 @@ def forward(
 
 def check_output(name: str, output: list[States], when: str) -> None:
     """Raise LlmqError if a block's output is not finite."""
-    if not all(bool(torch.isfinite(one.hidden).all()) for one in output):
-        raise LlmqError(f"{name}: its output is not finite {when}")
+    for one in output:
+        spill.rest(spill.Saving.STATES)
+        if not bool(torch.isfinite(one.hidden).all()):
+            raise LlmqError(f"{name}: its output is not finite {when}")
 
 
 def copy_rest(io: BlockIO, watch: Watch) -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from llmq import methods
-from llmq.cli.options import explained, method_options, parse_group, recipe_options, with_recipe
+from llmq.cli.options import explained, method_options, parse_group, parse_memory, recipe_options, with_recipe
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.recipe import catalog, presets
@@ -78,6 +78,12 @@ def test_a_group_is_a_number_or_channel() -> None:
     assert (parse_group("128"), parse_group("channel")) == (128, "channel")
     for wrong in ("-1", "1.5", "chanel", ""):
         refused(lambda wrong=wrong: parse_group(wrong), "--group-size", repr(wrong))
+
+
+def test_the_most_memory() -> None:
+    assert (parse_memory(None), parse_memory("1.5GiB")) == (None, 3 * 2**29)
+    with pytest.raises(LlmqError, match="--max-memory 'lots'"):
+        parse_memory("lots")
 
 
 def test_every_keyword_of_every_method_is_an_option_once() -> None:

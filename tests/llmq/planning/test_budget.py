@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 
 import psutil
@@ -97,31 +96,3 @@ def test_what_a_refinement_learns_at_once_is_budgeted_at_once(
     (refiner,) = made.pipeline.refiners
     wanted = sum(refiner.workspace(weight.shape) for weight in made.blocks[0].weights.values())
     assert [load.workspace for load in loads[0]] == [wanted] * 3
-
-
-def test_the_largest_stage_is_corrected_at_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[list[Load]] = []
-    plan = make(tiny_model, methods=("gptq",), options={"sweeps": 1})
-    plain = make(tiny_model, methods=("gptq",), options={"correct": "none"})
-    monkeypatch.setattr(
-        budget, "predict", lambda *args, **more: loads.append([*args[6], more["chains"]]) or plan.budget
-    )
-    budget.budget(plain, "cpu")
-    budget.budget(plan, "cpu")
-    monkeypatch.setattr(budget, "ROOM", 0)
-    budget.budget(plan, "cpu")
-    before, kept, repeated = loads
-    assert [before[-1], kept[-1]] == [3, 4]
-    weights = plan.blocks[0].weights.values()
-    widths = {item.input_id: item.shape[1] for item in weights}
-    # Inputs of every stage once, and the stream of each weight with as many outputs as the model is wide.
-    streams = sum(item.shape[0] == 64 for item in weights) * 64
-    shown = plan.ids.numel() * plan.dtype.itemsize * (sum(widths.values()) + streams)
-    for load, other in zip(kept[:-1], repeated[:-1], strict=True):
-        assert load.statistics - other.statistics == shown
-        # A Hessian and the corrected weights; before that two more matrices [in, in], and a stream.
-        largest = max(prod(item.shape) for item in weights)
-        assert other.statistics >= 4 * max(widths.values()) ** 2 + 4 * largest
-        assert other.workspace >= 8 * max(widths.values()) ** 2 + 12 * largest
-    for load, plainly in zip(kept[:-1], before[:-1], strict=True):
-        assert load.block - plainly.block == sum(prod(item.shape) for item in weights) * plan.dtype.itemsize
