@@ -108,6 +108,14 @@ def test_what_a_grid_has_not_and_what_was_not_taken_is_refused() -> None:
     refused(lambda: GPTQ().quantize(torch.ones(2, 8), SCHEME, {}, torch.float32), "no Hessian statistic was collected")
 
 
-@pytest.mark.parametrize(("shape", "needed"), [((8, 64), 8 * 64 * 64 + 4 * 8 * 64), ((64, 8), 4 * 8 * 8 + 16 * 64 * 8)])
+@pytest.mark.parametrize(("shape", "needed"), [((8, 64), 4 * 64 * 64 + 5 * 8 * 64), ((64, 8), 18 * 64 * 8)])
 def test_its_workspace_is_the_larger_of_factoring_and_rounding(shape: tuple[int, int], needed: int) -> None:
     assert GPTQ().workspace(shape) == needed
+
+
+def test_its_hessian_rests_while_it_is_factored() -> None:
+    """Where the statistics take most, they are in memory with what sweeps take, not with a factor of them."""
+    square, matrix = 4 * 64 * 64, 8 * 64
+    assert GPTQ().together((8, 64), square) == square + 18 * matrix
+    assert GPTQ(sweeps=0).together((8, 64), square) == square + 5 * matrix
+    assert GPTQ(sweeps=0).workspace((64, 8)) == 4 * 8 * 8 + 5 * 64 * 8
