@@ -291,19 +291,34 @@ def check_range(method: str, scheme: Scheme, width: int) -> None:
         raise LlmqError(f"group size {scheme.group_size} does not divide the {width} inputs of the weight")
 
 
-def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Yields some rows at a time: the first row's index, the groups [rows, groups, size] in float32, their largest
-    magnitude and the power of two that scales it to at most 1, each [rows, groups, 1]. Raises LlmqError if a value is
-    not finite.
-    """
+class Part(NamedTuple):
+    """Some rows of a weight. rows: which; weight: float32 [rows, groups, size]; low, high: the extremes of each
+    group, and unit: the power of two that scales it to at most 1, each [rows, groups, 1]."""
+
+    rows: slice
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+    unit: Tensor
+
+    @property
+    def top(self) -> Tensor:
+        """The largest magnitude of each group."""
+        return torch.maximum(self.high, -self.low)
+
+
+def parts(weight: Tensor, groups: int) -> Iterator[Part]:
+    """Yields some rows at a time. Raises LlmqError if a value is not finite."""
     rows, width = weight.shape
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
         part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        top = part.abs().amax(-1, keepdim=True)
+        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+        top = torch.maximum(high, -low)
         if not bool(torch.isfinite(top).all()):
             raise LlmqError("the weight holds values that are not finite")
-        yield start, part, top, torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+        unit = torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+        yield Part(slice(start, start + step), part, low, high, unit)
 
 
 def weights_of(method: str, importance: Tensor | None, groups: int) -> Tensor | None:
