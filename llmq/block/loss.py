@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq import ranks
 
-CHUNK = 1 << 21
+CHUNK = 1 << 18
 # Lower bound of a token's size in the loss, as a fraction of the mean size.
 FLOOR = 0.01
 LOGITS = 1 << 22

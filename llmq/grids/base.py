@@ -19,7 +19,7 @@ from llmq_kernels.int_linear.reference import dequantize
 
 CHUNK = 1 << 17
 """Elements processed at a time, so that temporaries fit the processor's cache."""
-READ = 1 << 21
+READ = 1 << 18
 """Elements processed at a time for dequantization."""
 
 
