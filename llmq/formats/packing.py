@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.machine import by_rows
 from llmq_kernels.int_linear import dense_bits, reference
 from llmq_kernels.int_linear.reference import lane_mask
 
@@ -35,21 +36,25 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     words = torch.empty(rows, packed_width(n, bits), dtype=torch.int32, device=codes.device)
     pack = _pack_pairs if bits == 4 and n % 8 == 0 else _pack_rows
-    step = max(1, CHUNK // max(n, 1))
-    for start in range(0, rows, step):
-        words[start : start + step] = pack(codes[start : start + step], bits)
+
+    def work(some: slice) -> None:
+        words[some] = pack(codes[some], bits)
+
+    by_rows(rows, max(1, CHUNK // max(n, 1)), work, codes.device)
     return words
 
 
 def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack_codes`: int32 [rows, ceil(n·bits/32)] → int8 [rows, n]. Raises ValueError as the reference."""
+    """The inverse of `pack_codes`: int32 [rows, ceil(n·bits/32)] → int8 [rows, n]. Raises ValueError."""
     rows = len(words)
     if words.dtype != torch.int32 or words.shape[1] != packed_width(n, bits):
         return reference.unpack_codes(words, bits, n)
     codes = torch.empty(rows, n, dtype=torch.int8, device=words.device)
-    step = max(1, CHUNK // max(n, 1))
-    for start in range(0, rows, step):
-        codes[start : start + step] = dense_bits.unpack(words[start : start + step], bits, n)
+
+    def work(some: slice) -> None:
+        codes[some] = dense_bits.unpack(words[some], bits, n)
+
+    by_rows(rows, max(1, CHUNK // max(n, 1)), work, words.device)
     return codes
 
 

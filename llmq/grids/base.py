@@ -15,6 +15,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import Grid
+from llmq.machine import by_rows
 from llmq_kernels.int_linear.reference import dequantize
 
 CHUNK = 1 << 17
@@ -68,13 +69,14 @@ class QuantizedWeight:
         rows, width = self.codes.shape
         weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
         rounding = self.rounding
-        # Some rows at a time, so that there is no float32 copy of the whole weight.
-        step = max(1, READ // width)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
+
+        def work(part: slice) -> None:
             zero = None if self.zero is None else self.zero[part]
             points = rounding.part(part).decode(self.codes[part], self.scheme)
             weight[part] = dequantize(points, self.scale[part], zero)
+
+        # Some rows at a time, so that there is no float32 copy of the whole weight.
+        by_rows(rows, max(1, READ // width), work, weight.device)
         return weight
 
 
@@ -273,13 +275,15 @@ def round_to_grid(
     rows, width = weight.shape
     groups = scale.shape[1]
     codes = torch.empty(rows, width, dtype=rounding.code_dtype, device=weight.device)
-    step = max(1, CHUNK // width)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        part = part / scale[start : start + step].to(torch.float32).unsqueeze(-1)
-        held = None if zero is None else zero[start : start + step].unsqueeze(-1)
-        here = rounding.part(slice(start, start + step))
-        codes[start : start + step] = here.encode(here.nearest(part, held, scheme).flatten(1), scheme)
+
+    def work(some: slice) -> None:
+        part = weight[some].to(torch.float32).reshape(-1, groups, width // groups)
+        part = part / scale[some].to(torch.float32).unsqueeze(-1)
+        held = None if zero is None else zero[some].unsqueeze(-1)
+        here = rounding.part(some)
+        codes[some] = here.encode(here.nearest(part, held, scheme).flatten(1), scheme)
+
+    by_rows(rows, max(1, CHUNK // width), work, weight.device)
     return codes
 
 
@@ -312,13 +316,18 @@ def parts(weight: Tensor, groups: int) -> Iterator[Part]:
     rows, width = weight.shape
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
-        top = torch.maximum(high, -low)
-        if not bool(torch.isfinite(top).all()):
-            raise LlmqError("the weight holds values that are not finite")
-        unit = torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
-        yield Part(slice(start, start + step), part, low, high, unit)
+        yield part_of(weight, groups, slice(start, min(start + step, rows)))
+
+
+def part_of(weight: Tensor, groups: int, rows: slice) -> Part:
+    """Some rows of a weight. Raises LlmqError if a value is not finite."""
+    part = weight[rows].to(torch.float32).reshape(-1, groups, weight.shape[1] // groups)
+    low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+    top = torch.maximum(high, -low)
+    if not bool(torch.isfinite(top).all()):
+        raise LlmqError("the weight holds values that are not finite")
+    unit = torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+    return Part(rows, part, low, high, unit)
 
 
 def weights_of(method: str, importance: Tensor | None, groups: int) -> Tensor | None:

@@ -24,10 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.grids.base import Part, check_range, parts, storable, weights_of
+from llmq.grids import base
+from llmq.grids.base import Part, check_range, part_of, parts, storable, weights_of
 from llmq.grids.candidates import SIDED, best_candidate, scales_of
 from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
 from llmq.grids.scheme import Scheme
+from llmq.machine import by_rows
 
 TRIED = 16
 """Scales that are tried one by one, with zero points of 5 bits and more."""
@@ -91,11 +93,15 @@ def find_range(
     limit = _entropy_limit(weight, groups, scheme.bits) if method == "kl" else math.inf
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
-    for part in parts(weight, groups):
+
+    def work(some: slice) -> None:
+        part = part_of(weight, groups, some)
         best = _search(_Groups(part.weight / part.unit, root, part, scheme, scale_dtype), method, limit)
-        scale[part.rows] = torch.where(part.top > 0, best.scale * part.unit, 1.0).squeeze(-1).to(scale_dtype)
+        scale[some] = torch.where(part.top > 0, best.scale * part.unit, 1.0).squeeze(-1).to(scale_dtype)
         if zero is not None:
-            zero[part.rows] = torch.where(part.top > 0, best.zero, 0.0).squeeze(-1).to(torch.int8)
+            zero[some] = torch.where(part.top > 0, best.zero, 0.0).squeeze(-1).to(torch.int8)
+
+    by_rows(rows, max(1, base.CHUNK // width), work, weight.device)
     return scale, zero
 
 
