@@ -18,7 +18,7 @@ from llmq.grids.table import Grid
 from llmq.machine import by_rows
 from llmq_kernels.int_linear.reference import dequantize
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Elements processed at a time, so that temporaries fit the processor's cache."""
 READ = 1 << 18
 """Elements processed at a time for dequantization."""

@@ -4,9 +4,9 @@
 lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², with an importance per input column. Both judge
 log-spaced scales from above min-max down to a fraction of it, each with the best scale for its codes, all at once by
 looked-up sums (`candidates`; with zero points of 5 bits and more, where that would need too large a table, one by one).
-The winner is rounded to its stored dtype and measured; from 6 bits on so are its neighbours. Min-max is measured first
-and replaced only by something better, so a search is never worse. `percentile`, `kl` and `aciq` clip by the
-distribution of the weights, without a search: see `estimators`.
+The winner's scale is fitted again to its exact codes, rounded to its stored dtype and measured; from 6 bits on so are
+its neighbours. Min-max is measured first and replaced only by something better, so a search is never worse.
+`percentile`, `kl` and `aciq` clip by the distribution of the weights, without a search: see `estimators`.
 
 A symmetric grid with an even number of levels has one extra negative level. A negative scale makes it an extra positive
 level; every reader accepts negative scales, and at 2 bits this is worth a third of a bit (auto-round does the same:
@@ -134,7 +134,7 @@ def _search(groups: _Groups, method: str, limit: float) -> _Best:
         importance = None if groups.root is None else groups.root.square()
         start, zero = best_candidate(weight, low, high, scheme, importance)
         start = groups.stored(torch.where(start == 0, scale, start))
-        best.take(_error(groups, start, zero, buffer), start, zero)
+        _take_fitted(groups, best, start, zero, buffer)
     else:
         for fraction in scales_of(scheme.bits, TRIED):
             start = groups.stored(scale * fraction)
@@ -184,5 +184,5 @@ def _take_fitted(groups: _Groups, best: _Best, scale: Tensor, zero: Tensor, buff
         weight = weight * groups.root
     size = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()
     fit = levels.mul_(weight).sum(-1, keepdim=True).div_(size)
-    fitted = groups.stored(torch.where(fit > 0, fit, scale))
+    fitted = groups.stored(torch.where(fit * scale > 0, fit, scale))
     best.take(_error(groups, fitted, zero, buffer), fitted, zero)
