@@ -8,6 +8,7 @@ end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -154,6 +155,17 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
         raise IndexError(f"rows {start}:{stop} of {info.name}, whose shape is {list(info.shape)}")
     row = info.nbytes // info.shape[0] if info.shape[0] else 0
     return _read(info, info.begin + start * row, (stop - start, *info.shape[1:]))
+
+
+def expect(info: TensorInfo) -> None:
+    """Let the system read a tensor into its cache meanwhile: a hint, which takes no memory of this process."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            fd = os.open(info.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
 
 
 def _read(info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:

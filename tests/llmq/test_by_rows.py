@@ -1,4 +1,4 @@
-"""Rows in several threads (machine.by_rows): the same result in the same order, the first error, and torch's own threads as before."""
+"""Rows in several threads: the same result in the same order, the first error, and torch's own threads as before."""
 
 from __future__ import annotations
 
