@@ -1,4 +1,4 @@
-"""What this machine has: memory, devices, disks, optional packages."""
+"""What this machine has: memory, devices, disks, threads, optional packages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import logging
 import re
 import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
@@ -19,6 +21,7 @@ from llmq.errors import LlmqError, first_line
 if TYPE_CHECKING:
     import torch
 
+R = TypeVar("R")
 _PAGE, _MADV_PAGEOUT = resource.getpagesize(), 21
 
 
@@ -84,6 +87,34 @@ def give_back() -> None:
     """Return freed memory to the system: glibc keeps freed memory for reuse, which adds up over blocks."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def by_rows(rows: int, step: int, work: Callable[[slice], R], device: torch.device) -> list[R]:
+    """What `work` returns for `step` rows after the other, in their order; on a CPU in as many threads as torch has.
+
+    Each thread computes alone. torch's own threads share every operator, and wait for each other after each: for
+    operators of some microseconds that takes longer than the work, on a busy machine many times as long. work: what it
+    computes must depend on its rows alone. Of what it raises, the first in the order of rows is raised.
+    """
+    import torch
+
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    before = torch.get_num_threads() if device.type == "cpu" else 1
+    if min(before, len(parts)) <= 1:
+        return [work(part) for part in parts]
+    gradients = torch.is_grad_enabled()
+
+    def alone(part: slice) -> R:
+        with torch.set_grad_enabled(gradients):
+            return work(part)
+
+    pool = ThreadPoolExecutor(min(before, len(parts)), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return list(pool.map(alone, parts))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets is also what threads that are made later begin with.
+        torch.set_num_threads(before)
 
 
 def parse_size(text: str, what: str) -> int:

@@ -147,8 +147,8 @@ class Block:
                 assign(self.module, name, value)
 
     def round_in_place(self) -> None:
-        """Replace all of the block's weights by their results, which must all exist."""
-        put(self.module, ((state.view, state.result()) for state in self.weights.values()))
+        """Replace all of the block's weights by their results, which must all exist. What they were is let go."""
+        put(self.module, ((state.view, _settled(state)) for state in self.weights.values()))
 
     def _rounded(self, state: WeightState) -> Tensor:
         if state.quantized is not None:
@@ -336,3 +336,11 @@ class Block:
 
 def _revalue(state: WeightState, value: Tensor) -> None:
     state.value, state.rounded, state.quantized = value, None, None
+
+
+def _settled(state: WeightState) -> Tensor:
+    """The result of a weight, which takes the place of its value."""
+    result = state.result()
+    state.error = relative_error([result], [state.value]) if ranks.first() else None
+    state.value = result
+    return result

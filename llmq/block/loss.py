@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from llmq import ranks
+from llmq.machine import by_rows
 from llmq.spill import Saving, rest
 
-CHUNK = 1 << 21
+CHUNK = 1 << 18
 # Lower bound of a token's size in the loss, as a fraction of the mean size.
 FLOOR = 0.01
 LOGITS = 1 << 22
@@ -37,12 +38,14 @@ def relative_error(values: Iterable[Tensor], targets: Iterable[Tensor], *, batch
 def _squares(value: Tensor, target: Tensor) -> list[tuple[float, float]]:
     """‖value − target‖² and ‖target‖² of some rows after the other."""
     rest(Saving.STATES)
-    found = []
-    for v, t in zip(torch.split(value.flatten(), CHUNK), torch.split(target.flatten(), CHUNK), strict=True):
-        exact = t.to(v.device, torch.float32)
-        apart, whole = torch.linalg.vector_norm(v.float() - exact), torch.linalg.vector_norm(exact)
-        found.append((float(apart) ** 2, float(whole) ** 2))
-    return found
+    values, targets = value.flatten(), target.flatten()
+
+    def work(some: slice) -> tuple[float, float]:
+        exact = targets[some].to(value.device, torch.float32)
+        apart, whole = torch.linalg.vector_norm(values[some].float() - exact), torch.linalg.vector_norm(exact)
+        return float(apart) ** 2, float(whole) ** 2
+
+    return by_rows(len(values), CHUNK, work, value.device)
 
 
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class WeightState:
     tensor; statistics: of that input, until they are freed; quantized: the result, or None before; input_scale: float32
     [1] if activations are static; importance: E[x²] of its input channels, float32 [in], if known; rounded: the weight
     rounded to nearest; correction: if it was corrected before it was quantized, how strongly, from 0 to 1, for the
-    errors of its input and for those of the residual stream that its output is added to (None: no stream was found).
+    errors of its input and for those of the residual stream that its output is added to (None: no stream was found);
+    error: of the result, relative to the value, once it is in the value's place.
     """
 
     name: str
@@ -42,6 +43,7 @@ class WeightState:
     rounded: Tensor | None = None
     importance: Tensor | None = None
     correction: tuple[float, float | None] | None = None
+    error: float | None = None
     seconds: float = 0.0
 
     @property

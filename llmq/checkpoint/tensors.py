@@ -8,6 +8,7 @@ end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -164,6 +165,17 @@ def read_rows(info: TensorInfo, start: int, stop: int, store: Store = LOCAL) -> 
         raise IndexError(f"rows {start}:{stop} of {info.name}, whose shape is {list(info.shape)}")
     row = info.nbytes // info.shape[0] if info.shape[0] else 0
     return _read(info, info.begin + start * row, (stop - start, *info.shape[1:]), store)
+
+
+def expect(info: TensorInfo) -> None:
+    """Let the system read a tensor into its cache meanwhile: a hint, which takes no memory of this process."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            fd = os.open(info.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
 
 
 def _read(info: TensorInfo, begin: int, shape: tuple[int, ...], store: Store) -> Tensor:

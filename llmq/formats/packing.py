@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq_kernels.int_linear.reference import lane_mask, unpack_codes
+from llmq.machine import by_rows
+from llmq_kernels.int_linear import dense_bits, reference
+from llmq_kernels.int_linear.reference import lane_mask
 
 __all__ = ["pack_codes", "pack_columns", "packed_width", "unpack_codes", "unpack_columns"]
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Codes at a time, so that temporaries stay in the processor's cache."""
 
 
 def packed_width(n: int, bits: int) -> int:
@@ -26,16 +29,39 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs each row of codes.
 
     codes: int8 [rows, n] in [−2^(bits−1), 2^(bits−1) − 1]; bits: 1…8. Returns int32 [rows, ceil(n·bits/32)]; unused
-    high bits of the last word are 0. Processes a few MiB of rows at a time. Raises LlmqError for another dtype.
+    high bits of the last word are 0. Raises LlmqError for another dtype.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise LlmqError(f"codes to pack must be int8 with two axes, not {codes.dtype} {[*codes.shape]}")
     rows, n = codes.shape
     words = torch.empty(rows, packed_width(n, bits), dtype=torch.int32, device=codes.device)
-    step = max(1, CHUNK // max(n, 1))
-    for start in range(0, rows, step):
-        words[start : start + step] = _pack_rows(codes[start : start + step], bits)
+    pack = _pack_pairs if bits == 4 and n % 8 == 0 else _pack_rows
+
+    def work(some: slice) -> None:
+        words[some] = pack(codes[some], bits)
+
+    by_rows(rows, max(1, CHUNK // max(n, 1)), work, codes.device)
     return words
+
+
+def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_codes`: int32 [rows, ceil(n·bits/32)] → int8 [rows, n]. Raises ValueError."""
+    rows = len(words)
+    if words.dtype != torch.int32 or words.shape[1] != packed_width(n, bits):
+        return reference.unpack_codes(words, bits, n)
+    codes = torch.empty(rows, n, dtype=torch.int8, device=words.device)
+
+    def work(some: slice) -> None:
+        codes[some] = dense_bits.unpack(words[some], bits, n)
+
+    by_rows(rows, max(1, CHUNK // max(n, 1)), work, words.device)
+    return codes
+
+
+def _pack_pairs(codes: Tensor, bits: int) -> Tensor:
+    """One chunk of `pack_codes` for 4 bits and whole words: two codes, the bytes of a 16-bit integer, make a byte."""
+    stored = (codes.contiguous() + 8).view(torch.int16)
+    return ((stored >> 4) | stored).to(torch.uint8).view(torch.int32)
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:

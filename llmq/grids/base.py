@@ -15,11 +15,12 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Scheme
 from llmq.grids.table import Grid
+from llmq.machine import by_rows
 from llmq_kernels.int_linear.reference import dequantize
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Elements processed at a time, so that temporaries fit the processor's cache."""
-READ = 1 << 21
+READ = 1 << 18
 """Elements processed at a time for dequantization."""
 
 
@@ -68,13 +69,14 @@ class QuantizedWeight:
         rows, width = self.codes.shape
         weight = torch.empty(rows, width, dtype=dtype, device=self.codes.device)
         rounding = self.rounding
-        # Some rows at a time, so that there is no float32 copy of the whole weight.
-        step = max(1, READ // width)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
+
+        def work(part: slice) -> None:
             zero = None if self.zero is None else self.zero[part]
             points = rounding.part(part).decode(self.codes[part], self.scheme)
             weight[part] = dequantize(points, self.scale[part], zero)
+
+        # Some rows at a time, so that there is no float32 copy of the whole weight.
+        by_rows(rows, max(1, READ // width), work, weight.device)
         return weight
 
 
@@ -298,13 +300,15 @@ def round_to_grid(
     rows, width = weight.shape
     groups = scale.shape[1]
     codes = torch.empty(rows, width, dtype=rounding.code_dtype, device=weight.device)
-    step = max(1, CHUNK // width)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        part = part / scale[start : start + step].to(torch.float32).unsqueeze(-1)
-        held = None if zero is None else zero[start : start + step].unsqueeze(-1)
-        here = rounding.part(slice(start, start + step))
-        codes[start : start + step] = here.encode(here.nearest(part, held, scheme).flatten(1), scheme)
+
+    def work(some: slice) -> None:
+        part = weight[some].to(torch.float32).reshape(-1, groups, width // groups)
+        part = part / scale[some].to(torch.float32).unsqueeze(-1)
+        held = None if zero is None else zero[some].unsqueeze(-1)
+        here = rounding.part(some)
+        codes[some] = here.encode(here.nearest(part, held, scheme).flatten(1), scheme)
+
+    by_rows(rows, max(1, CHUNK // width), work, weight.device)
     return codes
 
 
@@ -316,19 +320,39 @@ def check_range(method: str, scheme: Scheme, width: int) -> None:
         raise LlmqError(f"group size {scheme.group_size} does not divide the {width} inputs of the weight")
 
 
-def parts(weight: Tensor, groups: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Yields some rows at a time: the first row's index, the groups [rows, groups, size] in float32, their largest
-    magnitude and the power of two that scales it to at most 1, each [rows, groups, 1]. Raises LlmqError if a value is
-    not finite.
-    """
+class Part(NamedTuple):
+    """Some rows of a weight. rows: which; weight: float32 [rows, groups, size]; low, high: the extremes of each
+    group, and unit: the power of two that scales it to at most 1, each [rows, groups, 1]."""
+
+    rows: slice
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+    unit: Tensor
+
+    @property
+    def top(self) -> Tensor:
+        """The largest magnitude of each group."""
+        return torch.maximum(self.high, -self.low)
+
+
+def parts(weight: Tensor, groups: int) -> Iterator[Part]:
+    """Yields some rows at a time. Raises LlmqError if a value is not finite."""
     rows, width = weight.shape
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
-        part = weight[start : start + step].to(torch.float32).reshape(-1, groups, width // groups)
-        top = part.abs().amax(-1, keepdim=True)
-        if not bool(torch.isfinite(top).all()):
-            raise LlmqError("the weight holds values that are not finite")
-        yield start, part, top, torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+        yield part_of(weight, groups, slice(start, min(start + step, rows)))
+
+
+def part_of(weight: Tensor, groups: int, rows: slice) -> Part:
+    """Some rows of a weight. Raises LlmqError if a value is not finite."""
+    part = weight[rows].to(torch.float32).reshape(-1, groups, weight.shape[1] // groups)
+    low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+    top = torch.maximum(high, -low)
+    if not bool(torch.isfinite(top).all()):
+        raise LlmqError("the weight holds values that are not finite")
+    unit = torch.exp2(torch.frexp(top).exponent.clamp_(-100, 100).to(torch.float32))
+    return Part(rows, part, low, high, unit)
 
 
 def weights_of(method: str, importance: Tensor | None, groups: int) -> Tensor | None:

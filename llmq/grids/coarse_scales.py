@@ -52,11 +52,11 @@ class CoarseScales(Rounding):
         groups = scheme.groups(width)
         root = weights_of(method, importance, groups)
         scale = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
-        for start, part, top, unit in parts(weight, groups):
-            found = self.first(top, scheme)
+        for part in parts(weight, groups):
+            found = self.first(part.top, scheme)
             if method != "minmax":
-                found = self._search(part / unit, root, unit, found, scheme)
-            scale[start : start + len(part)] = torch.where(top > 0, found, 1.0).squeeze(-1)
+                found = self._search(part.weight / part.unit, root, part.unit, found, scheme)
+            scale[part.rows] = torch.where(part.top > 0, found, 1.0).squeeze(-1)
         return scale, None
 
     def _search(self, weight: Tensor, root: Tensor | None, unit: Tensor, first: Tensor, scheme: Scheme) -> Tensor:

@@ -49,9 +49,11 @@ class Codebook(Rounding):
         groups, dtype = scheme.groups(width), self.scale_dtype or scale_dtype
         root = weights_of(method, importance, groups)
         scale = torch.empty(rows, groups, dtype=dtype, device=weight.device)
-        for start, part, top, unit in parts(weight, groups):
-            found = self._search(part / unit, root, unit, scheme, dtype, FACTORS if method != "minmax" else ())
-            scale[start : start + len(part)] = torch.where(top > 0, found * unit, 1.0).squeeze(-1).to(dtype)
+        for part in parts(weight, groups):
+            found = self._search(
+                part.weight / part.unit, root, part.unit, scheme, dtype, FACTORS if method != "minmax" else ()
+            )
+            scale[part.rows] = torch.where(part.top > 0, found * part.unit, 1.0).squeeze(-1).to(dtype)
         return scale, None
 
     def _search(

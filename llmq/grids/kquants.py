@@ -118,13 +118,12 @@ class KQuant(Integer):
         shares = even if root is None else root.square().clamp_min_(LEAST_SHARE)
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty_like(scale)
-        for start, part, _, _ in parts(weight, groups):
-            some = slice(start, start + len(part))
-            blocks = _Blocks(part, shares, scheme)
+        for part in parts(weight, groups):
+            blocks = _Blocks(part.weight, shares, scheme)
             found = blocks.plain() if method == "minmax" else blocks.search(method, importance)
-            scale[some] = found.scale.flatten(1)
+            scale[part.rows] = found.scale.flatten(1)
             if zero is not None:
-                zero[some] = (found.minimum / found.scale).flatten(1)
+                zero[part.rows] = (found.minimum / found.scale).flatten(1)
         return scale, zero
 
     def settle(self, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None, Levels]:

@@ -44,11 +44,11 @@ class PowerInteger(Integer):
         root = weights_of(method, importance, groups)
         scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
         zero = torch.zeros(rows, groups, dtype=torch.int8, device=weight.device)
-        for start, part, top, unit in parts(weight, groups):
-            some, steps = slice(start, start + len(part)), STEPS if method != "minmax" else (0,)
-            found, held = self._search(part / unit, root, unit, scheme, scale_dtype, steps)
-            scale[some] = torch.where(top > 0, found * unit, 1.0).squeeze(-1).to(scale_dtype)
-            zero[some] = torch.where(top > 0, held, 0.0).squeeze(-1).to(torch.int8)
+        for part in parts(weight, groups):
+            steps = STEPS if method != "minmax" else (0,)
+            found, held = self._search(part.weight / part.unit, root, part.unit, scheme, scale_dtype, steps)
+            scale[part.rows] = torch.where(part.top > 0, found * part.unit, 1.0).squeeze(-1).to(scale_dtype)
+            zero[part.rows] = torch.where(part.top > 0, held, 0.0).squeeze(-1).to(torch.int8)
         return scale, None if scheme.symmetric else zero
 
     def _search(

@@ -1,12 +1,12 @@
 """Range search: the scale and zero point of a group of weights on the integer grid.
 
 `minmax` covers every weight, so one outlier stretches the grid for its whole group. `mse` clips the extremes if that
-lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², with an importance per input column. Both search
-log-spaced scales from above min-max down to a fraction of it; each candidate's codes get their best scale (linear least
-squares, closed form). The winner is then refined: finer steps, neighbouring zero points, and rounds of refitting the
-scale, rounding it to its stored dtype and choosing the codes again, as long as the error falls. Min-max is tried first
-and replaced only by something better, so a search is never worse. `percentile`, `kl` and `aciq` clip by the
-distribution of the weights, without a search: see `estimators`.
+lowers Σ(w − ŵ)²; `weighted` does the same for Σ importance·(w − ŵ)², with an importance per input column. Both judge
+log-spaced scales from above min-max down to a fraction of it, each with the best scale for its codes, all at once by
+looked-up sums (`candidates`; with zero points of 5 bits and more, where that would need too large a table, one by one).
+The winner's scale is fitted again to its exact codes, rounded to its stored dtype and measured; from 6 bits on so are
+its neighbours. Min-max is measured first and replaced only by something better, so a search is never worse.
+`percentile`, `kl` and `aciq` clip by the distribution of the weights, without a search: see `estimators`.
 
 A symmetric grid with an even number of levels has one extra negative level. A negative scale makes it an extra positive
 level; every reader accepts negative scales, and at 2 bits this is worth a third of a bit (auto-round does the same:
@@ -24,37 +24,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.grids.base import check_range, parts, storable, weights_of
+from llmq.grids import base
+from llmq.grids.base import Part, check_range, part_of, parts, storable, weights_of
+from llmq.grids.candidates import SIDED, best_candidate, scales_of
 from llmq.grids.estimators import CLIPPED, Histogram, clip_bounds
 from llmq.grids.scheme import Scheme
+from llmq.machine import by_rows
 
-COARSE = 10
-ROUNDS = 2
-# From this many bits on, the extra level is on the side of the largest weight; the other side is not tried.
-SIDED = 5
-# The largest and smallest candidate scale, as fractions of min-max: coarser grids gain from more clipping.
-LARGEST = 1.1
-SMALLEST = {2: 0.30, 3: 0.35, 4: 0.45, 5: 0.55, 6: 0.65, 7: 0.75, 8: 0.80}
-# Final steps around the best scale: at 8 bits a change of half a percent moves the largest codes by one.
-FINE = {bits: (0.97, 1.03) if bits < 6 else (0.99, 0.995, 1.005, 1.01) for bits in range(2, 9)}
+TRIED = 16
+"""Scales that are tried one by one, with zero points of 5 bits and more."""
+FINE = dict.fromkeys((6, 7, 8), (0.995, 1.005))
+"""Final steps around the best scale: at 8 bits a change of half a percent moves the largest codes by one."""
 
 
 class _Groups(NamedTuple):
     """A chunk of groups, normalized to magnitude 1, as the search uses it.
 
     weight: float32 [rows, groups, size]; root: float32 [1, groups, size], the square root of the importance, or None;
-    unit: float32 [rows, groups, 1], the power of two that was divided out; dtype: the scale's stored dtype.
+    part: what they were; dtype: the scale's stored dtype.
     """
 
     weight: Tensor
     root: Tensor | None
-    unit: Tensor
+    part: Part
     scheme: Scheme
     dtype: torch.dtype
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as read back from disk: rounded to its dtype, finite, normal, never 0; still for magnitude 1."""
-        return storable(scale, self.dtype, self.unit)
+        return storable(scale, self.dtype, self.part.unit)
 
 
 class _Best(NamedTuple):
@@ -95,28 +93,30 @@ def find_range(
     limit = _entropy_limit(weight, groups, scheme.bits) if method == "kl" else math.inf
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
-    for start, part, top, unit in parts(weight, groups):
-        step = len(part)
-        best = _search(_Groups(part / unit, root, unit, scheme, scale_dtype), method, limit)
-        found = torch.where(top > 0, best.scale * unit, 1.0)
-        scale[start : start + step] = found.squeeze(-1).to(scale_dtype)
+
+    def work(some: slice) -> None:
+        part = part_of(weight, groups, some)
+        best = _search(_Groups(part.weight / part.unit, root, part, scheme, scale_dtype), method, limit)
+        scale[some] = torch.where(part.top > 0, best.scale * part.unit, 1.0).squeeze(-1).to(scale_dtype)
         if zero is not None:
-            zero[start : start + step] = torch.where(top > 0, best.zero, 0.0).squeeze(-1).to(torch.int8)
+            zero[some] = torch.where(part.top > 0, best.zero, 0.0).squeeze(-1).to(torch.int8)
+
+    by_rows(rows, max(1, base.CHUNK // width), work, weight.device)
     return scale, zero
 
 
 def _entropy_limit(weight: Tensor, groups: int, bits: int) -> float:
     """The clip of 'kl', in root mean squares of a group: one value for the whole weight."""
     histogram = Histogram(weight.device)
-    for _, part, _, unit in parts(weight, groups):
-        histogram.update(part / unit)
+    for part in parts(weight, groups):
+        histogram.update(part.weight / part.unit)
     return histogram.limit(bits)
 
 
 def _search(groups: _Groups, method: str, limit: float) -> _Best:
     """The scale and zero point by min-max or the method's clip, improved by the search if the method has one."""
     scheme, weight = groups.scheme, groups.weight
-    low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    low, high = groups.part.low / groups.part.unit, groups.part.high / groups.part.unit
     if method in CLIPPED:
         low, high = clip_bounds(weight, method, scheme.bits, scheme.symmetric, limit)
     if scheme.symmetric:
@@ -128,72 +128,27 @@ def _search(groups: _Groups, method: str, limit: float) -> _Best:
         zero = (scheme.qmin - bottom / scale).round_().clamp_(scheme.qmin, scheme.qmax)
     if method not in ("mse", "weighted"):
         return _Best(scale, scale, zero)
-    buffer, other, third = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(weight)
+    buffer = torch.empty_like(weight)
     best = _Best(_error(groups, scale, zero, buffer), scale.clone(), zero.clone())
-    start, zero = _coarse(groups, scale, low, high, buffer, other, third)
-    for _ in range(ROUNDS):
-        start = groups.stored(start)
-        error, fit = _error_and_fit(groups, start, zero, buffer, other, third)
-        best.take(error, start, zero)
-        start = fit
-    for shift in (0,) if scheme.symmetric else (0, -1, 1):
-        zero = (best.zero + shift).clamp_(scheme.qmin, scheme.qmax)
-        center = best.scale.clone()
-        if shift:
-            center = groups.stored(_error_and_fit(groups, center, zero, buffer, other, third)[1])
-            best.take(_error(groups, center, zero, buffer), center, zero)
-        for factor in FINE[scheme.bits]:
-            scale = groups.stored(center * factor)
-            best.take(_error(groups, scale, zero, buffer), scale, zero)
+    if scheme.symmetric or scheme.bits < SIDED:
+        importance = None if groups.root is None else groups.root.square()
+        start, zero = best_candidate(weight, low, high, scheme, importance)
+        start = groups.stored(torch.where(start == 0, scale, start))
+        _take_fitted(groups, best, start, zero, buffer)
+    else:
+        for fraction in scales_of(scheme.bits, TRIED):
+            start = groups.stored(scale * fraction)
+            middle = ((scheme.qmin + scheme.qmax - (low + high) / start) / 2).round_()
+            _take_fitted(groups, best, start, middle.clamp_(scheme.qmin, scheme.qmax), buffer)
+        middle = best.zero.clone()
+        for step in (-1, 1):
+            zero = (middle + step).clamp_(scheme.qmin, scheme.qmax)
+            _take_fitted(groups, best, best.scale.clone(), zero, buffer)
+    center, zero = best.scale.clone(), best.zero.clone()
+    for factor in FINE.get(scheme.bits, ()):
+        start = groups.stored(center * factor)
+        best.take(_error(groups, start, zero, buffer), start, zero)
     return best
-
-
-def _coarse(
-    groups: _Groups, top: Tensor, low: Tensor, high: Tensor, buffer: Tensor, other: Tensor, third: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The best of the log-spaced scales and its zero point, judged by the least error of its codes with any scale.
-
-    For codes c − z = k and weights a, Σ a(w − s·k)² is minimal at s = Σ a·w·k / Σ a·k², with the value Σ a·w² − (Σ
-    a·w·k)² / Σ a·k²: two sums give both the best scale for these codes and its error.
-    """
-    scheme, root = groups.scheme, groups.root
-    pull = groups.weight if root is None else groups.weight * root
-    ratio = (SMALLEST[scheme.bits] / LARGEST) ** (1 / (COARSE - 1))
-    scales = [top * (LARGEST * ratio**index) for index in range(COARSE)]
-    zeros = [_zeros(scheme, low, high, scale) for scale in scales]
-    dots = top.new_empty((COARSE * len(zeros[0]), *top.shape))
-    sizes = torch.empty_like(dots)
-    for index, scale in enumerate(scales):
-        torch.mul(groups.weight, scale.reciprocal(), out=other).round_()
-        for inside, zero in enumerate(zeros[index]):
-            _clip(other, scheme, zero, buffer)
-            if root is not None:
-                buffer *= root
-            place = index * len(zeros[0]) + inside
-            torch.sum(torch.mul(buffer, buffer, out=third), -1, keepdim=True, out=sizes[place])
-            torch.sum(torch.mul(buffer, pull, out=third), -1, keepdim=True, out=dots[place])
-    dots /= sizes.clamp_min(torch.finfo(torch.float32).tiny)
-    winner = sizes.mul_(dots).mul_(dots).argmax(0, keepdim=True)
-    scale = dots.gather(0, winner)[0]
-    tried = [torch.as_tensor(zero, device=top.device).expand_as(top) for each in zeros for zero in each]
-    zero = torch.stack(tried).gather(0, winner)[0]
-    if scheme.symmetric:
-        # Level −k of the mirrored grid is level k of the grid itself with a negative scale.
-        scale, zero = torch.where(zero < 0, -scale, scale), torch.zeros_like(zero)
-    return torch.where(scale == 0, top, scale), zero
-
-
-def _zeros(scheme: Scheme, low: Tensor, high: Tensor, scale: Tensor) -> list[Tensor | float]:
-    """Candidate zero points for a scale: those that divide the clipping about evenly between both ends.
-
-    Symmetric: 0, and −1 for the mirrored grid, whose levels are those of a zero point of −1.
-    """
-    if scheme.symmetric:
-        if scheme.bits >= SIDED:
-            return [(high > -low).to(torch.float32).neg_()]
-        return [0.0, -1.0]
-    below, above = scheme.qmin - low / scale, scheme.qmax - high / scale
-    return [zero.round_().clamp_(scheme.qmin, scheme.qmax) for zero in ((below + above) / 2, below, above)]
 
 
 def _levels(groups: _Groups, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
@@ -212,24 +167,22 @@ def _clip(levels: Tensor, scheme: Scheme, zero: Tensor | float, out: Tensor) -> 
 
 
 def _error(groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor) -> Tensor:
-    """Σ importance·(w − ŵ)² of each group [rows, groups, 1]."""
+    """The root of Σ importance·(w − ŵ)² of each group [rows, groups, 1]."""
     levels = _levels(groups, scale, zero, buffer)
     left = torch.addcmul(groups.weight, levels, scale, value=-1, out=buffer)
     if groups.root is not None:
         left *= groups.root
-    return left.square_().sum(-1, keepdim=True)
+    error: Tensor = torch.linalg.vector_norm(left, dim=-1, keepdim=True)
+    return error
 
 
-def _error_and_fit(
-    groups: _Groups, scale: Tensor, zero: Tensor, buffer: Tensor, other: Tensor, third: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The error of a scale, and the least-squares scale for its codes: both [rows, groups, 1]."""
-    levels = _levels(groups, scale, zero, buffer)
-    left = torch.addcmul(groups.weight, levels, scale, value=-1, out=other)
+def _take_fitted(groups: _Groups, best: _Best, scale: Tensor, zero: Tensor, buffer: Tensor) -> None:
+    """Take, where it is better, the least-squares scale for the codes that a scale and zero point give."""
+    levels, weight = _levels(groups, scale, zero, buffer), groups.weight
     if groups.root is not None:
-        left *= groups.root
         levels *= groups.root
-    # The correction of the scale is fitted to the residual, which avoids cancellation, even at 8 bits.
-    change = torch.mul(left, levels, out=third).sum(-1, keepdim=True)
-    size = levels.square_().sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    return left.square_().sum(-1, keepdim=True), change.div_(size).add_(scale)
+        weight = weight * groups.root
+    size = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()
+    fit = levels.mul_(weight).sum(-1, keepdim=True).div_(size)
+    fitted = groups.stored(torch.where(fit * scale > 0, fit, scale))
+    best.take(_error(groups, fitted, zero, buffer), fitted, zero)

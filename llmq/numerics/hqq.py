@@ -96,11 +96,11 @@ def _solve(
     """
     rounding = rounding_of(scheme.rules)
     codes = torch.empty(weight.shape, dtype=rounding.code_dtype, device=weight.device)
-    for start, part, top, unit in parts(weight, scale.shape[1]):
-        rows = slice(start, start + len(part))
+    for part in parts(weight, scale.shape[1]):
+        rows, unit = part.rows, part.unit
         first = scale[rows].to(torch.float32).unsqueeze(-1) / unit
         middle = torch.zeros_like(first) if zero is None else zero[rows].to(torch.float32).unsqueeze(-1)
-        solver = _Solver(part / unit, unit, scheme, scale_dtype, p, first, middle)
+        solver = _Solver(part.weight / unit, unit, scheme, scale_dtype, p, first, middle)
         solver.descend(first, middle, beta, kappa, iterations)
         for share in STARTS:
             narrow, zeros = solver.narrowed(share)
@@ -112,7 +112,7 @@ def _solve(
         levels = solver.levels(solver.scale, solver.zero)
         codes[rows] = rounding.encode((levels + solver.zero).flatten(1), scheme)
         found = solver.straightened(levels, unbiased) if unbiased else solver.scale
-        live = top > 0
+        live = part.top > 0
         # Those of groups of zeros are the grid's own.
         scale[rows] = torch.where(live, found * unit, scale[rows].unsqueeze(-1)).squeeze(-1).to(scale_dtype)
         if zero is not None:

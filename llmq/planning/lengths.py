@@ -17,7 +17,7 @@ from llmq.discovery.parameters import shared_zeros
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 
-CHECK_TOKENS = 512
+CHECK_TOKENS = 128
 
 
 def longest(model: nn.Module) -> int | None:

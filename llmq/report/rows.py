@@ -161,7 +161,7 @@ def weight_row(state: WeightState, block: int | None, nbytes: int, expert: int |
         block,
         nbytes,
         state.scheme,
-        relative_error([state.result()], [state.value]),
+        relative_error([state.result()], [state.value]) if state.error is None else state.error,
         tuple(state.quantized.notes),
         round(state.seconds, 3),
         expert,

@@ -155,7 +155,7 @@ class BlockIO(BlockReader):
 def pack_weights(
     planned: BlockPlan, block: Block, weights: Mapping[str, WeightPlan] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """A block's quantized weights: their rows of the report, and the tensors to write.
+    """A block's quantized weights: their rows of the report, and the tensors to write. Their codes are let go.
 
     weights: those of an expert, if `block` is one of the planned block's experts.
     """
@@ -166,6 +166,7 @@ def pack_weights(
         assert weight.scheme is not None and state.quantized is not None
         rows.append(asdict(weight_row(state, planned.index, weight.after, weight.expert)))
         tensors |= _packed(weight, state.quantized)
+        state.quantized = None
     return rows, tensors
 
 

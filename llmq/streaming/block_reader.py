@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmq.block.block import Block, WeightState
 from llmq.checkpoint.source import check_finite
+from llmq.checkpoint.tensors import expect
 from llmq.discovery.calls import Call
 from llmq.discovery.experts import Expert
 from llmq.discovery.parameters import assign, empty
@@ -104,6 +105,12 @@ class BlockReader:
         for name in [*parameters, *(block.tensors.keys() - set(parameters) - block.streamed)]:
             self.load(f"{block.name}.{name}")
         return self._moved(block)
+
+    def expect(self, block: BlockPlan) -> None:
+        """Let the system read what `fill` will, while an earlier block is quantized."""
+        for parameter, names in block.tensors.items():
+            for name in names if parameter not in block.streamed else ():
+                expect(self.plan.source.info(name))
 
     def _moved(self, block: BlockPlan) -> nn.Module:
         """The block, with the buffers that are in memory on the device."""

@@ -65,6 +65,8 @@ def run(plan: Plan, sink: Sink, device: torch.device, watch: Watch) -> None:
         for unit in block.units:
             watch.step(f"{unit} was already done")
     for block in todo:
+        for following in plan.blocks[block.index + 1 : block.index + 2]:
+            io.expect(following)
         states, float_states = quantize_block(io, block, states, float_states, recording, watch)
         give_back()
         watch.step(f"{block.unit}: output error {sink.done[block.unit]['error']:.2e}")

@@ -52,18 +52,19 @@ def same(one: Block, other: Block) -> bool:
 def test_gptq_gives_the_codes_of_linear_layers(use: str, scheme: Scheme) -> None:
     plain, block = toys.linears(scheme), made(use, scheme)
     before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
+    values = [state.value for state in block.weights.values()]
     for each in (plain, block):
         steps.quantize(each, Pipeline((), GPTQ(), ()))
     assert same(block, plain)
     assert block.error() == pytest.approx(plain.error(), rel=1e-5) and block.error() > 1e-3
     (name,) = before
-    for state, other in zip(block.weights.values(), plain.weights.values(), strict=True):
-        assert torch.equal(state.view.get(block.module), state.result())
+    for state, other, value in zip(block.weights.values(), plain.weights.values(), values, strict=True):
+        assert torch.equal(state.view.get(block.module), state.result()) and torch.equal(state.value, state.result())
         assert weight_row(state, 0, 0).error == weight_row(other, 0, 0).error > 0
         if scheme is STATIC:
             assert torch.equal(state.input_scale, other.input_scale)  # type: ignore[arg-type]
-        # What was to be rounded is still there: the rounded weights are in memory of their own.
-        assert torch.equal(state.value, state.view.of(before[name]))
+        # What was to be rounded is unchanged: the rounded weights are in memory of their own.
+        assert torch.equal(value, state.view.of(before[name]))
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, 16), W8A8], ids=["w3", "w8a8"])

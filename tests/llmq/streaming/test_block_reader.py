@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,14 @@ def test_states_are_those_of_the_planned_weights(plan: Plan) -> None:
         assert (
             torch.equal(state.value, plan.source.read(weight.tensor).to(plan.dtype)) and state.scheme == weight.scheme
         )
+
+
+def test_what_is_expected_is_what_is_read(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: set[tuple[int, int]] = set()
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, begin, size, advice: told.add((begin, size)), raising=False)
+    block = plan.blocks[1]
+    BlockReader(plan, CPU).expect(block)
+    assert told == {(info.begin, info.nbytes) for info in map(plan.source.info, block.stored)}
+    for file in {plan.source.info(name).file for name in block.stored}:
+        file.unlink()
+    BlockReader(plan, CPU).expect(block)  # A hint: that a file is gone, its reader tells.
