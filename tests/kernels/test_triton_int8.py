@@ -11,6 +11,7 @@ from llmq_kernels.weights import PackedInt8
 
 pytest.importorskip("triton")
 from llmq_kernels.int8_linear import triton as int8
+from llmq_kernels.triton.inputs import round_input
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATIC = [None, 0.013]
@@ -32,7 +33,7 @@ def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Ten
 def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float | None, width: int) -> None:
     x, _, _ = draw(12, 5, width, dtype)
     known = None if static is None else torch.tensor([static])
-    codes, scale = int8.round_input(x.to(DEVICE), None if known is None else known.to(DEVICE))
+    codes, scale = round_input(x.to(DEVICE), None if known is None else known.to(DEVICE), torch.int8)
     expected = round_per_token(x, "int") if known is None else round_static(x, known, "int")
     assert torch.equal(codes.cpu().to(dtype) * scale.cpu().to(dtype).unsqueeze(1), expected)
     assert codes.min() == -128 and codes.max() == 127

@@ -17,7 +17,7 @@ from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int8_linear import triton as int8
 from llmq_kernels.int_linear import triton as integers
 from llmq_kernels.int_linear.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, routes, sums
+from llmq_kernels.triton import dequantize, inputs, routes, sums
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
@@ -52,6 +52,7 @@ def variants() -> Iterator[Variant]:
         yield from _codebooks(gpu)
         yield from _routed(gpu)
         yield from _sums(gpu)
+        yield from _inputs(gpu)
         yield from _int8(gpu)
 
 
@@ -233,14 +234,18 @@ def _sums(gpu: Gpu) -> Iterator[Variant]:
         yield Variant(f"sum {programs_k}", gpu.target, made)
 
 
+def _inputs(gpu: Gpu) -> Iterator[Variant]:
+    kinds = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+    for kind, label, static, k in itertools.product(kinds, HALF, (False, True), (256, 4096, 14336)):
+        known = _meta(torch.float32, 1) if static else None
+        codes, scale = _meta(kinds[kind], 15, k), _meta(torch.float32, 15)
+        made = inputs.build(_meta(HALF[label], 15, k), known, codes, scale, gpu.backend)
+        name = f"{kind} round {'static' if static else 'token'} {label} block {made.constexprs['BLOCK']}"
+        yield Variant(name, gpu.target, made)
+
+
 def _int8(gpu: Gpu) -> Iterator[Variant]:
     for label, dtype in HALF.items():
-        for static, k in itertools.product((False, True), (256, 4096, 14336)):
-            known = _meta(torch.float32, 1) if static else None
-            codes, scale = _meta(torch.int8, 15, k), _meta(torch.float32, 15)
-            made = int8.build_round(_meta(dtype, 15, k), known, codes, scale, gpu.backend)
-            name = f"int8 round {'static' if static else 'token'} {label} block {made.constexprs['BLOCK']}"
-            yield Variant(name, gpu.target, made)
         for m, n in ((15, 4096), (15, 14336), (31, 4096), (63, 4096), (127, 4096)):
             weight = PackedInt8(_meta(torch.int8, n, 4096), _meta(torch.float32, n, 1), None)
             codes, scale, bias = _meta(torch.int8, m, 4096), _meta(torch.float32, m), _meta(dtype, n)

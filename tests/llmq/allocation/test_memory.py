@@ -17,7 +17,7 @@ from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weigh
 from llmq.allocation.prefill import prompt
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.planning.weights import stored_bytes
 from llmq.recipe.recipe import Recipe
 from llmq_kernels.int_linear import layouts
