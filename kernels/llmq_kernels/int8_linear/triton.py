@@ -18,16 +18,29 @@ from llmq_kernels.triton.inputs import round_input
 from llmq_kernels.triton.launch import Launch, launch
 from llmq_kernels.weights import PackedInt8
 
+# Blocks of rows of x that are multiplied with a block of the weight before the next. Programs that run at the same time
+# (132 on an H100) then read 16 blocks of x and 8 of the weight; all blocks of many rows would be as many of x, and one.
+ROWS = 16
+
+
+@triton.jit
+def block_of(program, blocks_m, blocks_n, ROWS: tl.constexpr):
+    """The block of rows of x and the block of the weight of a program: ROWS blocks of x at a time, along the weight."""
+    band = program // (ROWS * blocks_n)
+    rows = tl.minimum(blocks_m - band * ROWS, ROWS)
+    inside = program % (ROWS * blocks_n)
+    return band * ROWS + inside % rows, inside // rows
+
 
 @triton.jit
 def int8_kernel(
     x, weight, x_scale, scale, bias, y, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BACKEND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = int8 x [M, K] · int8 weight [N, K]ᵀ, times x_scale float32 [M] and scale [N], + bias [N]."""
-    # Neighbouring programs share rows of the weight, the larger operand.
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block_m, block_n = block_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), ROWS)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_at = x + m.to(tl.int64)[:, None] * K + k[None, :]
     w_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -65,9 +78,9 @@ def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | Non
     out = weight.out_features
     block_m, block_n, block_k, warps, stages = tile(rows, out)
     tensors = (codes, weight.packed.contiguous(), x_scale, weight.scale.contiguous(), bias, y)
-    constexprs = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BACKEND": backend}
+    constexprs = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "ROWS": ROWS, "BACKEND": backend}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    grid = (-(-rows // block_m), -(-out // block_n))
+    grid = (-(-rows // block_m) * -(-out // block_n),)
     return Launch(int8_kernel, grid, (*tensors, rows, out, width), constexprs, options)
 
 
