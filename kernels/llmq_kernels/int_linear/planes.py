@@ -169,16 +169,18 @@ def forget() -> None:
 
 def _prepare(x: Tensor, weight: PackedInt, bucket: int, routing: Routing | None) -> Run:
     """How to multiply so many rows by weights of that kind: `bucket` rows, a power of two, or 0 for more than MOST."""
-    from llmq_kernels.triton import gpu, rule, tables
+    from llmq_kernels.triton import gpu, tables
+    from llmq_kernels.triton.config import Kind
 
-    found, codebook = gpu.gpu_of(x.device), weight.codebook is not None
+    found, entries = gpu.gpu_of(x.device), weight.codebook
+    kind = Kind() if entries is None else Kind("rows" if entries.shape[-2] > 1 else "all")
+    if routing is not None:
+        kind = replace(kind, experts=len(weight.packed), pairs=routing.offs is None)
     sizes = weight.out_features, weight.in_features, weight.group_size
-    if routing is None:
-        bits, rows = weight.bits, bucket or 2 * MOST
-        config = tables.choose(found, bits, rows, *sizes, weight.zero is not None, x.dtype, codebook)
-    else:
-        experts, pairs = len(weight.packed), routing.offs is None
-        config = rule.routed_rule(found, weight.bits, bucket, experts, *sizes, codebook, pairs)
+    zeros, rows = weight.zero is not None, bucket or 2 * MOST
+    config = tables.choose(found, weight.bits, rows, *sizes, zeros, x.dtype, kind)
+    if routing is not None and config.programs_k > 1:  # sums of experts are not parted
+        config = replace(config, programs_k=1)
     return prepared(config, weight, found.backend)
 
 
@@ -209,13 +211,15 @@ def prepared(config: Config, weight: PackedInt, backend: str) -> Run:
     return run
 
 
-def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
+def run(
+    x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str, routing: Routing | None = None
+) -> Tensor:
     """x · Wᵀ + bias with a given configuration, once. Raises what Triton raises if it cannot run."""
     if config.family == "dense":
-        return dense(x, weight, bias)
+        return dense(x, weight, bias, routing)
     from llmq_kernels.int_linear import triton as integers
 
-    return integers.Product(config, weight.out_features, backend)(x, weight, bias)
+    return integers.Product(config, weight.out_features, backend)(x, weight, bias, routing)
 
 
 def dense(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | None = None) -> Tensor:

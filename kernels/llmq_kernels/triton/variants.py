@@ -18,7 +18,7 @@ from llmq_kernels.int8_linear import triton as int8
 from llmq_kernels.int_linear import triton as integers
 from llmq_kernels.int_linear.planes import TILE, WORDS
 from llmq_kernels.triton import dequantize, inputs, routes, sums
-from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.config import Config, Kind
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
 from llmq_kernels.triton.rule import routed_rule, rule
@@ -175,9 +175,9 @@ def routed_choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int, 
 
 def routed(
     config: Config, bits: int, m: int, experts: int, n: int, k: int, group_size: int, pairs: bool, zeros: bool,
-    dtype: torch.dtype, backend: str, codebooks: int = 0,
+    dtype: torch.dtype, backend: str, codebooks: int = 0, biased: bool = True,
 ) -> Launch:  # fmt: skip
-    """As `product`, the launch of a product of m rows that are routed to stacked experts, with biases."""
+    """As `product`, the launch of a product of m rows that are routed to stacked experts."""
     one = _planes(bits, n, k, group_size, zeros, dtype)
     weight = _stacked(_looked_up(one, codebooks) if codebooks else one, experts)
     if pairs:
@@ -185,7 +185,20 @@ def routed(
     else:
         routing, listed = Routing(_meta(torch.int32, experts)), _meta(torch.int32, m, 3)
     x, y = _meta(dtype, m // routing.choices, k), _meta(dtype, m, n)
-    return integers.build(config, m, x, weight, _meta(dtype, experts, n), y, backend, routing, listed)
+    bias = _meta(dtype, experts, n) if biased else None
+    return integers.build(config, m, x, weight, bias, y, backend, routing, listed)
+
+
+def launch_of(
+    config: Config, bits: int, m: int, n: int, k: int, group_size: int, zeros: bool, dtype: torch.dtype, backend: str,
+    kind: Kind,
+) -> Launch:  # fmt: skip
+    """`product` or `routed` without biases, as `llmq_kernels.tune` measures them."""
+    codebooks = {"": 0, "all": 1, "rows": n}[kind.codebook]
+    if not kind.experts:
+        return product(config, bits, m, n, k, group_size, zeros, dtype, backend, codebooks=codebooks)
+    shape = kind.experts, n, k, group_size, kind.pairs
+    return routed(config, bits, m, *shape, zeros, dtype, backend, codebooks, biased=False)
 
 
 def _routed(gpu: Gpu) -> Iterator[Variant]:
