@@ -41,6 +41,8 @@ TILE = {2: 256, 3: 512, 4: 128, 8: 64}
 WORDS = {2: 32, 3: 96, 4: 32, 8: 32}
 SLAB = 1 << 24
 WORKSPACE = 1 << 28
+MULTIPLE = 8
+"""Rows of a weight that is dequantized in parts: torch's grouped product takes addresses of whole 16 bytes."""
 HALF = (torch.bfloat16, torch.float16)
 # Above so many rows the weight is always dequantized.
 MOST = 1024
@@ -234,10 +236,18 @@ def dense(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | 
     return y.view(*x.shape[:-1], weight.out_features)
 
 
+def gradient(grad: Tensor, weight: PackedInt, routing: Routing) -> Tensor:
+    """The gradient with respect to x of `linear` by stacked experts: grad [S, out] → [rows of x, in]."""
+    if grouped.usable(grad, weight.in_features) and grouped.usable(grad, weight.out_features):
+        dtype = products.product_dtype(grad)
+        return grouped.gradient(grad, lambda offs: _slabs(weight, dtype, offs), weight, routing)
+    return by_expert.gradient(grad, weight, routing, dequantize)
+
+
 def _slabs(weight: PackedInt, dtype: torch.dtype, offs: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of the weight at a time, of stacked experts the same of all, and their values; offs: see `build`."""
     width = weight.in_features * (len(weight.packed) if weight.packed.dim() == 3 else 1)
-    for rows in products.row_slabs(weight.out_features, width, WORKSPACE // dtype.itemsize):
+    for rows in products.row_slabs(weight.out_features, width, WORKSPACE // dtype.itemsize, MULTIPLE):
         zero = None if weight.zero is None else weight.zero[..., rows]
         packed, scale = weight.packed[..., rows, :], weight.scale[..., rows]
         part = replace(weight, packed=packed, scale=scale, zero=zero, out_features=rows.stop - rows.start)
