@@ -11,6 +11,7 @@ from llmq.grids.activations import round_per_token, round_static
 from llmq_kernels.float8_linear import dense, reference, scaled
 from llmq_kernels.weights import PackedFloat8
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KIND = torch.float8_e4m3fn
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 STATIC = [None, 0.013]
@@ -50,8 +51,8 @@ def test_inputs_are_rounded_as_quantizers_and_stock_transformers_do(dtype: torch
     narrow = torch.float32 if dtype == torch.float16 else dtype
     assert torch.equal(dense.round_input(x, known, narrow).to(dtype), expected)
     inputs = pytest.importorskip("llmq_kernels.triton.inputs")
-    codes, steps = inputs.round_input(x, known, KIND)
-    assert torch.equal(codes.to(dtype) * steps.to(dtype).unsqueeze(1), expected)
+    codes, steps = inputs.round_input(x.to(DEVICE), None if known is None else known.to(DEVICE), KIND)
+    assert torch.equal(codes.cpu().to(dtype) * steps.cpu().to(dtype).unsqueeze(1), expected)
 
 
 def test_every_code_and_the_middle_between_two_are_encoded() -> None:
@@ -60,8 +61,8 @@ def test_every_code_and_the_middle_between_two_are_encoded() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(KIND).float()
     every = every[every.isfinite()].sort().values
     x = torch.cat([every, (every[1:] + every[:-1]) / 2, every * 1.01, torch.tensor([500.0, -1e9])]).unsqueeze(0)
-    codes, _ = inputs.round_input(x, torch.ones(1), KIND)
-    assert torch.equal(codes.view(torch.uint8), x.clamp(-448, 448).to(KIND).view(torch.uint8))
+    codes, _ = inputs.round_input(x.to(DEVICE), torch.ones(1, device=DEVICE), KIND)
+    assert torch.equal(codes.cpu().view(torch.uint8), x.clamp(-448, 448).to(KIND).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", HALF + [torch.float32])
@@ -103,14 +104,21 @@ def test_the_operator_is_the_product_of_what_was_rounded(dtype: torch.dtype, row
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_each_way_of_torch_s_product_is_rounded_once(dtype: torch.dtype, way: scaled.Way, rows: int) -> None:
     """On this CPU, where torch has them, too."""
-    if not scaled.works(torch.device("cpu"), dtype, way):
+    if not scaled.works(torch.device(DEVICE), dtype, way):
         pytest.skip("torch has no such product here")
     x, weight = draw(rows, 48, 96, dtype)
     for known, bias in ((None, None), (torch.tensor([0.5]), torch.randn(48).to(dtype))):
         weight = PackedFloat8(weight.packed, weight.scale, known)
         levels, scale = reference.round_input(x, known)
         steps = scale.float().expand(rows, 1).contiguous().view(-1)
-        y = scaled.multiply(levels.to(KIND), steps, weight, bias, dtype, way)
+        y = scaled.multiply(
+            levels.to(KIND).to(DEVICE),
+            steps.to(DEVICE),
+            PackedFloat8(weight.packed.to(DEVICE), weight.scale.to(DEVICE), None),
+            None if bias is None else bias.to(DEVICE),
+            dtype,
+            way,
+        ).cpu()
         twin = reference.float8_linear(x, weight.packed, weight.scale, known, bias)
         assert y.dtype == dtype
         # Sums that cancel have float32's errors of their terms; and half a unit where these decide the rounding.
@@ -143,7 +151,10 @@ def test_the_operator_on_a_gpu_is_the_same(way: scaled.Way | None, monkeypatch: 
     monkeypatch.setattr("llmq_kernels.float8_linear.operator.on_triton", lambda x: True)
     monkeypatch.setattr(scaled, "_way", lambda device, dtype: way)
     x, weight = draw(5, 32, 64, torch.bfloat16)
-    y = torch.ops.llmq.float8_linear(x.view(1, 5, 64), weight.packed, weight.scale, None, None)[0]
+    if way is not None and not scaled.works(torch.device(DEVICE), x.dtype, way):
+        pytest.skip("torch has no such product here")
+    moved = x.view(1, 5, 64).to(DEVICE), weight.packed.to(DEVICE), weight.scale.to(DEVICE)
+    y = torch.ops.llmq.float8_linear(*moved, None, None)[0].cpu()
     twin = reference.float8_linear(x, weight.packed, weight.scale)
     assert float((y - twin).double().norm() / twin.double().norm()) < 3 * 2.0**-9
 
@@ -173,11 +184,15 @@ def test_what_is_no_number_stays_none(
     if kernel:
         pytest.importorskip("triton")
         monkeypatch.setattr("llmq_kernels.float8_linear.operator.on_triton", lambda x: True)
+        if not scaled.works(torch.device(DEVICE), torch.bfloat16, "whole"):
+            pytest.skip("torch has no such product here")
         monkeypatch.setattr(scaled, "_way", lambda device, dtype: "whole")
+    device = DEVICE if kernel else "cpu"
     _, weight = draw(3, 16, 64, torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
     x[1, 5] = value
-    y = torch.ops.llmq.float8_linear(x, weight.packed, weight.scale, known, None)
+    moved = [None if part is None else part.to(device) for part in (x, weight.packed, weight.scale, known)]
+    y = torch.ops.llmq.float8_linear(*moved, None)
     assert y[[0, 2]].isfinite().all()
     # A static scale clips what is infinite, as the quantizer's simulation does.
     assert y[1].isfinite().all() if known is not None and value == torch.inf else y[1].isnan().all()
