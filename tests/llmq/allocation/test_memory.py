@@ -45,7 +45,7 @@ INTEGERS = (
     Scheme(8, 32),
     Scheme(8, None, activations=Activations()),
     Scheme(8, None, activations=Activations(dynamic=False)),
-    Scheme(4, 64),
+    Scheme(8, None, grid="fp8", activations=Activations()),
     Scheme(7, 96),
     Scheme(2, None, symmetric=False),
 )
