@@ -18,7 +18,7 @@ from llmq.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
     from llmq.allocation.goal import Goal
-    from llmq.inference.linear import QuantLinear
+    from llmq.inference.layer import QuantLinear
     from llmq.inference.pretrained import load
     from llmq.inference.transformers_hook import use_kernels
     from llmq.job import plan, quantize
@@ -44,7 +44,7 @@ _LAZY = {
     "quantize": "job",
     "load": "inference.pretrained",
     "use_kernels": "inference.transformers_hook",
-    "QuantLinear": "inference.linear",
+    "QuantLinear": "inference.layer",
     "Report": "report.report",
 }
 

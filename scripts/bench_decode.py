@@ -6,10 +6,10 @@
 
 The model is quantized by RTN (4 bits, groups of 128) into --work, and reused next time; --prepare stops after that.
 Each model is loaded in a separate process. Resident memory is measured after running one token and reading every
-weight; "the model" is the increase over the imports. The processes are timed in turns, and medians are compared.
-Decoding is greedy, one token at a time after a prompt of 16 tokens; --compile also measures torch.compile (a static
-cache; CUDA graphs on a GPU). `stock` in --kinds runs the quantized folder through stock transformers. Writes JSON and
-prints the table last.
+weight; "the model" is the increase over the imports. The processes are timed in turns, and medians are compared; on a
+CPU with --threads 1 seconds are of the processor, so that other processes change them less. Decoding is greedy, one
+token at a time after a prompt of 16 tokens; --compile also measures torch.compile (a static cache; CUDA graphs on a
+GPU). `stock` in --kinds runs the quantized folder through stock transformers. Writes JSON and prints the table last.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Runner:
     def _now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.perf_counter() if self.cuda or torch.get_num_threads() > 1 else time.process_time()
 
     @staticmethod
     def _check(logits: torch.Tensor) -> None:

@@ -202,6 +202,23 @@ def llmq_int8(weight: Weight) -> Prepared | str:
     )
 
 
+def llmq_float8(weight: Weight) -> Prepared | str:
+    """torch.ops.llmq.float8_linear: weights and inputs in float8_e4m3fn, inputs per token, one scale per output."""
+    import llmq_kernels.ops  # noqa: F401
+    from llmq.grids.activations import round_per_token
+
+    scale = (weight.dense.abs().amax(1, keepdim=True) / 448).to(weight.dtype)
+    codes = (weight.dense / scale).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    dense = codes.float() * scale.float()
+    # What a layer holds on a GPU.
+    held = scale if weight.device.type == "cpu" else scale.float()
+    return Prepared(
+        (codes, held),
+        lambda w, s: lambda x: torch.ops.llmq.float8_linear(x, w, s, None, None),
+        lambda x: linear(round_per_token(x, "fp8").float(), dense),
+    )
+
+
 def torch_int4(weight: Weight) -> Prepared | str:
     """torch's own int4 operator (tinygemm), on a GPU or a CPU: (stored − 8) · scale + shift, in bfloat16."""
     if weight.bits != 4 or weight.dtype != torch.bfloat16 or weight.group_size not in (32, 64, 128, 256):
@@ -278,6 +295,7 @@ OPERATORS: dict[str, Callable[[Weight], Prepared | str]] = {
     "llmq nf4": llmq_nf4,
     "llmq nf4 int8": llmq_nf4_int8,
     "llmq int8": llmq_int8,
+    "llmq float8": llmq_float8,
     "torch int4": torch_int4,
     "bitsandbytes nf4": bitsandbytes_nf4,
     "gemlite": gemlite_int,

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llmq_kernels.checks import check_device, check_input
-from llmq_kernels.weights import PackedCodebook, PackedInt, PackedInt8, PackedLevels, PackedVectors
+from llmq_kernels.weights import PackedCodebook, PackedFloat8, PackedInt, PackedInt8, PackedLevels, PackedVectors
 
-Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedLevels, PackedVectors)
+Packed = TypeVar("Packed", PackedInt, PackedCodebook, PackedInt8, PackedFloat8, PackedLevels, PackedVectors)
 
 
 def linear_fake(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> Tensor:
@@ -44,7 +44,7 @@ def by_rows(
     out_features, in_features = weight.out_features, weight.in_features
     check_input(x, out_features, in_features, bias)
     check_device(x, weight.packed, "the weight")
-    if isinstance(weight, PackedInt | PackedInt8):
+    if isinstance(weight, PackedInt | PackedInt8 | PackedFloat8):
         check_device(x, weight.scale, "scale")
     rows = x.reshape(-1, in_features)
     if rows.shape[0] == 0:

@@ -8,6 +8,7 @@ training adapters on a frozen low-bit base needs; its `reference` defines it, an
 from __future__ import annotations
 
 import llmq_kernels.codebook_linear.operator  # noqa: F401
+import llmq_kernels.float8_linear.operator  # noqa: F401
 import llmq_kernels.grouped_int_linear.operator  # noqa: F401
 import llmq_kernels.int8_linear.operator  # noqa: F401
 import llmq_kernels.int_linear.operator  # noqa: F401

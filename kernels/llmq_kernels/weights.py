@@ -158,3 +158,33 @@ class PackedInt8:
         """Raises ValueError if int32 sums might overflow: from 131072 inputs on."""
         if self.in_features > LONGEST:
             raise ValueError(f"int32 sums hold the products of up to {LONGEST} inputs, not {self.in_features}")
+
+
+@dataclass(frozen=True)
+class PackedFloat8:
+    """Codes in float8_e4m3fn with one scale per row, for inputs that are rounded to float8 too.
+
+    packed: float8_e4m3fn [out, in], without NaN; scale: float [out, 1]; input_scale: float [1], or None if each token
+    has its own.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return self.packed.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns."""
+        return self.packed.shape[1]
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless dtypes and shapes fit."""
+        check("weight", self.packed, torch.float8_e4m3fn, tuple(self.packed.shape))
+        check("scale", self.scale, FLOATS, (self.out_features, 1))
+        if self.input_scale is not None:
+            check("input_scale", self.input_scale, FLOATS, (1,))

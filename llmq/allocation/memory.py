@@ -62,8 +62,9 @@ def weight_bytes(
     """The bytes of a weight [out, in] in memory once it is loaded. scheme: None is not quantized; dtype: the model's.
 
     vLLM keeps what is stored. On a CPU our kernels keep 2, 3 and 4 bits in torch's own order, in 4 bits; 5 to 7 bits
-    become 8 everywhere. Zero points count even if a weight turns out to have none but 0. Floating-point codes (fp8) are
-    read by stock transformers, which makes them dense, as it then does all weights of the folder.
+    become 8 everywhere. Zero points count even if a weight turns out to have none but 0. Floating-point codes are read
+    by stock transformers, which makes them dense, as it then does all weights of the folder; fp8 with rounded inputs is
+    packed.
     """
     rows, width = shape
     if scheme is None:
@@ -94,6 +95,8 @@ def loads_dense(scheme: Scheme) -> bool:
     rules, inputs = scheme.rules, scheme.activations
     if inputs is not None and inputs.grid:
         return True
+    if inputs is not None and scheme.group_size is None:  # float8_linear, or int8_linear
+        return False
     return rules.format == "ggml" or (rules.format == "compressed_tensors" and bool(rules.layout))
 
 

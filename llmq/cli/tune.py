@@ -20,6 +20,11 @@ def tune(
     again: Annotated[bool, typer.Option(help="Repeat earlier measurements.")] = False,
     asymmetric: Annotated[bool, typer.Option(help="Measure weights with zero points.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the inputs: bfloat16 or float16.")] = "bfloat16",
+    codebook: Annotated[
+        str, typer.Option(help="Measure 4-bit codes of a codebook: all (NF4, FP4; groups of 64) or rows (kmeans).")
+    ] = "",
+    experts: Annotated[int, typer.Option(help="Measure so many stacked weights, to which rows are routed.")] = 0,
+    pairs: Annotated[bool, typer.Option(help="Rows are not sorted by expert, as when one token is decoded.")] = False,
 ) -> None:
     """Measure launch configurations of the integer kernels on this GPU and keep the fastest for later runs."""
     with explained():
@@ -39,13 +44,14 @@ def tune(
                 path: Path = kernels.tune(
                     shapes,
                     bits or (4,),
-                    group_size or (128,),
-                    rows or kernels.ROWS,
+                    group_size or (64 if codebook else 128,),
+                    rows,
                     device,
                     again,
                     asymmetric,
                     dtype,
                     advance,
+                    kernels.kind_of(codebook, experts, pairs),
                 )
         except ValueError as error:
             raise LlmqError(str(error)) from error

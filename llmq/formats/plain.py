@@ -65,6 +65,16 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
+class Float8Weight:
+    """W = codes float8_e4m3fn [out, in], without NaN, · scale float [out, 1]; the input is rounded to float8, too, per
+    token or with input_scale [1]."""
+
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+
+
+@dataclass(frozen=True)
 class LevelsWeight:
     """W = levels[row, code], with codes of 2 to 4 bits: a codebook for each row.
 
@@ -109,7 +119,7 @@ class VectorsWeight:
         return rows * (width // size) * count + 4 * count * entries * size + rows * dtype.itemsize
 
 
-Weight = IntWeight | CodebookWeight | Int8Weight | LevelsWeight | VectorsWeight
+Weight = IntWeight | CodebookWeight | Int8Weight | Float8Weight | LevelsWeight | VectorsWeight
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.machine import page_out
 from llmq_kernels.products import row_slabs
 

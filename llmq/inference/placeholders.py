@@ -19,7 +19,8 @@ from llmq.discovery.rename import Rules
 from llmq.errors import LlmqError
 from llmq.formats.plain import FLOATS, Entry, Layer, Reader, Weight
 from llmq.inference.find_experts import ORDINARY, Joining, Stack, layer_of, unknown
-from llmq.inference.linear import QuantLinear, quant_linear
+from llmq.inference.layer import QuantLinear
+from llmq.inference.linear import quant_linear
 
 BIAS = "bias"
 Stored = dict[str, TensorInfo]

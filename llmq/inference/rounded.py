@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from llmq.formats.plain import IntWeight
-from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear, QuantLinear
+from llmq.inference.layer import QuantLinear
+from llmq.inference.linear import CodebookLinear, IntLinear, LevelsLinear
 from llmq.inference.stack import StackedLinear
 from llmq_kernels import rounded
 from llmq_kernels.int_linear import int8pack

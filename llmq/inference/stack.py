@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from llmq.errors import LlmqError
 from llmq.formats.plain import IntWeight, Weight
-from llmq.inference.linear import IntLinear, QuantLinear, apply, quant_linear
+from llmq.inference.layer import QuantLinear, apply
+from llmq.inference.linear import IntLinear, quant_linear
 from llmq_kernels.grouped_int_linear.operator import routed_linear
 from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int_linear import planes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,10 +12,22 @@ from llmq_kernels.int8_linear import cpu as int8_cpu
 from llmq_kernels.weights import PackedInt8
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from llmq_kernels.int8_linear import triton as int8
+from llmq_kernels.triton.inputs import round_input
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATIC = [None, 0.013]
+
+
+@triton.jit
+def listed_kernel(found, blocks_m, blocks_n, ROWS: tl.constexpr):
+    program = tl.program_id(0)
+    m, n = int8.block_of(program, blocks_m, blocks_n, ROWS)
+    tl.store(found + 2 * program, m)
+    tl.store(found + 2 * program + 1, n)
 
 
 def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,7 +46,7 @@ def draw(rows: int, out: int, width: int, dtype: torch.dtype) -> tuple[torch.Ten
 def test_rounds_inputs_as_the_quantizer_does(dtype: torch.dtype, static: float | None, width: int) -> None:
     x, _, _ = draw(12, 5, width, dtype)
     known = None if static is None else torch.tensor([static])
-    codes, scale = int8.round_input(x.to(DEVICE), None if known is None else known.to(DEVICE))
+    codes, scale = round_input(x.to(DEVICE), None if known is None else known.to(DEVICE), torch.int8)
     expected = round_per_token(x, "int") if known is None else round_static(x, known, "int")
     assert torch.equal(codes.cpu().to(dtype) * scale.cpu().to(dtype).unsqueeze(1), expected)
     assert codes.min() == -128 and codes.max() == 127
@@ -52,6 +66,18 @@ def test_is_the_exact_product_scaled_once(dtype: torch.dtype, rows: int, static:
         codes, x_scale = int8_cpu.round_input(x, known)
         exact = (codes.double() @ weight.double().t()).float() * x_scale.float() * scale.float().view(-1)
         assert torch.equal(y, (exact if bias is None else exact + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize(("blocks_m", "blocks_n"), [(1, 5), (3, 4), (16, 3), (37, 2), (48, 7)])
+def test_every_block_has_one_program_and_neighbours_share_blocks(blocks_m: int, blocks_n: int) -> None:
+    """At most 16 blocks of x while the weight is gone through."""
+    programs = blocks_m * blocks_n
+    found = torch.full((programs, 2), -1, dtype=torch.int32, device=DEVICE)
+    listed_kernel[(programs,)](found, blocks_m, blocks_n, int8.ROWS)
+    assert {tuple(pair) for pair in found.tolist()} == set(itertools.product(range(blocks_m), range(blocks_n)))
+    # As many programs as there are multiprocessors read a rectangle, not a line.
+    some = found[:132].tolist()
+    assert len({m for m, _ in some}) <= int8.ROWS or len({n for _, n in some}) == blocks_n
 
 
 def test_refuses_sums_that_might_overflow() -> None:

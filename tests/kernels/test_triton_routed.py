@@ -18,7 +18,7 @@ from llmq_kernels.grouped_int_linear import reference
 from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int_linear import layouts, planes
 from llmq_kernels.int_linear import triton as integers
-from llmq_kernels.triton import gpu, routes, rule
+from llmq_kernels.triton import gpu, routes, rule, tables
 from llmq_kernels.triton.config import Config
 from llmq_kernels.triton.launch import launch
 from llmq_kernels.weights import PackedInt
@@ -36,7 +36,7 @@ def nothing_prepared() -> Iterator[None]:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
-    monkeypatch.setattr(rule, "routed_rule", lambda *_: config)
+    monkeypatch.setattr(tables, "routed_rule", lambda *_: config)
     planes.forget()
 
 
@@ -58,6 +58,31 @@ def test_a_slice_of_a_wider_choice() -> None:
 def ends(*counts: int) -> Routing:
     """Sorted rows, so many of each expert."""
     return Routing(torch.tensor(counts).cumsum(0).to(torch.int32))
+
+
+@pytest.mark.parametrize("routing", [ends(3, 0, 9), Routing(chosen=torch.tensor([[2, 0], [1, 7], [2, 1]]))])
+@pytest.mark.parametrize("workspace", [1 << 28, 3 * 64 * 2 * 8])
+def test_gradients_do_not_wait_for_the_routing(
+    routing: Routing, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all experts at once, some outputs at a time; a row of no expert has none."""
+    monkeypatch.setattr(planes, "WORKSPACE", workspace)
+    monkeypatch.setattr(planes.by_expert, "rows_of", None)
+    made = [plain(40, 64, 4, 32, symmetric=False, seed=e) for e in range(3)]
+    packed = [layouts.pack("planes", w.words, w.scale, w.zero, 4, 64, 32, torch.bfloat16) for w in made]
+    stacked = [torch.stack([one[i] for one in packed]).to(DEVICE) for i in range(3)]
+    offs, chosen = (None if part is None else part.to(DEVICE) for part in (routing.offs, routing.chosen))
+    count = 14 if chosen is None else chosen.numel()
+    grad = torch.randn(count, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rest = (4, 40, 64, 32, "planes")
+    found = torch.ops.llmq.grouped_int_linear_grad(grad.to(DEVICE), *stacked, offs, chosen, *rest)
+    wanted = torch.zeros(count // routing.choices, 64, dtype=torch.float64)
+    for row in range(count):
+        expert = reference.expert_of(routing, row)
+        if 0 <= expert < 3:
+            wanted[row // routing.choices] += grad[row].double() @ made[expert].dense
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
+    assert found[-1].any() == (chosen is not None)
 
 
 def check(

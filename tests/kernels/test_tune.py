@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from llmq_kernels import tune
 from llmq_kernels.int_linear import planes
 from llmq_kernels.triton import gpu as gpus
 from llmq_kernels.triton import tables
-from llmq_kernels.triton.config import Config
+from llmq_kernels.triton.config import PLAIN, Config, Kind
 from llmq_kernels.triton.rule import rule
-from llmq_kernels.triton.variants import product
+from llmq_kernels.triton.variants import launch_of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -38,17 +39,72 @@ def test_candidates_start_with_the_rule_and_serve_the_rows(rows: int) -> None:
     assert all(4 * config.programs_k <= 4096 // planes.TILE[4] for config in found if config.programs_k > 1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_sixty_compilations_tune_a_shape(bits: int) -> None:
+KINDS = [Kind("all"), Kind("rows"), Kind("", 128), Kind("", 128, True), Kind("all", 8), Kind("rows", 8, True)]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [*((bits, PLAIN) for bits in (2, 3, 4, 8)), *((4, kind) for kind in KINDS)])
+def test_sixty_compilations_tune_a_shape(bits: int, kind: Kind) -> None:
     """Over all rows: few_rows' machine code is the same for 1 to 8 rows."""
+    size = 4096 if kind.experts else 8192
+    group = size if kind.codebook == "rows" else 64 if kind.codebook else 128
     for gpu in gpus.KNOWN:
         every = set()
-        for rows in tune.ROWS:
-            for config in tune.candidates(gpu, bits, rows, 8192, 8192, 128):
+        for rows in tune.PAIRS if kind.pairs else tune.ROUTED if kind.experts else tune.ROWS:
+            found = tune.candidates(gpu, bits, rows, size, size, group, kind)
+            assert found[0] == tables.ruled(gpu, bits, rows, size, size, group, kind)
+            assert len(found) > 3 and (not kind.experts or all(config.programs_k == 1 for config in found))
+            for config in found:
                 if config.family != "dense":
-                    made = product(config, bits, rows, 8192, 8192, 128, False, torch.bfloat16, gpu.backend)
+                    sizes = bits, rows, size, size, group
+                    made = launch_of(config, *sizes, False, torch.bfloat16, gpu.backend, kind)
                     every.add((made.kernel, *map(str, (made.constexprs, made.options))))
         assert len(every) <= 60
+
+
+@pytest.mark.parametrize("kind", [Kind("rows"), Kind("", 3), Kind("all", 3, True)], ids=repr)
+def test_products_of_every_kind_are_measured(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate that runs in the interpreter is right; a wrong one would warn, which is an error here."""
+    timed: list[Config] = []
+
+    def seconds(x: torch.Tensor, weights: Any, config: Config, *_: Any) -> float:
+        timed.append(config)
+        return 1.0
+
+    monkeypatch.setattr(planes, "refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "BEYOND_CACHE", 1)
+    monkeypatch.setattr(tune, "seconds", seconds)
+    gpu, rows = gpus.INTERPRETER, 2 if kind.pairs else 6
+    group = 64 if kind.codebook != "rows" else 256
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="skipped a configuration")
+        found = tune.measure(gpu, torch.device("cpu"), 4, rows, 32, 256, group, kind=kind)
+    assert [config for _, config in found] == timed
+    assert {"dense", "one_row" if kind.pairs else "few_rows"} <= {config.family for config in timed}
+
+
+def test_what_was_measured_is_used_for_its_kind_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, best = gpus.KNOWN[2], Config("one_row", 2, 1, 16, warps=2)
+    sizes, last = (256, 512, 64), (False, torch.bfloat16)
+    for kind in KINDS:
+        name = tables.key(4, tables.bucket(5, kind), *sizes, *last, kind)
+        monkeypatch.setattr(tables, "table", lambda _, name=name: {name: best})
+        others = [other for other in (PLAIN, *KINDS) if tables.choose(gpu, 4, 5, *sizes, *last, other) == best]
+        assert others == [kind]
+        assert tables.choose(gpu, 4, 8, *sizes, *last, kind) == best != tables.choose(gpu, 4, 9, *sizes, *last, kind)
+
+
+def test_kinds_that_there_are_not() -> None:
+    assert tune.kind_of("rows", 8, True) == Kind("rows", 8, True)
+    for wrong, told in (
+        (("none", 0, False), "of all or rows"),
+        (("", 0, True), "pairs are of"),
+        (("", -1, False), "-1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            tune.kind_of(*wrong)
+    for options in ({"bits": (3,)}, {"zeros": True}):
+        with pytest.raises(ValueError, match="4 bits and no zero points"):
+            tune.tune([(64, 64)], kind=Kind("all"), **options)  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_goes_on_and_what_it_found_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,3 +48,24 @@ def linear(
         y += bias.to(y.dtype)[expert]
     # What torch leaves in rows of no expert may be NaN.
     return y.masked_fill_((row >= offs[-1]).unsqueeze(1), 0).to(x.dtype)
+
+
+def gradient(grad: Tensor, slabs: Callable[[Tensor], Slabs], weight: PackedInt, routing: Routing) -> Tensor:
+    """The gradient with respect to x of `linear`: each row of grad [S, out] by its expert's W, summed over a row's
+    choices.
+
+    slabs: as for `linear`, each of a multiple of ALIGNED bytes of outputs. Sums of slabs are float32.
+    """
+    if routing.chosen is not None:
+        order, ends = sort(routing.chosen, len(weight.packed))
+        found = gradient(grad[order], slabs, weight, Routing(ends))
+        found = torch.empty_like(found).index_copy_(0, order, found)
+        choices = routing.choices
+        return found if choices == 1 else found.view(-1, choices, weight.in_features).sum(1)
+    assert routing.offs is not None
+    offs, wide = routing.offs, grad.to(product_dtype(grad))
+    total = grad.new_zeros(len(grad), weight.in_features, dtype=torch.float32)
+    for rows, values in slabs(offs):
+        total += torch._grouped_mm(wide[:, rows].contiguous(), values, offs=offs)
+    row = torch.arange(len(grad), device=grad.device, dtype=offs.dtype)
+    return total.masked_fill_((row >= offs[-1]).unsqueeze(1), 0).to(grad.dtype)

@@ -46,7 +46,7 @@ def grouped_int_linear(
     offset, and of experts that there are not, are zero. bias: float [E, out]. codebook, tables: as in `PackedInt`.
 
     Raises TypeError or ValueError if an argument does not fit; on a CPU also if offsets do not ascend to at most S. On
-    a GPU nothing waits for them (but gradients, and products of many rows in float16), and offsets that do not ascend
+    a GPU nothing waits for them (but in float16 gradients and products of many rows), and offsets that do not ascend
     give wrong rows.
     """
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size, codebook, tables)
@@ -91,6 +91,8 @@ def grouped_int_linear_grad(
 ) -> Tensor:
     """The gradient with respect to x of `grouped_int_linear`: each row of grad by its expert's W, [S or T, in]."""
     weight = PackedInt(packed, scale, zero, bits, out_features, in_features, group_size, codebook, tables)
+    if layout == "planes":
+        return planes.gradient(grad, weight, Routing(offs, chosen))
     return by_expert.gradient(grad, weight, Routing(offs, chosen), layouts.layout(layout).dequantize)
 
 

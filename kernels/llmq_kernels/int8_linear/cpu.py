@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq_kernels.int8_linear.reference import steps
+from llmq_kernels.inputs import INT8, steps
 from llmq_kernels.int_linear import int8pack
 from llmq_kernels.products import row_slabs
 from llmq_kernels.timing import COPIES, PROBE, fastest
@@ -86,7 +86,7 @@ def _scale(sums: Tensor, x_scale: Tensor, factors: Tensor, bias: Tensor | None, 
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x rounded to int8, every step in x's own dtype. Returns int8 in x's shape, and the scale, [M, 1]."""
-    scale = steps(x, input_scale)
+    scale = steps(x, input_scale, INT8)
     if input_scale is None:
         return (x / scale).clamp_(-128, 127).round_().to(torch.int8), scale
     levels = (x / scale).clamp_(-128, 127).round_()

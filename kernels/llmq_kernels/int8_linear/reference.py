@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq_kernels.inputs import INT8, passing, steps
+
 
 def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Round an input to signed 8 bits as compressed-tensors 0.20 does, every step in x's own dtype.
@@ -13,18 +15,9 @@ def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     epsilon for a token of zeros. Returns the levels, integers in [−128, 127] in x's dtype, with straight-through
     gradients, and the scale in x's dtype, [..., 1] or [1].
     """
-    scale = steps(x, input_scale)
+    scale = steps(x, input_scale, INT8)
     exact = x / scale
-    passed = exact.nan_to_num()  # overflow is clamped; inf − inf would be NaN
-    return exact.detach().clamp(-128, 127).round() + (passed - passed.detach()), scale
-
-
-def steps(x: Tensor, input_scale: Tensor | None) -> Tensor:
-    """The scale of `round_input`, in x's dtype: [..., 1], one per token of x, or input_scale [1]."""
-    if input_scale is not None:
-        return input_scale.to(x.dtype)
-    scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
-    return scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
+    return passing(exact.detach().clamp(-128, 127).round(), exact), scale
 
 
 def int8_linear(

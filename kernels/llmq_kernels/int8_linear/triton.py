@@ -1,9 +1,8 @@
 """Products of 8-bit integers: x is rounded per token, or with a given scale, and multiplied by an int8 weight.
 
-There are two kernels. The first rounds x with exactly the steps of compressed-tensors, each in x's own dtype, so that
-the integers are bit for bit those of accuracy measurements (`reference.round_input`). The second multiplies on integer
-tensor cores, sums exactly in int32, and applies both scales and the bias at the end, in float32. An int8 weight needs
-no unpacking, so few rows use the same kernel, with larger blocks along K.
+`triton.inputs` rounds x. The kernel here multiplies on integer tensor cores, sums exactly in int32, and applies both
+scales and the bias at the end, in float32. An int8 weight needs no unpacking, so few rows use the same kernel, with
+larger blocks along K.
 """
 
 from __future__ import annotations
@@ -15,56 +14,33 @@ from torch import Tensor
 
 from llmq_kernels.triton.arithmetic import rounded
 from llmq_kernels.triton.gpu import gpu_of
+from llmq_kernels.triton.inputs import round_input
 from llmq_kernels.triton.launch import Launch, launch
 from llmq_kernels.weights import PackedInt8
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Blocks of rows of x that are multiplied with a block of the weight before the next. Programs that run at the same time
+# (132 on an H100) then read 16 blocks of x and 8 of the weight; all blocks of many rows would be as many of x, and one.
+ROWS = 16
 
 
 @triton.jit
-def int8_round_kernel(
-    x, input_scale, codes, scale, K, DTYPE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BACKEND: tl.constexpr
-):
-    """One row of x [M, K] per program: writes codes int8 [M, K] and their scale, float32 [M].
-
-    input_scale: [1] or None. DTYPE: x's; EPS: its epsilon, the scale of a row of zeros.
-    """
-    row = tl.program_id(0)
-    k = tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * K
-    if input_scale is None:
-        most = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
-            most = tl.maximum(most, tl.abs(tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)))
-        # 1-element blocks, not scalars: the interpreter's scalars are numpy's, whose casts differ.
-        step = rounded(tl.div_rn(tl.max(most, 0, keep_dims=True), 127.5), DTYPE, BACKEND).to(tl.float32)
-        step = tl.where(step == 0.0, EPS, step)
-    else:
-        step = rounded(tl.load(input_scale + tl.arange(0, 1)).to(tl.float32), DTYPE, BACKEND).to(tl.float32)
-    strange = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        value = tl.load(x + at + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        level = rounded(tl.div_rn(value, step), DTYPE, BACKEND).to(tl.float32)
-        level = tl.minimum(tl.maximum(level, -128.0), 127.0)
-        # After adding 1.5 · 2²³ no fraction bits are left, so float32's own rounding (half to even) rounds to an
-        # integer.
-        level = (level + 12582912.0) - 12582912.0
-        # The maximum ignores NaN, but the row's scale must be NaN.
-        strange = tl.maximum(strange, (value != value).to(tl.float32))
-        tl.store(codes + at + start + k, level.to(tl.int8), mask=start + k < K)
-    step = tl.where(tl.max(strange, 0, keep_dims=True) > 0.0, float("nan"), step)
-    tl.store(scale + row + tl.arange(0, 1), step)
+def block_of(program, blocks_m, blocks_n, ROWS: tl.constexpr):
+    """The block of rows of x and the block of the weight of a program: ROWS blocks of x at a time, along the weight."""
+    band = program // (ROWS * blocks_n)
+    rows = tl.minimum(blocks_m - band * ROWS, ROWS)
+    inside = program % (ROWS * blocks_n)
+    return band * ROWS + inside % rows, inside // rows
 
 
 @triton.jit
 def int8_kernel(
     x, weight, x_scale, scale, bias, y, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BACKEND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = int8 x [M, K] · int8 weight [N, K]ᵀ, times x_scale float32 [M] and scale [N], + bias [N]."""
-    # Neighbouring programs share rows of the weight, the larger operand.
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block_m, block_n = block_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), ROWS)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_at = x + m.to(tl.int64)[:, None] * K + k[None, :]
     w_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -90,31 +66,10 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None) -> Tensor:
     Raises ValueError if int32 sums might overflow: from 131072 inputs on.
     """
     weight.check_sums()
-    codes, x_scale = round_input(x, weight.input_scale)
+    codes, x_scale = round_input(x, weight.input_scale, torch.int8)
     y = x.new_empty(x.shape[0], weight.out_features)
     launch(x.device, build(codes, x_scale, weight, bias, y, gpu_of(x.device).backend))
     return y
-
-
-def round_input(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x rounded to signed 8 bits, bit for bit as in `reference.round_input`.
-
-    x: float32, bfloat16 or float16 [M, in], contiguous; input_scale: float [1], or None for one scale per token.
-    Returns int8 [M, in] and the scales, exact in float32, [M].
-    """
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    launch(x.device, build_round(x, input_scale, codes, scale, gpu_of(x.device).backend))
-    return codes, scale
-
-
-def build_round(x: Tensor, input_scale: Tensor | None, codes: Tensor, scale: Tensor, backend: str) -> Launch:
-    """The launch that fills codes and scale with the result of `round_input`."""
-    rows, width = x.shape
-    block = min(8192, max(256, 1 << (width - 1).bit_length()))
-    constexprs = {"DTYPE": TYPES[x.dtype], "EPS": torch.finfo(x.dtype).eps, "BLOCK": block, "BACKEND": backend}
-    options = {"num_warps": 8 if block > 2048 else 4, "enable_fp_fusion": False}
-    return Launch(int8_round_kernel, (rows,), (x, input_scale, codes, scale, width), constexprs, options)
 
 
 def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | None, y: Tensor, backend: str) -> Launch:
@@ -123,9 +78,9 @@ def build(codes: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | Non
     out = weight.out_features
     block_m, block_n, block_k, warps, stages = tile(rows, out)
     tensors = (codes, weight.packed.contiguous(), x_scale, weight.scale.contiguous(), bias, y)
-    constexprs = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BACKEND": backend}
+    constexprs = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "ROWS": ROWS, "BACKEND": backend}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    grid = (-(-rows // block_m), -(-out // block_n))
+    grid = (-(-rows // block_m) * -(-out // block_n),)
     return Launch(int8_kernel, grid, (*tensors, rows, out, width), constexprs, options)
 
 

@@ -41,6 +41,8 @@ TILE = {2: 256, 3: 512, 4: 128, 8: 64}
 WORDS = {2: 32, 3: 96, 4: 32, 8: 32}
 SLAB = 1 << 24
 WORKSPACE = 1 << 28
+MULTIPLE = 8
+"""Rows of a weight that is dequantized in parts: torch's grouped product takes addresses of whole 16 bytes."""
 HALF = (torch.bfloat16, torch.float16)
 # Above so many rows the weight is always dequantized.
 MOST = 1024
@@ -169,16 +171,18 @@ def forget() -> None:
 
 def _prepare(x: Tensor, weight: PackedInt, bucket: int, routing: Routing | None) -> Run:
     """How to multiply so many rows by weights of that kind: `bucket` rows, a power of two, or 0 for more than MOST."""
-    from llmq_kernels.triton import gpu, rule, tables
+    from llmq_kernels.triton import gpu, tables
+    from llmq_kernels.triton.config import Kind
 
-    found, codebook = gpu.gpu_of(x.device), weight.codebook is not None
+    found, entries = gpu.gpu_of(x.device), weight.codebook
+    kind = Kind() if entries is None else Kind("rows" if entries.shape[-2] > 1 else "all")
+    if routing is not None:
+        kind = replace(kind, experts=len(weight.packed), pairs=routing.offs is None)
     sizes = weight.out_features, weight.in_features, weight.group_size
-    if routing is None:
-        bits, rows = weight.bits, bucket or 2 * MOST
-        config = tables.choose(found, bits, rows, *sizes, weight.zero is not None, x.dtype, codebook)
-    else:
-        experts, pairs = len(weight.packed), routing.offs is None
-        config = rule.routed_rule(found, weight.bits, bucket, experts, *sizes, codebook, pairs)
+    zeros, rows = weight.zero is not None, bucket or 2 * MOST
+    config = tables.choose(found, weight.bits, rows, *sizes, zeros, x.dtype, kind)
+    if routing is not None and config.programs_k > 1:  # sums of experts are not parted
+        config = replace(config, programs_k=1)
     return prepared(config, weight, found.backend)
 
 
@@ -209,13 +213,15 @@ def prepared(config: Config, weight: PackedInt, backend: str) -> Run:
     return run
 
 
-def run(x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str) -> Tensor:
+def run(
+    x: Tensor, weight: PackedInt, bias: Tensor | None, config: Config, backend: str, routing: Routing | None = None
+) -> Tensor:
     """x · Wᵀ + bias with a given configuration, once. Raises what Triton raises if it cannot run."""
     if config.family == "dense":
-        return dense(x, weight, bias)
+        return dense(x, weight, bias, routing)
     from llmq_kernels.int_linear import triton as integers
 
-    return integers.Product(config, weight.out_features, backend)(x, weight, bias)
+    return integers.Product(config, weight.out_features, backend)(x, weight, bias, routing)
 
 
 def dense(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | None = None) -> Tensor:
@@ -230,10 +236,18 @@ def dense(x: Tensor, weight: PackedInt, bias: Tensor | None, routing: Routing | 
     return y.view(*x.shape[:-1], weight.out_features)
 
 
+def gradient(grad: Tensor, weight: PackedInt, routing: Routing) -> Tensor:
+    """The gradient with respect to x of `linear` by stacked experts: grad [S, out] → [rows of x, in]."""
+    if grouped.usable(grad, weight.in_features) and grouped.usable(grad, weight.out_features):
+        dtype = products.product_dtype(grad)
+        return grouped.gradient(grad, lambda offs: _slabs(weight, dtype, offs), weight, routing)
+    return by_expert.gradient(grad, weight, routing, dequantize)
+
+
 def _slabs(weight: PackedInt, dtype: torch.dtype, offs: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of the weight at a time, of stacked experts the same of all, and their values; offs: see `build`."""
     width = weight.in_features * (len(weight.packed) if weight.packed.dim() == 3 else 1)
-    for rows in products.row_slabs(weight.out_features, width, WORKSPACE // dtype.itemsize):
+    for rows in products.row_slabs(weight.out_features, width, WORKSPACE // dtype.itemsize, MULTIPLE):
         zero = None if weight.zero is None else weight.zero[..., rows]
         packed, scale = weight.packed[..., rows, :], weight.scale[..., rows]
         part = replace(weight, packed=packed, scale=scale, zero=zero, out_features=rows.stop - rows.start)

@@ -43,6 +43,28 @@ class Config:
         return options
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What else than sizes, zero points and dtypes decides how a weight is multiplied.
+
+    codebook: 4-bit codes count the entries of one codebook for "all" rows, or of one for each of the "rows"; "" for
+    integers. experts: how many weights are stacked, 0 for one weight; pairs: rows are routed to them in pairs, each for
+    itself, not sorted.
+    """
+
+    codebook: Literal["", "all", "rows"] = ""
+    experts: int = 0
+    pairs: bool = False
+
+    def __str__(self) -> str:
+        """Behind the sizes in the key of a table."""
+        codes = {"": "", "all": ", a codebook", "rows": ", codebooks of rows"}[self.codebook]
+        return codes + (f", {self.experts} experts{' in pairs' if self.pairs else ''}" if self.experts else "")
+
+
+PLAIN = Kind()
+
+
 def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
     """GROUP and RUN of the kernels: codes per group; consecutive slices that always share a group.
 

@@ -76,6 +76,8 @@ def routed_rule(
     if pairs and group_size < 64 and gpu.backend == "cuda":
         rows = 2  # no tensor cores: an expert's addresses take registers, of which groups so small leave none
     config = rule(gpu, bits, rows, out_features * active, in_features, group_size, codebook)
+    if config.family == "few_rows" and config.block_n == 64 and config.block_m > 8 and group_size < 64:
+        config = replace(config, block_n=32)  # the addresses again: 64 rows of the weight spill with triton 3.6
     return replace(config, programs_k=1)
 
 

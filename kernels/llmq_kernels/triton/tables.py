@@ -18,9 +18,9 @@ from typing import Any, get_args
 import torch
 import triton
 
-from llmq_kernels.triton.config import Config, Family
+from llmq_kernels.triton.config import PLAIN, Config, Family, Kind
 from llmq_kernels.triton.gpu import Gpu
-from llmq_kernels.triton.rule import rule
+from llmq_kernels.triton.rule import routed_rule, rule
 
 FLAGS = ("prescale", "pdl")
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -35,36 +35,57 @@ def choose(
     group_size: int,
     zeros: bool,
     dtype: torch.dtype,
-    codebook: bool = False,
+    kind: Kind = PLAIN,
 ) -> Config:
     """How to run x [m, in] · Wᵀ: measured for this shape by the user or before shipping, else by the rule.
 
-    zeros: whether the weight has zero points; dtype: x's; codebook: whether codes count entries of one, which no table
-    has. What another version of Triton was measured with is left out.
+    zeros: whether the weight has zero points; dtype: x's; kind: of experts, m rows are routed to them. What another
+    version of Triton was measured with is left out.
     """
     measured = table(gpu.name)
-    rows = bucket(m)
-    name = (
-        key(bits, rows, out_features, in_features, group_size, zeros, dtype)
-        if measured and rows and not codebook
-        else ""
-    )
-    return measured.get(name) or rule(gpu, bits, m, out_features, in_features, group_size, codebook)
+    rows = bucket(m, kind)
+    if measured and rows:
+        found = measured.get(key(bits, rows, out_features, in_features, group_size, zeros, dtype, kind))
+        if found is not None:
+            return found
+    return ruled(gpu, bits, m, out_features, in_features, group_size, kind)
 
 
-def bucket(m: int) -> int:
-    """The row count under which a table keeps measurements of m rows; 0 beyond the last, which no table has."""
+def ruled(
+    gpu: Gpu, bits: int, m: int, out_features: int, in_features: int, group_size: int, kind: Kind = PLAIN
+) -> Config:
+    """What the rule chooses where nothing was measured; arguments as of `choose`."""
+    sizes, codebook = (out_features, in_features, group_size), bool(kind.codebook)
+    if kind.experts:
+        return routed_rule(gpu, bits, m, kind.experts, *sizes, codebook, kind.pairs)
+    return rule(gpu, bits, m, *sizes, codebook)
+
+
+def bucket(m: int, kind: Kind = PLAIN) -> int:
+    """The row count under which a table keeps measurements of m rows; 0 beyond the last, which no table has.
+
+    Of experts, which share the rows, there is no last.
+    """
+    if kind.experts:
+        return 1 << (m - 1).bit_length()
     return next((size for size in BUCKETS if m <= size), 0)
 
 
 def key(
-    bits: int, rows: int, out_features: int, in_features: int, group_size: int, zeros: bool, dtype: torch.dtype
+    bits: int,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    zeros: bool,
+    dtype: torch.dtype,
+    kind: Kind = PLAIN,
 ) -> str:
     """The key of a measured configuration in a table: all that decides which is fastest, except for the GPU."""
     groups = f"groups of {min(group_size, in_features)}{' with zero points' if zeros else ''}"
     version = ".".join(triton.__version__.split(".")[:2])
-    kind = str(dtype).removeprefix("torch.")
-    return f"{bits} bits, {rows} x {in_features} to {out_features}, {groups}, {kind}, triton {version}"
+    of = str(dtype).removeprefix("torch.")
+    return f"{bits} bits, {rows} x {in_features} to {out_features}, {groups}{kind}, {of}, triton {version}"
 
 
 def user_table(name: str) -> Path:

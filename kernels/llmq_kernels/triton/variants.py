@@ -17,8 +17,8 @@ from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int8_linear import triton as int8
 from llmq_kernels.int_linear import triton as integers
 from llmq_kernels.int_linear.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, routes, sums
-from llmq_kernels.triton.config import Config
+from llmq_kernels.triton import dequantize, inputs, routes, sums
+from llmq_kernels.triton.config import Config, Kind
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
 from llmq_kernels.triton.rule import routed_rule, rule
@@ -52,6 +52,7 @@ def variants() -> Iterator[Variant]:
         yield from _codebooks(gpu)
         yield from _routed(gpu)
         yield from _sums(gpu)
+        yield from _inputs(gpu)
         yield from _int8(gpu)
 
 
@@ -174,9 +175,9 @@ def routed_choices(gpu: Gpu) -> Iterator[tuple[Config, int, int, int, int, int, 
 
 def routed(
     config: Config, bits: int, m: int, experts: int, n: int, k: int, group_size: int, pairs: bool, zeros: bool,
-    dtype: torch.dtype, backend: str, codebooks: int = 0,
+    dtype: torch.dtype, backend: str, codebooks: int = 0, biased: bool = True,
 ) -> Launch:  # fmt: skip
-    """As `product`, the launch of a product of m rows that are routed to stacked experts, with biases."""
+    """As `product`, the launch of a product of m rows that are routed to stacked experts."""
     one = _planes(bits, n, k, group_size, zeros, dtype)
     weight = _stacked(_looked_up(one, codebooks) if codebooks else one, experts)
     if pairs:
@@ -184,7 +185,20 @@ def routed(
     else:
         routing, listed = Routing(_meta(torch.int32, experts)), _meta(torch.int32, m, 3)
     x, y = _meta(dtype, m // routing.choices, k), _meta(dtype, m, n)
-    return integers.build(config, m, x, weight, _meta(dtype, experts, n), y, backend, routing, listed)
+    bias = _meta(dtype, experts, n) if biased else None
+    return integers.build(config, m, x, weight, bias, y, backend, routing, listed)
+
+
+def launch_of(
+    config: Config, bits: int, m: int, n: int, k: int, group_size: int, zeros: bool, dtype: torch.dtype, backend: str,
+    kind: Kind,
+) -> Launch:  # fmt: skip
+    """`product` or `routed` without biases, as `llmq_kernels.tune` measures them."""
+    codebooks = {"": 0, "all": 1, "rows": n}[kind.codebook]
+    if not kind.experts:
+        return product(config, bits, m, n, k, group_size, zeros, dtype, backend, codebooks=codebooks)
+    shape = kind.experts, n, k, group_size, kind.pairs
+    return routed(config, bits, m, *shape, zeros, dtype, backend, codebooks, biased=False)
 
 
 def _routed(gpu: Gpu) -> Iterator[Variant]:
@@ -233,14 +247,18 @@ def _sums(gpu: Gpu) -> Iterator[Variant]:
         yield Variant(f"sum {programs_k}", gpu.target, made)
 
 
+def _inputs(gpu: Gpu) -> Iterator[Variant]:
+    kinds = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+    for kind, label, static, k in itertools.product(kinds, HALF, (False, True), (256, 4096, 14336)):
+        known = _meta(torch.float32, 1) if static else None
+        codes, scale = _meta(kinds[kind], 15, k), _meta(torch.float32, 15)
+        made = inputs.build(_meta(HALF[label], 15, k), known, codes, scale, gpu.backend)
+        name = f"{kind} round {'static' if static else 'token'} {label} block {made.constexprs['BLOCK']}"
+        yield Variant(name, gpu.target, made)
+
+
 def _int8(gpu: Gpu) -> Iterator[Variant]:
     for label, dtype in HALF.items():
-        for static, k in itertools.product((False, True), (256, 4096, 14336)):
-            known = _meta(torch.float32, 1) if static else None
-            codes, scale = _meta(torch.int8, 15, k), _meta(torch.float32, 15)
-            made = int8.build_round(_meta(dtype, 15, k), known, codes, scale, gpu.backend)
-            name = f"int8 round {'static' if static else 'token'} {label} block {made.constexprs['BLOCK']}"
-            yield Variant(name, gpu.target, made)
         for m, n in ((15, 4096), (15, 14336), (31, 4096), (63, 4096), (127, 4096)):
             weight = PackedInt8(_meta(torch.int8, n, 4096), _meta(torch.float32, n, 1), None)
             codes, scale, bias = _meta(torch.int8, m, 4096), _meta(torch.float32, m), _meta(dtype, n)

@@ -17,7 +17,8 @@ from llmq.errors import LlmqError
 from llmq.formats.plain import Weight
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
-from llmq.inference.linear import QuantLinear, quant_linear
+from llmq.inference.layer import QuantLinear
+from llmq.inference.linear import quant_linear
 from llmq.inference.transformers_hook import reading
 
 NAME = "weight"

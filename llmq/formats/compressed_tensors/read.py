@@ -1,5 +1,6 @@
-"""compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8; and of
-4-bit floats, where they stand for a stack of experts, which only llmq's kernels run.
+"""compressed-tensors checkpoints of integer weights: pack-quantized, and int-quantized with or without W8A8; of FP8
+with a scale per channel and rounded inputs; and of 4-bit floats, where they stand for a stack of experts, which only
+llmq's kernels run.
 
 `packed` and `eight_bit` describe the layouts that llmq writes. The readers here also accept other writers' integer
 weights: zero points, activation order, one scale per tensor, 5 to 7 bits.
@@ -21,10 +22,21 @@ from llmq.formats.compressed_tensors.eight_bit import INPUT_SCALE, WEIGHT
 from llmq.formats.compressed_tensors.microscaled import DIVIDED, FOURS, GLOBAL, FourBitLayer
 from llmq.formats.compressed_tensors.packed import PACKED, SCALE, SHAPE, ZERO
 from llmq.formats.packing import pack_codes, packed_width, unpack_columns
-from llmq.formats.plain import FLOATS, Configuration, Entry, Int8Weight, IntWeight, in_groups, none_if_zero, served
+from llmq.formats.plain import (
+    FLOATS,
+    Configuration,
+    Entry,
+    Float8Weight,
+    Int8Weight,
+    IntWeight,
+    in_groups,
+    none_if_zero,
+    part_of_rows,
+    served,
+)
 
 GROUPS = "weight_g_idx"
-PACK, CODES = ("pack-quantized",), ("int-quantized", "naive-quantized")
+PACK, CODES, FLOAT8 = ("pack-quantized",), ("int-quantized", "naive-quantized"), ("float-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
@@ -90,26 +102,33 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
-class Int8Layer:
-    """A weight with 8-bit activations. static: the shape of their stored scale, if it is; zeros: as in PackedLayer."""
+class EightBitLayer:
+    """A weight with 8-bit activations of its kind. static: the shape of their stored scale, if it is; zeros: as in
+    PackedLayer; kind: the dtype of codes, int8 or float8_e4m3fn.
+    """
 
     shape: tuple[int, int]
     scales: tuple[int, ...]
     static: tuple[int, ...] | None
     zeros: Entry | None = None
+    kind: torch.dtype = torch.int8
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        entries = {WEIGHT: Entry((torch.int8,), self.shape), SCALE: Entry(FLOATS, self.scales)}
+        entries = {WEIGHT: Entry((self.kind,), self.shape), SCALE: Entry(FLOATS, self.scales)}
         if self.zeros is not None:
             entries[ZERO] = self.zeros
         return entries | ({} if self.static is None else {INPUT_SCALE: Entry(FLOATS, self.static)})
 
-    def read(self, tensors: Mapping[str, Tensor]) -> Int8Weight:
+    def read(self, tensors: Mapping[str, Tensor]) -> Int8Weight | Float8Weight:
         if self.zeros is not None:
             _refuse_zeros(tensors[ZERO])
         inputs = None if self.static is None else tensors[INPUT_SCALE].reshape(1)
-        return Int8Weight(tensors[WEIGHT], _spread(tensors[SCALE], self.shape[0], 1), inputs)
+        codes, scale = tensors[WEIGHT], _spread(tensors[SCALE], self.shape[0], 1)
+        if self.kind == torch.int8:
+            return Int8Weight(codes, scale, inputs)
+        _refuse_nan(codes)
+        return Float8Weight(codes, scale, inputs)
 
 
 class CompressedTensorsReader:
@@ -144,7 +163,7 @@ class CompressedTensorsReader:
 
     def layer(
         self, name: str, module: nn.Module, shape: tuple[int, int], stored: Mapping[str, TensorInfo]
-    ) -> PackedLayer | Int8Layer | FourBitLayer | None:
+    ) -> PackedLayer | EightBitLayer | FourBitLayer | None:
         scheme = self._scheme(name, module)
         info = next((stored[s] for s in (PACKED, SCALE) if s in stored), None)
         if scheme is None:
@@ -173,7 +192,8 @@ class CompressedTensorsReader:
             one = None
             if not inputs.dynamic:
                 one = () if INPUT_SCALE in stored and stored[INPUT_SCALE].shape == () else (1,)
-            return Int8Layer(shape, scales, one, zeros)
+            kind = torch.float8_e4m3fn if weights.type == "float" else torch.int8
+            return EightBitLayer(shape, scales, one, zeros, kind)
         form = str(scheme.format or self.config.format)
         if form in FOURS:
             group_size = weights.group_size or width
@@ -205,22 +225,48 @@ def _spread(scale: Tensor, rows: int, groups: int) -> Tensor:
     return scale if scale.shape == (rows, groups) else scale.reshape(1, 1).expand(rows, groups).contiguous()
 
 
+def _refuse_nan(codes: Tensor) -> None:
+    """Raises LlmqError if a float8_e4m3fn weight has a NaN, which kernels take for a number."""
+    step = part_of_rows(codes.shape[1])
+    for start in range(0, len(codes), step):
+        if bool(((codes[start : start + step].view(torch.int8) & 0x7F) == 0x7F).any()):
+            raise LlmqError("the weight holds values that are not finite")
+
+
 def _refusal(scheme: Any, form: str) -> str | None:
     """Why llmq has no kernel for the weights of one scheme, or None."""
     weights, inputs = scheme.weights, scheme.input_activations
-    if form not in PACK + CODES:
+    if form not in PACK + CODES + FLOAT8:
         return f"its weights are stored as {form}"
-    if weights is None or weights.type != "int" or weights.strategy not in ("group", "channel", "tensor"):
+    if scheme.output_activations is not None:
+        return "it quantizes the outputs of layers"
+    if weights is not None and weights.type == "float":
+        return _float_refusal(weights, inputs, form)
+    if form not in PACK + CODES or weights is None or weights.strategy not in ("group", "channel", "tensor"):
         return "its weights are not integers with a scale per group, channel or tensor"
     if not 2 <= weights.num_bits <= 8:
         return f"its weights have {weights.num_bits} bits"
-    if scheme.output_activations is not None:
-        return "it quantizes the outputs of layers"
     if inputs is None:
         return None
-    plain = inputs.type == "int" and inputs.num_bits == 8 and inputs.symmetric
-    if not plain or inputs.strategy != ("token" if inputs.dynamic else "tensor"):
+    if not _plain(inputs, "int"):
         return "it rounds activations, but not to symmetric int8 with one scale per token or a static scale per tensor"
     if form in PACK or weights.num_bits != 8 or not weights.symmetric or weights.strategy == "group":
         return "it rounds activations, but its weights are not symmetric int8 with a scale per channel"
     return None
+
+
+def _float_refusal(weights: Any, inputs: Any, form: str) -> str | None:
+    """Why llmq has no kernel for weights of floats, or None."""
+    if weights.strategy not in ("channel", "tensor") or weights.num_bits != 8 or not weights.symmetric:
+        return "its weights are not float8 with a scale per channel or tensor"
+    if inputs is None:
+        return "its weights are float8, but it does not round activations"
+    if not _plain(inputs, "float"):
+        return "it rounds activations, but not to float8 with one scale per token or a static scale per tensor"
+    return None if form in FLOAT8 else f"its weights are stored as {form}"
+
+
+def _plain(inputs: Any, kind: str) -> bool:
+    """Whether activations are rounded to 8 bits of a kind, per token, or with a static scale per tensor."""
+    plain = inputs.type == kind and inputs.num_bits == 8 and inputs.symmetric
+    return plain and bool(inputs.strategy == ("token" if inputs.dynamic else "tensor"))

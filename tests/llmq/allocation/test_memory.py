@@ -17,7 +17,7 @@ from llmq.allocation.memory import Line, budget, fixed_lines, group_bytes, weigh
 from llmq.allocation.prefill import prompt
 from llmq.errors import LlmqError
 from llmq.grids.scheme import Activations, Scheme
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.planning.weights import stored_bytes
 from llmq.recipe.recipe import Recipe
 from llmq_kernels.int_linear import layouts
@@ -45,7 +45,7 @@ INTEGERS = (
     Scheme(8, 32),
     Scheme(8, None, activations=Activations()),
     Scheme(8, None, activations=Activations(dynamic=False)),
-    Scheme(4, 64),
+    Scheme(8, None, grid="fp8", activations=Activations()),
     Scheme(7, 96),
     Scheme(2, None, symmetric=False),
 )

@@ -19,7 +19,7 @@ from llmq.formats.codebook import learned
 from llmq.formats.dequantized import open_source
 from llmq.formats.inspection import inspect_folder
 from llmq.grids.scheme import Scheme
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.inference.pretrained import load_model
 from llmq.inference.stack import StackedLinear
 from llmq.report.terminal import scheme

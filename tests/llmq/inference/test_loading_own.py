@@ -29,6 +29,8 @@ SCHEMES = {
     "w2-channel": Scheme(2, None),
     "w8a8": Scheme(8, None, activations=Activations()),
     "w8a8-static": Scheme(8, None, activations=Activations(dynamic=False)),
+    "fp8": Scheme(8, None, grid="fp8", activations=Activations()),
+    "fp8-static": Scheme(8, None, grid="fp8", activations=Activations(dynamic=False)),
     "nf4": Scheme(4, 64, grid="nf4"),
     "nf4-double": Scheme(4, 64, grid="nf4", double_quant=True),
 }
@@ -78,7 +80,7 @@ def test_as_stock_reads_it(scheme: str, tmp_path: Path) -> None:
         x = torch.randn(2, 5, layer.in_features)
         assert apart(layer(x), plain.get_submodule(name)(x)) < 1e-5, name
     # A value half-way between two codes of an activation goes one way or the other by the last bit of a sum.
-    assert apart(logits(model), logits(plain)) < (3e-2 if "w8a8" in scheme else 1e-4)
+    assert apart(logits(model), logits(plain)) < (3e-2 if SCHEMES[scheme].activations else 1e-4)
     assert model.get_memory_footprint() < 1.25 * sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
@@ -117,11 +119,11 @@ def test_merging_into_integers_fails(safe: bool, tmp_path: Path) -> None:
 
 
 def test_what_is_not_served_goes_to_stock(tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture) -> None:
-    """FP8, weights that the user wants dense, a model quantized while it is loaded: one line, and stock's result."""
-    eight = quantized("llama", Scheme(8, None, grid="fp8", activations=Activations()), tmp_path / "fp8")
+    """FP8 weights alone, what the user wants dense, what is quantized while loading: one line, and stock's result."""
+    eight = quantized("llama", Scheme(8, None, grid="fp8"), tmp_path / "fp8")
     four = quantized("llama", SCHEMES["w4"], tmp_path / "w4")
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (eight, {}, "stored as float-quantized"),
+        (eight, {}, "it does not round activations"),
         (four, {"quantization_config": CompressedTensorsConfig(dequantize=True)}, "asks for dense weights"),
         (
             tmp_path / "w4" / "source",

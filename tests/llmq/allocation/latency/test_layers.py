@@ -7,7 +7,7 @@ import torch
 from llmq.allocation.latency.layers import packed, weight
 from llmq.formats.plain import IntWeight
 from llmq.grids.scheme import Activations, Scheme
-from llmq.inference.linear import CodebookLinear, Int8Linear, IntLinear, VectorsLinear
+from llmq.inference.linear import CodebookLinear, Float8Linear, Int8Linear, IntLinear, VectorsLinear
 from tests.llmq.allocation.tasks import CPU
 from tests.llmq.refusal import refused
 
@@ -17,6 +17,7 @@ def test_random_layers() -> None:
         Scheme(3, 16): IntLinear,
         Scheme(4, 64, grid="nf4", double_quant=True): CodebookLinear,
         Scheme(8, None, activations=Activations()): Int8Linear,
+        Scheme(8, None, grid="fp8", activations=Activations()): Float8Linear,
         Scheme(2, 16, grid="ternary", packing="llmq"): VectorsLinear,
     }
     for scheme, kind in kinds.items():

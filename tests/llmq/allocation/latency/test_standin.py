@@ -17,7 +17,7 @@ from llmq.allocation.groups import Group
 from llmq.allocation.latency import standin as module
 from llmq.allocation.latency.standin import cache_bytes, nbytes, places, standin
 from llmq.grids.scheme import Scheme
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.inference.stack import PackedStack
 from llmq.planning.types import Plan
 from llmq.recipe.recipe import Recipe

@@ -22,7 +22,7 @@ from llmq.formats.inspection import inspect_folder
 from llmq.grids.nearest import round_to_nearest
 from llmq.grids.scheme import Scheme
 from llmq.grids.vq import VQWeight
-from llmq.inference.linear import QuantLinear
+from llmq.inference.layer import QuantLinear
 from llmq.inference.stack import StackedLinear
 from tests.llmq import mixtures
 

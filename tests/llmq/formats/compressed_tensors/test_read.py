@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig
 
-from llmq.formats.compressed_tensors.read import CompressedTensorsReader, Int8Layer, PackedLayer
-from llmq.formats.plain import Int8Weight, IntWeight
+from llmq.formats.compressed_tensors.read import CompressedTensorsReader, EightBitLayer, PackedLayer
+from llmq.formats.plain import Float8Weight, Int8Weight, IntWeight
 from tests.llmq.formats.made import FILE, dense, fits, stored
 from tests.llmq.refusal import refused
 from tests.llmq.written import Case, compressed
@@ -20,6 +20,7 @@ from tests.llmq.written import config as section_of
 ROWS, WIDTH = 32, 96
 MODULE = nn.Linear(WIDTH, ROWS)
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+FLOAT8 = INT8 | {"type": "float"}
 TOKEN = INT8 | {"strategy": "token", "dynamic": True}
 
 
@@ -72,11 +73,35 @@ def test_a_weight_that_meets_8_bit_inputs_keeps_its_codes(static: tuple[int, ...
     reader = CompressedTensorsReader(config(case, inputs))
     assert reader.refusal(config(case, inputs)) is None
     layer = layer_of(reader, tensors)
-    assert isinstance(layer, Int8Layer) and fits(layer.entries, tensors)
+    assert isinstance(layer, EightBitLayer) and fits(layer.entries, tensors)
     weight = layer.read(tensors)
     assert isinstance(weight, Int8Weight)
     assert np.allclose(weight.codes.double().numpy() * weight.scale.double().numpy(), expected)
     assert weight.input_scale is None if static is None else weight.input_scale.tolist() == [0.25]
+
+
+@pytest.mark.parametrize("static", [None, (1,), ()])
+@pytest.mark.parametrize("form", ["float-quantized", "naive-quantized"])
+def test_a_float8_weight_that_meets_float8_inputs_keeps_its_codes(static: tuple[int, ...] | None, form: str) -> None:
+    every = torch.arange(ROWS * WIDTH).remainder(256).to(torch.uint8).view(ROWS, WIDTH)
+    codes = every.masked_fill(every & 127 == 127, 0).view(torch.float8_e4m3fn)
+    tensors = {"weight": codes, "weight_scale": torch.rand(ROWS, 1).bfloat16()}
+    inputs = FLOAT8 | ({"strategy": "tensor"} if static is not None else {"strategy": "token", "dynamic": True})
+    if static is not None:
+        tensors["input_scale"] = torch.full(static, 0.25)
+    whole = config(Case("ct-int8", 8, -1), inputs, type="float")
+    for group in whole.quantization_config.config_groups.values():
+        group.format = form
+    reader = CompressedTensorsReader(whole)
+    assert reader.refusal(whole) is None
+    layer = layer_of(reader, tensors)
+    assert isinstance(layer, EightBitLayer) and fits(layer.entries, tensors)
+    weight = layer.read(tensors)
+    assert isinstance(weight, Float8Weight) and torch.equal(weight.codes.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(weight.scale, tensors["weight_scale"])
+    assert weight.input_scale is None if static is None else weight.input_scale.tolist() == [0.25]
+    codes.view(torch.uint8)[3, 4] = 0xFF
+    refused(lambda: layer.read(tensors), "values that are not finite")
 
 
 @pytest.mark.parametrize("case", [Case("ct", 4, 32), Case("ct-int8", 8, -1)], ids=str)
@@ -126,7 +151,10 @@ def test_files_and_configuration_that_do_not_agree_are_named() -> None:
 @pytest.mark.parametrize(
     ("case", "inputs", "changes", "words"),
     [
-        (Case("ct"), None, {"type": "float"}, "not integers"),
+        (Case("ct"), None, {"type": "float"}, "not float8 with a scale per channel"),
+        (Case("ct-int8", 8, -1), None, {"type": "float"}, "it does not round activations"),
+        (Case("ct-int8", 8, 32), FLOAT8 | {"strategy": "token", "dynamic": True}, {"type": "float"}, "not float8 with"),
+        (Case("ct-int8", 8, -1), TOKEN, {"type": "float"}, "but not to float8"),
         (Case("ct"), None, {"strategy": "channel", "group_size": None, "num_bits": 1}, "its weights have 1 bits"),
         (
             Case("ct-int8", 8, -1),
