@@ -52,7 +52,9 @@ def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
     codes = torch.empty(rows, n, dtype=torch.int8, device=words.device)
 
     def work(some: slice) -> None:
-        codes[some] = dense_bits.unpack(words[some], bits, n)
+        # A row of one word may have any stride, which a view of its bytes does not take.
+        part = words[some].reshape(-1).view(-1, words.shape[1])
+        codes[some] = dense_bits.unpack(part, bits, n)
 
     by_rows(rows, max(1, CHUNK // max(n, 1)), work, words.device)
     return codes
