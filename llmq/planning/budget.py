@@ -9,7 +9,7 @@ from llmq import ranks
 from llmq.planning.experts import ExpertsPlan
 from llmq.planning.memory import REST_BYTES, ROUTED_COPIES, ROUTED_EXTRA, Budget, Load, hidden_width, predict
 from llmq.planning.parts import codes
-from llmq.planning.stages import corrected, in_files, resting
+from llmq.planning.stages import corrected, in_files, resting, taken
 from llmq.planning.tail import tail_bytes
 from llmq.planning.types import BlockPlan, Plan
 from llmq.planning.weights import WeightPlan
@@ -37,19 +37,19 @@ def budget(plan: Plan, device: str, between: int | None = None, saving: Saving =
             dense * size + copies,
             sum(i.after for i in mine),
             _statistics(plan, mine, saving, corrected=plan.pipeline.corrects),
-            _workspace(plan, mine),
+            _workspace(plan, mine, device),
         )
         if mine and not (plan.pipeline.transforms or plan.pipeline.refiners):
             if saving >= Saving.PASSES and device == "cpu":
                 load = resting(plan, mine, load, dense * size)
             elif plan.pipeline.corrects:
-                load = corrected(plan, mine, load, saving)
+                load = corrected(plan, mine, load, saving, device)
         loads.append(load if block.parts is None else load.and_experts(_parts_load(plan, block)))
         if block.experts is not None:
             # What enters the unquantized block's experts is kept from the start.
             entering = plan.ids.numel() * (block.experts.info.call.width * size + 16 * block.experts.info.call.chosen)
             loads[-1] = replace(load, block=load.block + entering)
-            loads.append(load.then(_experts_load(plan, block.experts)))
+            loads.append(load.then(_experts_load(plan, block.experts, device)))
     if plan.tail is not None:
         held, work = tail_bytes(plan)
         loads[-1] = replace(loads[-1], block=loads[-1].block + held, workspace=loads[-1].workspace + work)
@@ -121,9 +121,9 @@ def kept_bytes(plan: Plan) -> int:
     return tokens * most
 
 
-def _workspace(plan: Plan, items: list[WeightPlan]) -> int:
+def _workspace(plan: Plan, items: list[WeightPlan], device: str) -> int:
     """What methods need for weights that are quantized one at a time, and refinements for all of them at once."""
-    one = max((method.workspace(item.shape) for method in plan.pipeline.all for item in items), default=0)
+    one = max((taken(method, item, device) for method in plan.pipeline.all for item in items), default=0)
     together = (sum(method.workspace(item.shape) for item in items) for method in plan.pipeline.refiners)
     return max(one, *together, 0)
 
@@ -154,7 +154,7 @@ def _parts_load(plan: Plan, block: BlockPlan) -> Load:
     )
 
 
-def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
+def _experts_load(plan: Plan, experts: ExpertsPlan, device: str) -> Load:
     """What a block's experts need beside the rest of it: one of them, a group's result, and what enters all of them."""
     size, width = plan.dtype.itemsize, experts.info.call.width
     largest = max(experts.weights, key=lambda mine: sum(prod(i.shape) for i in mine.values())).values()
@@ -172,5 +172,5 @@ def _experts_load(plan: Plan, experts: ExpertsPlan) -> Load:
         numbers * size + copies + routed,
         max(sum(i.after for mine in experts.weights[g.begin : g.end] for i in mine.values()) for g in experts.groups),
         sum(kind.nbytes(width) for kind in kinds) + 2 * own,
-        _workspace(plan, list(largest)),
+        _workspace(plan, list(largest), device),
     )

@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+import torch
+
 from llmq.block.chains import REPLAYED, ROOM
 from llmq.block.moments import HELD_OUT, HELD_TOKENS
 from llmq.block.statistics import Hessian, in_passes
+from llmq.grids.base import pieces
+from llmq.methods.base import Method
 from llmq.planning.memory import FORWARD_COPIES, Load, hidden_width
 from llmq.planning.types import Plan
 from llmq.planning.weights import WeightPlan
@@ -18,6 +22,18 @@ from llmq.spill import Saving
 
 APART_COPIES = 3
 """Of a batch's inputs in float32, while two runs are compared, or what they differ by is added to sums."""
+
+
+def taken(method: Method, item: WeightPlan, device: str, statistics: int | None = None) -> int:
+    """What a method takes for a weight: of what it rounds in pieces, one piece, and the codes of all, and their copy.
+
+    statistics: the bytes of those that rest meanwhile (`Method.together`).
+    """
+    shape, extra = item.shape, 0
+    if item.scheme is not None and len(shape) == 2 and method.apart(item.scheme):
+        rows = pieces(shape[0], item.scheme, torch.device(device))[0].stop
+        shape, extra = (rows, shape[1]), 2 * prod(shape) if rows < shape[0] else 0
+    return extra + (method.workspace(shape) if statistics is None else method.together(shape, statistics))
 
 
 class _Stage:
@@ -32,7 +48,7 @@ class _Stage:
         needs = dict.fromkeys(plan.pipeline.quantizer.quantize_needs)
         needs |= {Hessian: None} if plan.pipeline.corrects else {}
         self.sums, self.square = sum(need.nbytes(width) for need in needs), 4 * width**2
-        self.shape = max((item.shape for item in items), key=prod)
+        self.items, self.shape = items, max((item.shape for item in items), key=prod)
         self.values, self.largest = 4 * sum(prod(item.shape) for item in items), 4 * prod(self.shape)
         outs = sum(item.shape[0] for item in items)
         adding = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
@@ -62,7 +78,7 @@ def _stages(plan: Plan, items: list[WeightPlan]) -> list[_Stage]:
     return [_Stage(plan, stage) for stage in found.values()]
 
 
-def corrected(plan: Plan, items: list[WeightPlan], load: Load, saving: Saving) -> Load:
+def corrected(plan: Plan, items: list[WeightPlan], load: Load, saving: Saving, device: str) -> Load:
     """What a block takes whose weights are corrected in order. load: without that."""
     quantizer, codes = plan.pipeline.quantizer, sum(prod(item.shape) for item in items)
     most = 0
@@ -74,7 +90,7 @@ def corrected(plan: Plan, items: list[WeightPlan], load: Load, saving: Saving) -
             kept + one.drift + one.largest + one.products,
             kept + one.square + one.products + (0 if one.narrow else one.drift),
             one.sums + one.corrected,
-            one.sums + one.values + quantizer.workspace(one.shape),
+            one.sums + one.values + max(taken(quantizer, item, device) for item in one.items),
         )
     tokens = plan.ids.numel() * plan.dtype.itemsize
     # The outputs of products, and of attention.
@@ -127,6 +143,6 @@ def resting(plan: Plan, items: list[WeightPlan], load: Load, block: int) -> Load
             one.held + one.square + one.products,
             one.corrected if plan.pipeline.corrects else 0,
             (one.values if plan.pipeline.corrects else size * prod(one.shape))
-            + quantizer.together(one.shape, one.sums),
+            + max(taken(quantizer, item, "cpu", one.sums) for item in one.items),
         )
     return Load(block, load.packed, 0, max(0, most - block - load.packed), load.forward)
