@@ -33,13 +33,13 @@ def plan(tiny_model: Path) -> Plan:
 def wide(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A weight of 64 outputs, added to the stream, of an input that is much wider than all else."""
     monkeypatch.setattr(stages, "hidden_width", lambda model: 64)
-    return [SimpleNamespace(shape=(64, WIDE), input_id=3, after=64 * WIDE // 2)]
+    return [SimpleNamespace(shape=(64, WIDE), input_id=3, after=64 * WIDE // 2, scheme=Scheme(4, 32))]
 
 
 def test_a_stage_that_is_corrected(plan: Plan, wide: list[Any]) -> None:
     """What is there at once while it is corrected: the Hessian, a factor, and what becomes of the drift, twice."""
     square, matrix = 4 * WIDE**2, 4 * 64 * WIDE
-    load = stages.corrected(plan, wide, Load(1000, 0, 0, 0), Saving.STATES)
+    load = stages.corrected(plan, wide, Load(1000, 0, 0, 0), Saving.STATES, "cpu")
     (stage,) = stages._stages(plan, wide)
     assert stage.narrow and stage.sums == stage.drift == square and stage.streams == matrix
     factoring = 2 * square + 2 * matrix + stage.held
@@ -48,9 +48,23 @@ def test_a_stage_that_is_corrected(plan: Plan, wide: list[Any]) -> None:
     assert load.block == 1000 and load.statistics == 0
 
 
+def test_one_piece_of_what_is_rounded_in_pieces_counts(
+    plan: Plan, wide: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (item,), method = wide, plan.pipeline.quantizer
+    whole = stages.taken(method, item, "cpu")
+    monkeypatch.setattr("llmq.grids.base.ROWS", 16)
+    square, codes = 4 * WIDE**2, 64 * WIDE
+    assert stages.taken(method, item, "cpu") == square + 5 * 16 * WIDE + 2 * codes < whole
+    assert stages.taken(method, item, "cuda") == whole == square + 5 * codes
+    assert stages.taken(method, item, "cpu", 9 * square) == 9 * square + 18 * 16 * WIDE + 2 * codes
+    item.scheme = Scheme(4, 16, grid="nvfp4")
+    assert stages.taken(method, item, "cpu") == whole
+
+
 def test_what_is_kept_counts_until_it_is_not(plan: Plan) -> None:
     items = [*plan.blocks[0].weights.values()]
-    none, products, states = (stages.corrected(plan, items, Load(0, 0, 0, 0), level) for level in [*Saving][:3])
+    none, products, states = (stages.corrected(plan, items, Load(0, 0, 0, 0), level, "cpu") for level in [*Saving][:3])
     tokens = plan.ids.numel() * plan.dtype.itemsize
     widths = {item.input_id: item.shape[1] for item in items}
     shown = tokens * (sum(widths.values()) + 64 * sum(item.shape[0] == 64 for item in items))
