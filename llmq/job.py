@@ -79,7 +79,7 @@ def plan(
     if goal is not None:
         allocate.prepare(made, goal, watch)
         chunks.files(made, goal.fit)
-        check_room(made.budget, None, device, max_memory)
+        check_room(made.budget, None, device, max_memory, scoring=True)
     return made
 
 

@@ -32,6 +32,9 @@ T = TypeVar("T")
 SLAB = 64 * 2**20
 """Bytes of a file, at least: many tensors share one, as each file counts towards the system's limit of open ones."""
 
+SHARE = 64
+"""A new file of hidden states has this part of those that are in files, if that is more."""
+
 
 class Saving(IntEnum):
     """How much is done to need less memory; each level includes those before it.
@@ -136,16 +139,24 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, level: Saving) -> Tensor
 
     nbytes = prod(shape) * dtype.itemsize
     slab, used = _state.slabs.get(level, (None, 0))
+    most = _slab(level)
     if slab is None or used + nbytes > len(slab):
-        slab, used = _file(max(SLAB, nbytes)), 0
+        slab, used = _file(max(most, nbytes)), 0
         start = torch.frombuffer(slab, dtype=torch.uint8).data_ptr()
         _state.mapped = [one for one in _state.mapped if one[1]() is not None]
         _state.mapped.append((start, weakref.ref(slab), level))
     # Of each tensor pages of its own, as they rest by pages.
     _state.slabs[level] = slab, used + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    if nbytes >= SLAB:
+    if nbytes >= most:
         del _state.slabs[level]
     return torch.frombuffer(slab, dtype=dtype, count=prod(shape), offset=used).view(shape)
+
+
+def _slab(level: Saving) -> int:
+    """The bytes of a new file, at least: of hidden states, which are all there until the next block has them, a part of
+    what is in files already, so that any number of them takes few files."""
+    slabs = (reference() for _, reference, kind in _state.mapped if kind is level is Saving.STATES)
+    return max(SLAB, sum(len(slab) for slab in slabs if slab is not None) // SHARE)
 
 
 def _file(nbytes: int) -> mmap.mmap:
@@ -162,6 +173,11 @@ def _file(nbytes: int) -> mmap.mmap:
                 os.ftruncate(file.fileno(), nbytes)
             return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise LlmqError(
+                f"too many open files for what does not fit into memory and is in files in {folder}: raise the limit "
+                "(ulimit -n), and run the same command again: finished blocks are kept"
+            ) from error
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise LlmqError(
             f"{'disk full' if full else 'cannot write'} while {size(nbytes)} of what does not fit into memory were put "

@@ -341,6 +341,6 @@ def _revalue(state: WeightState, value: Tensor) -> None:
 def _settled(state: WeightState) -> Tensor:
     """The result of a weight, which takes the place of its value."""
     result = state.result()
-    state.error = relative_error([result], [state.value]) if ranks.first() else None
+    state.error = relative_error([result], [state.value]) if ranks.rank() == 0 else None
     state.value = result
     return result

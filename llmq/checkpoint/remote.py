@@ -90,7 +90,9 @@ class Remote:
             try:
                 got, problem = self._answer(path, begin + done, into[done:])
             except Exception as error:
-                raise hub.explain(error, self.name, "model") from error
+                if not _passes(error):
+                    raise hub.explain(error, self.name, "model") from error
+                got, problem = 0, error
             done += got
             if done == len(into):
                 return
@@ -135,3 +137,11 @@ class Remote:
             except (httpx.TransportError, ConnectionError) as error:
                 return done, error
         return done, None
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a request that failed so may work a little later."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    # The client is closed for all threads when the connection of one breaks.
+    return isinstance(error, (httpx.TransportError, ConnectionError)) or "client has been closed" in str(error)

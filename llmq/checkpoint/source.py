@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq.checkpoint import strangers
 from llmq.checkpoint.files import INDEX, PICKLES, QUANTIZED, REPORT, SINGLE, goes_along, modules_beside, named_templates
 from llmq.checkpoint.store import LOCAL, Store
-from llmq.checkpoint.tensors import TensorInfo, read_header, read_rows, read_tensor
+from llmq.checkpoint.tensors import TensorInfo, expect, read_header, read_rows, read_tensor
 from llmq.errors import LlmqError
 
 # Not copied: these files describe the source's own weights, which is wrong for the quantized ones.
@@ -48,6 +48,9 @@ class Source(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start…stop−1 of a tensor. Raises as read, and IndexError out of range."""
+
+    def expect(self, name: str) -> None:
+        """Let the system read a tensor beforehand: a hint."""
 
     @property
     def total_bytes(self) -> int:
@@ -182,6 +185,11 @@ class FolderSource:
         """Rows start…stop−1 of a tensor, without reading the others. Raises as read, and IndexError out of range."""
         return read_rows(self._infos[name], start, stop, self.store)
 
+    def expect(self, name: str) -> None:
+        """See `Source.expect`: only of a file on disk."""
+        if self.store is LOCAL:
+            expect(self._infos[name])
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -252,6 +260,11 @@ class Wrapped:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Source.read_rows`; the whole tensor is read if `read` changes it."""
         return self.read(name)[start:stop] if self.changes_tensor(name) else self.base.read_rows(name, start, stop)
+
+    def expect(self, name: str) -> None:
+        """See `Source.expect`: only of a tensor that is the base's."""
+        if not self.changes_tensor(name):
+            self.base.expect(name)
 
     def changes_tensor(self, name: str) -> bool:
         """Whether `read` returns a tensor that differs from the base's."""

@@ -130,12 +130,21 @@ def host_memory(limit: int | None = None) -> int:
     return have if limit is None else min(have, limit)
 
 
-def check_room(budget: Budget, out: Path | None, device: str, limit: int | None = None) -> None:
+def check_room(
+    budget: Budget, out: Path | None, device: str, limit: int | None = None, *, scoring: bool = False
+) -> None:
     """Raise LlmqError if the memory of the host or the device, or the output's disk, is too small for the run.
 
-    budget: with all that can be done to need less memory; limit: the most bytes in the host's that the run may take.
+    budget: with all that can be done to need less memory; limit: the most bytes in the host's that the run may take;
+    scoring: whether it is what the choice of bits takes, which none of that changes.
     """
     have = host_memory(limit)
+    if scoring and budget.memory > have and limit is not None and have == limit:
+        raise LlmqError(
+            f"--max-memory {size(limit)}: choosing the bits needs about {size(budget.memory)}. Ways out: --max-memory "
+            f"{ceil(budget.memory / 2**28) / 4:g}GiB, fewer --samples or a shorter --seqlen, or bits that were chosen "
+            "on another machine (--recipe with its recipe.yaml)"
+        )
     if budget.memory > have and limit is not None and have == limit:
         raise LlmqError(
             f"--max-memory {size(limit)}: this run needs at least about {size(budget.memory)}, with hidden states in "
@@ -157,8 +166,9 @@ def check_room(budget: Budget, out: Path | None, device: str, limit: int | None 
         return
     folder = existing(out)
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    if budget.disk + budget.files > free:
-        more = f", and what does not fit into memory {size(budget.files)} more," if budget.files else ""
+    files = budget.files * ranks.on_this_machine()
+    if budget.disk + files > free:
+        more = f", and what does not fit into memory {size(files)} more," if files else ""
         raise LlmqError(
             f"{out}: the result needs {size(budget.disk)}{more} on disk and {size(free)} are free; "
             "free some space or choose another output folder"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from llmq.block.block import Block, WeightState
 from llmq.checkpoint.source import check_finite
-from llmq.checkpoint.tensors import expect
 from llmq.discovery.calls import Call
 from llmq.discovery.experts import Expert
 from llmq.discovery.parameters import assign, empty
@@ -110,7 +109,7 @@ class BlockReader:
         """Let the system read what `fill` will, while an earlier block is quantized."""
         for parameter, names in block.tensors.items():
             for name in names if parameter not in block.streamed else ():
-                expect(self.plan.source.info(name))
+                self.plan.source.expect(name)
 
     def _moved(self, block: BlockPlan) -> nn.Module:
         """The block, with the buffers that are in memory on the device."""

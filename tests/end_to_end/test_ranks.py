@@ -12,6 +12,8 @@ import llmq
 from llmq import ranks
 from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
+from llmq.report.report import Report
+from llmq.report.rows import WeightRow
 from llmq.watch import Silent
 from tests.conftest import write_tiny_model, write_tokenizer
 from tests.end_to_end.test_resume import digests
@@ -58,9 +60,16 @@ def test_experts_and_what_is_learned_have_the_same_bytes(tmp_path: Path, text_fi
     model = mixtures.write("qwen3_moe", tmp_path / "model", num_experts=5, num_hidden_layers=1)
     write_tokenizer(model)
     chosen = recipe(text_file, "gptq+signround", sweeps=0, iterations=2)
-    llmq.quantize(str(model), tmp_path / "whole", chosen)
+    whole = llmq.quantize(str(model), tmp_path / "whole", chosen)
     assert together(2, lambda: llmq.quantize(str(model), tmp_path / "out", chosen) and None) == [None, None]
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    found = Report.load(tmp_path / "out")
+    assert errors(found) == errors(whole) and all(error != 0 for error in errors(found))
+
+
+def errors(report: Report) -> list[float]:
+    """Of all quantized weights."""
+    return [row.error for row in report.weights if isinstance(row, WeightRow) and row.error is not None]
 
 
 def test_what_one_process_does_is_refused(tmp_path: Path, text_file: Path, tiny_model: Path) -> None:

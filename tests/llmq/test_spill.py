@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -155,3 +156,17 @@ def test_a_run_whose_files_do_not_fit(tiny_model: Path, tmp_path: Path, monkeypa
         "journal.jsonl",
         "lock",
     }
+
+
+def test_any_number_of_hidden_states_take_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file counts towards the most that a process may have open."""
+    monkeypatch.setattr(spill, "SLAB", mmap.PAGESIZE)
+    monkeypatch.setattr(spill, "SHARE", 8)
+    one = torch.arange(mmap.PAGESIZE).to(torch.uint8)
+    with spill.saving(spill.Saving.PASSES, tmp_path):
+        states = [spill.keep(one + n, spill.Saving.STATES) for n in range(300)]
+        assert len(spill._state.mapped) < 50
+        apart = [spill.keep(one, spill.Saving.PASSES) for _ in range(3)]
+        assert len({spill._state.mapped[-n][0] for n in (1, 2, 3)}) == len(apart) == 3
+        spill.rest()
+        assert all(torch.equal(state, one + n) for n, state in enumerate(states))

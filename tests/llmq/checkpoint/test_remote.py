@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llmq.checkpoint.remote import open_remote
+from llmq.checkpoint import remote
+from llmq.checkpoint.remote import Remote, open_remote
 from llmq.checkpoint.tensors import encode
 from llmq.errors import LlmqError
 from tests.llmq.hub_client import HubClient
@@ -107,3 +110,26 @@ def test_a_shard_that_is_no_safetensors_file(hub: HubServer, client: HubClient) 
     hub.models["org/bad"] = Repo({"config.json": b"{}", "model.safetensors": SHARDS["two.safetensors"][:-5]})
     answer = client.ask(do="remote", model="org/bad", piece=1 << 25)
     assert answer["error"] == "LlmqError" and "truncated" in answer["text"]
+
+
+@pytest.mark.parametrize("kind", ["refused", "closed"])
+def test_a_hub_that_is_gone_for_long_leaves_the_run_to_be_resumed(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As it may be in the middle of a run; a client that another thread has closed is one that is asked again."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    problem = httpx.ConnectError("refused") if kind == "refused" else RuntimeError("the client has been closed.")
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    file: Any = SimpleNamespace(rfilename="model.safetensors", size=100, lfs=None, blob_id="b")
+    info: Any = SimpleNamespace(sha="s", siblings=[file])
+    store, asked = Remote("org/one", info, Path("/x"), ["model.safetensors"], None), list[int]()
+
+    def answer(path: Path, begin: int, into: memoryview) -> tuple[int, None]:
+        asked.append(begin)
+        if len(asked) % 5 == 1:
+            return 10, None
+        raise problem
+
+    monkeypatch.setattr(store, "_answer", answer)
+    with pytest.raises(LlmqError, match="broke 4 times at byte 10 .* run the same command again"):
+        store.read(Path("/x/model.safetensors"), 0, memoryview(bytearray(100)))
+    assert asked == [0, 10, 10, 10, 10]
