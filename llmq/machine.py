@@ -94,21 +94,24 @@ def by_rows(rows: int, step: int, work: Callable[[slice], R], device: torch.devi
 
     Each thread computes alone. torch's own threads share every operator, and wait for each other after each: for
     operators of some microseconds that takes longer than the work, on a busy machine many times as long. work: what it
-    computes must depend on its rows alone. Of what it raises, the first in the order of rows is raised.
+    computes must depend on its rows alone. Of what it raises, the first in the order of rows is raised. A thread that
+    uses torch for the first time meanwhile begins with one thread of torch.
     """
     import torch
 
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     before = torch.get_num_threads() if device.type == "cpu" else 1
-    if min(before, len(parts)) <= 1:
+    # A single row may be long enough for torch to share its sum among threads, which changes the order.
+    if before == 1 or (len(parts) < 2 and rows > 1):
         return [work(part) for part in parts]
-    gradients = torch.is_grad_enabled()
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def alone(part: slice) -> R:
-        with torch.set_grad_enabled(gradients):
+        # Both are a thread's own.
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
             return work(part)
 
-    pool = ThreadPoolExecutor(min(before, len(parts)), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(max(1, min(before, len(parts))), initializer=torch.set_num_threads, initargs=(1,))
     try:
         return list(pool.map(alone, parts))
     finally:

@@ -62,8 +62,10 @@ def slab_rows(width: int, most: int, multiple: int = 1) -> int:
 
 def slab_size(x: Tensor, width: int) -> int:
     """The values of a slab of rows of `width` that is multiplied with x: few, which stay in cache, but 64 rows, as
-    products with fewer are slow; more if x has many.
+    products with fewer are slow; more if x has many. On a GPU a launch for each part would take longer than the part.
     """
+    if x.device.type != "cpu":
+        return 1 << 26
     return max(1 << 19, 64 * width) if len(x) <= NARROW else max(1 << 21, 256 * width)
 
 

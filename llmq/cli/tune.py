@@ -33,6 +33,8 @@ def tune(
         from llmq_kernels import tune as kernels
 
         shapes = [parse(text) for text in shape]
+        if codebook == "rows" and group_size:
+            raise LlmqError("--group-size: a codebook for each row has no groups; leave it out")
         try:
             with Progress(console=err_console) as bar:
                 task = bar.add_task("measuring", total=None)

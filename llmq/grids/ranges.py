@@ -138,8 +138,10 @@ def _search(groups: _Groups, method: str, limit: float) -> _Best:
     else:
         for fraction in scales_of(scheme.bits, TRIED):
             start = groups.stored(scale * fraction)
-            middle = ((scheme.qmin + scheme.qmax - (low + high) / start) / 2).round_()
-            _take_fitted(groups, best, start, middle.clamp_(scheme.qmin, scheme.qmax), buffer)
+            # What the range leaves out is left out at both ends, or at one.
+            at_low, at_high = scheme.qmin - low / start, scheme.qmax - high / start
+            for zero in ((at_low + at_high) / 2, at_low, at_high):
+                _take_fitted(groups, best, start, zero.round_().clamp_(scheme.qmin, scheme.qmax), buffer)
         middle = best.zero.clone()
         for step in (-1, 1):
             zero = (middle + step).clamp_(scheme.qmin, scheme.qmax)

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from llmq import machine
-from llmq.machine import check_device, device_memory, existing, give_back, peak_memory, require, resident_memory, size
+from llmq.grids.ranges import find_range
+from llmq.grids.scheme import Scheme
+from llmq.machine import (
+    by_rows,
+    check_device,
+    device_memory,
+    existing,
+    give_back,
+    peak_memory,
+    require,
+    resident_memory,
+    size,
+)
 from tests.llmq.refusal import refused
 
 MIB = 1 << 20
@@ -102,3 +114,22 @@ def test_a_system_without_malloc_trim_is_left_as_it_is(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(machine.ctypes, "CDLL", none)
     give_back()
+
+
+def test_threads_have_the_modes_of_the_caller() -> None:
+    """In inference mode, tensors may be written by those in inference mode alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            out = torch.zeros(8)
+
+            def work(some: slice) -> bool:
+                out[some] = 1
+                return torch.is_grad_enabled()
+
+            assert by_rows(8, 2, work, torch.device("cpu")) == [False] * 4 and bool(out.all())
+            assert find_range(torch.ones(4, 1 << 17), Scheme(4, 128), "mse")[0].shape == (4, 1 << 10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

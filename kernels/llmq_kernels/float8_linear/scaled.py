@@ -70,12 +70,17 @@ def _way(device: torch.device, dtype: torch.dtype) -> Way | None:
 
 
 def works(device: torch.device, dtype: torch.dtype, way: Way) -> bool:
-    """Whether a product, whose result is known exactly, is right."""
-    codes = torch.full((32, 64), 2.0, device=device).to(torch.float8_e4m3fn)
+    """Whether products, whose results are known exactly, are right: of one row, of any number, and with a bias."""
     packed = torch.full((32, 64), 0.5, device=device).to(torch.float8_e4m3fn)
     x_scale, scale = (torch.exp2(torch.arange(32, device=device) % 4 - first) for first in (1.0, 2.0))
-    try:
-        found = multiply(codes, x_scale, PackedFloat8(packed, scale.unsqueeze(1), None), None, dtype, way)
-    except (RuntimeError, ValueError, TypeError):  # NotImplementedError, too: each torch and GPU has its own
-        return False
-    return torch.equal(found.float(), 64 * x_scale.unsqueeze(1) * scale)
+    weight = PackedFloat8(packed, scale.unsqueeze(1), None)
+    for rows, bias in ((32, None), (1, None), (17, torch.full((32,), 8.0, device=device, dtype=dtype))):
+        codes = torch.full((rows, 64), 2.0, device=device).to(torch.float8_e4m3fn)
+        try:
+            found = multiply(codes, x_scale[:rows], weight, bias, dtype, way)
+        except (RuntimeError, ValueError, TypeError):  # NotImplementedError, too: each torch and GPU has its own
+            return False
+        wanted = 64 * x_scale[:rows].unsqueeze(1) * scale
+        if not torch.equal(found.float(), wanted if bias is None else wanted + 8):
+            return False
+    return True

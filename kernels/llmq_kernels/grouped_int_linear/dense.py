@@ -63,9 +63,13 @@ def gradient(grad: Tensor, slabs: Callable[[Tensor], Slabs], weight: PackedInt, 
         choices = routing.choices
         return found if choices == 1 else found.view(-1, choices, weight.in_features).sum(1)
     assert routing.offs is not None
+    if not len(grad):
+        return grad.new_zeros(0, weight.in_features)
     offs, wide = routing.offs, grad.to(product_dtype(grad))
     total = grad.new_zeros(len(grad), weight.in_features, dtype=torch.float32)
     for rows, values in slabs(offs):
-        total += torch._grouped_mm(wide[:, rows].contiguous(), values, offs=offs)
+        # A copy, as strides of one row or none are otherwise whatever they were.
+        part = wide[:, rows].clone(memory_format=torch.contiguous_format)
+        total += torch._grouped_mm(part, values, offs=offs)
     row = torch.arange(len(grad), device=grad.device, dtype=offs.dtype)
     return total.masked_fill_((row >= offs[-1]).unsqueeze(1), 0).to(grad.dtype)
