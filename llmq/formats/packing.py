@@ -62,7 +62,8 @@ def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
 
 def _pack_pairs(codes: Tensor, bits: int) -> Tensor:
     """One chunk of `pack_codes` for 4 bits and whole words: two codes, the bytes of a 16-bit integer, make a byte."""
-    stored = (codes.contiguous() + 8).view(torch.int16)
+    # Memory of its own: a row alone may have any stride, which a view of its bytes does not take.
+    stored = torch.add(codes, 8, out=torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)).view(torch.int16)
     return ((stored >> 4) | stored).to(torch.uint8).view(torch.int32)
 
 

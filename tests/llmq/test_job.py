@@ -152,16 +152,16 @@ def test_beside_a_tower_that_is_left_alone_quantized_modules_are_targets_by_name
 
 
 @pytest.mark.parametrize(
-    ("device", "tp", "trust", "more"),
+    ("device", "tp", "trust", "stream", "more"),
     [
-        ("cpu", 1, False, []),
-        ("cuda", 1, False, ["--device", "cuda"]),
-        ("cpu", 2, False, ["--tp", "2"]),
-        ("cuda:1", 4, True, ["--device", "cuda:1", "--tp", "4", "--trust-remote-code"]),
+        ("cpu", 1, False, False, []),
+        ("cuda", 1, False, False, ["--device", "cuda"]),
+        ("cpu", 2, False, True, ["--tp", "2", "--stream-hub"]),
+        ("cuda:1", 4, True, False, ["--device", "cuda:1", "--tp", "4", "--trust-remote-code"]),
     ],
 )
-def test_the_command_that_does_it_again(device: str, tp: int, trust: bool, more: list[str]) -> None:
-    command = job.repeat("my model's", Path("an out"), device, tp, trust)
+def test_the_command_that_does_it_again(device: str, tp: int, trust: bool, stream: bool, more: list[str]) -> None:
+    command = job.repeat("my model's", Path("an out"), device, tp, trust, stream)
     usual = ["llmq", "quantize", "my model's", "-o", "an out", "--recipe", "recipe.yaml"]
     assert shlex.split(command) == [*usual, *more]
 

@@ -59,3 +59,10 @@ def test_codes_that_are_not_contiguous() -> None:
 def test_wrong_dtype_is_refused() -> None:
     with pytest.raises(LlmqError, match="must be int8"):
         pack_codes(torch.zeros(2, 8, dtype=torch.int32), 4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_single_row_may_have_any_stride(bits: int) -> None:
+    """As a column of zero points has, turned."""
+    column = torch.arange(16).remainder(3).to(torch.int8).view(16, 1)
+    assert torch.equal(pack_codes(column.t().contiguous(), bits), pack_codes(column.flatten()[None].clone(), bits))
