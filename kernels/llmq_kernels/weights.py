@@ -134,11 +134,8 @@ class PackedVectors:
 
 
 @dataclass(frozen=True)
-class PackedInt8:
-    """8-bit codes with one scale per row, for inputs that are rounded to 8 bits too.
-
-    packed: int8 [out, in]; scale: float [out, 1]; input_scale: float [1], or None if each token has its own.
-    """
+class _Codes:
+    """Codes of rows with a scale each, whose inputs are rounded too: fields and sizes."""
 
     packed: Tensor
     scale: Tensor
@@ -153,6 +150,14 @@ class PackedInt8:
     def in_features(self) -> int:
         """Columns."""
         return self.packed.shape[1]
+
+
+@dataclass(frozen=True)
+class PackedInt8(_Codes):
+    """8-bit codes with one scale per row, for inputs that are rounded to 8 bits too.
+
+    packed: int8 [out, in]; scale: float [out, 1]; input_scale: float [1], or None if each token has its own.
+    """
 
     def check_sums(self) -> None:
         """Raises ValueError if int32 sums might overflow: from 131072 inputs on."""
@@ -161,26 +166,12 @@ class PackedInt8:
 
 
 @dataclass(frozen=True)
-class PackedFloat8:
+class PackedFloat8(_Codes):
     """Codes in float8_e4m3fn with one scale per row, for inputs that are rounded to float8 too.
 
     packed: float8_e4m3fn [out, in], without NaN; scale: float [out, 1]; input_scale: float [1], or None if each token
     has its own.
     """
-
-    packed: Tensor
-    scale: Tensor
-    input_scale: Tensor | None
-
-    @property
-    def out_features(self) -> int:
-        """Rows."""
-        return self.packed.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Columns."""
-        return self.packed.shape[1]
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless dtypes and shapes fit."""
