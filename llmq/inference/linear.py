@@ -156,19 +156,23 @@ class CodebookLinear(QuantLinear):
         return f"{super().extra_repr()}, bits=4, group={self.block_size}{double}"
 
 
-class Int8Linear(QuantLinear):
-    """int8 weights whose inputs are rounded to int8, per token or with a stored scale."""
+class _RoundedLinear(QuantLinear):
+    """Codes with a scale for each row, whose inputs are rounded, per token or with a stored scale."""
 
     layout = "rows"
     scale: Tensor
     input_scale: Tensor | None
 
-    def __init__(self, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Int8Weight | Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight.codes.shape[0], weight.codes.shape[1], bias, dtype)
         self.register_buffer("qweight", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("input_scale", weight.input_scale)
         self.settle()
+
+
+class Int8Linear(_RoundedLinear):
+    """int8 weights whose inputs are rounded to int8, per token or with a stored scale."""
 
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""
@@ -180,19 +184,8 @@ class Int8Linear(QuantLinear):
         return f"{super().extra_repr()}, bits=8, {'dynamic' if self.input_scale is None else 'static'} activations"
 
 
-class Float8Linear(QuantLinear):
+class Float8Linear(_RoundedLinear):
     """float8 weights whose inputs are rounded to float8, per token or with a stored scale."""
-
-    layout = "rows"
-    scale: Tensor
-    input_scale: Tensor | None
-
-    def __init__(self, weight: Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(weight.codes.shape[0], weight.codes.shape[1], bias, dtype)
-        self.register_buffer("qweight", weight.codes)
-        self.register_buffer("scale", weight.scale)
-        self.register_buffer("input_scale", weight.input_scale)
-        self.settle()
 
     def product(self, x: Tensor) -> Tensor:
         """See QuantLinear."""

@@ -169,11 +169,10 @@ def share(states: Sequence[WeightState], quantizer: Method) -> list[dict[int, sl
     """Of each weight, which rank quantizes which rows, in their order: whole pieces of it, by about what that takes."""
     jobs = []
     for number, state in enumerate(states):
-        rows = len(state.value)
-        apart = quantizer.apart(state.scheme)
-        jobs += [
-            (number, piece) for piece in (pieces(rows, state.scheme, state.value.device) if apart else [slice(0, rows)])
-        ]
+        parts = [slice(0, len(state.value))]
+        if quantizer.apart(state.scheme):
+            parts = pieces(len(state.value), state.scheme, state.value.device)
+        jobs += [(number, part) for part in parts]
     costs = [(piece.stop - piece.start) * states[number].value.shape[1] ** 2 for number, piece in jobs]
     found: list[dict[int, slice]] = [{} for _ in states]
     for (number, piece), owner in zip(jobs, ranks.share(costs), strict=True):
