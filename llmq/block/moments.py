@@ -6,7 +6,7 @@ The arithmetic is in `numerics.correction`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from llmq.block.passes import add
 from llmq.block.products import parts
 from llmq.block.statistics import Hessian, Statistic
 from llmq.discovery.addends import Seen
+from llmq.grids.base import pieces
 from llmq.spill import Saving, rest, saves, zeros
 
 HELD_OUT = 8
@@ -31,20 +32,23 @@ HELD_TOKENS = 2048
 class Apart:
     """How far the two chains are apart in one batch, or in some of its tokens.
 
-    rows: x̂ [tokens, in] as the quantized block multiplies it; drift: x − x̂, float32; streams: by parameter, r − r̂,
-    float32 [tokens, out], of weights whose output is added to a stream (adding). Zeros are left out, and what cannot
-    be compared because the two runs differ in their numbers of tokens.
+    rows: x̂ [tokens, in] as the quantized block multiplies it; drift: x − x̂, float32, or, where that is `narrow`,
+    outputs: by parameter, what the weight makes of it, float32 [tokens, out]; streams: by parameter, r − r̂, float32
+    [tokens, out], of weights whose output is added to a stream (adding). Zeros are left out, and what cannot be
+    compared because the two runs differ in their numbers of tokens.
     """
 
     rows: Tensor
     drift: Tensor | None
     streams: dict[str, Tensor]
     adding: frozenset[str]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, tokens: Tensor) -> Apart:
         """The same of some tokens, bool [tokens]."""
-        streams = {name: stream[tokens] for name, stream in self.streams.items()}
-        return Apart(self.rows[tokens], None if self.drift is None else self.drift[tokens], streams, self.adding)
+        streams, outputs = ({name: one[tokens] for name, one in of.items()} for of in (self.streams, self.outputs))
+        drift = None if self.drift is None else self.drift[tokens]
+        return Apart(self.rows[tokens], drift, streams, self.adding, outputs)
 
     def kept(self) -> Apart:
         """The same on the CPU."""
@@ -55,9 +59,16 @@ class Apart:
         parts = []
         if self.drift is not None:
             parts.append(self.drift @ state.value[outputs].float().t())
+        if state.parameter in self.outputs:
+            parts.append(self.outputs[state.parameter][:, outputs])
         if state.parameter in self.streams:
             parts.append(self.streams[state.parameter][:, outputs])
         return sum(parts[1:], parts[0]) if parts else None
+
+
+def narrow(states: Sequence[WeightState]) -> bool:
+    """Whether sums of a stage's outputs take less than half of what the sum of its drift takes, and so less time."""
+    return 2 * sum(len(state.value) for state in states) <= states[0].value.shape[1]
 
 
 def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequence[Seen], whole: bool) -> Apart:
@@ -74,7 +85,17 @@ def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequenc
             if (apart := _difference(r, now)) is not None:
                 streams[state.parameter] = apart
     drift = _difference(exact[0].rows, rows) if exact[0].inputs else None
-    return Apart(rows, drift, streams, frozenset(adding))
+    if drift is None or not narrow(states):
+        return Apart(rows, drift, streams, frozenset(adding))
+    return Apart(rows, None, streams, frozenset(adding), {state.parameter: _product(drift, state) for state in states})
+
+
+def _product(drift: Tensor, state: WeightState) -> Tensor:
+    """What a weight makes of the drift of its inputs, float32 [tokens, out], some rows after others."""
+    found = torch.empty(len(drift), len(state.value), device=drift.device)
+    for piece in pieces(len(state.value), state.scheme, drift.device):
+        found[:, piece] = drift @ state.value[piece].float().t()
+    return found
 
 
 def _difference(exact: Tensor, found: Tensor) -> Tensor | None:
@@ -87,9 +108,9 @@ def _difference(exact: Tensor, found: Tensor) -> Tensor | None:
 class Moments:
     """Sums over tokens for one stage.
 
-    statistics: of the quantized chain's inputs, the Hessian Σ x̂ x̂ᵀ among them; drift: Σ (x − x̂) x̂ᵀ, float32 [in, in];
-    drifts: whether there is any; streams: by parameter, Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless
-    it is zero.
+    statistics: of the quantized chain's inputs, the Hessian Σ x̂ x̂ᵀ among them; drift: Σ (x − x̂) x̂ᵀ, float32 [in, in],
+    or outputs: by parameter, Σ W (x − x̂) x̂ᵀ, float32 [out, in]; drifts: whether there is any; streams: by parameter,
+    Σ (r − r̂) x̂ᵀ, float32 [out, in], of those in `adding`, unless it is zero.
     """
 
     def __init__(self, width: int, needs: Iterable[type[Statistic]], device: torch.device) -> None:
@@ -98,6 +119,7 @@ class Moments:
         self.statistics = {kind: kind(width, device) for kind in kinds}
         self.drift: Tensor | None = None
         self.drifts = False
+        self.outputs: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
         self.adding: frozenset[str] = frozenset()
 
@@ -122,44 +144,45 @@ class Moments:
         """Add them to the sums of differences alone."""
         width, device = self.width, self.device
         drifts = any(ranks.everyone(any(apart.drift is not None for apart in aparts)))
-        self.drifts |= drifts
         if drifts and self.drift is None:
             self.drift = zeros((width, width), torch.float32, device, Saving.PASSES)
-        streams = {name: apart.streams[name].shape[1] for apart in aparts for name in apart.streams}
-        for name, out in sorted(item for found in ranks.everyone(streams) for item in found.items()):
-            if name not in self.streams:
-                self.streams[name] = zeros((out, width), torch.float32, device, Saving.PASSES)
+        for sums, found in (
+            (self.outputs, [apart.outputs for apart in aparts]),
+            (self.streams, [apart.streams for apart in aparts]),
+        ):
+            wide = {name: one.shape[1] for by_name in found for name, one in by_name.items()}
+            for name, out in sorted(item for every in ranks.everyone(wide) for item in every.items()):
+                if name not in sums:
+                    sums[name] = zeros((out, width), torch.float32, device, Saving.PASSES)
+        self.drifts |= drifts or bool(self.outputs)
         adding = frozenset[str]().union(*(apart.adding for apart in aparts))
         self.adding = self.adding.union(*ranks.everyone(adding))
-        sums: list[tuple[Tensor, Callable[[], object]]] = []
+        adds: list[tuple[Tensor, Callable[[], object]]] = []
         if self.drift is not None:
-            sums += [(total, partial(_add_drift, total, part, aparts)) for total, part in parts(self.drift)]
-        for name, stream in sorted(self.streams.items()):
-            sums += [(total, partial(_add_stream, total, part, aparts, name)) for total, part in parts(stream)]
-        ranks.relay(sums)
+            added = [(apart.drift, apart.rows) for apart in aparts if apart.drift is not None]
+            adds += _adding(self.drift, added)
+        for name, total in sorted(self.outputs.items()):
+            adds += _adding(total, [(apart.outputs[name], apart.rows) for apart in aparts if name in apart.outputs])
+        for name, total in sorted(self.streams.items()):
+            adds += _adding(total, [(apart.streams[name], apart.rows) for apart in aparts if name in apart.streams])
+        ranks.relay(adds)
 
     def terms(self, state: WeightState, outputs: Tensor | None = None) -> list[Tensor]:
         """What a weight's correction is the sum of, before it is multiplied by (Ĥ + λ)⁻¹: [outputs, in], float32."""
         rows = slice(None) if outputs is None else outputs
         found = [] if self.drift is None else [state.value[rows].float() @ self.drift]
-        return found + ([self.streams[state.parameter][rows]] if state.parameter in self.streams else [])
+        return found + [sums[state.parameter][rows] for sums in (self.outputs, self.streams) if state.parameter in sums]
 
 
-def _add_drift(total: Tensor, part: slice, aparts: Sequence[Apart]) -> None:
-    for apart in aparts:
-        if apart.drift is not None:
-            _add_products(total, apart.drift[:, part], apart.rows)
+def _adding(total: Tensor, added: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Callable[[], object]]]:
+    """What adds Σ l xᵀ of each (l, x) to each part of a sum, and that part."""
+    return [(some, partial(_add_products, some, part, added)) for some, part in parts(total)]
 
 
-def _add_stream(total: Tensor, part: slice, aparts: Sequence[Apart], name: str) -> None:
-    for apart in aparts:
-        if name in apart.streams:
-            _add_products(total, apart.streams[name][:, part], apart.rows)
-
-
-def _add_products(total: Tensor, left: Tensor, rows: Tensor) -> None:
-    """Add Σ l xᵀ over tokens to a sum. In bfloat16 it would be faster, but KL rises by 1 % (books8m, 4 bits)."""
-    total.addmm_(left.to(total.device).t(), rows.to(total.device, torch.float32))
+def _add_products(total: Tensor, part: slice, added: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add Σ l xᵀ over tokens to a part of a sum. With bfloat16 it is faster, but KL rises by 1 % (books8m, 4 bits)."""
+    for left, rows in added:
+        total.addmm_(left[:, part].to(total.device).t(), rows.to(total.device, torch.float32))
 
 
 def collect(

@@ -52,11 +52,10 @@ def correct(
     rows of each weight that this rank quantizes, by default all: others are not computed.
     """
     moments, held = collect(block, states, chains, needs, hold=how == "held-out")
-    usual = 1.0 if how == "full" else UNCHOSEN
-    chosen = [(usual, usual)] * len(states)
+    chosen = [(1.0, 1.0) if how == "full" else (UNCHOSEN, UNCHOSEN)] * len(states)
     mine = [slice(0, len(state.value)) for state in states] if mine is None else mine
     if any(ranks.everyone(any(held))):
-        by_input = moments.drift is not None
+        by_input = moments.drifts
         terms = [moments.terms(state, _outputs(state, moments)) for state in states]
         # Without the tokens held back in it, the correction is worse: KL + 2 % with 32 windows.
         for aparts in held:
@@ -82,6 +81,9 @@ def _moved(states: Sequence[WeightState], mine: Sequence[slice | None], moments:
     None for weights with more outputs together than their input is wide: the drift is kept then, as it takes less.
     """
     drift = moments.drift
+    if moments.outputs:
+        sums = [moments.outputs.pop(state.parameter) for state in states]
+        return [None if own is None else total[own] for total, own in zip(sums, mine, strict=True)]
     found = list[Tensor | None]([None] * len(states))
     if drift is None or sum(len(state.value) for state in states) > 2 * len(drift):
         return found
@@ -100,8 +102,7 @@ def _moved(states: Sequence[WeightState], mine: Sequence[slice | None], moments:
 
 def _outputs(state: WeightState, moments: Moments) -> Tensor:
     """Some of a weight's outputs, which choose its strengths."""
-    rows = state.value.shape[0]
-    return torch.linspace(0, rows - 1, min(SAMPLED, rows), device=moments.device).long()
+    return torch.linspace(0, len(state.value) - 1, min(SAMPLED, len(state.value)), device=moments.device).long()
 
 
 def _strengths(
@@ -111,8 +112,7 @@ def _strengths(
     terms: Sequence[list[Tensor]],
     by_input: bool,
 ) -> list[tuple[float, float]]:
-    """The strengths of each weight of a stage. held: tokens that are not in the statistics, of each hand of batches;
-    terms: of each weight, without them; by_input: whether the first is that of its input."""
+    """The strengths of each weight. held: tokens that are in no sums; by_input: whether a first term is its input's."""
     lower = factor(moments.hessian, DAMPING)
     fits = [_Fitted(state, moments, lower, own, by_input) for state, own in zip(states, terms, strict=True)]
     for aparts in held:

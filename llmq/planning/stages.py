@@ -31,7 +31,7 @@ def taken(method: Method, item: WeightPlan, device: str, statistics: int | None 
     """
     shape, extra = item.shape, 0
     if item.scheme is not None and len(shape) == 2 and method.apart(item.scheme):
-        rows = pieces(shape[0], item.scheme, torch.device(device))[0].stop
+        rows = _rows(item, device)
         shape, extra = (rows, shape[1]), 2 * prod(shape) if rows < shape[0] else 0
     return extra + (method.workspace(shape) if statistics is None else method.together(shape, statistics))
 
@@ -39,55 +39,72 @@ def taken(method: Method, item: WeightPlan, device: str, statistics: int | None 
 class _Stage:
     """The bytes of a stage of weights.
 
-    sums: its statistics; drift, streams: the sums of corrections; values: all of its weights in float32; largest: one
-    of them; held: the tokens that choose strengths; batch: what a batch takes beside the block and the sums.
+    sums: its statistics; drift, streams: the sums of corrections; values: all of its weights in float32; piece: what is
+    rounded of one at once; products: what the drift does to the weights, where it is not kept; held: the tokens that
+    choose strengths; batch: what a batch takes beside the block and the sums.
     """
 
-    def __init__(self, plan: Plan, items: list[WeightPlan]) -> None:
+    def __init__(self, plan: Plan, items: list[WeightPlan], device: str) -> None:
         size, width = plan.dtype.itemsize, items[0].shape[1]
         needs = dict.fromkeys(plan.pipeline.quantizer.quantize_needs)
         needs |= {Hessian: None} if plan.pipeline.corrects else {}
         self.sums, self.square = sum(need.nbytes(width) for need in needs), 4 * width**2
         self.items, self.shape = items, max((item.shape for item in items), key=prod)
-        self.values, self.largest = 4 * sum(prod(item.shape) for item in items), 4 * prod(self.shape)
+        self.values = 4 * sum(prod(item.shape) for item in items)
+        self.piece = 4 * width * max(_rows(item, device) for item in items)
         outs = sum(item.shape[0] for item in items)
         adding = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
         corrects = plan.pipeline.corrects
         self.drift, self.streams = (self.square, 4 * adding * width) if corrects else (0, 0)
-        # The drift is multiplied by the weights before it is freed, if they have few outputs.
-        self.narrow = outs <= 2 * width
+        # There are sums of outputs instead, if the weights have few; it is multiplied by them and freed, if not many.
+        self.direct, self.narrow = 2 * outs <= width, outs <= 2 * width
         self.products = self.values if self.narrow and corrects else 0
+        self.drift = self.products if self.direct else self.drift
         held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1)
-        self.held = held * (size * width + 4 * width + 4 * adding) if corrects else 0
+        self.held = held * (size * width + 4 * (outs if self.direct else width) + 4 * adding) if corrects else 0
         tokens = min(plan.ids.numel(), plan.batch * plan.ids.shape[1])
         widest = max(width, *(item.shape[0] for item in items))
-        self.batch = max(FORWARD_COPIES * tokens * widest * size, APART_COPIES * 4 * tokens * width if corrects else 0)
+        self.batch = FORWARD_COPIES * tokens * widest * size
+        if corrects:
+            more = self.piece + 4 * tokens * outs if self.direct else 0
+            self.batch = max(self.batch, APART_COPIES * 4 * tokens * width + more)
+
+    @property
+    def multiplying(self) -> int:
+        """While the drift is multiplied by the weights, if it is."""
+        return self.drift if self.direct or not self.narrow else self.drift + self.piece + self.products
 
     @property
     def corrected(self) -> int:
         """While the weights are corrected, without their statistics."""
         if self.narrow:
-            return self.square + self.products + self.largest
-        return self.drift + 2 * self.square + self.values + self.largest
+            return self.square + self.products + self.piece
+        return self.drift + 2 * self.square + self.values + self.piece
 
 
-def _stages(plan: Plan, items: list[WeightPlan]) -> list[_Stage]:
+def _rows(item: WeightPlan, device: str) -> int:
+    """How many rows of a weight are rounded at once."""
+    rows = item.shape[0]
+    return rows if item.scheme is None else pieces(rows, item.scheme, torch.device(device))[0].stop
+
+
+def _stages(plan: Plan, items: list[WeightPlan], device: str = "cpu") -> list[_Stage]:
     found: dict[int, list[WeightPlan]] = {}
     for item in items:
         found.setdefault(item.input_id, []).append(item)
-    return [_Stage(plan, stage) for stage in found.values()]
+    return [_Stage(plan, stage, device) for stage in found.values()]
 
 
 def corrected(plan: Plan, items: list[WeightPlan], load: Load, saving: Saving, device: str) -> Load:
     """What a block takes whose weights are corrected in order. load: without that."""
     quantizer, codes = plan.pipeline.quantizer, sum(prod(item.shape) for item in items)
     most = 0
-    for one in _stages(plan, items):
+    for one in _stages(plan, items, device):
         kept = one.sums + one.streams + one.held
         most = max(
             most,
             kept + one.drift + one.batch,
-            kept + one.drift + one.largest + one.products,
+            kept + one.multiplying,
             kept + one.square + one.products + (0 if one.narrow else one.drift),
             one.sums + one.corrected,
             one.sums + one.values + max(taken(quantizer, item, device) for item in one.items),
@@ -139,7 +156,7 @@ def resting(plan: Plan, items: list[WeightPlan], load: Load, block: int) -> Load
         most = max(
             most,
             block + one.held + max(one.sums, one.drift + one.streams) + one.batch,
-            one.held + one.drift + one.largest + one.products,
+            one.held + one.multiplying,
             one.held + one.square + one.products,
             one.corrected if plan.pipeline.corrects else 0,
             (one.values if plan.pipeline.corrects else size * prod(one.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,12 +16,12 @@ from llmq.grids.scheme import Scheme
 TOKENS, WIDTH, OUT = 6, 4, 3
 
 
-def state(name: str = "a") -> WeightState:
-    return WeightState(name, View(name), Scheme(4, None), torch.randn(OUT, WIDTH), torch.float32, 0)
+def state(name: str = "a", width: int = WIDTH) -> WeightState:
+    return WeightState(name, View(name), Scheme(4, None), torch.randn(OUT, width), torch.float32, 0)
 
 
-def seen(*addends: Tensor, x: Tensor | None = None, products: int = 1) -> Seen:
-    return Seen([torch.randn(2, TOKENS // 2, WIDTH) if x is None else x], list(addends), products)
+def seen(*addends: Tensor, x: Tensor | None = None, products: int = 1, width: int = WIDTH) -> Seen:
+    return Seen([torch.randn(2, TOKENS // 2, width) if x is None else x], list(addends), products)
 
 
 def test_streams_are_compared_where_both_runs_have_one() -> None:
@@ -72,3 +73,35 @@ def test_sums_in_parts_are_the_sums_of_all() -> None:
     wanted = apart.wanted(one, some)
     assert wanted is not None and apart.drift is not None
     torch.testing.assert_close(wanted, apart.drift @ one.value[some].t() + apart.streams["a"][:, some])
+
+
+@pytest.mark.parametrize("width", [2 * OUT, 2 * OUT + 3])
+def test_few_outputs_have_sums_of_their_own(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ W (x − x̂) x̂ᵀ is summed as such, from rows of the weight in turn: there is no sum [in, in] of the drift."""
+    monkeypatch.setattr("llmq.grids.base.ROWS", 2)
+    one = state(width=width)
+    exact, found = seen(torch.randn(TOKENS, OUT), width=width), seen(torch.randn(TOKENS, OUT), width=width)
+    apart = compare([one], [exact], [found], True)
+    assert apart.drift is None
+    drift, x = exact.rows - found.rows, found.rows
+    torch.testing.assert_close(apart.outputs["a"], drift @ one.value.t())
+    first = torch.arange(TOKENS) % 3 == 0
+    moments = Moments(width, (), torch.device("cpu"))
+    moments.update([apart.of(first), apart.of(~first)])
+    assert moments.drift is None and moments.drifts
+    by_input, by_stream = moments.terms(one)
+    torch.testing.assert_close(by_input, one.value @ drift.t() @ x, rtol=1e-4, atol=1e-4)
+    assert exact.stream is not None and found.stream is not None
+    some = torch.tensor([2, 0])
+    wanted = apart.wanted(one, some)
+    assert wanted is not None
+    streams = exact.stream - found.stream
+    torch.testing.assert_close(wanted, drift @ one.value[some].t() + streams[:, some], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_stream, streams.t() @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_more_outputs_have_a_drift() -> None:
+    one = state(width=2 * OUT - 1)
+    exact, found = seen(torch.randn(TOKENS, OUT), width=2 * OUT - 1), seen(torch.randn(TOKENS, OUT), width=2 * OUT - 1)
+    apart = compare([one], [exact], [found], True)
+    assert apart.drift is not None and not apart.outputs

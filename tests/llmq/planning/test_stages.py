@@ -37,15 +37,27 @@ def wide(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_stage_that_is_corrected(plan: Plan, wide: list[Any]) -> None:
-    """What is there at once while it is corrected: the Hessian, a factor, and what becomes of the drift, twice."""
+    """What is there at once while it is corrected: the Hessian, a factor, and the sums of its outputs and streams."""
     square, matrix = 4 * WIDE**2, 4 * 64 * WIDE
     load = stages.corrected(plan, wide, Load(1000, 0, 0, 0), Saving.STATES, "cpu")
     (stage,) = stages._stages(plan, wide)
-    assert stage.narrow and stage.sums == stage.drift == square and stage.streams == matrix
+    assert stage.direct and stage.sums == square and stage.drift == stage.streams == matrix
     factoring = 2 * square + 2 * matrix + stage.held
-    collecting = 2 * square + matrix + stage.held + stage.batch
-    assert load.workspace == max(factoring, collecting, 2 * square + 2 * matrix) + 64 * WIDE
+    collecting = square + 2 * matrix + stage.held + stage.batch
+    rounding = square + matrix + stages.taken(plan.pipeline.quantizer, wide[0], "cpu")
+    assert load.workspace == max(factoring, collecting, 2 * square + 2 * matrix, rounding) + 64 * WIDE
     assert load.block == 1000 and load.statistics == 0
+
+
+def test_a_stage_with_a_drift(plan: Plan, wide: list[Any]) -> None:
+    """With more outputs there is a drift, and what becomes of it, and some rows of the weight."""
+    wide[0].shape = (WIDE // 2 + 1, WIDE)
+    square, matrix = 4 * WIDE**2, 4 * WIDE * (WIDE // 2 + 1)
+    load = stages.corrected(plan, wide, Load(1000, 0, 0, 0), Saving.STATES, "cpu")
+    (stage,) = stages._stages(plan, wide)
+    assert stage.narrow and not stage.direct and stage.sums == stage.drift == square
+    multiplying = 2 * square + 2 * matrix + stage.held
+    assert load.workspace >= max(multiplying, 2 * square + stage.held + stage.batch)
 
 
 def test_one_piece_of_what_is_rounded_in_pieces_counts(
@@ -79,10 +91,10 @@ def test_a_stage_that_rests(plan: Plan, wide: list[Any]) -> None:
     square, matrix, block = 4 * WIDE**2, 4 * 64 * WIDE, 1000
     (stage,) = stages._stages(plan, wide)
     load = stages.resting(plan, wide, Load(5000, 10, 20, 30), block)
-    most = max(block + stage.held + square + matrix + stage.batch, square + matrix + 18 * 64 * WIDE)
+    most = max(block + stage.held + square + stage.batch, square + matrix + 18 * 64 * WIDE)
     assert load == Load(block, 10, 0, most - block - 10)
     assert most < 2 * square
-    assert stages.in_files(plan, wide, Saving.PASSES) > 2 * square
+    assert stages.in_files(plan, wide, Saving.PASSES) > square + 2 * matrix
 
 
 def test_passes(tiny_model: Path, plan: Plan) -> None:
