@@ -37,8 +37,8 @@ def test_no_scale_that_can_be_stored_is_better(seed: int, method: str) -> None:
     importance = torch.rand(32, generator=torch.Generator().manual_seed(seed)) ** 3
     by = (importance if method == "weighted" else torch.ones(32)).view(1, 4, 8)
     found, zero = rounding_of(TERNARY.rules).find_scale(weight, TERNARY, method, importance, torch.bfloat16)
-    # Every bfloat16 from 2^-12 to 2^6: no group's best scale is smaller than a magnitude in it, or larger.
-    every = torch.arange((127 - 12) << 7, (127 + 6) << 7, dtype=torch.int16).view(torch.bfloat16)
+    # Every bfloat16 from 2^-12 to 2^12: no group's best scale is smaller than a magnitude in it, or larger.
+    every = torch.arange((127 - 12) << 7, (127 + 12) << 7, dtype=torch.int16).view(torch.bfloat16)
     least = errors(weight.view(8, 4, 8), every.expand(8, 4, -1), by).amin(-1)
     got = errors(weight.view(8, 4, 8), found.unsqueeze(-1), by)[..., 0]
     assert zero is None and found.dtype == torch.bfloat16
