@@ -53,7 +53,7 @@ class _Stage:
         self.values = 4 * sum(prod(item.shape) for item in items)
         self.piece = 4 * width * max(_rows(item, device) for item in items)
         outs = sum(item.shape[0] for item in items)
-        adding = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
+        adding = _adding(plan, items)
         corrects = plan.pipeline.corrects
         self.drift, self.streams = (self.square, 4 * adding * width) if corrects else (0, 0)
         # There are sums of outputs instead, if the weights have few; it is multiplied by them and freed, if not many.
@@ -80,6 +80,11 @@ class _Stage:
         if self.narrow:
             return self.square + self.products + self.piece
         return self.drift + 2 * self.square + self.values + self.piece
+
+
+def _adding(plan: Plan, items: list[WeightPlan]) -> int:
+    """The outputs of a stage that are added to a stream, if its one weight has as many as that is wide."""
+    return items[0].shape[0] if len(items) == 1 and items[0].shape[0] == hidden_width(plan.model) else 0
 
 
 def _rows(item: WeightPlan, device: str) -> int:
@@ -129,10 +134,14 @@ def most_passes(plan: Plan) -> int:
 
 def _shown(plan: Plan, items: list[WeightPlan]) -> int:
     """The bytes of what the weights of an unquantized block show: inputs of all stages, and streams."""
-    widths = {item.input_id: item.shape[1] for item in items}
-    streams = sum(item.shape[0] for item in items if item.shape[0] == hidden_width(plan.model))
-    shown = plan.ids.numel() * plan.dtype.itemsize * (sum(widths.values()) + streams)
-    return shown if shown <= ROOM else 0
+    tokens, widths = plan.ids.numel() * plan.dtype.itemsize, {item.input_id: item.shape[1] for item in items}
+    inputs = tokens * sum(widths.values())
+    # Which weights add to a stream is known when they do.
+    return (
+        min(ROOM, inputs + tokens * sum(_adding(plan, one.items) for one in _stages(plan, items)))
+        if inputs <= ROOM
+        else 0
+    )
 
 
 def in_files(plan: Plan, items: list[WeightPlan], saving: Saving) -> int:

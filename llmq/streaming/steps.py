@@ -15,6 +15,7 @@ from llmq.block.siblings import join
 from llmq.block.statistics import in_passes
 from llmq.errors import LlmqError
 from llmq.grids.base import Quantized, QuantizedWeight, joined, pieces
+from llmq.machine import give_back
 from llmq.methods import Pipeline
 from llmq.methods._correction import correct
 from llmq.methods.base import Method, Stats
@@ -162,6 +163,7 @@ def round_in_order(block: Block, quantizer: Method) -> None:
             del found
         exchange(block, states, shares)
         chains.round(states)
+        give_back()
     block.shown = None
 
 

@@ -79,11 +79,27 @@ def test_what_is_kept_counts_until_it_is_not(plan: Plan) -> None:
     none, products, states = (stages.corrected(plan, items, Load(0, 0, 0, 0), level, "cpu") for level in [*Saving][:3])
     tokens = plan.ids.numel() * plan.dtype.itemsize
     widths = {item.input_id: item.shape[1] for item in items}
-    shown = tokens * (sum(widths.values()) + 64 * sum(item.shape[0] == 64 for item in items))
+    # Of the weights with as many outputs as hidden states are wide, two are alone with their input.
+    shown = tokens * (sum(widths.values()) + 2 * 64)
     assert none.statistics - products.statistics == tokens * (sum(item.shape[0] for item in items) + 64)
     assert products.statistics - states.statistics == shown
     assert stages.in_files(plan, items, Saving.PRODUCTS) == 0
     assert stages.in_files(plan, items, Saving.STATES) == shown
+
+
+def test_what_is_shown_is_kept_up_to_a_limit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all streams it may be more than the limit, without them it is kept: then it counts up to the limit."""
+    items = [*plan.blocks[0].weights.values()]
+    tokens = plan.ids.numel() * plan.dtype.itemsize
+    inputs = tokens * sum({item.input_id: item.shape[1] for item in items}.values())
+    for room, kept in (
+        (inputs + 1, inputs + 1),
+        (inputs, inputs),
+        (inputs - 1, 0),
+        (10 * inputs, inputs + tokens * 128),
+    ):
+        monkeypatch.setattr(stages, "ROOM", room)
+        assert stages._shown(plan, items) == kept
 
 
 def test_a_stage_that_rests(plan: Plan, wide: list[Any]) -> None:
