@@ -6,7 +6,7 @@ The arithmetic is in `numerics.correction`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -32,8 +32,8 @@ HELD_TOKENS = 2048
 class Apart:
     """How far the two chains are apart in one batch, or in some of its tokens.
 
-    rows: x̂ [tokens, in] as the quantized block multiplies it; drift: x − x̂, float32, or, where that is `narrow`,
-    outputs: by parameter, what the weight makes of it, float32 [tokens, out]; streams: by parameter, r − r̂, float32
+    rows: x̂ [tokens, in] as the quantized block multiplies it; drift: x − x̂, float32, or in its place, once it is
+    multiplied, outputs: by parameter, W (x − x̂), float32 [tokens, out]; streams: by parameter, r − r̂, float32
     [tokens, out], of weights whose output is added to a stream (adding). Zeros are left out, and what cannot be
     compared because the two runs differ in their numbers of tokens.
     """
@@ -49,6 +49,13 @@ class Apart:
         streams, outputs = ({name: one[tokens] for name, one in of.items()} for of in (self.streams, self.outputs))
         drift = None if self.drift is None else self.drift[tokens]
         return Apart(self.rows[tokens], drift, streams, self.adding, outputs)
+
+    def multiplied(self, states: Sequence[WeightState]) -> Apart:
+        """The same with the stage's outputs in place of the drift, if it is `narrow`."""
+        if self.drift is None or not narrow(states):
+            return self
+        outputs = {state.parameter: _product(self.drift, state) for state in states}
+        return replace(self, drift=None, outputs=outputs)
 
     def kept(self) -> Apart:
         """The same on the CPU."""
@@ -67,7 +74,8 @@ class Apart:
 
 
 def narrow(states: Sequence[WeightState]) -> bool:
-    """Whether sums of a stage's outputs take less than half of what the sum of its drift takes, and so less time."""
+    """Whether a stage's weights have together at most half as many outputs as inputs: sums of W (x − x̂) x̂ᵀ take at most
+    half of the memory of the sum of (x − x̂) x̂ᵀ then, and no more time."""
     return 2 * sum(len(state.value) for state in states) <= states[0].value.shape[1]
 
 
@@ -85,13 +93,11 @@ def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequenc
             if (apart := _difference(r, now)) is not None:
                 streams[state.parameter] = apart
     drift = _difference(exact[0].rows, rows) if exact[0].inputs else None
-    if drift is None or not narrow(states):
-        return Apart(rows, drift, streams, frozenset(adding))
-    return Apart(rows, None, streams, frozenset(adding), {state.parameter: _product(drift, state) for state in states})
+    return Apart(rows, drift, streams, frozenset(adding))
 
 
 def _product(drift: Tensor, state: WeightState) -> Tensor:
-    """What a weight makes of the drift of its inputs, float32 [tokens, out], some rows after others."""
+    """W (x − x̂) of a drift, float32 [tokens, out], some rows of the weight after others."""
     found = torch.empty(len(drift), len(state.value), device=drift.device)
     for piece in pieces(len(state.value), state.scheme, drift.device):
         found[:, piece] = drift @ state.value[piece].float().t()
@@ -174,6 +180,11 @@ class Moments:
         return found + [sums[state.parameter][rows] for sums in (self.outputs, self.streams) if state.parameter in sums]
 
 
+def part(total: Tensor, own: slice) -> Tensor:
+    """Some rows of a sum, which is not kept for them."""
+    return total if len(total[own]) == len(total) else total[own].clone()
+
+
 def _adding(total: Tensor, added: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Callable[[], object]]]:
     """What adds Σ l xᵀ of each (l, x) to each part of a sum, and that part."""
     return [(some, partial(_add_products, some, part, added)) for some, part in parts(total)]
@@ -211,8 +222,12 @@ def collect(
                     tokens = _held_out(windows, places[index], len(apart.rows)) if hold else None
                     if tokens is not None and bool(tokens.any()):
                         tokens = tokens.to(block.device)
-                        aside.append(apart.of(tokens))
+                        # Drifts are multiplied apart: how many tokens there are may change a product's bytes.
+                        aside += [apart.of(tokens).multiplied(states)] if first else []
                         apart = apart.of(~tokens)
+                    # Where statistics are collected in a run of their own, nothing else is wanted of it.
+                    if update != moments.update_statistics:
+                        apart = apart.multiplied(states)
                     if ranks.size() == 1:
                         update([apart])
                     else:

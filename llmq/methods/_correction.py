@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq import ranks
 from llmq.block.block import Block, WeightState
 from llmq.block.chains import Chains
-from llmq.block.moments import Apart, Moments, collect
+from llmq.block.moments import Apart, Moments, collect, part
 from llmq.block.statistics import Statistic
 from llmq.grids.base import pieces
 from llmq.numerics.correction import Fit, change, factor
@@ -58,13 +58,13 @@ def correct(
         by_input = moments.drifts
         terms = [moments.terms(state, _outputs(state, moments)) for state in states]
         # Without the tokens held back in it, the correction is worse: KL + 2 % with 32 windows.
-        for aparts in held:
-            moments.update_differences(aparts)
+        for number in range(len(held)):
+            moments.update_differences(held[number])
         moved = _moved(states, mine, moments)
         chosen = _strengths(states, moments, held, terms, by_input)
-        for aparts in held:
-            moments.update_statistics(aparts)
-        held.clear()
+        del terms
+        while held:
+            moments.update_statistics(held.pop(0))
     else:
         moved = _moved(states, mine, moments)
     wanted = any(any(by) for by, own in zip(chosen, mine, strict=True) if own is not None)
@@ -75,15 +75,14 @@ def correct(
 
 
 def _moved(states: Sequence[WeightState], mine: Sequence[slice | None], moments: Moments) -> list[Tensor | None]:
-    """What a stage's drift does to the rows that this rank quantizes of each weight, float32 [out, in]; the drift is
-    freed.
+    """Σ W (x − x̂) x̂ᵀ of the rows that this rank quantizes of each weight, float32 [out, in]; sums of it are freed.
 
-    None for weights with more outputs together than their input is wide: the drift is kept then, as it takes less.
+    None for weights with more than twice as many outputs as inputs: the drift is kept then, as it takes less.
     """
     drift = moments.drift
     if moments.outputs:
         sums = [moments.outputs.pop(state.parameter) for state in states]
-        return [None if own is None else total[own] for total, own in zip(sums, mine, strict=True)]
+        return [None if own is None else part(total, own) for total, own in zip(sums, mine, strict=True)]
     found = list[Tensor | None]([None] * len(states))
     if drift is None or sum(len(state.value) for state in states) > 2 * len(drift):
         return found
@@ -112,7 +111,7 @@ def _strengths(
     terms: Sequence[list[Tensor]],
     by_input: bool,
 ) -> list[tuple[float, float]]:
-    """The strengths of each weight. held: tokens that are in no sums; by_input: whether a first term is its input's."""
+    """The strengths of each weight. held: tokens that terms do not have; by_input: whether one is the input's."""
     lower = factor(moments.hessian, DAMPING)
     fits = [_Fitted(state, moments, lower, own, by_input) for state, own in zip(states, terms, strict=True)]
     for aparts in held:
@@ -159,25 +158,24 @@ def _solve(
     used = any(by_input for (by_input, _), own in zip(strengths, mine, strict=True) if own is not None)
     if lower is not None and drift is not None and used:
         shared = change(drift, lower)
-    corrected: list[Corrected | None] = []
-    for state, by, own in zip(states, strengths, mine, strict=True):
-        term = moved.pop(0)
-        corrected.append(_solved(state, own, moments, lower, term, shared, *by) if own is not None else None)
-        del term
-    return corrected
+    every = zip(states, strengths, mine, strict=True)
+    return [_solved(state, own, moments, lower, moved, shared, *by) for state, by, own in every]
 
 
 def _solved(
     state: WeightState,
-    own: slice,
+    own: slice | None,
     moments: Moments,
     lower: Tensor | None,
-    moved: Tensor | None,
+    terms: list[Tensor | None],
     shared: Tensor | None,
     by_input: float,
     by_stream: float,
-) -> Corrected:
-    """The corrected rows `own` of a weight."""
+) -> Corrected | None:
+    """The corrected rows `own` of a weight. terms: the first is this weight's, and is taken from there."""
+    moved = terms.pop(0)
+    if own is None:
+        return None
     by_input = 0.0 if lower is None or not moments.drifts else by_input
     by_stream = 0.0 if lower is None or state.parameter not in moments.streams else by_stream
     term = None

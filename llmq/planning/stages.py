@@ -56,7 +56,7 @@ class _Stage:
         adding = _adding(plan, items)
         corrects = plan.pipeline.corrects
         self.drift, self.streams = (self.square, 4 * adding * width) if corrects else (0, 0)
-        # There are sums of outputs instead, if the weights have few; it is multiplied by them and freed, if not many.
+        # With few outputs there are sums of them instead; with not many it is multiplied by the weights and freed.
         self.direct, self.narrow = 2 * outs <= width, outs <= 2 * width
         self.products = self.values if self.narrow and corrects else 0
         self.drift = self.products if self.direct else self.drift
@@ -78,8 +78,8 @@ class _Stage:
     def corrected(self) -> int:
         """While the weights are corrected, without their statistics."""
         if self.narrow:
-            return self.square + self.products + self.piece
-        return self.drift + 2 * self.square + self.values + self.piece
+            return self.square + self.products + max(self.streams, 2 * self.piece)
+        return self.drift + 2 * self.square + self.values + 2 * self.piece
 
 
 def _adding(plan: Plan, items: list[WeightPlan]) -> int:
@@ -136,12 +136,8 @@ def _shown(plan: Plan, items: list[WeightPlan]) -> int:
     """The bytes of what the weights of an unquantized block show: inputs of all stages, and streams."""
     tokens, widths = plan.ids.numel() * plan.dtype.itemsize, {item.input_id: item.shape[1] for item in items}
     inputs = tokens * sum(widths.values())
-    # Which weights add to a stream is known when they do.
-    return (
-        min(ROOM, inputs + tokens * sum(_adding(plan, one.items) for one in _stages(plan, items)))
-        if inputs <= ROOM
-        else 0
-    )
+    shown = inputs + tokens * sum(_adding(plan, one.items) for one in _stages(plan, items))
+    return shown if shown <= ROOM else 0
 
 
 def in_files(plan: Plan, items: list[WeightPlan], saving: Saving) -> int:

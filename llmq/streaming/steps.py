@@ -161,6 +161,7 @@ def round_in_order(block: Block, quantizer: Method) -> None:
                 round_weight(block, quantizer, state, found.value, statistics)
                 state.correction = found.strengths
             del found
+        del statistics
         exchange(block, states, shares)
         chains.round(states)
         give_back()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq.block.block import WeightState
-from llmq.block.moments import Moments, compare
+from llmq.block.moments import Moments, compare, part
 from llmq.block.statistics import Hessian
 from llmq.discovery.addends import Seen
 from llmq.discovery.view import View
@@ -81,13 +81,14 @@ def test_few_outputs_have_sums_of_their_own(width: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("llmq.grids.base.ROWS", 2)
     one = state(width=width)
     exact, found = seen(torch.randn(TOKENS, OUT), width=width), seen(torch.randn(TOKENS, OUT), width=width)
-    apart = compare([one], [exact], [found], True)
-    assert apart.drift is None
+    compared = compare([one], [exact], [found], True)
+    apart = compared.multiplied([one])
+    assert apart.drift is None and compared.drift is not None
     drift, x = exact.rows - found.rows, found.rows
     torch.testing.assert_close(apart.outputs["a"], drift @ one.value.t())
     first = torch.arange(TOKENS) % 3 == 0
     moments = Moments(width, (), torch.device("cpu"))
-    moments.update([apart.of(first), apart.of(~first)])
+    moments.update([compared.of(tokens).multiplied([one]) for tokens in (first, ~first)])
     assert moments.drift is None and moments.drifts
     by_input, by_stream = moments.terms(one)
     torch.testing.assert_close(by_input, one.value @ drift.t() @ x, rtol=1e-4, atol=1e-4)
@@ -104,4 +105,11 @@ def test_more_outputs_have_a_drift() -> None:
     one = state(width=2 * OUT - 1)
     exact, found = seen(torch.randn(TOKENS, OUT), width=2 * OUT - 1), seen(torch.randn(TOKENS, OUT), width=2 * OUT - 1)
     apart = compare([one], [exact], [found], True)
-    assert apart.drift is not None and not apart.outputs
+    assert apart.multiplied([one]) is apart and apart.drift is not None and not apart.outputs
+
+
+def test_rows_of_a_sum_do_not_keep_it() -> None:
+    total = torch.randn(6, 3)
+    assert part(total, slice(0, 6)) is total
+    some = part(total, slice(2, 4))
+    assert torch.equal(some, total[2:4]) and some.untyped_storage().nbytes() == some.nbytes
