@@ -21,10 +21,12 @@ from llmq.allocation.groups import Group
 from llmq.allocation.own_share import own_share
 from llmq.allocation.prefill import prompt
 from llmq.errors import LlmqError
+from llmq.formats.codebook import fixed
 from llmq.grids.scheme import Scheme
 from llmq.machine import size
 from llmq.planning.types import Plan
 from llmq.planning.weights import WeightPlan, matches, stored_bytes
+from llmq_kernels.codebook_linear import codebooks
 from llmq_kernels.int_linear import layouts, planes
 
 Runtime = Literal["llmq", "vllm"]
@@ -73,7 +75,9 @@ def weight_bytes(
         return stored_bytes(shape, scheme, dtype)
     if loads_dense(scheme):
         return rows * width * dtype.itemsize
-    kind = formats.of(scheme)
+    kind, group = formats.of(scheme), scheme.group_size or width
+    if _looked_up(torch.device(device), scheme, dtype, width, group):
+        return codebooks.nbytes(rows, width, group, own=scheme.rules.learned)
     if hasattr(kind, "loaded_bytes"):
         return int(kind.loaded_bytes(shape, scheme, dtype))
     if scheme.rules.double_quant:
@@ -84,7 +88,6 @@ def weight_bytes(
     if scheme.activations is not None:
         return rows * width + rows * dtype.itemsize + (0 if scheme.activations.dynamic else dtype.itemsize)
     bits = scheme.bits if scheme.bits <= 4 else 8
-    group = scheme.group_size or width
     layout = layouts.layout(_layout(torch.device(device), dtype, bits, rows, width, group))
     return layout.nbytes(dtype, bits, rows, width, group, not scheme.symmetric)
 
@@ -98,6 +101,19 @@ def loads_dense(scheme: Scheme) -> bool:
     if inputs is not None and scheme.group_size is None:  # float8_linear, or int8_linear
         return False
     return rules.format == "ggml" or (rules.format == "compressed_tensors" and bool(rules.layout))
+
+
+def _looked_up(device: torch.device, scheme: Scheme, dtype: torch.dtype, width: int, group: int) -> bool:
+    """Whether kernels of integers look the weight's codes up in a codebook: on a GPU."""
+    rules = scheme.rules
+    levels = rules.format == "codebook" and not rules.vector_code
+    if device.type != "cuda" or not (rules.double_quant or levels):
+        return False
+    if levels and not rules.learned and len(fixed.levels_of(scheme)) <= 3:
+        return False
+    if torch.cuda.is_available():
+        return codebooks.usable(device, dtype, width, group)
+    return dtype in planes.HALF and width % group == 0 and (group % 32 == 0 or group >= width)
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

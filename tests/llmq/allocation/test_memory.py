@@ -20,7 +20,9 @@ from llmq.grids.scheme import Activations, Scheme
 from llmq.inference.layer import QuantLinear
 from llmq.planning.weights import stored_bytes
 from llmq.recipe.recipe import Recipe
+from llmq_kernels.codebook_linear import codebooks
 from llmq_kernels.int_linear import layouts
+from llmq_kernels.weights import PackedCodebook, PackedInt, PackedLevels
 from tests.architectures.tiny import make
 from tests.conftest import write_tiny_model
 
@@ -128,6 +130,34 @@ def test_on_a_gpu_few_bits_are_few_bytes_and_vllm_keeps_what_is_stored(monkeypat
     stored = stored_bytes(shape, Scheme(3, 128), torch.bfloat16)
     assert weight_bytes(Scheme(3, 128), shape, torch.bfloat16, "cuda", "vllm") == stored
     assert weight_bytes(None, shape, torch.bfloat16) == 2 * numbers
+
+
+def test_on_a_gpu_codebooks_take_what_their_layout_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows, width = 8, 192
+    codes = torch.zeros(rows * width // 2, dtype=torch.uint8)
+    entries = torch.linspace(-1, 1, 16)
+
+    def of(packed: PackedInt) -> int:
+        held = (packed.packed, packed.scale, packed.codebook, packed.tables)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    blocks = PackedCodebook(codes, torch.ones(rows * width // 64), entries, None, None, 0.0, rows, width, 64)
+    for scheme in (
+        Scheme(4, 64, grid="nf4", double_quant=True),
+        Scheme(4, 64, grid="nf4"),
+        Scheme(4, 64, grid="apot"),
+    ):
+        assert weight_bytes(scheme, (rows, width), torch.bfloat16, "cuda") == of(codebooks.of_blocks(blocks)), scheme
+    levels = PackedLevels(codes.view(rows, -1), entries.expand(rows, -1).contiguous(), rows, width)
+    for bits in (2, 3, 4):
+        wanted = weight_bytes(Scheme(bits, None, grid="kmeans"), (rows, width), torch.bfloat16, "cuda")
+        assert wanted == of(codebooks.of_levels(levels))
+    # Blocks that do not divide a row stay as they are stored, and so do packed signs, of which there is no kernel.
+    for scheme in (Scheme(4, 64, grid="nf4"), Scheme(2, 64, grid="ternary", packing="llmq")):
+        assert weight_bytes(scheme, (rows, 96), torch.bfloat16, "cuda") == weight_bytes(
+            scheme, (rows, 96), torch.bfloat16
+        )
 
 
 @pytest.fixture
