@@ -21,7 +21,7 @@ HARDWARE = {
     "Hopper, Ada": "--recipe w4a16-gptq, or fp8",
     "older GPUs": "--recipe w4a16-gptq",
     "CPU": "--recipe w4a16-gptq --group-size 32",
-    "smallest": "--method vq --bits 2 --group-size 4 (--bits 1 --group-size 8), or --grid ternary --packing llmq",
+    "smallest": "--recipe vq-2, or vq-1, or --grid ternary --packing llmq",
 }
 """What to choose by hardware, as options of `llmq quantize`."""
 
