@@ -66,7 +66,12 @@ def test_a_preset_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_neither_is_told_with_the_nearest(tmp_path: Path) -> None:
-    refused(lambda: presets.read("w4a16-gtpq"), "--recipe 'w4a16-gtpq'", "nf4, vq-1, vq-2, w2a16", "did you mean 'w4a16-gptq'")
+    refused(
+        lambda: presets.read("w4a16-gtpq"),
+        "--recipe 'w4a16-gtpq'",
+        "nf4, vq-1, vq-2, w2a16",
+        "did you mean 'w4a16-gptq'",
+    )
     refused(lambda: presets.read(str(tmp_path / "none.yaml")), f"{tmp_path / 'none.yaml'}: cannot be read as YAML")
     (tmp_path / "list.yaml").write_text("[a]")
     refused(lambda: presets.read(str(tmp_path / "list.yaml")), "list.yaml: must be a mapping, not ['a']")
