@@ -113,7 +113,7 @@ def _looked_up(device: torch.device, scheme: Scheme, dtype: torch.dtype, width: 
         return False
     if torch.cuda.is_available():
         return codebooks.usable(device, dtype, width, group)
-    return dtype in planes.HALF and width % group == 0 and (group % 32 == 0 or group >= width)
+    return width % group == 0 and _layout(device, dtype, 4, 1, width, group) == "planes"
 
 
 def _layout(device: torch.device, dtype: torch.dtype, bits: int, rows: int, width: int, group: int) -> str:

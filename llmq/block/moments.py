@@ -51,8 +51,9 @@ class Apart:
         return Apart(self.rows[tokens], drift, streams, self.adding, outputs)
 
     def multiplied(self, states: Sequence[WeightState]) -> Apart:
-        """The same with the stage's outputs in place of the drift, if it is `narrow`."""
-        if self.drift is None or not narrow(states):
+        """The same with the stage's outputs in place of the drift, if it has few (`few_outputs`)."""
+        outs, width = sum(len(state.value) for state in states), states[0].value.shape[1]
+        if self.drift is None or not few_outputs(outs, width):
             return self
         outputs = {state.parameter: _product(self.drift, state) for state in states}
         return replace(self, drift=None, outputs=outputs)
@@ -73,10 +74,10 @@ class Apart:
         return sum(parts[1:], parts[0]) if parts else None
 
 
-def narrow(states: Sequence[WeightState]) -> bool:
+def few_outputs(outs: int, width: int) -> bool:
     """Whether a stage's weights have together at most half as many outputs as inputs: sums of W (x − x̂) x̂ᵀ take at most
     half of the memory of the sum of (x − x̂) x̂ᵀ then, and no more time."""
-    return 2 * sum(len(state.value) for state in states) <= states[0].value.shape[1]
+    return 2 * outs <= width
 
 
 def compare(states: Sequence[WeightState], exact: Sequence[Seen], found: Sequence[Seen], whole: bool) -> Apart:

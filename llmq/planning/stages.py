@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from llmq.block.chains import REPLAYED, ROOM
-from llmq.block.moments import HELD_OUT, HELD_TOKENS
+from llmq.block.moments import HELD_OUT, HELD_TOKENS, few_outputs
 from llmq.block.statistics import Hessian, in_passes
 from llmq.grids.base import pieces
 from llmq.methods.base import Method
@@ -57,7 +57,7 @@ class _Stage:
         corrects = plan.pipeline.corrects
         self.drift, self.streams = (self.square, 4 * adding * width) if corrects else (0, 0)
         # With few outputs there are sums of them instead; with not many it is multiplied by the weights and freed.
-        self.direct, self.narrow = 2 * outs <= width, outs <= 2 * width
+        self.direct, self.narrow = few_outputs(outs, width), outs <= 2 * width
         self.products = self.values if self.narrow and corrects else 0
         self.drift = self.products if self.direct else self.drift
         held = min(HELD_TOKENS, plan.ids.numel() // HELD_OUT + 1)

@@ -79,9 +79,8 @@ def pack(codes: Iterable[tuple[slice, Tensor]], scale: Tensor, codebook: Tensor,
 
 def nbytes(out_features: int, in_features: int, group_size: int, *, own: bool) -> int:
     """Bytes of what `pack` returns: codes, float32 scales, the codebook and its tables. own: one for each row."""
-    words = -(-in_features // planes.TILE[4]) * planes.WORDS[4]
     books = (out_features if own else 1) * 16 * (4 + len(planes.HALF) * 2)
-    return out_features * (2 * words + 4 * -(-in_features // group_size)) + books
+    return planes.nbytes(torch.float32, 4, out_features, in_features, group_size, False) + books
 
 
 def tables_of(codebook: Tensor) -> Tensor:
