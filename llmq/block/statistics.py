@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq.block.gram import add_gram, mirror
-from llmq.block.products import parts
+from llmq.block.products import fast, parts
 from llmq.discovery.inputs import Takes
 from llmq.spill import Saving, zeros
 
@@ -113,8 +113,9 @@ class Hessian:
     def update(self, x: Tensor) -> None:
         """Add x [..., width], in any float dtype; products are summed in float32."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        for total, part in parts(self._sums):
-            add_gram(total, rows, part)
+        with fast(x.dtype, rows.device):
+            for total, part in parts(self._sums):
+                add_gram(total, rows, part)
         self._whole = False
         self.count += rows.shape[0]
 
@@ -148,7 +149,8 @@ class _Rows:
     def update(self, x: Tensor) -> None:
         """Add x [..., width]."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        add_gram(self.total, rows, self.part)
+        with fast(x.dtype, rows.device):
+            add_gram(self.total, rows, self.part)
         if not self.part.start:
             self.hessian.count += rows.shape[0]
 
