@@ -101,7 +101,8 @@ def _product(drift: Tensor, state: WeightState) -> Tensor:
     """W (x − x̂) of a drift, float32 [tokens, out], some rows of the weight after others."""
     found = torch.empty(len(drift), len(state.value), device=drift.device)
     for piece in pieces(len(state.value), state.scheme, drift.device):
-        found[:, piece] = drift @ state.value[piece].float().t()
+        with fast(state.value.dtype, drift.device):
+            found[:, piece] = drift @ state.value[piece].float().t()
     return found
 
 
