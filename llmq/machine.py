@@ -20,6 +20,7 @@ from llmq.errors import LlmqError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 R = TypeVar("R")
 _PAGE, _MADV_PAGEOUT = resource.getpagesize(), 21
@@ -81,6 +82,35 @@ def device_memory(device: torch.device) -> int | None:
     most = int(torch.cuda.max_memory_allocated(device))
     torch.cuda.reset_peak_memory_stats(device)
     return most
+
+
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """New memory of the host that a GPU reads and writes without the processor's help, several times as fast as other
+    memory; other memory, if there is no more of it."""
+    import torch
+
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(shape, dtype=dtype)
+
+
+def locked_bytes(nbytes: int) -> int:
+    """What so many bytes of page-locked memory take: torch rounds up to a power of two, and keeps what is freed."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor in the host's memory, page-locked if it comes from a GPU; it is there when this returns."""
+    return (
+        page_locked(tuple(tensor.shape), tensor.dtype).copy_(tensor) if tensor.device.type == "cuda" else tensor.cpu()
+    )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU copies what is in page-locked memory while the processor goes on, in the order of all
+    its work; it must not be changed meanwhile."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def give_back() -> None:

@@ -33,6 +33,7 @@ from llmq.grids.activations import stored_scale
 from llmq.grids.base import Quantized, with_input_scale
 from llmq.grids.histogram import Magnitudes, find_activation_scale
 from llmq.grids.nearest import round_to_nearest
+from llmq.machine import to_device
 from llmq.spill import Saving, keep
 
 
@@ -91,7 +92,7 @@ class Block:
     def output(self, index: int) -> Tensor:
         """The block's current output for batch `index`, on the block's device."""
         with torch.no_grad(), of_length("a block", self.inputs[index].shape[-2]):
-            return self.calls[index].run(self.module, self.inputs[index].to(self.device))
+            return self.calls[index].run(self.module, to_device(self.inputs[index], self.device))
 
     def outputs(self) -> list[Tensor]:
         """The block's current output for every batch, on the CPU, in the model's dtype."""

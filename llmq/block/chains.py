@@ -23,6 +23,7 @@ from llmq.discovery.calls import of_length
 from llmq.discovery.parameters import assign
 from llmq.discovery.replay import Replay
 from llmq.discovery.view import put
+from llmq.machine import to_device
 from llmq.spill import Saving, keep, rest_one, saves
 
 T = TypeVar("T")
@@ -151,10 +152,11 @@ class Chains:
     def _unquantized(self, index: int) -> Tensor:
         assert self.block.unquantized is not None
         inputs, calls = self.block.unquantized
-        return calls[index].run(self.block.module, inputs[index].to(self.block.device))
+        return calls[index].run(self.block.module, to_device(inputs[index], self.block.device))
 
     def _quantized(self, index: int) -> Tensor:
-        return self.block.calls[index].run(self.block.module, self.block.inputs[index].to(self.block.device))
+        inputs = to_device(self.block.inputs[index], self.block.device)
+        return self.block.calls[index].run(self.block.module, inputs)
 
     def _use(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

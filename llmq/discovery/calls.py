@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq import machine
 from llmq.discovery.handed import (
     Handed,
     Opened,
@@ -31,7 +32,7 @@ from llmq.discovery.handed import (
 from llmq.discovery.matmuls import flat
 from llmq.discovery.routers import follow_products
 from llmq.errors import LlmqError, first_line
-from llmq.spill import Saving, keep, rest
+from llmq.spill import Saving, keep, rest, saves
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Call:
     def step(self, block: Callable[..., Any], hidden: Tensor, device: torch.device) -> States:
         """What the block hands to later ones for input `hidden`, run on a device; where the input is, and in its
         dtype."""
-        result, stores = self._ran(block, hidden.to(device))
+        result, stores = self._ran(block, machine.to_device(hidden, device))
 
         def left(key: Handed | Store) -> Any:
             if key in stores:
@@ -86,7 +87,10 @@ class Call:
                 return self.handed[key]
             return to_device(find_handed(result, key), hidden.device)
 
-        output = keep(self.hidden(result).to(hidden), Saving.STATES)
+        output = self.hidden(result).to(hidden.dtype)
+        if hidden.device.type == "cpu" and not saves(Saving.STATES):
+            output = machine.to_host(output)
+        output = keep(output.to(hidden.device), Saving.STATES)
         return States(output, {key: left(key) for key in self.needed})
 
     def result(self, block: Callable[..., Any], hidden: Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from llmq import ranks
 from llmq.errors import LlmqError
-from llmq.machine import existing, size
+from llmq.machine import existing, locked_bytes, size
 from llmq.spill import Saving
 
 FORWARD_COPIES = 6
@@ -105,6 +105,10 @@ def predict(
         spilled = chains * max(0, ids_shape[0] - batch) * min(between, states)
         activations -= spilled
         files = spilled
+    elif torch.device(device).type == "cuda":
+        # Those of a batch are page-locked memory.
+        states = batch * min(between, ids_shape[1] * hidden * dtype.itemsize)
+        activations += chains * ceil(ids_shape[0] / batch) * (locked_bytes(states) - states)
     names = set(inside) - set(stacks)
     widest = max((max(p.shape) for n, p in model.named_parameters() if n in names and p.dim() > 1), default=hidden)
     forward = FORWARD_COPIES * batch * ids_shape[1] * widest * max(2, dtype.itemsize)

@@ -133,3 +133,31 @@ def test_threads_have_the_modes_of_the_caller() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "taken"), [(0, 0), (1, 1), (448, 512), (1 << 24, 1 << 24), ((1 << 24) + 1, 1 << 25)]
+)
+def test_page_locked_memory_is_rounded_up(nbytes: int, taken: int) -> None:
+    assert machine.locked_bytes(nbytes) == taken
+
+
+def test_where_no_memory_can_be_locked_there_is_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU none can; with one, there may be no more of it."""
+    empty, asked = torch.empty, []
+
+    def full(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", full)
+    found = machine.page_locked((2, 3), torch.bfloat16)
+    assert asked == [True, False] and found.shape == (2, 3) and found.dtype == torch.bfloat16 and not found.is_cuda
+
+
+def test_what_is_on_the_host_stays_there() -> None:
+    x = torch.randn(3)
+    assert machine.to_host(x) is x and machine.to_device(x, torch.device("cpu")) is x
+    assert machine.to_device(x, torch.device("meta")).is_meta
