@@ -75,7 +75,7 @@ def plan(
         made = _made(
             model, recipe, out, tp, device, ids, trust_remote_code, stream_hub, max_memory, scored=goal is not None
         )
-        check_ranks(made, chosen=goal is None)
+        check_ranks(chosen=goal is None)
     if goal is not None:
         allocate.prepare(made, goal, watch)
         chunks.files(made, goal.fit)

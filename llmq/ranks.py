@@ -167,6 +167,24 @@ def _owner(batch: int) -> int:
     return batch // _group.hand % size()
 
 
+def owners(batches: Sequence[int]) -> list[int]:
+    """Which rank has each of some batches."""
+    return [_owner(batch) for batch in batches]
+
+
+def evenly(batches: Sequence[int]) -> list[int]:
+    """Which rank runs each of some batches, so that none runs more than its share: the one that has it, if it can."""
+    most, counts, runners = -(-len(batches) // size()), [0] * size(), owners(batches)
+    for place, owner in enumerate(runners):
+        runners[place] = owner if counts[owner] < most else -1
+        counts[owner] += runners[place] == owner
+    for place, runner in enumerate(runners):
+        if runner < 0:
+            runners[place] = counts.index(min(counts))
+            counts[runners[place]] += 1
+    return runners
+
+
 def hands(count: int) -> list[range]:
     """The numbers of this rank's `count` batches among its own, a hand at a time; as many hands on every rank."""
     if size() == 1:
@@ -231,6 +249,17 @@ def tell(value: T, owner: int = 0, device: torch.device | str = "cpu") -> T:
     return value if rank() == owner else moved(told[0], device)
 
 
+def lend(value: T | None, owner: int, taker: int) -> T | None:
+    """The value of one rank, as it is, on another; None on all others."""
+    told: list[Any] = [value]
+    with _waiting():
+        if rank() == owner:
+            _connected().send_object_list(told, taker)
+        elif rank() == taker:
+            _connected().recv_object_list(told, owner)
+    return told[0] if rank() == taker else None
+
+
 def relay(sums: Sequence[tuple[Tensor, Callable[[], object]]]) -> None:
     """Sums over the batches of a hand of each rank: each tensor comes from the rank before, this rank's function adds
     its own in place, and it goes to the next. Afterwards all ranks have it.
@@ -258,26 +287,33 @@ def relay(sums: Sequence[tuple[Tensor, Callable[[], object]]]) -> None:
             dist.broadcast(tensor, last)
 
 
-def total(into: Tensor, parts: Mapping[int, Tensor], batches: Sequence[int]) -> Tensor:
-    """The sum of a tensor of each of some batches, in this order, of which each rank has its own; on all ranks.
+def total(
+    into: Tensor, parts: Mapping[int, Tensor], batches: Sequence[int], runners: Sequence[int] | None = None
+) -> Tensor:
+    """The sum of a tensor of each of some batches, in this order, of which each rank has some; on all ranks.
 
-    into: the memory for it.
+    into: the memory for it; runners: which rank has the tensor of each batch, by default that which has the batch.
     """
+    having = list(owners(batches) if runners is None else runners)
+    if size() == 1:
+        into.copy_(parts[batches[0]])
+        for batch in batches[1:]:
+            into.add_(parts[batch])
+        return into
     dist = _connected()
-    owners = [_owner(batch) for batch in batches]
     with _waiting():
         for place, batch in enumerate(batches):
-            if owners[place] != rank():
+            if having[place] != rank():
                 continue
             if place == 0:
                 into.copy_(parts[batch])
             else:
-                if owners[place - 1] != rank():
-                    dist.recv(into, owners[place - 1])
+                if having[place - 1] != rank():
+                    dist.recv(into, having[place - 1])
                 into.add_(parts[batch])
-            if owners[place + 1 : place + 2] not in ([], [rank()]):
-                dist.send(into, owners[place + 1])
-        dist.broadcast(into, owners[-1])
+            if having[place + 1 : place + 2] not in ([], [rank()]):
+                dist.send(into, having[place + 1])
+        dist.broadcast(into, having[-1])
     return into
 
 

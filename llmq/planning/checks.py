@@ -18,7 +18,6 @@ from llmq.methods import Pipeline
 from llmq.methods.base import Method
 from llmq.planning.fused import apart
 from llmq.planning.served import told_uneven, uneven
-from llmq.planning.types import Plan
 from llmq.planning.weights import WeightPlan, matches, one_size
 from llmq.recipe.recipe import Recipe
 
@@ -213,21 +212,15 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
 
 
-def check_ranks(plan: Plan, *, chosen: bool = True) -> None:
+def check_ranks(*, chosen: bool) -> None:
     """Raises LlmqError if several ranks are to do what only one process can.
 
     chosen: whether the bits of each weight are chosen already.
     """
-    if ranks.size() == 1:
-        return
-    recipe, alone = "+".join(plan.recipe.methods), "quantize by one process (without --ranks or torchrun)"
-    if plan.pipeline.tuner is not None:
-        name = plan.recipe.methods[-1]
-        raise LlmqError(f"method {recipe!r}: {name} does not work with several ranks yet: {alone}, or leave {name} out")
-    if not chosen:
+    if ranks.size() > 1 and not chosen:
         raise LlmqError(
-            f"a budget for the bits is shared out by one process: {alone}, or give --recipe the recipe.yaml that such "
-            "a run has written"
+            "a budget for the bits is shared out by one process: quantize by one process (without --ranks or "
+            "torchrun), or give --recipe the recipe.yaml that such a run has written"
         )
 
 

@@ -7,6 +7,7 @@ from math import ceil, prod
 
 import psutil
 
+from llmq import ranks
 from llmq.discovery.tail import PIECE, Tail, find_tail
 from llmq.errors import LlmqError
 from llmq.methods.distill import HELD_OUT, KEPT, read_bytes
@@ -52,34 +53,41 @@ def check_tuning(plan: Plan) -> Tail | None:
         raise LlmqError(f"{plan.source.folder}: {problem}; {without}") from problem
 
 
+def of_rank(plan: Plan, windows: int) -> int:
+    """Of some windows, in whole batches, the most that one rank runs."""
+    return plan.batch * ceil(ceil(windows / plan.batch) / ranks.size())
+
+
 def with_tuning(plan: Plan, tail: Tail, found: Budget, between: int | None, device: str) -> Budget:
     """A run's budget if a method tunes the whole model at its end. found: without; between: as `predict` has it."""
     size, (samples, tokens) = plan.dtype.itemsize, plan.ids.shape
     width = tail.width
     between = between or tokens * width * size
     # What the first block gets is kept from the start.
-    first = samples * between
-    minibatch = max(plan.batch, getattr(plan.pipeline.tuner, "minibatch", 1))
-    held = plan.batch * ceil(ceil(samples / plan.batch) / HELD_OUT)
-    states = 2 * first + max((len(plan.blocks) + 3) * minibatch, 2 * held) * between
-    factors = sum(
-        i.shape[0] * (1 if i.scheme.group_size is None else i.shape[1] // i.scheme.group_size)
-        for i in plan.weights
-        if i.scheme is not None and i.block is not None
-    )
+    first = min(samples, of_rank(plan, samples)) * between
+    minibatch = of_rank(plan, getattr(plan.pipeline.tuner, "minibatch", 1))
+    held = of_rank(plan, plan.batch * ceil(ceil(samples / plan.batch) / HELD_OUT))
+    # Of what is lent to a rank, it has what the first block gets and the unquantized model's last states.
+    lent = 2 if ranks.size() > 1 else 0
+    states = 2 * first + max((len(plan.blocks) + 3 + lent) * minibatch, (2 + lent) * held) * between
+    factors = [
+        sum(i.shape[0] * (i.shape[1] // (i.scheme.group_size or i.shape[1])) for i in mine if i.scheme is not None)
+        for mine in (block.weights.values() for block in plan.blocks)
+    ]
     read = read_bytes(plan.blocks, plan.dtype)
     names = {f"{b.name}.{n}" for b in plan.blocks for n, _ in b.module.named_parameters()}
     widest = max(max(p.shape) for n, p in plan.model.named_parameters() if n in names and p.dim() > 1)
     backward = BACKWARD_COPIES * plan.batch * tokens * widest * max(2, size)
     blocks = [sum(p.numel() for p in block.module.parameters()) for block in plan.blocks]
     quantized = [sum(prod(w.shape) for w in block.weights.values()) for block in plan.blocks]
-    # A block, the gradients of its weights, and its codes.
-    block = max(
-        (all_ + mine) * size + (0 if read <= KEPT else mine) for all_, mine in zip(blocks, quantized, strict=True)
-    )
+    # A block, the gradients of its weights, and its codes, where they are not kept there.
+    kept = device == "cpu" and read <= KEPT
+    block = max((all_ + mine) * size + (0 if kept else mine) for all_, mine in zip(blocks, quantized, strict=True))
     outside = sum(plan.model.get_parameter(name).numel() for name in tail.parameters) * size
     logits = LOGIT_COPIES * 4 * min(max(PIECE, tail.rows * plan.batch), plan.batch * tokens * tail.rows)
-    host = states + FACTOR_BYTES * factors + (read if read <= KEPT else 0)
+    # Each batch has its gradients of a block's factors, until they are added.
+    slopes = 4 * max(factors) * minibatch // plan.batch
+    host = states + FACTOR_BYTES * sum(factors) + slopes + (read if read <= KEPT else 0)
     work = outside + max(block + backward, logits)
     now = psutil.Process().memory_info().rss + TRANSIENT
     if device == "cpu":

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from llmq import ranks
 from llmq.discovery.calls import Recording, States
 from llmq.errors import LlmqError
 from llmq.machine import give_back
@@ -35,8 +36,8 @@ def run(
 ) -> None:
     """Train what is written by the recipe's last method, and write it again if that is better on held-out windows.
 
-    first: what the first block gets, batch by batch; teach: computes the unquantized model's last hidden states, batch
-    by batch; signature: of a block's output, for the journal. Raises LlmqError.
+    first: what the first block gets for each batch of this rank; teach: computes the unquantized model's last hidden
+    states for these; signature: of a block's output, for the journal. Raises LlmqError.
     """
     sink, folder = io.sink, io.sink.state_of(STAGE)
     tuner = io.plan.pipeline.tuner
@@ -46,8 +47,10 @@ def run(
         began = time.perf_counter()
         of = sink.digest() if told is None else told["of"]
         with open_student(io, recording, first, teach() if told is None else None, folder, of, watch) as student:
-            if told is not None and not student.saved:
-                raise LlmqError(f"{folder} does not have what was trained any more: delete {sink.out} and start again")
+            with ranks.failing_together():
+                if told is not None and not student.saved:
+                    lost = f"{folder} does not have what was trained any more"
+                    raise LlmqError(f"{lost}: delete {sink.out} and start again")
             watch.stage("Distilling", getattr(tuner, "steps", 0))
             result = tuner.tune(student)
             if told is None:
@@ -58,13 +61,14 @@ def run(
             if told["kept"]:
                 write(io, student, signature, watch)
         give_back()
-    shutil.rmtree(folder, ignore_errors=True)
+    if ranks.first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(io: IO, student: StreamedStudent, signature: Callable[[Tensor], list[float]], watch: Watch) -> None:
     """Write what was trained, a unit after the other: first what is outside the blocks, then the blocks in order.
 
-    Units that were written by a killed run are left as they are.
+    Units that were written by a killed run are left as they are. Rank 0 writes, the others follow.
     """
     sink, blocks = io.sink, io.plan.blocks
     outside: dict[str, dict[str, Tensor]] = {}
@@ -76,15 +80,17 @@ def write(io: IO, student: StreamedStudent, signature: Callable[[Tensor], list[f
     watch.stage("Writing scales", len(outside) + len(blocks))
     for unit, found in outside.items():
         if not sink.done[unit].get(STAGE):
-            sink.replace(unit, sink.read_unit(unit) | found, sink.done[unit] | {STAGE: True})
+            tensors = sink.read_unit(unit) | found if ranks.first() else {}
+            sink.replace(unit, tensors, sink.done[unit] | {STAGE: True})
         watch.step(unit)
-    states = student.first[:1]
+    states = [student.data.first[0]] if ranks.first() else []
     for block in blocks:
         done = sink.done[block.unit]
         if done.get(STAGE):
             student.settle(block)
-        states = student.step(block, states, [0])
+        states = student.step(block, states, [0] if ranks.first() else [])
         if not done.get(STAGE):
-            tensors = sink.read_unit(block.unit) | student.tensors(block)
-            sink.replace(block.unit, tensors, done | {"signature": signature(states[0].hidden), STAGE: True})
+            tensors = sink.read_unit(block.unit) | student.tensors(block) if ranks.first() else {}
+            told = {"signature": signature(states[0].hidden)} if ranks.first() else {}
+            sink.replace(block.unit, tensors, done | told | {STAGE: True})
         watch.step(block.unit)

@@ -2,7 +2,9 @@
 
 Forwards, every block's input is kept for a few batches. Backwards, the last block first: a block is filled again, run
 again from its input, and the gradient of its output is handed back through it. So the memory is that of one block, of
-its activations for one batch, and of a few batches' states; and a step costs about four passes.
+its activations for one batch, and of a few batches' states; and a step costs about four passes. Each batch's gradients
+are contracted to those of what is trained, and added in the order of the batches: of several ranks, each runs some of
+the batches, and all of them make the same step.
 
 Two things are taken as they are: what blocks hand to later ones beside hidden states has values, but no gradient; and
 where inputs are rounded, gradients ignore that (straight-through).
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import formats
+from llmq import formats, ranks
 from llmq.block.siblings import siblings
 from llmq.block.state import WeightState, rounded_inputs
 from llmq.discovery.calls import Call, Recording, States, of_length
@@ -30,6 +32,7 @@ from llmq.grids.base import QuantizedWeight, rounding_of
 from llmq.methods.distill import KEPT, read_bytes
 from llmq.numerics.scale_factors import factor_gradient, scaled_by
 from llmq.training import state
+from llmq.training.lent import Batches
 from llmq.training.tail import TrainedTail
 from llmq.training.trained import IO, Norm, Planned, block_gains, norm_of
 from llmq.watch import Watch
@@ -52,13 +55,11 @@ class Opened:
 class StreamedStudent:
     """See `llmq.methods.base.Student`. Made by `open_student`, within whose context it works.
 
-    first: what the first block gets, batch by batch; folder: where the state of training is kept; of: what it is the
-    state of.
+    data: what this rank has of the batches; folder: where the state of training is kept; of: what it is the state of.
     """
 
     io: IO
-    recording: Recording
-    first: list[States]
+    data: Batches
     tail: TrainedTail
     folder: Path
     of: str
@@ -70,7 +71,7 @@ class StreamedStudent:
     @property
     def batches(self) -> int:
         """See `Student.batches`."""
-        return len(self.first)
+        return len(self.tail.ids)
 
     @property
     def windows(self) -> int:
@@ -83,57 +84,60 @@ class StreamedStudent:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a state of training that can be read, of these weights."""
+        """Whether there is a state of training that can be read, of these weights: rank 0 has looked."""
         try:
-            return (state.about(self.folder) or {}).get("of") == self.of
+            found = ranks.first() and (state.about(self.folder) or {}).get("of") == self.of
         except LlmqError:
-            return False
+            found = False
+        return ranks.tell(found)
 
     def save(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> None:
-        """See `Student.save`."""
-        self.folder.mkdir(exist_ok=True)
-        state.save(self.folder, values, optimizer, {**about, "of": self.of})
+        """See `Student.save`. Rank 0 writes."""
+        with ranks.failing_together():
+            if ranks.first():
+                self.folder.mkdir(exist_ok=True)
+                state.save(self.folder, values, optimizer, {**about, "of": self.of})
 
     def load(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """See `Student.load`: None also for the state of other weights."""
+        """See `Student.load`: None also for the state of other weights. Each rank reads it."""
         if not self.saved:
             return None
-        try:
-            about = state.load(self.folder, values, optimizer) or {}
-        except LlmqError as problem:
-            told = (
-                f"the state of training in {self.folder} is damaged: delete that folder and run the same command again"
-            )
-            raise LlmqError(told) from problem
+        with ranks.failing_together():
+            try:
+                about = state.load(self.folder, values, optimizer) or {}
+            except LlmqError as problem:
+                told = f"the state of training in {self.folder} is damaged: delete that folder and run the same command"
+                raise LlmqError(f"{told} again") from problem
         return {key: value for key, value in about.items() if key != "of"}
 
     def loss(self, batches: Sequence[int]) -> float:
         """See `Student.loss`."""
-        states = self.forward(batches)
-        total = sum(self.tail.divergence(b, one.hidden) for b, one in zip(batches, states, strict=True))
-        return total / self._tokens(batches)
+        with self.data.shared(batches) as mine:
+            states = self.forward(mine)
+            found = {b: self.tail.divergence(b, one.hidden) for b, one in zip(mine, states, strict=True)}
+        return self._mean(found, batches)
 
     def descend(self, batches: Sequence[int], step: Callable[[], object]) -> float:
         """See `Student.descend`."""
         inputs: list[list[States]] = []
-        states = self.forward(batches, inputs)
-        tokens, total, slopes = self._tokens(batches), 0.0, []
-        sums: dict[str, Tensor] = {}
-        for batch, one in zip(batches, states, strict=True):
-            divergence, slope = self.tail.slope(batch, one.hidden, sums)
-            total += divergence
-            slopes.append(slope)
-        for name, slope in sums.items():
-            self._collect(name, slope, None, tokens)
-        step()
-        for block, entered in zip(reversed(self.io.plan.blocks), reversed(inputs), strict=True):
-            slopes = self._backward(block, batches, entered, slopes, tokens)
+        divergences: dict[int, float] = {}
+        gains: dict[int, dict[str, Tensor]] = {}
+        slopes = []
+        with self.data.shared(batches) as mine:
+            for batch, one in zip(mine, self.forward(mine, inputs), strict=True):
+                divergences[batch], slope, gains[batch] = self.tail.slope(batch, one.hidden)
+                slopes.append(slope)
+            self._collect([name for name in self.norms if name in self.tail.found.gains], gains, batches)
             step()
-        return total / tokens
+            for block, entered in zip(reversed(self.io.plan.blocks), reversed(inputs), strict=True):
+                found, slopes = self._backward(block, mine, entered, slopes)
+                self._collect([name for name in self.parameters if name.startswith(f"{block.name}.")], found, batches)
+                step()
+        return self._mean(divergences, batches)
 
     def forward(self, batches: Sequence[int], inputs: list[list[States]] | None = None) -> list[States]:
         """The last block's output for some batches; inputs: gets what enters each block."""
-        states = [self.first[b] for b in batches]
+        states = [self.data.first[b] for b in batches]
         for block in self.io.plan.blocks:
             if inputs is not None:
                 inputs.append(states)
@@ -142,6 +146,8 @@ class StreamedStudent:
 
     def step(self, block: Planned, states: list[States], batches: Sequence[int]) -> list[States]:
         """What a block hands to later ones for some batches."""
+        if not batches:
+            return []
         found, module = [], block.module
         with rounded_inputs(module, self.fill(block).states), torch.no_grad(), self._named():
             for batch, one in zip(batches, states, strict=True):
@@ -171,11 +177,15 @@ class StreamedStudent:
             del self.parameters[name]
 
     def _backward(
-        self, block: Planned, batches: Sequence[int], entered: list[States], slopes: list[Tensor], tokens: int
-    ) -> list[Tensor]:
-        """Set the gradients of a block's trained parameters, given the slopes of the loss's sum over tokens with
-        respect to its output; returns those with respect to its input."""
-        opened, module, found = self.fill(block), block.module, []
+        self, block: Planned, batches: Sequence[int], entered: list[States], slopes: list[Tensor]
+    ) -> tuple[dict[int, dict[str, Tensor]], list[Tensor]]:
+        """For each batch, given the slope of its sum over tokens with respect to a block's output: the slopes with
+        respect to what is trained of the block, on the CPU, and to its input."""
+        found: dict[int, dict[str, Tensor]] = {}
+        handed: list[Tensor] = []
+        if not batches:
+            return found, handed
+        opened, module = self.fill(block), block.module
         quantized = {weight.parameter: q for weight, q in opened.weights}
         names = [name for name, _ in module.named_parameters() if f"{block.name}.{name}" in self.parameters]
         for name in names:
@@ -186,21 +196,35 @@ class StreamedStudent:
                 output = self._call(block, batch, one).run(module, hidden)
                 torch.autograd.backward([output], [slope.to(output)])
                 assert hidden.grad is not None
-                found.append(hidden.grad.to(one.hidden))
+                handed.append(hidden.grad.to(one.hidden))
                 del output, hidden
-        for name in names:
-            gradient = module.get_parameter(name).grad
-            if gradient is not None:
-                self._collect(f"{block.name}.{name}", gradient.cpu(), quantized.get(name), tokens)
+                found[batch] = {}
+                for name in names:
+                    parameter = module.get_parameter(name)
+                    if parameter.grad is not None:
+                        found[batch][f"{block.name}.{name}"] = contracted(parameter.grad, quantized.get(name))
+                        parameter.grad = None
         empty_all(module)
-        return found
+        return found, handed
 
-    def _collect(self, name: str, slope: Tensor, q: QuantizedWeight | None, tokens: int) -> None:
-        """Set a trained parameter's gradient, from the slope of the sum over tokens with respect to the model's own."""
-        parameter = self.parameters[name]
-        found = slope.to(torch.promote_types(slope.dtype, torch.float32)) if q is None else factor_gradient(q, slope)
-        scale = (self.norms[name].size if q is None else 1.0) / tokens
-        parameter.grad = found.mul_(scale).to(parameter.dtype)
+    def _collect(self, names: list[str], found: Mapping[int, Mapping[str, Tensor]], batches: Sequence[int]) -> None:
+        """Set the gradients of some trained parameters, from the slopes of each batch's sum over its tokens, of which
+        this rank has some. Slopes of a batch are put one after the other, and so added at once."""
+        if not names:
+            return
+        dtype = torch.promote_types(self.io.plan.dtype, torch.float32)
+        sizes = [self.parameters[name].numel() for name in names]
+
+        def of(name: str, slopes: Mapping[str, Tensor]) -> Tensor:
+            # What a batch does not use has no slope.
+            return slopes[name].to(dtype) if name in slopes else torch.zeros_like(self.parameters[name], dtype=dtype)
+
+        parts = {batch: torch.cat([of(name, slopes).flatten() for name in names]) for batch, slopes in found.items()}
+        whole = ranks.total(torch.empty(sum(sizes), dtype=dtype), parts, batches, self.data.runners(batches))
+        for name, slope in zip(names, torch.split(whole, sizes), strict=True):
+            scale = (self.norms[name].size if name in self.norms else 1.0) / self._tokens(batches)
+            parameter = self.parameters[name]
+            parameter.grad = slope.mul_(scale).to(parameter.dtype).view_as(parameter)
 
     def fill(self, block: Planned) -> Opened:
         """Fill a block with what is written of it, its scales and norms as they are trained."""
@@ -239,13 +263,26 @@ class StreamedStudent:
         return opened
 
     def _call(self, block: Planned, batch: int, states: States) -> Call:
-        return self.recording.calls[batch][block.index].given(states.handed)
+        return self.data.calls[batch][block.index].given(states.handed)
+
+    def _mean(self, found: Mapping[int, float], batches: Sequence[int]) -> float:
+        """The loss over some batches, from their sums over tokens, of which this rank has some."""
+        every = {batch: loss for one in ranks.everyone(dict(found)) for batch, loss in one.items()}
+        return sum(every[batch] for batch in batches) / self._tokens(batches)
 
     def _tokens(self, batches: Sequence[int]) -> int:
         return sum(self.tail.ids[b].numel() for b in batches)
 
     def _named(self) -> Any:
         return of_length("a block", self.tail.ids[0].shape[1])
+
+
+def contracted(slope: Tensor, q: QuantizedWeight | None) -> Tensor:
+    """The slope with respect to what is trained of a parameter, on the CPU, from that with respect to the parameter.
+
+    q: its codes and scales, if it is quantized: then that is its factors.
+    """
+    return slope.cpu() if q is None else factor_gradient(ranks.moved(q, slope.device), slope).cpu()
 
 
 def empty_all(module: nn.Module) -> None:
@@ -259,14 +296,18 @@ def open_student(
     io: IO, recording: Recording, first: list[States], teacher: list[Tensor] | None, folder: Path, of: str, watch: Watch
 ) -> Iterator[StreamedStudent]:
     """The written model, to be trained within the context. teacher: the unquantized model's last hidden states, batch
-    by batch, if there will be a loss.
+    by batch, if there will be a loss. Of several ranks, each gives what it has of its own batches.
 
     Raises LlmqError if the model returns no logits.
     """
     plan = io.plan
-    with TrainedTail.opened(io, teacher) as tail:
-        made = StreamedStudent(io, recording, first, tail, folder, of, watch)
-        for index, names in enumerate(block_gains(io, recording)):
+    data = Batches.dealt(len(torch.split(plan.ids, plan.batch)), first, recording, teacher)
+    with TrainedTail.opened(io, None if teacher is None else data.teacher) as tail:
+        made = StreamedStudent(io, data, tail, folder, of, watch)
+        with ranks.failing_together():
+            # Rank 0 has a batch, and others may have none.
+            gains = list(block_gains(io, recording)) if ranks.first() else []
+        for index, names in enumerate(ranks.tell(gains)):
             block = plan.blocks[index]
             for weight in block.weights.values():
                 rows, width = weight.shape

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from llmq import ranks
 from llmq.discovery.parameters import assign, empty
 from llmq.discovery.tail import Tail, find_tail, zeros_outside
 from llmq.training.trained import IO, Norm, Reads
@@ -21,26 +22,30 @@ FLOOR = -1e30
 @dataclass
 class TrainedTail:
     """What runs after the last block. ids: the windows, batch by batch; teacher: the unquantized model's last hidden
-    states; norms, parameters: what is trained, as in the student; values: those parameters that differ between the two
-    models whether they are trained or not: of the unquantized model and of the quantized one."""
+    states, of the batches that this rank has; norms, parameters: what is trained, as in the student; values: those
+    parameters that differ between the two models whether they are trained or not: of the unquantized model and of the
+    quantized one."""
 
     io: IO
     found: Tail
     ids: list[Tensor]
-    teacher: list[Tensor]
+    teacher: Mapping[int, Tensor]
     values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
-    def opened(cls, io: IO, teacher: list[Tensor] | None) -> Iterator[Self]:
-        """The tail, with its parameters in memory within the context, if there are states of the unquantized model."""
+    def opened(cls, io: IO, teacher: Mapping[int, Tensor] | None) -> Iterator[Self]:
+        """The tail, with its parameters in memory within the context, if there are states of the unquantized model.
+
+        Rank 0, which has the first batch, finds out for all of what its logits depend on. Raises LlmqError.
+        """
         plan = io.plan
         model, blocks = plan.model, [block.module for block in plan.blocks]
         ids = list(torch.split(plan.ids, plan.batch))
         found = find_tail(model, blocks)
-        made = cls(io, found, ids, teacher or [])
+        made = cls(io, found, ids, teacher or {})
         if teacher is None:
             yield made
             return
@@ -50,7 +55,10 @@ class TrainedTail:
                 if weight is not None:
                     stored = io.read_back(weight).to(io.device)
                     made.values[name] = model.get_parameter(name).detach(), stored
-            found.settle(teacher[0].to(io.device), ids[0].shape)
+            with ranks.failing_together():
+                if ranks.first():
+                    found.settle(teacher[0].to(io.device), ids[0].shape)
+            found.apart = ranks.tell(found.apart)
             yield made
 
     def divergence(self, batch: int, hidden: Tensor) -> float:
@@ -58,13 +66,12 @@ class TrainedTail:
         with torch.no_grad():
             return sum(float(piece) for _, piece in self._pieces(batch, hidden.to(self.io.device), trained=()))
 
-    def slope(self, batch: int, hidden: Tensor, sums: dict[str, Tensor]) -> tuple[float, Tensor]:
-        """As `divergence`, and the sum's slope with respect to the output, in its dtype and where it is.
-
-        sums: get the slopes with respect to the trained gains of the tail added, on the CPU.
-        """
+    def slope(self, batch: int, hidden: Tensor) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """As `divergence`, and the sum's slopes: with respect to the output, in its dtype and where it is, and to the
+        trained gains of the tail, on the CPU."""
         leaf = hidden.to(self.io.device).detach().requires_grad_(True)
         names, total = [name for name in self.norms if name in self.found.gains], 0.0
+        sums: dict[str, Tensor] = {}
         with torch.enable_grad():
             for _, piece in self._pieces(batch, leaf, trained=names):
                 piece.backward()  # type: ignore[no-untyped-call]
@@ -75,7 +82,7 @@ class TrainedTail:
                         wide = gradient.cpu().to(torch.promote_types(gradient.dtype, torch.float32))
                         sums[name] = sums[name] + wide if name in sums else wide
         assert leaf.grad is not None
-        return total, leaf.grad.to(hidden)
+        return total, leaf.grad.to(hidden), sums
 
     def _pieces(
         self, batch: int, hidden: Tensor, trained: list[str] | tuple[str, ...]

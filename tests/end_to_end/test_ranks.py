@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import llmq
 from llmq import ranks
-from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 from llmq.report.report import Report
 from llmq.report.rows import WeightRow
@@ -72,7 +74,52 @@ def errors(report: Report) -> list[float]:
     return [row.error for row in report.weights if isinstance(row, WeightRow) and row.error is not None]
 
 
-def test_what_one_process_does_is_refused(tmp_path: Path, text_file: Path, tiny_model: Path) -> None:
-    chosen = recipe(text_file, "gptq+distill")
-    found = together(2, lambda: llmq.plan(str(tiny_model), chosen) and None)
-    assert all(isinstance(one, LlmqError) and "distill does not work with several ranks" in str(one) for one in found)
+class KillingIn(Silent):
+    """A watch that kills rank 1 at a step of a stage."""
+
+    def __init__(self, stage: str, at: int) -> None:
+        self.wanted, self.at, self.name, self.count = stage, at, "", 0
+
+    def stage(self, name: str, total: int) -> None:
+        self.name, self.count = name, 0
+
+    def step(self, text: str) -> None:
+        self.count += 1
+        if self.name == self.wanted and self.count == self.at and ranks.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def distilled(text: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Six batches, of which five are trained on: a step of three of them may have one twice."""
+    monkeypatch.setattr("llmq.planning.types.BATCH_TOKENS", 64)
+    options = {"steps": 12, "learning_rate": 0.02, "minibatch": 6}
+    calibration = {"text": str(text), "samples": 12, "seqlen": 32}
+    scheme = {"bits": 2, "group_size": 32}
+    made = {"methods": "rtn+distill", "scheme": scheme, "calibration": calibration, "options": options}
+    return Recipe.from_dict(made, "recipe")
+
+
+def test_ranks_distill_and_fewer_go_on(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it trains, and while what was trained is written; four ranks, of which the last has no batch."""
+    model = str(write_tiny_model(tmp_path / "model", layers=2, dtype="bfloat16"))
+    chosen, out = distilled(text_file, monkeypatch), tmp_path / "out"
+    whole = llmq.quantize(model, tmp_path / "whole", chosen)
+    assert whole.tuned is not None and whole.tuned.kept
+    norms = {n: t for file in (tmp_path / "whole").glob("*.safetensors") for n, t in load_file(file).items()}
+    moved = [name for name, value in norms.items() if name.endswith("norm.weight") and not bool((value == 1).all())]
+    assert len(moved) == 5
+    assert together(4, lambda: llmq.quantize(model, tmp_path / "four", chosen) and None) == [None] * 4
+    assert digests(tmp_path / "four") == digests(tmp_path / "whole")
+    for count, stage, at in ((3, "Distilling", 11), (2, "Writing scales", 2)):
+        watch = KillingIn(stage, at)
+        lost, killed, *_ = together(count, lambda watch=watch: llmq.quantize(model, out, chosen, watch=watch) and None)  # type: ignore[misc]
+        assert isinstance(lost, ranks.Lost) and killed is None
+    broken = shutil.copytree(out, tmp_path / "broken")
+    shutil.rmtree(broken / ".llmq" / "distilled")
+    found = together(2, lambda: llmq.quantize(model, broken, chosen) and None)
+    assert all(isinstance(one, ranks.Common) and "what was trained any more: delete" in str(one) for one in found)
+    report = llmq.quantize(model, out, chosen)
+    assert digests(out) == digests(tmp_path / "whole") and not (out / ".llmq" / "distilled").exists()
+    for one in (report, Report.load(tmp_path / "four")):
+        assert one.tuned is not None
+        assert replace(one.tuned, seconds=0) == replace(whole.tuned, seconds=0)

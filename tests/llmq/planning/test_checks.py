@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -198,9 +196,8 @@ def test_a_class_that_is_no_causal_one_is_named(kind: str, named: str, tmp_path:
 
 
 def test_several_ranks_choose_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: Any = SimpleNamespace(recipe=SimpleNamespace(methods=("gptq",)), pipeline=SimpleNamespace(tuner=None))
-    check_ranks(made, chosen=False)
+    check_ranks(chosen=False)
     monkeypatch.setattr(ranks._group, "size", 2)
-    check_ranks(made)
+    check_ranks(chosen=True)
     with pytest.raises(LlmqError, match=r"one process \(without --ranks.*recipe\.yaml"):
-        check_ranks(made, chosen=False)
+        check_ranks(chosen=False)

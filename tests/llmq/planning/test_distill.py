@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq import job
+from llmq import job, ranks
 from llmq.grids.scheme import Scheme
 from llmq.planning.plan import Plan
 from llmq.recipe.recipe import Recipe
@@ -26,8 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "m", hidden_size=256, intermediate_size=2048)
 
 
-def test_its_memory_is_counted(model: Path) -> None:
-    """The process itself grows from plan to plan, so only differences that are larger count."""
+def test_its_memory_is_counted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself grows from plan to plan, so only differences that are larger count.
+
+    Of several ranks, each runs its share of a step.
+    """
     without, with_it = plan(model, "rtn").budget, plan(model).budget
     assert with_it.memory > without.memory + 20 * 2**20 and with_it.disk == without.disk
     more = plan(model, windows=4000).budget
@@ -35,3 +38,6 @@ def test_its_memory_is_counted(model: Path) -> None:
     assert more.memory - with_it.memory > 2 * 3960 * 64 * 256 * 4
     many = plan(model, minibatch=20_000).budget
     assert many.memory - with_it.memory > 5 * 19_000 * 64 * 256 * 4
+    monkeypatch.setattr(ranks._group, "size", 4)
+    monkeypatch.setattr(ranks, "everyone", lambda value: [value])
+    assert many.memory - plan(model, minibatch=20_000).budget.memory > 3 * 19_000 * 64 * 256 * 4
