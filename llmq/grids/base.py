@@ -249,6 +249,10 @@ class Rounding(ABC):
         """The lowest and the highest rank."""
         return 0, len(self.levels(scheme, torch.device("cpu"))) - 1
 
+    def whole(self, scheme: Scheme) -> tuple[int, int] | None:
+        """The lowest and the highest point, where points are all whole numbers between and so are zero points."""
+        return None
+
     def in_steps(self, away: Tensor, points: Tensor, scheme: Scheme) -> Tensor:
         """The distance `away` (float32) of a value from its point, in steps to the next point on that side."""
         levels = self.levels(scheme, points.device)

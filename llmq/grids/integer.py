@@ -61,6 +61,10 @@ class Integer(Rounding):
         """See `Rounding.ranks`."""
         return scheme.qmin, scheme.qmax
 
+    def whole(self, scheme: Scheme) -> tuple[int, int] | None:
+        """See `Rounding.whole`."""
+        return self.ranks(scheme)
+
     def in_steps(self, away: Tensor, points: Tensor, scheme: Scheme) -> Tensor:
         """See `Rounding.in_steps`: a step is 1."""
         return away

@@ -96,6 +96,10 @@ class KQuant(Integer):
         """See `Rounding.ranks`."""
         return (scheme.qmin, scheme.qmax) if scheme.symmetric else (0, 2**scheme.bits - 1)
 
+    def whole(self, scheme: Scheme) -> tuple[int, int] | None:
+        """See `Rounding.whole`."""
+        return self.ranks(scheme) if scheme.symmetric else None
+
     def nearest(self, scaled: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
         """See `Rounding.nearest`: zero points are no whole numbers, so they are added first."""
         if zero is not None:

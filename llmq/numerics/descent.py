@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.grids.base import QuantizedWeight, Units
-from llmq.numerics.columns import compensate
+from llmq.numerics.columns import compensate, kernels_for
 from llmq.numerics.levels import refit
 
 
@@ -60,6 +60,7 @@ class _Descent:
         self.zero = None if q.zero is None else q.zero.to(torch.float32).t().contiguous()
         self.curvature = hessian.diagonal()
         self.units = self.rounding.units(q)
+        self.kernels = kernels_for(self.rounding, q.scheme, weight.device)
         # Levels of each row move in the place of its scale.
         fixed = q.stored_scale is not None or (self.rounding.learned is not None and q.scheme.level_rows == 1)
         self._scales_move = self.units is not None or not fixed
@@ -172,10 +173,12 @@ class _Descent:
         group, part = start // self.size, slice(start, stop)
         scale, scheme = self.scale[group], self.q.scheme
         hessian = self.hessian[part, part]
-        moved = torch.empty_like(gradient)
         # An input that was always 0 has only the damping as curvature and gets the nearest code; with none it is
         # unchanged.
         steps = (self.curvature[part, None] * scale).reciprocal_().nan_to_num_(0, 0, 0)
+        if self.kernels is not None and stop - start <= self.kernels.most:
+            return self.kernels.move(gradient, hessian, scale.expand_as(steps), steps, self.points[part])
+        moved = torch.empty_like(gradient)
         for k in range(stop - start):
             points = self.points[start + k]
             wanted = gradient[k].mul_(steps[k]).add_(points)

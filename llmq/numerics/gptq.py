@@ -14,6 +14,7 @@ which raises the objective by exactly ‖wₖ − ŵₖ‖² / U[k,k]²: so 1 / 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmq.errors import LlmqError
 from llmq.grids.base import QuantizedWeight, check_range, joined, pieces, rounded_on, rounding_of
 from llmq.grids.scheme import Scheme
 from llmq.numerics.cholesky import invert_factor
-from llmq.numerics.columns import compensate
+from llmq.numerics.columns import Kernels, compensate, kernels_for
 from llmq.numerics.descent import improve
 from llmq.spill import rest_one
 
@@ -219,6 +220,7 @@ class _Columns:
         kept = self.rounding.zero_dtype
         self.zero = None if scheme.symmetric else torch.empty(self.scale.shape, dtype=kept, device=weight.device)
         self.ranged = False
+        self.kernels = kernels_for(self.rounding, scheme, weight.device)
 
     def range_all(self) -> None:
         """Find all ranges at once, from the original weights, for an order that visits groups more than once."""
@@ -267,10 +269,12 @@ class _Columns:
 
     def _block(self, start: int, stop: int) -> Tensor:
         """Round columns [start, stop) with compensation for those before; returns w − ŵ [stop − start, out]."""
+        where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
+        if self.kernels is not None:
+            return self._at_once(self.kernels, start, where)
         block = self.columns[start:stop]
         errors = torch.empty_like(block)
         unit = self.unit[start:stop, start:stop]
-        where = range(start, stop) if self.order is None else self.order[start:stop].tolist()
         rounding, scale, points = self.rounding, block, torch.empty_like(block)
         zero: Tensor | None = None
         held = -1
@@ -290,6 +294,33 @@ class _Columns:
             compensate(block, unit, errors, k)
         self.codes[start:stop] = rounding.encode(points.t().contiguous(), self.scheme).t()
         return errors
+
+    def _at_once(self, kernels: Kernels, start: int, where: Sequence[int]) -> Tensor:
+        """`_block` by kernels, some columns at a time: of one span, where its range is found on reaching it."""
+        stop = start + len(where)
+        block, unit = self.columns[start:stop], self.unit[start:stop, start:stop]
+        points, errors = torch.empty_like(block), torch.empty_like(block)
+        step = min(kernels.most, kernels.most if self.ranged else self.span)
+        for first in range(0, len(where), step):
+            part = slice(first, min(first + step, len(where)))
+            if not self.ranged and (start + first) % self.span == 0:
+                self._range(where[first] // self.span, start + first)
+            scale, zero = (self._of_columns(held, where[part]) for held in (self.scale, self.zero))
+            assert scale is not None
+            points[part], errors[part] = kernels.round(block[part], unit[part, part], scale, zero)
+            if part.stop < len(where):
+                block[part.stop :].addmm_(unit[part, part.stop :].t(), errors[part], alpha=-1)
+        self.codes[start:stop] = self.rounding.encode(points.t().contiguous(), self.scheme).t()
+        return errors
+
+    def _of_columns(self, held: Tensor | None, where: Sequence[int]) -> Tensor | None:
+        """The scales or zero points of some columns, float32 [columns, out]."""
+        if held is None:
+            return None
+        groups = [column // self.size for column in where]
+        if len(set(groups)) == 1:
+            return held[:, groups[0]].to(torch.float32).contiguous().expand(len(groups), -1)
+        return held[:, groups].t().to(torch.float32).contiguous()
 
     def _range(self, number: int, column: int) -> None:
         """Find the ranges of the groups that are found together, the first of which begins at `column`, from their

@@ -17,7 +17,7 @@ from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int8_linear import triton as int8
 from llmq_kernels.int_linear import triton as integers
 from llmq_kernels.int_linear.planes import TILE, WORDS
-from llmq_kernels.triton import dequantize, inputs, routes, sums
+from llmq_kernels.triton import columns, dequantize, inputs, routes, sums
 from llmq_kernels.triton.config import Config, Kind
 from llmq_kernels.triton.gpu import KNOWN, Gpu
 from llmq_kernels.triton.launch import Launch
@@ -54,6 +54,7 @@ def variants() -> Iterator[Variant]:
         yield from _sums(gpu)
         yield from _inputs(gpu)
         yield from _int8(gpu)
+        yield from _columns(gpu)
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -264,3 +265,11 @@ def _int8(gpu: Gpu) -> Iterator[Variant]:
             codes, scale, bias = _meta(torch.int8, m, 4096), _meta(torch.float32, m), _meta(dtype, n)
             made = int8.build(codes, scale, weight, bias, _meta(dtype, m, n), gpu.backend)
             yield Variant(f"int8 product {label} rows {m} tile {made.constexprs['BLOCK_N']}", gpu.target, made)
+
+
+def _columns(gpu: Gpu) -> Iterator[Variant]:
+    """What quantizing launches: columns of weights rounded, with and without zero points, and codes moved."""
+    many, square = _meta(torch.float32, columns.COLUMNS, 4096), _meta(torch.float32, columns.COLUMNS, 4096)[:, :128]
+    for name, zero, steps in (("", None, None), (" zero", many, None), (" moved", None, many)):
+        made = columns.build(many, square, many, zero, steps, many, many, -8, 7)
+        yield Variant(f"columns{name}", gpu.target, made)
