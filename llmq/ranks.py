@@ -1,4 +1,4 @@
-"""Several processes that quantize one model together: which of them this one is, and what they tell each other.
+"""Several processes that work on one model together: which of them this one is, and what they tell each other.
 
 Every process, a rank, runs the same code and makes the same decisions. Batches of calibration windows are dealt to the
 ranks, weights are quantized by one of them each, and rank 0 alone writes. A sum over batches is passed from rank to
@@ -79,7 +79,7 @@ def on_this_machine() -> int:
 
 
 def start() -> None:
-    """Be the rank that the environment says (torchrun's, or that of `llmq quantize --ranks`).
+    """Be the rank that the environment says (torchrun's, or that of `--ranks`).
 
     The others are met when there is something to tell them: other libraries do otherwise while ranks are connected.
     """
@@ -199,7 +199,7 @@ def everyone(value: T) -> list[T]:
         return [value]
     dist = _connected()
     found: list[Any] = [None] * size()
-    with _waiting():
+    with waiting():
         dist.all_gather_object(found, moved(value, "cpu"))
     return found
 
@@ -244,7 +244,7 @@ def tell(value: T, owner: int = 0, device: torch.device | str = "cpu") -> T:
         return value
     dist = _connected()
     told = [moved(value, "cpu") if rank() == owner else None]
-    with _waiting():
+    with waiting():
         dist.broadcast_object_list(told, src=owner)
     return value if rank() == owner else moved(told[0], device)
 
@@ -252,7 +252,7 @@ def tell(value: T, owner: int = 0, device: torch.device | str = "cpu") -> T:
 def lend(value: T | None, owner: int, taker: int) -> T | None:
     """The value of one rank, as it is, on another; None on all others."""
     told: list[Any] = [value]
-    with _waiting():
+    with waiting():
         if rank() == owner:
             _connected().send_object_list(told, taker)
         elif rank() == taker:
@@ -272,7 +272,7 @@ def relay(sums: Sequence[tuple[Tensor, Callable[[], object]]]) -> None:
         return
     dist = _connected()
     me, last = rank(), size() - 1
-    with _waiting():
+    with waiting():
         sent = []
         for tensor, add in sums:
             if me > 0:
@@ -301,7 +301,7 @@ def total(
             into.add_(parts[batch])
         return into
     dist = _connected()
-    with _waiting():
+    with waiting():
         for place, batch in enumerate(batches):
             if having[place] != rank():
                 continue
@@ -324,7 +324,7 @@ def relay_state(state: dict[str, Any], add: Callable[[], object], device: torch.
         return
     dist = _connected()
     me, last = rank(), size() - 1
-    with _waiting():
+    with waiting():
         if me > 0:
             told: list[Any] = [None]
             dist.recv_object_list(told, me - 1)
@@ -362,12 +362,13 @@ def failing_together() -> Iterator[None]:
 
 
 @contextmanager
-def _waiting() -> Iterator[None]:
+def waiting() -> Iterator[None]:
+    """Within the context this rank waits for others. Raises Lost if one has ended."""
     try:
         yield
     except (RuntimeError, ValueError) as problem:
         raise Lost(
-            f"{name()}: another rank has ended ({first_line(problem)[:120]}); finished blocks are kept, and the same "
+            f"{name()}: another rank has ended ({first_line(problem)[:120]}); what is finished is kept, and the same "
             "command, with any number of ranks, resumes the run"
         ) from problem
 

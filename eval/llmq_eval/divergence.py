@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.errors import LlmqError
 from llmq_eval import intervals
 from llmq_eval.journal import Journal
-from llmq_eval.perplexity import batches, progress_bar
+from llmq_eval.perplexity import batches, progress_bar, spans_left
+from llmq_eval.processes import mine
 from llmq_eval.windows import Windows, logits_of
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -84,6 +86,7 @@ def measure(
             if not bool(torch.isfinite(rows[0]).all()):
                 raise LlmqError(f"{folder}: its divergence from the base is not finite; try --dtype float32")
             journal.add({str(index): _piece(rows[:, place]) for place, index in enumerate(span)})
+    journal.share()
     pieces = [journal.done[str(index)] for index in range(windows.count)]
     every = np.stack([np.frombuffer(base64.b64decode(piece[4]), dtype=np.float32) for piece in pieces])
     return Divergence(
@@ -131,19 +134,28 @@ def loaded(model: Any, windows: Windows, device: str) -> LogProbs:
 
 @contextmanager
 def stored(
-    load: Callable[[], Any], windows: Windows, *, batch: int, device: str, folder: Path, progress: bool
+    load: Callable[[], Any],
+    windows: Windows,
+    *,
+    batch: int,
+    device: str,
+    folder: Path,
+    progress: bool,
+    journal: Journal | None = None,
 ) -> Iterator[LogProbs]:
     """The base's log-probabilities in a temporary file in `folder`, float64, if both models do not fit in memory.
 
+    Only of this rank's windows that are not in the journal.
     Raises LlmqError if the disk is too small for it.
     """
     model = load()
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     with tempfile.TemporaryDirectory(dir=folder, prefix="base-") as place:
-        spans = [range(start, min(start + batch, windows.count)) for start in range(0, windows.count, batch)]
-        _check_disk(8 * windows.count * (windows.length - 1) * vocabulary, folder)
+        spans = mine(spans_left(windows.count, batch, journal or Journal(None)))
+        count = sum(map(len, spans))
+        _check_disk(8 * count * ranks.on_this_machine() * (windows.length - 1) * vocabulary, folder)
         with torch.inference_mode(), progress_bar("base", progress) as bar:
-            task = bar.add_task("base", total=windows.count)
+            task = bar.add_task("base", total=count)
             of = loaded(model, windows, device)
             for span in spans:
                 file = Path(place) / f"{span.start}.npy"

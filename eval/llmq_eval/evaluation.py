@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+from llmq import ranks
 from llmq.errors import LlmqError
-from llmq.inference.pretrained import input_device
-from llmq_eval import divergence, measures, speed, tasks, windows
-from llmq_eval.journal import Journal
+from llmq_eval import divergence, measures, processes, speed, tasks, windows
+from llmq_eval.journal import Journal, files
 from llmq_eval.models import Models
 from llmq_eval.options import Options
 from llmq_eval.perplexity import measure as measure_perplexity
@@ -31,17 +31,28 @@ def evaluate(
     """Measure models and their base by the same protocols; cached measures are not measured again.
 
     The returned results hold the requested tasks only; the files under `out` also keep earlier measures. The base is
-    compared with itself only if `models` names it. note: is called with notes for the user. Raises LlmqError for
-    unknown tasks, a missing device, models that do not load, or unavailable texts and documents.
+    compared with itself only if `models` names it. note: is called with notes for the user. Of several ranks, all call
+    this alike; all get the results, and rank 0 writes them and has the notes. Raises LlmqError for unknown tasks, a
+    missing device, models that do not load, or unavailable texts and documents.
     """
-    return _Evaluation(models, base, options, note).run()
+    processes.connect(options.device)
+    if not ranks.first():
+        options, note = replace(options, progress=False), _silent
+    with ranks.failing_together():
+        made = _Evaluation(models, base, options, note)
+    return made.run()
+
+
+def _silent(_: str) -> None:
+    return
 
 
 class _Evaluation:
     def __init__(self, models: Sequence[str], base: str | None, options: Options, note: Callable[[str], None]) -> None:
-        check_device(options.device)
+        processes.check(options.device, [name.partition(":")[0] for name in options.tasks])
+        check_device(ranks.own_device(options.device))
         self.options = options
-        self.place = input_device(options.device)
+        self.place = processes.own_place(options.device)
         self.note = note
         self.names = list(dict.fromkeys(_whole(name, options.text) for name in options.tasks))
         own = [name for name in self.names if name.partition(":")[0] in OWN]
@@ -67,7 +78,7 @@ class _Evaluation:
         known = [subject.label for subject in self.subjects]
         self.all = self.subjects if self.base is None or self.base.label in known else [self.base, *self.subjects]
         include = options.write_tasks or options.out / "tasks" / key(str(options.data_dir))
-        self.tasks = Tasks(others, options.data_dir, include) if others else None
+        self.tasks = processes.first_alone(lambda: Tasks(others, options.data_dir, include)) if others else None
         self.windows = {name: self._cut(name) for name in own if name.partition(":")[0] in ("perplexity", "divergence")}
 
     def _cut(self, task: str) -> Windows:
@@ -95,7 +106,8 @@ class _Evaluation:
                         continue
                     found = found.with_measures(self._task(subject, name, models))
                     # Saved after each task, so that finished tasks are kept if a later one fails.
-                    found.keep(self.options.out, self.note)
+                    if ranks.first():
+                        found.keep(self.options.out, self.note)
                 models.drop(subject)
                 done.append(found)
         return done
@@ -113,9 +125,9 @@ class _Evaluation:
         kind = name.partition(":")[0]
         place, named = self.options.out / "cache", self._key(subject, name, kind)
         file, journal = place / f"{named}.json", place / f"{named}.journal"
-        if self.options.fresh:
-            forget(file, journal)
-        held = measures.read(file)
+        if self.options.fresh and ranks.first():
+            forget(file, *files(journal))
+        held = ranks.tell(measures.read(file) if ranks.first() else None)
         if held is not None:
             self.note(f"{subject.given} {name}: measured before, read from {file} (--fresh measures again)")
             # The cached measures may name the same base by another path.
@@ -125,8 +137,9 @@ class _Evaluation:
             if pieces.done:
                 self.note(f"{subject.given} {name}: resuming after {len(pieces.done)} finished pieces")
             found = self._measure(subject, name, kind, models, pieces)
-            write(file, measures.to_json(found))
-            pieces.remove()
+            if ranks.first():
+                write(file, measures.to_json(found))
+                pieces.remove()
         return found
 
     def _key(self, subject: Subject, name: str, kind: str) -> str:
@@ -147,6 +160,8 @@ class _Evaluation:
             parts |= {"machine": machine(o.device), "lengths": [o.repeats, o.prompt, o.tokens]}
         elif self.tasks is not None and kind not in OWN:
             parts |= {"settings": asdict(o.settings), "documents": self.tasks.fingerprint(name)}
+            # Which requests are in a batch changes their last digits.
+            parts |= {"ranks": ranks.size()} if ranks.size() > 1 and o.settings.batch != 1 else {}
         text = re.sub(r"[^A-Za-z0-9._-]+", "_", name.partition(":")[2])[-30:]
         return "-".join(filter(None, (kind, text, key(parts))))
 
@@ -195,6 +210,7 @@ class _Evaluation:
                         device=self.place,
                         folder=o.out,
                         progress=o.progress,
+                        journal=common["journal"],
                     )
                 )
             model = models.get(subject)

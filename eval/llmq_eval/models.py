@@ -6,13 +6,13 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmq import formats
+from llmq import formats, ranks
 from llmq.errors import LlmqError
 from llmq.grids.cache import Cache
-from llmq.inference.pretrained import input_device
 from llmq.machine import size
 from llmq_eval import speed
 from llmq_eval.perplexity import shown_dtype
+from llmq_eval.processes import everyone, own_place
 from llmq_eval.subject import Subject
 
 if TYPE_CHECKING:
@@ -23,15 +23,17 @@ ROOM = 0.8
 
 
 def free_memory(device: str) -> int:
-    """Free memory on a device, in bytes."""
+    """Free memory on a device for each rank, in bytes: what the one with the least has, so that all decide alike."""
     import psutil
     import torch
 
-    if (place := input_device(device)).startswith("cuda"):
+    if (place := own_place(device)).startswith("cuda"):
         # torch reuses the memory of freed tensors.
         kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        return int(torch.cuda.mem_get_info(place)[0] + kept)
-    return int(psutil.virtual_memory().available)
+        free = int(torch.cuda.mem_get_info(place)[0] + kept)
+    else:
+        free = int(psutil.virtual_memory().available) // ranks.on_this_machine()
+    return min(everyone(free))
 
 
 class Models:
@@ -60,7 +62,7 @@ class Models:
             model = load_model(
                 subject.folder,
                 dtype=o.dtype,
-                device=o.device,
+                device=ranks.own_device(o.device),
                 trust_remote_code=o.trust_remote_code,
                 progress=o.progress,
                 kernels=o.kernels,
@@ -109,7 +111,7 @@ class Models:
         count, nbytes, bits = subject.weights
         kernels = subject.quantized in formats.readers()
         packed = subject.quantized and ((o.kernels and kernels) or not formats.unpacked_by_stock(subject.quantized))
-        place = input_device(o.device)
+        place = own_place(o.device)
         if o.device == "auto" and (packed or not subject.quantized or place != "cpu"):
             return  # spread over several devices, or partly on disk
         each = 4 if o.dtype == "float32" else 2
@@ -117,13 +119,16 @@ class Models:
         dense = nbytes if o.dtype == "auto" and not subject.quantized else count * each if bits else nbytes * each // 4
         needed = nbytes if packed else dense
         free = free_memory(o.device)
+        shared = " for each rank" if ranks.size() > 1 else ""
         if needed > free:
             ways = ["--dtype bfloat16 takes half of that"] if not packed and o.dtype == "float32" else []
             ways += ["--kernels keeps its weights packed"] if kernels and not packed else []
-            ways += ["--device auto keeps on disk what does not fit"] if not subject.quantized else []
-            raise LlmqError(
-                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on {place}: "
-                + ("; ".join(ways) or "free some of it")
+            ways += ["--device auto keeps on disk what does not fit"] if not subject.quantized and not shared else []
+            ways += ["fewer ranks have more memory each"] if shared and place == "cpu" else []
+            # What is free was agreed on, so all ranks raise this.
+            raise ranks.Common(
+                f"{subject.given}: its weights take {size(needed)} of memory, and {size(free)} are free on "
+                f"{place}{shared}: " + ("; ".join(ways) or "free some of it")
             )
 
     def drop(self, subject: Subject | None = None) -> None:

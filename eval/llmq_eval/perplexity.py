@@ -20,6 +20,7 @@ from llmq.errors import LlmqError
 from llmq.inference.pretrained import input_device, load_model
 from llmq_eval import windows as cutting
 from llmq_eval.journal import Journal
+from llmq_eval.processes import mine
 from llmq_eval.windows import WINDOW, Windows, default_window, logits_of
 
 __all__ = ["WINDOW", "Perplexity", "default_window", "measure", "perplexities", "perplexity", "progress_bar"]
@@ -142,6 +143,7 @@ def measure(
                     f"{folder}: its loss on the text is {float(means.mean())}; the model overflows in {shown}: {ways}"
                 )
             journal.add({str(i): float(one) for i, one in zip(span, means, strict=True)})
+    journal.share()
     by_window = torch.tensor([journal.done[str(i)] for i in range(windows.count)], dtype=torch.float64)
     nll = float(by_window.mean())
     value = math.exp(min(nll, 700.0))
@@ -168,18 +170,24 @@ def shown_dtype(model: Any, kernels: bool = False) -> str:
 
 
 def batches(count: int, batch: int, journal: Journal, progress: bool, what: str) -> Iterator[range]:
-    """The batches of windows that are not in the journal, with a progress bar that counts the others as done.
+    """This rank's batches of windows that are not in the journal, with a progress bar that counts the others as done.
 
     Batches always begin at multiples of `batch`, so that a resumed run computes the same as an uninterrupted one.
     """
-    starts = range(0, count, batch)
-    spans = [range(start, min(start + batch, count)) for start in starts]
-    left = [span for span in spans if any(str(i) not in journal.done for i in span)]
+    left = spans_left(count, batch, journal)
+    own = sum(map(len, mine(left)))
     with progress_bar(what, progress) as bar:
-        task = bar.add_task(what, total=count, completed=count - sum(map(len, left)))
-        for span in left:
+        done = count - sum(map(len, left))
+        task = bar.add_task(what, total=done + own, completed=done)
+        for span in mine(left):
             yield span
             bar.advance(task, len(span))
+
+
+def spans_left(count: int, batch: int, journal: Journal) -> list[range]:
+    """The batches of windows that are not in the journal, of all ranks."""
+    spans = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    return [span for span in spans if any(str(i) not in journal.done for i in span)]
 
 
 def progress_bar(what: str, shown: bool) -> Any:

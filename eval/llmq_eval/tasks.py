@@ -12,13 +12,16 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from llmq import ranks
 from llmq.errors import LlmqError, first_line
 from llmq_eval import intervals, local_tasks
 from llmq_eval.journal import Journal
+from llmq_eval.processes import everyone, first_heard, mine
 from llmq_eval.results import Measure
 
 OWN = ("perplexity", "divergence", "speed", "memory")
@@ -103,6 +106,7 @@ class Tasks:
             with (
                 patch("lm_eval.evaluator.get_git_commit_hash", str, create=True),
                 patch("lm_eval.evaluator.add_env_info", lambda *_: None, create=True),
+                first_heard(),
             ):
                 found = simple_evaluate(
                     model=adapter,
@@ -110,7 +114,7 @@ class Tasks:
                     num_fewshot=settings.fewshot,
                     limit=settings.limit,
                     task_manager=self.manager,
-                    bootstrap_iters=1000,
+                    bootstrap_iters=1000 if ranks.first() else 0,
                     log_samples=True,
                 )
         except LlmqError:
@@ -120,7 +124,10 @@ class Tasks:
         adapter.flush()
         # The size that 'auto' finds on a GPU differs between models; in the protocol it would prevent every comparison.
         batch = 1 if settings.batch == "auto" and model.device.type == "cpu" else settings.batch
-        return _measures(name, found, self.data, f"{shown}, batch {batch}")
+        each = "" if batch == 1 or ranks.size() == 1 else f" on each of {ranks.size()} ranks"
+        # lm-eval has its results where the rank on its machine is 0.
+        made = _measures(name, found, self.data, f"{shown}, batch {batch}{each}") if ranks.first() else []
+        return ranks.tell(made)
 
     def _explained(self, name: str, error: Exception) -> LlmqError:
         from llmq.checkpoint import hub
@@ -217,6 +224,9 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
 
     lm-eval sorts the requests and splits them into batches. So that a resumed run makes the same batches, the journal
     must hold whole batches: answers are written when the next batch begins.
+
+    Ranks share the requests here, where all of them have been made. lm-eval's own sharing is of documents, before: each
+    rank would draw other few-shot examples than one process, and one without a document would fail.
     """
     import hashlib
     import json
@@ -241,7 +251,7 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             if batch == "auto":
                 # A batch size found again for the remaining requests could differ, and change the last digits.
                 if "batch" not in journal.done:
-                    journal.add({"batch": int(self._detect_batch_size())})
+                    journal.add({"batch": min(everyone(int(self._detect_batch_size())))})
                 self.batch_size_per_gpu = journal.done["batch"]
 
         @property
@@ -290,15 +300,14 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
             return self.resumed("generate_until", requests, super().generate_until)
 
         def resumed(self, kind: str, requests: Any, ask: Any) -> list[Any]:
-            left = [request for request in requests if key(kind, request.args) not in journal.done]
-            answers = iter(ask(left, disable_tqdm=not progress) if left else [])
+            found = {i: journal.done.get(key(kind, request.args)) for i, request in enumerate(requests)}
+            left = [i for i in dealt(requests) if found[i] is None]
+            answers = ask([requests[i] for i in left], disable_tqdm=not progress) if left else []
             self.flush()
-            held = (journal.done.get(key(kind, request.args)) for request in requests)
-            waiting = {id(request) for request in left}
-            return [
-                whole(next(answers) if id(request) in waiting else answer)
-                for request, answer in zip(requests, held, strict=True)
-            ]
+            for of_rank in everyone(dict(zip(left, answers, strict=True))):
+                found |= of_rank
+            journal.share()
+            return [whole(found[i]) for i in range(len(requests))]
 
     def key(kind: str, request: Any) -> str:
         return hashlib.sha256(json.dumps([kind, *request], default=str).encode()).hexdigest()[:32]
@@ -307,6 +316,12 @@ def _adapter(model: Any, tokenizer: Any, settings: Settings, journal: Journal, p
         return tuple(answer) if isinstance(answer, list) else answer
 
     return Adapter()
+
+
+def dealt(requests: Sequence[Any]) -> list[int]:
+    """The places of this rank's requests: documents go to the ranks in turn, as requests of one can share a run."""
+    by_document = groupby(range(len(requests)), lambda i: (requests[i].task_name, requests[i].doc_id))
+    return [place for places in mine([list(places) for _, places in by_document]) for place in places]
 
 
 def _measures(name: str, found: dict[str, Any], local: Mapping[str, str], ran: str) -> list[Measure]:

@@ -14,7 +14,7 @@ from llmq import ranks
 from llmq.allocation.goal import Goal
 from llmq.cli import adapters, evaluate, export, push, tune
 from llmq.cli.goals import with_goal
-from llmq.cli.launch import launch
+from llmq.cli.launch import enter
 from llmq.cli.options import (
     Device,
     MaxMemory,
@@ -30,7 +30,6 @@ from llmq.cli.options import (
     with_recipe,
 )
 from llmq.cli.surroundings import settle
-from llmq.errors import LlmqError
 from llmq.recipe.recipe import Recipe
 
 app = typer.Typer(
@@ -99,15 +98,11 @@ def quantize(
 
     Processes one decoder block at a time. If the run is killed, the same command resumes it.
     """
-    if count > 1 and ranks.asked() == 1:
-        raise typer.Exit(launch(count, sys.argv[1:]))
-    if count > 1 and count != ranks.asked():
-        raise LlmqError(f"--ranks {count}, but torchrun started {ranks.asked()} ranks: leave --ranks out")
+    enter(count)
     from llmq import job
     from llmq.report import terminal
     from llmq.report.progress import Bars
 
-    ranks.start()
     # One rank reports and draws bars; what makes another one fail, that one says.
     out_console.quiet = not ranks.first()
     drawn = err_console if ranks.first() else Console(quiet=True)
@@ -237,10 +232,10 @@ app.command()(tune.tune)
 def main() -> None:
     """Entry point of the console script."""
     settle()
-    others = sys.argv[1:2] and not sys.argv[1].startswith("-") and sys.argv[1] != "quantize"
+    others = sys.argv[1:2] and not sys.argv[1].startswith("-") and sys.argv[1] not in ("quantize", "eval")
     if ranks.asked() > 1 and others and not {"-h", "--help"}.intersection(sys.argv):
         sys.exit(
-            f"error: of llmq's commands only `llmq quantize` works with several ranks, and {ranks.asked()} were "
-            "started (the environment variables RANK and WORLD_SIZE): start one process"
+            f"error: of llmq's commands only `quantize` and `eval` work with several ranks, and {ranks.asked()} "
+            "were started (the environment variables RANK and WORLD_SIZE): start one process"
         )
     sys.exit(app())

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmq import ranks
+from llmq.cli.launch import enter
 from llmq.cli.options import Trust, err_console, explained
 from llmq.errors import LlmqError
 from llmq.grids.cache import CACHES, Cache
@@ -104,6 +106,16 @@ def evaluate(
             f"{', '.join(CACHES)}. With the folder's own scales, or else with those of each window.",
         ),
     ] = None,
+    count: Annotated[
+        int,
+        typer.Option(
+            "--ranks",
+            min=1,
+            help="Share windows and requests among this many processes on this machine, each with its own copy of "
+            "the model (--device cuda: on its own GPU); on several, start the command by torchrun. The numbers are "
+            "those of one process with as many threads.",
+        ),
+    ] = 1,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, divergence from the base, tasks, speed and memory: each number with its protocol and 95 % interval.
@@ -112,50 +124,45 @@ def evaluate(
     compare` shows models side by side.
     """
     with explained():
+        enter(count)
         from llmq.report import terminal
-        from llmq.report.report import Report
-        from llmq_eval import pages, tables
+        from llmq_eval import pages, processes, tables
         from llmq_eval.comparison import comparison
         from llmq_eval.evaluation import evaluate as run
         from llmq_eval.options import Options
-        from llmq_eval.subject import check_device, default_out
+        from llmq_eval.subject import default_out
         from llmq_eval.tasks import Settings
 
-        check_device(device)
+        processes.connect(device)
         models = [str(Path(name).expanduser()) if name.startswith("~") else name for name in models]
-        names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
-        if not names:
-            raise LlmqError("--tasks is empty: choose from perplexity, divergence, speed, memory, or tasks of lm-eval")
-        reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
-        for name, report in reports.items():
-            if report.recipe.get("model_class"):
-                raise LlmqError(
-                    f"{name} was quantized as {report.recipe['model_class']} (--class), and llmq eval measures models "
-                    "that generate text only: llmq.load opens it, to measure its outputs with your own data"
-                )
-        base = base or _base(reports, trust_remote_code)
-        options = Options(
-            tasks=names,
-            text=text,
-            window=window,
-            max_windows=max_windows,
-            batch=batch,
-            dtype=dtype,
-            device=device,
-            special_tokens=special_tokens,
-            settings=Settings(_limit(limit), num_fewshot, _batch_size(batch_size)),
-            data_dir=_folder(data_dir),
-            write_tasks=write_tasks,
-            out=out or default_out(),
-            repeats=repeats,
-            kernels=kernels,
-            cache=None if kv_cache is None else Cache.named(kv_cache),
-            trust_remote_code=trust_remote_code,
-            fresh=fresh,
-        )
-        if not kernels and reports and {"speed", "memory"} & set(names):
+        with ranks.failing_together():
+            reports = _reports(models)
+            base = base or _base(reports, trust_remote_code)
+            options = Options(
+                tasks=_names(tasks),
+                text=text,
+                window=window,
+                max_windows=max_windows,
+                batch=batch,
+                dtype=dtype,
+                device=device,
+                special_tokens=special_tokens,
+                settings=Settings(_limit(limit), num_fewshot, _batch_size(batch_size)),
+                data_dir=_folder(data_dir),
+                write_tasks=write_tasks,
+                out=out or default_out(),
+                repeats=repeats,
+                kernels=kernels,
+                cache=None if kv_cache is None else Cache.named(kv_cache),
+                trust_remote_code=trust_remote_code,
+                fresh=fresh,
+            )
+        if not kernels and reports and {"speed", "memory"} & set(options.tasks):
             _note("speed and memory are those of stock transformers; --kernels measures llmq's own operators")
         results = run(models, base, options, _note)
+        if not ranks.first():
+            ranks.stop()
+            return
         tables.terminal(out_console, comparison(results), plain=True)
         for one in results:
             err_console.print(f"[dim]results: {escape(str(one.path(options.out)))}[/]", soft_wrap=True, highlight=False)
@@ -163,6 +170,7 @@ def evaluate(
             err_console.print(f"[dim]numbers added: {escape(str(told))}[/]", soft_wrap=True, highlight=False)
         for report in reports.values():
             terminal.headline(out_console, report)
+        ranks.stop()
 
 
 def compare(
@@ -202,8 +210,30 @@ def compare(
             )
 
 
+def _names(tasks: list[str] | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for given in tasks or ["perplexity"] for name in given.split(",") if name.strip())
+    if not names:
+        raise LlmqError("--tasks is empty: choose from perplexity, divergence, speed, memory, or tasks of lm-eval")
+    return names
+
+
+def _reports(models: list[str]) -> dict[str, Report]:
+    """Those of the folders that llmq wrote. Raises LlmqError if one is not measured by text."""
+    from llmq.report.report import Report
+
+    reports = {name: Report.load(Path(name)) for name in models if Report.there(Path(name))}
+    for name, report in reports.items():
+        if report.recipe.get("model_class"):
+            raise LlmqError(
+                f"{name} was quantized as {report.recipe['model_class']} (--class), and llmq eval measures models "
+                "that generate text only: llmq.load opens it, to measure its outputs with your own data"
+            )
+    return reports
+
+
 def _note(told: str) -> None:
-    err_console.print(escape(told), style="dim", soft_wrap=True)
+    if ranks.first():
+        err_console.print(escape(told), style="dim", soft_wrap=True)
 
 
 def _check_format(format: str) -> None:
@@ -251,6 +281,7 @@ def _base(reports: Mapping[str, Report], trust_remote_code: bool) -> str | None:
         resolve(base, trust_remote_code=trust_remote_code)
     except LlmqError as error:
         text = f"{error}; it is the base model in report.json: measuring without it, unless you give --base"
-        err_console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        if ranks.first():
+            err_console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
         return None
     return base

@@ -11,12 +11,27 @@ import sys
 import time
 from collections.abc import Sequence
 
+import typer
+
 from llmq import ranks
+from llmq.errors import LlmqError
 
 COMMAND = (sys.executable, "-m", "llmq.cli")
 GRACE = 10.0
 """The seconds that a rank has to end when it is told to."""
 LOOK = 0.1
+
+
+def enter(count: int) -> None:
+    """Be one of `--ranks COUNT`, or of those that torchrun started; the first process starts them, and ends with them.
+
+    Raises LlmqError if both say how many there are, and differently.
+    """
+    if count > 1 and ranks.asked() == 1:
+        raise typer.Exit(launch(count, sys.argv[1:]))
+    if count > 1 and count != ranks.asked():
+        raise LlmqError(f"--ranks {count}, but torchrun started {ranks.asked()} ranks: leave --ranks out")
+    ranks.start()
 
 
 def launch(count: int, words: Sequence[str]) -> int:
@@ -59,7 +74,7 @@ def _told(code: int, failed: int, count: int) -> int:
     why = signal.Signals(-code).name
     more = ": perhaps there was too little memory for so many ranks" if -code == signal.SIGKILL else ""
     print(
-        f"error: rank {failed} of {count} on {socket.gethostname()} was killed ({why}){more}. Finished blocks are "
+        f"error: rank {failed} of {count} on {socket.gethostname()} was killed ({why}){more}. What is finished is "
         "kept: the same command, with any number of ranks, resumes the run",
         file=sys.stderr,
     )

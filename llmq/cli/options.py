@@ -198,7 +198,8 @@ def explained() -> Iterator[None]:
             err_console.print(f"[bold red]error:[/] {escape(who + str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        err_console.print("interrupted")
+        if ranks.first():
+            err_console.print("interrupted")
         raise typer.Exit(130) from None
 
 

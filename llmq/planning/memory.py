@@ -96,6 +96,8 @@ def predict(
         most = max((load.block + load.packed + load.workspace for load in loads), default=0)
         return Budget(now + most, most if device != "cpu" else 0, disk)
     hidden = hidden_width(model)
+    # rtn runs one window, however many would go into a batch.
+    batch = min(batch, ids_shape[0])
     if between is None:
         between = ids_shape[1] * hidden * dtype.itemsize
     activations, files = chains * ids_shape[0] * between, 0

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llmq import job, ranks
 from llmq.cli import launch
-from llmq.cli.app import app
+from llmq.cli.app import app, main
 from llmq.errors import LlmqError
 
 SCRIPT = "import os, sys, time; rank = os.environ['RANK']; "
@@ -50,6 +50,23 @@ def test_another_rank_says_what_it_fails_by(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(job, "plan", fail)
     found = CliRunner().invoke(app, ["quantize", "demo", "-o", str(tmp_path / "out")])
     assert found.exit_code == 2 and "a weight of its own is damaged" in found.output
+
+
+def test_both_say_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "asked", lambda: 4)
+    with pytest.raises(LlmqError, match="--ranks 2, but torchrun started 4 ranks"):
+        launch.enter(2)
+
+
+def test_commands_of_one_process_refuse_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "asked", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["llmq", "inspect", "demo"])
+    with pytest.raises(SystemExit, match="only `quantize` and `eval` work with several ranks, and 2 were"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["llmq", "eval", "--help"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
 
 
 def test_what_a_torchrun_around_says_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
