@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.grids.scheme import Scheme
+from llmq.numerics.gptq import solve
+
 pytest.importorskip("triton")
 from llmq_kernels.triton.columns import COLUMNS, recode_columns, round_columns
 
@@ -73,3 +76,17 @@ def test_more_columns_are_refused() -> None:
     block = torch.zeros(COLUMNS + 1, 2)
     with pytest.raises(ValueError, match="at most 128"):
         round_columns(block, torch.zeros(COLUMNS + 1, COLUMNS + 1), block, None, -8, 7)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(3, 32, False), Scheme(4, None)], ids=str)
+def test_gptq_is_as_good_on_a_gpu(scheme: Scheme) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 512, generator=generator) @ torch.randn(512, 512, generator=generator) * 0.1
+    weight, hessian = torch.randn(300, 512, generator=generator), x.t() @ x
+    losses = []
+    for device in ("cpu", DEVICE):
+        q = solve(weight.to(device), hessian.to(device), scheme, act_order="grouped", sweeps=2)
+        error = (weight - q.dequantize(torch.float32).cpu()).double()
+        losses.append(float(((error @ hessian.double()) * error).sum()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
