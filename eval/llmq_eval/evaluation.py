@@ -40,6 +40,10 @@ def evaluate(
         options, note = replace(options, progress=False), _silent
     with ranks.failing_together():
         made = _Evaluation(models, base, options, note)
+    ranks.agree(made.measured(), "model")
+    made.read_tasks()
+    with ranks.failing_together():
+        made.cut_windows()
     return made.run()
 
 
@@ -56,7 +60,9 @@ class _Evaluation:
         self.note = note
         self.names = list(dict.fromkeys(_whole(name, options.text) for name in options.tasks))
         own = [name for name in self.names if name.partition(":")[0] in OWN]
-        others = [name for name in self.names if name not in own]
+        self.others = others = [name for name in self.names if name not in own]
+        self.tasks: Tasks | None = None
+        self.windows: dict[str, Windows] = {}
         for name in own:
             if ":" in name and name.partition(":")[0] in ("speed", "memory"):
                 raise LlmqError(f"unknown task {name!r}: {name.partition(':')[0]} takes no text")
@@ -77,9 +83,23 @@ class _Evaluation:
         self.base = None if base is None else Subject.of(base, trust_remote_code=trust)
         known = [subject.label for subject in self.subjects]
         self.all = self.subjects if self.base is None or self.base.label in known else [self.base, *self.subjects]
-        include = options.write_tasks or options.out / "tasks" / key(str(options.data_dir))
-        self.tasks = processes.first_alone(lambda: Tasks(others, options.data_dir, include)) if others else None
-        self.windows = {name: self._cut(name) for name in own if name.partition(":")[0] in ("perplexity", "divergence")}
+
+    def measured(self) -> dict[str, str]:
+        """The fingerprints of what is measured, which all ranks must have alike, wherever it lies."""
+        base = {} if self.base is None else {"the base": self.base.fingerprint}
+        return {f"model {number}": subject.fingerprint for number, subject in enumerate(self.all)} | base
+
+    def read_tasks(self) -> None:
+        """Find the tasks of lm-eval, and write the files of those with local documents."""
+        o, others = self.options, self.others
+        include = o.write_tasks or o.out / "tasks" / key(str(o.data_dir))
+        if others:
+            self.tasks = processes.first_alone(lambda: Tasks(others, o.data_dir, include))
+
+    def cut_windows(self) -> None:
+        """Cut the texts."""
+        texts = [name for name in self.names if name.partition(":")[0] in ("perplexity", "divergence")]
+        self.windows = {name: self._cut(name) for name in texts}
 
     def _cut(self, task: str) -> Windows:
         """The windows of a task's text, which are the same for every model."""

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from llmq import ranks
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, first_line
 from llmq.inference.pretrained import input_device
 from llmq.machine import has_cuda
+from llmq_eval.subject import check_device
 
 T = TypeVar("T")
 
@@ -23,14 +24,19 @@ def connect(device: str) -> None:
     """Meet the other ranks. device: cpu, or cuda, of which each rank has a GPU of its own.
 
     Other libraries do otherwise from here on: compressed-tensors shares out what it does while a model is loaded, so
-    all ranks load the same models in the same order.
+    all ranks load the same models in the same order. Raises LlmqError for a device that is not there.
     """
     if ranks.size() == 1:
         return
+    check(device, ())
+    # Before anything is told: a rank without a GPU says so itself.
+    check_device(ranks.own_device(device))
     from accelerate import PartialState
 
-    with ranks.waiting():
+    try:
         state = PartialState(cpu=device != "cuda" or not has_cuda(), timeout=ranks.PATIENCE)
+    except (RuntimeError, ValueError) as problem:
+        raise LlmqError(f"{ranks.name()}: the ranks do not find each other: {first_line(problem)}") from problem
     if state.num_processes != ranks.size():
         raise LlmqError(f"accelerate was set up before, for {state.num_processes} processes: use a new process")
 
@@ -40,11 +46,11 @@ def check(device: str, tasks: Sequence[str]) -> None:
     if ranks.size() == 1:
         return
     if device not in ("cpu", "cuda"):
-        raise LlmqError(
+        raise ranks.Common(
             f"--device {device} with several ranks: give cpu, or cuda, where each rank takes a GPU of its own"
         )
     if timed := [task for task in tasks if task in ("speed", "memory")]:
-        raise LlmqError(
+        raise ranks.Common(
             f"{timed[0]} is measured by one process, which has the machine to itself: leave out --ranks, or {timed[0]}"
         )
 
@@ -82,7 +88,8 @@ def first_alone(make: Callable[[], T]) -> T:
         problem = str(error)
     if told := ranks.tell(problem):
         raise ranks.Common(told)
-    return made if ranks.first() else make()
+    with ranks.failing_together():
+        return made if ranks.first() else make()
 
 
 @contextlib.contextmanager

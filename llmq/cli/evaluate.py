@@ -157,6 +157,8 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 fresh=fresh,
             )
+        # A hub may have answered one rank, and another not.
+        base = ranks.tell(base)
         if not kernels and reports and {"speed", "memory"} & set(options.tasks):
             _note("speed and memory are those of stock transformers; --kernels measures llmq's own operators")
         results = run(models, base, options, _note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -57,4 +58,15 @@ def kernels_for(rounding: Rounding, scheme: Scheme, device: torch.device) -> Ker
         return None
     from llmq_kernels.triton import columns
 
-    return Kernels(columns, columns.COLUMNS, *limits)
+    return Kernels(columns, columns.COLUMNS, *limits) if works(columns, device) else None
+
+
+@functools.cache
+def works(module: ModuleType, device: torch.device) -> bool:
+    """Whether the kernels compile and run on a device, which takes more than triton: a C compiler, for one."""
+    one = torch.ones(1, 1, device=device)
+    try:
+        points, _ = module.round_columns(one, one, one, None, -8, 7)
+        return float(points) == 1
+    except Exception:  # noqa: BLE001  (a compiler may raise anything; torch does the same, with more launches)
+        return False

@@ -300,9 +300,10 @@ class _Columns:
         stop = start + len(where)
         block, unit = self.columns[start:stop], self.unit[start:stop, start:stop]
         points, errors = torch.empty_like(block), torch.empty_like(block)
-        step = min(kernels.most, kernels.most if self.ranged else self.span)
-        for first in range(0, len(where), step):
-            part = slice(first, min(first + step, len(where)))
+        part = slice(0, 0)
+        while (first := part.stop) < len(where):
+            end = stop if self.ranged else (start + first) // self.span * self.span + self.span
+            part = slice(first, min(first + kernels.most, end - start, len(where)))
             if not self.ranged and (start + first) % self.span == 0:
                 self._range(where[first] // self.span, start + first)
             scale, zero = (self._of_columns(held, where[part]) for held in (self.scale, self.zero))

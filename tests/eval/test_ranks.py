@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from llmq_eval import divergence, models, processes, tasks
 from llmq_eval.evaluation import evaluate
 from llmq_eval.journal import Journal
 from llmq_eval.options import Options
+from llmq_eval.subject import Subject
 from tests.conftest import write_tokenizer
 from tests.llmq import mixtures
 from tests.together import together
@@ -176,6 +178,58 @@ def test_all_ranks_copies_must_fit(tmp_path: Path, tiny_model: Path, text_file: 
         assert isinstance(told, ranks.Common) and "free on cpu for each rank: " in str(told)
         assert "fewer ranks have more memory each" in str(told)
     assert work([tiny_model], tiny_model, **common)()
+
+
+@needs_lm_eval
+def test_what_only_one_rank_fails_by_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before tasks are read, which rank 0 tells the others of."""
+    real = Subject.of
+
+    def of(name: str, **options: Any) -> Subject:
+        if ranks.rank() == 1:
+            raise LlmqError("the hub did not answer")
+        return real(name, **options)
+
+    monkeypatch.setattr(Subject, "of", of)
+    found = together(2, work([Path("demo")], "demo", out=tmp_path, tasks=("piqa",)))
+    assert all(isinstance(one, ranks.Common) and "the hub did not answer" in str(one) for one in found)
+
+
+def test_ranks_with_other_models_are_refused(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
+    """As on machines whose folders of one name differ."""
+
+    def run() -> object:
+        if ranks.rank() == 1:
+            folder = tmp_path / "other"
+            shutil.copytree(tiny_model, folder)
+            os.chdir(folder)
+            with Path("config.json").open("a") as file:
+                file.write(" ")
+        else:
+            os.chdir(tiny_model)
+        return work([Path(".")], ".", out=tmp_path / "out", text=str(text_file), window=32, max_windows=2)()
+
+    assert all(isinstance(one, ranks.Common) and "another model" in str(one) for one in together(2, run))
+
+
+def test_a_device_that_a_rank_does_not_have_is_told_before_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "own_device", lambda device: "cuda:99")
+    with pytest.raises(LlmqError, match="cuda:99"):
+        processes.connect("cuda")
+
+
+def test_why_ranks_do_not_meet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**_: Any) -> object:
+        raise RuntimeError("the address is already in use")
+
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr("accelerate.PartialState", refuses)
+    with pytest.raises(LlmqError, match="the ranks do not find each other: the address is already in use") as told:
+        processes.connect("cpu")
+    assert not isinstance(told.value, ranks.Lost)
 
 
 def test_what_only_rank_0_fails_by_ends_all() -> None:

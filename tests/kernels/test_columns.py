@@ -76,6 +76,9 @@ def test_more_columns_are_refused() -> None:
     block = torch.zeros(COLUMNS + 1, 2)
     with pytest.raises(ValueError, match="at most 128"):
         round_columns(block, torch.zeros(COLUMNS + 1, COLUMNS + 1), block, None, -8, 7)
+    block = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        round_columns(block, block, torch.ones(4, 8)[:, ::2], None, -8, 7)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

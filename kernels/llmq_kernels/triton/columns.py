@@ -112,6 +112,9 @@ def build(
     contiguous = [one for one in (block, steps, points, changes) if one is not None]
     if not 0 < columns <= COLUMNS or not all(one.is_contiguous() for one in contiguous):
         raise ValueError(f"columns are at most {COLUMNS}, in contiguous tensors; not {columns}")
+    given = [one for one in (coefficients, scale, zero) if one is not None]
+    if any(one.stride(-1) != 1 and one.shape[-1] > 1 for one in given):
+        raise ValueError("coefficients, scales and zero points of a column must be contiguous")
     strides = (one.stride(0) if one is not None else 0 for one in (coefficients, scale, zero))
     arguments = (block, coefficients, scale, zero, steps, points, changes, columns, rows, *strides)
     constexprs = {"LOW": float(low), "HIGH": float(high), "COLUMNS": COLUMNS, "ROWS": ROWS}

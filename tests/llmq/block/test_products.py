@@ -60,3 +60,14 @@ def test_only_what_fewer_bits_hold_is_computed_in_them(dtype: torch.dtype, devic
         assert torch.get_float32_matmul_precision() == inside
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+def test_a_precision_that_was_set_in_another_way_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> str:
+        raise RuntimeError("PyTorch is checking whether a mix of the legacy and new APIs is used")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    x = inputs(torch.bfloat16)
+    hessian = Hessian(WIDTH, CPU)
+    hessian.update(x)
+    assert relative(hessian.total, x.double().t() @ x.double()) < 3e-6

@@ -10,6 +10,8 @@ from llmq.grids.scheme import Scheme
 from llmq.numerics import columns, descent, gptq
 from llmq.numerics.columns import compensate
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("count", [1, 5, 6, 13])
 def test_parts_give_what_single_columns_give(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +50,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (Scheme(2, 16, False), 128, "none"),
         (Scheme(8, None, False), 150, "static"),
         (Scheme(4, 32, grid="q4_0"), 128, "grouped"),
+        (Scheme(4, 192), 512, "none"),
     ],
     ids=str,
 )
@@ -56,8 +59,9 @@ def test_kernels_solve_as_well_as_torch(
 ) -> None:
     """Not bit for bit: what is subtracted from a column is added up in another order."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, 192, generator=generator) @ torch.randn(192, 192, generator=generator) * 0.1
-    weight, hessian = torch.randn(20, 192, generator=generator) * 0.1, x.t() @ x
+    width = 576 if scheme.group_size == 192 else 192
+    x = torch.randn(3 * width, width, generator=generator) @ torch.randn(width, width, generator=generator) * 0.1
+    weight, hessian = torch.randn(20, width, generator=generator) * 0.1, x.t() @ x
     given = {"act_order": act_order, "block_size": block_size, "sweeps": 2}
     one = gptq.solve(weight, hessian.clone(), scheme, **given)  # type: ignore[arg-type]
     request.getfixturevalue("kernels")
@@ -81,3 +85,19 @@ def test_only_grids_of_whole_numbers_have_kernels() -> None:
     ):
         assert rounding_of(scheme.rules).whole(scheme) == limits
         assert columns.kernels_for(rounding_of(scheme.rules), scheme, torch.device("cpu")) is None
+
+
+def test_kernels_that_do_not_compile_are_not_used() -> None:
+    def raises(*_: object) -> object:
+        raise OSError("no C compiler")
+
+    def wrong(one: torch.Tensor, *_: object) -> object:
+        return one * 3, one
+
+    for broken in (raises, wrong):
+        assert not columns.works(type("Broken", (), {"round_columns": staticmethod(broken)}), CPU)  # type: ignore[arg-type]
+
+
+def test_kernels_in_the_interpreter_work() -> None:
+    found = pytest.importorskip("llmq_kernels.triton.columns")
+    assert columns.works(found, CPU)
