@@ -186,7 +186,7 @@ class StreamedStudent:
         if not batches:
             return found, handed
         opened, module = self.fill(block), block.module
-        quantized = {weight.parameter: q for weight, q in opened.weights}
+        quantized = {weight.parameter: ranks.moved(q, self.io.device) for weight, q in opened.weights}
         names = [name for name, _ in module.named_parameters() if f"{block.name}.{name}" in self.parameters]
         for name in names:
             module.get_parameter(name).requires_grad_(True)
@@ -282,7 +282,7 @@ def contracted(slope: Tensor, q: QuantizedWeight | None) -> Tensor:
 
     q: its codes and scales, if it is quantized: then that is its factors.
     """
-    return slope.cpu() if q is None else factor_gradient(ranks.moved(q, slope.device), slope).cpu()
+    return slope.cpu() if q is None else factor_gradient(q, slope).cpu()
 
 
 def empty_all(module: nn.Module) -> None:
