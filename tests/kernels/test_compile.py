@@ -40,6 +40,19 @@ def test_a_sample_of_every_kernel(tmp_path: Path) -> None:
             assert row["converts"] <= 8, row  # of zero points, none of codes
 
 
+def test_half_is_the_same_half_under_every_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what an earlier run kept is of use to the next, whatever the rule chooses elsewhere by then."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import compile_kernels
+
+    found = compile_kernels.variants()
+    every = {found[one].name for one in compile_kernels.jobs(("cuda:90",), "", sample=False, half=True)}
+    match = "many_rows 4 bits"
+    some = {found[one].name for one in compile_kernels.jobs(("cuda:90",), match, sample=False, half=True)}
+    assert some and some == {name for name in every if match in name}
+    assert len({(" zero" in name, " fp16" in name) for name in some}) == 4
+
+
 def test_writes_to_registers_of_products_in_flight_are_found() -> None:
     """In what triton 3.6 made of the kernel in carried.py; not where each tile's products are waited for."""
     sys.path.insert(0, str(ROOT / "scripts"))

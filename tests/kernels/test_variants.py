@@ -89,6 +89,22 @@ def test_what_the_rule_chooses_for_experts_is_compiled(gpu: Any) -> None:
                 assert code_of(made) in compiled, (bits, experts, n, k, m, pairs)
 
 
+def test_what_waits_in_registers_has_bounds() -> None:
+    """AMD's inputs of many dots are not loaded ahead; experts on data-center Blackwell may use all registers."""
+    loaded_ahead, large = set(), 0
+    for variant in every():
+        constants, options = variant.launch.constexprs, variant.launch.options
+        if variant.launch.kernel.fn.__name__ != "many_rows_kernel":
+            continue
+        dots = planes.TILE[constants["BITS"]] // 32 // constants["DOT"]
+        if variant.target.startswith("hip") and options["num_stages"] > 1:
+            loaded_ahead.add(dots)
+        elif variant.target == "cuda:100" and variant.name.startswith("experts") and "128x64" in variant.name:
+            assert options.get("maxnreg") == 255, variant.name
+            large += 1
+    assert max(loaded_ahead) == 8 and large
+
+
 @pytest.mark.parametrize("bits", planes.TILE)
 def test_kernels_and_layout_agree_on_tiles(bits: int) -> None:
     assert slices.fn(bits) * 32 == planes.TILE[bits]

@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from llmq_kernels.grouped_int_linear.route import Routing
 from llmq_kernels.int_linear.planes import HALF, TILE, WORDS
 from llmq_kernels.triton import routes, sums
-from llmq_kernels.triton.config import Config, run_length
+from llmq_kernels.triton.config import Config, dot_length, run_length
 from llmq_kernels.triton.few_rows import few_rows_kernel
 from llmq_kernels.triton.gpu import on
 from llmq_kernels.triton.launch import Launch, Repeated
@@ -124,7 +124,7 @@ def build(
             constexprs["EVEN_K"] = even
             prescale = config.prescale and weight.scale.dtype == x.dtype
             constexprs["PRESCALE"] = prescale
-            constexprs["DOT"] = min(4, TILE[bits] // 32 if prescale else run)
+            constexprs["DOT"] = dot_length(bits, run, prescale)
     experts = 0
     if routing is not None:
         experts = len(weight.packed)

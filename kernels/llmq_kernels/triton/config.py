@@ -74,6 +74,11 @@ def run_length(bits: int, group_size: int, in_features: int) -> tuple[int, int]:
     return group, gcd(group, TILE[bits]) // 32
 
 
+def dot_length(bits: int, run: int, prescale: bool) -> int:
+    """DOT of many_rows: slices of a tile in one dot. Without prescale they share a group."""
+    return min(4, TILE[bits] // 32 if prescale else run)
+
+
 def power(value: int, least: int) -> int:
     """The smallest power of two that is at least both."""
     return max(least, 1 << (value - 1).bit_length())

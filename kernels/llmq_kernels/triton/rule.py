@@ -6,13 +6,15 @@ import functools
 from dataclasses import replace
 
 from llmq_kernels.int_linear.planes import TILE, WORDS
-from llmq_kernels.triton.config import Config, power, run_length
+from llmq_kernels.triton.config import Config, dot_length, power, run_length
 from llmq_kernels.triton.gpu import Gpu
 
 # A GPU counts as busy if this share of its multiprocessors has a program: 8192 rows make 128 for 132.
 BUSY = 0.9
 # The most programs that share K; each must have four tiles.
 MOST_SPLIT = 8
+# The most dots of a tile whose inputs AMD's registers can hold for more than one stage: a dot takes 50 of 512.
+MOST_DOTS = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,6 +80,8 @@ def routed_rule(
     config = rule(gpu, bits, rows, out_features * active, in_features, group_size, codebook)
     if config.family == "few_rows" and config.block_n == 64 and config.block_m > 8 and group_size < 64:
         config = replace(config, block_n=32)  # the addresses again: 64 rows of the weight spill with triton 3.6
+    if config.family == "many_rows" and config.block_n == 128 and config.block_m > 32 and gpu.tensor_memory:
+        config = replace(config, registers=255)  # and again: at 128, with which two programs would fit, ptxas spills
     return replace(config, programs_k=1)
 
 
@@ -118,7 +122,10 @@ def _many_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, wid
     stage = rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2
     # Three stages use two buffers on sm_80 and sm_89: with 3 bits they just fit, and with one buffer ptxas spills.
     stages = max(3 if gpu.backend == "cuda" else 1, min(4, gpu.shared * 7 // 8 // stage))
-    prescale = run_length(bits, group_size, k)[1] * 32 < block_m
+    run = run_length(bits, group_size, k)[1]
+    prescale = run * 32 < block_m
+    if gpu.backend == "hip" and TILE[bits] > 32 * MOST_DOTS * dot_length(bits, run, prescale):
+        stages = 1
     registers = 255 if bits in (2, 8) else None
     warps = 8 if rows == 128 else 4
     return Config("many_rows", rows, block_m, 1, programs_k, warps, stages, prescale, registers, gpu.pdl)
