@@ -33,12 +33,11 @@ def budget(plan: Plan, device: str, between: int | None = None, saving: Saving =
         # The weights that are rounded already are there beside the unrounded ones.
         copies += numbers * size if plan.pipeline.corrects else 0
         dense = sum(p.numel() for n, p in block.module.named_parameters() if n not in block.streamed)
-        load = Load(
-            dense * size + copies,
-            sum(i.after for i in mine),
-            _statistics(plan, mine, saving, corrected=plan.pipeline.corrects),
-            _workspace(plan, mine, device),
-        )
+        packed = sum(i.after for i in mine)
+        statistics = _statistics(plan, mine, saving, corrected=plan.pipeline.corrects)
+        # Before it is packed the rounded block has the codes of all weights, and one weight is there twice.
+        settling = codes(mine) + size * max((prod(i.shape) for i in mine), default=0) - packed - statistics
+        load = Load(dense * size + copies, packed, statistics, max(_workspace(plan, mine, device), settling))
         if mine and not (plan.pipeline.transforms or plan.pipeline.refiners):
             if saving >= Saving.PASSES and device == "cpu":
                 load = resting(plan, mine, load, dense * size)
