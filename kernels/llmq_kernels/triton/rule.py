@@ -107,7 +107,8 @@ def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, code
     share = gpu.shared // 2 if block_m == 8 and 2 * stage <= gpu.shared // 2 else gpu.shared * 3 // 4
     stages = max(1, min(4, 1 + share // stage))
     # In these cases ptxas spilled registers to raise occupancy.
-    registers = None if bits == 4 and group_size >= 64 else 255
+    tight = group_size < 64 or gpu.target == "cuda:120" and rows == 64
+    registers = None if bits == 4 and not tight else 255
     return Config("few_rows", rows, block_m, warps=warps, stages=stages, registers=registers, pdl=gpu.pdl)
 
 
