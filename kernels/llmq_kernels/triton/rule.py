@@ -78,10 +78,8 @@ def routed_rule(
     if pairs and group_size < 64 and gpu.backend == "cuda":
         rows = 2  # no tensor cores: an expert's addresses take registers, of which groups so small leave none
     config = rule(gpu, bits, rows, out_features * active, in_features, group_size, codebook)
-    if config.family == "few_rows" and config.block_n == 64 and config.block_m > 8 and group_size < 64:
-        config = replace(config, block_n=32)  # the addresses again: 64 rows of the weight spill with triton 3.6
     if config.family == "many_rows" and config.block_n == 128 and config.block_m > 32 and gpu.tensor_memory:
-        config = replace(config, registers=255)  # and again: at 128, with which two programs would fit, ptxas spills
+        config = replace(config, registers=255)  # the addresses again: at 128, which let two programs fit, ptxas spills
     return replace(config, programs_k=1)
 
 
@@ -99,6 +97,7 @@ def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, code
     most = 0 if codebook else {4: 16, 8: 8}.get(bits, 0)  # codebooks of 64 rows spill
     enough = 2 * BUSY * gpu.processors if block_m == 8 else 6 * gpu.processors / warps
     whole = k % (warps * TILE[bits]) == 0 and -(-n // 64) >= enough
+    whole = whole and (block_m == 8 or group_size >= 64)  # else 64 rows spill with triton 3.6
     rows = 64 if whole and block_m <= most else 16 if bits == 3 else 32
     stage = warps * (rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2)
     while stage > gpu.shared * 3 // 4:
