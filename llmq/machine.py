@@ -102,9 +102,10 @@ def locked_bytes(nbytes: int) -> int:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A tensor in the host's memory, page-locked if it comes from a GPU; it is there when this returns."""
-    return (
-        page_locked(tuple(tensor.shape), tensor.dtype).copy_(tensor) if tensor.device.type == "cuda" else tensor.cpu()
-    )
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    locked = page_locked(tuple(tensor.shape), tensor.dtype)
+    return locked.copy_(tensor)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -88,9 +88,8 @@ class Call:
             return to_device(find_handed(result, key), hidden.device)
 
         output = self.hidden(result).to(hidden.dtype)
-        if hidden.device.type == "cpu" and not saves(Saving.STATES):
-            output = machine.to_host(output)
-        output = keep(output.to(hidden.device), Saving.STATES)
+        stays = hidden.device.type == "cpu" and not saves(Saving.STATES)
+        output = machine.to_host(output) if stays else keep(output.to(hidden.device), Saving.STATES)
         return States(output, {key: left(key) for key in self.needed})
 
     def result(self, block: Callable[..., Any], hidden: Tensor) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmq.errors import first_line
 from llmq.grids.base import Rounding
 from llmq.grids.scheme import Scheme
 from llmq_kernels.backend import triton_refusal
@@ -67,6 +69,13 @@ def works(module: ModuleType, device: torch.device) -> bool:
     one = torch.ones(1, 1, device=device)
     try:
         points, _ = module.round_columns(one, one, one, None, -8, 7)
-        return float(points) == 1
-    except Exception:  # noqa: BLE001  (a compiler may raise anything; torch does the same, with more launches)
-        return False
+        problem = "" if float(points) == 1 else "its results are wrong"
+    except Exception as error:  # noqa: BLE001  (a compiler may raise anything)
+        problem = first_line(error)
+    if problem:
+        warnings.warn(
+            f"the kernel that rounds many columns at once does not run on {device} ({problem}): columns are rounded "
+            "one by one, which gives as good weights and takes longer",
+            stacklevel=2,
+        )
+    return not problem

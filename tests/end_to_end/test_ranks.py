@@ -20,6 +20,7 @@ from llmq.watch import Silent
 from tests.conftest import write_tiny_model, write_tokenizer
 from tests.end_to_end.test_resume import digests
 from tests.llmq import mixtures
+from tests.stages import AtStep
 from tests.together import together
 
 
@@ -74,18 +75,11 @@ def errors(report: Report) -> list[float]:
     return [row.error for row in report.weights if isinstance(row, WeightRow) and row.error is not None]
 
 
-class KillingIn(Silent):
-    """A watch that kills rank 1 at a step of a stage."""
+class KillingIn(AtStep):
+    """Kills rank 1."""
 
-    def __init__(self, stage: str, at: int) -> None:
-        self.wanted, self.at, self.name, self.count = stage, at, "", 0
-
-    def stage(self, name: str, total: int) -> None:
-        self.name, self.count = name, 0
-
-    def step(self, text: str) -> None:
-        self.count += 1
-        if self.name == self.wanted and self.count == self.at and ranks.rank() == 1:
+    def reached(self) -> None:
+        if ranks.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -31,6 +31,15 @@ def rounded(value, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def whole(value):
+    """The nearest whole numbers, half to even, of float32 below 2²² in magnitude.
+
+    After adding 1.5 · 2²³ no fraction bits are left, so float32's own rounding rounds to an integer.
+    """
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def product(a, b, total, BACKEND: tl.constexpr):
     """total + a · b on tensor cores. The interpreter would treat bfloat16 operands as integers, so it gets float32."""
     if BACKEND == "cpu":

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq_kernels.triton.arithmetic import whole
 from llmq_kernels.triton.launch import Launch, launch
 
 COLUMNS = 128
@@ -45,7 +46,7 @@ def columns_kernel(
         size = tl.load(scale + tl.cast(k, tl.int64) * scale_stride + row, mask=there, other=1.0)
         if steps is None:
             wanted = tl.div_rn(mine, size)
-            point = rint(wanted)
+            point = nearest(wanted)
             lift = tl.zeros_like(point)
             if zero is not None:
                 lift = tl.load(zero + tl.cast(k, tl.int64) * zero_stride + row, mask=there, other=0.0)
@@ -54,7 +55,7 @@ def columns_kernel(
         else:
             before = tl.load(points + here, mask=there, other=0.0)
             wanted = mine * tl.load(steps + here, mask=there, other=0.0) + before
-            point = tl.minimum(tl.maximum(rint(wanted), LOW), HIGH)
+            point = tl.minimum(tl.maximum(nearest(wanted), LOW), HIGH)
             change = (point - before) * size
         tl.store(points + here, point, mask=there)
         tl.store(changes + here, change, mask=there)
@@ -64,9 +65,9 @@ def columns_kernel(
 
 
 @triton.jit
-def rint(value):
-    """The nearest whole number, half to even: 1.5 · 2²³ leaves float32 no fraction bits."""
-    return (tl.minimum(tl.maximum(value, -1048576.0), 1048576.0) + 12582912.0) - 12582912.0
+def nearest(value):
+    """The nearest whole number; far outside of any grid, some other one there."""
+    return whole(tl.minimum(tl.maximum(value, -1048576.0), 1048576.0))
 
 
 def round_columns(

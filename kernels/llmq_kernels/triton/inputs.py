@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.triton.arithmetic import rounded
+from llmq_kernels.triton.arithmetic import rounded, whole
 from llmq_kernels.triton.gpu import gpu_of
 from llmq_kernels.triton.launch import Launch, launch
 
@@ -65,9 +65,7 @@ def round_kernel(
         if FLOAT:
             level = float8(tl.minimum(tl.maximum(level, -448.0), 448.0))
         else:
-            # After adding 1.5 · 2²³ no fraction bits are left, so float32's own rounding (half to even) rounds to an
-            # integer.
-            level = (tl.minimum(tl.maximum(level, -128.0), 127.0) + 12582912.0) - 12582912.0
+            level = whole(tl.minimum(tl.maximum(level, -128.0), 127.0))
         tl.store(codes + at + start + k, level.to(codes.dtype.element_ty), mask=start + k < K)
     step = tl.where(tl.max(strange, 0, keep_dims=True) > 0.0, float("nan"), step)
     tl.store(scale + row + tl.arange(0, 1), step)

@@ -96,8 +96,9 @@ def _few_rows(gpu: Gpu, bits: int, m: int, n: int, k: int, group_size: int, code
     # up to 8 rows of x, or else six warps.
     most = 0 if codebook else {4: 16, 8: 8}.get(bits, 0)  # codebooks of 64 rows spill
     enough = 2 * BUSY * gpu.processors if block_m == 8 else 6 * gpu.processors / warps
-    whole = k % (warps * TILE[bits]) == 0 and -(-n // 64) >= enough
-    whole = whole and (block_m == 8 or group_size >= 64)  # else 64 rows spill with triton 3.6
+    # Of groups of 32, 64 rows spill with triton 3.6 for more than 8 rows of x.
+    fits = block_m == 8 or group_size >= 64
+    whole = fits and k % (warps * TILE[bits]) == 0 and -(-n // 64) >= enough
     rows = 64 if whole and block_m <= most else 16 if bits == 3 else 32
     stage = warps * (rows * WORDS[bits] * 2 + TILE[bits] * block_m * 2)
     while stage > gpu.shared * 3 // 4:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -95,7 +97,9 @@ def test_kernels_that_do_not_compile_are_not_used() -> None:
         return one * 3, one
 
     for broken in (raises, wrong):
-        assert not columns.works(type("Broken", (), {"round_columns": staticmethod(broken)}), CPU)  # type: ignore[arg-type]
+        module: Any = type("Broken", (), {"round_columns": staticmethod(broken)})
+        with pytest.warns(UserWarning, match="columns are rounded one by one"):
+            assert not columns.works(module, CPU)
 
 
 def test_kernels_in_the_interpreter_work() -> None:

@@ -22,6 +22,7 @@ from tests.conftest import write_tiny_model
 from tests.end_to_end.test_resume import digests
 from tests.llmq import mixtures
 from tests.llmq.refusal import refused
+from tests.stages import AtStep
 
 IDS = torch.randint(256, (12, 32), generator=torch.Generator().manual_seed(0))
 OPTIONS = {"steps": 12, "learning_rate": 0.02, "minibatch": 2}
@@ -100,19 +101,11 @@ def test_the_loss_is_that_of_the_written_folder_in_stock_transformers(kind: str,
     assert float(divergence) == pytest.approx(report.tuned.after, rel=2e-3)
 
 
-class Stopping:
-    """A watch that raises at some step of a stage, as if the run were killed there."""
+class Stopping(AtStep):
+    """Raises, as if the run were killed."""
 
-    def __init__(self, stage: str, at: int) -> None:
-        self.wanted, self.at, self.name, self.count = stage, at, "", 0
-
-    def stage(self, name: str, total: int) -> None:
-        self.name, self.count = name, 0
-
-    def step(self, text: str) -> None:
-        self.count += 1
-        if self.name == self.wanted and self.count == self.at:
-            raise KeyboardInterrupt
+    def reached(self) -> None:
+        raise KeyboardInterrupt
 
     def note(self, text: str) -> None:
         raise AssertionError(text)
